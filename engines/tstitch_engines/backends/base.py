@@ -1,0 +1,99 @@
+"""What a backend is: it compiles a member's ONNX into an engine file and loads such files to run them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tstitch_engines.errors import BadInput
+from tstitch_engines.manifest import EngineIdentity, Member
+from tstitch_engines.spec import ShapeProfile, TensorSpec
+
+if TYPE_CHECKING:
+    from tstitch_engines.device import Buffer, Device
+
+__all__ = ["Backend", "Engine", "Progress"]
+
+Progress = Callable[[str, float], None]  # phase, share done in 0..1
+
+Option = str | int | float | bool
+
+
+class Engine(ABC):
+    """One loaded engine. ``bind`` checks and remembers buffers; ``enqueue`` neither allocates, copies nor waits.
+
+    An engine is used by one thread at a time.
+    """
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], profile: ShapeProfile) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.profile = profile
+
+    def bind(self, buffers: Mapping[str, Buffer], *, batch: int) -> None:
+        """Uses these buffers from the next ``enqueue`` on; each must have the exact shape for ``batch``.
+
+        Raises ``OutOfProfile`` for a batch the engine was not built for, ``BadInput`` for a wrong shape or dtype.
+        """
+        self.profile.check({"B": batch}, what="engine batch")
+        for spec in (*self.inputs, *self.outputs):
+            buffer = buffers.get(spec.name)
+            want = spec.resolve({"B": batch})
+            if buffer is None or buffer.shape != want or buffer.dtype != spec.dtype:
+                got = "nothing" if buffer is None else f"{buffer.dtype}{list(buffer.shape)}"
+                raise BadInput(
+                    f"engine tensor {spec.name!r} needs {spec.dtype}{list(want)}, got {got}",
+                    hint="allocate buffers from the engine's own specs: spec.resolve({'B': batch}), spec.dtype",
+                )
+        self._bind(buffers, batch)
+
+    @abstractmethod
+    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None: ...
+
+    @abstractmethod
+    def enqueue(self) -> None:
+        """Runs the engine once on the bound buffers in the device's stream order. Raises ``FailedWork``."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Backend(ABC):
+    """Compiles and loads. Stateless; constructing one imports its library or raises ``Unavailable``."""
+
+    name: str
+    options: Mapping[str, tuple[type, str]] = {}  # what `compile` understands: name -> (type, one-line help)
+
+    @abstractmethod
+    def version(self) -> str:
+        """Version of the library that compiles and runs, part of an engine's identity."""
+
+    @abstractmethod
+    def arch(self, device: str) -> str:
+        """What an engine compiled for ``device`` is tied to: ``x86_64-avx2``, ``sm_90``..."""
+
+    @abstractmethod
+    def compile(
+        self,
+        *,
+        member: Member,
+        model: Path,
+        profile: ShapeProfile,
+        device: str,
+        options: Mapping[str, Option],
+        output: Path,
+        progress: Progress,
+    ) -> None:
+        """Compiles ``model`` (the ONNX graph, or what ``model_file`` names) into the file ``output``.
+
+        Raises ``BadInput`` for an option the backend can't honour and ``BuildFailed`` when compilation fails; in
+        both cases ``output`` does not exist afterwards.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+        """Loads a file made by ``compile``. ``threads`` 0 means all cores. Raises ``BadEngine`` for a damaged file."""
+
+    engine_suffix: str = ".engine"

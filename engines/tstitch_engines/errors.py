@@ -1,0 +1,135 @@
+"""The errors of tstitch-trt.
+
+    TStitchError
+    ├── BadInput                 what was asked for can't be right                        exit code 2
+    │   ├── UnknownName          a name that does not exist; the nearest known one is named
+    │   ├── BadSchedule          a schedule that does not fit the steps or the members
+    │   ├── BadCheckpoint        a file that is no checkpoint of the family, or that carries code
+    │   ├── BadBundle            a bundle or manifest that is damaged, foreign or unsafe
+    │   ├── BadEngine            an engine file that is truncated, altered or not for this machine
+    │   ├── PairMismatch         members that can't share one latent
+    │   ├── OutOfProfile         a size outside what the engine was built for
+    │   └── Unavailable          a library, device or feature that this machine lacks
+    └── FailedWork               the request was fine, carrying it out failed             exit code 1
+        ├── BuildFailed          an export or a compilation
+        ├── NotFinite            NaN or infinity in the latents
+        └── Cancelled            stopped by the caller
+
+Every message says what is wrong with the value that was got and what is allowed; ``hint`` names the flag, call or
+command that mends it and is printed on a line of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BadBundle",
+    "BadCheckpoint",
+    "BadEngine",
+    "BadInput",
+    "BadSchedule",
+    "BuildFailed",
+    "Cancelled",
+    "FailedWork",
+    "NotFinite",
+    "OutOfProfile",
+    "PairMismatch",
+    "TStitchError",
+    "Unavailable",
+    "UnknownName",
+    "nearest",
+    "unknown_name",
+]
+
+
+class TStitchError(Exception):
+    """Base of all errors raised on purpose. ``str(error)`` is the message, then ``hint: ...`` on its own line."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}"
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments would be lost by the default pickling
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(kind: type[TStitchError], message: str, hint: str) -> TStitchError:
+    error = kind.__new__(kind)
+    TStitchError.__init__(error, message, hint=hint)
+    return error
+
+
+class BadInput(TStitchError):
+    exit_code = 2
+
+
+class UnknownName(BadInput):
+    pass
+
+
+class BadSchedule(BadInput):
+    pass
+
+
+class BadCheckpoint(BadInput):
+    pass
+
+
+class BadBundle(BadInput):
+    pass
+
+
+class BadEngine(BadInput):
+    pass
+
+
+class PairMismatch(BadInput):
+    pass
+
+
+class OutOfProfile(BadInput):
+    pass
+
+
+class Unavailable(BadInput):
+    pass
+
+
+class FailedWork(TStitchError):
+    pass
+
+
+class BuildFailed(FailedWork):
+    pass
+
+
+class NotFinite(FailedWork):
+    pass
+
+
+class Cancelled(FailedWork):
+    pass
+
+
+def nearest(got: str, known: Iterable[str]) -> str | None:
+    """The known name closest to ``got``, or ``None`` when nothing is close."""
+    matches = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown_name(kind: str, got: str, known: Iterable[str], *, hint: str | None = None) -> UnknownName:
+    """The error for a ``kind`` (``"solver"``, ``"member"``...) called ``got`` that is not among ``known``."""
+    names = list(known)
+    close = nearest(got, names)
+    fix = f"did you mean {close!r}?" if close else f"use one of: {', '.join(names)}"
+    return UnknownName(
+        f"unknown {kind} {got!r}; known: {', '.join(names) or 'none'}", hint=f"{fix} {hint}" if hint else fix
+    )

@@ -1,0 +1,105 @@
+"""Shapes and types as data: what the exporter promises, the engine checks and the runtime allocates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+from numpy.typing import DTypeLike
+
+from tstitch_engines.errors import BadInput, OutOfProfile, unknown_name
+
+__all__ = ["DTYPES", "Range", "ShapeProfile", "TensorSpec", "itemsize", "storage_dtype"]
+
+# Field names as ONNX and safetensors users know them -> (bytes per element, the numpy type that stores it).
+# numpy has no bfloat16: its bits travel in uint16.
+DTYPES: dict[str, tuple[int, DTypeLike]] = {
+    "float32": (4, np.float32),
+    "float16": (2, np.float16),
+    "bfloat16": (2, np.uint16),
+    "int64": (8, np.int64),
+    "int32": (4, np.int32),
+    "uint8": (1, np.uint8),
+    "bool": (1, np.bool_),
+}
+
+
+def itemsize(dtype: str) -> int:
+    return DTYPES[dtype][0]
+
+
+def storage_dtype(dtype: str) -> np.dtype[np.generic]:
+    """The numpy type whose memory holds ``dtype`` (``bfloat16`` is kept as its 16 bits)."""
+    return np.dtype(DTYPES[dtype][1])
+
+
+class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes one dynamic dimension may take; ``opt`` is the one the engine is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise BadInput(
+                f"profile {self.min}:{self.opt}:{self.max} is not ordered; allowed is 1 <= MIN <= OPT <= MAX",
+                hint="write it as MIN:OPT:MAX, e.g. --batch 1:8:16",
+            )
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+    @staticmethod
+    def parse(text: str) -> Range:
+        """``"8"`` is fixed, ``"1:16"`` is tuned for its maximum, ``"1:8:16"`` says all three."""
+        parts = text.split(":")
+        if len(parts) > 3 or not all(p.isdigit() for p in parts):
+            raise BadInput(
+                f"profile {text!r} is not MIN:OPT:MAX with whole numbers", hint="write it as e.g. --batch 1:8:16"
+            )
+        numbers = [int(p) for p in parts]
+        return Range(numbers[0], numbers[-1] if len(numbers) < 3 else numbers[1], numbers[-1])
+
+
+class ShapeProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The allowed sizes of every named dynamic dimension of a member, e.g. ``{"B": 1:8:16}``."""
+
+    dims: dict[str, Range]
+
+    def check(self, sizes: Mapping[str, int], *, what: str) -> None:
+        """Raises ``OutOfProfile`` when a size lies outside its range."""
+        for name, size in sizes.items():
+            allowed = self.dims.get(name)
+            if allowed is None:
+                raise unknown_name("dimension", name, self.dims)
+            if not allowed.min <= size <= allowed.max:
+                raise OutOfProfile(
+                    f"{what}: {name} = {size} is outside the profile; allowed is {allowed.min} to {allowed.max}",
+                    hint=f"ask for {allowed.min} to {allowed.max}, or build again with a wider profile, "
+                    f"e.g. --batch {allowed.min}:{allowed.opt}:{max(size, allowed.max)}",
+                )
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One input or output: ``shape`` mixes fixed sizes and names of dynamic dimensions (``("B", 4, 32, 32)``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with every dynamic dimension replaced by its size."""
+        return tuple(d if isinstance(d, int) else sizes[d] for d in self.shape)
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        return math.prod(self.resolve(sizes)) * itemsize(self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"

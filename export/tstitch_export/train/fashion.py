@@ -1,0 +1,144 @@
+"""Trains one member of the built-in pair on Fashion-MNIST.
+
+    python -m tstitch_export.train.fashion --data DIR --member large --out runs/large --minutes 120
+    python -m tstitch_export.train.fashion --data DIR --member small --out runs/small --images 1500000
+
+Stop it at any time (Ctrl-C, a reboot): the same command goes on from the last checkpoint. The exponential moving
+average of the weights is written to ``OUT/ema.safetensors`` with the names of the published DiT checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tstitch_export.families.dit_config import DiTConfig
+from tstitch_export.families.dit_model import DiT
+from tstitch_export.train.data import load_split
+from tstitch_export.train.loop import Budget, Ema, learning_rate, load_state, save_state
+
+__all__ = ["MEMBERS", "main", "v_loss"]
+
+MEMBERS = {
+    "large": DiTConfig(depth=6, width=192, heads=3, patch=4, size=28, channels=1, classes=10),
+    "small": DiTConfig(depth=3, width=64, heads=2, patch=4, size=28, channels=1, classes=10),
+}
+PEAK_RATE = {"large": 1e-3, "small": 2e-3}
+
+
+def alphas_cumprod() -> Tensor:
+    """The linear schedule of DDPM (arXiv 2006.11239, section 4): beta from 1e-4 to 0.02 over 1,000 steps."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+
+
+def v_loss(model: DiT, x0: Tensor, labels: Tensor, signal: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512) at uniform timesteps."""
+    batch = x0.shape[0]
+    device = x0.device
+    t = torch.randint(0, signal.shape[0], (batch,), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator).to(device)
+    drop = torch.rand(batch, generator=generator) < 0.1
+    labels = torch.where(drop.to(device), model.config.classes, labels)
+    alpha = signal[t].sqrt().float().to(device)[:, None, None, None]
+    sigma = (1 - signal[t]).sqrt().float().to(device)[:, None, None, None]
+    v = model(alpha * x0 + sigma * noise, t.float().to(device), labels)
+    return (v - (alpha * noise - sigma * x0)).square().mean()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx.gz files")
+    parser.add_argument("--member", choices=sorted(MEMBERS), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and ema.safetensors go here")
+    parser.add_argument("--images", type=int, help="train on this many images (with repetition)")
+    parser.add_argument("--minutes", type=float, help="train for this long, summed over resumed runs")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if not args.images and not args.minutes:
+        parser.error("say how long to train: --images N or --minutes M")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    images, labels_np = load_split(args.data, "train")
+    data = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None]
+    labels = torch.from_numpy(labels_np)
+
+    torch.manual_seed(args.seed)
+    model = DiT(MEMBERS[args.member]).initialise().to(args.device)
+    ema = Ema(model, 0.999)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    budget = Budget(args.images, args.minutes)
+    step, history = 0, []
+    state = load_state(args.out / "state.pt")
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        ema.values = {name: value.to(args.device) for name, value in state["ema"].items()}
+        step, history, budget.seconds_before = state["step"], state["history"], state["seconds"]
+        print(f"resumed at step {step}", file=sys.stderr)
+
+    def save() -> None:
+        save_state(
+            args.out / "state.pt",
+            {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "ema": ema.values,
+                "step": step,
+                "history": history,
+                "seconds": budget.seconds(),
+            },
+        )
+        buffers = {"pos_embed": model.pos_embed.cpu()}
+        save_file({k: v.cpu().contiguous() for k, v in {**ema.values, **buffers}.items()}, args.out / "ema.safetensors")
+        log = {"member": args.member, "images": step * args.batch, "seconds": budget.seconds(), "history": history}
+        (args.out / "log.json").write_text(json.dumps(log))
+
+    signal = alphas_cumprod()
+    generator = torch.Generator()
+    saved, running = time.monotonic(), []
+    try:
+        while (progress := budget.progress(step * args.batch)) < 1:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(PEAK_RATE[args.member], progress, step, 200)
+            generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one would
+            index = torch.randint(0, len(data), (args.batch,), generator=generator)
+            x0, y = data[index].to(args.device), labels[index].to(args.device)
+            loss = v_loss(model, x0, y, signal, generator)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            step += 1
+            ema.update(model, step)
+            running.append(loss.detach())
+            if step % 100 == 0:
+                mean = float(torch.stack(running).mean())
+                running.clear()
+                history.append([step * args.batch, round(budget.seconds(), 1), mean])
+                print(f"{100 * progress:5.1f} %  images {step * args.batch:>9,}  loss {mean:.4f}", file=sys.stderr)
+            if time.monotonic() - saved > 60:
+                save()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        print("interrupted: saved, the same command goes on from here", file=sys.stderr)
+        save()
+        return 130
+    save()
+    print(f"{args.out / 'ema.safetensors'}: {step * args.batch:,} images in {budget.seconds() / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
