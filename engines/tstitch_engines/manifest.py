@@ -110,7 +110,9 @@ class EngineIdentity(_Record):
 
 
 class EngineRecord(_Record):
-    file: Component
+    """An engine: ``files[0]`` is what the backend loads, the others lie beside it (weights over 2 GB)."""
+
+    files: tuple[Component, ...]
     identity: EngineIdentity
 
 
@@ -163,7 +165,7 @@ class Manifest(_Record):
         """Every file the bundle must hold, each once."""
         found: dict[str, Component] = {}
         for member in self.members.values():
-            for part in (*member.onnx, *(record.file for record in member.engines)):
+            for part in (*member.onnx, *(part for record in member.engines for part in record.files)):
                 found[part.path] = part
         if self.quality is not None:
             for part in (self.quality.network, self.quality.reference):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tstitch_engines.errors import BadInput
 from tstitch_engines.manifest import EngineIdentity, Member
@@ -64,6 +64,8 @@ class Backend(ABC):
     """Compiles and loads. Stateless; constructing one imports its library or raises ``Unavailable``."""
 
     name: str
+    model_kind: Literal["onnx", "exported-program"] = "onnx"  # what `compile` wants to be given
+    engine_suffix: str = ".engine"
     options: Mapping[str, tuple[type, str]] = {}  # what `compile` understands: name -> (type, one-line help)
 
     @abstractmethod
@@ -85,15 +87,15 @@ class Backend(ABC):
         options: Mapping[str, Option],
         output: Path,
         progress: Progress,
-    ) -> None:
-        """Compiles ``model`` (the ONNX graph, or what ``model_file`` names) into the file ``output``.
+    ) -> tuple[Path, ...]:
+        """Compiles ``model`` (of the kind ``model_kind``) into the file ``output``; returns all files it wrote.
 
+        The first is ``output``; any other lies in the same directory and has a name that starts with ``output``'s.
         Raises ``BadInput`` for an option the backend can't honour and ``BuildFailed`` when compilation fails; in
-        both cases ``output`` does not exist afterwards.
+        both cases nothing it wrote is left.
         """
 
     @abstractmethod
     def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a file made by ``compile``. ``threads`` 0 means all cores. Raises ``BadEngine`` for a damaged file."""
 
-    engine_suffix: str = ".engine"

@@ -1,0 +1,212 @@
+"""ONNX Runtime: the CPU provider, and the CUDA provider behind the same class. An engine is the optimised graph."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.backends.base import Backend, Engine, Option, Progress
+from tstitch_engines.device import parse_device
+from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+
+if TYPE_CHECKING:
+    from tstitch_engines.device import Buffer, Device
+    from tstitch_engines.manifest import EngineIdentity, Member
+    from tstitch_engines.spec import ShapeProfile
+
+__all__ = ["OnnxRuntimeBackend"]
+
+# onnx.TensorProto element types: ONNX Runtime binds memory by them (numpy has no bfloat16 to say it with)
+_ELEMENT: Final = {
+    "float32": 1,
+    "uint8": 2,
+    "int32": 6,
+    "int64": 7,
+    "bool": 9,
+    "float16": 10,
+    "bfloat16": 16,
+}
+_LEVELS: Final = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC"}
+_PROTOBUF_LIMIT: Final = 1_900_000_000  # bytes; one protobuf file can't reach 2 GiB
+
+
+def cpu_arch() -> str:
+    """The machine's instruction set as far as compiled graphs depend on it, e.g. ``x86_64-avx2``."""
+    machine = platform.machine()
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    except OSError:
+        return machine
+    best = next((name for name in ("avx512f", "avx2", "avx") if name in flags), None)
+    return f"{machine}-{best}" if best else machine
+
+
+class OnnxRuntimeBackend(Backend):
+    name = "onnxruntime"
+    engine_suffix = ".ort.onnx"
+    options = {"graph-optimisation": (str, f"graph optimisation level: {', '.join(_LEVELS)} (default: all)")}
+
+    def __init__(self) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise Unavailable(
+                "the backend 'onnxruntime' needs ONNX Runtime, which is not installed",
+                hint='pip install "tstitch-trt[cpu]" (or "tstitch-trt[gpu]" for CUDA; never both)',
+            ) from error
+        self._ort: Any = onnxruntime
+
+    def version(self) -> str:
+        return str(self._ort.__version__)
+
+    def arch(self, device: str) -> str:
+        kind, index = parse_device(device)
+        if kind == "cpu":
+            return cpu_arch()
+        from tstitch_engines.cuda_device import compute_capability
+
+        major, minor = compute_capability(index)
+        return f"sm_{major}{minor}"
+
+    def _providers(self, device: str, stream: int | None = None) -> list[Any]:
+        kind, index = parse_device(device)
+        if kind == "cpu":
+            return ["CPUExecutionProvider"]
+        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
+            raise Unavailable(
+                f"this ONNX Runtime {self.version()} has no CUDA provider "
+                f"(it has: {', '.join(self._ort.get_available_providers())})",
+                hint='pip uninstall onnxruntime && pip install "tstitch-trt[gpu]", or use --device cpu',
+            )
+        cuda: dict[str, str] = {"device_id": str(index)}
+        if stream is not None:
+            cuda["user_compute_stream"] = str(stream)
+        return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+
+    def _session_options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3  # errors only; they come back as exceptions as well
+        return options
+
+    def compile(
+        self,
+        *,
+        member: Member,
+        model: Path,
+        profile: ShapeProfile,
+        device: str,
+        options: Mapping[str, Option],
+        output: Path,
+        progress: Progress,
+    ) -> tuple[Path, ...]:
+        for name in options:
+            if name not in self.options:
+                raise unknown_name("onnxruntime option", name, self.options)
+        level = str(options.get("graph-optimisation", "all"))
+        if level not in _LEVELS:
+            raise unknown_name("graph optimisation level", level, _LEVELS)
+        providers = self._providers(device)
+        settings = self._session_options()
+        settings.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[level])
+        settings.optimized_model_filepath = str(output)
+        data = output.with_name(output.name + ".data")
+        if sum(part.bytes for part in member.onnx) * _growth(member) > _PROTOBUF_LIMIT:
+            settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
+            settings.add_session_config_entry(
+                "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+            )
+        progress("optimise", 0.0)
+        try:
+            session = self._ort.InferenceSession(str(model), settings, providers=providers)
+            self._expect_provider(session, device)
+        except BaseException as error:
+            output.unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
+            if isinstance(error, Unavailable) or not isinstance(error, Exception):
+                raise
+            raise BuildFailed(
+                f"ONNX Runtime {self.version()} can't compile {model.name} ({member.precision}) for {device}: {error}",
+                hint="if it names an operator without a kernel for this type, build with --precision fp32 "
+                "(the CPU provider has no bfloat16 kernels)",
+            ) from error
+        progress("optimise", 1.0)
+        return (output, data) if data.exists() else (output,)
+
+    def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+        settings = self._session_options()
+        settings.intra_op_num_threads = threads
+        settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done already
+        stream = getattr(device, "stream_handle", None)
+        try:
+            session = self._ort.InferenceSession(
+                str(path), settings, providers=self._providers(device.name, stream)
+            )
+            self._expect_provider(session, device.name)
+        except Unavailable:
+            raise
+        except Exception as error:
+            raise BadEngine(
+                f"ONNX Runtime {self.version()} can't load the engine {path.name}: {error}",
+                hint="build the bundle again: tstitch-trt build RECIPE -o BUNDLE",
+            ) from error
+        return _OnnxRuntimeEngine(self._ort, session, member, identity, device)
+
+    def _expect_provider(self, session: Any, device: str) -> None:
+        """ONNX Runtime falls back to the CPU without an error when CUDA can't start: make it one."""
+        if parse_device(device)[0] == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            raise Unavailable(
+                f"ONNX Runtime could not start its CUDA provider on {device}",
+                hint="tstitch-trt doctor says which library is missing; or use --device cpu",
+            )
+
+
+def _growth(member: Member) -> int:
+    """Weights shipped as float16 behind a Cast are folded to float32: the engine is twice the size."""
+    return 2 if member.precision == "fp32" else 1
+
+
+class _OnnxRuntimeEngine(Engine):
+    def __init__(self, ort: Any, session: Any, member: Member, identity: EngineIdentity, device: Device) -> None:
+        super().__init__(member.inputs, member.outputs, identity.profile)
+        have = {item.name for item in (*session.get_inputs(), *session.get_outputs())}
+        want = {spec.name for spec in (*member.inputs, *member.outputs)}
+        if have != want:
+            raise BadEngine(
+                f"the engine's tensors {sorted(have)} are not the member's {sorted(want)}",
+                hint="build the bundle again: tstitch-trt build RECIPE -o BUNDLE",
+            )
+        self._session = session
+        self._kind, self._index = parse_device(device.name)
+        self._binding: Any = None
+        self._buffers: dict[str, Buffer] = {}
+        self._options = ort.RunOptions()
+        self._options.log_severity_level = 3
+        # ours is the stream, so ours is the waiting
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
+        binding = self._session.io_binding()
+        for specs, bind in ((self.inputs, binding.bind_input), (self.outputs, binding.bind_output)):
+            for spec in specs:
+                buffer = buffers[spec.name]
+                bind(spec.name, self._kind, self._index, _ELEMENT[spec.dtype], list(buffer.shape), buffer.ptr)
+        self._binding = binding
+        self._buffers = dict(buffers)  # the binding holds addresses only
+
+    def enqueue(self) -> None:
+        if self._binding is None:
+            raise BadInput("the engine has no buffers", hint="call bind(...) before enqueue()")
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise FailedWork(
+                f"ONNX Runtime failed while running a member: {error}",
+                hint="check the free memory (a smaller batch needs less); --backend torch tells whether the model is at fault",
+            ) from error
+
+    def close(self) -> None:
+        self._binding = None
+        self._session = None
+        self._buffers = {}
