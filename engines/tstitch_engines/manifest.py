@@ -35,7 +35,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of the manifest's records: immutable, and an unknown field is an error."""
 
 
-class Component(_Record):
+class Component(_Record, frozen=True, kw_only=True):
     """A file of the bundle: ``path`` is relative to the bundle and may not leave it."""
 
     path: str
@@ -43,15 +43,19 @@ class Component(_Record):
     bytes: int
 
 
-class Source(_Record):
-    """What a member was made from; ``name`` is the last part of the path given at build time."""
+class Source(_Record, frozen=True, kw_only=True):
+    """What a member was made from; ``name`` is the last part of the path given at build time.
+
+    ``shipped`` sources come with the package, so a rebuild needs no ``--member``.
+    """
 
     name: str
     sha256: str
     bytes: int
+    shipped: bool = False
 
 
-class Latent(_Record):
+class Latent(_Record, frozen=True, kw_only=True):
     """The latent that all members share: ``[channels, height, width]``; decoded from ``latent / scaling + shift``."""
 
     channels: int
@@ -61,7 +65,7 @@ class Latent(_Record):
     shift: float = 0.0
 
 
-class NoiseScheduleSpec(_Record):
+class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
     """``alphas_cumprod`` of the forward process, by formula."""
 
     kind: Literal["linear", "scaled-linear", "squared-cosine"]
@@ -70,7 +74,7 @@ class NoiseScheduleSpec(_Record):
     beta_end: float = 0.02
 
 
-class Conditioning(_Record):
+class Conditioning(_Record, frozen=True, kw_only=True):
     """Class conditioning: labels ``0..classes-1``; ``null`` is the label of the unconditional half, if there is one."""
 
     kind: Literal["class"] = "class"
@@ -79,7 +83,7 @@ class Conditioning(_Record):
     names: tuple[str, ...] = ()
 
 
-class Defaults(_Record):
+class Defaults(_Record, frozen=True, kw_only=True):
     """What ``sample`` uses where the caller says nothing. ``guided_channels`` ``None`` means all."""
 
     solver: str = "ddim"
@@ -90,13 +94,13 @@ class Defaults(_Record):
     schedule: str = "small:0.4,large"
 
 
-class Decoder(_Record):
+class Decoder(_Record, frozen=True, kw_only=True):
     """``pixel``: the latent is the picture, in [-1, 1]. ``none``: the bundle gives latents only."""
 
     kind: Literal["pixel", "none"]
 
 
-class EngineIdentity(_Record):
+class EngineIdentity(_Record, frozen=True, kw_only=True):
     """Everything that decides whether an engine file may run here. ``digest`` hashes the record."""
 
     schema: int
@@ -109,14 +113,14 @@ class EngineIdentity(_Record):
     options: dict[str, str | int | float | bool] = {}
 
 
-class EngineRecord(_Record):
+class EngineRecord(_Record, frozen=True, kw_only=True):
     """An engine: ``files[0]`` is what the backend loads, the others lie beside it (weights over 2 GB)."""
 
     files: tuple[Component, ...]
     identity: EngineIdentity
 
 
-class ExportCheck(_Record):
+class ExportCheck(_Record, frozen=True, kw_only=True):
     """The exported graph against PyTorch on random input: worst differences over ``batches``."""
 
     max_abs: float
@@ -125,7 +129,7 @@ class ExportCheck(_Record):
     against: str
 
 
-class Member(_Record):
+class Member(_Record, frozen=True, kw_only=True):
     """One denoiser. ``onnx[0]`` is the graph, the others its external data. ``config`` is the model's own shape."""
 
     family: str
@@ -141,14 +145,14 @@ class Member(_Record):
     engines: tuple[EngineRecord, ...] = ()
 
 
-class Quality(_Record):
+class Quality(_Record, frozen=True, kw_only=True):
     """A feature network (ONNX: images -> features, logits) and the statistics of held-out real images."""
 
     network: Component
     reference: Component
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True, kw_only=True):
     schema: Annotated[int, msgspec.Meta(ge=1)]
     name: str
     recipe: str

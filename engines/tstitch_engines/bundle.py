@@ -1,0 +1,224 @@
+"""Bundles on disk: opened with every path, size and hash checked; replaced in one step or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from types import FrameType
+from typing import Literal, NoReturn
+
+import msgspec
+
+from tstitch_engines.decode import DecodeError, convert
+from tstitch_engines.errors import BadBundle, BuildFailed
+from tstitch_engines.files import exchange, hash_file, remove_stale, sync_directory, temporary_directory, write_durably
+from tstitch_engines.manifest import SCHEMA, Component, Manifest
+
+__all__ = ["MANIFEST", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
+
+_log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+class Bundle:
+    """An opened bundle: its manifest is well formed and every file of it was there when it was opened."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    def path(self, component: Component) -> Path:
+        """Where a component lies. Raises ``BadBundle`` when that is outside the bundle."""
+        return _inside(self.root, component, self.rebuild_command)
+
+    @property
+    def rebuild_command(self) -> str:
+        return rebuild_command(self.manifest, self.root)
+
+
+def rebuild_command(manifest: Manifest | None, root: Path) -> str:
+    """The command that makes the bundle again, as far as the manifest knows it."""
+    words = ["tstitch-trt", "build", manifest.recipe if manifest else "RECIPE"]
+    if manifest is not None:
+        for name, member in manifest.members.items():
+            if member.sources and not member.sources[0].shipped:
+                words += ["--member", f"{name}={member.sources[0].name}"]
+    return " ".join(shlex.quote(word) for word in (*words, "-o", str(root)))
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether ``path`` looks like a bundle at all; ``open_bundle`` says whether it is a sound one."""
+    return (path / MANIFEST).is_file()
+
+
+def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full") -> Bundle:
+    """The bundle at ``path``.
+
+    ``verify="size"`` checks that every file is there with its recorded size, ``"full"`` also its sha256. Raises
+    ``BadBundle`` naming what is wrong (no bundle, half-written, unknown field, other schema, unsafe path, missing,
+    truncated or altered file) and the command that rebuilds it.
+    """
+    root = Path(path)
+    manifest = _read_manifest(root)
+    rebuild = rebuild_command(manifest, root)
+    for component in manifest.components():
+        _check(component, _inside(root, component, rebuild), rebuild, full=verify == "full")
+    return Bundle(root, manifest)
+
+
+def _read_manifest(root: Path) -> Manifest:
+    rebuild = f"build it: {rebuild_command(None, root)}"
+    if not root.exists():
+        raise BadBundle(f"{root} does not exist; wanted is the directory of a bundle", hint=rebuild)
+    if not root.is_dir():
+        raise BadBundle(f"{root} is a file; a bundle is a directory with a {MANIFEST}", hint=rebuild)
+    file = root / MANIFEST
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        parts = sorted(entry.name for entry in root.iterdir())[:4]
+        raise BadBundle(
+            f"{root} is no bundle: it has no {MANIFEST}, only {', '.join(parts) or 'nothing'} "
+            "(a foreign directory, or a copy that was cut short)",
+            hint=f"give the directory of a bundle, or {rebuild}",
+        ) from None
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise BadBundle(f"{file} is damaged: {error}", hint=rebuild) from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, bool) or not isinstance(schema, int):
+        raise BadBundle(f"{file} is not the manifest of a bundle: it states no schema version", hint=rebuild)
+    if schema != SCHEMA:
+        fix = "a newer tstitch-trt made it: upgrade with pip install -U tstitch-trt, or " if schema > SCHEMA else ""
+        raise BadBundle(f"{file} has schema version {schema}; this version reads {SCHEMA}", hint=fix + rebuild)
+    try:
+        return convert(data, Manifest, word="field")
+    except DecodeError as error:
+        fix = f"{error.fix}; or {rebuild}" if error.fix else rebuild
+        raise BadBundle(f"{file}: {error.message}", hint=fix) from None
+
+
+def _inside(root: Path, component: Component, rebuild: str) -> Path:
+    """The component's path, proved to lie in the bundle. A file of a bundle may never name one outside of it."""
+    name = PurePosixPath(component.path)
+    problem = None
+    if not component.path or name.is_absolute() or "\\" in component.path or "\0" in component.path:
+        problem = "is not a relative path"
+    elif ".." in name.parts:
+        problem = "climbs out of the bundle"
+    elif not (root / name).resolve().is_relative_to(root.resolve()):
+        problem = "leads out of the bundle through a symbolic link"
+    if problem:
+        raise BadBundle(
+            f"{root / MANIFEST}: component path {component.path!r} {problem}; allowed are paths inside the bundle",
+            hint=f"do not trust this bundle; build it again: {rebuild}",
+        )
+    return root / name
+
+
+def _check(component: Component, path: Path, rebuild: str, *, full: bool) -> None:
+    fix = f"build it again: {rebuild}"
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise BadBundle(f"{path} is missing from the bundle ({error.strerror})", hint=fix) from None
+    if not path.is_file():
+        raise BadBundle(f"{path} is not a regular file", hint=fix)
+    if size != component.bytes:
+        raise BadBundle(f"{path} has {size} bytes, the manifest says {component.bytes}: truncated or altered", hint=fix)
+    if full and (found := hash_file(path)[0]) != component.sha256:
+        raise BadBundle(f"{path} is altered: its sha256 is {found}, the manifest says {component.sha256}", hint=fix)
+
+
+def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
+    """Makes the bundle ``output``: ``fill`` puts the files into an empty directory and returns the manifest.
+
+    That directory is a sibling of ``output`` and takes its place in one rename at the very end, so ``output`` is at
+    every moment either the old bundle or the new one. On any exception, Ctrl-C or SIGTERM it is removed; what a
+    killed process left is removed by the next build. Raises ``BadBundle`` when ``output`` holds something that is no
+    bundle, ``BuildFailed`` when the files can't be written.
+    """
+    output = output.resolve()
+    _refuse_foreign(output)
+    prefix, backup = f".{output.name}.building-", output.parent / f".{output.name}.replaced"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _restore(output, backup)
+        remove_stale(output.parent, prefix)
+        with _terminate_as_exception(), temporary_directory(output.parent, prefix) as staging:
+            manifest = fill(staging)
+            write_durably(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+            for directory in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+                sync_directory(directory)
+            _replace(staging, output, backup)
+    except OSError as error:
+        raise BuildFailed(
+            f"writing the bundle {output} failed: {error}",
+            hint="free space there or choose another place with -o DIR; what was there before is unchanged",
+        ) from error
+    return Bundle(output, manifest)
+
+
+def _refuse_foreign(output: Path) -> None:
+    if output.is_dir() and not is_bundle(output) and any(output.iterdir()):
+        problem = f"{output} is not empty and holds no {MANIFEST}, so it is no bundle"
+    elif output.exists() and not output.is_dir():
+        problem = f"{output} is a file"
+    else:
+        return
+    raise BadBundle(f"{problem}; a build replaces bundles only", hint="choose another directory with -o DIR")
+
+
+def _replace(staging: Path, output: Path, backup: Path) -> None:
+    """Puts ``staging`` where ``output`` is; afterwards ``staging`` is gone or holds the old bundle."""
+    if not output.exists():
+        staging.rename(output)
+    elif not exchange(staging, output):
+        # Without an atomic exchange there is a moment with no bundle: `_restore` mends a crash in it.
+        output.rename(backup)
+        try:
+            staging.rename(output)
+        except BaseException:
+            backup.rename(output)
+            raise
+        backup.rename(staging)  # removed together with the temporary directory
+    sync_directory(output.parent)
+
+
+def _restore(output: Path, backup: Path) -> None:
+    if not is_bundle(backup):
+        return
+    if not output.exists():
+        _log.warning("restoring %s, set aside by a build that was killed", output)
+        backup.rename(output)
+    else:
+        backup.rename(Path(f"{output.parent / f'.{output.name}.building-old'}"))  # complete but replaced: now stale
+
+
+@contextmanager
+def _terminate_as_exception() -> Iterator[None]:
+    """Turns SIGTERM into ``SystemExit``, so that it unwinds as Ctrl-C does, unless the program handles it itself."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

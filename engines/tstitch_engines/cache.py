@@ -1,0 +1,118 @@
+"""Content-addressed cache of built components: exports and engines, each under the hash of all that decides it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tstitch_engines.files import hash_file, remove_stale, sync_directory, temporary_directory, write_durably
+from tstitch_engines.manifest import Component
+
+__all__ = ["Cache", "Entry", "default_root"]
+
+_log = logging.getLogger(__name__)
+
+_RECORD = "entry.json"
+_LAYOUT = "v1"
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    key: str
+    files: tuple[Component, ...]
+    info: dict[str, Any]
+
+
+class Entry:
+    """A verified entry: ``files`` maps the names given to ``put`` to paths, ``info`` is what was stored with them."""
+
+    def __init__(self, root: Path, record: _Record) -> None:
+        self.files = {part.path: root / part.path for part in record.files}
+        self.components = record.files
+        self.info = record.info
+
+
+def default_root() -> Path:
+    """``$TSTITCH_TRT_CACHE``, else ``tstitch-trt`` in the XDG cache directory."""
+    if chosen := os.environ.get("TSTITCH_TRT_CACHE"):
+        return Path(chosen)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG rules ignore a relative one
+    return (base if base.is_absolute() else Path.home() / ".cache") / "tstitch-trt"
+
+
+class Cache:
+    """Entries are immutable and appear by rename, so any number of processes may share one cache."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or default_root()) / _LAYOUT
+
+    def get(self, key: str) -> Entry | None:
+        """The entry of ``key``, or ``None``. Every file is read and its sha256 compared: a damaged entry is a miss."""
+        folder = self._folder(key)
+        try:
+            record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
+            if record.key != key:
+                raise ValueError(f"it is the entry of {record.key}")
+            for part in record.files:
+                if hash_file(folder / part.path) != (part.sha256, part.bytes):
+                    raise ValueError(f"{part.path} was altered")
+        except FileNotFoundError as error:
+            if folder.is_dir():
+                _log.warning("cache entry %s is damaged and is built again: %s", folder, error)
+            return None
+        except (OSError, ValueError, msgspec.DecodeError) as error:
+            _log.warning("cache entry %s is damaged and is built again: %s", folder, error)
+            return None
+        return Entry(folder, record)
+
+    def put(self, key: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
+        """Makes the entry of ``key``: ``build`` writes the files into an empty folder and returns ``info`` (JSON data).
+
+        Nothing is stored when ``build`` raises. When another process stored the same key meanwhile, its entry stays
+        and is returned. Raises what ``build`` raises, and ``OSError`` when the cache can't be written.
+        """
+        folder = self._folder(key)
+        remove_stale(self.root, "building-")
+        with temporary_directory(self.root, "building-") as staging:
+            info = build(staging)
+            files = []
+            for path in sorted(staging.iterdir()):
+                _sync_file(path)
+                files.append(_component(path))
+            record = _Record(key=key, files=tuple(files), info=info)
+            write_durably(staging / _RECORD, msgspec.json.encode(record))
+            sync_directory(staging)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                staging.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if (theirs := self.get(key)) is not None:
+                    return theirs
+                shutil.rmtree(folder, ignore_errors=True)
+                staging.rename(folder)
+            sync_directory(folder.parent)
+        return Entry(folder, record)
+
+    def _folder(self, key: str) -> Path:
+        return self.root / key[:2] / key
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _component(path: Path) -> Component:
+    sha256, size = hash_file(path)
+    return Component(path=path.name, sha256=sha256, bytes=size)

@@ -1,0 +1,125 @@
+"""Files that survive: hashing, durable writes, and temporary directories that name a living owner."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tstitch_engines.manifest import Component
+
+__all__ = [
+    "copy_component",
+    "exchange",
+    "hash_file",
+    "remove_stale",
+    "sync_directory",
+    "temporary_directory",
+    "write_durably",
+]
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 22
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """The sha256 of a file in hex, and its size in bytes."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
+
+
+def copy_component(source: Path, root: Path, relative: str) -> Component:
+    """Copies ``source`` to ``root / relative``, flushed to disk, and describes what was written."""
+    target = root / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    size = 0
+    with source.open("rb") as stream, target.open("xb") as out:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    return Component(path=relative, sha256=digest.hexdigest(), bytes=size)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    with path.open("xb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flushes a directory's own entries, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def temporary_directory(parent: Path, prefix: str) -> Iterator[Path]:
+    """A fresh directory in ``parent``, removed at the end unless it was renamed away.
+
+    It stays locked while its owner lives. The kernel drops the lock of a killed process, which is how
+    ``remove_stale`` knows what was left behind; a process number in the name could have been reused.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        path.chmod(0o755)  # mkdtemp makes it private; a bundle is as readable as any other output
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if path.is_dir() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)  # another process took it for stale between mkdtemp and flock
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def remove_stale(parent: Path, prefix: str) -> None:
+    """Removes the temporary directories of processes that died."""
+    for path in parent.glob(f"{prefix}*"):
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue  # gone meanwhile, or not a directory of ours
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # its owner lives
+        else:
+            _log.info("removing %s, left behind by an interrupted build", path)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swaps two paths in one atomic step (Linux ``renameat2``); ``False`` where kernel or file system can't."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        paths = (os.fsencode(a), os.fsencode(b))
+        return bool(libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
+    return False
