@@ -3,6 +3,10 @@
     python -m tstitch_export.train.fashion --data DIR --member large --out runs/large --minutes 120
     python -m tstitch_export.train.fashion --data DIR --member small --out runs/small --images 1500000
 
+On a CPU, several processes of one thread each are faster than several threads, and do not mind a busy machine:
+
+    torchrun --nproc-per-node 2 -m tstitch_export.train.fashion --threads 1 ... (as above)
+
 Stop it at any time (Ctrl-C, a reboot): the same command goes on from the last checkpoint. The exponential moving
 average of the weights is written to ``OUT/ema.safetensors`` with the names of the published DiT checkpoints.
 """
@@ -11,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,18 +45,32 @@ def alphas_cumprod() -> Tensor:
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
 
-def v_loss(model: DiT, x0: Tensor, labels: Tensor, signal: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512) at uniform timesteps."""
+def v_loss(model: DiT, x0: Tensor, labels: Tensor, signal: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+    """Mean squared error of v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512) at uniform timesteps.
+
+    The random numbers are drawn for the whole batch, then the loss is that of its ``part``.
+    """
     batch = x0.shape[0]
     device = x0.device
-    t = torch.randint(0, signal.shape[0], (batch,), generator=generator)
-    noise = torch.randn(x0.shape, generator=generator).to(device)
-    drop = torch.rand(batch, generator=generator) < 0.1
-    labels = torch.where(drop.to(device), model.config.classes, labels)
+    t = torch.randint(0, signal.shape[0], (batch,), generator=generator)[part]
+    noise = torch.randn(x0.shape, generator=generator)[part].to(device)
+    drop = (torch.rand(batch, generator=generator) < 0.1)[part]
+    x0 = x0[part]
+    labels = torch.where(drop.to(device), model.config.classes, labels[part])
     alpha = signal[t].sqrt().float().to(device)[:, None, None, None]
     sigma = (1 - signal[t]).sqrt().float().to(device)[:, None, None, None]
     v = model(alpha * x0 + sigma * noise, t.float().to(device), labels)
     return (v - (alpha * noise - sigma * x0)).square().mean()
+
+
+def average_gradients(model: DiT, world: int) -> None:
+    """One all-reduce for all gradients, so that processes meet once a step."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,6 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("say how long to train: --images N or --minutes M")
     if args.threads:
         torch.set_num_threads(args.threads)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch % world:
+        parser.error(f"--batch {args.batch} does not divide among {world} processes")
+    if world > 1:
+        dist.init_process_group("gloo")
+    part = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     args.out.mkdir(parents=True, exist_ok=True)
     images, labels_np = load_split(args.data, "train")
     data = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None]
@@ -89,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"resumed at step {step}", file=sys.stderr)
 
     def save() -> None:
+        if rank:
+            return
         save_state(
             args.out / "state.pt",
             {
@@ -109,15 +137,23 @@ def main(argv: list[str] | None = None) -> int:
     generator = torch.Generator()
     saved, running = time.monotonic(), []
     try:
-        while (progress := budget.progress(step * args.batch)) < 1:
+        while True:
+            shared = torch.tensor(budget.progress(step * args.batch))
+            if world > 1:
+                dist.broadcast(shared, 0)  # the clock of one process decides for all
+            progress = float(shared)
+            if progress >= 1:
+                break
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(PEAK_RATE[args.member], progress, step, 200)
             generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one would
             index = torch.randint(0, len(data), (args.batch,), generator=generator)
             x0, y = data[index].to(args.device), labels[index].to(args.device)
-            loss = v_loss(model, x0, y, signal, generator)
+            loss = v_loss(model, x0, y, signal, generator, part)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            if world > 1:
+                average_gradients(model, world)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             step += 1
@@ -127,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
                 mean = float(torch.stack(running).mean())
                 running.clear()
                 history.append([step * args.batch, round(budget.seconds(), 1), mean])
-                print(f"{100 * progress:5.1f} %  images {step * args.batch:>9,}  loss {mean:.4f}", file=sys.stderr)
+                if rank == 0:
+                    print(f"{100 * progress:5.1f} %  images {step * args.batch:>9,}  loss {mean:.4f}", file=sys.stderr)
             if time.monotonic() - saved > 60:
                 save()
                 saved = time.monotonic()
@@ -136,6 +173,10 @@ def main(argv: list[str] | None = None) -> int:
         save()
         return 130
     save()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return 0
     print(f"{args.out / 'ema.safetensors'}: {step * args.batch:,} images in {budget.seconds() / 60:.1f} minutes")
     return 0
 

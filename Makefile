@@ -1,0 +1,32 @@
+# Short verbs for people who work on tstitch-trt; users need only the two commands of the README.
+PYTHON ?= python3
+
+.PHONY: install lint format check test bench clean
+
+install:  ## editable install with everything the tests and the linters need
+	$(PYTHON) -m pip install scikit-build-core nanobind ninja
+	$(PYTHON) -m pip install --no-build-isolation -e ".[test,lint]"
+
+lint:  ## ruff, clang-format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m clang_format --version >/dev/null 2>&1 || true
+	clang-format --dry-run --Werror engines/src/*
+
+format:  ## rewrite the sources in place
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	clang-format -i engines/src/*
+
+check:  ## types
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest
+
+bench:  ## the built-in pair on this machine
+	$(PYTHON) -m tstitch_trt.cli build fashion -o build/fashion.bundle
+	$(PYTHON) -m tstitch_trt.cli bench build/fashion.bundle --batch 8 --against torch
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,75 @@
+"""The arena: the latents, history, tables and counters of all lanes, in device buffers that never move."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.device import Device
+from tstitch_engines.rows import ROW_FIELDS
+
+__all__ = ["LaneArena"]
+
+
+class LaneArena:
+    """``slots`` lanes of ``[C,H,W]`` float32 latents, each with its own table of up to ``table_rows`` rows.
+
+    Everything a captured step touches lives here for as long as the runtime does; a new request only writes into it.
+    """
+
+    def __init__(self, device: Device, *, slots: int, latent_shape: tuple[int, int, int], table_rows: int) -> None:
+        self.slots = slots
+        self.latent_shape = latent_shape
+        self.table_rows = table_rows
+        self._device = device
+        self.latents = device.empty((slots, *latent_shape), "float32")
+        self.history = device.empty((2, slots, *latent_shape), "float32")
+        self.rows = device.empty((slots, table_rows, len(ROW_FIELDS)), "float32")
+        self.step = device.empty((slots,), "int32")
+        self.seed = device.empty((slots,), "int64")
+        self.fault = device.empty((slots,), "int32")
+        for buffer in (self.latents, self.history, self.rows):
+            device.upload(buffer, np.zeros(buffer.shape, np.float32))
+        self.kernels = device.step_kernels(
+            latents=self.latents,
+            history=self.history,
+            rows=self.rows,
+            step=self.step,
+            seed=self.seed,
+            fault=self.fault,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.latents, self.history, self.rows, self.step, self.seed, self.fault)
+        return sum(part.nbytes for part in parts)
+
+    def start(
+        self,
+        rows: NDArray[np.float32],
+        seeds: list[int],
+        *,
+        step: int,
+        scale: float,
+        latents: NDArray[np.float32] | None,
+    ) -> None:
+        """Fills the first ``len(seeds)`` slots: one table ``rows`` float32 ``[N,16]`` for all, a seed for each.
+
+        ``latents`` float32 ``[B,C,H,W]`` are the state before ``step``; ``None`` draws ``scale * z`` by each seed.
+        """
+        count = len(seeds)
+        table = np.zeros(self.rows.shape, np.float32)
+        table[:, : len(rows)] = rows
+        self._device.upload(self.rows, table)
+        self._device.upload(self.step, np.full(self.slots, step, np.int32))
+        self._device.upload(self.fault, np.full(self.slots, -1, np.int32))
+        bits = np.zeros(self.slots, np.uint64)
+        bits[:count] = np.array(seeds, np.uint64)
+        self._device.upload(self.seed, bits.view(np.int64))
+        if latents is None:
+            for slot, seed in enumerate(seeds):
+                self._device.initial_noise(self.latents, slot, seed, scale)
+        else:
+            state = np.zeros(self.latents.shape, np.float32)
+            state[:count] = latents
+            self._device.upload(self.latents, state)

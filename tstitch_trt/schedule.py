@@ -1,0 +1,292 @@
+"""Which member runs at each step (T-Stitch, arXiv 2402.14167): one text syntax for CLI, Python and JSON.
+
+    small:0.4,large                 fractions of the steps; one segment may leave its share out and takes the rest
+    small:0.4,base:0.2,large        several members
+    small:20,large:30               step counts
+    large:5,small,large:5           counts around a rest
+    high@t>=875,low                 boundary in the timestep
+    high@sigma>=1.5,low             boundary in sigma (noise over signal)
+    base@end=0.8,refiner            base/refiner cut, as diffusers' denoising_end = denoising_start = 0.8
+    small,large,large               an explicit list, one name per step
+    small:0.4:g=1,large:g=4         guidance per segment
+
+``len(schedule.names) == steps`` and every name is a member, always.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from math import floor
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BadSchedule, unknown_name
+
+__all__ = ["ROUNDINGS", "Schedule", "Segment", "fraction_text", "resolve"]
+
+ROUNDINGS: Final = ("paper", "floor", "timestep", "timestep-strict")
+
+_FORMS = 'write it as e.g. "small:0.4,large", "small:20,large:30", "high@t>=875,low" or one name per step'
+_SEGMENT = re.compile(
+    r"""(?P<name>[A-Za-z_][\w.-]*)
+        (?: :(?P<amount>[0-9.eE+-]+%?)
+          | @(?P<what>t|sigma)(?P<op>>=|>)(?P<bound>[0-9.eE+-]+)
+          | @end=(?P<end>[0-9.eE+-]+) )?
+        (?: :g=(?P<g>[0-9.eE+-]+) )?""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of one member over steps ``start`` (inclusive) to ``stop`` (exclusive)."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One member name per step. ``text`` is what was asked for, ``rule`` how it became steps.
+
+    ``guidance[i]`` is the guidance scale the schedule itself gives to step ``i``, ``None`` where it gives none.
+    """
+
+    names: tuple[str, ...]
+    text: str
+    rule: str
+    guidance: tuple[float | None, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        found, start = [], 0
+        for name, run in groupby(self.names):
+            stop = start + sum(1 for _ in run)
+            found.append(Segment(name, start, stop))
+            start = stop
+        return tuple(found)
+
+    def __str__(self) -> str:
+        return " ".join(f"{s.name}[{s.start}:{s.stop}]" for s in self.segments)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One parsed segment of the text; at most one of the amounts is set."""
+
+    text: str
+    name: str
+    fraction: float | None = None
+    count: int | None = None
+    bound: tuple[str, str, float] | None = None
+    end: float | None = None
+    g: float | None = None
+
+    @property
+    def bare(self) -> bool:
+        return self.fraction is None and self.count is None and self.bound is None and self.end is None
+
+
+def fraction_text(fraction: float, members: Sequence[str]) -> str:
+    """T-Stitch's one number as a schedule: the first member for ``fraction`` of the steps, then the last one."""
+    if not 0 <= fraction <= 1:
+        raise BadSchedule(
+            f"fraction {fraction!r} is outside 0..1",
+            hint="0 runs the last member alone, 1 the first; e.g. --fraction 0.4",
+        )
+    if len(members) < 2:
+        raise BadSchedule(
+            f"a fraction needs two members, the bundle has {list(members)}",
+            hint="leave the fraction out, or build a bundle with a small and a large member",
+        )
+    return f"{members[0]}:{float(fraction)!r},{members[-1]}"
+
+
+def resolve(
+    schedule: str | Sequence[str],
+    *,
+    members: Sequence[str],
+    timesteps: NDArray[np.float64],
+    sigmas: NDArray[np.float64],
+    train_steps: int,
+    rounding: str = "paper",
+) -> Schedule:
+    """The schedule over the steps at ``timesteps`` (float64 ``[N]``, descending) and ``sigmas`` (float64 ``[N]``).
+
+    ``rounding`` turns cumulated fractions r into steps: ``paper`` round(r N), ``floor`` floor(r N), ``timestep`` the
+    steps with t / ``train_steps`` >= 1 - r, ``timestep-strict`` those with t / ``train_steps`` > 1 - r.
+    Raises ``BadSchedule`` or ``UnknownName``.
+    """
+    if rounding not in ROUNDINGS:
+        raise unknown_name("rounding", rounding, ROUNDINGS)
+    steps = len(timesteps)
+    if isinstance(schedule, str):
+        text = schedule
+        parts = [_parse(piece.strip()) for piece in schedule.split(",")]
+    else:
+        text = ",".join(schedule)
+        parts = [_Part(name, name) for name in schedule]
+    for part in parts:
+        if part.name not in members:
+            raise unknown_name("member", part.name, members, hint=f"(in the schedule {_short(text)!r})")
+    if sum(p.bare for p in parts) > 1 or not isinstance(schedule, str):
+        return _explicit(parts, text, steps)
+    if any(p.fraction is not None for p in parts):
+        stops, rule = _from_fractions(parts, text, timesteps / train_steps, rounding)
+    elif any(p.bound is not None or p.end is not None for p in parts):
+        stops, rule = _from_bounds(parts, text, timesteps, sigmas, train_steps), "boundary"
+    else:
+        stops, rule = _from_counts(parts, text, steps), "counts"
+    names: list[str] = []
+    guidance: list[float | None] = []
+    for part, stop in zip(parts, stops, strict=True):
+        guidance += [part.g] * (stop - len(names))
+        names += [part.name] * (stop - len(names))
+    assert len(names) == steps
+    return Schedule(tuple(names), text, rule, tuple(guidance))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _number(text: str, piece: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise BadSchedule(f"{text!r} in the schedule segment {piece!r} is not a number", hint=_FORMS) from None
+    if not np.isfinite(value):
+        raise BadSchedule(f"{text!r} in the schedule segment {piece!r} is not finite", hint=_FORMS)
+    return value
+
+
+def _parse(piece: str) -> _Part:
+    match = _SEGMENT.fullmatch(piece)
+    if match is None:
+        raise BadSchedule(f"the schedule segment {piece!r} can't be read", hint=_FORMS)
+    name, amount, g = match["name"], match["amount"], match["g"]
+    scale = None if g is None else _number(g, piece)
+    if amount is not None and amount.isdigit():
+        return _Part(piece, name, count=int(amount), g=scale)
+    if amount is not None:
+        percent = amount.endswith("%")
+        fraction = _number(amount.rstrip("%"), piece) / (100 if percent else 1)
+        if not 0 <= fraction <= 1:
+            raise BadSchedule(
+                f"fraction {amount} in the schedule segment {piece!r} is outside 0..1",
+                hint="fractions are shares of the steps (0.4 or 40%); step counts are whole numbers without a dot",
+            )
+        return _Part(piece, name, fraction=fraction, g=scale)
+    if match["what"] is not None:
+        return _Part(piece, name, bound=(match["what"], match["op"], _number(match["bound"], piece)), g=scale)
+    if match["end"] is not None:
+        end = _number(match["end"], piece)
+        if not 0 <= end <= 1:
+            raise BadSchedule(f"end={end} in {piece!r} is outside 0..1", hint="e.g. base@end=0.8,refiner")
+        return _Part(piece, name, end=end, g=scale)
+    return _Part(piece, name, g=scale)
+
+
+def _explicit(parts: list[_Part], text: str, steps: int) -> Schedule:
+    wrong = [p.text for p in parts if not p.bare]
+    if wrong:
+        raise BadSchedule(
+            f"the schedule {_short(text)!r} leaves the share of more than one segment out beside {wrong[0]!r}",
+            hint="give every segment but one a fraction or a count, or write one bare name per step",
+        )
+    if len(parts) != steps:
+        raise BadSchedule(
+            f"the schedule {_short(text)!r} lists {len(parts)} names for {steps} steps",
+            hint=f'list {steps} names, or give shares: "{parts[0].name}:0.4,{parts[-1].name}"',
+        )
+    return Schedule(tuple(p.name for p in parts), text, "list", tuple(p.g for p in parts))
+
+
+def _one_kind(parts: list[_Part], text: str, kind: str, fits: list[bool]) -> None:
+    for part, fit in zip(parts, fits, strict=True):
+        if not fit and not part.bare:
+            raise BadSchedule(
+                f"the schedule {_short(text)!r} mixes {kind} with {part.text!r}",
+                hint=f"use {kind} for every segment but one",
+            )
+
+
+def _from_fractions(parts: list[_Part], text: str, time: NDArray[np.float64], rounding: str) -> tuple[list[int], str]:
+    _one_kind(parts, text, "fractions", [p.fraction is not None for p in parts])
+    total = sum(p.fraction for p in parts if p.fraction is not None)
+    rest = any(p.bare for p in parts)
+    if total > 1 + 1e-9 or (not rest and total < 1 - 1e-9):
+        raise BadSchedule(
+            f"the fractions of {_short(text)!r} add up to {total:g}",
+            hint="they must add up to 1" + (" at most" if rest else "; leave one out to take the rest"),
+        )
+    shares = [max(0.0, 1 - total) if p.fraction is None else p.fraction for p in parts]
+    steps = len(time)
+    stops: list[int] = []
+    for share in accumulate(shares):
+        r = round(share, 12)  # 0.1 + 0.2 is 0.3
+        if rounding == "paper":
+            stop = round(round(r * steps, 9))
+        elif rounding == "floor":
+            stop = floor(round(r * steps, 9))
+        elif rounding == "timestep":
+            stop = int(np.count_nonzero(time >= 1 - r))
+        else:
+            stop = int(np.count_nonzero(time > 1 - r))
+        stops.append(stop)
+    stops[-1] = steps
+    return stops, f"fraction, rounding {rounding}"
+
+
+def _from_counts(parts: list[_Part], text: str, steps: int) -> list[int]:
+    total = sum(p.count for p in parts if p.count is not None)
+    rest = any(p.bare for p in parts)
+    if total > steps or (not rest and total != steps):
+        raise BadSchedule(
+            f"the counts of {_short(text)!r} add up to {total} for {steps} steps",
+            hint=f"make them add up to {steps}, pass --steps {total}, or leave one count out to take the rest",
+        )
+    return list(accumulate(steps - total if p.count is None else p.count for p in parts))
+
+
+def _from_bounds(
+    parts: list[_Part],
+    text: str,
+    timesteps: NDArray[np.float64],
+    sigmas: NDArray[np.float64],
+    train_steps: int,
+) -> list[int]:
+    _one_kind(parts, text, "boundaries", [p.bound is not None or p.end is not None for p in parts])
+    if not parts[-1].bare:
+        raise BadSchedule(
+            f"the schedule {_short(text)!r} has no member after its last boundary",
+            hint=f'end it with a bare name: "{text},{parts[-1].name}"',
+        )
+    if any(p.bare for p in parts[:-1]):
+        raise BadSchedule(f"{parts[0].text!r} in {_short(text)!r} has no boundary", hint='e.g. "high@t>=875,low"')
+    stops: list[int] = []
+    for part in parts[:-1]:
+        if part.end is not None:
+            cut = round(train_steps - part.end * train_steps)
+            stop = int(np.count_nonzero(timesteps >= cut))
+        else:
+            assert part.bound is not None
+            what, op, value = part.bound
+            scale = timesteps if what == "t" else sigmas
+            stop = int(np.count_nonzero(scale >= value if op == ">=" else scale > value))
+        if stops and stop < stops[-1]:
+            raise BadSchedule(
+                f"the boundary {part.text!r} in {_short(text)!r} comes before the one on its left",
+                hint="boundaries descend from noise to image: a@t>=800,b@t>=300,c",
+            )
+        stops.append(stop)
+    return [*stops, len(timesteps)]
