@@ -1,0 +1,143 @@
+#include "arena.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "thread_pool.hpp"
+
+namespace tstitch {
+namespace {
+
+constexpr std::int64_t NOISE_WORK = 6;  // one normal costs about as much as six noiseless updates
+
+std::int64_t chunks_of(std::int64_t elements) { return (elements + CHUNK - 1) / CHUNK; }
+
+std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// body(lane, chunk, begin, end) for the CHUNK-sized pieces of `lanes` lanes. The pieces, and so every sum over them,
+// are the same for any number of threads.
+template <typename Body>
+void for_chunks(std::int64_t lanes, std::int64_t elements, std::int64_t work, int threads, Body body) {
+    const std::int64_t chunks = chunks_of(elements);
+    auto item = [&](std::int64_t i) {
+        const std::int64_t lane = i / chunks, begin = i % chunks * CHUNK;
+        body(lane, i, begin, std::min(begin + CHUNK, elements));
+    };
+    parallel_for(lanes * chunks, work < PARALLEL_WORK ? 1 : threads, item);
+}
+
+}  // namespace
+
+std::vector<const HostKernels*> supported_kernels() {
+    std::vector<const HostKernels*> found;
+    for (const HostKernels* kernels : {
+#if defined(TSTITCH_X86)
+             &kernels_avx512, &kernels_avx2,
+#endif
+             &kernels_baseline})
+        if (kernels->supported()) found.push_back(kernels);
+    return found;
+}
+
+std::string HostArena::check(const std::int32_t* active, std::int64_t batch, bool learned_given) const {
+    for (std::int64_t i = 0; i < batch; ++i) {
+        const std::int32_t lane = active[i];
+        if (lane < 0 || lane >= lanes)
+            return "active[" + std::to_string(i) + "] = " + std::to_string(lane) + " is no lane; allowed is 0 to " +
+                   std::to_string(lanes - 1);
+        if (step[lane] < 0 || step[lane] >= row_count)
+            return "lane " + std::to_string(lane) + " is at step " + std::to_string(step[lane]) +
+                   "; its table has the steps 0 to " + std::to_string(row_count - 1);
+        if (!learned_given && has_flag(row(lane), FLAG_LEARNED) && row(lane)[ROW_S] != 0.0f)
+            return "lane " + std::to_string(lane) +
+                   " takes its noise scale from the model's second half of channels; " + "the model output has " +
+                   std::to_string(channels) + " channels, allowed is " + std::to_string(2 * channels);
+    }
+    return {};
+}
+
+void HostArena::prepare(const std::int32_t* active, std::int64_t batch, Dtype dtype, void* sample,
+                        float* timestep_float, std::int64_t* timestep_int, bool guided) const {
+    const std::int64_t count = elements(), lane_bytes = count * bytes_of(dtype);
+    const std::int64_t halves = guided ? 2 : 1;
+    for (std::int64_t i = 0; i < batch * halves; ++i) {
+        const float t = row(active[i % batch])[ROW_T];
+        if (timestep_float != nullptr) timestep_float[i] = t;
+        if (timestep_int != nullptr) timestep_int[i] = std::llrint(t);
+    }
+    for_chunks(batch * halves, count, batch * halves * count, threads,
+               [&](std::int64_t i, std::int64_t, std::int64_t begin, std::int64_t end) {
+                   const std::int32_t lane = active[i % batch];
+                   kernels->prepare(dtype, latents + lane * count, row(lane)[ROW_C_IN],
+                                    static_cast<char*>(sample) + i * lane_bytes, begin, end);
+               });
+}
+
+void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dtype, const void* output,
+                        std::int64_t output_channels, bool guided, bool rescale) const {
+    const std::int64_t count = elements(), half = lanes * count;
+    const std::int64_t lane_bytes = output_channels * spatial * bytes_of(dtype);
+    std::int64_t work = 0;
+    std::vector<LaneStep> steps(static_cast<std::size_t>(batch));
+    for (std::int64_t i = 0; i < batch; ++i) {
+        const std::int32_t lane = active[i], now = step[lane];
+        const float* r = row(lane);
+        const char* out = static_cast<const char*>(output) + i * lane_bytes;
+        float* const same_slot = history + history_slot(now) * half + lane * count;
+        float* const other_slot = history + history_slot(now + 1) * half + lane * count;
+        LaneStep& one = steps[static_cast<std::size_t>(i)];
+        one.row = r;
+        one.x = latents + lane * count;
+        one.cond = out;
+        one.uncond = guided ? out + batch * lane_bytes : nullptr;
+        one.learned = has_flag(r, FLAG_LEARNED) ? out + count * bytes_of(dtype) : nullptr;
+        one.store = has_flag(r, FLAG_STORE) ? same_slot : nullptr;
+        one.d1 = other_slot;
+        one.d2 = same_slot;
+        one.seed = seed[lane];
+        one.step = static_cast<std::uint32_t>(now);
+        one.guided = guided ? guided_elements(r, channels, spatial) : 0;
+        one.factor = 1.0f;
+        work += count * (r[ROW_S] != 0.0f ? NOISE_WORK : 1);
+    }
+
+    const std::int64_t chunks = chunks_of(count);
+    if (guided && rescale) {
+        std::vector<Moments> part(static_cast<std::size_t>(batch * chunks));
+        for_chunks(batch, count, batch * count, threads,
+                   [&](std::int64_t i, std::int64_t at, std::int64_t begin, std::int64_t end) {
+                       const LaneStep& one = steps[static_cast<std::size_t>(i)];
+                       part[static_cast<std::size_t>(at)] =
+                           one.row[ROW_RESCALE] != 0.0f ? kernels->moments(dtype, one, begin, end) : Moments{};
+                   });
+        for (std::int64_t i = 0; i < batch; ++i) {
+            LaneStep& one = steps[static_cast<std::size_t>(i)];
+            if (one.row[ROW_RESCALE] == 0.0f || one.guided == 0) continue;
+            Moments sum = {};
+            for (std::int64_t k = 0; k < chunks; ++k) sum.add(part[static_cast<std::size_t>(i * chunks + k)]);
+            one.factor = rescale_factor(one.row, sum, one.guided);
+        }
+    }
+
+    std::vector<unsigned char> finite(static_cast<std::size_t>(batch * chunks));
+    for_chunks(batch, count, work, threads, [&](std::int64_t i, std::int64_t at, std::int64_t begin, std::int64_t end) {
+        finite[static_cast<std::size_t>(at)] =
+            kernels->advance(dtype, steps[static_cast<std::size_t>(i)], begin, end) ? 1 : 0;
+    });
+    for (std::int64_t i = 0; i < batch; ++i) {
+        const auto first = finite.begin() + i * chunks;
+        const std::int32_t lane = active[i];
+        if (fault[lane] == -1 && std::find(first, first + chunks, 0) != first + chunks) fault[lane] = step[lane];
+        step[lane] += 1;
+    }
+}
+
+void initial_noise(const HostKernels& kernels, int threads, float* out, std::int64_t count, std::uint64_t seed,
+                   std::uint32_t step, float scale) {
+    for_chunks(1, count, count * NOISE_WORK, threads,
+               [&](std::int64_t, std::int64_t, std::int64_t begin, std::int64_t end) {
+                   kernels.normals(out, seed, step, scale, begin, end);
+               });
+}
+
+}  // namespace tstitch

@@ -1,0 +1,236 @@
+// The CUDA driver of the step kernels (step.hpp), loaded from step_kernels.fatbin by tstitch_engines/cuda_device.py.
+//
+// Grid: x covers a lane's elements, four per thread (one Philox call); y is the position in the batch. Nothing is read
+// from the host and no kernel waits for another inside a launch: the order is that of the stream,
+//     prepare ... engine ... [guidance_factor] advance next_step.
+// The step index moves on in a kernel of its own. The blocks of a lane all read it, in no known order, so a block of
+// `advance` that wrote it could be ahead of one that still has to read; a counter of finished blocks would need atomics
+// and a reset, for about a microsecond.
+//
+// "elements" is channels * spatial of one lane; "output_elements" is that or twice that (learned variance).
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "step.hpp"
+
+namespace {
+
+using namespace tstitch;
+
+constexpr int MOMENT_THREADS = 512;
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+    T value[4];
+};
+
+// Four neighbours in one transaction. A lane starts aligned only when its element count is a multiple of 4; otherwise,
+// and at a ragged end (n < 4), one by one. Elements from n on read as 0.
+template <typename T>
+__device__ void load4(const T* source, bool aligned, int n, float (&out)[4]) {
+    if (aligned) {
+        const Four<T> four = *reinterpret_cast<const Four<T>*>(source);
+        for (int k = 0; k < 4; ++k) out[k] = to_float(four.value[k]);
+    } else {
+        for (int k = 0; k < 4; ++k) out[k] = k < n ? to_float(source[k]) : 0.0f;
+    }
+}
+
+template <typename T>
+__device__ void store4(T* target, bool aligned, int n, const float (&in)[4]) {
+    if (aligned) {
+        Four<T> four;
+        for (int k = 0; k < 4; ++k) four.value[k] = from_float<T>(in[k]);
+        *reinterpret_cast<Four<T>*>(target) = four;
+    } else {
+        for (int k = 0; k < 4; ++k)
+            if (k < n) target[k] = from_float<T>(in[k]);
+    }
+}
+
+__device__ void put_timestep(float* out, float t) { *out = t; }
+__device__ void put_timestep(long long* out, float t) { *out = llrintf(t); }
+
+// The lane's current row, or null when its step lies outside the table (advance notes that as a fault).
+__device__ const float* current_row(const float* rows, int row_count, int lane, int step) {
+    if (step < 0 || step >= row_count) return nullptr;
+    return rows + (static_cast<long long>(lane) * row_count + step) * ROW_SIZE;
+}
+
+template <typename T, typename Time>
+__device__ void prepare(const float* latents, const float* rows, const int* step, const int* active, T* sample,
+                        Time* timestep, int row_count, int elements, int guided) {
+    const int batch = gridDim.y, at = blockIdx.y, lane = active[at];
+    const float* row = current_row(rows, row_count, lane, step[lane]);
+    if (row == nullptr) return;
+    const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (element == 0) {
+        put_timestep(timestep + at, row[ROW_T]);
+        if (guided) put_timestep(timestep + batch + at, row[ROW_T]);
+    }
+    if (element >= elements) return;
+    const int n = elements - element;
+    const bool aligned = elements % 4 == 0;
+    float x[4];
+    load4(latents + static_cast<long long>(lane) * elements + element, aligned, n, x);
+    for (float& value : x) value *= row[ROW_C_IN];
+    store4(sample + static_cast<long long>(at) * elements + element, aligned, n, x);
+    if (guided) store4(sample + static_cast<long long>(batch + at) * elements + element, aligned, n, x);
+}
+
+// factors[position in batch] = the rescale factor on m; one block per lane. Each thread sums its stride in order and
+// the tree below is fixed, so the result is the same in every run.
+template <typename T>
+__device__ void guidance_factor(const float* rows, const int* step, const int* active, const T* output, float* factors,
+                                int row_count, int elements, int spatial, int output_elements) {
+    __shared__ Moments sums[MOMENT_THREADS];
+    const int batch = gridDim.x, at = blockIdx.x, lane = active[at], thread = threadIdx.x;
+    const float* row = current_row(rows, row_count, lane, step[lane]);
+    const long long guided =
+        row == nullptr || row[ROW_RESCALE] == 0.0f ? 0 : guided_elements(row, elements / spatial, spatial);
+    if (guided == 0) {
+        if (thread == 0) factors[at] = 1.0f;
+        return;
+    }
+    const T* cond = output + static_cast<long long>(at) * output_elements;
+    const T* uncond = output + static_cast<long long>(batch + at) * output_elements;
+    Moments sum = {};
+    for (int e = thread; e < guided; e += MOMENT_THREADS) {
+        const float c = to_float(cond[e]);
+        sum.add(c, guide(row, c, to_float(uncond[e])));
+    }
+    sums[thread] = sum;
+    for (int half = MOMENT_THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (thread < half) sums[thread].add(sums[thread + half]);
+    }
+    if (thread == 0) factors[at] = rescale_factor(row, sums[0], guided);
+}
+
+template <typename T>
+__device__ void advance(float* latents, float* history, const float* rows, const int* step,
+                        const unsigned long long* seed, int* fault, const int* active, const T* output,
+                        const float* factors, int lanes, int row_count, int elements, int spatial, int output_elements,
+                        int guided) {
+    const int batch = gridDim.y, at = blockIdx.y, lane = active[at], now = step[lane];
+    const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    const float* row = current_row(rows, row_count, lane, now);
+    if (row == nullptr) {
+        if (element == 0 && fault[lane] == -1) fault[lane] = now;
+        return;
+    }
+    if (element >= elements) return;
+    const int n = min(4, elements - element);
+    const bool aligned = elements % 4 == 0;
+    const long long offset = static_cast<long long>(lane) * elements + element;
+    const long long half = static_cast<long long>(lanes) * elements;
+    float* const same_slot = history + history_slot(now) * half + offset;
+    const float* const other_slot = history + history_slot(now + 1) * half + offset;
+    const T* const cond = output + static_cast<long long>(at) * output_elements + element;
+
+    float x[4], m[4], d[4], next[4];
+    load4(latents + offset, aligned, n, x);
+    load4(cond, aligned, n, m);
+    const long long touched = guided ? guided_elements(row, elements / spatial, spatial) : 0;
+    if (element < touched) {
+        const float factor = factors != nullptr ? factors[at] : 1.0f;
+        float u[4];
+        load4(cond + static_cast<long long>(batch) * output_elements, aligned, n, u);
+        for (int k = 0; k < 4; ++k)
+            if (element + k < touched) m[k] = factor * guide(row, m[k], u[k]);
+    }
+    for (int k = 0; k < 4; ++k) {
+        d[k] = denoised(row, x[k], m[k]);
+        next[k] = combine(row, x[k], d[k]);
+    }
+    if (row[ROW_C] != 0.0f) {
+        float d1[4];
+        load4(other_slot, aligned, n, d1);
+        for (int k = 0; k < 4; ++k) next[k] += row[ROW_C] * d1[k];
+    }
+    if (row[ROW_E] != 0.0f) {
+        float d2[4];
+        load4(same_slot, aligned, n, d2);
+        for (int k = 0; k < 4; ++k) next[k] += row[ROW_E] * d2[k];
+    }
+    if (has_flag(row, FLAG_STORE)) store4(same_slot, aligned, n, d);
+    if (row[ROW_S] != 0.0f) {
+        float z[4], scale[4] = {row[ROW_S], row[ROW_S], row[ROW_S], row[ROW_S]};
+        four_normals(seed[lane], static_cast<std::uint32_t>(now), static_cast<std::uint64_t>(element / 4), z[0], z[1],
+                     z[2], z[3]);
+        if (has_flag(row, FLAG_LEARNED)) {
+            if (output_elements == 2 * elements) {
+                load4(cond + elements, aligned, n, scale);
+                for (float& value : scale) value = learned_scale(row, value);
+            } else {  // the model has no second half: a NaN that the fault array reports, not a guess
+                for (float& value : scale) value = bits_float(0x7fc00000u);
+            }
+        }
+        for (int k = 0; k < 4; ++k) next[k] += scale[k] * z[k];
+    }
+    store4(latents + offset, aligned, n, next);
+    bool finite = true;
+    for (int k = 0; k < 4; ++k) finite = finite && (k >= n || is_finite(next[k]));
+    if (!finite && fault[lane] == -1) fault[lane] = now;  // all threads that get here write the same value
+}
+
+}  // namespace
+
+#define TSTITCH_PREPARE(name, T, Time)                                                                     \
+    extern "C" __global__ void prepare_##name(const float* latents, const float* rows, const int* step,    \
+                                              const int* active, T* sample, Time* timestep, int row_count, \
+                                              int elements, int guided) {                                  \
+        prepare(latents, rows, step, active, sample, timestep, row_count, elements, guided);               \
+    }
+#define TSTITCH_KERNELS(name, T)                                                                                       \
+    TSTITCH_PREPARE(name##_float32, T, float)                                                                          \
+    TSTITCH_PREPARE(name##_int64, T, long long)                                                                        \
+    extern "C" __global__ void __launch_bounds__(MOMENT_THREADS)                                                       \
+        guidance_factor_##name(const float* rows, const int* step, const int* active, const T* output, float* factors, \
+                               int row_count, int elements, int spatial, int output_elements) {                        \
+        guidance_factor(rows, step, active, output, factors, row_count, elements, spatial, output_elements);           \
+    }                                                                                                                  \
+    extern "C" __global__ void advance_##name(float* latents, float* history, const float* rows, const int* step,      \
+                                              const unsigned long long* seed, int* fault, const int* active,           \
+                                              const T* output, const float* factors, int lanes, int row_count,         \
+                                              int elements, int spatial, int output_elements, int guided) {            \
+        advance(latents, history, rows, step, seed, fault, active, output, factors, lanes, row_count, elements,        \
+                spatial, output_elements, guided);                                                                     \
+    }
+
+TSTITCH_KERNELS(float32, float)
+TSTITCH_KERNELS(float16, __half)
+TSTITCH_KERNELS(bfloat16, __nv_bfloat16)
+
+extern "C" __global__ void next_step(int* step, const int* active, int batch) {
+    const int at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < batch) step[active[at]] += 1;
+}
+
+// One lane's latent: scale * z of the initial step.
+extern "C" __global__ void initial_noise(float* latent, unsigned long long seed, float scale, int elements) {
+    const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (element >= elements) return;
+    float z[4];
+    four_normals(seed, INITIAL_NOISE_STEP, static_cast<std::uint64_t>(element / 4), z[0], z[1], z[2], z[3]);
+    for (float& value : z) value *= scale;
+    store4(latent + element, elements % 4 == 0, elements - element, z);
+}

@@ -1,0 +1,90 @@
+"""The step kernels on the CPU: the Python face of ``_kernels``, built from ``engines/src``.
+
+The arithmetic is documented in ``rows``. Results do not depend on the number of threads, and a lane's result does not
+depend on the other lanes of its batch. Different instruction sets may differ in the last bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines import _kernels
+from tstitch_engines.device import Buffer, HostBuffer
+from tstitch_engines.errors import BadInput
+from tstitch_engines.rows import INITIAL_NOISE_STEP
+
+__all__ = ["ISAS", "HostStepKernels", "fill_initial_noise", "normal", "philox"]
+
+ISAS: Final = _kernels.ISAS  # instruction sets this CPU can run, best first
+
+_SEED_MASK = 2**64 - 1
+_HINT = "give prepare and advance host buffers of the shapes and dtypes that StepKernels documents"
+
+
+class HostStepKernels:
+    """``StepKernels`` over numpy arrays, which it keeps alive; each call is finished when it returns.
+
+    An arena is used by one thread at a time. ``threads`` 0 means all cores; small batches always stay on the calling
+    thread. ``isa`` is one of ``ISAS`` (by default the best). Raises ``BadInput`` for arrays that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        latents: NDArray[np.float32],
+        history: NDArray[np.float32],
+        rows: NDArray[np.float32],
+        step: NDArray[np.int32],
+        seed: NDArray[np.int64],
+        fault: NDArray[np.int32],
+        threads: int = 0,
+        isa: str | None = None,
+    ) -> None:
+        try:
+            self._arena = _kernels.Arena(latents, history, rows, step, seed, fault, threads=threads, isa=isa)
+        except (TypeError, ValueError) as error:
+            raise BadInput(
+                f"these arrays are no arena of lanes: {error}",
+                hint="allocate them as Device.step_kernels documents: float32 latents [L,C,...], history [2,L,C,...], "
+                "rows [L,N,16], int32 step [L], int64 seed [L], int32 fault [L], all C-contiguous",
+            ) from error
+
+    def prepare(self, active: Buffer, sample: Buffer, timestep: Buffer, *, guided: bool) -> None:
+        """See ``StepKernels``. Raises ``BadInput`` for wrong shapes or a lane that has no step left."""
+        try:
+            self._arena.prepare(_array(active), _array(sample), _array(timestep), guided)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"prepare: {error}", hint=_HINT) from error
+
+    def advance(self, active: Buffer, model_output: Buffer, *, guided: bool, rescale: bool) -> None:
+        """See ``StepKernels``. Raises ``BadInput`` for wrong shapes or a lane that has no step left."""
+        try:
+            self._arena.advance(_array(active), _array(model_output), guided, rescale)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"advance: {error}", hint=_HINT) from error
+
+
+def _array(buffer: Buffer) -> NDArray[Any]:
+    if type(buffer) is HostBuffer:
+        return buffer.array
+    raise TypeError(f"a {type(buffer).__name__} is not in host memory")
+
+
+def fill_initial_noise(latent: NDArray[np.float32], seed: int, scale: float) -> None:
+    """Writes ``scale * z`` into one lane's C-contiguous latent; ``z`` is keyed by ``seed`` at the initial step."""
+    _kernels.normals(latent, seed & _SEED_MASK, INITIAL_NOISE_STEP, scale)
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox 4x32-10 (Salmon et al., SC 2011): four 32-bit words from a counter and a key, low words first."""
+    return _kernels.philox(*counter, *key)
+
+
+def normal(seed: int, step: int, n: int, *, isa: str | None = None) -> NDArray[np.float32]:
+    """The standard normals of elements ``0..n-1`` of a lane at ``step``, as ``advance`` draws them."""
+    z = np.empty(n, np.float32)
+    _kernels.normals(z, seed & _SEED_MASK, step, isa=isa)
+    return z
