@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +18,7 @@ from tstitch_engines.device import Buffer, Device
 from tstitch_engines.errors import BadInput, Cancelled, NotFinite, OutOfProfile, Unavailable
 from tstitch_engines.manifest import Manifest, Member
 from tstitch_engines.rows import FLAG_STORE, ROW
+from tstitch_engines.spec import storage_dtype
 from tstitch_trt.lanes import LaneArena
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.request import Request
@@ -217,19 +217,17 @@ class Runtime:
                 self._condition(name, lanes, guided, labels)
         watch = self.device.stopwatch()
         segments: list[tuple[str, int]] = []
-        step = request.start
         for segment in plan.schedule.segments:
             if segment.stop <= request.start:
                 continue
             watch.mark()
-            segments.append((segment.name, segment.stop - step))
-            for step in range(step, segment.stop):
+            segments.append((segment.name, segment.stop - max(segment.start, request.start)))
+            for step in range(max(segment.start, request.start), segment.stop):
                 self._step(segment.name, lanes, guided=plan.guided[step], rescale=plan.rescale)
                 if self._host_fault is not None and (self._host_fault[:count] >= 0).any():
                     self._raise_fault(self._host_fault, count, request.seeds[chunk], plan)
                 if events:
                     yield self._event(plan, step, index, chunks, segment.name, count)
-            step = segment.stop
         watch.mark()
         times = watch.milliseconds()
         if self._host_fault is None:
@@ -239,7 +237,7 @@ class Runtime:
     # --- one step
 
     def _step(self, name: str, lanes: int, *, guided: bool, rescale: bool) -> None:
-        """``prepare -> engine -> advance`` for the first ``lanes`` slots. Does not wait, allocate or copy once bound."""
+        """``prepare -> engine -> advance`` for the first ``lanes`` slots. Once bound: no wait, allocation or copy."""
         loaded = self._members[name]
         self._bind(name, lanes, guided)
         active = self._active[lanes]
@@ -337,7 +335,8 @@ class Runtime:
             )
         latent = self.manifest.latent
         pictures = (latents / latent.scaling + latent.shift).transpose(0, 2, 3, 1)
-        return np.clip(np.rint((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
+        out: NDArray[np.uint8] = np.clip(np.rint((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
+        return out
 
     def _event(self, plan: Plan, step: int, index: int, chunks: int, name: str, count: int) -> StepEvent:
         arena, device = self._arena, self.device
@@ -370,11 +369,14 @@ class Runtime:
     def time_step_kernels(
         self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
     ) -> list[float]:
-        """Milliseconds of ``repeats`` pairs of ``prepare`` and ``advance`` on ``batch`` lanes (first member's types)."""
+        """Milliseconds of ``repeats`` pairs of ``prepare`` and ``advance`` on ``batch`` lanes (first member's types).
+
+        Overwrites the arena.
+        """
         name = self.members[0]
         self._bind(name, batch, guided)
         sample, timestep, output = self._io(self._members[name].member, batch * (2 if guided else 1))
-        self.device.upload(output, np.zeros(output.shape, _zeros_dtype(output)))
+        self.device.upload(output, np.zeros(output.shape, storage_dtype(output.dtype)))
         plan = self.plan(steps=1, schedule=[name])
         self._arena.start(plan.rows.astype(np.float32), [0] * batch, step=0, scale=1.0, latents=None)
         kernels, active = self._arena.kernels, self._active[batch]
@@ -397,9 +399,3 @@ class Runtime:
         work()
         self.device.synchronize()
         return 1e3 * (perf_counter() - start)
-
-
-def _zeros_dtype(buffer: Buffer) -> np.dtype[np.generic]:
-    from tstitch_engines.spec import storage_dtype
-
-    return storage_dtype(buffer.dtype)

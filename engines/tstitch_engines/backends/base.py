@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tstitch_engines.errors import BadInput
 from tstitch_engines.manifest import EngineIdentity, Member
@@ -66,7 +66,7 @@ class Backend(ABC):
     name: str
     model_kind: Literal["onnx", "exported-program"] = "onnx"  # what `compile` wants to be given
     engine_suffix: str = ".engine"
-    options: Mapping[str, tuple[type, str]] = {}  # what `compile` understands: name -> (type, one-line help)
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {}  # what `compile` understands: name -> (type, one-line help)
 
     @abstractmethod
     def version(self) -> str:
@@ -98,4 +98,3 @@ class Backend(ABC):
     @abstractmethod
     def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a file made by ``compile``. ``threads`` 0 means all cores. Raises ``BadEngine`` for a damaged file."""
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.device import parse_device
@@ -46,7 +46,9 @@ def cpu_arch() -> str:
 class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     engine_suffix = ".ort.onnx"
-    options = {"graph-optimisation": (str, f"graph optimisation level: {', '.join(_LEVELS)} (default: all)")}
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "graph-optimisation": (str, f"graph optimisation level: {', '.join(_LEVELS)} (default: all)")
+    }
 
     def __init__(self) -> None:
         try:
@@ -114,9 +116,7 @@ class OnnxRuntimeBackend(Backend):
         data = output.with_name(output.name + ".data")
         if sum(part.bytes for part in member.onnx) * _growth(member) > _PROTOBUF_LIMIT:
             settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
-            settings.add_session_config_entry(
-                "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
-            )
+            settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         progress("optimise", 0.0)
         try:
             session = self._ort.InferenceSession(str(model), settings, providers=providers)
@@ -140,9 +140,7 @@ class OnnxRuntimeBackend(Backend):
         settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done already
         stream = getattr(device, "stream_handle", None)
         try:
-            session = self._ort.InferenceSession(
-                str(path), settings, providers=self._providers(device.name, stream)
-            )
+            session = self._ort.InferenceSession(str(path), settings, providers=self._providers(device.name, stream))
             self._expect_provider(session, device.name)
         except Unavailable:
             raise
@@ -203,7 +201,7 @@ class _OnnxRuntimeEngine(Engine):
         except Exception as error:
             raise FailedWork(
                 f"ONNX Runtime failed while running a member: {error}",
-                hint="check the free memory (a smaller batch needs less); --backend torch tells whether the model is at fault",
+                hint="check the free memory (a smaller batch needs less); --backend torch tells whether the model is bad",
             ) from error
 
     def close(self) -> None:

@@ -61,8 +61,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        features = timestep_features(t).to(self.mlp[0].weight.dtype)
-        out: Tensor = self.mlp(features)
+        out: Tensor = self.mlp(timestep_features(t).to(next(self.mlp.parameters()).dtype))
         return out
 
 
@@ -152,20 +151,19 @@ class DiT(nn.Module):
 
     def initialise(self) -> DiT:
         """adaLN-Zero initialisation: every block starts as the identity (arXiv 2212.09748, section 3.2)."""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                if name.endswith("adaLN_modulation.1") or name == "final_layer.linear":
+                    nn.init.zeros_(module.weight)
+                elif name.startswith("t_embedder"):
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)  # type: ignore[arg-type]
-        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]]:  # type: ignore[index, union-attr]
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
         return self
 
     def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def v_loss(model: DiT, x0: Tensor, labels: Tensor, signal: Tensor, generator: to
     alpha = signal[t].sqrt().float().to(device)[:, None, None, None]
     sigma = (1 - signal[t]).sqrt().float().to(device)[:, None, None, None]
     v = model(alpha * x0 + sigma * noise, t.float().to(device), labels)
-    return (v - (alpha * noise - sigma * x0)).square().mean()
+    loss: Tensor = (v - (alpha * noise - sigma * x0)).square().mean()
+    return loss
 
 
 def average_gradients(model: DiT, world: int) -> None:
@@ -69,7 +70,7 @@ def average_gradients(model: DiT, world: int) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= world
-    for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for g, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         g.copy_(mean.view_as(g))
 
 
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                 "seconds": budget.seconds(),
             },
         )
-        buffers = {"pos_embed": model.pos_embed.cpu()}
+        buffers = {"pos_embed": model.get_buffer("pos_embed")}
         save_file({k: v.cpu().contiguous() for k, v in {**ema.values, **buffers}.items()}, args.out / "ema.safetensors")
         log = {"member": args.member, "images": step * args.batch, "seconds": budget.seconds(), "history": history}
         (args.out / "log.json").write_text(json.dumps(log))

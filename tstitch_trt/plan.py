@@ -1,0 +1,199 @@
+"""The plan of a request: the solver's table, the schedule and the guidance as one row per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.manifest import Manifest
+from tstitch_trt.noise_schedule import NoiseSchedule
+from tstitch_trt.parametrisation import coefficients
+from tstitch_trt.rows import fill_rows
+from tstitch_trt.schedule import Schedule, fraction_text, resolve
+from tstitch_trt.solvers import SolverOptions, StepTable, make_table, with_default_spacing
+
+__all__ = ["HISTORIES", "Plan", "make_plan"]
+
+HISTORIES: Final = ("keep", "reset")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """``rows`` float64 ``[N,16]`` (see ``tstitch_engines.rows``), read-only; ``guided[i]``: step i runs both halves."""
+
+    schedule: Schedule
+    table: StepTable
+    rows: NDArray[np.float64]
+    guided: tuple[bool, ...]
+    rescale: bool
+
+    @property
+    def steps(self) -> int:
+        return len(self.schedule)
+
+    @property
+    def solver(self) -> SolverOptions:
+        """The solver with every default filled in."""
+        return self.table.solver
+
+    @property
+    def init_scale(self) -> float:
+        """What unit Gaussian noise is multiplied by to make the first state."""
+        return self.table.init_scale
+
+
+def make_plan(
+    manifest: Manifest,
+    *,
+    steps: int | None = None,
+    solver: str | SolverOptions | None = None,
+    spacing: str | None = None,
+    sigmas: str | None = None,
+    eta: float | None = None,
+    variance: str | None = None,
+    solver_options: Mapping[str, object] | None = None,
+    timesteps: Sequence[float] | None = None,
+    history: str = "keep",
+    schedule: str | Sequence[str] | None = None,
+    fraction: float | None = None,
+    rounding: str = "paper",
+    guidance: float | Mapping[str, float] | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[int, int] | None = None,
+    guided_channels: int | None = None,
+) -> Plan:
+    """The plan for one bundle; what is ``None`` comes from the bundle's defaults.
+
+    ``solver``: a name, or ``SolverOptions``; ``spacing``, ``sigmas``, ``eta``, ``variance`` and ``solver_options`` are
+    its options. ``timesteps``: explicit ones in place of ``steps`` and a spacing. ``history``: whether a multistep
+    solver keeps the estimates of the member before across a switch (``keep``) or starts again (``reset``).
+
+    ``schedule``: see ``tstitch_trt.schedule``; ``fraction`` is the short form for the first and the last member.
+    ``rounding`` turns fractions into steps.
+
+    ``guidance``: classifier-free guidance scale (arXiv 2207.12598), 1 = off; one number, or one per member; the
+    schedule's own ``:g=`` goes first. ``guidance_rescale``: arXiv 2305.08891, section 3.4, 0 = off.
+    ``guidance_interval``: guide steps ``start <= i < stop`` only. ``guided_channels``: guide the first k channels.
+
+    Raises ``BadInput`` and its kinds.
+    """
+    defaults = manifest.defaults
+    noise = NoiseSchedule.from_spec(manifest.noise)
+    options = _solver(manifest, solver, spacing, sigmas, eta, variance, solver_options, timesteps)
+    if steps is None and timesteps is None:
+        steps = defaults.steps
+    table = make_table(options, noise, steps, timesteps=timesteps)
+    resolved = resolve(
+        _schedule(manifest, schedule, fraction),
+        members=tuple(manifest.members),
+        timesteps=table.t,
+        sigmas=table.sigma,
+        train_steps=manifest.noise.steps,
+        rounding=rounding,
+    )
+    if history not in HISTORIES:
+        raise unknown_name("history", history, HISTORIES)
+    if history == "reset" and table.history:
+        switches = [segment.start for segment in resolved.segments[1:]]
+        table = make_table(options, noise, steps, timesteps=timesteps, restarts=switches)
+
+    scales = _guidance(manifest, resolved, defaults.guidance if guidance is None else guidance, guidance_interval)
+    guided = tuple(bool(scale != 1) for scale in scales)
+    channels = _channels(manifest, guided_channels)
+    p, q = np.empty(table.steps), np.empty(table.steps)
+    for name in set(resolved.names):
+        mine = np.array([n == name for n in resolved.names])
+        p[mine], q[mine] = coefficients(manifest.members[name].parametrisation, table.a[mine], table.s[mine])
+    rows = fill_rows(
+        table,
+        p=p,
+        q=q,
+        guidance=scales,
+        rescale=np.where(guided, guidance_rescale, 0.0) if 0 <= guidance_rescale <= 1 else guidance_rescale,
+        guided_channels=channels,
+        learned=np.array([manifest.members[name].learned_variance for name in resolved.names]),
+    )
+    rows.flags.writeable = False
+    return Plan(resolved, table, rows, guided, bool(guidance_rescale) and any(guided))
+
+
+def _solver(
+    manifest: Manifest,
+    solver: str | SolverOptions | None,
+    spacing: str | None,
+    sigmas: str | None,
+    eta: float | None,
+    variance: str | None,
+    more: Mapping[str, object] | None,
+    timesteps: Sequence[float] | None,
+) -> SolverOptions:
+    base = solver if isinstance(solver, SolverOptions) else SolverOptions(name=solver or manifest.defaults.solver)
+    given = {"spacing": spacing, "sigmas": sigmas, "eta": eta, "variance": variance}
+    said = {name: value for name, value in given.items() if value is not None} | dict(more or {})
+    options = SolverOptions.parse(base.name, {**base.said(), **said})
+    return options if timesteps is not None else with_default_spacing(options, manifest.defaults.spacing)
+
+
+def _schedule(manifest: Manifest, schedule: str | Sequence[str] | None, fraction: float | None) -> str | Sequence[str]:
+    if schedule is not None and fraction is not None:
+        raise BadInput(
+            f"both fraction {fraction:g} and schedule {schedule!r} are given",
+            hint="a fraction is a short schedule: give one of the two",
+        )
+    if fraction is not None:
+        return fraction_text(fraction, tuple(manifest.members))
+    return manifest.defaults.schedule if schedule is None else schedule
+
+
+def _guidance(
+    manifest: Manifest,
+    schedule: Schedule,
+    guidance: float | Mapping[str, float],
+    interval: tuple[int, int] | None,
+) -> NDArray[np.float64]:
+    """One scale per step, 1 where the step is not guided."""
+    if isinstance(guidance, Mapping):
+        for name in guidance:
+            if name not in manifest.members:
+                raise unknown_name("member", name, manifest.members, hint="(in guidance)")
+        per_member = {name: float(guidance.get(name, 1.0)) for name in manifest.members}
+    else:
+        per_member = dict.fromkeys(manifest.members, float(guidance))
+    scales = np.array(
+        [per_member[name] if own is None else own for name, own in zip(schedule.names, schedule.guidance, strict=True)]
+    )
+    if not np.isfinite(scales).all() or (scales < 0).any():
+        bad = scales[~(np.isfinite(scales) & (scales >= 0))][0]
+        raise BadInput(
+            f"guidance {bad:g}; allowed are finite numbers from 0 on", hint="1 is no guidance, e.g. --guidance 1.5"
+        )
+    if interval is not None:
+        start, stop = interval
+        if not 0 <= start <= stop <= len(scales):
+            raise BadInput(
+                f"guidance interval {start}:{stop} is outside the {len(scales)} steps",
+                hint=f"START:STOP with 0 <= START <= STOP <= {len(scales)}; steps count from 0, STOP is not guided",
+            )
+        scales[:start] = 1.0
+        scales[stop:] = 1.0
+    if manifest.conditioning.null is None and (scales != 1).any():
+        raise BadInput(
+            f"guidance {scales[scales != 1][0]:g}, but the members were trained without a null class",
+            hint="pass guidance=1 (--guidance 1)",
+        )
+    return scales
+
+
+def _channels(manifest: Manifest, guided_channels: int | None) -> int:
+    channels = manifest.latent.channels
+    wanted = manifest.defaults.guided_channels if guided_channels is None else guided_channels
+    if wanted is None:
+        return channels
+    if not 1 <= wanted <= channels:
+        raise BadInput(f"guided_channels {wanted} is outside 1..{channels}", hint=f"the latent has {channels} channels")
+    return wanted
