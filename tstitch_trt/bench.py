@@ -1,0 +1,314 @@
+"""Latency of a bundle: bare engines, step kernels and stitched trajectories, measured side by side.
+
+What is compared is measured alternately. In every round each trajectory is enclosed by bare calls of the same engines,
+half of them before it and half after it, as many as it has steps, so a machine that is busy or changes its clock slows
+both alike:
+
+    overhead      median over the rounds of  trajectory time / sum of its bare engine calls
+    predicted_ms  sum over the steps of step_ms of the member that runs there: bare engine times alone
+    step_ms       median over the rounds of a member's mean bare time per call
+
+Warm-up runs are excluded. Times are milliseconds; a trajectory's is that of its whole batch, without decoding.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from tstitch_engines.errors import BadInput, OutOfProfile
+from tstitch_trt.machine import Machine, describe_machine, peak_memory
+
+if TYPE_CHECKING:
+    from tstitch_trt.plan import Plan
+    from tstitch_trt.runtime import Runtime
+
+__all__ = ["Baseline", "BaselineTiming", "Bench", "MemberTiming", "TrajectoryTiming", "measure", "spread"]
+
+FORMULA = "predicted_ms = sum over the steps of step_ms of the member (guided or not) that runs at that step"
+
+Report = Callable[[float, str], object]  # share done in 0..1, what is being measured
+
+
+class MemberTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """Bare engine calls of one member on ``batch`` images; ``guided`` calls run both halves, 2 ``batch`` rows.
+
+    ``step_ms`` and its 10th and 90th percentile are over ``blocks`` means, one per round and trajectory.
+    """
+
+    name: str
+    guided: bool
+    step_ms: float
+    p10_ms: float
+    p90_ms: float
+    blocks: int
+
+
+class TrajectoryTiming(msgspec.Struct, frozen=True, kw_only=True):
+    fraction: float
+    schedule: str
+    members: dict[str, int]
+    ms: float
+    p10_ms: float
+    p90_ms: float
+    predicted_ms: float
+    measured_over_predicted: float
+    bare_ms: float
+    overhead: float
+    images_per_second: float
+
+
+class BaselineTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """``speedup``: median over the rounds of the baseline's time over ours, taken one after the other."""
+
+    fraction: float
+    ms: float
+    p10_ms: float
+    p90_ms: float
+    speedup: float
+    relative_difference: float
+
+
+class BaselineReport(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    version: str
+    trajectories: tuple[BaselineTiming, ...]
+
+
+class Bench(msgspec.Struct, frozen=True, kw_only=True):
+    """``overhead``: all trajectories' time over all their bare engine calls; the large member weighs most."""
+
+    bundle: str
+    backend: str
+    device: str
+    batch: int
+    steps: int
+    solver: str
+    repeats: int
+    warmup: int
+    threads: int
+    formula: str
+    members: tuple[MemberTiming, ...]
+    step_kernels_ms: float
+    trajectories: tuple[TrajectoryTiming, ...]
+    overhead: float
+    load_ms: float
+    peak_memory_bytes: int
+    memory: dict[str, int]
+    machine: Machine
+    against: BaselineReport | None = None
+
+
+class Baseline:
+    """Something else that walks the same plan. ``walk`` returns the final latents, float32 ``[B,C,H,W]``."""
+
+    name: str
+    version: str
+    tolerance: float  # relative L2 difference up to which its latents count as equal
+
+    def walk(self, plan: Plan, noise: Any, labels: Sequence[int]) -> Any:
+        raise NotImplementedError
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile."""
+    low, middle, high = np.percentile(list(values), [10, 50, 90])
+    return float(middle), float(low), float(high)
+
+
+def measure(
+    runtime: Runtime,
+    *,
+    fractions: Sequence[float],
+    batch: int | None = None,
+    repeats: int = 5,
+    warmup: int = 1,
+    threads: int = 0,
+    baseline: Baseline | None = None,
+    report: Report = lambda share, text: None,
+    **settings: Any,
+) -> Bench:
+    """Measures ``runtime`` at each fraction; ``settings`` are those of ``Runtime.plan``.
+
+    Raises ``OutOfProfile`` for a batch that one engine call can't hold: split batches would be measured as if they
+    were one. Raises ``BadInput`` when the baseline's latents differ from ours.
+    """
+    plans = [runtime.plan(fraction=fraction, **settings) for fraction in fractions]
+    size = _batch(runtime, batch, guided=any(any(plan.guided) for plan in plans))
+    runs = [_Trajectory(runtime, fraction, plan, size) for fraction, plan in zip(fractions, plans, strict=True)]
+    differences = [run.compare(baseline, settings) for run in runs] if baseline is not None else []
+    rounds = warmup + repeats
+    for index in range(rounds):
+        for number, run in enumerate(runs):
+            share = (index + number / len(runs)) / rounds
+            report(share, f"round {index + 1} of {rounds}: fraction {run.fraction:g}")
+            run.round(baseline, settings, keep=index >= warmup)
+
+    members = _members(runtime, runs, size, repeats=repeats)
+    by_kind = {(m.name, m.guided): m.step_ms for m in members}
+    kernels = runtime.time_step_kernels(size, guided=any(plans[0].guided), repeats=100)
+    trajectories = tuple(run.timing(by_kind) for run in runs)
+    report(1.0, "done")
+    return Bench(
+        bundle=runtime.manifest.name,
+        backend=runtime.backend_name,
+        device=runtime.device.name,
+        batch=size,
+        steps=len(plans[0].schedule.names),
+        solver=plans[0].table.solver.name,
+        repeats=repeats,
+        warmup=warmup,
+        threads=threads,
+        formula=FORMULA,
+        members=members,
+        step_kernels_ms=statistics.median(kernels),
+        trajectories=trajectories,
+        overhead=sum(sum(run.times) for run in runs) / sum(sum(run.bare) for run in runs),
+        load_ms=runtime.load_ms,
+        peak_memory_bytes=peak_memory(),
+        memory=runtime.memory(),
+        machine=describe_machine(),
+        against=None
+        if baseline is None
+        else BaselineReport(
+            name=baseline.name,
+            version=baseline.version,
+            trajectories=tuple(run.against(d) for run, d in zip(runs, differences, strict=True)),
+        ),
+    )
+
+
+class _Trajectory:
+    """One fraction's plan and what was measured of it, one entry per round."""
+
+    def __init__(self, runtime: Runtime, fraction: float, plan: Plan, batch: int) -> None:
+        self.runtime = runtime
+        self.fraction = fraction
+        self.plan = plan
+        self.batch = batch
+        self.labels = [i % runtime.manifest.conditioning.classes for i in range(batch)]
+        kinds = list(zip(plan.schedule.names, plan.guided, strict=True))
+        self.kinds = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}  # (member, guided) -> steps
+        self.times: list[float] = []
+        self.bare: list[float] = []
+        self.others: list[float] = []
+        self.blocks: dict[tuple[str, bool], list[float]] = {kind: [] for kind in self.kinds}
+
+    def round(self, baseline: Baseline | None, settings: dict[str, Any], *, keep: bool) -> None:
+        before = {kind: self._calls(kind, (steps + 1) // 2) for kind, steps in self.kinds.items()}
+        result = self.runtime.sample(labels=self.labels, seed=0, fraction=self.fraction, decode=False, **settings)
+        after = {kind: self._calls(kind, steps // 2) for kind, steps in self.kinds.items()}
+        other = None if baseline is None else self._timed_walk(baseline)
+        if not keep:
+            return
+        self.times.append(result.total_ms)
+        self.bare.append(sum(sum(before[kind]) + sum(after[kind]) for kind in self.kinds))
+        for kind, block in self.blocks.items():
+            block.append(statistics.fmean(before[kind] + after[kind]))
+        if other is not None:
+            self.others.append(other)
+
+    def _calls(self, kind: tuple[str, bool], count: int) -> list[float]:
+        name, guided = kind
+        return self.runtime.time_member(name, self.batch, guided=guided, repeats=count, warmup=1)
+
+    def _noise(self) -> Any:
+        shape = self.runtime.manifest.latent
+        generator = np.random.default_rng(0)
+        return generator.standard_normal((self.batch, shape.channels, shape.height, shape.width), np.float32)
+
+    def _timed_walk(self, baseline: Baseline) -> float:
+        from time import perf_counter
+
+        noise = self._noise()
+        start = perf_counter()
+        baseline.walk(self.plan, noise, self.labels)
+        return 1e3 * (perf_counter() - start)
+
+    def compare(self, baseline: Baseline, settings: dict[str, Any]) -> float:
+        """Relative L2 difference of the baseline's final latents from ours. Raises ``BadInput`` when not equal."""
+        noise = self._noise()
+        ours = self.runtime.sample(
+            labels=self.labels, latents=noise, fraction=self.fraction, decode=False, **settings
+        ).latents
+        theirs = baseline.walk(self.plan, noise, self.labels)
+        difference = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
+        if not difference <= baseline.tolerance:
+            raise BadInput(
+                f"{baseline.name} draws other latents at fraction {self.fraction:g}: relative difference "
+                f"{difference:.2e}; allowed is {baseline.tolerance:.0e}, else the times compare different work",
+                hint="compare members built with --precision fp32, on the checkpoints that the bundle was built from",
+            )
+        return difference
+
+    def timing(self, step_ms: dict[tuple[str, bool], float]) -> TrajectoryTiming:
+        ms, low, high = spread(self.times)
+        predicted = sum(step_ms[kind] * steps for kind, steps in self.kinds.items())
+        counts: dict[str, int] = {}
+        for (name, _), steps in self.kinds.items():
+            counts[name] = counts.get(name, 0) + steps
+        return TrajectoryTiming(
+            fraction=self.fraction,
+            schedule=self.plan.schedule.text,
+            members=counts,
+            ms=ms,
+            p10_ms=low,
+            p90_ms=high,
+            predicted_ms=predicted,
+            measured_over_predicted=ms / predicted,
+            bare_ms=statistics.median(self.bare),
+            overhead=statistics.median(t / b for t, b in zip(self.times, self.bare, strict=True)),
+            images_per_second=1e3 * self.batch / ms,
+        )
+
+    def against(self, difference: float) -> BaselineTiming:
+        ms, low, high = spread(self.others)
+        return BaselineTiming(
+            fraction=self.fraction,
+            ms=ms,
+            p10_ms=low,
+            p90_ms=high,
+            speedup=statistics.median(o / t for o, t in zip(self.others, self.times, strict=True)),
+            relative_difference=difference,
+        )
+
+
+def _batch(runtime: Runtime, batch: int | None, *, guided: bool) -> int:
+    limit = runtime.batch_limit // (2 if guided else 1)
+    size = min(8, limit) if batch is None else batch
+    if not 1 <= size <= limit:
+        raise OutOfProfile(
+            f"batch {size} does not fit one engine call; allowed is 1 to {limit}"
+            + (f" (guidance doubles it, the profile's largest is {runtime.batch_limit})" if guided else ""),
+            hint=f"pass --batch {max(limit, 1)}, or build again with --batch 1:{size}:{size * (2 if guided else 1)}",
+        )
+    return size
+
+
+def _members(runtime: Runtime, runs: list[_Trajectory], batch: int, *, repeats: int) -> tuple[MemberTiming, ...]:
+    """Every member's bare time; one that no trajectory used is measured here on its own."""
+    guided = any(any(run.plan.guided) for run in runs)
+    found: dict[tuple[str, bool], list[float]] = {}
+    for run in runs:
+        for kind, blocks in run.blocks.items():
+            found.setdefault(kind, []).extend(blocks)
+    for name in runtime.manifest.members:
+        if not any(name == known for known, _ in found):
+            calls = 10
+            found[name, guided] = [
+                statistics.fmean(runtime.time_member(name, batch, guided=guided, repeats=calls, warmup=1))
+                for _ in range(repeats)
+            ]
+    timings = []
+    for name in runtime.manifest.members:
+        for (known, is_guided), blocks in sorted(found.items()):
+            if known == name:
+                ms, low, high = spread(blocks)
+                timings.append(
+                    MemberTiming(name=name, guided=is_guided, step_ms=ms, p10_ms=low, p90_ms=high, blocks=len(blocks))
+                )
+    return tuple(timings)

@@ -1,0 +1,105 @@
+"""The ``tstitch-trt`` command. Data goes to stdout, logs, progress and errors to stderr.
+
+Each command lives in a file of its own that is imported when the command is named, and imports what is heavy inside
+its function: ``--help`` needs click and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from tstitch_trt.cli._command import Command, traceback_option
+from tstitch_trt.cli._errors import EXIT_INTERRUPTED, as_failure, print_failure
+
+__all__ = ["cli", "main"]
+
+# name -> one line of help, here so that `tstitch-trt --help` imports none of the commands
+COMMANDS = {
+    "demo": "Build the built-in pair and draw it at several stitch points, with time and quality.",
+    "build": "Turn a recipe and its checkpoints into a bundle of compiled engines.",
+    "sample": "Draw images from a bundle.",
+    "bench": "Measure engines, step kernels and stitched trajectories of a bundle.",
+    "inspect": "Show what a bundle holds: members, specs, engine identities, hashes, sources.",
+    "doctor": "Show what this machine can build and run, and how to mend what it can't.",
+}
+
+EXAMPLES = """
+tstitch-trt demo
+tstitch-trt build fashion -o fashion.bundle
+tstitch-trt sample fashion.bundle --labels 0-9 --fraction 0.4 -o grid.png
+"""
+
+
+class _Lazy(Command, click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"tstitch_trt.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from tstitch_engines.errors import unknown_name
+
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            raise unknown_name("command", args[0], COMMANDS)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(
+    cls=_Lazy,
+    examples=EXAMPLES,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(package_name="tstitch-trt", prog_name="tstitch-trt", message="%(prog)s %(version)s")
+@traceback_option
+def cli() -> None:
+    """T-Stitch as a compiled engine: a small denoiser runs the early diffusion steps, the large one the late ones.
+
+    Data goes to stdout (--json prints one JSON document), logs and progress to stderr. Exit codes: 0 done, 1 the work
+    failed, 2 bad input, 130 interrupted.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 failed work, 2 bad input, 130 Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    developer = "--traceback" in args or os.environ.get("TSTITCH_TRACEBACK", "") not in ("", "0")
+    try:
+        code = cli.main(args, prog_name="tstitch-trt", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as no_args:
+        click.echo(no_args.ctx.get_help() if no_args.ctx else "", err=True)
+        return 2
+    except BrokenPipeError:  # the reader of our stdout (`head`) went away: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if developer:
+            import traceback
+
+            traceback.print_exc()
+        failure = as_failure(error)
+        print_failure(failure)
+        return failure.exit_code

@@ -1,0 +1,36 @@
+"""What all commands share: help that ends in runnable examples, ``--traceback`` and ``--json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["Command", "json_option", "traceback_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Command(click.Command):
+    """A click command whose help ends in ``examples``, one command line each."""
+
+    def __init__(self, *args: Any, examples: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = tuple(line for line in examples.strip().splitlines() if line)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for line in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def traceback_option(function: F) -> F:
+    """``--traceback``, read by ``main`` from the arguments: it must work where parsing itself fails."""
+    return click.option(
+        "--traceback", is_flag=True, expose_value=False, help="On an error show Python's traceback too (developers)."
+    )(function)
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")(function)

@@ -1,0 +1,86 @@
+"""Every failure as ``error: ...`` and ``hint: ...`` on stderr, click's own usage errors included."""
+
+from __future__ import annotations
+
+import errno
+
+import click
+
+from tstitch_engines.errors import BadInput, FailedWork, TStitchError, nearest
+
+__all__ = ["EXIT_INTERRUPTED", "as_failure", "print_failure"]
+
+EXIT_INTERRUPTED = 130
+
+
+def print_failure(failure: TStitchError) -> None:
+    # click strips colour where stderr is no terminal; NO_COLOR is ours to honour
+    import os
+
+    colour = not os.environ.get("NO_COLOR")
+    for word, text, tint in (("error:", failure.message, "red"), ("hint:", failure.hint, "cyan")):
+        click.echo(f"{click.style(word, fg=tint, bold=True) if colour else word} {text}", err=True)
+
+
+def as_failure(error: Exception) -> TStitchError:
+    """The error of our tree that says what ``error`` means to the person at the terminal."""
+    if isinstance(error, TStitchError):
+        return error
+    if isinstance(error, click.ClickException):
+        return _usage(error)
+    if isinstance(error, MemoryError):
+        return FailedWork(
+            f"out of memory: {str(error) or 'an allocation failed'}", hint="use a smaller batch: -n or --batch"
+        )
+    if isinstance(error, OSError):
+        return _system(error)
+    return FailedWork(
+        f"unexpected {type(error).__name__}: {error}",
+        hint="this is a bug of tstitch-trt: run the command again with --traceback and report what it prints",
+    )
+
+
+def _system(error: OSError) -> TStitchError:
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno == errno.ENOSPC:
+        return FailedWork(what, hint="free some space or write to another file system with -o; nothing was replaced")
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return BadInput(what, hint="check the path; folders that outputs go to must exist (mkdir -p)")
+    if isinstance(error, PermissionError):
+        return BadInput(what, hint="choose a path that you may read and write")
+    return FailedWork(what, hint="check the file system; run with --traceback for details")
+
+
+def _usage(error: click.ClickException) -> TStitchError:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context else "tstitch-trt"
+    if isinstance(error, click.NoSuchOption):
+        known = _option_names(context)
+        close = nearest(error.option_name, known)
+        return BadInput(
+            f"unknown option {error.option_name!r} of {path!r}; known: {', '.join(known)}",
+            hint=f"did you mean {close!r}?" if close else f"see {path} --help",
+        )
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        name = error.param.human_readable_name if isinstance(error.param, click.Argument) else error.param.opts[-1]
+        usage = context.get_usage().removeprefix("Usage: ") if context else path
+        return BadInput(f"{path!r} needs {name}, got nothing", hint=f"write it as: {usage}; see {path} --help")
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        name = error.param.human_readable_name if isinstance(error.param, click.Argument) else error.param.opts[-1]
+        return BadInput(f"{name}: {error.message.rstrip('.')}", hint=_example(path, error.param, context))
+    return BadInput(error.format_message().rstrip("."), hint=f"see {path} --help")
+
+
+def _option_names(context: click.Context | None) -> list[str]:
+    if context is None:
+        return []
+    parameters = context.command.get_params(context)
+    return [name for p in parameters if isinstance(p, click.Option) for name in p.opts if name.startswith("--")]
+
+
+def _example(path: str, parameter: click.Parameter, context: click.Context | None) -> str:
+    if isinstance(parameter.type, click.Choice):
+        return f"use one of: {', '.join(map(str, parameter.type.choices))}"
+    text = getattr(parameter, "help", None)
+    metavar = parameter.make_metavar(context) if context is not None else ""
+    return f"{parameter.opts[-1]} {metavar}: {text}" if text else f"see {path} --help"

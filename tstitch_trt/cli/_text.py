@@ -1,0 +1,45 @@
+"""Plain text for stdout: aligned tables, sizes, JSON. No colour and no cropping: it may be read by a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+__all__ = ["print_json", "print_table", "size", "table"]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; those whose cells all start with a digit or sign are right-aligned."""
+    body = [list(row) for row in rows]
+    columns = list(zip(header, *body, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [bool(body) and all(c[:1] in "0123456789-+." for c in column[1:] if c) for column in columns]
+    lines = [list(header), ["-" * w for w in widths], *body]
+    return "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    click.echo(table(header, rows))
+
+
+def print_json(document: Any) -> None:
+    """One JSON document; structs of msgspec become objects. NaN is not JSON and is an error here."""
+    import msgspec
+
+    click.echo(json.dumps(msgspec.to_builtins(document), indent=2, allow_nan=False))
+
+
+def size(count: int) -> str:
+    """``1536`` -> ``1.5 KiB``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

@@ -1,0 +1,111 @@
+"""``tstitch-trt inspect``: what a bundle holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._sampling import bundle_argument
+
+if TYPE_CHECKING:
+    from tstitch_engines.bundle import Bundle
+    from tstitch_engines.manifest import Member
+
+__all__ = ["command"]
+
+EXAMPLES = """
+tstitch-trt inspect fashion.bundle
+tstitch-trt inspect fashion.bundle --json
+"""
+
+
+@click.command("inspect", cls=Command, examples=EXAMPLES)
+@bundle_argument
+@json_option
+@traceback_option
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE holds. Every file's size and sha256 are checked first."""
+    from tstitch_engines.bundle import open_bundle
+    from tstitch_trt.cli._text import print_json
+
+    opened = open_bundle(bundle)
+    if as_json:
+        print_json(_document(opened))
+    else:
+        _print(opened)
+
+
+def _document(bundle: Bundle) -> dict[str, Any]:
+    """The manifest, and for every engine the digest of its identity."""
+    import msgspec
+
+    from tstitch_engines.identity import digest
+
+    document: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
+    for name, member in bundle.manifest.members.items():
+        for engine, record in zip(document["members"][name]["engines"], member.engines, strict=True):
+            engine["digest"] = digest(record.identity)
+    files = bundle.manifest.components()
+    return {"path": str(bundle.root), "bytes": sum(part.bytes for part in files), "files": len(files), **document}
+
+
+def _print(bundle: Bundle) -> None:
+    from tstitch_trt.cli._text import print_table, size
+
+    manifest = bundle.manifest
+    latent, noise, conditioning, defaults = manifest.latent, manifest.noise, manifest.conditioning, manifest.defaults
+    files = manifest.components()
+    click.echo(f"{bundle.root}: {manifest.name} (recipe {manifest.recipe}, schema {manifest.schema})")
+    null = "none" if conditioning.null is None else str(conditioning.null)
+    for word, text in (
+        ("latent", f"{latent.channels} x {latent.height} x {latent.width}, decoder {manifest.decoder.kind}"),
+        ("noise", f"{noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}"),
+        ("classes", f"{conditioning.classes}, null class {null}"),
+        ("names", ", ".join(conditioning.names)),
+        (
+            "defaults",
+            f"{defaults.solver}, {defaults.steps} steps, spacing {defaults.spacing}, guidance {defaults.guidance:g}, "
+            f"schedule {defaults.schedule}",
+        ),
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        ("quality", "network and reference statistics" if manifest.quality else "none"),
+        ("files", f"{len(files)}, {size(sum(part.bytes for part in files))}, all verified"),
+    ):
+        if text:
+            click.echo(f"  {word:<10} {text}")
+    for name, member in manifest.members.items():
+        click.echo()
+        _print_member(name, member)
+    click.echo()
+    print_table(("file", "size", "sha256"), [(part.path, size(part.bytes), part.sha256) for part in files])
+
+
+def _print_member(name: str, member: Member) -> None:
+    from tstitch_engines.identity import digest
+    from tstitch_trt.cli._text import size
+
+    variance = ", learned variance" if member.learned_variance else ""
+    click.echo(f"member {name}: {member.family}, predicts {member.parametrisation}{variance}, {member.precision}")
+    click.echo(f"  {'config':<10} {', '.join(f'{key} {value}' for key, value in member.config.items())}")
+    for word, specs in (("inputs", member.inputs), ("outputs", member.outputs)):
+        click.echo(f"  {word:<10} {'; '.join(map(str, specs))}")
+    for source in member.sources:
+        click.echo(f"  {'source':<10} {source.name} ({size(source.bytes)}, sha256 {source.sha256})")
+    if member.check is not None:
+        batches = ", ".join(map(str, member.check.batches))
+        click.echo(
+            f"  {'checked':<10} against {member.check.against} at batch {batches}: max abs {member.check.max_abs:.1e}, "
+            f"relative L2 {member.check.rel_l2:.1e}"
+        )
+    for record in member.engines:
+        identity = record.identity
+        profile = ", ".join(f"{dim} {sizes}" for dim, sizes in identity.profile.dims.items())
+        options = ", ".join(f"{key}={value}" for key, value in identity.options.items())
+        click.echo(
+            f"  {'engine':<10} {identity.backend} {identity.backend_version} for {identity.arch}, "
+            f"{identity.precision}, profile {profile}{', ' + options if options else ''}, "
+            f"identity {digest(record.identity)[:16]}"
+        )

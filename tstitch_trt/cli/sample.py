@@ -1,0 +1,228 @@
+"""``tstitch-trt sample``: images from a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._sampling import bundle_argument, runtime_options, step_options
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tstitch_engines.manifest import Manifest
+    from tstitch_trt.result import Result
+
+__all__ = ["command"]
+
+EXAMPLES = """
+tstitch-trt sample fashion.bundle --labels 0-9 -o grid.png
+tstitch-trt sample fashion.bundle --labels 0-9 -n 40 --fraction 0.4 --guidance 1.5 --seed 7 -o grid.png
+tstitch-trt sample fashion.bundle --labels Bag,Sneaker --schedule small:20,large:30 --steps 50 -o bags
+tstitch-trt sample fashion.bundle --labels 0-9 -n 100 --steps 20 -o samples.npz --json
+tstitch-trt sample fashion.bundle --labels 3,5 --latents-out latents.npy -o pair.png
+tstitch-trt sample fashion.bundle --labels 3,5 --fraction 1 --latents-in latents.npy -o again.png
+"""
+DEFAULT_LABELS = 10
+
+
+@click.command("sample", cls=Command, examples=EXAMPLES)
+@bundle_argument
+@click.option("--labels", metavar="LIST", help="Classes: numbers, ranges and names, e.g. 3,5,0-9 or Bag. [one of each]")
+@click.option("-n", "count", type=click.IntRange(1), metavar="N", help="How many images; the labels go round.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Seed of all images.")
+@click.option("--seeds", metavar="LIST", help="One seed per image, e.g. 1,2,5-9, instead of --seed.")
+@click.option("--fraction", type=float, metavar="R", help="Share of the steps on the first member, 0 to 1.")
+@click.option("--schedule", metavar="TEXT", help="Members over the steps, e.g. small:0.4,large or high@t>=875,low.")
+@click.option(
+    "--rounding", default="paper", show_default=True, metavar="RULE", help="paper, floor, timestep or timestep-strict."
+)
+@step_options
+@click.option("--spacing", metavar="NAME", help="Where the steps lie: leading, linspace, trailing or dit.")
+@click.option("--sigmas", metavar="NAME", help="Spacing in sigma instead: karras or exponential.")
+@click.option("--eta", type=float, metavar="E", help="Noise of DDIM, 0 to 1.")
+@click.option("--variance", metavar="NAME", help="Variance of DDPM: fixed-small, fixed-large or learned.")
+@click.option("--history", default="keep", show_default=True, metavar="RULE", help="At a member switch: keep or reset.")
+@click.option(
+    "--guidance-rescale", type=float, default=0.0, show_default=True, metavar="R", help="Rescale (arXiv 2305.08891)."
+)
+@click.option("--guidance-interval", metavar="FIRST:STOP", help="Guide only the steps FIRST to STOP - 1.")
+@click.option("--guided-channels", type=click.IntRange(1), metavar="K", help="Guide the first K channels only.")
+@click.option("--latents-in", type=click.Path(path_type=Path), metavar="FILE.npy", help="Start from these latents.")
+@click.option("--latents-out", type=click.Path(path_type=Path), metavar="FILE.npy", help="Write the final latents.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png|DIR|FILE.npz",
+    help="A grid, a folder of PNGs, or arr_0 uint8 NHWC. [samples.png]",
+)
+@runtime_options
+@json_option
+@traceback_option
+def command(
+    bundle: Path,
+    labels: str | None,
+    count: int | None,
+    seed: int,
+    seeds: str | None,
+    latents_in: Path | None,
+    latents_out: Path | None,
+    output: Path | None,
+    guidance_interval: str | None,
+    device: str,
+    backend: str | None,
+    threads: int,
+    as_json: bool,
+    **trajectory: Any,
+) -> None:
+    """Draw images from BUNDLE.
+
+    Without --labels: one image of every class (of the first ten where there are more). All options that are left out
+    take the bundle's defaults. The settings are kept in the PNG files.
+    """
+    from tstitch_trt.files import load_array, require_parent, save_array
+    from tstitch_trt.outputs import kind_of, write_images
+    from tstitch_trt.parsing import parse_interval, parse_numbers
+    from tstitch_trt.progress import log, progress
+
+    if trajectory["fraction"] is not None and trajectory["schedule"] is not None:
+        raise BadInput(
+            f"--fraction {trajectory['fraction']} and --schedule {trajectory['schedule']!r} both say which member runs",
+            hint="give one of them",
+        )
+    interval = None if guidance_interval is None else parse_interval(guidance_interval)
+    own_seeds = None if seeds is None else parse_numbers(seeds, what="seed", example="--seeds 1,2,5-9")
+    if latents_out is not None:
+        if latents_out.suffix != ".npy":
+            raise BadInput(
+                f"--latents-out {str(latents_out)!r} is no .npy file; allowed: FILE.npy",
+                hint=f"write --latents-out {latents_out.with_suffix('.npy')}",
+            )
+        require_parent(latents_out, option="--latents-out")
+    if output is not None:
+        kind_of(output)
+    start: NDArray[np.float32] | None = None if latents_in is None else load_array(latents_in, option="--latents-in")
+
+    import tstitch_trt
+
+    runtime = tstitch_trt.load(bundle, device=device, backend=backend, threads=threads)
+    try:
+        manifest = runtime.manifest
+        target = _target(manifest, output, latents_out)
+        wanted = _labels(manifest, labels, count, own_seeds, None if start is None else len(start))
+        with progress("sampling", 1, counted="steps") as bar:
+            result = runtime.sample(
+                labels=wanted,
+                seed=seed,
+                seeds=own_seeds,
+                latents=start,
+                guidance_interval=interval,
+                decode=target is not None,
+                callback=lambda e: bar.update(
+                    done=(e.chunk - 1) * e.steps + e.step, total=e.chunks * e.steps, text=f"sampling on {e.member}"
+                ),
+                **trajectory,
+            )
+    finally:
+        runtime.close()
+
+    document = _describe(bundle, manifest, result, {"device": device, "backend": runtime.backend_name})
+    each = document.pop("images")
+    files: list[Path] = []
+    if latents_out is not None:
+        save_array(latents_out, result.latents)
+    if target is not None and result.images is not None:
+        files = write_images(target, result.images, document, each)
+    document |= {"images": each, "files": [str(f) for f in files], "latents": latents_out and str(latents_out)}
+    if as_json:
+        from tstitch_trt.cli._text import print_json
+
+        print_json(document)
+        return
+    log(
+        f"{len(result.seeds)} images, {len(result.schedule.names)} steps, schedule {result.schedule.text} in "
+        f"{result.total_ms / 1e3:.2f} s ({result.total_ms / len(result.seeds):.1f} ms per image): "
+        + ", ".join(f"{part.member} {part.steps} steps {part.ms:.0f} ms" for part in result.timings)
+    )
+    for path in (target, latents_out):
+        if path is not None:
+            click.echo(path)
+
+
+def _target(manifest: Manifest, output: Path | None, latents_out: Path | None) -> Path | None:
+    """Where the images go, or ``None`` when only latents were asked for."""
+    if manifest.decoder.kind != "none":
+        return output if output is not None or latents_out is not None else Path("samples.png")
+    if output is not None or latents_out is None:
+        raise BadInput(
+            f"bundle {manifest.name!r} has no decoder, so it gives latents and no images",
+            hint="write the latents: --latents-out latents.npy, without -o",
+        )
+    return None
+
+
+def _labels(
+    manifest: Manifest, text: str | None, count: int | None, seeds: list[int] | None, latents: int | None
+) -> list[int]:
+    """The label of every image: the list given, gone round as often as images are asked for."""
+    from tstitch_trt.parsing import cycle, parse_labels
+
+    conditioning = manifest.conditioning
+    if text is None:
+        if count is not None:
+            raise BadInput(
+                f"-n {count} says how many images but not of which classes",
+                hint=f"add the classes to go round: --labels 0-{conditioning.classes - 1}",
+            )
+        labels = list(range(min(conditioning.classes, DEFAULT_LABELS)))
+    else:
+        labels = parse_labels(text, classes=conditioning.classes, names=conditioning.names)
+    asked = {"-n": count, "--seeds": None if seeds is None else len(seeds), "--latents-in": latents}
+    numbers = {option: number for option, number in asked.items() if number is not None}
+    if len(set(numbers.values())) > 1:
+        raise BadInput(
+            "the number of images is not one: " + ", ".join(f"{o} gives {n}" for o, n in numbers.items()),
+            hint="make them equal, or leave -n out",
+        )
+    wanted = next(iter(numbers.values()), len(labels))
+    if text is not None and wanted < len(labels):
+        option = next(iter(numbers))
+        raise BadInput(
+            f"--labels names {len(labels)} images and {option} gives {wanted}; allowed is at least one per label",
+            hint=f"name at most {wanted} labels, or raise {option} to {len(labels)}",
+        )
+    return cycle(labels, wanted)
+
+
+def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str, str]) -> dict[str, Any]:
+    """All that is needed to draw the images again, and how long they took."""
+    names = manifest.conditioning.names
+    plan = result.plan
+    return {
+        "bundle": bundle.name,
+        **where,
+        "steps": len(result.schedule.names),
+        "solver": plan.table.solver.name,
+        "solver_options": plan.table.solver.said(),
+        "guided": [bool(g) for g in plan.guided],
+        "schedule": {
+            "text": result.schedule.text,
+            "rule": result.schedule.rule,
+            "members": list(result.schedule.names),
+            "segments": [
+                {"member": part.name, "start": part.start, "stop": part.stop} for part in result.schedule.segments
+            ],
+        },
+        "timings": [{"member": t.member, "steps": t.steps, "ms": t.ms} for t in result.timings],
+        "total_ms": result.total_ms,
+        "images": [
+            {"label": label, "name": names[label] if names else None, "seed": seed}
+            for label, seed in zip(result.labels, result.seeds, strict=True)
+        ],
+    }

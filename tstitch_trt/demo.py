@@ -1,0 +1,119 @@
+"""The built-in pair at several stitch points: one grid of pictures, time and quality of each."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_trt.machine import Machine, describe_machine
+from tstitch_trt.quality import QualityMeter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tstitch_trt.runtime import Runtime
+
+__all__ = ["FRACTIONS", "Demo", "Point", "draw", "run"]
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+Report = Callable[[int, str], object]  # images done, what is being drawn
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One fraction. ``ms_per_image``: median over batches that fill one engine call, taken in turn with the other
+    points."""
+
+    fraction: float
+    schedule: str
+    members: dict[str, int]
+    ms_per_image: float
+    speedup: float
+    accuracy: float
+    frechet: float
+
+
+class Demo(msgspec.Struct, frozen=True, kw_only=True):
+    """``samples`` images per point. The Fréchet distance is biased upwards for few: compare the points, not papers."""
+
+    bundle: str
+    steps: int
+    solver: str
+    guidance: float
+    samples: int
+    points: tuple[Point, ...]
+    machine: Machine
+
+
+def run(
+    runtime: Runtime, *, steps: int, samples: int, guidance: float, seed: int = 0, report: Report
+) -> tuple[Demo, list[NDArray[np.uint8]]]:
+    """Draws the same ``samples`` labels and seeds at every fraction; returns the figures and each point's images,
+    uint8 ``[samples,H,W,C]``, labels going round the classes."""
+    classes = runtime.manifest.conditioning.classes
+    labels = [i % classes for i in range(samples)]
+    batch = max(1, runtime.batch_limit // (1 if guidance == 1 else 2))
+    meter = QualityMeter.of(runtime.bundle)
+    plans = [runtime.plan(fraction=f, steps=steps, guidance=guidance) for f in FRACTIONS]
+    images: list[list[NDArray[np.uint8]]] = [[] for _ in FRACTIONS]
+    times: list[list[float]] = [[] for _ in FRACTIONS]
+    done = 0
+    for fraction in FRACTIONS:  # the first runs of an engine are slow and are not the engine's time
+        runtime.sample(labels=labels[:batch], steps=2, guidance=guidance, fraction=fraction, decode=False)
+    for start in range(0, samples, batch):
+        part = labels[start : start + batch]
+        for index, fraction in enumerate(FRACTIONS):
+            report(done, f"fraction {fraction:g}")
+            drawn = runtime.sample(labels=part, seed=seed + start, steps=steps, guidance=guidance, fraction=fraction)
+            assert drawn.images is not None, "the built-in pair has a decoder"
+            images[index].append(drawn.images)
+            times[index].append(drawn.total_ms / len(part))
+            done += len(part)
+    pictures = [np.concatenate(parts) for parts in images]
+    costs = [statistics.median(t) for t in times]
+    points = []
+    for fraction, plan, cost, drawn_images in zip(FRACTIONS, plans, costs, pictures, strict=True):
+        score = meter.score(*meter.look(drawn_images), labels)
+        names = plan.schedule.names
+        points.append(
+            Point(
+                fraction=fraction,
+                schedule=plan.schedule.text,
+                members={name: names.count(name) for name in dict.fromkeys(names)},
+                ms_per_image=cost,
+                speedup=costs[0] / cost,
+                accuracy=score.accuracy,
+                frechet=score.frechet,
+            )
+        )
+    figures = Demo(
+        bundle=runtime.manifest.name,
+        steps=steps,
+        solver=plans[0].table.solver.name,
+        guidance=guidance,
+        samples=samples,
+        points=tuple(points),
+        machine=describe_machine(),
+    )
+    return figures, pictures
+
+
+def draw(figures: Demo, pictures: Sequence[NDArray[np.uint8]], names: Sequence[str]) -> Image:
+    """Rows: the fractions with their figures. Columns: the first image of every class, the same seeds in each row."""
+    from tstitch_trt.images import labelled_rows
+
+    columns = min(figures.samples, len(names))
+    rows = []
+    for point, images in zip(figures.points, pictures, strict=True):
+        members = " + ".join(f"{steps} {name}" for name, steps in point.members.items())
+        text = (
+            f"{point.fraction:.0%} small: {members}\n{point.ms_per_image:.0f} ms per image, x{point.speedup:.2f}\n"
+            f"accuracy {point.accuracy:.1%}, Fréchet {point.frechet:.2f}"
+        )
+        rows.append((text, images[:columns]))
+    return labelled_rows(rows, heads=names[:columns], scale=max(1, 84 // pictures[0].shape[1]))

@@ -1,0 +1,168 @@
+"""What this machine can build and run and, for what it can't, why and how to mend it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from tstitch_engines.errors import TStitchError
+from tstitch_trt.machine import Machine, describe_machine, package_version
+
+__all__ = ["Check", "Examination", "examine"]
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One finding. ``ok`` false means that something can't be done here; ``hint`` then says how to mend it."""
+
+    group: str
+    name: str
+    ok: bool
+    detail: str
+    hint: str = ""
+
+
+class Examination(msgspec.Struct, frozen=True, kw_only=True):
+    """``usable``: the CPU backend and the step kernels work, so bundles can be built from shipped parts and run."""
+
+    usable: bool
+    machine: Machine
+    checks: tuple[Check, ...]
+
+
+# package -> (what it is for, the extra that installs it)
+PACKAGES = {
+    "onnxruntime": ("ONNX Runtime on the CPU", "cpu"),
+    "onnxruntime-gpu": ("ONNX Runtime on CUDA", "gpu"),
+    "cuda-core": ("CUDA buffers, streams and kernels", "gpu"),
+    "torch": ("exporting checkpoints, the torch backend", "export"),
+    "onnx": ("exporting checkpoints", "export"),
+    "diffusers": ("checkpoints in diffusers folders", "export"),
+    "safetensors": (".safetensors checkpoints", "export"),
+    "matplotlib": ("bench --plot", "plot"),
+}
+
+
+def examine() -> Examination:
+    """Looks at everything; never raises for what is missing."""
+    checks = (*_packages(), *_native(), *_cuda(), *_backends())
+    by_name = {(c.group, c.name): c.ok for c in checks}
+    usable = by_name.get(("native", "step kernels"), False) and by_name.get(("backend", "onnxruntime on cpu"), False)
+    return Examination(usable=usable, machine=describe_machine(), checks=checks)
+
+
+def _packages() -> Iterator[Check]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Check(
+        group="python",
+        name="python",
+        ok=sys.version_info >= (3, 11),
+        detail=f"{python} at {sys.executable}",
+        hint="" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
+    )
+    for name, (purpose, extra) in PACKAGES.items():
+        found = package_version(name)
+        yield Check(
+            group="python",
+            name=name,
+            ok=found is not None,
+            detail=f"{found} ({purpose})" if found else f"not installed ({purpose})",
+            hint="" if found else f'pip install "tstitch-trt[{extra}]"',
+        )
+    if package_version("onnxruntime") and package_version("onnxruntime-gpu"):
+        yield Check(
+            group="python",
+            name="one ONNX Runtime",
+            ok=False,
+            detail="onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            hint="pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu",
+        )
+
+
+def _native() -> Iterator[Check]:
+    def load_kernels() -> str:
+        import tstitch_engines.host_kernels  # noqa: F401
+
+        return "compiled for this Python"
+
+    yield _attempt(
+        "native", "step kernels", load_kernels, hint="install from a wheel, or with a C++17 compiler: pip install ."
+    )
+
+
+def _cuda() -> Iterator[Check]:
+    from tstitch_trt.machine import gpu_names
+
+    gpus = gpu_names()
+    yield Check(
+        group="cuda",
+        name="gpu",
+        ok=bool(gpus),
+        detail="; ".join(gpus) or "no NVIDIA driver answers",
+        hint="" if gpus else "on a machine with an NVIDIA GPU install its driver; without one use --device cpu",
+    )
+    yield _attempt("cuda", "driver", _driver_version, hint="install an NVIDIA driver; without a GPU use --device cpu")
+    nvcc = shutil.which("nvcc")
+    yield Check(
+        group="cuda",
+        name="nvcc",
+        ok=nvcc is not None,
+        detail=nvcc or "not on PATH",
+        hint=""
+        if nvcc
+        else "needed only to compile the CUDA step kernels: install the CUDA toolkit, then pip install .",
+    )
+    yield _attempt(
+        "cuda", "step kernels for CUDA", _fatbin, hint="install from a wheel that has them, or with nvcc: pip install ."
+    )
+
+
+def _driver_version() -> str:
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise RuntimeError("libcuda.so.1 is not on this machine") from None
+    number = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        raise RuntimeError("libcuda.so.1 is there but does not start (no GPU, or a driver that does not fit it)")
+    return f"supports CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+
+
+def _fatbin() -> str:
+    from importlib.resources import files
+
+    found = [item.name for item in files("tstitch_engines").iterdir() if item.name.endswith(".fatbin")]
+    if not found:
+        raise RuntimeError("this build has none (it was made without nvcc)")
+    return ", ".join(found)
+
+
+def _backends() -> Iterator[Check]:
+    from tstitch_engines.backends import BACKENDS, open_backend
+
+    for name in BACKENDS:
+        for device in ("cpu", "cuda"):
+
+            def load(name: str = name, device: str = device) -> str:
+                from tstitch_engines.device import open_device
+
+                backend = open_backend(name)
+                arch = backend.arch(device)
+                open_device(device)
+                return f"{backend.version()} for {arch}"
+
+            yield _attempt("backend", f"{name} on {device}", load, hint="see the findings above")
+
+
+def _attempt(group: str, name: str, look: Callable[[], str], *, hint: str) -> Check:
+    """``look`` says what it found, or raises: a library may fail to load in any way it likes."""
+    try:
+        return Check(group=group, name=name, ok=True, detail=look())
+    except TStitchError as error:
+        return Check(group=group, name=name, ok=False, detail=error.message, hint=error.hint)
+    except Exception as error:
+        return Check(group=group, name=name, ok=False, detail=str(error) or type(error).__name__, hint=hint)

@@ -1,0 +1,148 @@
+"""The baseline of ``bench --against torch``: the same plan walked by PyTorch, module by module, on the same weights.
+
+The weights are read back from the members' ONNX graphs, so a bundle needs nothing beside itself and both sides can't
+be told apart but by rounding; ``bench`` compares the latents before it compares times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.rows import ROW
+from tstitch_trt.bench import Baseline
+from tstitch_trt.machine import package_version
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tstitch_engines.bundle import Bundle
+    from tstitch_engines.manifest import Member
+    from tstitch_trt.plan import Plan
+
+__all__ = ["EagerTorch", "dit_weights"]
+
+
+class EagerTorch(Baseline):
+    """PyTorch eager on the CPU, float32, in inference mode. Solvers that draw noise are refused: ours is Philox."""
+
+    name = "torch eager"
+    tolerance = 1e-3
+
+    def __init__(self, models: dict[str, Any], null: int | None, version: str) -> None:
+        self.version = version
+        self._models = models
+        self._null = null
+
+    @staticmethod
+    def of(bundle: Bundle, *, threads: int = 0) -> EagerTorch:
+        """The members of a bundle as PyTorch modules. Raises ``Unavailable`` without torch and onnx, or for members
+        of another family than DiT in its published layout."""
+        try:
+            import onnx  # noqa: F401
+            import torch
+        except ImportError as error:
+            raise Unavailable(
+                f"--against torch needs torch and onnx: {error}", hint='run: pip install "tstitch-trt[export]"'
+            ) from None
+        if threads:
+            torch.set_num_threads(threads)
+        manifest = bundle.manifest
+        models = {name: _module(name, member, bundle.path(member.onnx[0])) for name, member in manifest.members.items()}
+        return EagerTorch(models, manifest.conditioning.null, package_version("torch") or torch.__version__)
+
+    def walk(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> NDArray[np.float32]:
+        import torch
+
+        rows = plan.rows
+        for column, what in (("S", "a solver that draws noise"), ("RESCALE", "guidance rescale")):
+            if rows[:, ROW[column]].any():
+                raise BadInput(
+                    f"--against torch has no {what}; allowed are deterministic solvers without rescale",
+                    hint="compare with --solver ddim, euler or dpmpp-2m",
+                )
+        with torch.inference_mode():
+            x = torch.from_numpy(noise) * float(plan.init_scale)
+            classes = torch.tensor(labels, dtype=torch.int64)
+            both = None if self._null is None else torch.cat([classes, torch.full_like(classes, self._null)])
+            older = newer = torch.zeros_like(x)
+            for name, guided, row in zip(plan.schedule.names, plan.guided, rows.tolist(), strict=True):
+                sample = x * row[ROW["C_IN"]]
+                if guided:
+                    sample = torch.cat([sample, sample])
+                timestep = torch.full((len(sample),), row[ROW["T"]])
+                output = self._models[name](sample, timestep, both if guided else classes)[:, : x.shape[1]]
+                if guided:
+                    conditional, unconditional = output.chunk(2)
+                    k = int(row[ROW["GUIDED_CHANNELS"]])
+                    mixed = unconditional + row[ROW["G"]] * (conditional - unconditional)
+                    output = torch.cat([mixed[:, :k], conditional[:, k:]], dim=1)
+                estimate = row[ROW["P"]] * x + row[ROW["Q"]] * output
+                x = row[ROW["A"]] * x + row[ROW["B"]] * estimate + row[ROW["C"]] * newer + row[ROW["E"]] * older
+                newer, older = estimate, newer
+            latents: NDArray[np.float32] = x.numpy()
+        return latents
+
+
+def dit_weights(model: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
+    """The state dict with these names and shapes out of an exported DiT's ONNX graph.
+
+    The exporter keeps the parameters' names, except for the weights of linear layers: those are transposed into the
+    right side of a MatMul whose sum with ``NAME.bias`` follows. Raises ``Unavailable`` when one can't be found.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(model)).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    adders = {name: node for node in graph.node if node.op_type == "Add" for name in node.input if name in stored}
+    found: dict[str, NDArray[np.float32]] = {}
+    for name, shape in shapes.items():
+        array = numpy_helper.to_array(stored[name]) if name in stored else None
+        adder = adders.get(name.removesuffix(".weight") + ".bias")
+        if array is None and adder is not None:
+            product = next((makers[i] for i in adder.input if i in makers and makers[i].op_type == "MatMul"), None)
+            if product is not None and product.input[1] in stored:
+                array = numpy_helper.to_array(stored[product.input[1]]).T
+        if array is None or array.shape != shape:
+            raise Unavailable(
+                f"{model.name} does not hold {name} {list(shape)} where an exported DiT has it",
+                hint="--against torch reads members of the published DiT layout only; leave it out",
+            )
+        found[name] = np.array(array, np.float32)
+    return found
+
+
+def _module(name: str, member: Member, model: Path) -> Any:
+    if member.family != "dit" or "depth" not in member.config:
+        raise Unavailable(
+            f"--against torch knows no module for member {name!r} of family {member.family!r}; known: dit",
+            hint="leave --against out",
+        )
+    import torch
+
+    from tstitch_export.families.dit_config import DiTConfig
+    from tstitch_export.families.dit_layout import expected_shapes
+    from tstitch_export.families.dit_model import DiT
+
+    said = member.config
+    config = DiTConfig(
+        depth=int(said["depth"]),
+        width=int(said["width"]),
+        heads=int(said["heads"]),
+        patch=int(said["patch"]),
+        size=int(said["size"]),
+        channels=int(said["channels"]),
+        classes=int(said["labels"]) - 1,
+        learn_sigma=bool(said["learn_sigma"]),
+        mlp_ratio=float(said["mlp_ratio"]),
+    )
+    weights = dit_weights(model, expected_shapes(config))
+    module = DiT(config).eval()
+    module.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+    return module

@@ -1,0 +1,129 @@
+"""The small text forms of the command line and the API: labels, seeds, fractions, intervals, NAME=VALUE pairs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from tstitch_engines.errors import BadInput, nearest
+
+__all__ = ["cycle", "parse_fractions", "parse_interval", "parse_labels", "parse_numbers", "parse_pairs"]
+
+_RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+_MOST = 1_000_000  # values in one list: far more is a typing mistake and would fill the memory
+
+
+def parse_numbers(text: str, *, what: str, example: str) -> list[int]:
+    """``"3,5,0-9"`` -> ``[3, 5, 0, 1, ... 9]``; ``"9-7"`` counts down. Raises ``BadInput``."""
+    numbers: list[int] = []
+    for part in _parts(text, what=what, example=example):
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            raise BadInput(
+                f"{what} {part!r} in {text!r} is neither a whole number nor a range A-B", hint=f"write e.g. {example}"
+            )
+        numbers += _expand(match, text, what=what, example=example)
+    return numbers
+
+
+def parse_labels(text: str, *, classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Numbers, ranges and class names, in the order given: ``"3,5,0-9"``, ``"Ankle boot,Bag"``.
+
+    A name may hold a dash ("T-shirt/top") and is compared without regard to case. Raises ``BadInput`` for what is
+    neither, and for a number outside ``0..classes-1``.
+    """
+    by_name: Mapping[str, int] = {name.casefold(): index for index, name in enumerate(names)}
+    labels: list[int] = []
+    allowed = f"0 to {classes - 1}" + (f" and the names {', '.join(names)}" if 0 < len(names) <= 20 else "")
+    example = f"--labels 0-{min(classes, 10) - 1}"
+    for part in _parts(text, what="label", example=example):
+        if part.casefold() in by_name:
+            labels.append(by_name[part.casefold()])
+            continue
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            close = nearest(part.casefold(), by_name)
+            fix = f"did you mean {names[by_name[close]]!r}?" if close else f"write e.g. {example}"
+            raise BadInput(f"label {part!r} is no number, range or class name; allowed: {allowed}", hint=fix)
+        numbers = _expand(match, text, what="label", example=example)
+        wrong = next((n for n in numbers if not 0 <= n < classes), None)
+        if wrong is not None:
+            raise BadInput(f"label {wrong} is out of range; allowed: {allowed}", hint=f"write e.g. {example}")
+        labels += numbers
+    return labels
+
+
+def cycle(values: Sequence[int], count: int) -> list[int]:
+    """``count`` values, going round ``values`` as often as needed."""
+    return [values[i % len(values)] for i in range(count)]
+
+
+def parse_fractions(text: str) -> tuple[float, ...]:
+    """``"0:1:0.1"`` (start, stop inclusive, step) or ``"0,0.4,1"``, each in 0..1. Raises ``BadInput``."""
+    example = "--fractions 0:1:0.1 or --fractions 0,0.4,1"
+    if ":" in text:
+        parts = text.split(":")
+        if len(parts) != 3:
+            raise BadInput(f"fractions {text!r} are not START:STOP:STEP", hint=f"write e.g. {example}")
+        start, stop, step = (_fraction(p, text, example) for p in parts)  # exact: 0.1 ten times is 1
+        if step <= 0 or stop < start or (stop - start) / step > 1000:
+            raise BadInput(
+                f"fractions {text!r}: allowed is START <= STOP and a STEP above 0 that gives at most 1,000 points",
+                hint=f"write e.g. {example}",
+            )
+        values = [start + i * step for i in range(int((stop - start) / step) + 1)]
+    else:
+        values = [_fraction(p, text, example) for p in _parts(text, what="fraction", example=example)]
+    if len(set(values)) != len(values):
+        raise BadInput(f"fractions {text!r} name a value twice", hint="name each fraction once")
+    return tuple(float(v) for v in values)
+
+
+def parse_interval(text: str) -> tuple[int, int]:
+    """``"10:40"`` -> ``(10, 40)``: steps 10 to 39. Raises ``BadInput``."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise BadInput(
+            f"interval {text!r} is not FIRST:STOP with whole numbers and FIRST < STOP",
+            hint="write e.g. --guidance-interval 10:40 to guide steps 10 to 39",
+        )
+    return int(match[1]), int(match[2])
+
+
+def parse_pairs(texts: Sequence[str], *, option: str, value: str) -> dict[str, str]:
+    """``["small=S.pt", "large=XL.pt"]`` -> a dict. Raises ``BadInput`` for a missing ``=`` or a name given twice."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if not (equals and name and rest):
+            raise BadInput(f"{option} {text!r} is not NAME={value}", hint=f"write e.g. {option} small={value}")
+        if name in pairs:
+            raise BadInput(f"{option} names {name!r} twice: {pairs[name]!r} and {rest!r}", hint="give each name once")
+        pairs[name] = rest
+    return pairs
+
+
+def _parts(text: str, *, what: str, example: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise BadInput(f"{what} list {text!r} has an empty place", hint=f"write e.g. {example}")
+    return parts
+
+
+def _expand(match: re.Match[str], text: str, *, what: str, example: str) -> list[int]:
+    first = int(match[1])
+    last = int(match[2]) if match[2] is not None else first
+    if abs(last - first) >= _MOST:
+        raise BadInput(f"{what} range {match[0]!r} in {text!r} has more than {_MOST:,} values", hint=f"write {example}")
+    return list(range(first, last + 1)) if first <= last else list(range(first, last - 1, -1))
+
+
+def _fraction(part: str, text: str, example: str) -> Fraction:
+    try:
+        value = Fraction(part.strip())
+    except (ValueError, ZeroDivisionError):
+        raise BadInput(f"fraction {part!r} in {text!r} is not a number", hint=f"write e.g. {example}") from None
+    if not 0 <= value <= 1:
+        raise BadInput(f"fraction {part} in {text!r} is outside 0 to 1", hint=f"write e.g. {example}")
+    return value
