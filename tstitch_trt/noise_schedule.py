@@ -1,0 +1,109 @@
+"""The forward process of a model: how much noise each training timestep stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.manifest import NoiseScheduleSpec
+
+__all__ = ["NOISE_KINDS", "NoiseSchedule"]
+
+Array = NDArray[np.float64]
+
+_MAX_BETA = 0.999  # arXiv 2102.09672, section 3.2: keeps the last steps of the cosine schedule from being singular
+
+
+def _linear(spec: NoiseScheduleSpec) -> Array:
+    return np.linspace(spec.beta_start, spec.beta_end, spec.steps)
+
+
+def _scaled_linear(spec: NoiseScheduleSpec) -> Array:
+    return np.linspace(math.sqrt(spec.beta_start), math.sqrt(spec.beta_end), spec.steps) ** 2
+
+
+def _squared_cosine(spec: NoiseScheduleSpec) -> Array:
+    edges = np.arange(spec.steps + 1) / spec.steps
+    signal = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - signal[1:] / signal[:-1], _MAX_BETA)
+
+
+_BETAS: dict[str, Callable[[NoiseScheduleSpec], Array]] = {
+    "linear": _linear,
+    "scaled-linear": _scaled_linear,
+    "squared-cosine": _squared_cosine,
+}
+NOISE_KINDS = tuple(_BETAS)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """``x_t = sqrt(alphas_cumprod[t]) x0 + sqrt(1 - alphas_cumprod[t]) eps`` for ``t = 0 .. T-1``.
+
+    ``alphas_cumprod`` float64 ``[T]``, strictly falling inside (0, 1). Raises ``BadInput`` for anything else.
+    """
+
+    alphas_cumprod: Array
+
+    def __post_init__(self) -> None:
+        values = np.array(self.alphas_cumprod, dtype=np.float64)
+        if values.ndim != 1 or values.size == 0:
+            raise BadInput(
+                f"alphas_cumprod has shape {values.shape}; allowed is one value for each training timestep",
+                hint="pass a one-dimensional array, or use NoiseSchedule.from_spec",
+            )
+        if not (np.isfinite(values).all() and values[-1] > 0 and values[0] < 1 and (np.diff(values) < 0).all()):
+            raise BadInput(
+                f"alphas_cumprod runs from {values[0]:.6g} to {values[-1]:.6g} and is not a noise schedule; "
+                "allowed are finite values that fall strictly inside (0, 1)",
+                hint="check beta_start, beta_end and steps of the manifest's noise record",
+            )
+        values.flags.writeable = False
+        object.__setattr__(self, "alphas_cumprod", values)
+
+    @staticmethod
+    def from_spec(spec: NoiseScheduleSpec) -> NoiseSchedule:
+        """The schedule of a manifest. Linear: arXiv 2006.11239, section 4; scaled-linear: latent diffusion, linear in
+        the square root of beta; squared-cosine: arXiv 2102.09672, eq. 17. Raises ``BadInput``."""
+        make = _BETAS.get(spec.kind)
+        if make is None:
+            raise unknown_name("noise schedule", spec.kind, NOISE_KINDS)
+        if spec.steps < 1:
+            raise BadInput(
+                f"a noise schedule of {spec.steps} timesteps; allowed is 1 or more",
+                hint="set noise.steps to the number of timesteps the model was trained with, e.g. 1000",
+            )
+        if spec.kind != "squared-cosine" and not 0 < spec.beta_start <= spec.beta_end < 1:
+            raise BadInput(
+                f"beta_start {spec.beta_start} and beta_end {spec.beta_end}; allowed is 0 < beta_start <= beta_end < 1",
+                hint="set noise.beta_start and noise.beta_end as in training, e.g. 0.0001 and 0.02",
+            )
+        return NoiseSchedule(np.cumprod(1 - make(spec)))
+
+    @property
+    def steps(self) -> int:
+        """``T``, the number of training timesteps."""
+        return int(self.alphas_cumprod.size)
+
+    @property
+    def sigmas(self) -> Array:
+        """Noise over signal ``sqrt(1 - abar) / sqrt(abar)``, float64 ``[T]``, strictly rising."""
+        return np.asarray(np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod))
+
+    def sigma_at(self, t: ArrayLike, *, interpolation: str = "log") -> Array:
+        """The sigma of timesteps in ``[0, T-1]``; between whole ones log sigma (``linear``: sigma) is interpolated."""
+        grid = np.arange(self.steps)
+        if interpolation == "linear":
+            return np.asarray(np.interp(t, grid, self.sigmas))
+        sigmas = self.sigmas
+        # exp(log(sigma)) may miss the ends by a rounding, and sigma-min must not lie above timestep 0
+        return np.asarray(np.exp(np.interp(t, grid, np.log(sigmas))).clip(sigmas[0], sigmas[-1]))
+
+    def timestep_of(self, sigma: ArrayLike) -> Array:
+        """The fractional timestep of a sigma, the inverse of ``sigma_at``; clipped to ``[0, T-1]``."""
+        return np.asarray(np.interp(np.log(sigma), np.log(self.sigmas), np.arange(self.steps)))

@@ -1,0 +1,52 @@
+"""What a member's output means: the two numbers that turn it into an estimate of the clean latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tstitch_engines.errors import BadInput, unknown_name
+
+__all__ = ["PARAMETRISATIONS", "coefficients"]
+
+Array = NDArray[np.float64]
+
+
+def _eps(a: Array, s: Array) -> tuple[Array, Array]:
+    return 1 / a, -s / a
+
+
+def _v(a: Array, s: Array) -> tuple[Array, Array]:
+    # v = alpha eps - sigma x0 (arXiv 2202.00512, appendix D) in the variance-preserving space, where the latent is x/r.
+    r = np.hypot(a, s)
+    return a / r**2, -s / r
+
+
+def _x0(a: Array, s: Array) -> tuple[Array, Array]:
+    return np.zeros_like(a), np.ones_like(a)
+
+
+# Flow matching (v = eps - x0 on x = (1 - t) x0 + t eps, so p = 1, q = -s) is one more entry here.
+_KINDS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {"eps": _eps, "v": _v, "x0": _x0}
+PARAMETRISATIONS = tuple(_KINDS)
+
+
+def coefficients(kind: str, a: ArrayLike, s: ArrayLike) -> tuple[Array, Array]:
+    """``(p, q)`` with ``D = p x + q m`` for a latent ``x = a x0 + s eps`` and a member's output ``m``.
+
+    ``a`` and ``s`` (same shape, any) are the solver's, so the same member serves variance-preserving
+    (``a^2 + s^2 = 1``) and variance-exploding (``a = 1``) solvers. Raises ``UnknownName``, and ``BadInput`` for
+    ``a <= 0`` or ``s < 0``.
+    """
+    make = _KINDS.get(kind)
+    if make is None:
+        raise unknown_name("parametrisation", kind, PARAMETRISATIONS)
+    a, s = np.asarray(a, np.float64), np.asarray(s, np.float64)
+    if a.shape != s.shape or not (np.isfinite(a).all() and np.isfinite(s).all() and (a > 0).all() and (s >= 0).all()):
+        raise BadInput(
+            f"latent scales a {a} and s {s}; allowed are finite arrays of one shape with a > 0 and s >= 0",
+            hint="pass the columns a and s of a step table",
+        )
+    return make(a, s)

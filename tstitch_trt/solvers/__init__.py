@@ -1,0 +1,17 @@
+"""Solvers as tables of coefficients: ``make_table("dpmpp-2m", noise, 20, spacing="trailing")``."""
+
+from tstitch_trt.solvers.make import make_table
+from tstitch_trt.solvers.options import OPTION_NAMES, SolverOptions
+from tstitch_trt.solvers.registry import DEFAULT_SPACING, SOLVERS, resolve, with_default_spacing
+from tstitch_trt.solvers.table import StepTable
+
+__all__ = [
+    "DEFAULT_SPACING",
+    "OPTION_NAMES",
+    "SOLVERS",
+    "SolverOptions",
+    "StepTable",
+    "make_table",
+    "resolve",
+    "with_default_spacing",
+]

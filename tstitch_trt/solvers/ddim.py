@@ -1,0 +1,24 @@
+"""DDIM (arXiv 2010.02502)."""
+
+from __future__ import annotations
+
+from tstitch_trt.solvers.family import Coefficients, Grid, Solver, gaussian_step
+from tstitch_trt.solvers.options import SolverOptions
+
+__all__ = ["DDIM"]
+
+
+def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
+    assert options.eta is not None
+    return gaussian_step(grid, eta=options.eta)
+
+
+# diffusers' DDIMScheduler steps to t - T // N, which for linspace is not the next timestep of its list; here a step
+# always ends where the next one begins. ``final`` is its set_alpha_to_one.
+DDIM = Solver(
+    name="ddim",
+    summary="deterministic at eta 0, DDPM's posterior at eta 1",
+    space="vp",
+    defaults={"eta": 0.0, "final": "zero"},
+    coefficients=_coefficients,
+)

@@ -1,0 +1,52 @@
+"""Ancestral sampling of DDPM on the respaced chain, with the variances of Improved DDPM (arXiv 2102.09672)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tstitch_trt.solvers.family import Coefficients, Grid, Solver, gaussian_step
+from tstitch_trt.solvers.options import SolverOptions
+
+__all__ = ["DDPM"]
+
+
+def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
+    """The mean is the posterior's (arXiv 2006.11239, eq. 7) whatever the variance.
+
+    ``fixed-small`` is the posterior variance, ``fixed-large`` is beta, ``learned`` lets the model choose between the
+    two for each element (arXiv 2102.09672, eq. 15). The last step adds no noise, as in the published samplers
+    (diffusers does add some when its last timestep is not 0). That is also why DiT's clipping of the first posterior
+    variance has no counterpart: it only serves the step that draws no noise.
+    """
+    posterior = gaussian_step(grid, eta=1.0)
+    small = posterior.S
+    assert small is not None
+    if options.variance == "fixed-small":
+        return posterior
+    beta = 1 - (grid.a[:-1] / grid.a[1:]) ** 2
+    large = np.sqrt(beta)
+    large[-1] = 0.0
+    if options.variance == "fixed-large":
+        return Coefficients(A=posterior.A, B=posterior.B, S=large, keeps_variance=False)
+    log_min, log_max = np.zeros_like(small), np.zeros_like(small)
+    log_min[:-1], log_max[:-1] = np.log(small[:-1]), np.log(large[:-1])
+    drawn = np.ones_like(small)
+    drawn[-1] = 0.0
+    return Coefficients(
+        A=posterior.A,
+        B=posterior.B,
+        S=drawn,
+        log_std_min=log_min,
+        log_std_max=log_max,
+        uses_variance=True,
+        keeps_variance=False,
+    )
+
+
+DDPM = Solver(
+    name="ddpm",
+    summary="ancestral sampling with fixed-small, fixed-large or learned variance",
+    space="vp",
+    defaults={"variance": "fixed-small"},
+    coefficients=_coefficients,
+)

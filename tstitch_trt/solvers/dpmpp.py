@@ -1,0 +1,119 @@
+"""DPM-Solver++ multistep (arXiv 2211.01095) and its stochastic forms, as diffusers and k-diffusion have them.
+
+With ``h`` the step in log signal-to-noise and ``u = (1 + eta) h``, estimates ``D`` interpolated through the last steps
+and integrated exactly give
+
+    x' = (s'/s) exp(-eta h) x + a' phi1 D + c1 d1 + c2 d2 + s' sqrt(1 - exp(-2 eta h)) z
+    d1 = h D'(lambda), d2 = h^2 D''(lambda)/2 as divided differences of D, D1, D2;  phi1 = 1 - exp(-u)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_trt.solvers.family import Coefficients, Grid, Solver
+from tstitch_trt.solvers.options import SolverOptions
+
+__all__ = ["DPMPP_2M", "DPMPP_2M_SDE", "DPMPP_3M_SDE"]
+
+_FEW = 15  # diffusers' lower_order_final: below this many steps the last two are of order 2 and 1
+
+
+def _orders(grid: Grid, highest: int, *, final_zero: bool, lower_final: bool) -> NDArray[np.int64]:
+    """The order of each step: what history allows, and 1 where the step ends at zero noise (``h`` is infinite)."""
+    order = np.minimum(grid.age + 1, highest)
+    few = lower_final and grid.steps < _FEW
+    if final_zero or few:
+        order[-1] = 1
+    if few:
+        order[-2:-1] = np.minimum(order[-2:-1], 2)
+    return order
+
+
+def _multistep(
+    grid: Grid, *, order: NDArray[np.int64], eta: float, s_noise: float, midpoint: bool, d2_shift: float
+) -> Coefficients:
+    s, a_next, s_next, ratio = grid.s[:-1], grid.a[1:], grid.s[1:], grid.ratio
+    A = s_next / s * ratio**eta
+    phi1 = a_next * (1 - ratio ** (1 + eta))
+    with np.errstate(divide="ignore"):
+        h = -np.log(ratio)  # infinite at the last step, whose order is 1
+    B, C, E = phi1.copy(), np.zeros_like(A), np.zeros_like(A)
+    for i in np.flatnonzero((order > 1) & (h > 0)):
+        u = (1 + eta) * h[i]
+        phi2 = np.expm1(-u) / u + 1
+        # d1_0 = w0 (D - D1), d1_1 = w1 (D1 - D2)
+        w0 = h[i] / h[i - 1]
+        c1 = phi1[i] / 2 if midpoint and order[i] == 2 else a_next[i] * phi2
+        if order[i] == 2:
+            B[i] += c1 * w0
+            C[i] -= c1 * w0
+            continue
+        w1 = h[i] / h[i - 2]
+        blend = h[i - 1] / (h[i - 1] + h[i - 2])
+        c2 = a_next[i] * (-(phi2 / u) + d2_shift) * h[i] / (h[i - 1] + h[i - 2])
+        first, second = c1 * (1 + blend) + c2, c1 * blend + c2  # factors of d1_0 and -d1_1
+        B[i] += first * w0
+        C[i] -= first * w0 + second * w1
+        E[i] += second * w1
+    S = s_noise * s_next * np.sqrt(1 - ratio ** (2 * eta))
+    return Coefficients(A=A, B=B, C=C, E=E, S=S, keeps_variance=s_noise == 1.0 or not S.any())
+
+
+def _ode_2m(grid: Grid, options: SolverOptions) -> Coefficients:
+    order = _orders(grid, 2, final_zero=grid.s[-1] == 0, lower_final=True)
+    return _multistep(grid, order=order, eta=0.0, s_noise=1.0, midpoint=True, d2_shift=0.5)
+
+
+def _sde_2m(grid: Grid, options: SolverOptions) -> Coefficients:
+    assert options.eta is not None
+    assert options.s_noise is not None
+    order = _orders(grid, 2, final_zero=grid.s[-1] == 0, lower_final=True)
+    return _multistep(grid, order=order, eta=options.eta, s_noise=options.s_noise, midpoint=True, d2_shift=0.5)
+
+
+def _sde_3m(grid: Grid, options: SolverOptions) -> Coefficients:
+    """``variant="diffusers"`` is DPMSolverMultistepScheduler(solver_order=3, algorithm_type="sde-dpmsolver++").
+
+    Up to 0.42 it has the d2 term as ``a' ((1 - exp(-u) - u)/u^2 - 1/2)``; the integral, k-diffusion's
+    sample_dpmpp_3m_sde and diffusers' own deterministic solver have ``+ 1/2``. ``variant="k-diffusion"`` is that
+    formula, with k-diffusion's second-order step after the first and no lower order near the end.
+    """
+    assert options.eta is not None
+    assert options.s_noise is not None
+    published = options.variant == "k-diffusion"
+    return _multistep(
+        grid,
+        order=_orders(grid, 3, final_zero=grid.s[-1] == 0, lower_final=not published),
+        eta=options.eta,
+        s_noise=options.s_noise,
+        midpoint=not published,
+        d2_shift=0.5 if published else -0.5,
+    )
+
+
+DPMPP_2M = Solver(
+    name="dpmpp-2m",
+    summary="DPM-Solver++ of order 2, deterministic",
+    space="vp",
+    defaults={"final": "zero"},
+    coefficients=_ode_2m,
+    extra_point=True,
+)
+DPMPP_2M_SDE = Solver(
+    name="dpmpp-2m-sde",
+    summary="DPM-Solver++ of order 2 with fresh noise",
+    space="vp",
+    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero"},
+    coefficients=_sde_2m,
+    extra_point=True,
+)
+DPMPP_3M_SDE = Solver(
+    name="dpmpp-3m-sde",
+    summary="DPM-Solver++ of order 3 with fresh noise",
+    space="vp",
+    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero", "variant": "diffusers"},
+    coefficients=_sde_3m,
+    extra_point=True,
+)

@@ -1,0 +1,87 @@
+"""What a solver is to this package: facts about its grid and a pure function from the grid to coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_trt.solvers.options import SolverOptions
+
+__all__ = ["Coefficients", "Grid", "Solver", "gaussian_step"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Grid:
+    """The ``N + 1`` noise levels of a trajectory, the last one being what is left at its end.
+
+    ``t`` float64 ``[N]``; ``a`` and ``s`` float64 ``[N+1]``: the latent is ``a x0 + s eps``. ``age`` int64 ``[N]``: how
+    many estimates of earlier steps a step may use, 0 at the start and at every restart.
+    """
+
+    t: Array
+    a: Array
+    s: Array
+    age: NDArray[np.int64]
+
+    @property
+    def steps(self) -> int:
+        return int(self.t.size)
+
+    @property
+    def ratio(self) -> Array:
+        """``sigma' / sigma`` of each step, in ``[0, 1]``: ``exp(-h)`` with ``h`` the step in log signal-to-noise."""
+        sigma = self.s / self.a
+        return np.asarray(sigma[1:] / sigma[:-1])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Coefficients:
+    """Columns of a step table, float64 ``[N]``; ``None`` is a column of zeros."""
+
+    A: Array
+    B: Array
+    C: Array | None = None
+    E: Array | None = None
+    S: Array | None = None
+    log_std_min: Array | None = None
+    log_std_max: Array | None = None
+    uses_variance: bool = False
+    keeps_mean: bool = True
+    keeps_variance: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """A named solver. ``defaults`` names every option it understands beside those of the spacing."""
+
+    name: str
+    summary: str
+    space: Literal["vp", "ve"]  # the latent: variance-preserving (a^2 + s^2 = 1) or exploding (a = 1)
+    defaults: Mapping[str, str | int | float]
+    coefficients: Callable[[Grid, SolverOptions], Coefficients]
+    extra_point: bool = False  # see spacing.space_timesteps
+    continuous: bool = False  # linspace stays fractional and sigma is interpolated linearly, as in diffusers' Euler
+    timesteps: Callable[[SolverOptions, int, int], Array] | None = None  # own spacing: (options, steps, train steps)
+
+
+def gaussian_step(grid: Grid, *, eta: float, s_noise: float = 1.0) -> Coefficients:
+    """The exact step of a Gaussian whose noise is kept in part and drawn afresh in part.
+
+    ``x' = a' D + sqrt(s'^2 - std^2) (x - a D)/s + std z`` with ``std = eta s' sqrt(1 - (sigma'/sigma)^2)``: DDIM
+    (arXiv 2010.02502, eq. 12 and 16) and, for ``eta = 1``, the posterior of DDPM; on variance-exploding latents the
+    Euler step and k-diffusion's ancestral step.
+    """
+    a, s, a_next, s_next = grid.a[:-1], grid.s[:-1], grid.a[1:], grid.s[1:]
+    ratio = grid.ratio
+    # 1 - eta^2 (1 - ratio^2), written without cancellation
+    kept = s_next * np.sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2)
+    std = eta * s_next * np.sqrt((1 - ratio) * (1 + ratio))
+    return Coefficients(
+        A=kept / s, B=a_next - kept / s * a, S=std * s_noise, keeps_variance=s_noise == 1.0 or not std.any()
+    )

@@ -1,0 +1,87 @@
+"""The known solvers, and options made complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_trt.solvers.ddim import DDIM
+from tstitch_trt.solvers.ddpm import DDPM
+from tstitch_trt.solvers.dpmpp import DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M_SDE
+from tstitch_trt.solvers.euler import EULER, EULER_ANCESTRAL
+from tstitch_trt.solvers.family import Solver
+from tstitch_trt.solvers.lcm import LCM
+from tstitch_trt.solvers.options import SPACING_OPTIONS, SolverOptions
+
+__all__ = ["DEFAULT_SPACING", "SOLVERS", "find_solver", "resolve", "with_default_spacing"]
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {solver.name: solver for solver in (DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M_SDE, LCM)}
+)
+DEFAULT_SPACING = "dit"
+
+
+def find_solver(name: str) -> Solver:
+    """The solver called ``name``. Raises ``UnknownName``."""
+    if name not in SOLVERS:
+        raise unknown_name("solver", name, SOLVERS)
+    return SOLVERS[name]
+
+
+def with_default_spacing(options: SolverOptions, spacing: str) -> SolverOptions:
+    """``options`` with a bundle's default ``spacing`` where the solver takes one and the caller has said nothing."""
+    if find_solver(options.name).timesteps is not None or options.spacing or options.sigmas:
+        return options
+    return replace(options, spacing=spacing)
+
+
+def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOptions:
+    """``options`` with every default filled in; what remains ``None`` is not used.
+
+    ``own_timesteps``: the caller gives the timesteps, so there is no spacing. Raises ``UnknownName`` for the solver
+    and ``BadInput`` for an option that the solver or the spacing would have to ignore.
+    """
+    solver = find_solver(options.name)
+    known = (*solver.defaults, *(() if solver.timesteps else SPACING_OPTIONS))
+    for name, value in options.said().items():
+        if name not in known:
+            raise BadInput(
+                f"solver {solver.name!r} does not use {name}={value!r}; its options: {', '.join(sorted(known))}",
+                hint=f"leave {name} out, or choose a solver that has it: {', '.join(_having(name))}",
+            )
+        if own_timesteps and (name in SPACING_OPTIONS or name == "original_steps"):
+            _clash(name, value, "timesteps", "the timesteps are given one by one")
+        if options.sigmas and name in ("spacing", "steps_offset"):
+            _clash(name, value, "sigmas", f"the steps follow the {options.sigmas} sigmas")
+        if not options.sigmas and name in ("sigma_min", "sigma_max"):
+            raise BadInput(
+                f"{name}={value!r} needs a sigma spacing, and none is asked for",
+                hint=f"add sigmas='karras' or sigmas='exponential', or leave {name} out",
+            )
+        if name == "steps_offset" and options.spacing != "leading":
+            raise BadInput(
+                f"steps_offset={value!r} is for spacing 'leading' only; got spacing {options.spacing!r}",
+                hint="add spacing='leading', or leave steps_offset out",
+            )
+    filled: dict[str, str | int | float] = dict(solver.defaults)
+    if own_timesteps:
+        filled.pop("original_steps", None)
+    elif solver.timesteps is None and not options.sigmas:
+        filled["spacing"] = options.spacing or DEFAULT_SPACING
+        if options.spacing == "leading":
+            filled["steps_offset"] = 0
+    return replace(options, **{**filled, **options.said()})  # type: ignore[arg-type]  # values come from checked options
+
+
+def _having(name: str) -> list[str]:
+    return [
+        solver.name
+        for solver in SOLVERS.values()
+        if name in solver.defaults or (name in SPACING_OPTIONS and solver.timesteps is None)
+    ]
+
+
+def _clash(name: str, value: object, other: str, why: str) -> None:
+    raise BadInput(f"{name}={value!r} would be ignored: {why}", hint=f"give either {name} or {other}")
