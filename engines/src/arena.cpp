@@ -8,7 +8,7 @@
 namespace tstitch {
 namespace {
 
-constexpr std::int64_t NOISE_WORK = 6;  // one normal costs about as much as six noiseless updates
+constexpr std::int64_t NOISE_WORK = 12;  // one normal costs about as much as twelve noiseless updates
 
 std::int64_t chunks_of(std::int64_t elements) { return (elements + CHUNK - 1) / CHUNK; }
 

@@ -10,7 +10,7 @@ FLAG_LEARNED: Final[int]
 FLAG_STORE: Final[int]
 INITIAL_NOISE_STEP: Final[int]
 PARALLEL_WORK: Final[int]
-"""Elements (noise counts six times) from which on a call uses more than one thread."""
+"""Elements (noise counts twelve times) from which on a call uses more than one thread."""
 HAS_FATBIN: Final[bool]
 """Whether the build found nvcc and installed ``step_kernels.fatbin`` beside this module."""
 ISAS: Final[tuple[str, ...]]
