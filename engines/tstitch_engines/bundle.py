@@ -49,7 +49,8 @@ def rebuild_command(manifest: Manifest | None, root: Path) -> str:
     if manifest is not None:
         for name, member in manifest.members.items():
             if member.sources and not member.sources[0].shipped:
-                words += ["--member", f"{name}={member.sources[0].name}"]
+                # a folder's files are FOLDER/FILE
+                words += ["--member", f"{name}={member.sources[0].name.partition('/')[0]}"]
     return " ".join(shlex.quote(word) for word in (*words, "-o", str(root)))
 
 

@@ -1,0 +1,22 @@
+"""The model families by name; a family's module is imported when it is opened."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Final
+
+from tstitch_engines.errors import unknown_name
+from tstitch_export.families.base import Family, Inspection
+
+__all__ = ["FAMILIES", "Family", "Inspection", "open_family"]
+
+FAMILIES: Final = {"dit": ("tstitch_export.families.dit", "DiTFamily")}
+
+
+def open_family(name: str) -> Family:
+    """The family called ``name``. Raises ``UnknownName``."""
+    if name not in FAMILIES:
+        raise unknown_name("model family", name, FAMILIES)
+    module, attribute = FAMILIES[name]
+    family: Family = getattr(import_module(module), attribute)()
+    return family

@@ -1,0 +1,163 @@
+"""Checkpoints as published: names and shapes first, tensors on demand, and never any code.
+
+``.safetensors`` headers are read without torch. ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` go through
+``torch.load(weights_only=True)``, which refuses a pickle that would run code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.needs import need_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PICKLED", "Checkpoint", "SafetensorsEntry", "read_checkpoint", "read_safetensors_header"]
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_NESTED = ("ema", "model", "state_dict")  # in this order: published DiT training states hold both ema and model
+_SAFETENSORS_HINT = "convert it to .safetensors where you trust it: safetensors.torch.save_file(state_dict, path)"
+
+
+class SafetensorsEntry(NamedTuple):
+    dtype: str  # as the format spells it: F32, F16, BF16, I64...
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the file
+    length: int
+
+
+class Checkpoint:
+    """A state dict by ``path``: ``shapes`` at once, ``tensors()`` when they are needed."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Tensor] | None) -> None:
+        self.path = path
+        self.shapes = dict(shapes)
+        self._stored = stored
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors as stored (mapped from the file where the format allows it)."""
+        if self._stored is not None:
+            return dict(self._stored)
+        need_torch(f"the checkpoint {self.path.name}")
+        from safetensors.torch import load_file
+
+        return {_plain(name): tensor for name, tensor in load_file(self.path).items()}
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads names and shapes. A dict nested under ``ema``, ``model`` or ``state_dict`` is unwrapped and the ``module.``
+    of data-parallel training is dropped. Raises ``BadCheckpoint`` for a file that is missing, damaged, of another
+    kind, or that carries code.
+    """
+    if not path.is_file():
+        raise BadCheckpoint(
+            f"checkpoint {path} does not exist" if not path.exists() else f"checkpoint {path} is not a file",
+            hint="give --member NAME=CHECKPOINT a .safetensors, .pt or .pth file or a diffusers folder",
+        )
+    if path.suffix == ".safetensors":
+        entries = read_safetensors_header(path)
+        return Checkpoint(path, {_plain(name): entry.shape for name, entry in entries.items()}, None)
+    if path.suffix not in PICKLED:
+        raise BadCheckpoint(
+            f"checkpoint {path.name} has the ending {path.suffix!r}; known are .safetensors, {', '.join(PICKLED)}",
+            hint="rename it if it is one of those formats, or give a diffusers folder",
+        )
+    stored = _unwrap(path, _load_pickled(path))
+    return Checkpoint(path, {name: tuple(tensor.shape) for name, tensor in stored.items()}, stored)
+
+
+def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
+    """The tensors of a ``.safetensors`` file and where their bytes lie. Raises ``BadCheckpoint`` when it is damaged."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise ValueError(f"its header would be {length} bytes of {size}")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        entries = {
+            name: SafetensorsEntry(
+                str(entry["dtype"]),
+                tuple(int(d) for d in entry["shape"]),
+                8 + length + int(entry["data_offsets"][0]),
+                int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max((entry.start + entry.length for entry in entries.values()), default=8 + length)
+        if end != size:
+            raise ValueError(f"it has {size} bytes, its header promises {end}")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise BadCheckpoint(
+            f"{path.name} is not a whole safetensors file: {_guess(path) or error}", hint="download or copy it again"
+        ) from None
+    return entries
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _load_pickled(path: Path) -> object:
+    torch = need_torch(f"the checkpoint {path.name} (only .safetensors can be inspected without)")
+    kind = _guess(path)
+    if kind is not None:
+        raise BadCheckpoint(f"{path.name} is not a PyTorch checkpoint: {kind}", hint="download or copy it again")
+    # The published DiT training states hold their command line as a Namespace, which is data and runs nothing.
+    allowed = torch.serialization.safe_globals([argparse.Namespace])
+    try:
+        with allowed, path.open("rb") as stream:
+            zipped = stream.read(2) == b"PK"
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it calls {found[1]}" if found else str(error).splitlines()[0]
+        raise BadCheckpoint(
+            f"{path.name} holds more than tensors and was not loaded, since loading it could run code: {what}",
+            hint=_SAFETENSORS_HINT,
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadCheckpoint(f"{path.name} is damaged: {reason}", hint="download or copy it again") from None
+
+
+def _unwrap(path: Path, data: object) -> dict[str, Tensor]:
+    from torch import Tensor
+
+    for _ in range(2):  # {"ema": {...}}, and the same once more inside
+        if not isinstance(data, Mapping):
+            break
+        nested = next((data[key] for key in _NESTED if isinstance(data.get(key), Mapping)), None)
+        if nested is None:
+            break
+        data = nested
+    tensors = {_plain(str(k)): v for k, v in data.items() if isinstance(v, Tensor)} if isinstance(data, Mapping) else {}
+    if not tensors:
+        held = ", ".join(map(str, list(data)[:5])) if isinstance(data, Mapping) else type(data).__name__
+        raise BadCheckpoint(
+            f"{path.name} holds no state dict: no tensors at the top or under {', '.join(_NESTED)}; it has: {held}",
+            hint=f"save the model's own state dict; {_SAFETENSORS_HINT}",
+        )
+    return tensors
+
+
+def _guess(path: Path) -> str | None:
+    """What a file is that should have been tensors, where its first bytes tell."""
+    with path.open("rb") as stream:
+        head = stream.read(64)
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer, the weights themselves were not downloaded (git lfs pull)"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is an HTML page, probably the answer of a download that failed"
+    return None

@@ -1,0 +1,202 @@
+"""PyTorch -> ONNX: one strongly typed graph per member, validated, and checked against PyTorch on random input."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.backends.base import Progress
+from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.manifest import ExportCheck, Precision
+from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
+from tstitch_export.needs import need, need_torch
+from tstitch_export.onnx_graph import retyped_to_float32, tidy, validate
+from tstitch_export.quiet import quiet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
+__all__ = ["GRAPH", "OPSET", "PROGRAM", "check_graph", "export_onnx", "export_program"]
+
+_log = logging.getLogger(__name__)
+
+# Up to opset 22 attention is spelt out as MatMul and Softmax, which every engine builder takes; from 23 on it is one
+# node that TensorRT can only build where it has a fused kernel. Opset 20 is read by the most versions, but there Conv
+# is not defined for bfloat16.
+OPSET: Final[dict[Precision, int]] = {"fp32": 20, "fp16": 20, "bf16": 22}
+GRAPH: Final = "model.onnx"
+PROGRAM: Final = "model.pt2"
+_INLINE_LIMIT: Final = 32 << 20  # bytes of weights above which they go into a file beside the graph
+_MAX_BATCH: Final = 65535
+
+_CHECK_BATCHES: Final = (1, 3)  # neither is the batch it is traced with
+# Largest allowed difference, as a share of the largest output and as relative L2. In fp16 every product is rounded to
+# 11 bits and a deep network adds up hundreds of such roundings; bf16 is compared with its arithmetic widened (see
+# `check_graph`), so only the constants that the tracer rounded to 8 bits differ.
+_TOLERANCE: Final[dict[Precision, float]] = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 1e-2}
+
+
+def export_onnx(
+    family: Family, inspection: Inspection, *, precision: Precision, folder: Path, progress: Progress
+) -> ExportCheck:
+    """Writes ``model.onnx`` (and ``model.onnx.data`` when the weights are large) into ``folder`` and checks it.
+
+    Raises ``BuildFailed`` when the export fails or computes something else than PyTorch.
+    """
+    torch = need_torch("exporting a checkpoint")
+    need("onnxscript", "exporting to ONNX")
+    path = folder / GRAPH
+    progress("load", 0.0)
+    model = family.load(inspection)
+    progress("trace", 0.1)
+    with _explained("exporting", inspection), quiet():
+        program = _trace(family, inspection, model, precision)
+        names = [spec.name for spec in family.inputs(inspection, precision)]
+        outputs = [spec.name for spec in family.outputs(inspection, precision)]
+        exported = torch.onnx.export(
+            program,
+            (),
+            input_names=names,
+            output_names=outputs,
+            dynamo=True,
+            opset_version=OPSET[precision],
+            verbose=False,
+        )
+        weights = sum(p.numel() * p.element_size() for p in (*program.parameters(), *program.buffers()))
+        del program
+        progress("write", 0.5)
+        exported.save(path, external_data=weights > _INLINE_LIMIT)
+        del exported
+        tidy(path)
+    progress("check", 0.7)
+    with _explained("validating the export of", inspection), quiet():
+        validate(path, inputs=family.inputs(inspection, precision), outputs=family.outputs(inspection, precision))
+    # Tracing moved the model to its precision: the comparison wants the weights as stored.
+    reference = family.load(inspection) if precision != "fp32" else model
+    check = check_graph(path, family, inspection, reference, precision)
+    progress("check", 1.0)
+    return check
+
+
+def export_program(
+    family: Family, inspection: Inspection, *, precision: Precision, output: Path, progress: Progress
+) -> None:
+    """Writes the member as a ``torch.export`` archive (.pt2), what the ``torch`` backend compiles."""
+    torch = need_torch("exporting a checkpoint for --backend torch")
+    progress("trace", 0.0)
+    with _explained("exporting", inspection), quiet():
+        torch.export.save(_trace(family, inspection, family.load(inspection), precision), output)
+    progress("trace", 1.0)
+
+
+def check_graph(
+    path: Path, family: Family, inspection: Inspection, model: nn.Module, precision: Precision
+) -> ExportCheck:
+    """Compares the graph at ``path`` on ONNX Runtime's CPU provider with ``model`` (float32) in PyTorch.
+
+    fp32 and fp16 graphs run as they are, so fp16's difference is what the precision itself costs. ONNX Runtime has no
+    bfloat16 kernels on CPU for most operators: a bf16 graph is widened to float32, weights and all, and compared with
+    the PyTorch model of bfloat16-rounded weights, which proves structure and weights and leaves out the rounding of
+    the activations. Raises ``BuildFailed`` above the tolerance or when a value is not finite.
+    """
+    import torch
+
+    dtype = getattr(torch, TORCH_NAMES[precision])
+    against = f"torch {torch.__version__} float32"
+    if precision == "bf16":
+        model = model.to(dtype).float()
+        against += " with bfloat16-rounded weights, the graph widened to float32"
+    worst, squares, total = 0.0, 0.0, 0.0
+    peak = 0.0
+    with _explained("checking the export of", inspection), quiet(), torch.inference_mode():
+        session = _widened_session(path) if precision == "bf16" else _session(path)
+        for batch in _CHECK_BATCHES:
+            inputs = family.example(inspection, batch=batch, seed=batch)
+            rounded = [x.to(dtype).float() if x.ndim > 1 else x for x in inputs]
+            want: NDArray[np.float64] = model(*rounded).double().numpy()
+            specs = family.inputs(inspection, precision)
+            feeds = {spec.name: x.numpy() for spec, x in zip(specs, rounded, strict=True)}
+            if precision == "fp16":
+                feeds["sample"] = feeds["sample"].astype("float16")
+            got = session.run(None, feeds)[0].astype("float64")
+            difference = abs(got - want)
+            worst = max(worst, float(difference.max()))
+            squares += float((difference**2).sum())
+            total += float((want**2).sum())
+            peak = max(peak, float(abs(want).max()))
+    relative = math.sqrt(squares / total) if total else math.sqrt(squares)
+    limit = _TOLERANCE[precision]
+    if not math.isfinite(relative):
+        raise BuildFailed(
+            f"{inspection.path.name} gives NaN or infinity in {precision}",
+            hint="its activations leave the range of float16: build with --precision bf16 or fp32"
+            if precision == "fp16"
+            else "check the checkpoint in PyTorch",
+        )
+    if relative > limit or worst > limit * (peak or 1.0):
+        raise BuildFailed(
+            f"the {precision} graph of {inspection.path.name} differs from PyTorch: relative L2 {relative:.2e}, "
+            f"largest {worst:.2e} of {peak:.2e}; allowed is {limit:.0e}",
+            hint="build with --precision fp32"
+            if precision != "fp32"
+            else "please report this with the versions of torch and onnxscript: tstitch-trt doctor",
+        )
+    _log.info("%s: %s graph equals PyTorch within %.1e", inspection.path.name, precision, relative)
+    return ExportCheck(max_abs=worst, rel_l2=relative, batches=_CHECK_BATCHES, against=against)
+
+
+def _trace(family: Family, inspection: Inspection, model: nn.Module, precision: Precision) -> Any:
+    """A ``torch.export`` program with a dynamic batch. Moves ``model`` to the precision; the timestep stays float32."""
+    import torch
+
+    dtype = getattr(torch, TORCH_NAMES[precision])
+    batch = torch.export.Dim("B", min=1, max=_MAX_BATCH)
+    # Traced with 2: a size of 1 would be taken for a constant.
+    example = family.example(inspection, batch=2, seed=0)
+    example = tuple(x.to(dtype) if x.ndim > 1 and x.is_floating_point() else x for x in example)
+    names = [spec.name for spec in family.inputs(inspection, precision)]
+    with torch.no_grad():
+        return torch.export.export(
+            model.to(dtype), example, dynamic_shapes={name: {0: batch} for name in names}, strict=False
+        )
+
+
+def _widened_session(path: Path) -> Any:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".widened-") as folder:
+        twin = Path(folder) / GRAPH
+        retyped_to_float32(path, twin)
+        return _session(twin)
+
+
+def _session(path: Path) -> Any:
+    ort = need("onnxruntime", "checking an export against PyTorch", extra="cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class _explained:  # noqa: N801 - reads as a statement
+    """Turns what another library raises into ``BuildFailed``; our own errors and a full disk pass as they are."""
+
+    def __init__(self, doing: str, inspection: Inspection) -> None:
+        self._what = f"{doing} {inspection.path.name}"
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, (TStitchError, OSError)):
+            return
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        memory = isinstance(error, MemoryError) or "alloc" in reason
+        raise BuildFailed(
+            f"{self._what} failed: {type(error).__name__}: {reason}",
+            hint="free memory, or export on a larger machine and copy the bundle"
+            if memory
+            else "run again with --traceback for the whole story; tstitch-trt doctor lists the library versions",
+        ) from error

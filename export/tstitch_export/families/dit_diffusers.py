@@ -1,0 +1,186 @@
+"""diffusers ``DiTTransformer2DModel`` folders, exported as diffusers itself computes them.
+
+They are not converted to the published layout, because they are not the same function: diffusers spaces the timestep
+frequencies over 127 instead of 128 intervals (``downscale_freq_shift=1``), may use another epsilon in the second norm
+of a block, and gives every block its own timestep and label embedders.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation
+from tstitch_export.checkpoint import read_checkpoint
+from tstitch_export.families.base import Inspection
+from tstitch_export.families.dit_layout import looks_like, published_name
+from tstitch_export.needs import need
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["inspect", "load"]
+
+_CLASS: Final = "DiTTransformer2DModel"
+_WEIGHTS: Final = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_KINDS: Final = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "squared-cosine"}
+_PREDICTIONS: Final[dict[str, Parametrisation]] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+# diffusers' own defaults, for what a config.json leaves out
+_DEFAULTS: Final = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+}
+
+
+def inspect(path: Path, heads: int | None) -> Inspection:
+    """A model folder, or a pipeline folder with the model in ``transformer/``. Raises ``BadCheckpoint``."""
+    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+    config = _read_config(path, folder)
+    values: dict[str, int] = {key: config.get(key) or default for key, default in _DEFAULTS.items()}
+    if heads is not None and heads != values["num_attention_heads"]:
+        raise BadCheckpoint(
+            f"{path.name}: num_heads is {heads}, its config.json says {values['num_attention_heads']}",
+            hint="leave num_heads away for a diffusers folder",
+        )
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise BadCheckpoint(
+            f"{folder} has no {' or '.join(_WEIGHTS)} (sharded weights are not supported)",
+            hint=f"save it in one file: {_CLASS}.from_pretrained(DIR).save_pretrained(DIR2, max_shard_size='100GB')",
+        )
+    width = values["num_attention_heads"] * values["attention_head_dim"]
+    channels, patch, size = values["in_channels"], values["patch_size"], values["sample_size"]
+    out_channels = config.get("out_channels") or channels
+    if out_channels not in (channels, 2 * channels):
+        raise BadCheckpoint(
+            f"{path.name}: out_channels is {out_channels}; allowed are {channels} or {2 * channels} (learned variance)",
+            hint="this model predicts something else than noise, v or the picture",
+        )
+    shapes = read_checkpoint(weights).shapes
+    wanted = {
+        "pos_embed.proj.weight": (width, channels, patch, patch),
+        "proj_out_2.weight": (patch * patch * out_channels, width),
+    }
+    table = shapes.get("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight")
+    for name, shape in wanted.items():
+        if table is None or shapes.get(name) != shape:
+            got = f"{name} of shape {list(shapes[name])}" if name in shapes else looks_like(shapes)
+            raise BadCheckpoint(
+                f"{weights} does not fit its config.json: found {got}; wanted is {name} {list(shape)}",
+                hint="copy config.json and the weights from the same model",
+            )
+    assert table is not None
+    noise, parametrisation = _read_scheduler(path)
+    return Inspection(
+        family="dit",
+        layout="diffusers",
+        path=folder,
+        files=(folder / "config.json", weights),
+        config={
+            "model": published_name(values["num_layers"], width, patch),
+            "depth": values["num_layers"],
+            "width": width,
+            "heads": values["num_attention_heads"],
+            "patch": patch,
+            "size": size,
+            "channels": channels,
+            "labels": table[0],
+            "learn_sigma": out_channels != channels,
+        },
+        latent=(channels, size, size),
+        labels=table[0],
+        learned_variance=out_channels != channels,
+        noise=noise,
+        parametrisation=parametrisation,
+    )
+
+
+def load(inspection: Inspection) -> nn.Module:
+    """diffusers' module behind the member signature."""
+    diffusers = need("diffusers", f"the diffusers folder {inspection.path.name}")
+    from torch import Tensor, nn
+
+    class Member(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+            out: Tensor = self.inner(sample, timestep=timestep, class_labels=labels, return_dict=False)[0]
+            return out
+
+    config, weights = inspection.files
+    known = {k: v for k, v in json.loads(config.read_text()).items() if not k.startswith("_")}
+    model = diffusers.DiTTransformer2DModel.from_config(known)
+    try:
+        model.load_state_dict(read_checkpoint(weights).tensors())
+    except RuntimeError as error:
+        reason = str(error).splitlines()
+        raise BadCheckpoint(
+            f"{weights} does not fit its config.json: {reason[1].strip() if len(reason) > 1 else reason[0]}",
+            hint="copy config.json and the weights from the same model",
+        ) from None
+    return Member(model.float()).eval().requires_grad_(False)
+
+
+def _read_config(path: Path, folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / "config.json")
+    if config is None:
+        index = _read_json(path / "model_index.json")
+        if index is not None:
+            parts = ", ".join(key for key, value in index.items() if isinstance(value, list))
+            what = f"a diffusers {index.get('_class_name')} with the parts {parts}"
+        else:
+            what = "a folder without config.json"
+        raise BadCheckpoint(
+            f"{path} is no DiT: it looks like {what}",
+            hint=f"give the folder of a {_CLASS} (config.json and {_WEIGHTS[0]}), or a pipeline that has one",
+        )
+    kind = config.get("_class_name")
+    legacy = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"  # before diffusers 0.30
+    if kind != _CLASS and not legacy:
+        raise BadCheckpoint(
+            f"{path} is no DiT: its config.json is that of a diffusers {kind or 'model without _class_name'}",
+            hint=f"give the folder of a {_CLASS}",
+        )
+    return config
+
+
+def _read_scheduler(path: Path) -> tuple[NoiseScheduleSpec | None, Parametrisation | None]:
+    """What a pipeline folder's scheduler says about training; nothing for a bare model folder."""
+    file = path / "scheduler" / "scheduler_config.json"
+    config = _read_json(file)
+    if config is None:
+        return None, None
+    kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    for value, known, what in ((kind, _KINDS, "beta_schedule"), (prediction, _PREDICTIONS, "prediction_type")):
+        if value not in known:
+            raise BadCheckpoint(
+                f"{file}: {what} is {value!r}; known are {', '.join(known)}",
+                hint="give the transformer folder itself and state both in the recipe",
+            )
+    noise = NoiseScheduleSpec(
+        kind=_KINDS[kind],  # type: ignore[arg-type]
+        steps=int(config.get("num_train_timesteps", 1000)),
+        beta_start=float(config.get("beta_start", 1e-4)),
+        beta_end=float(config.get("beta_end", 0.02)),
+    )
+    return noise, _PREDICTIONS[prediction]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is damaged: {error}", hint="download or copy it again") from None
+    if not isinstance(data, dict):
+        raise BadCheckpoint(f"{path} holds no JSON object", hint="download or copy it again")
+    return data

@@ -1,0 +1,26 @@
+"""The libraries that only some builds need, imported with an error that says how to get them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from tstitch_engines.errors import Unavailable
+
+__all__ = ["need", "need_torch"]
+
+
+def need(module: str, what: str, *, extra: str = "export") -> Any:
+    """Imports ``module``. Raises ``Unavailable`` naming ``what`` wanted it and the extra that installs it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise Unavailable(
+            f"{what} needs {package}, which is not installed or does not start ({error})",
+            hint=f'pip install "tstitch-trt[{extra}]"',
+        ) from error
+
+
+def need_torch(what: str) -> Any:
+    return need("torch", what)

@@ -1,0 +1,119 @@
+"""Packs trained members and the feature network as the package data of the recipe ``fashion``.
+
+    python -m tstitch_export.pack_pair --small runs/small/ema.safetensors --large runs/large/ema.safetensors \
+        --quality runs/classifier --out export/tstitch_export/pairs/fashion
+
+Writes for each member ``NAME.safetensors`` (weights rounded to float16), ``NAME.onnx`` (a graph that computes in
+float32 and reads its weights out of that file) and ``NAME.json`` (the record that ``build`` reads). Members that are
+not named stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.files import hash_file
+from tstitch_engines.manifest import Component, Member, Source
+from tstitch_export.build import versions_of
+from tstitch_export.checkpoint import read_checkpoint
+from tstitch_export.exporter import GRAPH, check_graph, export_onnx
+from tstitch_export.families import open_family
+from tstitch_export.needs import need
+from tstitch_export.onnx_graph import validate
+from tstitch_export.onnx_pack import refer_to_safetensors
+from tstitch_export.recipe import MemberRecipe, load_recipe
+from tstitch_export.shipped import ShippedMember, write_shipped
+
+__all__ = ["LIMIT", "main", "pack_member"]
+
+LIMIT = 12_000_000  # bytes that the whole pair may take in the repository
+_BUFFERS = ("pos_embed",)  # computed tables, small: kept in float32
+
+
+def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) -> ShippedMember:
+    """Packs one member into ``out`` and returns its record. Raises what the export raises."""
+    weights = out / f"{name}.safetensors"
+    _round_weights(checkpoint, weights)
+    family = open_family(recipe.family)
+    inspection = family.inspect(weights, recipe.options)
+    onnx = need("onnx", "packing a pair")
+    graph = out / f"{name}.onnx"
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(family, inspection, precision="fp32", folder=Path(folder), progress=lambda phase, share: None)
+        model = onnx.load(Path(folder) / GRAPH)
+    refer_to_safetensors(model, weights)
+    graph.write_bytes(model.SerializeToString(deterministic=True))
+    inputs, outputs = family.inputs(inspection, "fp32"), family.outputs(inspection, "fp32")
+    validate(graph, inputs=inputs, outputs=outputs)
+    member = Member(
+        family=recipe.family,
+        parametrisation=recipe.parametrisation,
+        precision="fp32",
+        learned_variance=inspection.learned_variance,
+        inputs=inputs,
+        outputs=outputs,
+        onnx=(_component(graph), _component(weights)),
+        sources=(Source(name=weights.name, sha256=hash_file(weights)[0], bytes=weights.stat().st_size, shipped=True),),
+        check=check_graph(graph, family, inspection, family.load(inspection), "fp32"),
+        config=dict(inspection.config),
+    )
+    record = ShippedMember(member=member, versions=versions_of(inspection.libraries))
+    write_shipped(out / f"{name}.json", record)
+    return record
+
+
+def _round_weights(checkpoint: Path, target: Path) -> None:
+    """Writes the checkpoint as float16, except for the tables; a value beyond float16's range is an error."""
+    import torch
+    from safetensors.torch import save_file
+
+    rounded = {}
+    for name, tensor in read_checkpoint(checkpoint).tensors().items():
+        rounded[name] = tensor.float().contiguous() if name in _BUFFERS else tensor.half().contiguous()
+        if not torch.isfinite(rounded[name]).all():
+            raise BuildFailed(
+                f"{checkpoint.name}: {name} holds values that float16 can't, up to {float(tensor.abs().max()):.3g}",
+                hint="train with weight decay, or do not pack this model",
+            )
+    save_file(rounded, target)
+    target.chmod(0o644)
+
+
+def _component(path: Path) -> Component:
+    sha256, size = hash_file(path)
+    return Component(path=path.name, sha256=sha256, bytes=size)
+
+
+def main(argv: list[str] | None = None) -> int:
+    recipe, _ = load_recipe("fashion")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in recipe.members:
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"trained weights of member {name}")
+    parser.add_argument("--quality", type=Path, metavar="DIR", help="folder with classifier.onnx and reference.npz")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, member in recipe.members.items():
+            checkpoint: Path | None = getattr(args, name)
+            if checkpoint is not None:
+                check = pack_member(name, member, checkpoint, args.out).member.check
+                assert check is not None
+                sys.stdout.write(f"{name}: packed, equals PyTorch within {check.rel_l2:.1e}\n")
+    except TStitchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    for file in ("classifier.onnx", "reference.npz") if args.quality else ():
+        shutil.copyfile(args.quality / file, args.out / file)
+    total = sum(path.stat().st_size for path in args.out.iterdir())
+    sys.stdout.write(f"{args.out}: {total / 1e6:.2f} MB of at most {LIMIT / 1e6:.0f} MB\n")
+    return 0 if total <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

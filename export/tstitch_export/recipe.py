@@ -1,0 +1,145 @@
+"""Recipes: TOML files that say which models make a bundle and how they are exported and sampled."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from tstitch_engines.decode import DecodeError, convert
+from tstitch_engines.errors import BadInput, UnknownName, nearest, unknown_name
+from tstitch_engines.manifest import Conditioning, Decoder, Defaults, Latent, NoiseScheduleSpec, Parametrisation
+
+__all__ = ["MemberRecipe", "QualityRecipe", "Recipe", "load_recipe", "recipe_names"]
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+class MemberRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One denoiser. Paths are relative to the recipe's own directory.
+
+    ``options`` are the family's. ``checkpoint`` is what is exported when ``--member`` gives nothing else; ``shipped``
+    names a record (made by ``tstitch_export.pack_pair``) of a graph that was exported beforehand, from that
+    checkpoint. ``expect`` states values of the checkpoint's own shape (``depth``, ``width``...) that it must have.
+    """
+
+    family: str
+    parametrisation: Parametrisation
+    options: dict[str, int | float | bool | str] = {}
+    checkpoint: str | None = None
+    shipped: str | None = None
+    expect: dict[str, int | float | bool | str] = {}
+
+
+class QualityRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    network: str
+    reference: str
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A recipe file as data; the sections are the manifest's own records.
+
+    ``other_members`` is the pattern for members given with ``--member`` under names the recipe does not list.
+    """
+
+    name: str
+    description: str
+    latent: Latent
+    noise: NoiseScheduleSpec
+    conditioning: Conditioning
+    defaults: Defaults
+    decoder: Decoder
+    members: dict[str, MemberRecipe]
+    other_members: MemberRecipe | None = None
+    quality: QualityRecipe | None = None
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The recipes that come with the package."""
+    return tuple(sorted(path.stem for path in _folder().glob("*.toml")))
+
+
+def load_recipe(reference: str | Path) -> tuple[Recipe, Path]:
+    """The recipe called ``reference``, or the TOML file at that path; and the directory its paths start from.
+
+    Raises ``UnknownName`` for an unknown recipe or key (naming the nearest) and ``BadInput`` for a wrong value.
+    """
+    text = str(reference)
+    if text.endswith(".toml") or "/" in text:
+        path = Path(text)
+        if not path.is_file():
+            raise BadInput(
+                f"recipe file {text} does not exist",
+                hint=f"give the path of a TOML file, or one of the recipes {', '.join(recipe_names())}",
+            )
+    else:
+        if text not in recipe_names():
+            raise unknown_name("recipe", text, recipe_names(), hint="(or give the path of a .toml file)")
+        path = _folder() / f"{text}.toml"
+    return _decode(path), path.parent
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("tstitch_export"))) / "recipes"
+
+
+def _decode(path: Path) -> Recipe:
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {path.name} is no valid TOML: {error}", hint="mend that line; see toml.io") from None
+    if isinstance(conditioning := data.get("conditioning"), dict):
+        conditioning.setdefault("null", None)  # TOML has no null: a class table without a null class leaves it away
+    try:
+        recipe = convert(data, Recipe, word="key")
+    except DecodeError as error:
+        kind = UnknownName if error.message.startswith("unknown") else BadInput
+        raise kind(f"recipe {path.name}: {error.message}", hint=error.fix or f"mend it in {path}") from None
+    _check(recipe, path.name)
+    return recipe
+
+
+def _check(recipe: Recipe, file: str) -> None:
+    from tstitch_export.families import FAMILIES
+
+    def refuse(problem: str, fix: str) -> BadInput:
+        return BadInput(f"recipe {file}: {problem}", hint=fix)
+
+    if not recipe.members:
+        raise refuse("it has no members", "add at least one section [members.NAME]")
+    for name in recipe.members:
+        check_member_name(name)
+    parts = [*recipe.members.values(), *([recipe.other_members] if recipe.other_members else [])]
+    for part in parts:
+        if part.family not in FAMILIES:
+            raise unknown_name("model family", part.family, FAMILIES)
+    conditioning = recipe.conditioning
+    if conditioning.names and len(conditioning.names) != conditioning.classes:
+        raise refuse(
+            f"conditioning names {len(conditioning.names)} classes of {conditioning.classes}",
+            "list every class once, or leave names away",
+        )
+    guided = recipe.defaults.guided_channels
+    if guided is not None and not 1 <= guided <= recipe.latent.channels:
+        raise refuse(
+            f"guided_channels is {guided}; allowed is 1 to {recipe.latent.channels}", "leave it away to guide all"
+        )
+    if recipe.noise.steps < 1 or not 0 < recipe.noise.beta_start <= recipe.noise.beta_end < 1:
+        raise refuse(
+            f"noise has {recipe.noise.steps} steps and beta {recipe.noise.beta_start} to {recipe.noise.beta_end}",
+            "allowed is steps >= 1 and 0 < beta_start <= beta_end < 1",
+        )
+
+
+def check_member_name(name: str) -> None:
+    """Member names become directories and words of a schedule: ``small:0.4,large``."""
+    if not _NAME.fullmatch(name):
+        close = nearest(re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-"), ["small", "base", "large", "refiner"])
+        raise BadInput(
+            f"member name {name!r} is not allowed; a name is a small letter, then up to 31 of a-z, 0-9, _ and -",
+            hint=f"e.g. {close or 'small'}",
+        )

@@ -1,0 +1,200 @@
+"""Trains the feature network of the built-in pair: a small classifier of Fashion-MNIST.
+
+    python -m tstitch_export.train.classifier --data DIR --out runs/classifier --images 600000
+
+Stop it at any time (Ctrl-C, a reboot): the same command goes on from the last checkpoint. At the end ``OUT`` holds
+``classifier.onnx`` (images float32 [B,1,28,28] in [-1,1] -> features [B,64], logits [B,10]) and ``reference.npz`` (mean
+and covariance of the features of the 10,000 held-out test pictures, their count, and the accuracy on them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tstitch_export.onnx_graph import tidy
+from tstitch_export.onnx_pack import store_half
+from tstitch_export.quiet import quiet
+from tstitch_export.train.data import load_split
+from tstitch_export.train.loop import Budget, learning_rate, load_state, save_state
+
+__all__ = ["Classifier", "export", "main"]
+
+FEATURES = 64
+PEAK_RATE = 3e-3
+
+
+class Classifier(nn.Module):
+    """Images ``[B,1,28,28]`` in [-1, 1] -> (features ``[B,64]``, logits ``[B,10]``); 0.27M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def stage(channels: int, out: int) -> list[nn.Module]:
+            return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *stage(1, 16),
+            nn.MaxPool2d(2),
+            *stage(16, 32),
+            nn.MaxPool2d(2),
+            *stage(32, 64),
+            *stage(64, 64),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 7 * 7, FEATURES),
+        )
+        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(0.3), nn.Linear(FEATURES, 10))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors half of the pictures and shifts each by up to 2 pixels, filling with black."""
+    batch = images.shape[0]
+    mirror = torch.rand(batch, generator=generator) < 0.5
+    images = torch.where(mirror[:, None, None, None], images.flip(3), images)
+    padded = functional.pad(images, (2, 2, 2, 2), value=-1.0)
+    dy, dx = torch.randint(0, 5, (2, batch, 1), generator=generator)
+    rows, columns = dy + torch.arange(28), dx + torch.arange(28)
+    return padded[torch.arange(batch)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def normalised(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
+    return torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None]
+
+
+def export(model: Classifier, path: Path) -> None:
+    """Writes the ONNX graph with a dynamic batch and float16-stored weights."""
+    import onnx
+
+    batch = torch.export.Dim("B", min=1, max=65535)
+    with quiet(), torch.no_grad():
+        program = torch.export.export(model.eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes={"images": {0: batch}})
+        exported = torch.onnx.export(
+            program,
+            (),
+            input_names=["images"],
+            output_names=["features", "logits"],
+            dynamo=True,
+            opset_version=20,
+            verbose=False,
+        )
+        assert exported is not None
+        exported.save(path, external_data=False)
+    tidy(path)
+    graph = onnx.load(path)
+    store_half(graph)
+    onnx.checker.check_model(graph, full_check=True)
+    path.write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def write_reference(network: Path, data: Path, path: Path) -> float:
+    """Runs the exported graph over the test split, writes its feature statistics and returns the accuracy."""
+    import onnxruntime
+
+    images, labels = load_split(data, "t10k")
+    session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
+    inputs = normalised(images).numpy()
+    parts = [session.run(["features", "logits"], {"images": inputs[i : i + 500]}) for i in range(0, len(inputs), 500)]
+    features = np.concatenate([part[0] for part in parts]).astype(np.float64)
+    accuracy = float((np.concatenate([part[1] for part in parts]).argmax(1) == labels).mean())
+    np.savez(
+        path,
+        mean=features.mean(0),
+        covariance=np.cov(features, rowvar=False),
+        count=np.int64(len(features)),
+        accuracy=np.float64(accuracy),
+    )
+    return accuracy
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx.gz files")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="checkpoints, classifier.onnx and reference.npz go here"
+    )
+    parser.add_argument("--images", type=int, help="train on this many images (with repetition)")
+    parser.add_argument("--minutes", type=float, help="train for this long, summed over resumed runs")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if not args.images and not args.minutes:
+        parser.error("say how long to train: --images N or --minutes M")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    images, labels_np = load_split(args.data, "train")
+    data, labels = normalised(images), torch.from_numpy(labels_np)
+
+    torch.manual_seed(args.seed)
+    model = Classifier()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.02)
+    budget = Budget(args.images, args.minutes)
+    step = 0
+    state = load_state(args.out / "state.pt")
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, budget.seconds_before = state["step"], state["seconds"]
+        print(f"resumed at step {step}", file=sys.stderr)
+
+    def save() -> None:
+        save_state(
+            args.out / "state.pt",
+            {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": step,
+                "seconds": budget.seconds(),
+            },
+        )
+
+    generator = torch.Generator()
+    saved, running = time.monotonic(), []
+    model.train()
+    try:
+        while (progress := budget.progress(step * args.batch)) < 1:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(PEAK_RATE, progress, step, 200)
+            seed = args.seed * 1_000_003 + step
+            generator.manual_seed(seed)
+            torch.manual_seed(seed)  # dropout: a resumed run draws what an unbroken one would
+            index = torch.randint(0, len(data), (args.batch,), generator=generator)
+            _, logits = model(augment(data[index], generator))
+            loss = functional.cross_entropy(logits, labels[index], label_smoothing=0.05)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            step += 1
+            running.append(float(loss.detach()))
+            if step % 200 == 0:
+                print(f"{100 * progress:5.1f} %  loss {sum(running) / len(running):.4f}", file=sys.stderr, flush=True)
+                running.clear()
+            if time.monotonic() - saved > 60:
+                save()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        print("interrupted: saved, the same command goes on from here", file=sys.stderr)
+        save()
+        return 130
+    save()
+    export(model, args.out / "classifier.onnx")
+    accuracy = write_reference(args.out / "classifier.onnx", args.data, args.out / "reference.npz")
+    print(f"{args.out / 'classifier.onnx'}: test accuracy {100 * accuracy:.2f} % after {step * args.batch:,} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
