@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from reference import walk
-from tiny import TinyPair
 
 import tstitch_trt
+from reference import walk
+from tiny import TinyPair
 from tstitch_engines.errors import BadEngine, BadInput, Cancelled, NotFinite, OutOfProfile, UnknownName
 from tstitch_engines.host_kernels import normal
 from tstitch_engines.rows import INITIAL_NOISE_STEP
@@ -123,7 +124,7 @@ def test_iterate_shows_each_step_and_returns_the_result(runtime: Runtime) -> Non
         assert event.preview().shape == (3, 8, 8, 4)
         events.append(event)
     assert [(e.step, e.member) for e in events] == [(i + 1, "small" if i < 3 else "large") for i in range(6)]
-    assert all(a.timestep > b.timestep for a, b in zip(events, events[1:], strict=False))
+    assert all(a.timestep > b.timestep for a, b in pairwise(events))
     quiet = runtime.sample(labels=[1, 2, 3], steps=6, fraction=0.5, solver="ddim")
     np.testing.assert_array_equal(result.latents, quiet.latents)
     assert [(t.member, t.steps) for t in result.timings] == [("small", 3), ("large", 3)]
