@@ -35,11 +35,13 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
 
     A safetensors file is raw little-endian data at known offsets, which is what ONNX external data may point into.
     The tracer renames and transposes weights, so each large initialiser is found among the file's tensors by value,
-    as it is or transposed. float16 tensors get a Cast to float32 (and a Transpose) in front. Raises ``BuildFailed``
-    when an initialiser is in the file in neither form.
+    as it is or transposed, and gets a Cast to float32 (and a Transpose) in front, which a compiler folds so that its
+    engine depends on no other file. float32 tables stay in the graph: with nothing to fold, the engine would go on
+    referring to the file. Raises ``BuildFailed`` when a weight is in the file in neither form.
     """
     onnx = need("onnx", "packing a graph")
-    tensors = _load(weights)
+    tensors = {name: value for name, value in _load(weights).items() if value.dtype == np.float16}
+    tables = {_fingerprint(value) for value in _load(weights).values() if value.dtype == np.float32}
     as_is = {_fingerprint(value): name for name, value in tensors.items()}
     flipped = {_fingerprint(value.T): name for name, value in tensors.items() if value.ndim == 2}
     header = read_safetensors_header(weights)
@@ -51,8 +53,8 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
         key = _fingerprint(onnx.numpy_helper.to_array(tensor))
         name = as_is.get(key) or flipped.get(key)
         if name is None:
-            if np.prod(tensor.dims) <= 1024:
-                continue  # a table of the tracer's own, such as the timestep frequencies
+            if key in tables or np.prod(tensor.dims) <= 1024:
+                continue  # a table: of positions, or of the tracer's own such as the timestep frequencies
             raise BuildFailed(
                 f"{weights.name} has no tensor equal to the graph's {tensor.name} {list(tensor.dims)}",
                 hint="export the graph from exactly these weights, rounded to float16",
@@ -60,7 +62,7 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
         entry = header[name]
         external = stored.get(name)
         if external is None:
-            external = onnx.TensorProto(name=f"{name}.stored", data_type=_HALF if entry.dtype == "F16" else _FLOAT)
+            external = onnx.TensorProto(name=f"{name}.stored", data_type=_HALF)
             external.dims.extend(entry.shape)
             external.data_location = onnx.TensorProto.EXTERNAL
             places = {"location": weights.name, "offset": str(entry.start), "length": str(entry.length)}
@@ -78,13 +80,9 @@ def _replace(graph: Any, tensor: Any, stored: Any, *, transposed: bool) -> None:
         graph.initializer.append(stored)
     source, nodes = stored.name, []
     if transposed:
-        target = tensor.name if stored.data_type == _FLOAT else f"{tensor.name}.transposed"
-        nodes.append(onnx.helper.make_node("Transpose", [source], [target], perm=[1, 0]))
-        source = target
-    if stored.data_type != _FLOAT:
-        nodes.append(onnx.helper.make_node("Cast", [source], [tensor.name], to=_FLOAT))
-    elif not transposed:
-        nodes.append(onnx.helper.make_node("Identity", [source], [tensor.name]))
+        nodes.append(onnx.helper.make_node("Transpose", [source], [f"{tensor.name}.transposed"], perm=[1, 0]))
+        source = f"{tensor.name}.transposed"
+    nodes.append(onnx.helper.make_node("Cast", [source], [tensor.name], to=_FLOAT))
     for position, node in enumerate(nodes):
         graph.node.insert(position, node)
 
