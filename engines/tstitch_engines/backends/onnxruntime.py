@@ -29,7 +29,6 @@ _ELEMENT: Final = {
     "bfloat16": 16,
 }
 _LEVELS: Final = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC"}
-_PROTOBUF_LIMIT: Final = 1_900_000_000  # bytes; one protobuf file can't reach 2 GiB
 
 
 def cpu_arch() -> str:
@@ -114,7 +113,9 @@ class OnnxRuntimeBackend(Backend):
         settings.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[level])
         settings.optimized_model_filepath = str(output)
         data = output.with_name(output.name + ".data")
-        if sum(part.bytes for part in member.onnx) * _growth(member) > _PROTOBUF_LIMIT:
+        if len(member.onnx) > 1:
+            # Without this the optimised graph would go on referring to the data file of the graph it was made from,
+            # which lies elsewhere (and one protobuf file can't hold 2 GiB).
             settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
             settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         progress("optimise", 0.0)
@@ -158,11 +159,6 @@ class OnnxRuntimeBackend(Backend):
                 f"ONNX Runtime could not start its CUDA provider on {device}",
                 hint="tstitch-trt doctor says which library is missing; or use --device cpu",
             )
-
-
-def _growth(member: Member) -> int:
-    """Weights shipped as float16 behind a Cast are folded to float32: the engine is twice the size."""
-    return 2 if member.precision == "fp32" else 1
 
 
 class _OnnxRuntimeEngine(Engine):
