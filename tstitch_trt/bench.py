@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_trt.machine import Machine, describe_machine, peak_memory
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Baseline", "BaselineTiming", "Bench", "MemberTiming", "TrajectoryTiming", "measure", "spread"]
 
 FORMULA = "predicted_ms = sum over the steps of step_ms of the member (guided or not) that runs at that step"
+
+_SETTLE_SECONDS = 0.05  # an engine's threads spin for a while after its last call and would slow the baseline
 
 Report = Callable[[float, str], object]  # share done in 0..1, what is being measured
 
@@ -76,6 +80,7 @@ class BaselineTiming(msgspec.Struct, frozen=True, kw_only=True):
 class BaselineReport(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     version: str
+    threads: int
     trajectories: tuple[BaselineTiming, ...]
 
 
@@ -104,13 +109,18 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Baseline:
-    """Something else that walks the same plan. ``walk`` returns the final latents, float32 ``[B,C,H,W]``."""
+    """Something else that walks the same plan."""
 
     name: str
     version: str
+    threads: int
     tolerance: float  # relative L2 difference up to which its latents count as equal
 
-    def walk(self, plan: Plan, noise: Any, labels: Sequence[int]) -> Any:
+    def tune(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> None:
+        """Chooses what makes it fastest on this machine."""
+
+    def walk(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> NDArray[np.float32]:
+        """The final latents, float32 ``[B,C,H,W]``, from unit Gaussian noise of that shape."""
         raise NotImplementedError
 
 
@@ -140,7 +150,11 @@ def measure(
     plans = [runtime.plan(fraction=fraction, **settings) for fraction in fractions]
     size = _batch(runtime, batch, guided=any(any(plan.guided) for plan in plans))
     runs = [_Trajectory(runtime, fraction, plan, size) for fraction, plan in zip(fractions, plans, strict=True)]
-    differences = [run.compare(baseline, settings) for run in runs] if baseline is not None else []
+    differences: list[float] = []
+    if baseline is not None:
+        report(0.0, f"comparing latents with {baseline.name}")
+        baseline.tune(plans[0], runs[0].noise, runs[0].labels)
+        differences = [run.compare(baseline, settings) for run in runs]
     rounds = warmup + repeats
     for index in range(rounds):
         for number, run in enumerate(runs):
@@ -177,6 +191,7 @@ def measure(
         else BaselineReport(
             name=baseline.name,
             version=baseline.version,
+            threads=baseline.threads,
             trajectories=tuple(run.against(d) for run, d in zip(runs, differences, strict=True)),
         ),
     )
@@ -191,6 +206,9 @@ class _Trajectory:
         self.plan = plan
         self.batch = batch
         self.labels = [i % runtime.manifest.conditioning.classes for i in range(batch)]
+        latent = runtime.manifest.latent
+        shape = (batch, latent.channels, latent.height, latent.width)
+        self.noise = np.random.default_rng(0).standard_normal(shape, np.float32)
         kinds = list(zip(plan.schedule.names, plan.guided, strict=True))
         self.kinds = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}  # (member, guided) -> steps
         self.times: list[float] = []
@@ -216,26 +234,18 @@ class _Trajectory:
         name, guided = kind
         return self.runtime.time_member(name, self.batch, guided=guided, repeats=count, warmup=1)
 
-    def _noise(self) -> Any:
-        shape = self.runtime.manifest.latent
-        generator = np.random.default_rng(0)
-        return generator.standard_normal((self.batch, shape.channels, shape.height, shape.width), np.float32)
-
     def _timed_walk(self, baseline: Baseline) -> float:
-        from time import perf_counter
-
-        noise = self._noise()
+        sleep(_SETTLE_SECONDS)
         start = perf_counter()
-        baseline.walk(self.plan, noise, self.labels)
+        baseline.walk(self.plan, self.noise, self.labels)
         return 1e3 * (perf_counter() - start)
 
     def compare(self, baseline: Baseline, settings: dict[str, Any]) -> float:
         """Relative L2 difference of the baseline's final latents from ours. Raises ``BadInput`` when not equal."""
-        noise = self._noise()
         ours = self.runtime.sample(
-            labels=self.labels, latents=noise, fraction=self.fraction, decode=False, **settings
+            labels=self.labels, latents=self.noise, fraction=self.fraction, decode=False, **settings
         ).latents
-        theirs = baseline.walk(self.plan, noise, self.labels)
+        theirs = baseline.walk(self.plan, self.noise, self.labels)
         difference = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
         if not difference <= baseline.tolerance:
             raise BadInput(

@@ -32,16 +32,18 @@ class Examination(msgspec.Struct, frozen=True, kw_only=True):
     checks: tuple[Check, ...]
 
 
-# package -> (what it is for, the extra that installs it)
+_GPU = 'needed only for an NVIDIA GPU: pip uninstall onnxruntime && pip install "tstitch-trt[gpu]"'
+
+# package -> (what it is for, how to get it)
 PACKAGES = {
-    "onnxruntime": ("ONNX Runtime on the CPU", "cpu"),
-    "onnxruntime-gpu": ("ONNX Runtime on CUDA", "gpu"),
-    "cuda-core": ("CUDA buffers, streams and kernels", "gpu"),
-    "torch": ("exporting checkpoints, the torch backend", "export"),
-    "onnx": ("exporting checkpoints", "export"),
-    "diffusers": ("checkpoints in diffusers folders", "export"),
-    "safetensors": (".safetensors checkpoints", "export"),
-    "matplotlib": ("bench --plot", "plot"),
+    "onnxruntime": ("ONNX Runtime on the CPU", 'pip install "tstitch-trt[cpu]", unless onnxruntime-gpu is installed'),
+    "onnxruntime-gpu": ("ONNX Runtime on CUDA", _GPU),
+    "cuda-core": ("CUDA buffers, streams and kernels", _GPU),
+    "torch": ("exporting checkpoints, the torch backend", 'pip install "tstitch-trt[export]"'),
+    "onnx": ("exporting checkpoints", 'pip install "tstitch-trt[export]"'),
+    "diffusers": ("checkpoints in diffusers folders", 'pip install "tstitch-trt[export]"'),
+    "safetensors": (".safetensors checkpoints", 'pip install "tstitch-trt[export]"'),
+    "matplotlib": ("bench --plot", 'pip install "tstitch-trt[plot]"'),
 }
 
 
@@ -62,14 +64,14 @@ def _packages() -> Iterator[Check]:
         detail=f"{python} at {sys.executable}",
         hint="" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
     )
-    for name, (purpose, extra) in PACKAGES.items():
+    for name, (purpose, how) in PACKAGES.items():
         found = package_version(name)
         yield Check(
             group="python",
             name=name,
             ok=found is not None,
             detail=f"{found} ({purpose})" if found else f"not installed ({purpose})",
-            hint="" if found else f'pip install "tstitch-trt[{extra}]"',
+            hint="" if found else how,
         )
     if package_version("onnxruntime") and package_version("onnxruntime-gpu"):
         yield Check(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -41,8 +43,11 @@ class Progress:
 
 
 @contextmanager
-def progress(text: str, total: float, *, counted: str = "") -> Iterator[Progress]:
-    """A bar on stderr while the block runs, taken away at its end. ``counted`` names what is counted ("steps")."""
+def progress(text: str, total: float, *, counted: str = "", logs: Sequence[str] = ()) -> Iterator[Progress]:
+    """A bar on stderr while the block runs, taken away at its end. ``counted`` names what is counted ("steps").
+
+    What the loggers named in ``logs`` say from INFO up is printed above the bar meanwhile.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -59,8 +64,29 @@ def progress(text: str, total: float, *, counted: str = "") -> Iterator[Progress
         auto_refresh=False,
         disable=not console.is_terminal,
     )
-    with bar:
+    with bar, _above(console, logs):
         yield Progress(bar, bar.add_task(text, total=total))
+
+
+@contextmanager
+def _above(console: Console, names: Sequence[str]) -> Iterator[None]:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+    handler = Handler()
+    before = [(logger, logger.level, logger.propagate) for logger in map(logging.getLogger, names)]
+    for logger, _, _ in before:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, level, propagate in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def log(text: str) -> None:

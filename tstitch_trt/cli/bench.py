@@ -152,6 +152,7 @@ def _print(bench: Bench) -> None:
                 for t in bench.against.trajectories
             ],
         )
+        click.echo(f"{bench.against.name} {bench.against.version} on {bench.against.threads} threads")
     click.echo(
         f"\noverhead {bench.overhead:.3f} (trajectories over bare engine calls), step kernels "
         f"{1e3 * bench.step_kernels_ms:.1f} us per step, load {bench.load_ms:.0f} ms, "

@@ -26,7 +26,7 @@ tstitch-trt demo --bundle fashion.bundle --guidance 1.5 --json
     "--samples", type=click.IntRange(10), default=200, show_default=True, metavar="N", help="Images scored per point."
 )
 @click.option("--steps", type=click.IntRange(4), default=20, show_default=True, metavar="N", help="Denoising steps.")
-@click.option("--guidance", type=float, default=1.0, show_default=True, metavar="G", help="Guidance scale; 1 is none.")
+@click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 is none. [the pair's default]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Seed of all images.")
 @click.option(
     "-o",
@@ -46,7 +46,7 @@ tstitch-trt demo --bundle fashion.bundle --guidance 1.5 --json
 def command(
     samples: int,
     steps: int,
-    guidance: float,
+    guidance: float | None,
     seed: int,
     output: Path,
     bundle: Path | None,
@@ -80,7 +80,7 @@ def command(
                 runtime,
                 steps=steps,
                 samples=samples,
-                guidance=guidance,
+                guidance=runtime.manifest.defaults.guidance if guidance is None else guidance,
                 seed=seed,
                 report=lambda done, text: bar.update(done=done, text=text),
             )
