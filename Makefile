@@ -4,19 +4,18 @@ PYTHON ?= python3
 .PHONY: install lint format check test bench clean
 
 install:  ## editable install with everything the tests and the linters need
-	$(PYTHON) -m pip install scikit-build-core nanobind ninja
+	$(PYTHON) -m pip install scikit-build-core nanobind cmake ninja
 	$(PYTHON) -m pip install --no-build-isolation -e ".[test,lint]"
 
 lint:  ## ruff, clang-format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m clang_format --version >/dev/null 2>&1 || true
-	clang-format --dry-run --Werror engines/src/*
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' | xargs clang-format --dry-run --Werror
 
 format:  ## rewrite the sources in place
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	clang-format -i engines/src/*
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' | xargs clang-format -i
 
 check:  ## types
 	$(PYTHON) -m mypy

@@ -65,7 +65,7 @@ def make_arena(latents: NDArray[np.float32], table: NDArray[np.float32], seeds: 
         "seed": buffer(np.array(seeds, np.uint64).view(np.int64)),
         "fault": buffer(np.full(lanes, -1, np.int32)),
     }
-    arrays = {name: part.array for name, part in {"latents": x, "history": history, **parts}.items()}
+    arrays: dict[str, Any] = {name: part.array for name, part in {"latents": x, "history": history, **parts}.items()}
     return Arena(x, history, **parts, kernels=HostStepKernels(**arrays, **options))
 
 

@@ -1,0 +1,152 @@
+"""The CUDA driver's source and its Python launches, run on the CPU: see ``cuda_on_host/launch.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from step_runs import run
+from tstitch_engines.cuda_kernels import CudaStepKernels, enqueue_initial_noise
+from tstitch_engines.device import HostBuffer, HostDevice
+from tstitch_engines.errors import BadInput
+
+HERE = Path(__file__).parent / "cuda_on_host"
+SOURCES = Path(__file__).parents[2] / "engines" / "src"
+
+
+class WalkedDevice(HostDevice):
+    """Host memory, CUDA kernels: what ``CudaDevice`` gives to ``CudaStepKernels``, with launches that walk the grid."""
+
+    stream = None
+
+    def kernel(self, name: str) -> str:
+        return name
+
+    def step_kernels(self, **arena: Any) -> CudaStepKernels:
+        return CudaStepKernels(self, **arena)  # type: ignore[arg-type]
+
+    def initial_noise(self, latents: Any, slot: int, seed: int, scale: float) -> None:
+        enqueue_initial_noise(self, latents, slot, seed, scale)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    path = tmp_path_factory.mktemp("cuda_on_host") / "launch.so"
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-Wall",
+        "-Werror",
+        "-fsanitize=undefined",
+    ]
+    command += ["-fno-sanitize-recover", "-static-libubsan", "-I", str(HERE), "-I", str(SOURCES), "-o", str(path)]
+    subprocess.run([*command, str(HERE / "launch.cpp")], check=True)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> WalkedDevice:
+    """``cuda.core``'s ``launch``, which passes Python integers as pointers and numpy scalars by value."""
+
+    def launch(_stream: None, config: Any, kernel: str, *arguments: Any) -> None:
+        values = [np.array(a, np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        taken = library.launch(kernel.encode(), config.grid[0], config.grid[1], config.block[0], len(values), pointers)
+        assert taken == len(values), f"{kernel} takes {taken} arguments, got {len(values)}"
+
+    core: Any = ModuleType("cuda.core")
+    core.launch = launch
+    core.LaunchConfig = lambda grid, block: SimpleNamespace(grid=grid, block=block)
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+    return WalkedDevice()
+
+
+def compare(got: list[NDArray[Any]], want: list[NDArray[Any]]) -> None:
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 20), (4, 5, 7), (4, 2, 3, 2)], ids=["vectors", "ragged", "video"])
+@pytest.mark.parametrize(("dtype", "timestep"), [("float32", "float32"), ("float16", "int64"), ("bfloat16", "int64")])
+@pytest.mark.parametrize("guided", [False, True])
+def test_cuda_driver_equals_host_driver(
+    device: WalkedDevice, dtype: str, timestep: str, shape: tuple[int, ...], guided: bool
+) -> None:
+    """Latents, history, step, fault, timestep; of the sample only float32, a half may round the other way."""
+    got, want = (run(one, dtype, timestep, shape, guided=guided) for one in (device, HostDevice()))
+    if dtype != "float32":
+        del got[4], want[4]
+    compare(got, want)
+
+
+def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
+    shape = (1, 1, 2, 2)
+    kinds = {
+        "latents": (shape, "float32", value), "history": ((2, *shape), "float32", 0),
+        "rows": ((1, rows, 16), "float32", 0.5), "step": ((1,), "int32", 0), "seed": ((1,), "int64", 0),
+        "fault": ((1,), "int32", -1),
+    }  # fmt: skip
+    made = {name: device.empty(size, dtype) for name, (size, dtype, _) in kinds.items()}
+    for name, (_, _, fill) in kinds.items():
+        made[name].array[...] = fill
+    return made
+
+
+def advance(device: WalkedDevice, parts: dict[str, HostBuffer], channels: int = 1) -> None:
+    active, output = device.empty((1,), "int32"), device.empty((1, channels, 2, 2), "float32")
+    active.array[...] = output.array[...] = 0
+    device.step_kernels(**parts).advance(active, output, guided=False, rescale=False)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_fault(device: WalkedDevice, bad: float) -> None:
+    parts = arena(device, bad, rows=2)
+    advance(device, parts)
+    advance(device, parts)
+    assert (parts["fault"].array[0], parts["step"].array[0]) == (0, 2)
+
+
+def test_a_step_outside_the_table_is_a_fault(device: WalkedDevice) -> None:
+    """The host driver refuses such a lane; on CUDA the step is known to the GPU alone."""
+    parts = arena(device, 1.0)
+    advance(device, parts)
+    before = parts["latents"].array.copy()
+    advance(device, parts)
+    assert parts["fault"].array[0] == 1
+    np.testing.assert_array_equal(parts["latents"].array, before)
+
+
+def test_learned_variance_without_a_second_half_is_a_fault(device: WalkedDevice) -> None:
+    parts = arena(device, 1.0)
+    parts["rows"].array[..., 14] = 1  # FLAGS = FLAG_LEARNED
+    advance(device, parts)
+    assert parts["fault"].array[0] == 0
+
+
+def test_wrong_buffers_are_refused(device: WalkedDevice) -> None:
+    parts = arena(device, 1.0)
+    with pytest.raises(BadInput, match=r"model_output is float32\[1, 3, 2, 2\]; allowed is .* \[1, 1, 2, 2\]"):
+        advance(device, parts, channels=3)
+    with pytest.raises(BadInput, match=r"history is float32\[1, 1, 2, 2\]; allowed is float32 \[2, 1, 1, 2, 2\]"):
+        device.step_kernels(**{**parts, "history": parts["latents"]})
+    kernels = device.step_kernels(**parts)
+    two, output = device.empty((2,), "int32"), device.empty((2, 1, 2, 2), "float32")
+    with pytest.raises(BadInput, match="2 active lanes; allowed is 1 to 1"):
+        kernels.advance(two, output, guided=False, rescale=False)
