@@ -1,0 +1,266 @@
+"""Every solver against diffusers' scheduler of the same name: same spacing, same noise, the whole trajectory.
+
+diffusers rounds its betas to float32, which leaves ``1 - alphas_cumprod[0]`` of the squared-cosine schedule three
+digits and an error of 3e-4 in the last step; so its schedulers are handed the same alphas in float64 here, and
+``test_as_shipped`` leaves them alone. Its Euler and DPM-Solver still keep sigmas and latents in float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from denoiser import draw, member, rows_for
+from reference import Model, walk
+from tstitch_engines.manifest import NoiseScheduleSpec
+from tstitch_trt.noise_schedule import NoiseSchedule
+from tstitch_trt.solvers import StepTable, make_table
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+Array = NDArray[np.float64]
+
+SCHEDULES = {  # our kind -> (spec, diffusers' beta_schedule)
+    "linear": (NoiseScheduleSpec(kind="linear"), "linear"),
+    "scaled-linear": (NoiseScheduleSpec(kind="scaled-linear", beta_start=0.00085, beta_end=0.012), "scaled_linear"),
+    "squared-cosine": (NoiseScheduleSpec(kind="squared-cosine"), "squaredcos_cap_v2"),
+}
+KINDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+STEPS = (10, 20, 50)
+SPACINGS = ("leading", "linspace", "trailing")
+RELATIVE = 1e-5  # the largest difference over the largest value, at every step
+
+# diffusers calls np.array on tensors, which NumPy 2 wants spelled otherwise
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SDE: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++"}
+DPM: dict[str, dict[str, Any]] = {  # our solver -> diffusers' DPMSolverMultistepScheduler
+    "dpmpp-2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "dpmpp-2m-sde": {**SDE, "solver_order": 2},
+    "dpmpp-3m-sde": {**SDE, "solver_order": 3},
+}
+
+
+def noise_of(schedule: str) -> NoiseSchedule:
+    return NoiseSchedule.from_spec(SCHEDULES[schedule][0])
+
+
+def scheduler_of(name: str, schedule: str, kind: str, *, exact: bool = True, **config: Any) -> Any:
+    import diffusers
+
+    spec, theirs = SCHEDULES[schedule]
+    betas = {"beta_schedule": theirs, "beta_start": spec.beta_start, "beta_end": spec.beta_end}
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**betas, prediction_type=KINDS[kind], **config)
+    if exact:
+        scheduler.alphas_cumprod = torch.from_numpy(noise_of(schedule).alphas_cumprod.copy())
+        if config.get("set_alpha_to_one") is False:
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    return scheduler
+
+
+def run_theirs(
+    scheduler: Any, model: Model, x: Array, noise: Array, *, t: Array | None = None, **step_options: Any
+) -> Array:
+    """diffusers' loop with our noise; ``t`` overrides what the model is told (not what the scheduler does)."""
+    module = importlib.import_module(type(scheduler).__module__)
+    latents = [x]
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        for step, timestep in enumerate(scheduler.timesteps):
+            patch.setattr(
+                module, "randn_tensor", lambda *_, step=step, **__: torch.from_numpy(noise[step]), raising=False
+            )
+            sample = torch.from_numpy(latents[-1])
+            seen = scheduler.scale_model_input(sample, timestep).double().numpy()
+            output = torch.from_numpy(model(seen, float(timestep if t is None else t[step]), step))
+            after = scheduler.step(output, timestep, sample, return_dict=False, **step_options)[0]
+            latents.append(after.double().numpy())
+    return np.stack(latents)
+
+
+def compare(
+    table: StepTable,
+    scheduler: Any,
+    kind: str,
+    *,
+    their_kind: str | None = None,
+    learned: bool = False,
+    t: Array | None = None,
+    seen: Array | None = None,
+    silent_end: bool = False,
+    relative: float = RELATIVE,
+    **step_options: Any,
+) -> None:
+    """Walks both from the same start. ``t``: the scheduler's timesteps, if not the table's; ``seen``: what its model is
+    told instead of them; ``silent_end``: the last noise is zero."""
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), table.t if t is None else t, rtol=1e-5, atol=1e-4)
+    assert float(scheduler.init_noise_sigma) == pytest.approx(table.init_scale, rel=1e-4)
+    x, noise = draw(table.steps)
+    if silent_end:
+        noise[-1] = 0
+    x = x * table.init_scale
+    ours = walk(rows_for(kind, table, learned=learned), x, member(kind, table, learned=learned), noise)
+    theirs = run_theirs(scheduler, member(their_kind or kind, table, learned=learned), x, noise, t=seen, **step_options)
+    axes = tuple(range(1, ours.ndim))
+    error = np.abs(ours - theirs).max(axes) / np.abs(theirs).max(axes)
+    assert error.max() <= relative, f"step {error.argmax()}: {error.max():.2e}"
+
+
+every_case = [
+    pytest.mark.parametrize("schedule", SCHEDULES),
+    pytest.mark.parametrize("kind", KINDS),
+    pytest.mark.parametrize("steps", STEPS),
+]
+
+
+def cases(function: Any) -> Any:
+    for mark in every_case:
+        function = mark(function)
+    return function
+
+
+@cases
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim(schedule: str, kind: str, steps: int, spacing: str, eta: float) -> None:
+    scheduler = scheduler_of("DDIM", schedule, kind, timestep_spacing=spacing, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    compare(make_table("ddim", noise_of(schedule), steps, spacing=spacing, eta=eta), scheduler, kind, eta=eta)
+
+
+@cases
+def test_ddim_as_stable_diffusion_configures_it(schedule: str, kind: str, steps: int) -> None:
+    scheduler = scheduler_of("DDIM", schedule, kind, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+    scheduler.set_timesteps(steps)
+    table = make_table("ddim", noise_of(schedule), steps, spacing="leading", steps_offset=1, final="sigma-min")
+    compare(table, scheduler, kind)
+
+
+@cases
+@pytest.mark.parametrize("spacing", ["linspace", "dit"])
+def test_ddim_steps_to_the_next_timestep_of_its_list(schedule: str, kind: str, steps: int, spacing: str) -> None:
+    """diffusers' DDIM steps to t - T // N, which is not on a linspace list. DDIM is DPM-Solver++ of order 1
+    (arXiv 2211.01095, section 4.1), whose scheduler takes any list."""
+    table = make_table("ddim", noise_of(schedule), steps, spacing=spacing)
+    scheduler = scheduler_of("DPMSolverMultistep", schedule, kind, algorithm_type="dpmsolver++", solver_order=1)
+    scheduler.set_timesteps(timesteps=table.t.astype(int).tolist())
+    compare(table, scheduler, kind)
+    theirs = scheduler_of("DDIM", schedule, kind, timestep_spacing="linspace", clip_sample=False)
+    theirs.set_timesteps(steps)
+    np.testing.assert_array_equal(theirs.timesteps.numpy(), table.t)
+
+
+@cases
+@pytest.mark.parametrize("variance", ["fixed-small", "fixed-large", "learned"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddpm(schedule: str, kind: str, steps: int, spacing: str, variance: str) -> None:
+    """diffusers draws noise at the last step unless its timestep is 0; the published samplers never do, nor do we. So
+    where ``trailing`` ends above 0, the last noise is zero."""
+    learned = variance == "learned"
+    theirs = "learned_range" if learned else variance.replace("-", "_")
+    scheduler = scheduler_of("DDPM", schedule, kind, timestep_spacing=spacing, clip_sample=False, variance_type=theirs)
+    scheduler.set_timesteps(steps)
+    table = make_table("ddpm", noise_of(schedule), steps, spacing=spacing, variance=variance)
+    compare(table, scheduler, kind, learned=learned, silent_end=table.t[-1] > 0)
+
+
+def euler_bound(schedule: str) -> float:
+    """Squared-cosine starts at sigma 2e4, and diffusers' first step takes x' (about 5) as x + dx in float32: the
+    rounding of x, 2e4 * 6e-8 = 1e-3, is what x' is wrong by."""
+    return 1e-3 if schedule == "squared-cosine" else RELATIVE
+
+
+@cases
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_euler(schedule: str, kind: str, steps: int, spacing: str) -> None:
+    scheduler = scheduler_of("EulerDiscrete", schedule, kind, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    table = make_table("euler", noise_of(schedule), steps, spacing=spacing)
+    compare(table, scheduler, kind, relative=euler_bound(schedule))
+
+
+@cases
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_euler_ancestral(schedule: str, kind: str, steps: int, spacing: str) -> None:
+    """diffusers has no x0 prediction here: it is given the same denoiser as an eps model."""
+    theirs = "eps" if kind == "x0" else kind
+    scheduler = scheduler_of("EulerAncestralDiscrete", schedule, theirs, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    table = make_table("euler-ancestral", noise_of(schedule), steps, spacing=spacing)
+    compare(table, scheduler, kind, their_kind=theirs, relative=euler_bound(schedule))
+
+
+@cases
+@pytest.mark.parametrize("sigmas", ["karras", "exponential"])
+def test_euler_on_sigmas(schedule: str, kind: str, steps: int, sigmas: str) -> None:
+    scheduler = scheduler_of("EulerDiscrete", schedule, kind, **{f"use_{sigmas}_sigmas": True})
+    scheduler.set_timesteps(steps)
+    compare(make_table("euler", noise_of(schedule), steps, sigmas=sigmas), scheduler, kind)
+
+
+@cases
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", DPM)
+def test_dpmpp(schedule: str, kind: str, steps: int, spacing: str, solver: str) -> None:
+    scheduler = scheduler_of("DPMSolverMultistep", schedule, kind, **DPM[solver], timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    compare(make_table(solver, noise_of(schedule), steps, spacing=spacing), scheduler, kind)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("solver", ["euler", *DPM])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_final_sigma_min(schedule: str, steps: int, solver: str, spacing: str) -> None:
+    name = "EulerDiscrete" if solver == "euler" else "DPMSolverMultistep"
+    config = {**DPM.get(solver, {}), "timestep_spacing": spacing, "final_sigmas_type": "sigma_min"}
+    scheduler = scheduler_of(name, schedule, "v", **config)
+    scheduler.set_timesteps(steps)
+    table = make_table(solver, noise_of(schedule), steps, spacing=spacing, final="sigma-min")
+    compare(table, scheduler, "v", relative=euler_bound(schedule) if solver == "euler" else RELATIVE)
+
+
+@cases
+@pytest.mark.parametrize("sigmas", ["karras", "exponential"])
+@pytest.mark.parametrize("solver", DPM)
+def test_dpmpp_on_sigmas(schedule: str, kind: str, steps: int, solver: str, sigmas: str) -> None:
+    """diffusers' DPM-Solver tells the model a whole timestep (rounded for Karras, cut off otherwise) where its own
+    Euler tells the exact one, as we do; so its model is told ours."""
+    scheduler = scheduler_of("DPMSolverMultistep", schedule, kind, **DPM[solver], **{f"use_{sigmas}_sigmas": True})
+    scheduler.set_timesteps(steps)
+    table = make_table(solver, noise_of(schedule), steps, sigmas=sigmas)
+    assert np.abs(scheduler.timesteps.numpy() - table.t).max() < 1 + 1e-3
+    compare(table, scheduler, kind, t=scheduler.timesteps.numpy(), seen=table.t)
+
+
+@cases
+def test_lcm(schedule: str, kind: str, steps: int) -> None:
+    scheduler = scheduler_of("LCM", schedule, kind, clip_sample=False)
+    scheduler.set_timesteps(steps, original_inference_steps=50)
+    compare(make_table("lcm", noise_of(schedule), steps), scheduler, kind)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled-linear"])
+@pytest.mark.parametrize(
+    ("solver", "theirs", "config"),
+    [
+        ("ddim", "DDIM", {"timestep_spacing": "trailing", "clip_sample": False}),
+        ("ddpm", "DDPM", {"timestep_spacing": "trailing", "clip_sample": False}),
+        ("euler", "EulerDiscrete", {"timestep_spacing": "trailing"}),
+        ("euler-ancestral", "EulerAncestralDiscrete", {"timestep_spacing": "trailing"}),
+        *((name, "DPMSolverMultistep", {**config, "timestep_spacing": "trailing"}) for name, config in DPM.items()),
+        ("lcm", "LCM", {"clip_sample": False}),
+    ],
+)
+def test_as_shipped(schedule: str, solver: str, theirs: str, config: dict[str, Any]) -> None:
+    """Untouched schedulers, with their float32 betas."""
+    scheduler = scheduler_of(theirs, schedule, "eps", exact=False, **config)
+    scheduler.set_timesteps(20)
+    options: dict[str, Any] = {} if solver == "lcm" else {"spacing": "trailing"}
+    compare(make_table(solver, noise_of(schedule), 20, **options), scheduler, "eps", relative=1e-4)
