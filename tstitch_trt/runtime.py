@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,26 +12,18 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Buffer, Device
+from tstitch_engines.device import Device
 from tstitch_engines.errors import BadInput, Cancelled, NotFinite, OutOfProfile, Unavailable
-from tstitch_engines.manifest import Manifest, Member
+from tstitch_engines.manifest import Manifest
 from tstitch_engines.rows import FLAG_STORE, ROW
-from tstitch_engines.spec import storage_dtype
-from tstitch_trt.lanes import LaneArena
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.request import Request
 from tstitch_trt.result import Result, SegmentTiming, StepEvent
+from tstitch_trt.stepper import Stepper
 
 __all__ = ["Runtime"]
 
 Callback = Callable[[StepEvent], object]
-
-
-@dataclass
-class _LoadedMember:
-    member: Member
-    engine: Engine
-    bound: tuple[int, bool] | None = None  # (lanes, guided) of the buffers the engine holds
 
 
 class Runtime:
@@ -50,25 +40,7 @@ class Runtime:
         self.device = device
         self.backend_name = backend_name
         self.load_ms = load_ms
-        self._members = {name: _LoadedMember(bundle.manifest.members[name], engine) for name, engine in engines.items()}
-        limits = [loaded.engine.profile.dims["B"] for loaded in self._members.values()]
-        self.batch_limit = min(limit.max for limit in limits)
-        self._batch_floor = max(limit.min for limit in limits)
-        if self._batch_floor > self.batch_limit:
-            raise OutOfProfile(
-                f"the members' batch profiles {[str(limit) for limit in limits]} have no size in common",
-                hint="build all members with one --batch MIN:OPT:MAX",
-            )
-        latent = self.manifest.latent
-        self._arena = LaneArena(
-            device,
-            slots=self.batch_limit,
-            latent_shape=(latent.channels, latent.height, latent.width),
-            table_rows=self.manifest.noise.steps,
-        )
-        self._buffers: dict[tuple[str, str, tuple[int, ...]], Buffer] = {}
-        self._active: dict[int, Buffer] = {}
-        self._host_fault: NDArray[np.int32] | None = getattr(self._arena.fault, "array", None)
+        self._stepper = Stepper(bundle.manifest, device, engines)
         self._busy = threading.Lock()
 
     # --- what it is
@@ -78,19 +50,22 @@ class Runtime:
         return self.bundle.manifest
 
     @property
+    def batch_limit(self) -> int:
+        """Images per engine call when unguided; half of it when guided."""
+        return self._stepper.batch_limit
+
+    @property
     def members(self) -> tuple[str, ...]:
         """The members' names, in the bundle's order: ``fraction`` goes from the first to the last."""
-        return tuple(self._members)
+        return self._stepper.members
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose that the runtime itself holds on the device (an engine's own memory is the backend's)."""
-        return {"arena": self._arena.nbytes, "engine io": sum(buffer.nbytes for buffer in self._buffers.values())}
+        return {"arena": self._stepper.arena.nbytes, "engine io": self._stepper.io_bytes()}
 
     def close(self) -> None:
         """Releases the engines. The runtime can't be used afterwards."""
-        for loaded in self._members.values():
-            loaded.engine.close()
-        self._members = {}
+        self._stepper.close()
 
     def __enter__(self) -> Self:
         return self
@@ -180,11 +155,11 @@ class Runtime:
             if events:  # previews read every step's estimate
                 rows[:, ROW["FLAGS"]] = (rows[:, ROW["FLAGS"]].astype(np.int64) | FLAG_STORE).astype(np.float32)
             chunks = [slice(i, min(i + lanes_limit, request.n)) for i in range(0, request.n, lanes_limit)]
-            latents = np.empty((request.n, *self._arena.latent_shape), np.float32)
+            latents = np.empty((request.n, *self._stepper.arena.latent_shape), np.float32)
             timings: list[SegmentTiming] = []
             for index, chunk in enumerate(chunks):
                 times = yield from self._chunk(request, plan, rows, chunk, index, len(chunks), events)
-                latents[chunk] = self.device.download(self._arena.latents)[: chunk.stop - chunk.start]
+                latents[chunk] = self.device.download(self._stepper.arena.latents)[: chunk.stop - chunk.start]
                 before = timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]
                 timings = [SegmentTiming(a.member, a.steps, a.ms + b.ms) for a, b in zip(before, times, strict=True)]
             images = self.decode(latents) if decode and self.manifest.decoder.kind != "none" else None
@@ -211,10 +186,13 @@ class Runtime:
             state = np.concatenate([state, np.zeros((len(pad), *state.shape[1:]), np.float32)])
             if request.start == 0:
                 state = state * np.float32(plan.init_scale)
-        self._arena.start(rows, [*request.seeds[chunk], *pad], step=request.start, scale=plan.init_scale, latents=state)
+        self._stepper.arena.start(
+            rows, [*request.seeds[chunk], *pad], step=request.start, scale=plan.init_scale, latents=state
+        )
         for name in dict.fromkeys(plan.schedule.names[request.start :]):
             for guided in {g for n, g in zip(plan.schedule.names, plan.guided, strict=True) if n == name}:
-                self._condition(name, lanes, guided, labels)
+                self._stepper.condition(name, lanes, guided, labels)
+        fault = self._stepper.host_fault
         watch = self.device.stopwatch()
         segments: list[tuple[str, int]] = []
         for segment in plan.schedule.segments:
@@ -223,70 +201,16 @@ class Runtime:
             watch.mark()
             segments.append((segment.name, segment.stop - max(segment.start, request.start)))
             for step in range(max(segment.start, request.start), segment.stop):
-                self._step(segment.name, lanes, guided=plan.guided[step], rescale=plan.rescale)
-                if self._host_fault is not None and (self._host_fault[:count] >= 0).any():
-                    self._raise_fault(self._host_fault, count, request.seeds[chunk], plan)
+                self._stepper.step(segment.name, lanes, guided=plan.guided[step], rescale=plan.rescale)
+                if fault is not None and (fault[:count] >= 0).any():
+                    self._raise_fault(fault, count, request.seeds[chunk], plan)
                 if events:
                     yield self._event(plan, step, index, chunks, segment.name, count)
         watch.mark()
         times = watch.milliseconds()
-        if self._host_fault is None:
-            self._raise_fault(self.device.download(self._arena.fault), count, request.seeds[chunk], plan)
+        if fault is None:
+            self._raise_fault(self.device.download(self._stepper.arena.fault), count, request.seeds[chunk], plan)
         return [SegmentTiming(name, steps, ms) for (name, steps), ms in zip(segments, times, strict=True)]
-
-    # --- one step
-
-    def _step(self, name: str, lanes: int, *, guided: bool, rescale: bool) -> None:
-        """``prepare -> engine -> advance`` for the first ``lanes`` slots. Once bound: no wait, allocation or copy."""
-        loaded = self._members[name]
-        self._bind(name, lanes, guided)
-        active = self._active[lanes]
-        sample, timestep, output = self._io(loaded.member, lanes * (2 if guided else 1))
-        self._arena.kernels.prepare(active, sample, timestep, guided=guided)
-        loaded.engine.enqueue()
-        self._arena.kernels.advance(active, output, guided=guided, rescale=rescale)
-
-    def _bind(self, name: str, lanes: int, guided: bool) -> None:
-        loaded = self._members[name]
-        if loaded.bound == (lanes, guided):
-            return
-        batch = lanes * (2 if guided else 1)
-        specs = (*loaded.member.inputs, *loaded.member.outputs)
-        loaded.engine.bind(
-            {spec.name: self._buffer(spec.name, spec.dtype, spec.resolve({"B": batch})) for spec in specs}, batch=batch
-        )
-        if lanes not in self._active:
-            active = self.device.empty((lanes,), "int32")
-            self.device.upload(active, np.arange(lanes, dtype=np.int32))
-            self._active[lanes] = active
-        loaded.bound = (lanes, guided)
-
-    def _buffer(self, name: str, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        """Members with equal tensors share them: only one member runs at a time."""
-        key = (name, dtype, shape)
-        if key not in self._buffers:
-            self._buffers[key] = self.device.empty(shape, dtype)
-        return self._buffers[key]
-
-    def _io(self, member: Member, batch: int) -> tuple[Buffer, Buffer, Buffer]:
-        by_name = {spec.name: spec for spec in (*member.inputs, *member.outputs)}
-        found = [
-            self._buffer(name, by_name[name].dtype, by_name[name].resolve({"B": batch}))
-            for name in ("sample", "timestep", "model_output")
-        ]
-        return found[0], found[1], found[2]
-
-    def _condition(self, name: str, lanes: int, guided: bool, labels: list[int]) -> None:
-        """Writes the labels, and the null class for the unconditional half."""
-        member = self._members[name].member
-        values = list(labels)
-        if guided:
-            null = self.manifest.conditioning.null
-            assert null is not None, "make_plan refuses guidance without a null class"
-            values += [null] * lanes
-        spec = next(spec for spec in member.inputs if spec.name == "labels")
-        buffer = self._buffer("labels", spec.dtype, spec.resolve({"B": len(values)}))
-        self.device.upload(buffer, np.array(values, np.int64))
 
     # --- limits and errors
 
@@ -302,11 +226,11 @@ class Runtime:
 
     def _padded(self, count: int, plan: Plan) -> int:
         """Lanes to run for ``count`` images: more than ``count`` where the profile's smallest batch asks for it."""
-        floor = self._batch_floor if not all(plan.guided) else -(-self._batch_floor // 2)
+        floor = self._stepper.batch_floor if not all(plan.guided) else -(-self._stepper.batch_floor // 2)
         if floor > self._lanes_limit(plan):
             raise OutOfProfile(
-                f"the engines' batch profile {self._batch_floor}..{self.batch_limit} has no room for both guided "
-                "and unguided steps",
+                f"the engines' batch profile {self._stepper.batch_floor}..{self.batch_limit} has no room for both "
+                "guided and unguided steps",
                 hint="build again with --batch 1:8:16",
             )
         return max(count, floor)
@@ -339,7 +263,7 @@ class Runtime:
         return out
 
     def _event(self, plan: Plan, step: int, index: int, chunks: int, name: str, count: int) -> StepEvent:
-        arena, device = self._arena, self.device
+        arena, device = self._stepper.arena, self.device
 
         def latents() -> NDArray[np.float32]:
             out: NDArray[np.float32] = device.download(arena.latents)[:count]
@@ -358,13 +282,7 @@ class Runtime:
         self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
     ) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes, one waited-for call at a time."""
-        self._bind(name, batch, guided)
-        self._condition(name, batch, guided, [0] * batch)
-        engine = self._members[name].engine
-        for _ in range(warmup):
-            engine.enqueue()
-        self.device.synchronize()
-        return [self._timed(engine.enqueue) for _ in range(repeats)]
+        return self._stepper.time_engine(name, batch, guided=guided, repeats=repeats, warmup=warmup)
 
     def time_step_kernels(
         self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
@@ -373,29 +291,5 @@ class Runtime:
 
         Overwrites the arena.
         """
-        name = self.members[0]
-        self._bind(name, batch, guided)
-        sample, timestep, output = self._io(self._members[name].member, batch * (2 if guided else 1))
-        self.device.upload(output, np.zeros(output.shape, storage_dtype(output.dtype)))
-        plan = self.plan(steps=1, schedule=[name])
-        self._arena.start(plan.rows.astype(np.float32), [0] * batch, step=0, scale=1.0, latents=None)
-        kernels, active = self._arena.kernels, self._active[batch]
-
-        def pair() -> None:
-            kernels.prepare(active, sample, timestep, guided=guided)
-            kernels.advance(active, output, guided=guided, rescale=False)
-
-        times = []
-        for index in range(warmup + repeats):
-            if index % 100 == 0:  # stay inside the table
-                self.device.upload(self._arena.step, np.zeros(self._arena.slots, np.int32))
-            elapsed = self._timed(pair)
-            if index >= warmup:
-                times.append(elapsed)
-        return times
-
-    def _timed(self, work: Callable[[], None]) -> float:
-        start = perf_counter()
-        work()
-        self.device.synchronize()
-        return 1e3 * (perf_counter() - start)
+        rows = self.plan(schedule=self.members[0], guidance=1.0).rows.astype(np.float32)
+        return self._stepper.time_kernels(rows, batch, guided=guided, repeats=repeats, warmup=warmup)

@@ -22,7 +22,7 @@ from tstitch_engines.device import Buffer, Stopwatch
 from tstitch_engines.errors import BadInput, FailedWork, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
 
-__all__ = ["CudaBuffer", "CudaDevice", "cuda_bindings"]
+__all__ = ["CudaBuffer", "CudaDevice", "compute_capability", "cuda_bindings"]
 
 OLDEST_ARCH = (7, 5)  # engines/src/cuda.cmake compiles for nothing older
 
@@ -243,6 +243,15 @@ def cuda_bindings(index: int) -> Any:
         names = ", ".join(f"cuda:{i}" for i in range(count)) or "none"
         raise Unavailable(f"there is no GPU cuda:{index}; this machine has {names}", hint="use one of those, or cpu")
     return runtime
+
+
+def compute_capability(index: int) -> tuple[int, int]:
+    """Of GPU ``index``, e.g. ``(9, 0)``. Raises ``Unavailable`` when there is no such GPU."""
+    cuda_bindings(index)
+    from cuda.core import Device
+
+    major, minor = Device(index).compute_capability
+    return int(major), int(minor)
 
 
 def _dotted(arch: tuple[int, int]) -> str:

@@ -126,8 +126,14 @@ class HostDevice:
     ) -> StepKernels:
         from tstitch_engines.host_kernels import HostStepKernels
 
-        parts = {"latents": latents, "history": history, "rows": rows, "step": step, "seed": seed, "fault": fault}
-        return HostStepKernels(**{name: _host(part) for name, part in parts.items()})
+        return HostStepKernels(
+            latents=_host(latents),
+            history=_host(history),
+            rows=_host(rows),
+            step=_host(step),
+            seed=_host(seed),
+            fault=_host(fault),
+        )
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
         from tstitch_engines.host_kernels import fill_initial_noise

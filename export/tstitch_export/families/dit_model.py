@@ -115,7 +115,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None, :] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None, :] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        out: Tensor = x + gate2[:, None, :] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return out
 
 
 class FinalLayer(nn.Module):
