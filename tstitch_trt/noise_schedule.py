@@ -97,13 +97,14 @@ class NoiseSchedule:
 
     def sigma_at(self, t: ArrayLike, *, interpolation: str = "log") -> Array:
         """The sigma of timesteps in ``[0, T-1]``; between whole ones log sigma (``linear``: sigma) is interpolated."""
-        grid = np.arange(self.steps)
+        points, grid = np.asarray(t, np.float64), np.arange(self.steps)
         if interpolation == "linear":
-            return np.asarray(np.interp(t, grid, self.sigmas))
+            return np.asarray(np.interp(points, grid, self.sigmas))
         sigmas = self.sigmas
         # exp(log(sigma)) may miss the ends by a rounding, and sigma-min must not lie above timestep 0
-        return np.asarray(np.exp(np.interp(t, grid, np.log(sigmas))).clip(sigmas[0], sigmas[-1]))
+        return np.asarray(np.exp(np.interp(points, grid, np.log(sigmas))).clip(sigmas[0], sigmas[-1]))
 
     def timestep_of(self, sigma: ArrayLike) -> Array:
         """The fractional timestep of a sigma, the inverse of ``sigma_at``; clipped to ``[0, T-1]``."""
-        return np.asarray(np.interp(np.log(sigma), np.log(self.sigmas), np.arange(self.steps)))
+        log_sigma = np.log(np.asarray(sigma, np.float64))
+        return np.asarray(np.interp(log_sigma, np.log(self.sigmas), np.arange(self.steps)))
