@@ -30,7 +30,7 @@ def _scaled_linear(spec: NoiseScheduleSpec) -> Array:
 def _squared_cosine(spec: NoiseScheduleSpec) -> Array:
     edges = np.arange(spec.steps + 1) / spec.steps
     signal = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - signal[1:] / signal[:-1], _MAX_BETA)
+    return np.asarray(np.minimum(1 - signal[1:] / signal[:-1], _MAX_BETA), np.float64)
 
 
 _BETAS: dict[str, Callable[[NoiseScheduleSpec], Array]] = {
@@ -83,7 +83,7 @@ class NoiseSchedule:
                 f"beta_start {spec.beta_start} and beta_end {spec.beta_end}; allowed is 0 < beta_start <= beta_end < 1",
                 hint="set noise.beta_start and noise.beta_end as in training, e.g. 0.0001 and 0.02",
             )
-        return NoiseSchedule(np.cumprod(1 - make(spec)))
+        return NoiseSchedule(np.cumprod(1 - make(spec), dtype=np.float64))
 
     @property
     def steps(self) -> int:
