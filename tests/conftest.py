@@ -25,3 +25,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     return TinyPair(Path(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in pair, built once from what the package ships."""
+    from tstitch_export.build import build
+
+    output = tmp_path_factory.mktemp("fashion") / "fashion.bundle"
+    build("fashion", output=output)
+    return output
