@@ -163,7 +163,8 @@ def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
     except OSError as error:
         raise BuildFailed(
             f"writing the bundle {output} failed: {error}",
-            hint="free space there or choose another place with -o DIR; what was there before is unchanged",
+            hint="free space there and in the cache (TSTITCH_TRT_CACHE=DIR moves it), or choose another place with "
+            "-o DIR; what was there before is unchanged",
         ) from error
     return Bundle(output, manifest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import tempfile
@@ -90,7 +91,10 @@ def export_program(
     torch = need_torch("exporting a checkpoint for --backend torch")
     progress("trace", 0.0)
     with _explained("exporting", inspection), quiet():
-        torch.export.save(_trace(family, inspection, family.load(inspection), precision), output)
+        # Through memory: PyTorch's own file writer ends the whole process when the disk is full.
+        archive = io.BytesIO()
+        torch.export.save(_trace(family, inspection, family.load(inspection), precision), archive)
+    output.write_bytes(archive.getbuffer())
     progress("trace", 1.0)
 
 

@@ -28,6 +28,7 @@ _ELEMENT: Final = {
     "float16": 10,
     "bfloat16": 16,
 }
+_NOT_WRITTEN: Final = ("Failed to write", "Protobuf serialization failed")  # how it reports a full disk
 _LEVELS: Final = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC"}
 
 
@@ -127,6 +128,11 @@ class OnnxRuntimeBackend(Backend):
             data.unlink(missing_ok=True)
             if isinstance(error, Unavailable) or not isinstance(error, Exception):
                 raise
+            if any(words in str(error) for words in _NOT_WRITTEN):
+                raise BuildFailed(
+                    f"ONNX Runtime {self.version()} can't write the engine of {model.name} to {output.parent}: {error}",
+                    hint="free space there, or put the cache elsewhere: TSTITCH_TRT_CACHE=DIR",
+                ) from error
             raise BuildFailed(
                 f"ONNX Runtime {self.version()} can't compile {model.name} ({member.precision}) for {device}: {error}",
                 hint="if it names an operator without a kernel for this type, build with --precision fp32 "
@@ -197,7 +203,7 @@ class _OnnxRuntimeEngine(Engine):
         except Exception as error:
             raise FailedWork(
                 f"ONNX Runtime failed while running a member: {error}",
-                hint="check the free memory (a smaller batch needs less); --backend torch tells whether the model is bad",
+                hint="check the free memory (a smaller batch needs less); --backend torch tells if the model is bad",
             ) from error
 
     def close(self) -> None:

@@ -1,0 +1,144 @@
+"""The component cache: hits are verified, entries appear whole, and two processes may share one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tstitch_engines.cache import Cache, default_root
+
+KEY = "ab" * 32
+
+
+def writes(content: bytes) -> Any:
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "engine").write_bytes(content)
+        return {"made": len(content)}
+
+    return make
+
+
+def test_miss_put_hit(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    assert cache.get(KEY) is None
+    made = cache.put(KEY, writes(b"engine"))
+    found = Cache(tmp_path).get(KEY)
+    assert found is not None
+    assert found.files["engine"].read_bytes() == b"engine"
+    assert found.info == made.info == {"made": 6}
+    assert cache.get("cd" * 32) is None
+
+
+@pytest.mark.parametrize("damage", ["alter", "truncate", "remove", "record", "no record", "other key"])
+def test_damage_is_a_miss_that_is_said_and_mended(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = Cache(tmp_path)
+    folder = cache.put(KEY, writes(b"engine")).files["engine"].parent
+    if damage == "alter":
+        (folder / "engine").write_bytes(b"engina")
+    elif damage == "truncate":
+        (folder / "engine").write_bytes(b"eng")
+    elif damage == "remove":
+        (folder / "engine").unlink()
+    elif damage == "record":
+        (folder / "entry.json").write_text("{}")
+    elif damage == "no record":
+        (folder / "entry.json").unlink()
+    else:
+        other = "ac" * 32
+        (cache.root / "ac").mkdir()
+        folder.rename(cache.root / "ac" / other)
+        assert cache.get(other) is None
+        return
+    with caplog.at_level(logging.WARNING):
+        assert cache.get(KEY) is None
+    assert "damaged" in caplog.text
+    cache.put(KEY, writes(b"again"))
+    found = cache.get(KEY)
+    assert found is not None
+    assert found.files["engine"].read_bytes() == b"again"
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fails(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    cache = Cache(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cache.put(KEY, fails)
+    assert cache.get(KEY) is None
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_two_builders_of_one_key_agree(tmp_path: Path) -> None:
+    barrier = threading.Barrier(2)
+    found: list[bytes] = []
+
+    def build(content: bytes) -> None:
+        def make(folder: Path) -> dict[str, Any]:
+            (folder / "engine").write_bytes(content)
+            barrier.wait()
+            return {}
+
+        found.append(Cache(tmp_path).put(KEY, make).files["engine"].read_bytes())
+
+    threads = [threading.Thread(target=build, args=(bytes([i]) * 10,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stored = Cache(tmp_path).get(KEY)
+    assert stored is not None
+    assert found == [stored.files["engine"].read_bytes()] * 2
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, pathlib\n"
+        "from tstitch_engines.cache import Cache\n"
+        "def make(folder):\n"
+        "    (folder / 'half').write_bytes(b'half')\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(600)\n"
+        f"Cache(pathlib.Path(sys.argv[1])).put({KEY!r}, make)\n"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+        children[0].send_signal(signal.SIGKILL)
+        children[0].wait()
+        cache = Cache(tmp_path)
+        cache.put(KEY, writes(b"engine"))
+        left = [p for p in cache.root.iterdir() if p.name.startswith("building-")]
+        assert len(left) == 1, "the killed process's folder goes, the living one's stays"
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            assert child.stdout is not None
+            child.stdout.close()
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "mine"))
+    assert default_root() == tmp_path / "mine"
+    monkeypatch.delenv("TSTITCH_TRT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_root() == tmp_path / "tstitch-trt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_root() == tmp_path / ".cache" / "tstitch-trt"
