@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.needs import need_torch
+from tstitch_export.quiet import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,16 +116,17 @@ def _load_pickled(path: Path) -> object:
     # The published DiT training states hold their command line as a Namespace, which is data and runs nothing.
     allowed = torch.serialization.safe_globals([argparse.Namespace])
     try:
-        with allowed, path.open("rb") as stream:
+        with path.open("rb") as stream:
             zipped = stream.read(2) == b"PK"
+        with allowed, quiet():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it calls {found[1]}" if found else str(error).splitlines()[0]
-        raise BadCheckpoint(
-            f"{path.name} holds more than tensors and was not loaded, since loading it could run code: {what}",
-            hint=_SAFETENSORS_HINT,
-        ) from None
+        found = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
+        if found:
+            problem = f"holds more than tensors and was not loaded, since that could run code: it names {found[1]}"
+        else:
+            problem = "is damaged, or holds more than tensors; it was not loaded"
+        raise BadCheckpoint(f"{path.name} {problem}", hint=_SAFETENSORS_HINT) from None
     except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadCheckpoint(f"{path.name} is damaged: {reason}", hint="download or copy it again") from None
