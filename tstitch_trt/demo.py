@@ -113,7 +113,7 @@ def draw(figures: Demo, pictures: Sequence[NDArray[np.uint8]], names: Sequence[s
         members = " + ".join(f"{steps} {name}" for name, steps in point.members.items())
         text = (
             f"{point.fraction:.0%} small: {members}\n{point.ms_per_image:.0f} ms per image, x{point.speedup:.2f}\n"
-            f"accuracy {point.accuracy:.1%}, Fréchet {point.frechet:.2f}"
+            f"accuracy {point.accuracy:.1%}, distance {point.frechet:.2f}"  # Pillow's own font has no é
         )
         rows.append((text, images[:columns]))
     return labelled_rows(rows, heads=names[:columns], scale=max(1, 84 // pictures[0].shape[1]))

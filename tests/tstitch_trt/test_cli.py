@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import tstitch_trt
-from command import Command
+from command import Command, refused
 from tiny import TinyPair
 from tstitch_trt.cli import COMMANDS, cli
 from tstitch_trt.images import read_metadata
@@ -251,6 +251,49 @@ def test_build_makes_a_bundle_and_reuses_it(run: Command, tiny_pair: TinyPair, t
 def test_build_list_names_the_recipes(run: Command) -> None:
     assert {recipe["name"] for recipe in run("build", "--list", "--json").json} >= {"fashion", "dit-256", "dit-512"}
     assert "fashion" in run("build", "--list").out
+
+
+def test_demo_needs_no_torch_and_shows_time_and_quality(fashion_bundle: Path, tmp_path: Path) -> None:
+    """In a process that can't import torch or onnx, as after README's first command."""
+    script = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'onnx', 'onnxscript', 'diffusers', 'safetensors', 'matplotlib'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from tstitch_trt.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    args = ["demo", "--samples", "10", "--steps", "4", "--bundle", str(fashion_bundle), "-o", str(tmp_path / "d.png")]
+    done = subprocess.run([sys.executable, "-c", script, *args, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [point["fraction"] for point in said["points"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert [point["members"] for point in said["points"]][2] == {"small": 2, "large": 2}
+    for point in said["points"]:
+        assert point["ms_per_image"] > 0
+        assert 0 <= point["accuracy"] <= 1
+        assert point["frechet"] > 0
+    with Image.open(tmp_path / "d.png") as image:
+        assert image.size[0] > 10 * 84
+        assert image.size[1] > 5 * 84
+    assert json.loads(read_metadata(tmp_path / "d.png")["tstitch-trt"])["samples"] == 10
+
+
+def test_demo_prints_a_table(run: Command, fashion_bundle: Path, tmp_path: Path) -> None:
+    args = ("--samples", 10, "--steps", 4, "--guidance", 1, "--bundle", fashion_bundle, "-o", tmp_path / "d.png")
+    outcome = run("demo", *args)
+    assert outcome.code == 0, outcome.err
+    for part in ("Fréchet distance", "10 images per row", "2 small + 2 large", "bias", str(tmp_path / "d.png")):
+        assert part in outcome.out
+
+
+def test_class_names_are_labels(run: Command, fashion_bundle: Path, tmp_path: Path) -> None:
+    args = ("--labels", "bag,T-shirt/top", "--steps", 2, "--json", "-o", tmp_path / "a.png")
+    said = run("sample", fashion_bundle, *args).json
+    assert [(image["label"], image["name"]) for image in said["images"]] == [(8, "Bag"), (0, "T-shirt/top")]
+    refused(run("sample", fashion_bundle, "--labels", "bags"), "'bags'", "0 to 9", "did you mean 'Bag'?")
 
 
 def test_output_is_plain_where_colour_is_not_wanted(bundle: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from networks import means_network
 from tstitch_engines.errors import BadInput
 from tstitch_trt.quality import Gaussian, QualityMeter, accuracy, frechet_distance, gaussian_of
 
@@ -67,22 +68,8 @@ def test_accuracy_is_the_share_of_labels_that_win() -> None:
 
 
 def test_the_meter_feeds_images_in_minus_one_to_one(tmp_path: Path) -> None:
-    """A network whose features are the mean of each channel and whose logits are those means."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    image = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 2, 4, 4])
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 2]) for name in ("features", "logits")]
-    nodes = [
-        helper.make_node("ReduceMean", ["images", "axes"], ["features"], keepdims=0),
-        helper.make_node("Identity", ["features"], ["logits"]),
-    ]
-    axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
-    graph = helper.make_graph(nodes, "means", [image], outputs, [axes])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "n.onnx")
-    np.savez(tmp_path / "r.npz", mean=np.zeros(2), covariance=np.eye(2), count=10)
-
-    meter = QualityMeter(tmp_path / "n.onnx", tmp_path / "r.npz")
+    network, reference = means_network(tmp_path, channels=2)
+    meter = QualityMeter(network, reference)
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 2), np.uint8)
     features, logits = meter.look(images, batch=3)
     want = (images / 127.5 - 1).mean((1, 2))
@@ -90,6 +77,5 @@ def test_the_meter_feeds_images_in_minus_one_to_one(tmp_path: Path) -> None:
     score = meter.score(features, logits, want.argmax(1))
     assert score.accuracy == 1.0
     assert score.samples == 7
-    assert score.frechet == pytest.approx(
-        by_scipy(gaussian_of(features), Gaussian(np.zeros(2), np.eye(2), 10)), rel=1e-6
-    )
+    known = Gaussian(np.zeros(2), np.eye(2), 10)
+    assert score.frechet == pytest.approx(by_scipy(gaussian_of(features), known), rel=1e-6)

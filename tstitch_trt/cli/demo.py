@@ -23,7 +23,7 @@ tstitch-trt demo --bundle fashion.bundle --guidance 1.5 --json
 
 @click.command("demo", cls=Command, examples=EXAMPLES)
 @click.option(
-    "--samples", type=click.IntRange(10), default=200, show_default=True, metavar="N", help="Images scored per point."
+    "--samples", type=click.IntRange(10), default=100, show_default=True, metavar="N", help="Images scored per point."
 )
 @click.option("--steps", type=click.IntRange(4), default=20, show_default=True, metavar="N", help="Denoising steps.")
 @click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 is none. [the pair's default]")
@@ -32,7 +32,7 @@ tstitch-trt demo --bundle fashion.bundle --guidance 1.5 --json
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    default=Path("demo.png"),
+    default=Path("tstitch-demo.png"),
     show_default=True,
     metavar="FILE.png",
     help="The grid.",
@@ -66,7 +66,9 @@ def command(
     if kind_of(output) != "png":
         from tstitch_engines.errors import BadInput
 
-        raise BadInput(f"-o {str(output)!r} is no .png file; the demo draws one grid", hint="write e.g. -o demo.png")
+        raise BadInput(
+            f"-o {str(output)!r} is no .png file; the demo draws one grid", hint="write e.g. -o tstitch-demo.png"
+        )
     import msgspec
 
     import tstitch_trt
