@@ -36,11 +36,12 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, form: str) -> None:
     else:
         content = {"ema": STATE, "args": Evil(proof)} if form == "nested" else Evil(proof)
         torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
-    with pytest.raises(BadCheckpoint, match="could run code") as caught:
+    with pytest.raises(BadCheckpoint, match="holds more than tensors") as caught:
         read_checkpoint(path)
     assert not proof.exists()
     assert "safetensors" in caught.value.hint
-    assert "system" in caught.value.message
+    if form != "pickle":  # a newer pickle protocol, of which the safe reader does not even read the names
+        assert "could run code: it names posix.system" in caught.value.message
     if form == "torch":  # the file is a real danger: the unsafe way of loading does run it
         torch.load(path, weights_only=False)
         assert proof.exists()
