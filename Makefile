@@ -10,12 +10,12 @@ install:  ## editable install with everything the tests and the linters need
 lint:  ## ruff, clang-format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' | xargs clang-format --dry-run --Werror
+	git ls-files '*.c' '*.cpp' '*.hpp' '*.h' '*.cu' | xargs clang-format --dry-run --Werror
 
 format:  ## rewrite the sources in place
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' | xargs clang-format -i
+	git ls-files '*.c' '*.cpp' '*.hpp' '*.h' '*.cu' | xargs clang-format -i
 
 check:  ## types
 	$(PYTHON) -m mypy

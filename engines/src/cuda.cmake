@@ -31,7 +31,7 @@ add_custom_command(
   OUTPUT "${fatbin}"
   COMMAND "${TSTITCH_NVCC}" --fatbin -std=c++17 -O3 --threads 0 $<$<BOOL:${TSTITCH_WERROR}>:-Werror=all-warnings>
           ${gencode} -o "${fatbin}" "${CMAKE_CURRENT_SOURCE_DIR}/cuda_driver.cu"
-  DEPENDS cuda_driver.cu step.hpp
+  DEPENDS cuda_driver.cu dtypes.hpp step.hpp
   COMMENT "Compiling the CUDA step kernels"
   COMMAND_EXPAND_LISTS VERBATIM)
 add_custom_target(step_kernels ALL DEPENDS "${fatbin}")

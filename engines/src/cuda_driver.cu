@@ -8,10 +8,9 @@
 // and a reset, for about a microsecond.
 //
 // "elements" is channels * spatial of one lane; "output_elements" is that or twice that (learned variance).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "step.hpp"
+//
+// No header of CUDA is used: NVRTC comes without any, and all that the kernels need of them is four conversions.
+#include "dtypes.hpp"
 
 namespace {
 
@@ -19,9 +18,25 @@ using namespace tstitch;
 
 constexpr int MOMENT_THREADS = 512;
 
+struct Float16 {
+    std::uint16_t bits;
+};
+struct Bfloat16 {
+    std::uint16_t bits;
+};
+
 __device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(Float16 h) {
+#if defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h.bits));
+    return x;
+#else
+    return from_float16(h.bits);
+#endif
+}
+__device__ float to_float(Bfloat16 h) { return from_bfloat16(h.bits); }
+
 template <typename T>
 __device__ T from_float(float x);
 template <>
@@ -29,12 +44,24 @@ __device__ float from_float<float>(float x) {
     return x;
 }
 template <>
-__device__ __half from_float<__half>(float x) {
-    return __float2half_rn(x);
+__device__ Float16 from_float<Float16>(float x) {
+#if defined(__CUDA_ARCH__)
+    Float16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+    return h;
+#else
+    return {to_float16(x)};
+#endif
 }
 template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
+__device__ Bfloat16 from_float<Bfloat16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // Turing has no such instruction
+    Bfloat16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+    return h;
+#else
+    return {to_bfloat16(x)};
+#endif
 }
 
 template <typename T>
@@ -217,8 +244,8 @@ __device__ void advance(float* latents, float* history, const float* rows, const
     }
 
 TSTITCH_KERNELS(float32, float)
-TSTITCH_KERNELS(float16, __half)
-TSTITCH_KERNELS(bfloat16, __nv_bfloat16)
+TSTITCH_KERNELS(float16, Float16)
+TSTITCH_KERNELS(bfloat16, Bfloat16)
 
 extern "C" __global__ void next_step(int* step, const int* active, int batch) {
     const int at = blockIdx.x * blockDim.x + threadIdx.x;

@@ -5,8 +5,18 @@
 // compiled for several instruction sets into one binary.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVRTC, which make_fatbin.py uses, has no standard headers
+namespace std {
+using int32_t = int;
+using int64_t = long long;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+}  // namespace std
+#else
 #include <cstdint>
 #include <cstring>
+#endif
 
 #if defined(__CUDACC__)
 #define TSTITCH_HD __host__ __device__ __forceinline__
