@@ -147,20 +147,28 @@ def measure(
     Raises ``OutOfProfile`` for a batch that one engine call can't hold: split batches would be measured as if they
     were one. Raises ``BadInput`` when the baseline's latents differ from ours.
     """
-    plans = [runtime.plan(fraction=fraction, **settings) for fraction in fractions]
+    only = runtime.members[0] if len(runtime.members) == 1 else None
+    points = [
+        (fraction, {**settings, **({"fraction": fraction} if only is None else {"schedule": only})})
+        for fraction in (fractions if only is None else (0.0,))  # one member has nothing to stitch
+    ]
+    plans = [runtime.plan(**request) for _, request in points]
     size = _batch(runtime, batch, guided=any(any(plan.guided) for plan in plans))
-    runs = [_Trajectory(runtime, fraction, plan, size) for fraction, plan in zip(fractions, plans, strict=True)]
+    runs = [
+        _Trajectory(runtime, fraction, request, plan, size)
+        for (fraction, request), plan in zip(points, plans, strict=True)
+    ]
     differences: list[float] = []
     if baseline is not None:
         report(0.0, f"comparing latents with {baseline.name}")
         baseline.tune(plans[0], runs[0].noise, runs[0].labels)
-        differences = [run.compare(baseline, settings) for run in runs]
+        differences = [run.compare(baseline) for run in runs]
     rounds = warmup + repeats
     for index in range(rounds):
         for number, run in enumerate(runs):
             share = (index + number / len(runs)) / rounds
             report(share, f"round {index + 1} of {rounds}: fraction {run.fraction:g}")
-            run.round(baseline, settings, keep=index >= warmup)
+            run.round(baseline, keep=index >= warmup)
 
     members = _members(runtime, runs, size, repeats=repeats)
     by_kind = {(m.name, m.guided): m.step_ms for m in members}
@@ -200,9 +208,10 @@ def measure(
 class _Trajectory:
     """One fraction's plan and what was measured of it, one entry per round."""
 
-    def __init__(self, runtime: Runtime, fraction: float, plan: Plan, batch: int) -> None:
+    def __init__(self, runtime: Runtime, fraction: float, request: dict[str, Any], plan: Plan, batch: int) -> None:
         self.runtime = runtime
         self.fraction = fraction
+        self.request = request
         self.plan = plan
         self.batch = batch
         self.labels = [i % runtime.manifest.conditioning.classes for i in range(batch)]
@@ -216,9 +225,9 @@ class _Trajectory:
         self.others: list[float] = []
         self.blocks: dict[tuple[str, bool], list[float]] = {kind: [] for kind in self.kinds}
 
-    def round(self, baseline: Baseline | None, settings: dict[str, Any], *, keep: bool) -> None:
+    def round(self, baseline: Baseline | None, *, keep: bool) -> None:
         before = {kind: self._calls(kind, (steps + 1) // 2) for kind, steps in self.kinds.items()}
-        result = self.runtime.sample(labels=self.labels, seed=0, fraction=self.fraction, decode=False, **settings)
+        result = self.runtime.sample(labels=self.labels, seed=0, decode=False, **self.request)
         after = {kind: self._calls(kind, steps // 2) for kind, steps in self.kinds.items()}
         other = None if baseline is None else self._timed_walk(baseline)
         if not keep:
@@ -240,11 +249,9 @@ class _Trajectory:
         baseline.walk(self.plan, self.noise, self.labels)
         return 1e3 * (perf_counter() - start)
 
-    def compare(self, baseline: Baseline, settings: dict[str, Any]) -> float:
+    def compare(self, baseline: Baseline) -> float:
         """Relative L2 difference of the baseline's final latents from ours. Raises ``BadInput`` when not equal."""
-        ours = self.runtime.sample(
-            labels=self.labels, latents=self.noise, fraction=self.fraction, decode=False, **settings
-        ).latents
+        ours = self.runtime.sample(labels=self.labels, latents=self.noise, decode=False, **self.request).latents
         theirs = baseline.walk(self.plan, self.noise, self.labels)
         difference = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
         if not difference <= baseline.tolerance:

@@ -62,6 +62,12 @@ def test_guided_calls_are_measured_as_such_and_all_members_are_there(runtime: Ru
     assert bench.trajectories[0].predicted_ms == pytest.approx(want)
 
 
+def test_a_bundle_of_one_member_has_one_trajectory(tiny_pair: TinyPair) -> None:
+    with tstitch_trt.load(tiny_pair.alone("large"), threads=1) as alone:
+        bench = measure(alone, fractions=(0.0, 0.5), steps=4, repeats=1)
+    assert [t.members for t in bench.trajectories] == [{"large": 4}]
+
+
 def test_spread_is_median_and_outer_deciles() -> None:
     assert spread(range(11)) == (5, 1, 9)
 

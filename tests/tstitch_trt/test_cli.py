@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,22 +179,46 @@ def test_every_option_of_the_trajectory_reaches_the_runtime(run: Command, bundle
     np.testing.assert_array_equal(np.load(out), want.latents)
 
 
-def test_ctrl_c_exits_130_and_leaves_no_half_file(bundle: Path, tmp_path: Path) -> None:
-    args = ["sample", str(bundle), "--labels", "0", "-n", "4000", "--steps", "1000", "-o", str(tmp_path / "a.png")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tstitch_trt.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        time.sleep(3)  # long enough to be sampling or loading: both must end the same way
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert out == ""
-    assert "Traceback" not in err
+def interrupt(*args: object, delay: float = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a command and sends Ctrl-C ``delay`` seconds after ONNX Runtime came into its memory.
+
+    Without delay that is in the middle of an import, in which a ``KeyboardInterrupt`` becomes another error.
+    """
+    words = [sys.executable, "-m", "tstitch_trt.cli", *map(str, args)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            maps = Path(f"/proc/{process.pid}/maps")
+            while process.poll() is None and "onnxruntime_pybind" not in maps.read_text():
+                time.sleep(0.05)
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_ctrl_c_while_sampling_exits_130_and_leaves_no_half_file(bundle: Path, tmp_path: Path, delay: float) -> None:
+    args = ("sample", bundle, "--labels", "0", "-n", 4000, "--steps", 1000, "-o", tmp_path / "a.png")
+    done = interrupt(*args, delay=delay)
+    assert done.returncode == 130, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_building_leaves_the_old_bundle(bundle: Path, tiny_pair: TinyPair, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(bundle, tmp_path / "old.bundle"))
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    members = [f"--member={name}={tiny_pair.checkpoint(name)}" for name in ("small", "large")]
+    done = interrupt(
+        "build", tiny_pair.recipe("small", "large"), *members, "--option", "graph-optimisation=basic", "-o", old
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["old.bundle"]
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
 
 
 # --- inspect, doctor, build

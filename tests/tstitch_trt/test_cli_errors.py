@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 
 from command import Command, refused
 from tiny import TinyPair
+from tstitch_trt.cli._errors import as_failure
 
 PAIR = "PAIR"  # stands for the bundle in the cases
 
@@ -199,3 +203,19 @@ def test_traceback_is_for_those_who_ask(run: Command, bundle: Path, monkeypatch:
     monkeypatch.setenv("TSTITCH_TRACEBACK", "1")
     refused(run("sample", bundle, "--labels", "99"))
     assert "Traceback" in run("sample", bundle, "--labels", "99").err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "hint"),
+    [(errno.ENOSPC, 1, "free some space"), (errno.EACCES, 2, "read and write"), (errno.ENOENT, 2, "mkdir -p")],
+)
+def test_what_the_file_system_refuses_has_a_hint_too(number: int, code: int, hint: str) -> None:
+    failure = as_failure(OSError(number, os.strerror(number), "out.png"))
+    assert failure.exit_code == code
+    assert "out.png" in failure.message
+    assert hint in failure.hint
+
+
+def test_a_reader_that_goes_away_gets_no_message() -> None:
+    line = f"{sys.executable} -m tstitch_trt.cli build --list | true"
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True).stderr == ""

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import click
 
@@ -80,26 +84,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 failed work, 2 bad input, 130 Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     developer = "--traceback" in args or os.environ.get("TSTITCH_TRACEBACK", "") not in ("", "0")
-    try:
-        code = cli.main(args, prog_name="tstitch-trt", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.exceptions.NoArgsIsHelpError as no_args:
-        click.echo(no_args.ctx.get_help() if no_args.ctx else "", err=True)
-        return 2
-    except BrokenPipeError:  # the reader of our stdout (`head`) went away: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return EXIT_INTERRUPTED
-    except Exception as error:
-        if developer:
-            import traceback
+    with _watch_ctrl_c() as pressed:
+        try:
+            code = cli.main(args, prog_name="tstitch-trt", standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        except click.exceptions.Exit as stop:
+            return stop.exit_code
+        except click.exceptions.NoArgsIsHelpError as no_args:
+            click.echo(no_args.ctx.get_help() if no_args.ctx else "", err=True)
+            return 2
+        except BrokenPipeError:  # the reader of our stdout (`head`) went away: click's own code for it, no message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted", err=True)
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            if developer:
+                import traceback
 
-            traceback.print_exc()
-        failure = as_failure(error)
-        print_failure(failure)
-        return failure.exit_code
+                traceback.print_exc()
+            if pressed:
+                click.echo("interrupted", err=True)
+                return EXIT_INTERRUPTED
+            failure = as_failure(error)
+            print_failure(failure)
+            return failure.exit_code
+
+
+@contextmanager
+def _watch_ctrl_c() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed.
+
+    Ctrl-C raises ``KeyboardInterrupt`` as always, but a library may turn that into an error of its own: an extension
+    module that is being imported fails with ``ImportError``.
+    """
+    pressed: list[int] = []
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield pressed
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
