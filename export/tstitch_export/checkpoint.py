@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.quiet import quiet
 from tstitch_export.needs import need_torch
-from tstitch_export.quiet import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 from tstitch_engines.backends.base import Progress
 from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_engines.manifest import ExportCheck, Precision
+from tstitch_engines.quiet import quiet
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
 from tstitch_export.needs import need, need_torch
 from tstitch_export.onnx_graph import retyped_to_float32, tidy, validate
-from tstitch_export.quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np

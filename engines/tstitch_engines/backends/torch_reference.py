@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.quiet import quiet
 
 if TYPE_CHECKING:
     from tstitch_engines.device import Buffer, Device
@@ -96,10 +97,7 @@ class TorchBackend(Backend):
         return _TorchEngine(self._torch, program.module(), member, identity, device)
 
     def _program(self, path: Path) -> Any:
-        from warnings import catch_warnings, simplefilter
-
-        with catch_warnings():
-            simplefilter("ignore")  # torch.export announces its own deprecations
+        with quiet():  # torch.export announces deprecations, and prints tracebacks of what it then raises
             return self._torch.export.load(path)
 
     def _require(self, kind: str, index: int) -> None:

@@ -23,7 +23,7 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stdout(printed):
             warnings.simplefilter("always")
             for name in _CHATTY:
-                logging.getLogger(name).setLevel(logging.ERROR)
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             yield
     finally:
         for name, level in levels.items():
