@@ -72,7 +72,7 @@ def _load_member(bundle: Bundle, name: str, backend: Backend, device: Device, th
             hint=f"build it: {bundle.rebuild_command} --backend {backend.name}",
         )
     arch = backend.arch(device.name)
-    record = next((record for record in records if record.identity.arch == arch), records[0])
+    record = next((record for record in records if backend.here(record.identity, arch) == record.identity), records[0])
     check_identity(
         record.identity,
         _identity_here(record, model_digest(member.onnx), member.precision, backend, arch),
@@ -89,10 +89,5 @@ def _identity_here(
 ) -> EngineIdentity:
     """What the record's identity would be if it were made now: what the builder chose freely is kept."""
     return msgspec.structs.replace(
-        record.identity,
-        schema=SCHEMA,
-        backend_version=backend.version(),
-        onnx_sha256=onnx_sha256,
-        precision=precision,
-        arch=arch,
+        backend.here(record.identity, arch), schema=SCHEMA, onnx_sha256=onnx_sha256, precision=precision
     )

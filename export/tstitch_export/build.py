@@ -93,7 +93,7 @@ def build(
     names = [*spec.members, *(name for name in given if name not in spec.members)]
     common, own = split_options(options or {}, names)
     settings = typed(common, compiler.options, what=f"backend {backend!r}")
-    arch = compiler.arch(device)
+    arch = compiler.build_arch(device, settings)
     plans = [
         _plan(name, spec, base, given.get(name), own[name], _precision_of(name, names, precision)) for name in names
     ]
@@ -289,7 +289,7 @@ class _Builder:
             precision=plan.precision,
             profile=self.profile,
             arch=self.arch,
-            options=dict(self.settings),
+            options={name: value for name, value in self.settings.items() if name not in compiler.unrecorded},
         )
         key = digest(identity)
         what = f"member {plan.name}: {compiler.name} engine"

@@ -12,6 +12,8 @@ __all__ = ["BACKENDS", "Backend", "Engine", "Progress", "open_backend"]
 
 BACKENDS: Final = {
     "onnxruntime": ("tstitch_engines.backends.onnxruntime", "OnnxRuntimeBackend"),
+    "tensorrt": ("tstitch_engines.backends.tensorrt", "open_tensorrt"),
+    "tensorrt-rtx": ("tstitch_engines.backends.tensorrt", "open_tensorrt_rtx"),
     "torch": ("tstitch_engines.backends.torch_reference", "TorchBackend"),
 }
 

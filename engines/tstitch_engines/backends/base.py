@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import msgspec
+
 from tstitch_engines.errors import BadInput
 from tstitch_engines.manifest import EngineIdentity, Member
 from tstitch_engines.spec import ShapeProfile, TensorSpec
@@ -67,6 +69,7 @@ class Backend(ABC):
     model_kind: Literal["onnx", "exported-program"] = "onnx"  # what `compile` wants to be given
     engine_suffix: str = ".engine"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {}  # what `compile` understands: name -> (type, one-line help)
+    unrecorded: ClassVar[frozenset[str]] = frozenset()  # options that do not change what is compiled, only the work
 
     @abstractmethod
     def version(self) -> str:
@@ -74,7 +77,18 @@ class Backend(ABC):
 
     @abstractmethod
     def arch(self, device: str) -> str:
-        """What an engine compiled for ``device`` is tied to: ``x86_64-avx2``, ``sm_90``..."""
+        """What an engine that runs on ``device`` is tied to: ``x86_64-avx2``, ``sm_90``..."""
+
+    def build_arch(self, device: str, options: Mapping[str, Option]) -> str:
+        """What an engine compiled for ``device`` with these options will be tied to. Raises what ``arch`` does."""
+        return self.arch(device)
+
+    def here(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
+        """``identity`` as it would be made here, where ``arch(device)`` is ``arch``; equal when the engine may run.
+
+        A backend whose engines run elsewhere too leaves ``backend_version`` and ``arch`` as they are where they do.
+        """
+        return msgspec.structs.replace(identity, backend_version=self.version(), arch=arch)
 
     @abstractmethod
     def compile(

@@ -1,0 +1,176 @@
+"""The backends ``tensorrt`` and ``tensorrt-rtx``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tstitch_engines.backends.base import Backend, Engine, Option, Progress
+from tstitch_engines.backends.tensorrt.api import has
+from tstitch_engines.backends.tensorrt.child import run_worker
+from tstitch_engines.backends.tensorrt.estimate import estimate, free_memory
+from tstitch_engines.backends.tensorrt.flavour import RTX, TENSORRT, Flavour
+from tstitch_engines.backends.tensorrt.library import open_library
+from tstitch_engines.backends.tensorrt.messages import Request
+from tstitch_engines.backends.tensorrt.options import (
+    DEFAULT_LIST,
+    OPTIONS,
+    UNRECORDED,
+    list_arch,
+    resolve,
+)
+from tstitch_engines.device import parse_device
+from tstitch_engines.errors import Unavailable
+
+if TYPE_CHECKING:
+    from tstitch_engines.device import Device
+    from tstitch_engines.manifest import EngineIdentity, Member
+    from tstitch_engines.spec import ShapeProfile
+
+__all__ = ["TensorRtBackend", "open_tensorrt", "open_tensorrt_rtx"]
+
+_log = logging.getLogger(__name__)
+
+
+class TensorRtBackend(Backend):
+    """TensorRT or TensorRT-RTX, strongly typed: precision is what the ONNX says.
+
+    TensorRT compiles on the GPU it is for. TensorRT-RTX compiles anywhere: ``device="cpu"`` for the library's own list
+    of GPUs, ``cuda:N`` for that GPU alone, and with the option ``compute-capabilities`` for those in either case.
+    """
+
+    options = OPTIONS
+    unrecorded = UNRECORDED
+
+    def __init__(self, flavour: Flavour) -> None:
+        self.flavour = flavour
+        self.name = flavour.name
+        self.engine_suffix = flavour.suffix
+        self._library = open_library(flavour)
+
+    def version(self) -> str:
+        return self._library.__version__
+
+    def arch(self, device: str) -> str:
+        kind, index = parse_device(device)
+        if kind == "cpu":
+            more = ", though it compiles here (tstitch-trt build)" if self.flavour.compiles_without_gpu else ""
+            raise Unavailable(
+                f"{self.flavour.title} runs on NVIDIA GPUs only{more}; the device asked for is {device!r}",
+                hint="use --device cuda, or --backend onnxruntime on the CPU",
+            )
+        from tstitch_engines.cuda_device import compute_capability
+
+        major, minor = compute_capability(index)
+        return f"sm_{major}{minor}"
+
+    def build_arch(self, device: str, options: Mapping[str, Option]) -> str:
+        chosen = resolve(self.flavour, self._library, options, device)
+        return list_arch(chosen.capabilities) if self.flavour.compiles_without_gpu else self.arch(device)
+
+    def here(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
+        """A TensorRT-RTX plan is for every GPU it lists; TensorRT's are as compatible as they were asked to be."""
+        version, options = self.version(), identity.options
+        if self.flavour.compiles_without_gpu:
+            # Of the default list only the plan's own header tells: `load` looks there.
+            if identity.arch == DEFAULT_LIST or arch in identity.arch.split(","):
+                arch = identity.arch
+        elif options.get("hardware-compatible") == "ampere+" and _capability(arch) >= (8, 0):
+            arch = identity.arch
+        if options.get("version-compatible") and _numbers(identity.backend_version) <= _numbers(version):
+            version = identity.backend_version
+        return msgspec.structs.replace(identity, backend_version=version, arch=arch)
+
+    def compile(
+        self,
+        *,
+        member: Member,
+        model: Path,
+        profile: ShapeProfile,
+        device: str,
+        options: Mapping[str, Option],
+        output: Path,
+        progress: Progress,
+    ) -> tuple[Path, ...]:
+        flavour = self.flavour
+        kind, index = parse_device(device)
+        if kind == "cpu" and not flavour.compiles_without_gpu:
+            self.arch(device)
+        chosen = resolve(flavour, self._library, options, device)
+        if chosen.weight_streaming and has(self._library, "BuilderFlag.REQUIRE_USER_ALLOCATION"):
+            _log.warning("weight-streaming: the engine allocates while it runs, so its steps can't be captured")
+        request = Request(
+            flavour=flavour.name,
+            model=str(model.resolve()),
+            output=str(output.resolve()),
+            family=member.family,
+            precision=member.precision,
+            inputs=member.inputs,
+            outputs=member.outputs,
+            profile=profile,
+            options=chosen,
+            gpu=None if kind == "cpu" else index,
+        )
+        weights = sum(part.bytes for part in member.onnx)
+        expected = estimate(
+            weights,
+            streamed=has(self._library, "Builder.build_serialized_network_to_stream"),
+            timed=not flavour.compiles_without_gpu,
+        )
+        _log.info("compiling %s with %s %s: %s", model.name, flavour.title, self.version(), expected)
+        free = free_memory()
+        if free is not None and expected.memory > free:
+            _log.warning(
+                "compiling %s needs %s and only %.1f GiB are free: the kernel may end it; free memory, or build on a "
+                "larger machine and copy the bundle",
+                model.name,
+                expected,
+                free / 2**30,
+            )
+        started = perf_counter()
+        done = run_worker(request, expected=expected, progress=progress)
+        _log.info(
+            "compiled %s: %.1f MiB in %.1f s, at most %.1f GiB of memory",
+            model.name,
+            done.bytes / 2**20,
+            perf_counter() - started,
+            done.peak_bytes / 2**30,
+        )
+        return (output,)
+
+    def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+        """Loads a plan onto a GPU (not run on one). ``threads`` means nothing here.
+
+        Raises ``BadEngine`` for a file that is no whole plan of this flavour and version or not for this GPU, and
+        ``Unavailable`` for a device that is no GPU.
+        """
+        from tstitch_engines.backends.tensorrt.engine import TensorRtEngine
+        from tstitch_engines.backends.tensorrt.plan import check_plan
+
+        capability = None
+        if parse_device(device.name)[0] == "cuda":
+            capability = _capability(self.arch(device.name))
+        check_plan(self.flavour, self.version(), path, capability)
+        if capability is None:
+            self.arch(device.name)
+        return TensorRtEngine(self.flavour, self._library, path, member, identity, device)
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    """``sm_120`` -> ``(12, 0)``."""
+    number = int(arch.removeprefix("sm_"))
+    return number // 10, number % 10
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+open_tensorrt: Any = partial(TensorRtBackend, TENSORRT)
+open_tensorrt_rtx: Any = partial(TensorRtBackend, RTX)

@@ -1,0 +1,269 @@
+"""A loaded TensorRT engine. Not run on a GPU: written on a machine that has none.
+
+What was observed of the library is how it builds and what it says without a driver; the calls made here exist in every
+supported version (a test holds them against the bindings), and a test walks through them with a stand-in library.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.backends.tensorrt.api import ENUMS, Context, CudaEngine, Library, RuntimeConfig, has
+from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path, gpu_and_driver
+from tstitch_engines.backends.tensorrt.library import Messages, logger_of
+from tstitch_engines.backends.tensorrt.network import DTYPES
+from tstitch_engines.backends.tensorrt.plan import rebuild
+from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
+from tstitch_engines.backends.tensorrt.scratch import Scratch, shared_scratch
+from tstitch_engines.device import parse_device
+from tstitch_engines.errors import BadEngine, BadInput, FailedWork
+
+if TYPE_CHECKING:
+    from tstitch_engines.device import Buffer, Device
+    from tstitch_engines.manifest import EngineIdentity, Member
+
+__all__ = ["TensorRtEngine"]
+
+_log = logging.getLogger(__name__)
+
+# EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again)
+_DIAGNOSES: dict[str, tuple[str, str | None]] = {
+    "VERSION_MISMATCH": ("it was compiled by another version", None),
+    "UNSUPPORTED_CC": ("it is for other GPUs", None),
+    "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old", "update the NVIDIA driver"),
+    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old", "pip install -U cuda-core, or update CUDA"),
+    "INSUFFICIENT_GPU_MEMORY": (
+        "the GPU has too little memory",
+        "build again with smaller sizes, --batch MIN:OPT:MAX, or use a larger GPU",
+    ),
+    "MALFORMED_ENGINE": ("the file is damaged", None),
+    "CUDA_ERROR": ("CUDA does not start", "tstitch-trt doctor says what is missing"),
+}
+
+
+class _Ready(NamedTuple):
+    """A context and what it knows only the addresses of."""
+
+    context: Context
+    buffers: Mapping[str, Buffer]
+    scratch: Buffer | None
+
+
+class TensorRtEngine(Engine):
+    """One execution context per batch size and set of buffers, so that a recorded ``enqueue`` stays valid for good.
+
+    Contexts work in one block of activation memory per device, shared by all engines there, unless the engine was
+    built with the option ``private-scratch``. It is reserved on loading, for the largest sizes of the profile; a
+    context keeps the block it was made with.
+    """
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        library: Library,
+        path: Path,
+        member: Member,
+        identity: EngineIdentity,
+        device: Device,
+    ) -> None:
+        super().__init__(member.inputs, member.outputs, identity.profile)
+        self._flavour = flavour
+        self._library = library
+        self._name = path.name
+        self._device: Any = device  # a CudaDevice
+        self._logger, self._listener = logger_of(library)
+        self._streamed = bool(identity.options.get("weight-streaming", False))
+        self._device.activate()
+        self._stream = int(self._device.stream_handle)
+        with self._listener.listen() as messages:
+            self._engine = self._deserialise(path, messages, bool(identity.options.get("version-compatible", False)))
+            self._check_tensors(messages)
+            if identity.options.get("strip-weights"):
+                self._restore_weights(path, member, messages)
+            if self._streamed:  # before the first context
+                self._engine.weight_streaming_budget_v2 = self._engine.streamable_weights_size // 2
+            # Neither is kept alive by the contexts made from it.
+            self._kernels: KernelCache | None = None
+            self._runtime_cache: Any = None
+            self._how = self._context_settings(identity, messages)
+        self._scratch = Scratch(device) if identity.options.get("private-scratch") else shared_scratch(device)
+        self._scratch.reserve(self._engine.device_memory_size_v2)
+        self._contexts: dict[tuple[int, ...], _Ready] = {}
+        self._bound: _Ready | None = None
+
+    # --- loading
+
+    def _deserialise(self, path: Path, messages: Messages, host_code: bool) -> CudaEngine:
+        plan = path.read_bytes()
+        runtime = self._library.Runtime(self._logger)
+        if host_code:
+            runtime.engine_host_code_allowed = True  # a version-compatible plan carries its own runtime
+        diagnosis = None
+        if has(self._library, "Runtime.get_engine_validity"):
+            flags = int(runtime.get_engine_validity(plan[:HEADER_BYTES])[1])
+            kinds = self._library.EngineInvalidityDiagnostics
+            named = [name for name in ENUMS["EngineInvalidityDiagnostics"] if flags & int(getattr(kinds, name))]
+            diagnosis = named[0] if named else None
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            what, fix = _DIAGNOSES[diagnosis] if diagnosis else ("it refuses it", None)
+            raise BadEngine(
+                f"{self._flavour.title} {self._library.__version__} can't load the engine {path.name}: {what} "
+                f"({messages.reason()})",
+                hint=fix or rebuild(self._flavour),
+            )
+        return engine
+
+    def _check_tensors(self, messages: Messages) -> None:
+        """The plan must have the member's tensors, types and profile: it was made for this very ONNX."""
+        library, engine = self._library, self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = {name for name in names if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT}
+        wanted = {spec.name: spec for spec in (*self.inputs, *self.outputs)}
+        if set(names) != set(wanted) or inputs != {spec.name for spec in self.inputs}:
+            raise self._foreign(f"has the tensors {sorted(names)}; wanted are {sorted(wanted)}")
+        for name, spec in wanted.items():
+            kind = engine.get_tensor_dtype(name)
+            if kind != getattr(library.DataType, DTYPES[spec.dtype]):
+                raise self._foreign(f"has {name} of type {kind}; wanted is {spec.dtype}")
+        for spec in self.inputs:
+            ends = [tuple(shape) for shape in engine.get_tensor_profile_shape(spec.name, 0)]
+            want = [
+                spec.resolve({name: getattr(sizes, end) for name, sizes in self.profile.dims.items()})
+                for end in ("min", "opt", "max")
+            ]
+            if ends != want:
+                raise self._foreign(f"takes {spec.name} of the sizes {ends}; wanted are {want}")
+
+    def _foreign(self, what: str) -> BadEngine:
+        return BadEngine(f"the engine {self._name} {what}", hint=rebuild(self._flavour))
+
+    def _restore_weights(self, path: Path, member: Member, messages: Messages) -> None:
+        """Fills a stripped plan from the ONNX of the bundle that it lies in."""
+        onnx = member.onnx[0].path
+        model = next((folder / onnx for folder in path.resolve().parents if (folder / onnx).is_file()), None)
+        if model is None:
+            raise BadEngine(
+                f"the engine {path.name} was built without weights, and {onnx} is not beside it",
+                hint="load the whole bundle, or build again without --option strip-weights",
+            )
+        refitter = self._library.Refitter(self._engine, self._logger)
+        restorer = self._library.OnnxParserRefitter(refitter, self._logger)
+        if not restorer.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
+            raise BadEngine(
+                f"the weights of {model.name} don't go into the engine {path.name}: {messages.reason()}",
+                hint=rebuild(self._flavour),
+            )
+
+    def _context_settings(self, identity: EngineIdentity, messages: Messages) -> Any:
+        """What ``create_execution_context`` is given: activation memory is ours to bring."""
+        library = self._library
+        ours = library.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not has(library, "ICudaEngine.create_runtime_config"):
+            return ours
+        settings = self._engine.create_runtime_config()
+        if settings is None:
+            raise self._unusable("makes no runtime configuration", messages)
+        settings.set_execution_context_allocation_strategy(ours)
+        if has(library, "IRuntimeConfig.set_runtime_cache"):
+            self._specialise(settings, identity)
+        return settings
+
+    def _specialise(self, settings: RuntimeConfig, identity: EngineIdentity) -> None:
+        """TensorRT-RTX: kernels for the shapes of a context before it first runs, and no graphs of its own.
+
+        With its default a captured step would keep the slow kernels that stand in until the fast ones are compiled.
+        """
+        library = self._library
+        settings.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER
+        settings.cuda_graph_strategy = library.CudaGraphStrategy.DISABLED
+        cache = settings.create_runtime_cache()
+        if cache is None:
+            return
+        gpu, driver = gpu_and_driver(parse_device(self._device.name)[1])
+        path = cache_path(identity, version=library.__version__, gpu=gpu, driver=driver)
+        self._kernels = KernelCache(cache, path)
+        settings.set_runtime_cache(cache)
+        self._runtime_cache = cache
+
+    def _unusable(self, what: str, messages: Messages) -> FailedWork:
+        return FailedWork(
+            f"{self._flavour.title} {self._library.__version__} {what} for {self._name}: {messages.reason()}",
+            hint="check the GPU's free memory (nvidia-smi); a smaller --batch at build needs less",
+        )
+
+    # --- running
+
+    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
+        """Allocates and waits the first time these buffers are met."""
+        key = (batch, *(buffers[spec.name].ptr for spec in (*self.inputs, *self.outputs)))
+        if key not in self._contexts:
+            with self._listener.listen() as messages:
+                self._contexts[key] = self._ready(buffers, batch, messages)
+        self._bound = self._contexts[key]
+        self.capturable = not self._streamed
+        if self.capturable and has(self._library, "IExecutionContext.is_stream_capturable"):
+            self.capturable = self._bound.context.is_stream_capturable(self._stream)
+
+    def _ready(self, buffers: Mapping[str, Buffer], batch: int, messages: Messages) -> _Ready:
+        context = self._new_context(batch, messages)
+        for spec in (*self.inputs, *self.outputs):
+            if not context.set_tensor_address(spec.name, buffers[spec.name].ptr):
+                raise self._unusable(f"refuses the address of {spec.name}", messages)
+        block = self._scratch.block()
+        need = context.update_device_memory_size_for_shapes()
+        if block is not None:
+            if need > block.nbytes:
+                raise self._unusable(f"wants {need} bytes of scratch and said {block.nbytes}", messages)
+            context.set_device_memory(block.ptr, block.nbytes)
+        return _Ready(context, dict(buffers), block)
+
+    def _new_context(self, batch: int, messages: Messages) -> Context:
+        context = self._engine.create_execution_context(self._how)
+        if context is None:
+            raise self._unusable("makes no execution context", messages)
+        if not context.set_optimization_profile_async(0, self._stream):
+            raise self._unusable("refuses its profile", messages)
+        self._device.synchronize()
+        for spec in self.inputs:
+            shape = spec.resolve({"B": batch})
+            if not context.set_input_shape(spec.name, shape):
+                raise self._unusable(f"refuses {spec.name} of shape {list(shape)}", messages)
+        if missing := context.infer_shapes():
+            raise self._unusable(f"does not know the shapes of {', '.join(missing)}", messages)
+        for spec in self.outputs:
+            got = tuple(context.get_tensor_shape(spec.name))
+            if got != spec.resolve({"B": batch}):
+                raise self._foreign(f"gives {spec.name} of shape {list(got)}; wanted is {spec}")
+        return context
+
+    def enqueue(self) -> None:
+        if self._bound is None:
+            raise BadInput("the engine has no buffers", hint="call bind(...) before enqueue()")
+        if not self._bound.context.execute_async_v3(self._stream):
+            # What the library said went to the log: to listen here would cost every step a lock.
+            raise FailedWork(
+                f"{self._flavour.title} could not start {self._name}",
+                hint="run again with logging.getLogger('tstitch_engines').setLevel('DEBUG') to see what it says",
+            )
+
+    def scratch(self) -> Mapping[int, int]:
+        blocks = [self._scratch.block(), *(ready.scratch for ready in self._contexts.values())]
+        return {block.ptr: block.nbytes for block in blocks if block is not None}
+
+    def close(self) -> None:
+        """Keeps the compiled kernels (TensorRT-RTX) and lets go of everything. Waits for the device."""
+        if not hasattr(self, "_engine"):
+            return
+        self._device.synchronize()
+        if self._kernels is not None and self._contexts:
+            self._kernels.save()
+        self._bound = None
+        self._contexts = {}
+        self._kernels = self._runtime_cache = self._how = None
+        del self._engine

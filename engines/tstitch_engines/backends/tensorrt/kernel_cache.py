@@ -1,0 +1,86 @@
+"""TensorRT-RTX's cache of the kernels it compiles for this GPU when an engine is loaded, kept in a file.
+
+Not run on a GPU. The library checks a cache itself (its own version, the GPU, the driver...) and refuses a foreign one;
+the file name only keeps apart what can't be shared.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tstitch_engines.cache import default_root
+from tstitch_engines.cuda_device import cuda_bindings
+from tstitch_engines.identity import digest
+
+if TYPE_CHECKING:
+    from tstitch_engines.backends.tensorrt.api import RuntimeCache
+    from tstitch_engines.manifest import EngineIdentity
+
+__all__ = ["KernelCache", "cache_path", "gpu_and_driver"]
+
+_log = logging.getLogger(__name__)
+
+
+def cache_path(identity: EngineIdentity, *, version: str, gpu: str, driver: str) -> Path:
+    """The file for one engine, library version, GPU model, driver and operating system, in the user's cache."""
+    key = digest(
+        {
+            "engine": digest(identity),
+            "version": version,
+            "gpu": gpu,
+            "driver": driver,
+            "system": f"{platform.system()}-{platform.machine()}",
+        }
+    )
+    return default_root() / "rtx-kernels" / f"{key}.bin"
+
+
+def gpu_and_driver(index: int) -> tuple[str, str]:
+    """The model of GPU ``index`` and the driver: the CUDA version it supports and, on Linux, its own."""
+    runtime = cuda_bindings(index)
+    from cuda.core import Device
+
+    code, version = runtime.cudaDriverGetVersion()
+    driver = str(version) if int(code) == 0 else "unknown"
+    with suppress(OSError):
+        driver += " " + Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+    return str(Device(index).name), driver
+
+
+class KernelCache:
+    """Fills the library's cache from the file, and the file from the cache. No trouble with the file is an error."""
+
+    def __init__(self, cache: RuntimeCache, path: Path) -> None:
+        self._cache = cache
+        self._path = path
+        self._stored = b""
+        try:
+            blob = path.read_bytes()
+        except OSError:
+            return
+        if blob and cache.deserialize(blob):
+            self._stored = blob
+        else:
+            _log.info("%s does not fit this GPU, driver or version: kernels are compiled again", path)
+
+    def save(self) -> None:
+        """Writes the file when the cache has grown. Call it after the first runs."""
+        memory = self._cache.serialize()
+        blob = b"" if memory is None else bytes(memoryview(memory))
+        if not blob or blob == self._stored:
+            return
+        scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_bytes(blob)
+            scratch.replace(self._path)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            _log.warning("the kernel cache %s can't be written: %s", self._path, error)
+            return
+        self._stored = blob

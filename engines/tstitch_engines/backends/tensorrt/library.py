@@ -1,0 +1,126 @@
+"""The library of a flavour, and the one logger that it gets in this process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Final
+
+from tstitch_engines.backends.tensorrt.api import Library
+from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.errors import Unavailable
+
+__all__ = ["Messages", "logger_of", "open_library"]
+
+_log = logging.getLogger(__name__)
+
+# Said of every input of type int64, and once more for each error that is a missing driver.
+_NOISE: Final = ("has Int64 binding", "catchCudaError")
+_KEPT: Final = 200
+
+
+def open_library(flavour: Flavour) -> Library:
+    """The flavour's module. Raises ``Unavailable`` when it is not installed, does not start or is too old."""
+    reasons = []
+    for name in flavour.modules:
+        try:
+            module: Any = import_module(name)
+        except Exception as error:  # a missing shared library may come as any of several
+            reasons.append(f"{name}: {error}")
+            continue
+        if not hasattr(module, "Builder"):  # a folder of type stubs passes for a package without content
+            reasons.append(f"{name}: it has no Builder")
+            continue
+        if not hasattr(module.IExecutionContext, "set_device_memory"):
+            raise Unavailable(
+                f"{flavour.title} {module.__version__} is too old; supported is {flavour.versions}",
+                hint=f'pip install -U "tstitch-trt[{flavour.extra}]"',
+            )
+        library: Library = module
+        return library
+    raise Unavailable(
+        f"the backend {flavour.name!r} needs {flavour.title} {flavour.versions}, which can't be imported "
+        f"({'; '.join(reasons)})",
+        hint=f'pip install "tstitch-trt[{flavour.extra}]"',
+    )
+
+
+class Messages:
+    """What the library said while it was listened to: errors and warnings, without the noise."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def add(self, level: int, text: str) -> None:
+        kept = self.errors if level >= logging.ERROR else self.warnings if level == logging.WARNING else None
+        if kept is not None and len(kept) < _KEPT and text not in kept:
+            kept.append(text)
+
+    def reason(self) -> str:
+        """The errors as one line."""
+        return "; ".join(self.errors) or "; ".join(self.warnings) or "the library gave no reason"
+
+
+class Listener:
+    """Takes every message of one library; threads of the library's own call it too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: list[Messages] = []
+        self.forward: Callable[[int, str], None] = _log.log
+
+    def take(self, level: int, text: str) -> None:
+        if any(words in text for words in _NOISE):
+            return
+        with self._lock:
+            for messages in self._open:
+                messages.add(level, text)
+        # An error comes back as an exception of ours, with this text in it.
+        self.forward(logging.DEBUG if level >= logging.ERROR else level, text)
+
+    @contextmanager
+    def listen(self) -> Iterator[Messages]:
+        """Collects what is said during the block, on whichever thread."""
+        messages = Messages()
+        with self._lock:
+            self._open.append(messages)
+        try:
+            yield messages
+        finally:
+            with self._lock:
+                self._open.remove(messages)
+
+
+_made: Final[dict[str, tuple[Any, Listener]]] = {}
+_making = threading.Lock()
+
+
+def logger_of(library: Library) -> tuple[Any, Listener]:
+    """The library's logger and its listener: one for the whole process, because every object made with it refers to it.
+
+    (The two flavours have loggers of different types, so a process may hold one of each.)
+    """
+    with _making:
+        key = library.ILogger.__module__
+        if key not in _made:
+            listener = Listener()
+            base: Any = library.ILogger
+            levels = {
+                base.INTERNAL_ERROR: logging.ERROR,
+                base.ERROR: logging.ERROR,
+                base.WARNING: logging.WARNING,
+            }
+
+            class Logger(base):  # type: ignore[misc]
+                def __init__(self) -> None:
+                    base.__init__(self)
+
+                def log(self, severity: Any, text: str) -> None:
+                    listener.take(levels.get(severity, logging.DEBUG), text)
+
+            _made[key] = (Logger(), listener)
+        return _made[key]

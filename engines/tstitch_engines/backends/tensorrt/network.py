@@ -1,0 +1,151 @@
+"""From ONNX to a strongly typed network with one optimisation profile. Runs in the worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, Parser, has
+from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.backends.tensorrt.library import Messages
+from tstitch_engines.errors import BuildFailed
+from tstitch_engines.spec import ShapeProfile, TensorSpec
+
+__all__ = ["DTYPES", "add_profile", "parse", "settle_attention"]
+
+# our names -> TensorRT's
+DTYPES: Final = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "uint8": "UINT8",
+    "bool": "BOOL",
+}
+_FUSED_HEADS: Final = (16, 256)  # head sizes with a fused kernel in half precision, in steps of 8
+
+# operator, or words of the message -> what is known to help
+_WORKAROUNDS: Final = (
+    ("Sequence", "export with torch.onnx.export(optimize=True), which leaves no sequence operators"),
+    ("Attention", "use TensorRT 10.14 or newer, or export up to opset 22, where attention is MatMul and Softmax"),
+    ("IConcatenationLayer", "cast the inputs of torch.cat to one type before the export (SDXL's added embeddings)"),
+    ("reshape changes volume", "remove squeeze() of a dimension that is not 1 before the export (PixArt)"),
+    ("DeformConv", "TensorRT has no deformable convolution: build this member with --backend onnxruntime"),
+)
+_OTHERWISE: Final = "build this member with --backend onnxruntime, or express the operator by others in the model"
+
+
+def parse(
+    library: Library,
+    flavour: Flavour,
+    logger: Any,
+    messages: Messages,
+    model: Path,
+    family: str,
+    expected: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
+) -> tuple[NetworkBuilder, Network, Parser]:
+    """The network of ``model``; the parser holds its weights and must outlive the build.
+
+    Raises ``BuildFailed`` naming the operators that can't be imported, or tensors that are not the ``expected`` inputs
+    and outputs.
+    """
+    builder = library.Builder(logger)
+    # Always asked for: 10.x would else choose precisions of its own. It is bit 1 there and bit 0 elsewhere.
+    flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    if network is None:
+        raise BuildFailed(
+            f"{flavour.title} {library.__version__} can't make a strongly typed network: {messages.reason()}",
+            hint=f"pip install -U tstitch-trt[{flavour.extra}]; supported is {flavour.versions}",
+        )
+    parser = library.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(model)):
+        raise _unsupported(library, flavour, parser, messages, model, family)
+    for what, specs, count, get in (
+        ("inputs", expected[0], network.num_inputs, network.get_input),
+        ("outputs", expected[1], network.num_outputs, network.get_output),
+    ):
+        got = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in map(get, range(count))}
+        want = {
+            spec.name: (
+                getattr(library.DataType, DTYPES[spec.dtype]),
+                tuple(size if isinstance(size, int) else -1 for size in spec.shape),
+            )
+            for spec in specs
+        }
+        if got != want:
+            raise BuildFailed(
+                f"{model.name} has the {what} {got}; wanted are {want}",
+                hint="export the member again: a dimension that the exporter fixed can't be dynamic in an engine",
+            )
+    return builder, network, parser
+
+
+def _unsupported(
+    library: Library, flavour: Flavour, parser: Parser, messages: Messages, model: Path, family: str
+) -> BuildFailed:
+    found = [parser.get_error(index) for index in range(parser.num_errors)]
+    lines = []
+    for error in found:
+        operator = error.node_operator()
+        place = f"{operator} ({error.node_name()}): " if operator else ""
+        if (line := f"{place}{error.desc()}") not in lines:
+            lines.append(line)
+    text = "; ".join(lines) or messages.reason()
+    hint = next((fix for words, fix in _WORKAROUNDS if words in text), _OTHERWISE)
+    return BuildFailed(
+        f"{flavour.title} {library.__version__} can't import {model.name} (family {family}): {text}", hint=hint
+    )
+
+
+def settle_attention(library: Library, network: Network) -> int:
+    """Decides for every attention node whether a fused kernel is required; the number of nodes for which it is.
+
+    TensorRT imports ONNX's Attention so that the build fails without a fused kernel. That is wanted where there is
+    one, in half precision with the usual head sizes: a model that lost it would be slow and say nothing. Elsewhere
+    (float32, head sizes such as 8 or 512) the node may be taken apart.
+    """
+    if not has(library, "LayerType.ATTENTION_OUTPUT") or not has(library, "IAttentionOutputLayer"):
+        return 0
+    required = 0
+    for index in range(network.num_layers):
+        layer: Any = network.get_layer(index)
+        if layer.type != library.LayerType.ATTENTION_OUTPUT:
+            continue
+        layer.__class__ = library.IAttentionOutputLayer  # the bindings give out the base class
+        attention = layer.attention
+        query = attention.get_input(0)
+        head = int(tuple(query.shape)[-1])
+        half = query.dtype in (library.DataType.HALF, library.DataType.BF16)
+        fused = half and _FUSED_HEADS[0] <= head <= _FUSED_HEADS[1] and head % 8 == 0
+        attention.decomposable = not fused
+        required += fused
+    return required
+
+
+def add_profile(
+    flavour: Flavour,
+    builder: NetworkBuilder,
+    config: Config,
+    messages: Messages,
+    inputs: tuple[TensorSpec, ...],
+    profile: ShapeProfile,
+) -> None:
+    """Adds the member's only optimisation profile. Raises ``BuildFailed`` when the library refuses it."""
+    made = builder.create_optimization_profile()
+    if made is None:
+        raise BuildFailed(f"{flavour.title} makes no optimisation profile: {messages.reason()}", hint="free memory")
+    for spec in inputs:
+        low, best, high = (
+            spec.resolve({name: getattr(sizes, end) for name, sizes in profile.dims.items()})
+            for end in ("min", "opt", "max")
+        )
+        made.set_shape(spec.name, low, best, high)
+    # `set_shape` says nothing when the sizes make no sense; the profile as a whole then is false.
+    if not made or config.add_optimization_profile(made) < 0:
+        sizes = ", ".join(f"{name} {size}" for name, size in profile.dims.items())
+        raise BuildFailed(
+            f"{flavour.title} refuses the profile {sizes}: {messages.reason()}",
+            hint="choose smaller sizes: --batch MIN:OPT:MAX",
+        )

@@ -1,0 +1,172 @@
+"""What can be asked of the builder, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import msgspec
+
+from tstitch_engines.backends.tensorrt.api import Library, has
+from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.device import parse_device
+from tstitch_engines.errors import BadInput, unknown_name
+
+__all__ = ["DEFAULT_LIST", "OPTIONS", "BuildOptions", "capabilities", "list_arch", "resolve"]
+
+Option = str | int | float | bool
+
+OPTIONS: Final[Mapping[str, tuple[type, str]]] = MappingProxyType(
+    {
+        "workspace": (int, "memory limit of a single kernel in MiB (default: the library's)"),
+        "optimisation-level": (int, "0 to 5, how long to look for fast kernels (default: the library's, 3)"),
+        "tiling": (str, "none, fast, moderate or full: how long to look for tilings (default: none)"),
+        "timing-cache": (str, "a file that keeps kernel timings for the next build"),
+        "hardware-compatible": (str, "none, ampere+ or same (compute capability): other GPUs that run the engine"),
+        "version-compatible": (bool, "the engine also runs on newer versions of the library (default: false)"),
+        "refit": (bool, "the weights can be replaced later (default: false)"),
+        "strip-weights": (bool, "leave the weights out; they are read from the ONNX on loading (default: false)"),
+        "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
+        "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
+        "max-aux-streams": (int, "streams of its own an engine may use (default: 0)"),
+        "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),
+    }
+)
+# Options that change how the compiler finds what it makes, and not what that is.
+UNRECORDED: Final = frozenset({"timing-cache"})
+DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs
+
+_HARDWARE: Final = {"none": None, "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+_TILING: Final = {"none": "NONE", "fast": "FAST", "moderate": "MODERATE", "full": "FULL"}
+
+
+class BuildOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``workspace`` in MiB. ``tiling`` and ``hardware`` are TensorRT's own names. ``None``: the library's default.
+
+    ``capabilities`` as TensorRT-RTX has them, 86 for 8.6; empty for its default list.
+    """
+
+    workspace: int | None = None
+    optimisation_level: int | None = None
+    tiling: str | None = None
+    timing_cache: str | None = None
+    hardware: str | None = None
+    version_compatible: bool = False
+    refit: bool = False
+    strip_weights: bool = False
+    weight_streaming: bool = False
+    capabilities: tuple[int, ...] = ()
+    max_aux_streams: int | None = 0
+
+
+def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], device: str) -> BuildOptions:
+    """Raises ``UnknownName`` for an option that does not exist and ``BadInput`` for one that can't be honoured."""
+    for name in options:
+        if name not in OPTIONS:
+            raise unknown_name(f"{flavour.name} option", name, OPTIONS)
+        if name in flavour.refused:
+            raise BadInput(
+                f"{flavour.title} can't honour the option {name}={options[name]}: {flavour.refused[name]}",
+                hint=f"leave out --option {name}",
+            )
+    level, aux = _number(options, "optimisation-level", 0, 5), _number(options, "max-aux-streams", 0, 64)
+    chosen = BuildOptions(
+        workspace=_number(options, "workspace", 1, 1 << 24),
+        optimisation_level=level,
+        tiling=_word(options, "tiling", _TILING),
+        timing_cache=str(Path(str(options["timing-cache"])).resolve()) if "timing-cache" in options else None,
+        hardware=_word(options, "hardware-compatible", _HARDWARE),
+        version_compatible=bool(options.get("version-compatible", False)),
+        refit=bool(options.get("refit", False)),
+        strip_weights=bool(options.get("strip-weights", False)),
+        weight_streaming=bool(options.get("weight-streaming", False)),
+        capabilities=capabilities(flavour, library, options, device),
+        max_aux_streams=None if "max-aux-streams" in flavour.refused else aux or 0,
+    )
+    _require(flavour, library, chosen)
+    if flavour.compiles_without_gpu and (chosen.refit or chosen.strip_weights):
+        name = "refit" if chosen.refit else "strip-weights"
+        count = len(chosen.capabilities)
+        if parse_device(device)[0] != "cuda" or count != 1:
+            got = "its default list of GPUs" if count == 0 else f"{count} compute capabilities"
+            raise BadInput(
+                f"{flavour.title} can compile with {name} only on a GPU and for exactly one compute capability; "
+                f"asked for is --device {device} and {got}",
+                hint=f"on a machine with the GPU: --device cuda --option {name}=true; or leave out {name}",
+            )
+    return chosen
+
+
+def capabilities(flavour: Flavour, library: Library, options: Mapping[str, Option], device: str) -> tuple[int, ...]:
+    """What a TensorRT-RTX plan is to be for: the option, else the GPU ``device``, else (empty) the library's list.
+
+    Raises ``UnknownName`` for a compute capability that the library does not know.
+    """
+    if not flavour.compiles_without_gpu:
+        return ()
+    kind, index = parse_device(device)
+    if "compute-capabilities" in options:
+        text = str(options["compute-capabilities"])
+    else:
+        if kind == "cpu":
+            return ()
+        from tstitch_engines.cuda_device import compute_capability
+
+        text = "{}.{}".format(*compute_capability(index))
+    members = library.ComputeCapability.__members__
+    known = {f"{int(name[2:]) // 10}.{int(name[2:]) % 10}": int(name[2:]) for name in members if name.startswith("SM")}
+    found = []
+    for word in text.split(","):
+        if word.strip() not in known:
+            raise unknown_name(
+                f"compute capability of {flavour.title} {library.__version__}",
+                word.strip(),
+                known,
+                hint="(separate several by commas: --option compute-capabilities=8.6,8.9)",
+            )
+        found.append(known[word.strip()])
+    return tuple(sorted(set(found)))
+
+
+def list_arch(found: tuple[int, ...]) -> str:
+    """The architecture that an identity states for these: ``sm_86,sm_89``."""
+    return ",".join(f"sm_{number}" for number in found) or DEFAULT_LIST
+
+
+def _require(flavour: Flavour, library: Library, options: BuildOptions) -> None:
+    """Refuses what this version of the library does not have."""
+    lacking = None
+    if options.tiling is not None and not has(library, "IBuilderConfig.tiling_optimization_level"):
+        lacking = "tiling"
+    if options.hardware == "SAME_COMPUTE_CAPABILITY" and not has(
+        library, "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY"
+    ):
+        lacking = "hardware-compatible=same"
+    if lacking:
+        raise BadInput(
+            f"{flavour.title} {library.__version__} has no {lacking}",
+            hint=f"leave it out, or pip install -U tstitch-trt[{flavour.extra}]",
+        )
+
+
+def _number(options: Mapping[str, Option], name: str, low: int, high: int) -> int | None:
+    value = options.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise BadInput(
+            f"option {name} is {value!r}; allowed is a whole number from {low} to {high}",
+            hint=f"write it as --option {name}={min(max(low, 1), high)}",
+        )
+    return value
+
+
+def _word(options: Mapping[str, Option], name: str, known: Mapping[str, str | None]) -> str | None:
+    value = options.get(name)
+    if value is None:
+        return None
+    if value not in known:
+        raise unknown_name(f"value of option {name}", str(value), known)
+    return known[str(value)]

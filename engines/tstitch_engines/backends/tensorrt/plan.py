@@ -1,0 +1,60 @@
+"""Checks of a plan file that need neither the library nor a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, parse_plan_header
+from tstitch_engines.errors import BadEngine
+
+__all__ = ["check_plan", "rebuild"]
+
+
+def rebuild(flavour: Flavour, *, device: str = "cuda") -> str:
+    return f"build it again: tstitch-trt build RECIPE --backend {flavour.name} --device {device} -o BUNDLE"
+
+
+def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int, int] | None) -> None:
+    """Raises ``BadEngine`` for a file that is empty, cut short, or (TensorRT-RTX) of another version or GPU.
+
+    ``capability`` is the GPU's; ``None`` leaves that part out. What TensorRT's own plans hold is not documented: of
+    those only the library can tell.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(HEADER_BYTES)
+    except OSError as error:
+        raise BadEngine(f"the engine {path.name} can't be read: {error}", hint=rebuild(flavour)) from None
+    header = parse_plan_header(head)
+    if not flavour.compiles_without_gpu:
+        if header is not None:
+            raise BadEngine(
+                f"the engine {path.name} is a TensorRT-RTX {header.version} plan; wanted is one of {flavour.title}",
+                hint=f"load it with --backend tensorrt-rtx, or {rebuild(flavour)}",
+            )
+        if size < HEADER_BYTES:
+            raise BadEngine(f"the engine {path.name} has {size} bytes: truncated", hint=rebuild(flavour))
+        return
+    if header is None:
+        what = f"it has {size} bytes" if size < HEADER_BYTES else f"it starts with {head[:8]!r}"
+        raise BadEngine(f"the engine {path.name} is no {flavour.title} plan: {what}", hint=rebuild(flavour))
+    if size != header.size:
+        raise BadEngine(
+            f"the engine {path.name} has {size} bytes, its header says {header.size}: truncated or altered",
+            hint=rebuild(flavour),
+        )
+    if header.version != version:
+        raise BadEngine(
+            f"the engine {path.name} was compiled by {flavour.title} {header.version}; installed is {version}, and a "
+            "plan is for exactly one version",
+            hint=f"{rebuild(flavour)}; or pip install tensorrt-rtx-cu13-libs=={header.version} "
+            f"tensorrt-rtx-cu13-bindings=={header.version}",
+        )
+    if capability is not None and not header.runs_on(capability):
+        gpu = f"{capability[0]}.{capability[1]}"
+        raise BadEngine(
+            f"the engine {path.name} is for GPUs of compute capability {header.gpus()}; this one has {gpu}",
+            hint=rebuild(flavour) + f"; {flavour.title} names the capabilities it knows when it does not know {gpu}",
+        )

@@ -1,0 +1,299 @@
+"""The process that compiles one engine: a request on stdin, ``messages`` as JSON lines on what was stdout.
+
+    python -m tstitch_engines.backends.tensorrt.worker
+
+It is a process of its own so that a crash of the library or the kernel's out-of-memory killer ends this one and
+not the caller's. Whatever else writes to stdout goes to stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import msgspec
+
+from tstitch_engines.backends.tensorrt.api import Config, Library, NetworkBuilder, TimingCache, has
+from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
+from tstitch_engines.backends.tensorrt.library import Messages, logger_of, open_library
+from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
+from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
+from tstitch_engines.errors import BuildFailed, TStitchError
+
+__all__ = ["compile_engine", "main"]
+
+_INCONSISTENT: Final = "kMIN/kMAX values are not self-consistent"
+_KILL_ME_FIRST: Final = 500  # of 1000: the kernel should end the worker, not whoever waits for it
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+_MEGABYTE: Final = 1 << 20
+
+
+class Channel:
+    """Writes lines to the parent, from any thread."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, line: Line) -> None:
+        with self._lock:
+            self._stream.write(msgspec.json.encode(line) + b"\n")
+            self._stream.flush()
+
+
+class _Phases:
+    """The share done of a tree of phases: a phase's own steps, and of the current step the child at work in it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._open: dict[str, list[int]] = {}  # name -> [steps, done], outer phases first
+        self._sent = ("", -1.0)
+        self._lock = threading.Lock()
+
+    def start(self, name: str, steps: int) -> None:
+        with self._lock:
+            self._open[name] = [max(steps, 1), 0]
+            self._tell(name)
+
+    def step(self, name: str, step: int) -> None:
+        with self._lock:
+            if name in self._open:
+                self._open[name][1] = step + 1
+                self._tell(name)
+
+    def finish(self, name: str) -> None:
+        with self._lock:
+            self._open.pop(name, None)
+            if self._open:
+                self._tell(next(reversed(self._open)))
+
+    def _tell(self, name: str) -> None:
+        share, width = 0.0, 1.0
+        for steps, done in self._open.values():
+            share += width * min(done / steps, 1.0)
+            width /= steps
+        share = min(max(share, self._sent[1], 0.0), 1.0)
+        if name != self._sent[0] or share >= self._sent[1] + 0.01:
+            self._sent = (name, share)
+            self._channel.send(Phase(name.lower(), share))
+
+
+def _monitor(library: Library, phases: _Phases) -> Any:
+    base: Any = library.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        """The builder calls this from threads of its own."""
+
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            phases.start(phase_name, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            phases.step(phase_name, step)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            phases.finish(phase_name)
+
+    return Monitor()
+
+
+def compile_engine(request: Request, channel: Channel) -> int:
+    """Compiles into ``request.output``; the size of the plan in bytes. Raises ``TStitchError``."""
+    flavour = FLAVOURS[request.flavour]
+    library = open_library(flavour)
+    logger, listener = logger_of(library)
+    listener.forward = lambda level, text: channel.send(Said(level, text))
+    if request.gpu is not None:
+        from tstitch_engines.cuda_device import CudaDevice
+
+        CudaDevice(request.gpu)  # makes it the current one
+    with listener.listen() as messages:
+        model = Path(request.model)
+        builder, network, parser = parse(
+            library, flavour, logger, messages, model, request.family, (request.inputs, request.outputs)
+        )
+        fused = settle_attention(library, network)
+        config = builder.create_builder_config()
+        if config is None:
+            raise BuildFailed(f"{flavour.title} makes no build configuration: {messages.reason()}", hint="free memory")
+        timings = _configure(library, flavour, config, request, messages)
+        add_profile(flavour, builder, config, messages, request.inputs, request.profile)
+        config.progress_monitor = _monitor(library, _Phases(channel))
+        size = _write(library, builder, network, config, request, messages)
+        del parser  # held the weights
+        if size is None:
+            raise _failed(flavour, library, request, messages, fused)
+        if any(_INCONSISTENT in text for text in messages.warnings):
+            # It still makes an engine, one that runs at no other size than the first.
+            raise BuildFailed(
+                f"{model.name} fixes a dimension inside that is dynamic outside: "
+                f"{next(text for text in messages.warnings if _INCONSISTENT in text)}",
+                hint="export the member again with that dimension static, or with its dynamic size kept throughout",
+            )
+        _keep_timings(config, timings, request)
+    return size
+
+
+def _configure(
+    library: Library, flavour: Flavour, config: Config, request: Request, messages: Messages
+) -> TimingCache | None:
+    options, flags = request.options, library.BuilderFlag
+    if options.workspace is not None:
+        config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace * _MEGABYTE)
+    if options.optimisation_level is not None:
+        config.builder_optimization_level = options.optimisation_level
+    if options.tiling is not None:
+        config.tiling_optimization_level = getattr(library.TilingOptimizationLevel, options.tiling)
+    if options.hardware is not None:
+        config.hardware_compatibility_level = getattr(library.HardwareCompatibilityLevel, options.hardware)
+    if options.max_aux_streams is not None:
+        config.max_aux_streams = options.max_aux_streams
+    if options.version_compatible:
+        config.set_flag(flags.VERSION_COMPATIBLE)
+    if options.weight_streaming:
+        config.set_flag(flags.WEIGHT_STREAMING)
+    elif has(library, "BuilderFlag.REQUIRE_USER_ALLOCATION"):
+        config.set_flag(flags.REQUIRE_USER_ALLOCATION)  # an engine that can be captured, or an error
+    if options.strip_weights:
+        config.set_flag(flags.STRIP_PLAN)
+    if options.refit:
+        config.set_flag(flags.REFIT)
+    elif options.strip_weights:
+        # For getting back the weights it was made from: nothing is lost in speed, and 11.3's REFIT may lose a bias.
+        config.set_flag(flags.REFIT_IDENTICAL if has(library, "BuilderFlag.REFIT_IDENTICAL") else flags.REFIT)
+    if options.capabilities:
+        config.num_compute_capabilities = len(options.capabilities)
+        for index, number in enumerate(options.capabilities):
+            capability = getattr(library.ComputeCapability, f"SM{number}")
+            if not config.set_compute_capability(capability, index):
+                raise BuildFailed(
+                    f"{flavour.title} {library.__version__} refuses compute capability {number // 10}.{number % 10}: "
+                    f"{messages.reason()}",
+                    hint="leave it out of --option compute-capabilities",
+                )
+    if options.timing_cache is None:
+        return None
+    path = Path(options.timing_cache)
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    # A cache of another GPU or version is refused; timing again is the answer to that, and replaces it.
+    if cache is None or not config.set_timing_cache(cache, False):
+        messages.add(30, f"{path.name} is of another GPU or version: kernels are timed again")
+        cache = config.create_timing_cache(b"")
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise BuildFailed(f"{flavour.title} makes no timing cache: {messages.reason()}", hint="leave it out")
+    return cache
+
+
+def _keep_timings(config: Config, timings: TimingCache | None, request: Request) -> None:
+    if timings is None or request.options.timing_cache is None:
+        return
+    path = Path(request.options.timing_cache)
+    kept = config.get_timing_cache() or timings
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(bytes(memoryview(kept.serialize())))
+    scratch.replace(path)
+
+
+def _write(
+    library: Library,
+    builder: NetworkBuilder,
+    network: Any,
+    config: Config,
+    request: Request,
+    messages: Messages,
+) -> int | None:
+    """Builds into the output file: its size, or ``None`` when the library gave up. Raises ``OSError``."""
+    with Path(request.output).open("wb") as file:
+        if not (has(library, "Builder.build_serialized_network_to_stream") and has(library, "IStreamWriter")):
+            plan = builder.build_serialized_network(network, config)
+            if plan is None:
+                return None
+            file.write(memoryview(plan))
+            return file.tell()
+        base: Any = library.IStreamWriter
+        trouble: list[OSError] = []
+
+        class Writer(base):  # type: ignore[misc]
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def write(self, data: bytes) -> int:
+                """Bytes written; fewer than given make the builder stop."""
+                try:
+                    return file.write(data)
+                except OSError as error:
+                    trouble.append(error)
+                    return 0
+
+        writer = Writer()
+        made = builder.build_serialized_network_to_stream(network, config, writer)
+        if trouble:
+            raise trouble[0]
+        return file.tell() if made else None
+
+
+def _failed(flavour: Flavour, library: Library, request: Request, messages: Messages, fused: int) -> BuildFailed:
+    reason = messages.reason()
+    if "not supported by a dedicated kernel" in reason:
+        hint = "export up to opset 22, where attention is MatMul and Softmax, or build with --precision fp32"
+    elif "workspace" in reason.lower() and request.options.workspace is not None:
+        hint = f"raise --option workspace={request.options.workspace}, or leave it out"
+    elif "SM75" in reason or "sm75" in reason:
+        hint = "leave 7.5 out of --option compute-capabilities: Turing takes fp16 only"
+    elif "memory" in reason.lower():
+        hint = "use smaller sizes, --batch MIN:OPT:MAX, or a machine with more memory"
+    else:
+        hint = (
+            "tstitch-trt build --traceback with this message helps to report it; --backend onnxruntime builds as well"
+        )
+    kind = f"{request.precision}, {fused} fused attention nodes" if fused else request.precision
+    return BuildFailed(
+        f"{flavour.title} {library.__version__} can't compile {Path(request.model).name} ({kind}): {reason}", hint=hint
+    )
+
+
+def _stay_behind_no_one() -> None:
+    """The worker ends with its parent and is the first to go when memory runs out. Ctrl-C is the parent's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_KILL_ME_FIRST))
+
+
+def main() -> int:
+    _stay_behind_no_one()
+    channel = Channel(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)  # whatever a library prints is no message of ours
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    try:
+        size = compile_engine(request, channel)
+    except TStitchError as error:
+        channel.send(Failure(type(error).__name__, error.message, error.hint))
+    except OSError as error:
+        channel.send(
+            Failure(
+                "BuildFailed",
+                f"the engine of {Path(request.model).name} can't be written: {error}",
+                "free space there, or put the cache elsewhere: TSTITCH_TRT_CACHE=DIR",
+            )
+        )
+    else:
+        channel.send(Done(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10))
+    # Not through the interpreter's end: a library that crashes while it is unloaded must not spoil a finished engine.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
