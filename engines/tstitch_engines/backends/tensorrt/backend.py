@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -29,6 +29,7 @@ from tstitch_engines.device import parse_device
 from tstitch_engines.errors import Unavailable
 
 if TYPE_CHECKING:
+    from tstitch_engines.cuda_device import CudaDevice
     from tstitch_engines.device import Device
     from tstitch_engines.manifest import EngineIdentity, Member
     from tstitch_engines.spec import ShapeProfile
@@ -159,7 +160,7 @@ class TensorRtBackend(Backend):
         check_plan(self.flavour, self.version(), path, capability)
         if capability is None:
             self.arch(device.name)
-        return TensorRtEngine(self.flavour, self._library, path, member, identity, device)
+        return TensorRtEngine(self.flavour, self._library, path, member, identity, cast("CudaDevice", device))
 
 
 def _capability(arch: str) -> tuple[int, int]:

@@ -24,7 +24,8 @@ from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork
 
 if TYPE_CHECKING:
-    from tstitch_engines.device import Buffer, Device
+    from tstitch_engines.cuda_device import CudaDevice
+    from tstitch_engines.device import Buffer
     from tstitch_engines.manifest import EngineIdentity, Member
 
 __all__ = ["TensorRtEngine"]
@@ -69,17 +70,17 @@ class TensorRtEngine(Engine):
         path: Path,
         member: Member,
         identity: EngineIdentity,
-        device: Device,
+        device: CudaDevice,
     ) -> None:
         super().__init__(member.inputs, member.outputs, identity.profile)
         self._flavour = flavour
         self._library = library
         self._name = path.name
-        self._device: Any = device  # a CudaDevice
+        self._device = device
         self._logger, self._listener = logger_of(library)
         self._streamed = bool(identity.options.get("weight-streaming", False))
         self._device.activate()
-        self._stream = int(self._device.stream_handle)
+        self._stream = self._device.stream_handle
         with self._listener.listen() as messages:
             self._engine = self._deserialise(path, messages, bool(identity.options.get("version-compatible", False)))
             self._check_tensors(messages)
