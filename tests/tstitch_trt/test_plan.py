@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from manifests import manifest, member
 
+from manifests import manifest, member
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_engines.manifest import Conditioning, Defaults
 from tstitch_engines.rows import FLAG_LEARNED, ROW

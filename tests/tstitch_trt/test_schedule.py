@@ -88,7 +88,7 @@ def test_base_refiner_cut_is_diffusers_denoising_end(end: float, steps: int) -> 
     schedule = resolve(
         f"base@end={end},large", members=MEMBERS, timesteps=timesteps, sigmas=timesteps, train_steps=1000
     )
-    cutoff = int(round(1000 - (end * 1000)))
+    cutoff = round(1000 - (end * 1000))
     assert schedule.names.count("base") == len([t for t in timesteps if t >= cutoff])
 
 
