@@ -41,7 +41,7 @@ def run(bundle: Bundle, name: str, backend: str, arrays: Arrays) -> Any:
     """One call of an engine through the backend's own bind and enqueue."""
     member = bundle.manifest.members[name]
     record = next(r for r in member.engines if r.identity.backend == backend)
-    device = HostDevice()
+    device = open_device("cpu")
     engine = open_backend(backend).load(
         bundle.path(record.files[0]), member=member, identity=record.identity, device=device, threads=1
     )
