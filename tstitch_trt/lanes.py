@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Device
+from tstitch_engines.device import Buffer, Device
 from tstitch_engines.rows import ROW_FIELDS
 
 __all__ = ["LaneArena"]
@@ -51,11 +51,12 @@ class LaneArena:
         *,
         step: int,
         scale: float,
-        latents: NDArray[np.float32] | None,
+        latents: NDArray[np.float32] | Buffer | None,
     ) -> None:
         """Fills the first ``len(seeds)`` slots: one table ``rows`` float32 ``[N,16]`` for all, a seed for each.
 
-        ``latents`` float32 ``[B,C,H,W]`` are the state before ``step``; ``None`` draws ``scale * z`` by each seed.
+        ``scale * latents`` (float32 ``[B,C,H,W]`` on the host or on the device, for the first B slots) are the state
+        before ``step``; ``None`` draws the latents by each seed.
         """
         count = len(seeds)
         table = np.zeros(self.rows.shape, np.float32)
@@ -69,7 +70,15 @@ class LaneArena:
         if latents is None:
             for slot, seed in enumerate(seeds):
                 self._device.initial_noise(self.latents, slot, seed, scale)
-        else:
+        elif isinstance(latents, np.ndarray):
             state = np.zeros(self.latents.shape, np.float32)
-            state[:count] = latents
+            np.multiply(latents, np.float32(scale), out=state[: len(latents)])
             self._device.upload(self.latents, state)
+        else:
+            for slot, seed in enumerate(seeds[latents.shape[0] :], latents.shape[0]):  # spare lanes: anything finite
+                self._device.initial_noise(self.latents, slot, seed, scale)
+            self._device.scaled_copy(self.first(latents.shape[0]), latents, scale)
+
+    def first(self, count: int) -> Buffer:
+        """The latents of the first ``count`` slots, float32 ``[count,C,H,W]``."""
+        return self._device.view(self.latents, 0, (count, *self.latent_shape), "float32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,6 +14,7 @@ from tstitch_engines.device import Device, open_device
 from tstitch_engines.errors import BadEngine, BadInput
 from tstitch_engines.identity import check_identity, model_digest
 from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord
+from tstitch_trt.graphs import GraphMode, check_mode
 from tstitch_trt.runtime import Runtime
 
 __all__ = ["load"]
@@ -26,12 +27,19 @@ def load(
     backend: str | None = None,
     threads: int = 0,
     verify: Literal["full", "size"] = "full",
+    graph: GraphMode = "step",
+    stream: Any = None,
 ) -> Runtime:
     """Loads all members of a bundle and returns the runtime that samples from them.
 
     ``device``: ``cpu``, ``cuda`` or ``cuda:N`` (CUDA: not run on a GPU). ``backend``: one the bundle has engines of;
     by default the first it was built for. ``threads``: CPU threads of the engines, 0 for all cores. ``verify``:
     ``full`` checks every file's sha256, ``size`` only sizes.
+
+    ``graph`` (CUDA): ``step`` records each kind of step once and replays it, ``segment`` replays all equal steps in a
+    row with one launch, ``off`` runs call by call. ``stream`` (CUDA): a stream to work on, an object with
+    ``__cuda_stream__`` or an integer handle, not a default stream; its owner keeps it alive. ``sample`` returns when
+    its work is done either way.
 
     Raises ``BadBundle`` for a damaged bundle, ``BadEngine`` for engines that don't fit this machine (naming each
     field that differs and the command that rebuilds them), ``Unavailable`` for a missing library or device.
@@ -40,7 +48,8 @@ def load(
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     started = perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify)
-    place = open_device(device)
+    check_mode(graph)
+    place = open_device(device, stream=stream)
     name = backend or _default_backend(opened)
     library = open_backend(name)
     engines: dict[str, Engine] = {}
@@ -51,7 +60,7 @@ def load(
         for engine in engines.values():
             engine.close()
         raise
-    return Runtime(opened, place, name, engines, 1e3 * (perf_counter() - started))
+    return Runtime(opened, place, name, engines, 1e3 * (perf_counter() - started), graph=graph)
 
 
 def _default_backend(bundle: Bundle) -> str:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.device import Buffer
 from tstitch_engines.errors import BadInput, NotFinite
 from tstitch_engines.manifest import Manifest
 from tstitch_engines.rows import ROW
 from tstitch_trt.plan import Plan
 
-__all__ = ["Request"]
+__all__ = ["Request", "host_array"]
 
 _SEED_LIMIT = 2**64
 
 
 @dataclass(frozen=True)
 class Request:
-    """``labels`` and ``seeds`` have one entry per image; ``latents`` float32 ``[N,C,H,W]`` or ``None``."""
+    """``labels`` and ``seeds`` have one entry per image; ``latents`` float32 ``[N,C,H,W]``, a device buffer or none."""
 
     labels: tuple[int, ...]
     seeds: tuple[int, ...]
-    latents: NDArray[np.float32] | None
+    latents: NDArray[np.float32] | Buffer | None
     start: int
 
     @property
@@ -39,7 +41,7 @@ class Request:
         n: int | None,
         seed: int,
         seeds: Sequence[int] | None,
-        latents: NDArray[np.float32] | None,
+        latents: NDArray[np.generic] | Buffer | None,
         start: int,
     ) -> Request:
         """Raises ``BadInput`` for anything that does not fit together."""
@@ -48,7 +50,7 @@ class Request:
         counts = {
             "n": n,
             "seeds": None if seeds is None else len(seeds),
-            "latents": None if latents is None else len(latents),
+            "latents": None if latents is None or not latents.shape else latents.shape[0],
         }
         given = {name: count for name, count in counts.items() if count is not None}
         count = next(iter(given.values()), 1 if labels is None else len(wanted))
@@ -77,7 +79,7 @@ class Request:
         return Request(
             tuple(int(wanted[i % len(wanted)]) for i in range(count)),
             tuple(int(value) for value in chosen),
-            None if latents is None else _check_latents(manifest, np.asarray(latents)),
+            None if latents is None else _check_latents(manifest, latents),
             start,
         )
 
@@ -102,14 +104,33 @@ class Request:
             )
 
 
-def _check_latents(manifest: Manifest, latents: NDArray[np.generic]) -> NDArray[np.float32]:
+def host_array(array: Any) -> NDArray[np.generic]:
+    """``array`` as a numpy array, without a copy where it can be. Raises ``BadInput``."""
+    try:
+        if hasattr(array, "__dlpack__") and not isinstance(array, (np.ndarray, np.generic)):
+            viewed: NDArray[np.generic] = np.from_dlpack(array)
+            return viewed
+        return np.asarray(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"a {type(array).__name__} can't be read as latents: {error}",
+            hint="pass float32 [N,C,H,W]: a numpy array, or in torch tensor.detach()",
+        ) from error
+
+
+def _check_latents(manifest: Manifest, latents: NDArray[np.generic] | Buffer) -> NDArray[np.float32] | Buffer:
+    """What lies on the device is not looked into: the steps find what is not finite."""
     latent = manifest.latent
     want = (latent.channels, latent.height, latent.width)
-    if latents.ndim != 4 or latents.shape[1:] != want or not np.issubdtype(latents.dtype, np.floating):
+    on_host = isinstance(latents, np.ndarray)
+    number = np.issubdtype(latents.dtype, np.floating) if on_host else latents.dtype == "float32"
+    if len(latents.shape) != 4 or latents.shape[1:] != want or not number:
         raise BadInput(
             f"latents are {latents.dtype}{list(latents.shape)}; needed is float32[N, {', '.join(map(str, want))}]",
             hint="give one [C,H,W] array of standard normal noise per image",
         )
+    if not isinstance(latents, np.ndarray):
+        return latents
     checked = np.ascontiguousarray(latents, np.float32)
     if not np.isfinite(checked).all():
         bad = int(np.flatnonzero(~np.isfinite(checked).reshape(len(checked), -1).all(axis=1))[0])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.errors import BadInput
 from tstitch_trt.plan import Plan
 from tstitch_trt.schedule import Schedule
 
-__all__ = ["Result", "SegmentTiming", "StepEvent"]
+__all__ = ["Decode", "Result", "SegmentTiming", "StepEvent"]
+
+Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class StepEvent:
     timestep: float
     _latents: Callable[[], NDArray[np.float32]]
     _estimate: Callable[[], NDArray[np.float32]]
-    _decode: Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+    _decode: Decode
 
     def latents(self) -> NDArray[np.float32]:
         """The state after this step, float32 ``[B,C,H,W]`` of this chunk. Waits for the device."""
@@ -52,17 +56,39 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class Result:
-    """``images`` uint8 ``[N,H,W,C]`` (``None`` when not decoded), ``latents`` float32 ``[N,C,H,W]``.
+    """``images`` uint8 ``[N,H,W,C]``, ``None`` when not decoded.
 
     ``total_ms`` is the time of the trajectories alone, without decoding: the sum of ``timings``.
     """
 
     images: NDArray[np.uint8] | None
-    latents: NDArray[np.float32]
+    _latents: NDArray[np.float32] | None
     seeds: tuple[int, ...]
     labels: tuple[int, ...]
     plan: Plan
     timings: tuple[SegmentTiming, ...]
+    _device_latents: Any = None
+
+    @property
+    def latents(self) -> NDArray[np.float32]:
+        """float32 ``[N,C,H,W]``. Raises ``BadInput`` when they were left on the device."""
+        if self._latents is None:
+            raise BadInput(
+                "these latents were left on the device (output='device')",
+                hint="use result.device_latents, or sample with output='host'",
+            )
+        return self._latents
+
+    @property
+    def device_latents(self) -> Any:
+        """float32 ``[N,C,H,W]`` on the runtime's device, with ``__dlpack__`` (a numpy array on cpu).
+
+        On CUDA with ``__cuda_array_interface__`` too. It is the runtime's own memory and complete, no stream has to be
+        waited for; the next call of the runtime overwrites it. Raises ``BadInput`` without ``output='device'``.
+        """
+        if self._device_latents is None:
+            raise BadInput("these latents are on the host", hint="sample with output='device', or use result.latents")
+        return self._device_latents
 
     @property
     def schedule(self) -> Schedule:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Device
-from tstitch_engines.errors import BadInput, Cancelled, NotFinite, OutOfProfile, Unavailable
+from tstitch_engines.device import Buffer, Device
+from tstitch_engines.errors import BadInput, Cancelled, Unavailable, unknown_name
 from tstitch_engines.manifest import Manifest
-from tstitch_engines.rows import FLAG_STORE, ROW
+from tstitch_trt.chunks import UnderWay, Walk
+from tstitch_trt.graphs import GraphMode
 from tstitch_trt.plan import Plan, make_plan
-from tstitch_trt.request import Request
+from tstitch_trt.request import Request, host_array
 from tstitch_trt.result import Result, SegmentTiming, StepEvent
 from tstitch_trt.stepper import Stepper
 
 __all__ = ["Runtime"]
 
 Callback = Callable[[StepEvent], object]
+Output = Literal["host", "device"]
+OUTPUTS: Final = ("host", "device")
 
 
 class Runtime:
@@ -34,13 +37,21 @@ class Runtime:
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device, backend_name: str, engines: Mapping[str, Engine], load_ms: float
+        self,
+        bundle: Bundle,
+        device: Device,
+        backend_name: str,
+        engines: Mapping[str, Engine],
+        load_ms: float,
+        *,
+        graph: GraphMode = "step",
     ) -> None:
         self.bundle = bundle
         self.device = device
         self.backend_name = backend_name
         self.load_ms = load_ms
-        self._stepper = Stepper(bundle.manifest, device, engines)
+        self._stepper = Stepper(bundle.manifest, device, engines, graph)
+        self._results: Buffer | None = None
         self._busy = threading.Lock()
 
     # --- what it is
@@ -60,12 +71,17 @@ class Runtime:
         return self._stepper.members
 
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose that the runtime itself holds on the device (an engine's own memory is the backend's)."""
-        return {"arena": self._stepper.arena.nbytes, "engine io": self._stepper.io_bytes()}
+        """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations`` and ``results``.
+
+        ``activations`` are those that the engines plan themselves (TensorRT: one block for all members). What a
+        library allocates on its own, and the weights, are not in it.
+        """
+        return {**self._stepper.memory(), "results": 0 if self._results is None else self._results.nbytes}
 
     def close(self) -> None:
-        """Releases the engines. The runtime can't be used afterwards."""
+        """Releases graphs and engines. The runtime can't be used afterwards."""
         self._stepper.close()
+        self._results = None
 
     def __enter__(self) -> Self:
         return self
@@ -88,28 +104,40 @@ class Runtime:
         n: int | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
-        latents: NDArray[np.float32] | None = None,
+        latents: Any = None,
         start_step: int = 0,
         callback: Callback | None = None,
-        decode: bool = True,
+        decode: bool | None = None,
+        output: Output = "host",
         **settings: Any,
     ) -> Result:
         """Draws images.
 
         ``labels``: class of each image (cycled up to ``n``; ``None`` cycles through all classes). ``seeds``: one per
         image; otherwise image i has ``seed + i``. ``latents``: unit Gaussian noise float32 ``[N,C,H,W]`` to start
-        from in place of the seeds' own; with ``start_step`` k > 0 they are the state before step k instead.
+        from in place of the seeds' own; with ``start_step`` k > 0 they are the state before step k instead. They may
+        be anything with ``__dlpack__`` or ``__cuda_array_interface__``, such as a torch tensor: on this runtime's GPU
+        they are read where they lie (a NaN in them is then found after the first step).
         ``callback`` gets a ``StepEvent`` after each step and cancels by returning ``False``. ``settings`` are the
         keywords of ``tstitch_trt.plan.make_plan``: steps, solver, schedule, fraction, guidance...
+
+        ``decode``: whether to make pictures; by default where the bundle has a decoder. ``output="device"`` leaves the
+        latents on the device, as ``Result.device_latents``, and makes no pictures.
 
         Images larger in number than the engines' batch profile run in chunks. Raises ``BadInput`` and its kinds for a
         request that can't be right, ``NotFinite`` with step and member, ``Cancelled``.
         """
-        walk = self._walk(
-            Request.make(self.manifest, labels=labels, n=n, seed=seed, seeds=seeds, latents=latents, start=start_step),
+        walk = self._start(
             self.plan(**settings),
             decode=decode,
+            output=output,
             events=callback is not None,
+            labels=labels,
+            n=n,
+            seed=seed,
+            seeds=seeds,
+            latents=latents,
+            start=start_step,
         )
         while True:
             try:
@@ -131,122 +159,109 @@ class Runtime:
         n: int | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
-        latents: NDArray[np.float32] | None = None,
+        latents: Any = None,
         start_step: int = 0,
-        decode: bool = True,
+        decode: bool | None = None,
+        output: Output = "host",
         **settings: Any,
     ) -> Generator[StepEvent, None, Result]:
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel."""
-        request = Request.make(
-            self.manifest, labels=labels, n=n, seed=seed, seeds=seeds, latents=latents, start=start_step
+        return self._start(
+            self.plan(**settings),
+            decode=decode,
+            output=output,
+            events=True,
+            labels=labels,
+            n=n,
+            seed=seed,
+            seeds=seeds,
+            latents=latents,
+            start=start_step,
         )
-        return self._walk(request, self.plan(**settings), decode=decode, events=True)
 
-    def _walk(self, request: Request, plan: Plan, *, decode: bool, events: bool) -> Generator[StepEvent, None, Result]:
+    def _start(
+        self, plan: Plan, *, decode: bool | None, output: Output, events: bool, latents: Any, **wanted: Any
+    ) -> Generator[StepEvent, None, Result]:
+        if output not in OUTPUTS:
+            raise unknown_name("output", output, OUTPUTS)
+        if decode and output == "device":
+            raise BadInput(
+                "decode=True with output='device': pictures are made on the host",
+                hint="leave out one of the two; runtime.decode(latents) makes pictures of host latents",
+            )
+        if latents is not None:
+            self.device.activate()
+            borrowed = self.device.borrow(latents)
+            latents = host_array(latents) if borrowed is None else borrowed
+        request = Request.make(self.manifest, latents=latents, **wanted)
+        if decode is None:
+            decode = self.manifest.decoder.kind != "none" and output == "host"
+        return self._walk(request, plan, decode=decode, events=events, output=output)
+
+    def _walk(
+        self, request: Request, plan: Plan, *, decode: bool, events: bool, output: Output
+    ) -> Generator[StepEvent, None, Result]:
         request.check_start(plan)
-        lanes_limit = self._lanes_limit(plan)
+        walk = Walk(self._stepper, self.device, request, plan, decode=self.decode, events=events)
         if not self._busy.acquire(blocking=False):
             raise BadInput(
                 "this runtime is already sampling",
                 hint="wait for the running request, close its iterator, or load one runtime per thread",
             )
         try:
-            rows = plan.rows.astype(np.float32)
-            if events:  # previews read every step's estimate
-                rows[:, ROW["FLAGS"]] = (rows[:, ROW["FLAGS"]].astype(np.int64) | FLAG_STORE).astype(np.float32)
-            chunks = [slice(i, min(i + lanes_limit, request.n)) for i in range(0, request.n, lanes_limit)]
-            latents = np.empty((request.n, *self._stepper.arena.latent_shape), np.float32)
-            timings: list[SegmentTiming] = []
-            for index, chunk in enumerate(chunks):
-                times = yield from self._chunk(request, plan, rows, chunk, index, len(chunks), events)
-                latents[chunk] = self.device.download(self._stepper.arena.latents)[: chunk.stop - chunk.start]
-                before = timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]
-                timings = [SegmentTiming(a.member, a.steps, a.ms + b.ms) for a, b in zip(before, times, strict=True)]
-            images = self.decode(latents) if decode and self.manifest.decoder.kind != "none" else None
-            return Result(images, latents, request.seeds, request.labels, plan, tuple(timings))
+            self.device.activate()
+            return (yield from self._chunks(walk, request, plan, decode=decode, output=output))
         finally:
             self._busy.release()
 
-    def _chunk(
-        self,
-        request: Request,
-        plan: Plan,
-        rows: NDArray[np.float32],
-        chunk: slice,
-        index: int,
-        chunks: int,
-        events: bool,
-    ) -> Generator[StepEvent, None, list[SegmentTiming]]:
-        count = chunk.stop - chunk.start
-        lanes = self._padded(count, plan)
-        pad = [0] * (lanes - count)
-        labels = [*request.labels[chunk], *pad]
-        state = None if request.latents is None else request.latents[chunk]
-        if state is not None:
-            state = np.concatenate([state, np.zeros((len(pad), *state.shape[1:]), np.float32)])
-            if request.start == 0:
-                state = state * np.float32(plan.init_scale)
-        self._stepper.arena.start(
-            rows, [*request.seeds[chunk], *pad], step=request.start, scale=plan.init_scale, latents=state
+    def _chunks(
+        self, walk: Walk, request: Request, plan: Plan, *, decode: bool, output: Output
+    ) -> Generator[StepEvent, None, Result]:
+        """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
+        shape = (request.n, *self._stepper.arena.latent_shape)
+        kept = self._result_buffer(shape) if output == "device" else None
+        latents = np.empty(shape if kept is None else (0,), np.float32)
+        images: list[NDArray[np.uint8]] = []
+        timings: list[SegmentTiming] = []
+
+        def collect(done: UnderWay) -> None:
+            part, times = walk.collect(done)
+            before = timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]
+            timings[:] = [SegmentTiming(a.member, a.steps, a.ms + b.ms) for a, b in zip(before, times, strict=True)]
+            if part is not None:
+                latents[done.chunk.start : done.chunk.stop] = part
+                if decode:
+                    images.append(self.decode(part))
+
+        before: UnderWay | None = None
+        for chunk in walk.chunks():
+            keep = None
+            if kept is not None:
+                offset = chunk.start * kept.nbytes // request.n
+                keep = self.device.view(kept, offset, (chunk.count, *shape[1:]), "float32")
+            under_way = yield from walk.run(chunk, keep)
+            if before is not None:
+                collect(before)
+            before = under_way
+        assert before is not None, "a request has at least one image"
+        collect(before)
+        return Result(
+            np.concatenate(images) if images else None,
+            latents if kept is None else None,
+            request.seeds,
+            request.labels,
+            plan,
+            tuple(timings),
+            None if kept is None else self.device.share(kept),
         )
-        for name in dict.fromkeys(plan.schedule.names[request.start :]):
-            for guided in {g for n, g in zip(plan.schedule.names, plan.guided, strict=True) if n == name}:
-                self._stepper.condition(name, lanes, guided, labels)
-        fault = self._stepper.host_fault
-        watch = self.device.stopwatch()
-        segments: list[tuple[str, int]] = []
-        for segment in plan.schedule.segments:
-            if segment.stop <= request.start:
-                continue
-            watch.mark()
-            segments.append((segment.name, segment.stop - max(segment.start, request.start)))
-            for step in range(max(segment.start, request.start), segment.stop):
-                self._stepper.step(segment.name, lanes, guided=plan.guided[step], rescale=plan.rescale)
-                if fault is not None and (fault[:count] >= 0).any():
-                    self._raise_fault(fault, count, request.seeds[chunk], plan)
-                if events:
-                    yield self._event(plan, step, index, chunks, segment.name, count)
-        watch.mark()
-        times = watch.milliseconds()
-        if fault is None:
-            self._raise_fault(self.device.download(self._stepper.arena.fault), count, request.seeds[chunk], plan)
-        return [SegmentTiming(name, steps, ms) for (name, steps), ms in zip(segments, times, strict=True)]
 
-    # --- limits and errors
-
-    def _lanes_limit(self, plan: Plan) -> int:
-        if not any(plan.guided):
-            return self.batch_limit
-        if self.batch_limit < 2:
-            raise OutOfProfile(
-                f"guidance runs two halves per image, and the engines' largest batch is {self.batch_limit}",
-                hint="pass guidance=1 (--guidance 1), or build again with --batch 1:8:16",
-            )
-        return self.batch_limit // 2
-
-    def _padded(self, count: int, plan: Plan) -> int:
-        """Lanes to run for ``count`` images: more than ``count`` where the profile's smallest batch asks for it."""
-        floor = self._stepper.batch_floor if not all(plan.guided) else -(-self._stepper.batch_floor // 2)
-        if floor > self._lanes_limit(plan):
-            raise OutOfProfile(
-                f"the engines' batch profile {self._stepper.batch_floor}..{self.batch_limit} has no room for both "
-                "guided and unguided steps",
-                hint="build again with --batch 1:8:16",
-            )
-        return max(count, floor)
-
-    def _raise_fault(self, fault: NDArray[np.int32], count: int, seeds: Sequence[int], plan: Plan) -> None:
-        bad = [lane for lane in range(count) if fault[lane] >= 0]
-        if not bad:
-            return
-        step = int(fault[bad[0]])
-        name = plan.schedule.names[step]
-        raise NotFinite(
-            f"NaN or infinity in the latents after step {step + 1} of {len(plan.schedule)}, made by member {name!r} "
-            f"(timestep {plan.table.t[step]:g}, seed {seeds[bad[0]]}; {len(bad)} of {count} lanes)",
-            hint=f"if {name!r} is an fp16 engine, build it with --precision {name}=fp32 or bf16; "
-            "otherwise check its checkpoint and parametrisation with: tstitch-trt inspect BUNDLE",
-        )
+    def _result_buffer(self, shape: tuple[int, ...]) -> Buffer:
+        """Where results stay on the device; the same memory from call to call while it suffices."""
+        nbytes = 4 * int(np.prod(shape))
+        if self._results is None or self._results.nbytes < nbytes:
+            self._results = None  # free the old one first
+            self._results = self.device.empty((nbytes,), "uint8")
+        return self.device.view(self._results, 0, shape, "float32")
 
     # --- pictures
 
@@ -261,20 +276,6 @@ class Runtime:
         pictures = (latents / latent.scaling + latent.shift).transpose(0, 2, 3, 1)
         out: NDArray[np.uint8] = np.clip(np.rint((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
         return out
-
-    def _event(self, plan: Plan, step: int, index: int, chunks: int, name: str, count: int) -> StepEvent:
-        arena, device = self._stepper.arena, self.device
-
-        def latents() -> NDArray[np.float32]:
-            out: NDArray[np.float32] = device.download(arena.latents)[:count]
-            return out
-
-        def estimate() -> NDArray[np.float32]:
-            out: NDArray[np.float32] = device.download(arena.history)[step % 2, :count]
-            return out
-
-        time = float(plan.table.t[step])
-        return StepEvent(step + 1, len(plan.schedule), index + 1, chunks, name, time, latents, estimate, self.decode)
 
     # --- measurement
 

@@ -1,8 +1,8 @@
-"""One step of any member over the arena: everything a captured step would touch is owned here."""
+"""One step of any member over the arena: everything a captured step touches is owned here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from tstitch_engines.device import Buffer, Device
 from tstitch_engines.errors import OutOfProfile
-from tstitch_engines.manifest import Manifest, Member
-from tstitch_engines.spec import storage_dtype
+from tstitch_engines.manifest import Manifest
+from tstitch_engines.slab import Slab
+from tstitch_engines.spec import Range, ShapeProfile, TensorSpec, storage_dtype
+from tstitch_trt.graphs import GraphMode, Kind, StepGraphs
 from tstitch_trt.lanes import LaneArena
 
 if TYPE_CHECKING:
@@ -34,9 +36,16 @@ class _Bound:
 
 
 class Stepper:
-    """Loaded engines, the arena and the engines' buffers. Batches, seeds and schedules are its caller's concern."""
+    """Loaded engines, the arena and the engines' buffers. Batches, seeds and schedules are its caller's concern.
 
-    def __init__(self, manifest: Manifest, device: Device, engines: Mapping[str, Engine]) -> None:
+    All inputs and outputs of all engines are slices of one block, each sized for the largest batch; members with equal
+    tensors share a slice, since only one member runs at a time. A smaller batch is the start of the slice, so every
+    address is fixed. In the labels' slice the unguided batch is thereby the first half of the guided one.
+    """
+
+    def __init__(
+        self, manifest: Manifest, device: Device, engines: Mapping[str, Engine], graph: GraphMode = "step"
+    ) -> None:
         self._manifest = manifest
         self._device = device
         self._engines = dict(engines)
@@ -48,6 +57,8 @@ class Stepper:
                 f"the members' batch profiles {[str(limit) for limit in limits]} have no size in common",
                 hint="build all members with one --batch MIN:OPT:MAX",
             )
+        self._limits = ShapeProfile({"B": Range(self.batch_floor, self.batch_limit, self.batch_limit)})
+        self._tuned = {limit.opt for limit in limits}
         latent = manifest.latent
         self.arena = LaneArena(
             device,
@@ -57,73 +68,129 @@ class Stepper:
         )
         # Where the arena is host memory a fault is seen at once; elsewhere reading it would wait for the device.
         self.host_fault: NDArray[np.int32] | None = getattr(self.arena.fault, "array", None)
-        self._buffers: dict[tuple[str, str, tuple[int, ...]], Buffer] = {}
+        largest = {"B": self.batch_limit}
+        specs = [spec for member in manifest.members.values() for spec in (*member.inputs, *member.outputs)]
+        self._io = Slab(
+            device, {"active": 4 * self.batch_limit, **{_slice(spec): spec.nbytes(largest) for spec in specs}}
+        )
+        self._device.upload(
+            self._io.view("active", (self.batch_limit,), "int32"), np.arange(self.batch_limit, dtype=np.int32)
+        )
         self._bound: dict[tuple[str, int, bool], _Bound] = {}
         self._holds: dict[str, _Bound] = {}  # what each engine was bound to last
+        self._graphs = StepGraphs(device, self.arena, graph)
 
     @property
     def members(self) -> tuple[str, ...]:
         return tuple(self._engines)
 
-    def io_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+    @property
+    def graph_mode(self) -> GraphMode:
+        """``off`` on a device without graphs."""
+        return self._graphs.mode
 
-    def step(self, name: str, lanes: int, *, guided: bool, rescale: bool) -> None:
-        """``prepare -> engine -> advance`` for the first ``lanes`` slots. Once bound: no wait, allocation or copy."""
-        bound = self.bind(name, lanes, guided)
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose. ``activations``: the scratch that the engines plan themselves, shared blocks once."""
+        scratch: dict[int, int] = {}
+        for engine in self._engines.values():
+            scratch |= engine.scratch()
+        return {"arena": self.arena.nbytes, "engine io": self._io.nbytes, "activations": sum(scratch.values())}
+
+    def lanes_for(self, count: int, limit: int, *, guided: bool) -> int:
+        """How many lanes run for ``count`` of at most ``limit``.
+
+        Without graphs just those. With graphs one of a few sizes, so that graphs stay few: a power of two, what the
+        engines are tuned for, or ``limit``. Nothing reads a spare lane.
+        """
+        if self._graphs.mode == "off":
+            return count
+        sizes = {limit, *(tuned // (2 if guided else 1) for tuned in self._tuned), *(1 << i for i in range(31))}
+        return min(size for size in sizes if count <= size <= limit)
+
+    # --- stepping
+
+    def ready(self, kinds: Iterable[Kind]) -> None:
+        """Records the steps of these kinds that were not recorded before, which overwrites lanes and labels."""
+        for kind in kinds:
+            self._graphs.record(
+                kind,
+                self._engines[kind.member],
+                lambda kind=kind: self._run(kind),  # type: ignore[misc]
+                lambda labels, kind=kind: self.condition([kind.member], labels, guided=kind.guided),  # type: ignore[misc]
+                self._manifest.conditioning.classes,
+            )
+
+    def step(self, kind: Kind) -> None:
+        """``prepare -> engine -> advance`` for the first slots. Once bound: no wait, allocation or copy."""
+        graph = self._graphs.step(kind)
+        if graph is None:
+            self._run(kind)
+        else:
+            graph.launch()
+
+    def steps(self, kind: Kind, count: int) -> None:
+        """``count`` equal steps, in one launch where the graph mode is ``segment``."""
+        graph = self._graphs.segment(kind, count, lambda: self._run(kind))
+        if graph is not None:
+            graph.launch()
+            return
+        for _ in range(count):
+            self.step(kind)
+
+    def _run(self, kind: Kind) -> None:
+        bound = self.bind(kind.member, kind.lanes, kind.guided)
         kernels = self.arena.kernels
-        kernels.prepare(bound.active, bound.sample, bound.timestep, guided=guided)
-        self._engines[name].enqueue()
-        kernels.advance(bound.active, bound.model_output, guided=guided, rescale=rescale)
+        kernels.prepare(bound.active, bound.sample, bound.timestep, guided=kind.guided)
+        self._engines[kind.member].enqueue()
+        kernels.advance(bound.active, bound.model_output, guided=kind.guided, rescale=kind.rescale)
 
     def bind(self, name: str, lanes: int, guided: bool) -> _Bound:
-        """Gives the engine its buffers for this batch, allocating them the first time."""
-        bound = self._bound.get((name, lanes, guided))
-        if bound is None:
-            bound = self._bound[name, lanes, guided] = self._allocate(self._manifest.members[name], lanes, guided)
+        """Gives the engine its buffers for this batch."""
+        bound = self._buffers(name, lanes, guided)
         if self._holds.get(name) is not bound:
             self._engines[name].bind(bound.all, batch=lanes * (2 if guided else 1))
             self._holds[name] = bound
         return bound
 
-    def _allocate(self, member: Member, lanes: int, guided: bool) -> _Bound:
-        sizes = {"B": lanes * (2 if guided else 1)}
-        buffers = {
-            spec.name: self._buffer(spec.name, spec.dtype, spec.resolve(sizes))
-            for spec in (*member.inputs, *member.outputs)
-        }
-        known = ("active", "int32", (lanes,)) in self._buffers
-        active = self._buffer("active", "int32", (lanes,))
-        if not known:
-            self._device.upload(active, np.arange(lanes, dtype=np.int32))
-        return _Bound(active, buffers["sample"], buffers["timestep"], buffers["model_output"], buffers)
+    def _buffers(self, name: str, lanes: int, guided: bool) -> _Bound:
+        bound = self._bound.get((name, lanes, guided))
+        if bound is None:
+            member, sizes = self._manifest.members[name], {"B": lanes * (2 if guided else 1)}
+            self._limits.check(sizes, what="engine batch")
+            buffers = {
+                spec.name: self._io.view(_slice(spec), spec.resolve(sizes), spec.dtype)
+                for spec in (*member.inputs, *member.outputs)
+            }
+            active = self._io.view("active", (lanes,), "int32")
+            bound = _Bound(active, buffers["sample"], buffers["timestep"], buffers["model_output"], buffers)
+            self._bound[name, lanes, guided] = bound
+        return bound
 
-    def _buffer(self, name: str, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        """Members with equal tensors share them: only one member runs at a time."""
-        key = (name, dtype, shape)
-        if key not in self._buffers:
-            self._buffers[key] = self._device.empty(shape, dtype)
-        return self._buffers[key]
-
-    def condition(self, name: str, lanes: int, guided: bool, labels: Sequence[int]) -> None:
-        """Writes ``labels`` (one per lane), and the null class for the unconditional half."""
+    def condition(self, names: Iterable[str], labels: Sequence[int], *, guided: bool) -> None:
+        """Writes ``labels`` (one per lane) for these members, and the null class for the unconditional half."""
         values = list(labels)
         if guided:
             null = self._manifest.conditioning.null
             assert null is not None, "make_plan refuses guidance without a null class"
-            values += [null] * lanes
-        self._device.upload(self.bind(name, lanes, guided).all["labels"], np.array(values, np.int64))
+            values += [null] * len(labels)
+        buffers = [self._buffers(name, len(labels), guided).all["labels"] for name in names]
+        for buffer in {buffer.ptr: buffer for buffer in buffers}.values():
+            self._device.upload(buffer, np.array(values, np.int64))
 
     def close(self) -> None:
+        self._device.activate()
+        self._device.synchronize()
+        self._graphs.close()
         for engine in self._engines.values():
             engine.close()
-        self._engines, self._bound, self._holds, self._buffers = {}, {}, {}, {}
+        self._engines, self._bound, self._holds = {}, {}, {}
 
     # --- measurement: both overwrite what the buffers hold
 
     def time_engine(self, name: str, lanes: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls, each waited for."""
-        self.condition(name, lanes, guided, [0] * lanes)
+        self.condition([name], [0] * lanes, guided=guided)
+        self.bind(name, lanes, guided)
         engine = self._engines[name]
         for _ in range(warmup):
             engine.enqueue()
@@ -159,3 +226,8 @@ class Stepper:
             if index >= warmup:
                 times.append(1e3 * (perf_counter() - start))
         return times
+
+
+def _slice(spec: TensorSpec) -> str:
+    """Which slice a tensor lives in: tensors that differ in nothing but their member share one."""
+    return f"{spec.name} {spec.dtype}{list(spec.shape[1:])}"

@@ -261,3 +261,10 @@ extern "C" __global__ void initial_noise(float* latent, unsigned long long seed,
     for (float& value : z) value *= scale;
     store4(latent + element, elements % 4 == 0, elements - element, z);
 }
+
+// Latents that someone else holds on the device, into the arena: target = scale * source. One element per thread, since
+// a foreign address need not be a multiple of 16.
+extern "C" __global__ void scaled_copy(float* target, const float* source, float scale, unsigned long long elements) {
+    const unsigned long long element = blockIdx.x * static_cast<unsigned long long>(blockDim.x) + threadIdx.x;
+    if (element < elements) target[element] = scale * source[element];
+}

@@ -1,52 +1,54 @@
-"""The CUDA device through cuda.core: memory, one stream, copies, events. No torch.
+"""The CUDA device through cuda.core: memory, streams, copies, events, graphs. No torch.
 
-Not run on a GPU: written on a machine that has none. What is tested is that each lack is named (no cuda-core, no
-driver, no such device, a build without CUDA kernels) and that the kernels compile.
+Not run on a GPU: written on a machine that has none. Tests without one name each lack (no cuda-core, no driver, no
+such device, a build without CUDA kernels), and run this file over a stand-in for CUDA that keeps streams, events and
+recordings in host memory (``tests/cuda_stand_in``).
 
-Ownership: a ``CudaDevice`` owns its stream; a ``CudaBuffer`` owns its memory, which is freed in stream order when it is
-dropped. A CUDA graph or an engine that knows a buffer's address does not keep it alive: its owner must. The device's
-primary context is current on the thread that made the ``CudaDevice``; another thread that uses it calls
-``make_current`` once first.
+Ownership: a ``CudaDevice`` owns its streams; a buffer from ``empty`` owns its memory, which is freed in stream order
+when it and all views of it are dropped. A CUDA graph or an engine that knows a buffer's address does not keep it alive:
+its owner must. The device's primary context is current on the thread that made the ``CudaDevice``; another thread that
+uses it calls ``activate`` once first. One thread at a time.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer, Stopwatch
+from tstitch_engines.cuda_graph import CudaGraph, capture
+from tstitch_engines.cuda_interop import CudaArray, borrow, foreign_stream
+from tstitch_engines.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
+from tstitch_engines.device import ALIGNMENT, Buffer, Stopwatch
 from tstitch_engines.errors import BadInput, FailedWork, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
 
-__all__ = ["CudaBuffer", "CudaDevice", "compute_capability", "cuda_bindings"]
+__all__ = ["CudaDevice", "compute_capability", "cuda_bindings"]
 
-OLDEST_ARCH = (7, 5)  # engines/src/cuda.cmake compiles for nothing older
-
-
-class CudaBuffer:
-    """Device memory, 256-byte aligned; freed in the order of the device's stream."""
-
-    def __init__(self, memory: Any, shape: tuple[int, ...], dtype: str) -> None:
-        self._memory = memory
-        self.ptr = int(memory.handle)
-        self.shape = shape
-        self.dtype = dtype
-        self.nbytes = math.prod(shape) * itemsize(dtype)
-        assert self.ptr % 256 == 0, "CUDA's allocators align to 256 bytes"
+OLDEST_ARCH: Final = (7, 5)  # engines/src/cuda.cmake compiles for nothing older
+BESIDE: Final = 1 << 16  # bytes from which on an upload is worth two events to keep it out of the work's way
 
 
 class CudaDevice:
-    """GPU ``index``. Raises ``Unavailable`` when it, its driver or cuda-core is missing."""
+    """GPU ``index``. Raises ``Unavailable`` when it, its driver or cuda-core is missing.
 
-    def __init__(self, index: int = 0) -> None:
+    ``stream``: see ``open_device``. All work runs on that stream; a second one carries copies between host and device
+    that need not hold it up. Events order the two.
+    """
+
+    graphs = True
+
+    def __init__(self, index: int = 0, *, stream: Any = None) -> None:
         runtime = cuda_bindings(index)
         from cuda.core import Device, LegacyPinnedMemoryResource, StreamOptions
 
         self.name = f"cuda:{index}"
+        self.index = index
+        self.calls: Counter[str] = Counter()
         self._runtime = runtime
         self._device = Device(index)
         self._device.set_current()  # the primary context: the one that TensorRT, ONNX Runtime and torch use
@@ -58,8 +60,16 @@ class CudaDevice:
                 hint="use another GPU (--device cuda:N) or --device cpu",
             )
         # Non-blocking: work that some library puts on the legacy default stream can't stall a step.
-        self._stream = self._device.create_stream(options=StreamOptions(nonblocking=True))
-        self._staging = _Staging(LegacyPinnedMemoryResource(), self._stream)
+        options = StreamOptions(nonblocking=True)
+        self._stream = (
+            self._device.create_stream(options=options)
+            if stream is None
+            else self._device.create_stream(obj=foreign_stream(stream))
+        )
+        self._side = self._device.create_stream(options=options)
+        resource = LegacyPinnedMemoryResource()
+        self._pinned = Blocks(lambda nbytes: resource.allocate(nbytes, stream=self._stream))
+        self._bounces = Blocks(lambda nbytes: self._allocate(nbytes, "a block to copy through", self._side))
         self._module: Any = None
 
     @property
@@ -72,26 +82,41 @@ class CudaDevice:
         """The ``cuda.core.Stream`` of ``stream_handle``."""
         return self._stream
 
-    def make_current(self) -> None:
+    def activate(self) -> None:
         """Makes the device's context current on the calling thread."""
         self._device.set_current()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         """See ``Device``. Raises ``FailedWork`` when the GPU's memory does not suffice."""
-        nbytes = math.prod(shape) * itemsize(dtype)
+        memory = self._allocate(math.prod(shape) * itemsize(dtype), f"{dtype}{list(shape)}", self._stream)
+        buffer = CudaBuffer(memory, int(memory.handle), shape, dtype)
+        assert buffer.ptr % ALIGNMENT == 0, "CUDA's allocators align to 256 bytes"
+        return buffer
+
+    def _allocate(self, nbytes: int, what: str, stream: Any) -> Any:
+        self.calls["alloc"] += 1
         try:
-            memory = self._device.allocate(max(nbytes, 1), stream=self._stream)
+            return self._device.allocate(max(nbytes, 1), stream=stream)
         except Exception as error:  # cuda.core's CUDAError is private and carries the CUDA name in its text only
             if "OUT_OF_MEMORY" not in str(error):
                 raise
+            free = int(self._runtime.cudaMemGetInfo()[1])
             raise FailedWork(
-                f"{self.name} has no room for {dtype}{list(shape)} ({nbytes / 2**20:.1f} MiB)",
+                f"{self.name} has no room for {what}: {nbytes / 2**20:.1f} MiB, of {free / 2**20:.1f} MiB free",
                 hint="use a smaller batch, or free memory that other programs hold (nvidia-smi lists them)",
             ) from error
-        return CudaBuffer(memory, shape, dtype)
+
+    def view(self, block: Buffer, offset: int, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
+        view = CudaBuffer(block, block.ptr + offset, shape, dtype)
+        assert offset + view.nbytes <= block.nbytes, "the view ends outside its block"
+        return view
 
     def upload(self, target: Buffer, source: NDArray[Any]) -> None:
-        """See ``Device``. Does not wait: the data goes through pinned memory of this device's own."""
+        """See ``Device``. Does not wait: the data goes through pinned memory of this device's own.
+
+        Large data crosses the bus beside the work enqueued so far, into memory of its own, and is put in place after
+        that work.
+        """
         if source.shape != target.shape or source.dtype != storage_dtype(target.dtype):
             raise BadInput(
                 f"can't upload {source.dtype}{list(source.shape)} into {target.dtype}{list(target.shape)}",
@@ -99,41 +124,74 @@ class CudaDevice:
             )
         if target.nbytes == 0:
             return
-        block = self._staging.take(target.nbytes)
-        block.view(target)[...] = source
-        self._check(
-            self._runtime.cudaMemcpyAsync(
-                target.ptr,
-                block.ptr,
-                target.nbytes,
-                self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice,
-                self.stream_handle,
-            )
-        )
-        self._staging.give(block)
+        self.calls["upload"] += 1
+        block = self._pinned.take(target.nbytes)
+        host_view(block, target)[...] = source
+        if target.nbytes < BESIDE:
+            self._memcpy(target.ptr, block.ptr, target.nbytes, "HostToDevice", self._stream)
+            self._pinned.give(block, self._stream.record())
+            return
+        bounce = self._bounces.take(target.nbytes)
+        self._memcpy(bounce.ptr, block.ptr, target.nbytes, "HostToDevice", self._side)
+        arrived = self._side.record()
+        self._pinned.give(block, arrived)
+        self._stream.wait(arrived)
+        self._memcpy(target.ptr, bounce.ptr, target.nbytes, "DeviceToDevice", self._stream)
+        self._bounces.give(bounce, self._stream.record())
 
     def download(self, source: Buffer) -> NDArray[Any]:
         """A host copy of the buffer. Waits for all work enqueued before."""
         if source.nbytes == 0:
             return np.empty(source.shape, storage_dtype(source.dtype))
-        block = self._staging.take(source.nbytes)
-        self._check(
-            self._runtime.cudaMemcpyAsync(
-                block.ptr,
-                source.ptr,
-                source.nbytes,
-                self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost,
-                self.stream_handle,
-            )
-        )
-        self._stream.sync()
-        copy = block.view(source).copy()
-        self._staging.give(block)
-        return copy
+        self.calls["download"] += 1
+        block = self._pinned.take(source.nbytes)
+        self._memcpy(block.ptr, source.ptr, source.nbytes, "DeviceToHost", self._stream)
+        return CudaDownload(block, source, self._stream.record(), self._received).get()
+
+    def download_later(self, source: Buffer) -> CudaDownload:
+        """See ``Device``: a copy within the device in the order of the work, and one to the host beside it."""
+        self.calls["download"] += 1
+        block, bounce = self._pinned.take(source.nbytes), self._bounces.take(source.nbytes)
+        if bounce.busy_until is None:  # it was allocated just now, in the side stream's order
+            self._stream.wait(self._side.record())
+        self._memcpy(bounce.ptr, source.ptr, source.nbytes, "DeviceToDevice", self._stream)
+        self._side.wait(self._stream.record())
+        self._memcpy(block.ptr, bounce.ptr, source.nbytes, "DeviceToHost", self._side)
+        done = self._side.record()
+        self._bounces.give(bounce, done)
+        return CudaDownload(block, source, done, self._received)
+
+    def _received(self, block: Block, done: Any) -> None:
+        self.calls["sync"] += 1
+        self._pinned.give(block, done)
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        assert (target.shape, target.dtype) == (source.shape, source.dtype)
+        self.calls["copy"] += 1
+        self._memcpy(target.ptr, source.ptr, source.nbytes, "DeviceToDevice", self._stream)
+
+    def borrow(self, array: Any) -> CudaBuffer | None:
+        return borrow(array, device_index=self.index, stream=self.stream_handle)
+
+    def share(self, buffer: Buffer) -> CudaArray:
+        return CudaArray(buffer, self.index)
 
     def synchronize(self) -> None:
         """Waits for all work enqueued before."""
+        self.calls["sync"] += 1
         self._stream.sync()
+
+    def capture(self, work: Callable[[], None]) -> CudaGraph:
+        before = self.calls.copy()
+        try:
+            return capture(self._runtime, self.stream_handle, work, self._count)
+        finally:  # what was recorded was not called
+            self.calls.clear()
+            self.calls.update(before)
+            self.calls["capture"] += 1
+
+    def _count(self, kind: str) -> None:
+        self.calls[kind] += 1
 
     def step_kernels(
         self, *, latents: Buffer, history: Buffer, rows: Buffer, step: Buffer, seed: Buffer, fault: Buffer
@@ -155,51 +213,24 @@ class CudaDevice:
             self._module = load_module()
         return self._module.get_kernel(name)
 
+    def scaled_copy(self, target: Buffer, source: Buffer, scale: float) -> None:
+        from tstitch_engines.cuda_kernels import enqueue_scaled_copy
+
+        enqueue_scaled_copy(self, target, source, scale)
+
     def stopwatch(self) -> Stopwatch:
         return _CudaStopwatch(self._stream)
 
-    def _check(self, result: tuple[Any, ...]) -> None:
-        if int(result[0]) != 0:
-            text = self._runtime.cudaGetErrorString(result[0])[1].decode()
+    def _memcpy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
+        kinds = self._runtime.cudaMemcpyKind
+        code = self._runtime.cudaMemcpyAsync(
+            target, source, nbytes, getattr(kinds, f"cudaMemcpy{kind}"), int(stream.handle)
+        )[0]
+        if int(code) != 0:
+            text = self._runtime.cudaGetErrorString(code)[1].decode()
             raise FailedWork(
                 f"{self.name}: a copy failed: {text}", hint="run with CUDA_LAUNCH_BLOCKING=1 to find where"
             )
-
-
-class _Block:
-    """Page-locked host memory and the event after which it may be used again."""
-
-    def __init__(self, memory: Any, nbytes: int) -> None:
-        self._memory = memory
-        self.nbytes = nbytes
-        self.ptr = int(memory.handle)
-        self.busy_until: Any = None
-
-    def view(self, like: Buffer) -> NDArray[Any]:
-        raw = (ctypes.c_uint8 * like.nbytes).from_address(self.ptr)
-        return np.ctypeslib.as_array(raw).view(storage_dtype(like.dtype)).reshape(like.shape)
-
-
-class _Staging:
-    """Page-locked blocks in flight. ``take`` never waits: when all are still being copied it makes another one."""
-
-    def __init__(self, resource: Any, stream: Any) -> None:
-        self._resource = resource
-        self._stream = stream
-        self._blocks: list[_Block] = []
-
-    def take(self, nbytes: int) -> _Block:
-        """A block of at least ``nbytes`` that no copy is using; ``give`` it back after enqueuing the copy."""
-        for index, block in enumerate(self._blocks):
-            if block.nbytes >= nbytes and block.busy_until.is_done:
-                return self._blocks.pop(index)
-        size = 1 << max(16, (nbytes - 1).bit_length())
-        return _Block(self._resource.allocate(size, stream=self._stream), size)
-
-    def give(self, block: _Block) -> None:
-        block.busy_until = self._stream.record()
-        self._blocks.append(block)
-        self._blocks.sort(key=lambda one: one.nbytes)  # so that `take` picks the smallest that fits
 
 
 class _CudaStopwatch:

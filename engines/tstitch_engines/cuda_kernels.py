@@ -18,7 +18,7 @@ from tstitch_engines.rows import ROW_FIELDS
 if TYPE_CHECKING:
     from tstitch_engines.cuda_device import CudaDevice
 
-__all__ = ["CudaStepKernels", "enqueue_initial_noise", "fatbin_path", "load_module"]
+__all__ = ["CudaStepKernels", "enqueue_initial_noise", "enqueue_scaled_copy", "fatbin_path", "load_module"]
 
 THREADS = 256  # per block of the elementwise kernels; each thread takes four elements
 MOMENT_THREADS = 512  # per block of guidance_factor, as in cuda_driver.cu
@@ -155,10 +155,22 @@ def enqueue_initial_noise(device: CudaDevice, latents: Buffer, slot: int, seed: 
     )  # fmt: skip
 
 
+def enqueue_scaled_copy(device: CudaDevice, target: Buffer, source: Buffer, scale: float) -> None:
+    """``target = scale * source``, float32, in stream order."""
+    _require("source", source, ("float32",), target.shape)
+    _require("target", target, ("float32",), source.shape)
+    elements = int(np.prod(target.shape))
+    _launch(
+        device, device.kernel("scaled_copy"), (-(-elements // THREADS), 1), THREADS,
+        target.ptr, source.ptr, np.float32(scale), np.uint64(elements),
+    )  # fmt: skip
+
+
 def _launch(device: CudaDevice, kernel: Any, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
     """Python integers go as 8-byte pointers, numpy scalars as what they are."""
     from cuda.core import LaunchConfig, launch
 
+    device.calls["launch"] += 1
     launch(device.stream, LaunchConfig(grid=(*grid, 1), block=(threads, 1, 1)), kernel, *arguments)
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.errors import unknown_name
-from tstitch_engines.spec import storage_dtype
+from tstitch_engines.errors import BadInput, FailedWork, unknown_name
 
-__all__ = ["Buffer", "Device", "HostDevice", "StepKernels", "open_device", "parse_device"]
+__all__ = [
+    "ALIGNMENT",
+    "Buffer",
+    "Device",
+    "Download",
+    "Graph",
+    "NotCaptured",
+    "StepKernels",
+    "Stopwatch",
+    "open_device",
+    "parse_device",
+]
+
+ALIGNMENT = 256  # bytes: what TensorRT wants of every address it is given, and what CUDA's allocators give
 
 
 class Buffer(Protocol):
@@ -45,15 +58,49 @@ class StepKernels(Protocol):
         """
 
 
+class NotCaptured(FailedWork):
+    """Work that can't become a graph. The device is as it was before; the work can still run call by call."""
+
+
+class Graph(Protocol):
+    """Recorded work. It knows addresses only: what it touches must outlive it."""
+
+    def launch(self) -> None:
+        """Puts all of it into the device's order of work with one call. Does not wait."""
+
+    def close(self) -> None:
+        """Frees the graph; the device must be done with it."""
+
+
+class Download(Protocol):
+    """A copy to the host under way."""
+
+    def get(self) -> NDArray[Any]:
+        """The copy; waits for it, and only for it. Call it once."""
+
+
 class Device(Protocol):
     """One place to run. Methods that wait for the device say so; all others return at once."""
+
+    calls: Counter[str]
+    """How often each kind of call went to the device so far: ``alloc``, ``upload``, ``download``, ``copy``, ``sync``,
+    ``launch``, ``graph launch``, ``capture``. Differences of it prove what a stretch of code does not do."""
+
+    graphs: bool
+    """Whether ``capture`` is there at all."""
 
     @property
     def name(self) -> str:
         """``cpu`` or ``cuda:N``."""
 
+    def activate(self) -> None:
+        """Makes the device usable on the calling thread."""
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """Allocates; the contents are undefined."""
+        """Allocates, aligned to ``ALIGNMENT``; the contents are undefined."""
+
+    def view(self, block: Buffer, offset: int, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A part of ``block`` as a buffer of its own, from byte ``offset`` on; it keeps the block alive."""
 
     def upload(self, target: Buffer, source: NDArray[Any]) -> None:
         """Copies host data into a buffer of the same shape. On CUDA the source may be reused at once (staged)."""
@@ -61,8 +108,34 @@ class Device(Protocol):
     def download(self, source: Buffer) -> NDArray[Any]:
         """A host copy of the buffer. Waits for the device's work on it."""
 
+    def download_later(self, source: Buffer) -> Download:
+        """Copies what the buffer holds now; later work may overwrite it at once and runs beside the copy."""
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Copies within the device, in the order of its work. Shape and dtype are equal."""
+
+    def borrow(self, array: Any) -> Buffer | None:
+        """Someone else's array in this device's memory as a buffer, without a copy; ``None`` for one in host memory.
+
+        ``array`` has ``__dlpack__`` or ``__cuda_array_interface__``; its producer's pending work is ordered before
+        ours. Raises ``BadInput`` for one on another device, or not contiguous, or of a dtype that ``spec`` lacks.
+        """
+
+    def share(self, buffer: Buffer) -> Any:
+        """The buffer for other libraries, without a copy: an object with ``__dlpack__``.
+
+        A numpy array on the host; on CUDA it also has ``__cuda_array_interface__``. Call ``synchronize`` before
+        handing it on: it names no stream.
+        """
+
     def synchronize(self) -> None:
         """Waits until all work enqueued by this device object is done."""
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Records what ``work`` enqueues instead of running it. Raises ``NotCaptured`` with the reason.
+
+        Run ``work`` once before (libraries set things up in their first call), and allocate nothing in it.
+        """
 
     def step_kernels(
         self, *, latents: Buffer, history: Buffer, rows: Buffer, step: Buffer, seed: Buffer, fault: Buffer
@@ -77,6 +150,9 @@ class Device(Protocol):
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
         """Writes ``scale * z`` into one lane's latent, ``z`` from Philox keyed by ``seed`` at the initial step."""
 
+    def scaled_copy(self, target: Buffer, source: Buffer, scale: float) -> None:
+        """``target = scale * source``, both float32 of one shape in the device's memory."""
+
     def stopwatch(self) -> Stopwatch:
         """Marks points of the device's work queue and tells the milliseconds between them."""
 
@@ -89,79 +165,6 @@ class Stopwatch(Protocol):
         """Times between consecutive marks. Waits for the last mark."""
 
 
-class HostBuffer:
-    """Host memory, 64-byte aligned; ``array`` is the numpy view of it (``uint16`` bits for bfloat16)."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
-        stored = storage_dtype(dtype)
-        count = int(np.prod(shape, dtype=np.int64))
-        raw = np.empty(count * stored.itemsize + 64, np.uint8)
-        offset = -raw.ctypes.data % 64
-        self.array: NDArray[Any] = raw[offset : offset + count * stored.itemsize].view(stored).reshape(shape)
-        self.dtype = dtype
-        self.shape = shape
-        self.ptr = self.array.ctypes.data
-        self.nbytes = self.array.nbytes
-
-
-class HostDevice:
-    """The CPU: every call is finished when it returns."""
-
-    name = "cpu"
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
-        return HostBuffer(shape, dtype)
-
-    def upload(self, target: Buffer, source: NDArray[Any]) -> None:
-        _host(target)[...] = source
-
-    def download(self, source: Buffer) -> NDArray[Any]:
-        return _host(source).copy()
-
-    def synchronize(self) -> None:
-        return
-
-    def step_kernels(
-        self, *, latents: Buffer, history: Buffer, rows: Buffer, step: Buffer, seed: Buffer, fault: Buffer
-    ) -> StepKernels:
-        from tstitch_engines.host_kernels import HostStepKernels
-
-        return HostStepKernels(
-            latents=_host(latents),
-            history=_host(history),
-            rows=_host(rows),
-            step=_host(step),
-            seed=_host(seed),
-            fault=_host(fault),
-        )
-
-    def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
-        from tstitch_engines.host_kernels import fill_initial_noise
-
-        fill_initial_noise(_host(latents)[slot], seed, scale)
-
-    def stopwatch(self) -> Stopwatch:
-        return _HostStopwatch()
-
-
-class _HostStopwatch:
-    def __init__(self) -> None:
-        self._marks: list[float] = []
-
-    def mark(self) -> None:
-        from time import perf_counter
-
-        self._marks.append(perf_counter())
-
-    def milliseconds(self) -> list[float]:
-        return [1e3 * (b - a) for a, b in zip(self._marks, self._marks[1:], strict=False)]
-
-
-def _host(buffer: Buffer) -> NDArray[Any]:
-    assert isinstance(buffer, HostBuffer), "a buffer of another device reached the host device"
-    return buffer.array
-
-
 def parse_device(text: str) -> tuple[str, int]:
     """``"cpu"`` -> ``("cpu", 0)``; ``"cuda"`` and ``"cuda:1"`` likewise. Raises ``UnknownName``."""
     kind, _, index = text.partition(":")
@@ -170,11 +173,19 @@ def parse_device(text: str) -> tuple[str, int]:
     return kind, int(index or 0)
 
 
-def open_device(text: str) -> Device:
-    """The device called ``text``. Raises ``Unavailable`` when there is no such GPU or cuda-core is not installed."""
+def open_device(text: str, *, stream: Any = None) -> Device:
+    """The device called ``text``. Raises ``Unavailable`` when there is no such GPU or cuda-core is not installed.
+
+    ``stream``: a CUDA stream to work on in place of one of our own: an object with ``__cuda_stream__`` or an integer
+    handle. Its owner keeps it alive.
+    """
     kind, index = parse_device(text)
     if kind == "cpu":
+        if stream is not None:
+            raise BadInput(f"stream={stream!r} was given for the device cpu", hint="use device='cuda', or leave it out")
+        from tstitch_engines.host_device import HostDevice
+
         return HostDevice()
     from tstitch_engines.cuda_device import CudaDevice
 
-    return CudaDevice(index)
+    return CudaDevice(index, stream=stream)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines import _kernels
-from tstitch_engines.device import Buffer, HostBuffer
+from tstitch_engines.device import Buffer
 from tstitch_engines.errors import BadInput
+from tstitch_engines.host_device import HostBuffer
 from tstitch_engines.rows import INITIAL_NOISE_STEP
 
 __all__ = ["ISAS", "HostStepKernels", "fill_initial_noise", "normal", "philox"]

@@ -17,12 +17,14 @@ import pytest
 
 from step_runs import run
 from tstitch_engines import _kernels, cuda_kernels
-from tstitch_engines.device import Device, HostDevice, open_device
+from tstitch_engines.device import Device, open_device
 from tstitch_engines.errors import Unavailable
+from tstitch_engines.host_device import HostDevice
 
 KERNELS = {
     "next_step",
     "initial_noise",
+    "scaled_copy",
     *(f"{part}_{dtype}" for part in ("advance", "guidance_factor") for dtype in ("float32", "float16", "bfloat16")),
     *(f"prepare_{m}_{t}" for m in ("float32", "float16", "bfloat16") for t in ("float32", "int64")),
 }

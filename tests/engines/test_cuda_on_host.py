@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from step_runs import run
 from tstitch_engines.cuda_kernels import CudaStepKernels, enqueue_initial_noise
-from tstitch_engines.device import HostBuffer, HostDevice
 from tstitch_engines.errors import BadInput
+from tstitch_engines.host_device import HostBuffer, HostDevice
 
 HERE = Path(__file__).parent / "cuda_on_host"
 SOURCES = Path(__file__).parents[2] / "engines" / "src"

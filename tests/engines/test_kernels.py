@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 import step_reference
 from tstitch_engines import _kernels, rows
-from tstitch_engines.device import HostBuffer, HostDevice
 from tstitch_engines.errors import BadInput
+from tstitch_engines.host_device import HostBuffer, HostDevice
 from tstitch_engines.host_kernels import ISAS, HostStepKernels, fill_initial_noise, normal, philox
 from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, INITIAL_NOISE_STEP, ROW
 

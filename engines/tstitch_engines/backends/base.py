@@ -27,7 +27,18 @@ class Engine(ABC):
     """One loaded engine. ``bind`` checks and remembers buffers; ``enqueue`` neither allocates, copies nor waits.
 
     An engine is used by one thread at a time.
+
+    On a device with graphs, ``enqueue`` may be recorded (``Device.capture``) and replayed later, also after ``bind``
+    was given other buffers meanwhile: the runtime binds at most two sets of buffers per batch size, always the same
+    ones, and an engine keeps for each set what its ``enqueue`` uses (TensorRT: an execution context). A replay is
+    compared with a plain ``enqueue`` on other data before it is trusted.
     """
+
+    capturable: bool = True
+    """Whether recording ``enqueue`` makes sense at all: it waits for nothing and works on the device's stream only."""
+
+    warmups: int = 1
+    """How often ``enqueue`` runs on newly bound buffers before it has set up all it needs and can be recorded."""
 
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], profile: ShapeProfile) -> None:
         self.inputs = inputs
@@ -57,6 +68,13 @@ class Engine(ABC):
     @abstractmethod
     def enqueue(self) -> None:
         """Runs the engine once on the bound buffers in the device's stream order. Raises ``FailedWork``."""
+
+    def scratch(self) -> Mapping[int, int]:
+        """Device memory for activations as far as the engine plans it itself: address -> bytes.
+
+        Engines that share a block give the same address. Empty where the library allocates on its own.
+        """
+        return {}
 
     @abstractmethod
     def close(self) -> None: ...

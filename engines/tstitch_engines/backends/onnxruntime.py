@@ -168,6 +168,18 @@ class OnnxRuntimeBackend(Backend):
 
 
 class _OnnxRuntimeEngine(Engine):
+    """On CUDA, one session on our stream. Its own CUDA graphs stay off: it would launch one into our recording, which
+    CUDA forbids (error 900; microsoft/onnxruntime pull request 32081 tells how that ends).
+
+    A plain run can be recorded from outside when it neither allocates nor waits nor computes on the CPU: its arena has
+    what it needs after three runs (memory patterns allocate in the second, pull request 15005), waiting at the end is
+    switched off below, and for the rest there are the checks of whoever records: a node the CPU provider took would be
+    missing from a replay, which is compared with a plain run before it is used, and a staging buffer that is freed
+    behind the stream shows as a host function in the graph, which is refused. Not run on a GPU.
+    """
+
+    warmups = 3
+
     def __init__(self, ort: Any, session: Any, member: Member, identity: EngineIdentity, device: Device) -> None:
         super().__init__(member.inputs, member.outputs, identity.profile)
         have = {item.name for item in (*session.get_inputs(), *session.get_outputs())}

@@ -1,0 +1,143 @@
+"""The CPU as a device: memory is numpy's, and every call is finished when it returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.device import ALIGNMENT, Buffer, Download, Graph, NotCaptured, StepKernels, Stopwatch
+from tstitch_engines.errors import BadInput
+from tstitch_engines.spec import itemsize, storage_dtype
+
+__all__ = ["HostBuffer", "HostDevice"]
+
+
+class HostBuffer:
+    """Host memory, aligned; ``array`` is the numpy view of it (``uint16`` bits for bfloat16) and keeps it alive."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, array: NDArray[Any] | None = None) -> None:
+        """Allocates, unless an ``array`` of that shape and storage dtype is given."""
+        if array is None:
+            stored = storage_dtype(dtype)
+            nbytes = int(np.prod(shape, dtype=np.int64)) * stored.itemsize
+            raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+            offset = -raw.ctypes.data % ALIGNMENT
+            array = raw[offset : offset + nbytes].view(stored).reshape(shape)
+        self.array = array
+        self.dtype = dtype
+        self.shape = shape
+        self.ptr: int = array.ctypes.data
+        self.nbytes: int = array.nbytes
+
+
+class _HostDownload:
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+
+    def get(self) -> NDArray[Any]:
+        return self._array
+
+
+class HostDevice:
+    """The CPU: every call is finished when it returns."""
+
+    name = "cpu"
+    graphs = False
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def activate(self) -> None:
+        return
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
+        self.calls["alloc"] += 1
+        return HostBuffer(shape, dtype)
+
+    def view(self, block: Buffer, offset: int, shape: tuple[int, ...], dtype: str) -> HostBuffer:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * itemsize(dtype)
+        raw = _host(block).reshape(-1).view(np.uint8)
+        assert offset + nbytes <= len(raw), "the view ends outside its block"
+        return HostBuffer(shape, dtype, raw[offset : offset + nbytes].view(storage_dtype(dtype)).reshape(shape))
+
+    def upload(self, target: Buffer, source: NDArray[Any]) -> None:
+        self.calls["upload"] += 1
+        _host(target)[...] = source
+
+    def download(self, source: Buffer) -> NDArray[Any]:
+        self.calls["download"] += 1
+        return _host(source).copy()
+
+    def download_later(self, source: Buffer) -> Download:
+        return _HostDownload(self.download(source))
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        self.calls["copy"] += 1
+        _host(target)[...] = _host(source)
+
+    def borrow(self, array: Any) -> Buffer | None:
+        """Host arrays only: always ``None``, or ``BadInput``."""
+        place = array.__dlpack_device__()[0] if hasattr(array, "__dlpack_device__") else 1
+        if place not in (1, 3) or hasattr(array, "__cuda_array_interface__"):  # DLPack: 1 is the CPU, 3 pinned memory
+            raise BadInput(
+                f"a {type(array).__name__} in GPU memory was given to a runtime on cpu",
+                hint="load with device='cuda', or pass a host copy (in torch: tensor.cpu())",
+            )
+        return None
+
+    def share(self, buffer: Buffer) -> NDArray[Any]:
+        return _host(buffer)
+
+    def synchronize(self) -> None:
+        self.calls["sync"] += 1
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        raise NotCaptured("the CPU has no graphs", hint="nothing to do: calls cost little there")
+
+    def step_kernels(
+        self, *, latents: Buffer, history: Buffer, rows: Buffer, step: Buffer, seed: Buffer, fault: Buffer
+    ) -> StepKernels:
+        from tstitch_engines.host_kernels import HostStepKernels
+
+        return HostStepKernels(
+            latents=_host(latents),
+            history=_host(history),
+            rows=_host(rows),
+            step=_host(step),
+            seed=_host(seed),
+            fault=_host(fault),
+        )
+
+    def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
+        from tstitch_engines.host_kernels import fill_initial_noise
+
+        fill_initial_noise(_host(latents)[slot], seed, scale)
+
+    def scaled_copy(self, target: Buffer, source: Buffer, scale: float) -> None:
+        self.calls["copy"] += 1
+        np.multiply(_host(source), np.float32(scale), out=_host(target))
+
+    def stopwatch(self) -> Stopwatch:
+        return _HostStopwatch()
+
+
+class _HostStopwatch:
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+
+    def mark(self) -> None:
+        from time import perf_counter
+
+        self._marks.append(perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        return [1e3 * (b - a) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+def _host(buffer: Buffer) -> NDArray[Any]:
+    assert isinstance(buffer, HostBuffer), "a buffer of another device reached the host device"
+    return buffer.array

@@ -1,0 +1,203 @@
+"""The images of a request that run together: put into lanes, walked through the plan, and brought back."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.device import Buffer, Device, Download, Stopwatch
+from tstitch_engines.errors import NotFinite, OutOfProfile
+from tstitch_engines.rows import FLAG_STORE, ROW
+from tstitch_trt.graphs import Kind
+from tstitch_trt.plan import Plan
+from tstitch_trt.request import Request
+from tstitch_trt.result import Decode, SegmentTiming, StepEvent
+from tstitch_trt.stepper import Stepper
+
+__all__ = ["Chunk", "UnderWay", "Walk"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images ``start`` to ``stop`` of the request; ``index`` of ``total`` chunks."""
+
+    start: int
+    stop: int
+    index: int
+    total: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A chunk whose steps are all enqueued. On CUDA the device may still work on it."""
+
+    chunk: Chunk
+    latents: Download | None
+    fault: Download
+    watch: Stopwatch
+    segments: tuple[tuple[str, int], ...]
+
+
+class Walk:
+    """One request over one plan. Its chunks run one after another, each enqueued while the one before is computed."""
+
+    def __init__(
+        self, stepper: Stepper, device: Device, request: Request, plan: Plan, *, decode: Decode, events: bool
+    ) -> None:
+        """Raises ``OutOfProfile`` when the engines' profiles have no room for the plan."""
+        self._stepper = stepper
+        self._device = device
+        self._request = request
+        self._plan = plan
+        self._decode = decode
+        self._events = events
+        self._guided = any(plan.guided)
+        self._limit = self._lanes_limit()
+        self._rows = plan.rows.astype(np.float32)
+        if events:  # previews read every step's estimate
+            flags = self._rows[:, ROW["FLAGS"]].astype(np.int64) | FLAG_STORE
+            self._rows[:, ROW["FLAGS"]] = flags.astype(np.float32)
+
+    def chunks(self) -> list[Chunk]:
+        starts = range(0, self._request.n, self._limit)
+        ends = (min(start + self._limit, self._request.n) for start in starts)
+        return [Chunk(start, stop, i, len(starts)) for i, (start, stop) in enumerate(zip(starts, ends, strict=True))]
+
+    def run(self, chunk: Chunk, keep: Buffer | None) -> Generator[StepEvent, None, UnderWay]:
+        """Enqueues all steps. The latents go to the buffer ``keep`` on the device, or without one to the host."""
+        plan, request, stepper = self._plan, self._request, self._stepper
+        lanes = self._lanes(chunk.count)
+        kinds = [
+            Kind(name, lanes, guided, guided and plan.rescale)
+            for name, guided in zip(plan.schedule.names, plan.guided, strict=True)
+        ]
+        used = dict.fromkeys(kinds[request.start :])
+        stepper.ready(used)
+        pad = [0] * (lanes - chunk.count)
+        latents = request.latents
+        if isinstance(latents, np.ndarray):
+            latents = latents[chunk.start : chunk.stop]
+        elif latents is not None:
+            shape = (chunk.count, *latents.shape[1:])
+            latents = self._device.view(latents, chunk.start * latents.nbytes // latents.shape[0], shape, "float32")
+        stepper.arena.start(
+            self._rows,
+            [*request.seeds[chunk.start : chunk.stop], *pad],
+            step=request.start,
+            scale=plan.init_scale if request.start == 0 else 1.0,
+            latents=latents,
+        )
+        names = dict.fromkeys(kind.member for kind in used)
+        stepper.condition(names, [*request.labels[chunk.start : chunk.stop], *pad], guided=self._guided)
+        watch = self._device.stopwatch()
+        segments = yield from self._segments(chunk, kinds, watch)
+        watch.mark()
+        final = stepper.arena.first(chunk.count)
+        if keep is not None:
+            self._device.copy(keep, final)
+        return UnderWay(
+            chunk,
+            None if keep is not None else self._device.download_later(final),
+            self._device.download_later(stepper.arena.fault),
+            watch,
+            tuple(segments),
+        )
+
+    def _segments(
+        self, chunk: Chunk, kinds: Sequence[Kind], watch: Stopwatch
+    ) -> Generator[StepEvent, None, list[tuple[str, int]]]:
+        fault = self._stepper.host_fault
+        whole = self._stepper.graph_mode == "segment" and not self._events
+        segments = []
+        for segment in self._plan.schedule.segments:
+            first = max(segment.start, self._request.start)
+            if segment.stop <= first:
+                continue
+            watch.mark()
+            segments.append((segment.name, segment.stop - first))
+            if whole:
+                for kind, run in groupby(kinds[first : segment.stop]):
+                    self._stepper.steps(kind, len(list(run)))
+                continue
+            for step in range(first, segment.stop):
+                self._stepper.step(kinds[step])
+                if fault is not None and (fault[: chunk.count] >= 0).any():
+                    self._raise_fault(fault, chunk)
+                if self._events:
+                    yield self._event(step, chunk)
+        return segments
+
+    def collect(self, done: UnderWay) -> tuple[NDArray[np.float32] | None, list[SegmentTiming]]:
+        """The chunk's latents, unless they stay on the device, and times. Waits for it. Raises ``NotFinite``."""
+        self._raise_fault(done.fault.get(), done.chunk)
+        times = done.watch.milliseconds()
+        timings = [SegmentTiming(name, steps, ms) for (name, steps), ms in zip(done.segments, times, strict=True)]
+        return None if done.latents is None else done.latents.get(), timings
+
+    # --- limits and errors
+
+    def _lanes_limit(self) -> int:
+        limit = self._stepper.batch_limit
+        if not self._guided:
+            return limit
+        if limit < 2:
+            raise OutOfProfile(
+                f"guidance runs two halves per image, and the engines' largest batch is {limit}",
+                hint="pass guidance=1 (--guidance 1), or build again with --batch 1:8:16",
+            )
+        return limit // 2
+
+    def _lanes(self, count: int) -> int:
+        """Lanes to run for ``count`` images: more where the profile's smallest batch or the graphs ask for it."""
+        floor = self._stepper.batch_floor if not all(self._plan.guided) else -(-self._stepper.batch_floor // 2)
+        if floor > self._limit:
+            raise OutOfProfile(
+                f"the engines' batch profile {self._stepper.batch_floor}..{self._stepper.batch_limit} has no room for "
+                "both guided and unguided steps",
+                hint="build again with --batch 1:8:16",
+            )
+        return self._stepper.lanes_for(max(count, floor), self._limit, guided=self._guided)
+
+    def _raise_fault(self, fault: NDArray[np.int32], chunk: Chunk) -> None:
+        bad = [lane for lane in range(chunk.count) if fault[lane] >= 0]
+        if not bad:
+            return
+        step = int(fault[bad[0]])
+        name = self._plan.schedule.names[step]
+        raise NotFinite(
+            f"NaN or infinity in the latents after step {step + 1} of {len(self._plan.schedule)}, made by member "
+            f"{name!r} (timestep {self._plan.table.t[step]:g}, seed {self._request.seeds[chunk.start + bad[0]]}; "
+            f"{len(bad)} of {chunk.count} lanes)",
+            hint=f"if {name!r} is an fp16 engine, build it with --precision {name}=fp32 or bf16; "
+            "otherwise check its checkpoint and parametrisation with: tstitch-trt inspect BUNDLE",
+        )
+
+    def _event(self, step: int, chunk: Chunk) -> StepEvent:
+        arena, device = self._stepper.arena, self._device
+
+        def latents() -> NDArray[np.float32]:
+            return device.download(arena.first(chunk.count))
+
+        def estimate() -> NDArray[np.float32]:
+            out: NDArray[np.float32] = device.download(arena.history)[step % 2, : chunk.count]
+            return out
+
+        return StepEvent(
+            step + 1,
+            len(self._plan.schedule),
+            chunk.index + 1,
+            chunk.total,
+            self._plan.schedule.names[step],
+            float(self._plan.table.t[step]),
+            latents,
+            estimate,
+            self._decode,
+        )

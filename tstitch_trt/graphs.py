@@ -1,0 +1,151 @@
+"""Recorded steps: ``prepare + engine + advance`` of one kind as one launch, checked before it is trusted.
+
+A kind is a member at a number of lanes, guided or not, rescaled or not. Rows, step index, guidance scale and seed of
+every lane are read on the device, so a kind's graph serves any schedule, solver, step count, guidance and seed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.device import Device, Graph, NotCaptured
+from tstitch_engines.errors import unknown_name
+from tstitch_engines.rows import FLAG_STORE, ROW, ROW_FIELDS
+from tstitch_trt.lanes import LaneArena
+
+__all__ = ["GRAPH_MODES", "GraphMode", "Kind", "StepGraphs", "check_mode"]
+
+GraphMode = Literal["step", "segment", "off"]
+GRAPH_MODES: Final = ("step", "segment", "off")
+
+_SEGMENTS: Final = 16  # graphs of whole segments kept; each costs memory by its length
+_TOLERANCE: Final = (
+    1e-2  # relative L2: far above what half precision may differ by from run to run, far below wrong data
+)
+
+_logger = logging.getLogger(__name__)
+
+
+class Kind(NamedTuple):
+    member: str
+    lanes: int
+    guided: bool
+    rescale: bool
+
+    def __str__(self) -> str:
+        return f"member {self.member!r}, {self.lanes} lanes{', guided' if self.guided else ''}"
+
+
+def check_mode(mode: str) -> None:
+    if mode not in GRAPH_MODES:
+        raise unknown_name("graph mode", mode, GRAPH_MODES)
+
+
+class StepGraphs:
+    """Graphs by kind. A kind that could not be recorded is remembered as such, and said once in the log."""
+
+    def __init__(self, device: Device, arena: LaneArena, mode: GraphMode) -> None:
+        self._device = device
+        self._arena = arena
+        self.mode: GraphMode = mode if device.graphs else "off"
+        self._steps: dict[Kind, Graph | None] = {}
+        self._segments: OrderedDict[tuple[Kind, int], Graph] = OrderedDict()
+
+    def step(self, kind: Kind) -> Graph | None:
+        """The graph of one step, or ``None`` when the step runs call by call."""
+        return self._steps.get(kind)
+
+    def segment(self, kind: Kind, steps: int, run: Callable[[], None]) -> Graph | None:
+        """A graph of ``steps`` equal steps, recorded when it is first asked for; ``None`` where there is no such."""
+        if self.mode != "segment" or self._steps.get(kind) is None:
+            return None
+        graph = self._segments.get((kind, steps))
+        if graph is None:
+
+            def all_steps() -> None:
+                for _ in range(steps):
+                    run()
+
+            try:
+                graph = self._device.capture(all_steps)
+            except NotCaptured as error:
+                _logger.warning("%d steps of %s run one by one: %s", steps, kind, error.message)
+                return None
+            self._segments[kind, steps] = graph
+            if len(self._segments) > _SEGMENTS:
+                self._device.synchronize()
+                self._segments.popitem(last=False)[1].close()
+        self._segments.move_to_end((kind, steps))
+        return graph
+
+    def record(
+        self, kind: Kind, engine: Engine, run: Callable[[], None], condition: Callable[[list[int]], None], classes: int
+    ) -> None:
+        """Records ``run`` (one step of ``kind``) unless that was tried before. Waits; overwrites arena and labels.
+
+        ``condition`` writes one label per lane.
+        """
+        if self.mode == "off" or kind in self._steps:
+            return
+        self._steps[kind] = None
+        lanes = range(kind.lanes)
+        try:
+            self._rehearse(list(lanes), 0)
+            condition([0 for _ in lanes])
+            for _ in range(engine.warmups):
+                run()
+            self._device.synchronize()
+            if not engine.capturable:  # known once it is bound
+                raise NotCaptured("its engine can't be recorded", hint="nothing to do: the result is the same")
+            graph = self._device.capture(run)
+            states = []
+            for step in (run, graph.launch):
+                self._rehearse([7919 + i for i in lanes], 2)
+                condition([(1 + i) % classes for i in lanes])
+                step()
+                states.append(self._device.download(self._arena.latents)[: kind.lanes])
+        except NotCaptured as error:
+            _logger.warning("%s runs call by call: %s", kind, error.message)
+            return
+        if not _equal(*states):
+            graph.close()
+            _logger.warning("%s runs call by call: a replay on other data differed from a plain run", kind)
+            return
+        self._steps[kind] = graph
+
+    def _rehearse(self, seeds: list[int], step: int) -> None:
+        """Lanes in the middle of a made-up trajectory, so that nothing of a request is touched by trying."""
+        rows = _rows(min(8, self._arena.table_rows), self._arena.latent_shape[0], self._arena.table_rows)
+        self._arena.start(rows, seeds, step=min(step, len(rows) - 1), scale=1.0, latents=None)
+
+    def close(self) -> None:
+        for graph in (*self._segments.values(), *self._steps.values()):
+            if graph is not None:
+                graph.close()
+        self._steps.clear()
+        self._segments.clear()
+
+
+def _rows(count: int, channels: int, train_steps: int) -> NDArray[np.float32]:
+    """Rows in which every term counts."""
+    rows = np.zeros((count, len(ROW_FIELDS)), np.float32)
+    for name, value in {
+        "C_IN": 1, "P": 0.5, "Q": -0.5, "A": 0.5, "B": 0.5, "S": 0.1, "G": 2, "RESCALE": 0.5,
+        "GUIDED_CHANNELS": channels, "FLAGS": FLAG_STORE,
+    }.items():  # fmt: skip
+        rows[:, ROW[name]] = value
+    rows[:, ROW["T"]] = np.rint(np.linspace(train_steps - 1, 0, count))
+    return rows
+
+
+def _equal(want: NDArray[np.float32], got: NDArray[np.float32]) -> bool:
+    if np.array_equal(want, got, equal_nan=True):
+        return True
+    return bool(np.linalg.norm(want - got) <= _TOLERANCE * np.linalg.norm(want))
