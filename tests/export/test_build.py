@@ -16,8 +16,8 @@ import torch
 from tiny import TinyPair
 from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle import Bundle, open_bundle
+from tstitch_engines.device import open_device
 from tstitch_engines.errors import BadBundle, BadEngine, Unavailable
-from tstitch_engines.host_device import HostDevice
 from tstitch_engines.identity import digest, model_digest
 from tstitch_engines.manifest import Manifest
 from tstitch_engines.spec import Range
