@@ -39,6 +39,11 @@ PACKAGES = {
     "onnxruntime": ("ONNX Runtime on the CPU", 'pip install "tstitch-trt[cpu]", unless onnxruntime-gpu is installed'),
     "onnxruntime-gpu": ("ONNX Runtime on CUDA", _GPU),
     "cuda-core": ("CUDA buffers, streams and kernels", _GPU),
+    "tensorrt-cu13": ("TensorRT engines", 'needed only for --backend tensorrt: pip install "tstitch-trt[tensorrt]"'),
+    "tensorrt-rtx-cu13-libs": (
+        "TensorRT-RTX engines",
+        'needed only for --backend tensorrt-rtx: pip install "tstitch-trt[rtx]"',
+    ),
     "torch": ("exporting checkpoints, the torch backend", 'pip install "tstitch-trt[export]"'),
     "onnx": ("exporting checkpoints", 'pip install "tstitch-trt[export]"'),
     "diffusers": ("checkpoints in diffusers folders", 'pip install "tstitch-trt[export]"'),

@@ -19,6 +19,7 @@ EXAMPLES = """
 tstitch-trt build --list
 tstitch-trt build fashion -o fashion.bundle
 tstitch-trt build fashion --batch 1:8:32 --json
+tstitch-trt build fashion --backend tensorrt-rtx --option compute-capabilities=8.9,12.0
 tstitch-trt build dit-256 --member small=DiT-S.pt --member large=DiT-XL.pt -o dit-256.bundle
 tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision large=bf16 --device cuda
 """
@@ -34,7 +35,13 @@ tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision l
     metavar="NAME=CHECKPOINT",
     help="A member's checkpoint: .safetensors, .pt, .pth or a diffusers folder. May be repeated.",
 )
-@click.option("--backend", default="onnxruntime", show_default=True, metavar="NAME", help="onnxruntime or torch.")
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    metavar="NAME",
+    help="onnxruntime, tensorrt, tensorrt-rtx or torch.",
+)
 @click.option(
     "--precision",
     "precisions",
@@ -49,7 +56,13 @@ tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision l
     metavar="MIN:OPT:MAX",
     help="Batch sizes of the engines; with guidance one image takes two places.",
 )
-@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="cpu, cuda or cuda:N. tensorrt-rtx compiles on cpu for a list of GPUs and on cuda for that one.",
+)
 @click.option(
     "--option",
     "options",

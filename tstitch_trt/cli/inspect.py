@@ -11,8 +11,9 @@ from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument
 
 if TYPE_CHECKING:
+    from tstitch_engines.backends.tensorrt import PlanHeader
     from tstitch_engines.bundle import Bundle
-    from tstitch_engines.manifest import Member
+    from tstitch_engines.manifest import EngineRecord, Member
 
 __all__ = ["command"]
 
@@ -39,7 +40,7 @@ def command(bundle: Path, as_json: bool) -> None:
 
 
 def _document(bundle: Bundle) -> dict[str, Any]:
-    """The manifest, and for every engine the digest of its identity."""
+    """The manifest, for every engine the digest of its identity, and what the header of a TensorRT-RTX plan says."""
     import msgspec
 
     from tstitch_engines.identity import digest
@@ -48,6 +49,8 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     for name, member in bundle.manifest.members.items():
         for engine, record in zip(document["members"][name]["engines"], member.engines, strict=True):
             engine["digest"] = digest(record.identity)
+            if (plan := _plan(bundle, record)) is not None:
+                engine["plan"] = {"version": plan.version, "gpus": plan.gpus()}
     files = bundle.manifest.components()
     return {"path": str(bundle.root), "bytes": sum(part.bytes for part in files), "files": len(files), **document}
 
@@ -78,12 +81,18 @@ def _print(bundle: Bundle) -> None:
             click.echo(f"  {word:<10} {text}")
     for name, member in manifest.members.items():
         click.echo()
-        _print_member(name, member)
+        _print_member(bundle, name, member)
     click.echo()
     print_table(("file", "size", "sha256"), [(part.path, size(part.bytes), part.sha256) for part in files])
 
 
-def _print_member(name: str, member: Member) -> None:
+def _plan(bundle: Bundle, record: EngineRecord) -> PlanHeader | None:
+    from tstitch_engines.backends.tensorrt import read_plan_header
+
+    return read_plan_header(bundle.path(record.files[0])) if record.identity.backend == "tensorrt-rtx" else None
+
+
+def _print_member(bundle: Bundle, name: str, member: Member) -> None:
     from tstitch_engines.identity import digest
     from tstitch_trt.cli._text import size
 
@@ -109,3 +118,5 @@ def _print_member(name: str, member: Member) -> None:
             f"{identity.precision}, profile {profile}{', ' + options if options else ''}, "
             f"identity {digest(record.identity)[:16]}"
         )
+        if (plan := _plan(bundle, record)) is not None:
+            click.echo(f"  {'plan':<10} TensorRT-RTX {plan.version}, compute capability {plan.gpus()}")
