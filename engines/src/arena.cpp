@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "thread_pool.hpp"
 
@@ -39,21 +42,42 @@ std::vector<const HostKernels*> supported_kernels() {
     return found;
 }
 
-std::string HostArena::check(const std::int32_t* active, std::int64_t batch, bool learned_given) const {
+const HostKernels& find_kernels(const char* isa) {
+    const std::vector<const HostKernels*> known = supported_kernels();
+    if (isa == nullptr) return *known.front();
+    std::string names;
+    for (const HostKernels* kernels : known) {
+        if (std::strcmp(isa, kernels->name) == 0) return *kernels;
+        names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    }
+    throw std::invalid_argument("this CPU has no instruction set '" + std::string(isa) + "'; allowed are " + names);
+}
+
+int thread_count(int asked) {
+    if (asked < 0) throw std::invalid_argument("threads = " + std::to_string(asked) + "; allowed is 0 (all) or more");
+    return asked == 0 ? available_threads() : asked;
+}
+
+void HostArena::check(const std::int32_t* active, std::int64_t batch, bool learned_given) {
+    const auto refuse = [](const std::string& message) { throw std::invalid_argument(message); };
+    ++calls;
     for (std::int64_t i = 0; i < batch; ++i) {
         const std::int32_t lane = active[i];
         if (lane < 0 || lane >= lanes)
-            return "active[" + std::to_string(i) + "] = " + std::to_string(lane) + " is no lane; allowed is 0 to " +
-                   std::to_string(lanes - 1);
+            refuse("active[" + std::to_string(i) + "] = " + std::to_string(lane) + " is no lane; allowed is 0 to " +
+                   std::to_string(lanes - 1));
+        if (last_used[static_cast<std::size_t>(lane)] == calls)
+            refuse("active[" + std::to_string(i) + "] = " + std::to_string(lane) +
+                   " names a lane again; allowed is each at most once");
+        last_used[static_cast<std::size_t>(lane)] = calls;
         if (step[lane] < 0 || step[lane] >= row_count)
-            return "lane " + std::to_string(lane) + " is at step " + std::to_string(step[lane]) +
-                   "; its table has the steps 0 to " + std::to_string(row_count - 1);
+            refuse("lane " + std::to_string(lane) + " is at step " + std::to_string(step[lane]) +
+                   "; its table has the steps 0 to " + std::to_string(row_count - 1));
         if (!learned_given && has_flag(row(lane), FLAG_LEARNED) && row(lane)[ROW_S] != 0.0f)
-            return "lane " + std::to_string(lane) +
-                   " takes its noise scale from the model's second half of channels; " + "the model output has " +
-                   std::to_string(channels) + " channels, allowed is " + std::to_string(2 * channels);
+            refuse("lane " + std::to_string(lane) +
+                   " takes its noise scale from the model's second half of channels; the model output has " +
+                   std::to_string(channels) + " channels, allowed is " + std::to_string(2 * channels));
     }
-    return {};
 }
 
 void HostArena::prepare(const std::int32_t* active, std::int64_t batch, Dtype dtype, void* sample,
@@ -132,8 +156,8 @@ void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dt
     }
 }
 
-void initial_noise(const HostKernels& kernels, int threads, float* out, std::int64_t count, std::uint64_t seed,
-                   std::uint32_t step, float scale) {
+void normals(const HostKernels& kernels, int threads, float* out, std::int64_t count, std::uint64_t seed,
+             std::uint32_t step, float scale) {
     for_chunks(1, count, count * NOISE_WORK, threads,
                [&](std::int64_t, std::int64_t, std::int64_t begin, std::int64_t end) {
                    kernels.normals(out, seed, step, scale, begin, end);

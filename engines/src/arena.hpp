@@ -1,8 +1,7 @@
-// The host driver's view of the lanes: plain pointers and sizes, checked by the binding (host_driver.cpp).
+// The host driver's view of the lanes: plain pointers and sizes. Arguments are checked in step_c.cpp, which calls this.
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "host_kernels.hpp"
@@ -11,6 +10,12 @@ namespace tstitch {
 
 // The instruction sets this CPU can run, best first.
 std::vector<const HostKernels*> supported_kernels();
+
+// The one called `isa`, or the best when that is null. Throws std::invalid_argument when this CPU has no such.
+const HostKernels& find_kernels(const char* isa);
+
+// `asked`, or all CPUs when that is 0. Throws std::invalid_argument when it is negative.
+int thread_count(int asked);
 
 struct HostArena {
     float* latents;             // [lanes, channels * spatial]
@@ -26,9 +31,12 @@ struct HostArena {
     std::int64_t elements() const { return channels * spatial; }
     const float* row(std::int32_t lane) const { return rows + (lane * row_count + step[lane]) * ROW_SIZE; }
 
-    // Empty, or what is wrong with the lanes: a slot outside the arena, a lane at the end of its table, a row that
-    // reads the model's second half of channels when the model has none.
-    std::string check(const std::int32_t* active, std::int64_t batch, bool learned_given) const;
+    std::uint64_t calls = 0;
+    std::vector<std::uint64_t> last_used;  // [lanes]: the last call that named the lane
+
+    // Throws std::invalid_argument when something is wrong with the lanes: a slot outside the arena or named twice, a
+    // lane at the end of its table, a row that reads the model's second half of channels when the model has none.
+    void check(const std::int32_t* active, std::int64_t batch, bool learned_given);
 
     // `sample` holds batch, or when `guided` 2 * batch, lanes; so does the timestep array that is not null.
     void prepare(const std::int32_t* active, std::int64_t batch, Dtype dtype, void* sample, float* timestep_float,
@@ -39,8 +47,9 @@ struct HostArena {
                  std::int64_t output_channels, bool guided, bool rescale) const;
 };
 
-void initial_noise(const HostKernels& kernels, int threads, float* out, std::int64_t count, std::uint64_t seed,
-                   std::uint32_t step, float scale);
+// out[e] = scale * z_e
+void normals(const HostKernels& kernels, int threads, float* out, std::int64_t count, std::uint64_t seed,
+             std::uint32_t step, float scale);
 
 // Below this much work one thread is faster than waking others: about 40 us of it. One unit is one element of a step
 // without noise.

@@ -1,4 +1,4 @@
-// Python binding of the host driver: checks shapes and types once per call, then works on plain pointers.
+// Python binding: shapes and types of arrays are checked here, the rest is the C interface (tstitch/step.h).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -6,12 +6,14 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <memory>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "arena.hpp"
-#include "thread_pool.hpp"
+#include "tstitch/step.h"
 
 namespace nb = nanobind;
 
@@ -34,142 +36,151 @@ std::string shape_text(const A& array) {
 
 // bfloat16 has no numpy type: its bits come as uint16.
 template <typename A>
-Dtype model_dtype(const A& array, const char* what) {
-    if (array.dtype() == nb::dtype<float>()) return Dtype::float32;
-    if (array.dtype() == nb::dtype<std::uint16_t>()) return Dtype::bfloat16;
+tstitch_dtype model_dtype(const A& array, const char* what) {
+    if (array.dtype() == nb::dtype<float>()) return TSTITCH_FLOAT32;
+    if (array.dtype() == nb::dtype<std::uint16_t>()) return TSTITCH_BFLOAT16;
     const nb::dlpack::dtype half{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-    if (array.dtype() == half) return Dtype::float16;
+    if (array.dtype() == half) return TSTITCH_FLOAT16;
     refuse(std::string(what) + " has an unsupported dtype; allowed are float32, float16 and bfloat16 (as uint16)");
 }
 
-const HostKernels& find_kernels(const std::optional<std::string>& isa) {
-    const std::vector<const HostKernels*> known = supported_kernels();
-    if (!isa) return *known.front();
-    std::string names;
-    for (const HostKernels* kernels : known) {
-        if (*isa == kernels->name) return *kernels;
-        names += (names.empty() ? "" : ", ") + std::string(kernels->name);
-    }
-    refuse("this CPU has no instruction set '" + *isa + "'; allowed are " + names);
+template <typename A>
+tstitch_dtype timestep_dtype(const A& array) {
+    if (array.dtype() == nb::dtype<float>()) return TSTITCH_FLOAT32;
+    if (array.dtype() == nb::dtype<std::int64_t>()) return TSTITCH_INT64;
+    refuse("timestep has an unsupported dtype; allowed are float32 and int64");
 }
 
-int thread_count(int asked) {
-    if (asked < 0) refuse("threads = " + std::to_string(asked) + "; allowed is 0 (all) or more");
-    return asked == 0 ? available_threads() : asked;
+const char* name_or_null(const std::optional<std::string>& isa) { return isa ? isa->c_str() : nullptr; }
+
+void raise_if(tstitch_status status) {
+    if (status == TSTITCH_OK) return;
+    if (status == TSTITCH_BAD_INPUT) refuse(tstitch_last_error());
+    if (status == TSTITCH_OUT_OF_MEMORY) throw std::bad_alloc();
+    throw std::runtime_error(tstitch_last_error());
 }
 
 class Arena {
   public:
     using Ints = Array<std::int32_t, nb::ndim<1>>;
+    using ConstInts = Array<const std::int32_t, nb::ndim<1>>;
 
     Arena(Array<float> latents, Array<float> history, Array<const float, nb::shape<-1, -1, ROW_SIZE>> rows, Ints step,
           Array<const std::int64_t, nb::ndim<1>> seed, Ints fault, int threads, const std::optional<std::string>& isa)
         : keep_{nb::cast(latents), nb::cast(history), nb::cast(rows), nb::cast(step), nb::cast(seed), nb::cast(fault)} {
-        if (latents.ndim() < 2) refuse("latents " + shape_text(latents) + " must be [lanes, channels, ...]");
+        if (latents.ndim() < 2 || latents.size() == 0)
+            refuse("latents " + shape_text(latents) + " must be [lanes, channels, ...], none of them 0");
         const std::size_t lanes = latents.shape(0);
         if (history.ndim() != latents.ndim() + 1 || history.shape(0) != 2 || history.size() != 2 * latents.size())
             refuse("history " + shape_text(history) + " must be [2, ...] of latents " + shape_text(latents));
         if (rows.shape(0) != lanes || step.size() != lanes || seed.size() != lanes || fault.size() != lanes)
             refuse("rows " + shape_text(rows) + ", step " + shape_text(step) + ", seed " + shape_text(seed) +
                    ", fault " + shape_text(fault) + " must be for the " + std::to_string(lanes) + " lanes of latents");
-        arena_.latents = latents.data();
-        arena_.history = history.data();
-        arena_.rows = rows.data();
-        arena_.step = step.data();
-        arena_.seed = reinterpret_cast<const std::uint64_t*>(seed.data());
-        arena_.fault = fault.data();
-        arena_.lanes = static_cast<std::int64_t>(lanes);
-        arena_.row_count = static_cast<std::int64_t>(rows.shape(1));
-        arena_.channels = static_cast<std::int64_t>(latents.shape(1));
-        arena_.spatial =
-            latents.size() == 0 ? 0 : static_cast<std::int64_t>(latents.size()) / arena_.lanes / arena_.channels;
-        arena_.kernels = &find_kernels(isa);
-        arena_.threads = thread_count(threads);
+        elements_ = static_cast<std::int64_t>(latents.size() / lanes);
+        channels_ = static_cast<std::int64_t>(latents.shape(1));
+        tstitch_lanes all = {};
+        all.latents = latents.data();
+        all.history = history.data();
+        all.rows = rows.data();
+        all.step = step.data();
+        all.seed = reinterpret_cast<const std::uint64_t*>(seed.data());
+        all.fault = fault.data();
+        all.lanes = static_cast<std::int64_t>(lanes);
+        all.row_count = static_cast<std::int64_t>(rows.shape(1));
+        all.channels = channels_;
+        all.spatial = elements_ / channels_;
+        tstitch_arena* made = nullptr;
+        raise_if(tstitch_arena_create(&all, threads, name_or_null(isa), &made));
+        arena_.reset(made);
     }
 
-    void prepare(const Array<const std::int32_t, nb::ndim<1>>& active, const AnyArray& sample, const AnyArray& timestep,
-                 bool guided) const {
+    void prepare(const ConstInts& active, const AnyArray& sample, const AnyArray& timestep, bool guided) const {
         const auto batch = static_cast<std::int64_t>(active.size());
         const std::int64_t wanted = guided ? 2 * batch : batch;
-        check_lanes(active, true);
-        const Dtype dtype = model_dtype(sample, "sample");
-        if (static_cast<std::int64_t>(sample.size()) != wanted * arena_.elements())
+        const tstitch_dtype dtype = model_dtype(sample, "sample"), time = timestep_dtype(timestep);
+        if (static_cast<std::int64_t>(sample.size()) != wanted * elements_)
             refuse("sample " + shape_text(sample) + " must hold " + std::to_string(wanted) + " lanes of " +
-                   std::to_string(arena_.elements()) + " elements");
+                   std::to_string(elements_) + " elements");
         if (timestep.ndim() != 1 || static_cast<std::int64_t>(timestep.size()) != wanted)
             refuse("timestep " + shape_text(timestep) + " must be [" + std::to_string(wanted) + "]");
-        float* as_float = nullptr;
-        std::int64_t* as_int = nullptr;
-        if (timestep.dtype() == nb::dtype<float>())
-            as_float = static_cast<float*>(timestep.data());
-        else if (timestep.dtype() == nb::dtype<std::int64_t>())
-            as_int = static_cast<std::int64_t*>(timestep.data());
-        else
-            refuse("timestep has an unsupported dtype; allowed are float32 and int64");
-        unlocked(wanted * arena_.elements(),
-                 [&] { arena_.prepare(active.data(), batch, dtype, sample.data(), as_float, as_int, guided); });
+        raise_if(unlocked(wanted * elements_, [&] {
+            return tstitch_prepare(arena_.get(), active.data(), batch, sample.data(), dtype, timestep.data(), time,
+                                   guided);
+        }));
     }
 
-    void advance(const Array<const std::int32_t, nb::ndim<1>>& active, const AnyConstArray& output, bool guided,
-                 bool rescale) const {
+    void advance(const ConstInts& active, const AnyConstArray& output, bool guided, bool rescale) const {
         const auto batch = static_cast<std::int64_t>(active.size());
         const std::int64_t lanes = guided ? 2 * batch : batch, size = static_cast<std::int64_t>(output.size());
-        const Dtype dtype = model_dtype(output, "model_output");
-        const bool learned = size == 2 * lanes * arena_.elements();
-        if (!learned && size != lanes * arena_.elements())
+        const tstitch_dtype dtype = model_dtype(output, "model_output");
+        const bool learned = size == 2 * lanes * elements_;
+        if (!learned && size != lanes * elements_)
             refuse("model_output " + shape_text(output) + " must hold " + std::to_string(lanes) + " lanes of " +
-                   std::to_string(arena_.elements()) + " elements, or twice as many with learned variance");
-        check_lanes(active, learned);
-        unlocked(batch * arena_.elements(), [&] {
-            arena_.advance(active.data(), batch, dtype, output.data(), arena_.channels * (learned ? 2 : 1), guided,
-                           rescale);
-        });
+                   std::to_string(elements_) + " elements, or twice as many with learned variance");
+        raise_if(unlocked(batch * elements_, [&] {
+            return tstitch_advance(arena_.get(), active.data(), batch, output.data(), dtype,
+                                   channels_ * (learned ? 2 : 1), guided, rescale);
+        }));
     }
 
   private:
-    void check_lanes(const Array<const std::int32_t, nb::ndim<1>>& active, bool learned_given) const {
-        const std::string wrong = arena_.check(active.data(), static_cast<std::int64_t>(active.size()), learned_given);
-        if (!wrong.empty()) refuse(wrong);
-    }
-
     // Other Python threads may run during work that is worth it. For the few microseconds of a small batch the lock is
     // kept: getting it back from a busy thread can take a whole switch interval (5 ms).
     template <typename Work>
-    static void unlocked(std::int64_t elements, Work work) {
+    static tstitch_status unlocked(std::int64_t elements, Work work) {
         if (elements < PARALLEL_WORK / 4) return work();
         const nb::gil_scoped_release release;
-        work();
+        return work();
     }
 
+    struct Destroy {
+        void operator()(tstitch_arena* arena) const { tstitch_arena_destroy(arena); }
+    };
+
     std::array<nb::object, 6> keep_;  // the arrays whose memory arena_ points to
-    HostArena arena_ = {};
+    std::unique_ptr<tstitch_arena, Destroy> arena_;
+    std::int64_t elements_ = 0, channels_ = 0;
 };
 
-void normals(const Array<float>& out, std::uint64_t seed, std::uint32_t step, float scale, int threads,
-             const std::optional<std::string>& isa) {
-    const HostKernels& kernels = find_kernels(isa);
-    const int count = thread_count(threads);
+void draw_normals(const Array<float>& out, std::uint64_t seed, std::uint32_t step, float scale, int threads,
+                  const std::optional<std::string>& isa) {
     float* const data = out.data();
     const auto size = static_cast<std::int64_t>(out.size());
-    const nb::gil_scoped_release release;
-    initial_noise(kernels, count, data, size, seed, step, scale);
+    const char* const name = name_or_null(isa);
+    tstitch_status status;
+    {
+        const nb::gil_scoped_release release;
+        status = tstitch_normals(data, size, seed, step, scale, threads, name);
+    }
+    raise_if(status);
 }
 
-std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> c, std::uint32_t k0, std::uint32_t k1) {
-    philox4x32_10(c[0], c[1], c[2], c[3], k0, k1);
-    return c;
+using Word = std::uint32_t;
+
+nb::tuple philox(Word c0, Word c1, Word c2, Word c3, Word k0, Word k1) {
+    const Word counter[4] = {c0, c1, c2, c3}, key[2] = {k0, k1};
+    Word out[4];
+    tstitch_philox4x32_10(counter, key, out);
+    return nb::make_tuple(out[0], out[1], out[2], out[3]);
+}
+
+// The two conversions that the kernels contain, by themselves, for the tests.
+Dtype kernel_dtype(tstitch_dtype dtype) {
+    return dtype == TSTITCH_FLOAT32 ? Dtype::float32 : dtype == TSTITCH_FLOAT16 ? Dtype::float16 : Dtype::bfloat16;
 }
 
 void to_float32(const AnyConstArray& source, const Array<float>& out, const std::optional<std::string>& isa) {
     if (source.size() != out.size()) refuse("out " + shape_text(out) + " must be as large as " + shape_text(source));
-    find_kernels(isa).to_float32(model_dtype(source, "source"), source.data(), out.data(),
-                                 static_cast<std::int64_t>(out.size()));
+    find_kernels(name_or_null(isa))
+        .to_float32(kernel_dtype(model_dtype(source, "source")), source.data(), out.data(),
+                    static_cast<std::int64_t>(out.size()));
 }
 
 void from_float32(const Array<const float>& source, const AnyArray& out, const std::optional<std::string>& isa) {
     if (source.size() != out.size()) refuse("out " + shape_text(out) + " must be as large as " + shape_text(source));
-    find_kernels(isa).prepare(model_dtype(out, "out"), source.data(), 1.0f, out.data(), 0,
-                              static_cast<std::int64_t>(out.size()));
+    find_kernels(name_or_null(isa))
+        .prepare(kernel_dtype(model_dtype(out, "out")), source.data(), 1.0f, out.data(), 0,
+                 static_cast<std::int64_t>(out.size()));
 }
 
 }  // namespace
@@ -191,7 +202,7 @@ NB_MODULE(_kernels, m) {
     m.attr("PARALLEL_WORK") = PARALLEL_WORK;
     m.attr("HAS_FATBIN") = bool(TSTITCH_HAS_FATBIN);
     nb::list isas;
-    for (const HostKernels* kernels : supported_kernels()) isas.append(kernels->name);
+    for (int i = 0; tstitch_isa(i) != nullptr; ++i) isas.append(tstitch_isa(i));
     m.attr("ISAS") = nb::tuple(isas);
 
     nb::class_<Arena>(m, "Arena")
@@ -202,13 +213,9 @@ NB_MODULE(_kernels, m) {
         .def("prepare", &Arena::prepare, "active"_a.noconvert(), "sample"_a.noconvert(), "timestep"_a.noconvert(),
              "guided"_a)
         .def("advance", &Arena::advance, "active"_a.noconvert(), "model_output"_a.noconvert(), "guided"_a, "rescale"_a);
-    m.def("normals", &normals, "out"_a.noconvert(), "seed"_a, "step"_a, "scale"_a = 1.0f, "threads"_a = 0,
+    m.def("normals", &draw_normals, "out"_a.noconvert(), "seed"_a, "step"_a, "scale"_a = 1.0f, "threads"_a = 0,
           "isa"_a = nb::none());
-    m.def("philox", [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint32_t k0,
-                       std::uint32_t k1) {
-        const std::array<std::uint32_t, 4> out = philox({c0, c1, c2, c3}, k0, k1);
-        return nb::make_tuple(out[0], out[1], out[2], out[3]);
-    });
+    m.def("philox", &philox);
     m.def("to_float32", &to_float32, "source"_a.noconvert(), "out"_a.noconvert(), "isa"_a = nb::none());
     m.def("from_float32", &from_float32, "source"_a.noconvert(), "out"_a.noconvert(), "isa"_a = nb::none());
 }

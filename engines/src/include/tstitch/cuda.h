@@ -1,0 +1,105 @@
+/* The step kernels on an NVIDIA GPU: what step_kernels.fatbin holds and how its kernels are launched. C99, header only.
+ *
+ * The fat binary is loaded with cuModuleLoadDataEx (or cuLibraryLoadData) and its kernels found by name; this header
+ * needs nothing of CUDA's. The arrays are those of tstitch_lanes (tstitch/step.h) in device memory. One step, in the
+ * order of one stream:
+ *
+ *     prepare -> your engine -> [guidance_factor] -> advance -> next_step
+ *
+ * Nothing in it reads the host or waits, so it may be captured into a CUDA graph that is then replayed for every step.
+ *
+ * For each kernel there is a struct of its arguments in their order, and a macro that makes cuLaunchKernel's
+ * kernelParams of it:
+ *
+ *     tstitch_cuda_prepare a = {.latents = ...};
+ *     void* parameters[] = TSTITCH_CUDA_PREPARE_PARAMETERS(a);
+ *     cuLaunchKernel(prepare_float16_int64, tstitch_cuda_blocks(elements), batch, 1, TSTITCH_CUDA_THREADS, 1, 1, 0,
+ *                    stream, parameters, NULL);
+ *
+ *     kernel                        grid                            threads per block (T)
+ *     prepare_SAMPLE_TIMESTEP       tstitch_cuda_blocks(e), batch   TSTITCH_CUDA_THREADS
+ *     guidance_factor_OUTPUT        batch                           TSTITCH_CUDA_MOMENT_THREADS
+ *     advance_OUTPUT                tstitch_cuda_blocks(e), batch   TSTITCH_CUDA_THREADS
+ *     next_step                     (batch + T - 1) / T             TSTITCH_CUDA_THREADS
+ *     initial_noise                 tstitch_cuda_blocks(e)          TSTITCH_CUDA_THREADS
+ *     scaled_copy                   (elements + T - 1) / T          TSTITCH_CUDA_THREADS
+ *
+ * SAMPLE and OUTPUT: float32, float16, bfloat16; TIMESTEP: float32, int64.
+ *
+ * "elements" (e) is channels * spatial of one lane, below 2^30; "output_elements" is that, or twice that for a model
+ * that predicts its variance. Arrays are aligned to 16 bytes. The kernels can't check what the host driver refuses:
+ * active holds lanes of the arena, each at most once. A lane whose step lies outside its table, a row with
+ * TSTITCH_FLAG_LEARNED without the model's second half, and a latent that is not finite are noted in fault.
+ */
+#ifndef TSTITCH_CUDA_H
+#define TSTITCH_CUDA_H
+
+#include <stdint.h>
+
+enum {
+    TSTITCH_CUDA_THREADS = 256,       /* per block; each thread takes four elements */
+    TSTITCH_CUDA_MOMENT_THREADS = 512 /* per block of guidance_factor, exactly */
+};
+
+typedef uint64_t tstitch_cuda_pointer; /* a CUdeviceptr, or a device address as an integer */
+
+static inline unsigned tstitch_cuda_blocks(int64_t elements) {
+    return (unsigned)((elements + 4 * TSTITCH_CUDA_THREADS - 1) / (4 * TSTITCH_CUDA_THREADS));
+}
+
+/* See tstitch_prepare. */
+typedef struct tstitch_cuda_prepare {
+    tstitch_cuda_pointer latents, rows, step, active; /* float, float, int32, int32 */
+    tstitch_cuda_pointer sample, timestep;            /* written */
+    int32_t row_count, elements, guided;
+} tstitch_cuda_prepare;
+#define TSTITCH_CUDA_PREPARE_PARAMETERS(a)                                   \
+    {&(a).latents,  &(a).rows,      &(a).step,     &(a).active, &(a).sample, \
+     &(a).timestep, &(a).row_count, &(a).elements, &(a).guided}
+
+/* Only where rows have a RESCALE: writes one factor for each position of the batch, which advance then reads. */
+typedef struct tstitch_cuda_guidance_factor {
+    tstitch_cuda_pointer rows, step, active, output;
+    tstitch_cuda_pointer factors; /* float [batch], written */
+    int32_t row_count, elements, spatial, output_elements;
+} tstitch_cuda_guidance_factor;
+#define TSTITCH_CUDA_GUIDANCE_FACTOR_PARAMETERS(a)                                   \
+    {&(a).rows,      &(a).step,     &(a).active,  &(a).output,         &(a).factors, \
+     &(a).row_count, &(a).elements, &(a).spatial, &(a).output_elements}
+
+/* See tstitch_advance; the step stays as it is until next_step. */
+typedef struct tstitch_cuda_advance {
+    tstitch_cuda_pointer latents, history, rows, step, seed, fault, active, output;
+    tstitch_cuda_pointer factors; /* of guidance_factor, or 0: no rescale */
+    int32_t lanes, row_count, elements, spatial, output_elements, guided;
+} tstitch_cuda_advance;
+#define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                                        \
+    {&(a).latents, &(a).history,         &(a).rows,    &(a).step,  &(a).seed,      &(a).fault,    \
+     &(a).active,  &(a).output,          &(a).factors, &(a).lanes, &(a).row_count, &(a).elements, \
+     &(a).spatial, &(a).output_elements, &(a).guided}
+
+/* Adds 1 to the step of each active lane. */
+typedef struct tstitch_cuda_next_step {
+    tstitch_cuda_pointer step, active;
+    int32_t batch;
+} tstitch_cuda_next_step;
+#define TSTITCH_CUDA_NEXT_STEP_PARAMETERS(a) {&(a).step, &(a).active, &(a).batch}
+
+/* Writes scale * z into one lane's latent. */
+typedef struct tstitch_cuda_initial_noise {
+    tstitch_cuda_pointer latent; /* of the lane: latents + lane * elements * 4 bytes */
+    uint64_t seed;
+    float scale;
+    int32_t elements;
+} tstitch_cuda_initial_noise;
+#define TSTITCH_CUDA_INITIAL_NOISE_PARAMETERS(a) {&(a).latent, &(a).seed, &(a).scale, &(a).elements}
+
+/* target[e] = scale * source[e]: latents from elsewhere, at any address, into the arena. */
+typedef struct tstitch_cuda_scaled_copy {
+    tstitch_cuda_pointer target, source; /* float */
+    float scale;
+    uint64_t elements;
+} tstitch_cuda_scaled_copy;
+#define TSTITCH_CUDA_SCALED_COPY_PARAMETERS(a) {&(a).target, &(a).source, &(a).scale, &(a).elements}
+
+#endif

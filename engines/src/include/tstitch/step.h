@@ -1,0 +1,156 @@
+/* The step kernels on the CPU, for programs that do not speak Python. C99; link with tstitch::step.
+ *
+ * Diffusion sampling around any engine (ONNX Runtime, TensorRT...), for a batch of images ("lanes") that may each be at
+ * a step of their own:
+ *
+ *     fill rows, seed, step = 0, fault = -1; tstitch_initial_noise for each lane
+ *     repeat:  tstitch_prepare -> your engine -> tstitch_advance
+ *
+ * Each step of a lane reads one row of its table, TSTITCH_ROW_SIZE floats:
+ *
+ *     m  = c                                       if not guided
+ *     m  = u + G (c - u)                           on the first GUIDED_CHANNELS channels, c on the others
+ *     m  = RESCALE (std(c)/std(m)) m + (1 - RESCALE) m     over the same channels (arXiv 2305.08891, eq. 15-16)
+ *     D  = P x + Q m
+ *     x' = A x + B D + C D1 + E D2 + S z           D1, D2: D of the two steps before; z: Gaussian noise
+ *
+ * c and u are the model's conditional and unconditional output. tstitch_engines/rows.py has the same layout, and
+ * tstitch_trt.solvers makes such tables. tstitch/cuda.h has the same steps on an NVIDIA GPU.
+ *
+ * Ownership: all arrays belong to the caller and stay where they are from tstitch_arena_create to
+ * tstitch_arena_destroy; between calls the caller may read and write them. Nothing is allocated that outlives its call
+ * but the arena object itself and the sleeping threads of the process's one pool.
+ *
+ * Threads: one arena is used by one thread at a time; different arenas may be used at once. Results do not depend on
+ * the number of threads, nor a lane's result on the other lanes of its batch.
+ *
+ * Errors: no exception leaves these functions. A call that does not return TSTITCH_OK has not changed latents, history,
+ * step or fault, and tstitch_last_error says what was wrong.
+ */
+#ifndef TSTITCH_STEP_H
+#define TSTITCH_STEP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#if defined(TSTITCH_EXPORTS) /* set while the shared library itself is compiled */
+#define TSTITCH_API __attribute__((visibility("default")))
+#else
+#define TSTITCH_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------------ constants */
+
+/* The floats of a row. */
+enum {
+    TSTITCH_ROW_T,    /* timestep given to the model */
+    TSTITCH_ROW_C_IN, /* factor on the latent before the model sees it */
+    TSTITCH_ROW_P,
+    TSTITCH_ROW_Q,
+    TSTITCH_ROW_A,
+    TSTITCH_ROW_B,
+    TSTITCH_ROW_C,
+    TSTITCH_ROW_E,
+    TSTITCH_ROW_S,
+    TSTITCH_ROW_G,               /* guidance scale */
+    TSTITCH_ROW_RESCALE,         /* guidance rescale, 0 = off */
+    TSTITCH_ROW_GUIDED_CHANNELS, /* how many leading channels are guided */
+    TSTITCH_ROW_LOG_STD_MIN,     /* with TSTITCH_FLAG_LEARNED: S exp(min + (max - min) (w + 1) / 2) scales z, */
+    TSTITCH_ROW_LOG_STD_MAX,     /* w being the model's second half of channels */
+    TSTITCH_ROW_FLAGS,           /* sum of TSTITCH_FLAG_*, as a float */
+    TSTITCH_ROW_RESERVED,
+    TSTITCH_ROW_SIZE
+};
+
+enum {
+    TSTITCH_FLAG_LEARNED = 1, /* the noise scale is read from the model's second half of channels */
+    TSTITCH_FLAG_STORE = 2    /* a later row reads this step's D (its C or E is not 0) */
+};
+
+#define TSTITCH_INITIAL_NOISE_STEP 0xFFFFFFFFu /* the Philox "step" of a lane's initial latent */
+
+typedef enum tstitch_dtype {
+    TSTITCH_FLOAT32,
+    TSTITCH_FLOAT16,
+    TSTITCH_BFLOAT16,
+    TSTITCH_INT64 /* timesteps only */
+} tstitch_dtype;
+
+typedef enum tstitch_status {
+    TSTITCH_OK,
+    TSTITCH_BAD_INPUT, /* an argument can't be right */
+    TSTITCH_OUT_OF_MEMORY,
+    TSTITCH_FAILED /* anything else: a bug of ours */
+} tstitch_status;
+
+/* What the calling thread's last failed call had to say: the value it got and what is allowed. Never null; valid until
+ * this thread's next failed call. */
+TSTITCH_API const char* tstitch_last_error(void);
+
+TSTITCH_API const char* tstitch_version(void); /* "major.minor.patch" */
+
+/* ---------------------------------------------------------------------------------------------------------- arena */
+
+/* The caller's memory, C-contiguous and naturally aligned; no two arrays overlap. spatial is height * width (times
+ * frames): its shape does not matter here. Read here only: rows, seed. */
+typedef struct tstitch_lanes {
+    float* latents;       /* [lanes, channels, spatial] */
+    float* history;       /* [2, lanes, channels, spatial]; need not be initialised */
+    const float* rows;    /* [lanes, row_count, TSTITCH_ROW_SIZE] */
+    int32_t* step;        /* [lanes]: the row that is next, 0 to row_count - 1; row_count once the lane is finished */
+    const uint64_t* seed; /* [lanes] */
+    int32_t* fault;       /* [lanes]: set it to -1; the first step whose new latent was not finite is noted here */
+    int64_t lanes, row_count, channels, spatial;
+} tstitch_lanes;
+
+typedef struct tstitch_arena tstitch_arena;
+
+/* threads: the most that a call may use, the caller among them; 0 = as many as this process may run on. Small batches
+ * stay on the calling thread. isa: the name of an instruction set (see tstitch_isa), or null for the best.
+ * The struct is copied, the arrays are not. On failure *arena is null. */
+TSTITCH_API tstitch_status tstitch_arena_create(const tstitch_lanes* lanes, int threads, const char* isa,
+                                                tstitch_arena** arena);
+TSTITCH_API void tstitch_arena_destroy(tstitch_arena* arena); /* null is allowed */
+
+/* Writes scale * z into the lane's latent; z is keyed by seed[lane] and TSTITCH_INITIAL_NOISE_STEP. */
+TSTITCH_API tstitch_status tstitch_initial_noise(tstitch_arena* arena, int32_t lane, float scale);
+
+/* The model's input from the lanes active[0 .. batch - 1], each at most once, at their own steps:
+ *     sample[i] = C_IN * latents[active[i]], rounded to sample_dtype;  timestep[i] = T, to the nearest for
+ * TSTITCH_INT64. With guided both arrays hold 2 * batch entries: i and batch + i are the same, for the conditional and
+ * the unconditional half. sample is [batch or 2 * batch, channels, spatial]. */
+TSTITCH_API tstitch_status tstitch_prepare(tstitch_arena* arena, const int32_t* active, int64_t batch, void* sample,
+                                           tstitch_dtype sample_dtype, void* timestep, tstitch_dtype timestep_dtype,
+                                           bool guided);
+
+/* One step of the same lanes from the model's output: updates latents, history and fault, adds 1 to step.
+ * model_output is [batch or 2 * batch, output_channels, spatial], conditional entries first; output_channels is
+ * channels, or twice that for a model that predicts its variance (the second half is read only by rows with
+ * TSTITCH_FLAG_LEARNED). Without rescale the RESCALE of the rows is ignored, which saves a pass over the output.
+ * A latent that is not finite is no error of this call: see tstitch_lanes.fault. */
+TSTITCH_API tstitch_status tstitch_advance(tstitch_arena* arena, const int32_t* active, int64_t batch,
+                                           const void* model_output, tstitch_dtype dtype, int64_t output_channels,
+                                           bool guided, bool rescale);
+
+/* --------------------------------------------------------------------------------------------------------- random */
+
+/* out[e] = scale * z_e for e in [0, count): the normals that a lane of that seed draws at that step. */
+TSTITCH_API tstitch_status tstitch_normals(float* out, int64_t count, uint64_t seed, uint32_t step, float scale,
+                                           int threads, const char* isa);
+
+/* Philox 4x32-10 (Salmon et al., SC 2011), low words first. Element 4 b + k of a lane is made of the counter
+ * {b, b >> 32, step, 0} and the key {seed, seed >> 32}. */
+TSTITCH_API void tstitch_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+
+/* The instruction sets that this CPU can run, best first; null when index is past the last. */
+TSTITCH_API const char* tstitch_isa(int index);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,218 @@
+// The C interface (include/tstitch/step.h) over the host driver: checks its arguments and lets no exception out. The
+// Python binding calls the same functions.
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "arena.hpp"
+#include "thread_pool.hpp"
+#include "tstitch/step.h"
+
+struct tstitch_arena {
+    tstitch::HostArena host;
+};
+
+namespace tstitch {
+namespace {
+
+#define TSTITCH_SAME(name) static_assert(int(TSTITCH_ROW_##name) == int(ROW_##name), "step.h and step.hpp differ");
+TSTITCH_ROW_FIELDS(TSTITCH_SAME)
+#undef TSTITCH_SAME
+static_assert(int(TSTITCH_ROW_SIZE) == int(ROW_SIZE) && int(TSTITCH_FLAG_LEARNED) == FLAG_LEARNED &&
+                  int(TSTITCH_FLAG_STORE) == FLAG_STORE && TSTITCH_INITIAL_NOISE_STEP == INITIAL_NOISE_STEP,
+              "step.h and step.hpp differ");
+
+thread_local char last_error[512] = "";  // fixed, so that reporting a failure can't fail; longer messages are cut
+
+tstitch_status failed(tstitch_status status, const char* message) {
+    std::snprintf(last_error, sizeof last_error, "%s", message);
+    return status;
+}
+
+template <typename Body>
+tstitch_status guarded(Body body) {
+    try {
+        body();
+        return TSTITCH_OK;
+    } catch (const std::invalid_argument& error) {
+        return failed(TSTITCH_BAD_INPUT, error.what());
+    } catch (const std::bad_alloc&) {
+        return failed(TSTITCH_OUT_OF_MEMORY, "out of memory");
+    } catch (const std::exception& error) {
+        return failed(TSTITCH_FAILED, error.what());
+    } catch (...) {
+        return failed(TSTITCH_FAILED, "an unknown exception");
+    }
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+void require(const void* pointer, const char* name) {
+    if (pointer == nullptr) refuse(std::string(name) + " is null");
+}
+
+void require_positive(std::int64_t value, const char* name) {
+    if (value < 1) refuse(std::string(name) + " = " + std::to_string(value) + "; allowed is 1 or more");
+}
+
+Dtype model_dtype(tstitch_dtype dtype, const char* name) {
+    switch (dtype) {
+        case TSTITCH_FLOAT32:
+            return Dtype::float32;
+        case TSTITCH_FLOAT16:
+            return Dtype::float16;
+        case TSTITCH_BFLOAT16:
+            return Dtype::bfloat16;
+        case TSTITCH_INT64:
+            break;
+    }
+    refuse(std::string(name) + " = " + std::to_string(static_cast<int>(dtype)) +
+           "; allowed are TSTITCH_FLOAT32, TSTITCH_FLOAT16 and TSTITCH_BFLOAT16");
+}
+
+// False for a batch of none, which is no work and no mistake.
+bool has_lanes(const std::int32_t* active, std::int64_t batch) {
+    if (batch < 0) refuse("batch = " + std::to_string(batch) + "; allowed is 0 or more");
+    if (batch > 0) require(active, "active");
+    return batch > 0;
+}
+
+void require_sizes(const tstitch_lanes& lanes) {
+    require_positive(lanes.lanes, "lanes");
+    require_positive(lanes.row_count, "row_count");
+    require_positive(lanes.channels, "channels");
+    require_positive(lanes.spatial, "spatial");
+    std::int64_t bytes =
+        2 * static_cast<std::int64_t>(sizeof(float));  // of the history, and of a guided learned output
+    std::int64_t table = static_cast<std::int64_t>(sizeof(float)) * ROW_SIZE;
+    bool large = __builtin_mul_overflow(table, lanes.lanes, &table);
+    large = __builtin_mul_overflow(table, lanes.row_count, &table) || large;
+    for (const std::int64_t factor : {lanes.lanes, std::int64_t{2}, lanes.channels, lanes.spatial})
+        large = __builtin_mul_overflow(bytes, factor, &bytes) || large;
+    if (large || lanes.lanes > INT32_MAX || lanes.row_count > INT32_MAX)
+        refuse("lanes = " + std::to_string(lanes.lanes) + ", row_count = " + std::to_string(lanes.row_count) +
+               ", channels = " + std::to_string(lanes.channels) + ", spatial = " + std::to_string(lanes.spatial) +
+               " are more than fits into memory");
+}
+
+tstitch_arena* make_arena(const tstitch_lanes& lanes, int threads, const char* isa) {
+    require_sizes(lanes);
+    require(lanes.latents, "latents");
+    require(lanes.history, "history");
+    require(lanes.rows, "rows");
+    require(lanes.step, "step");
+    require(lanes.seed, "seed");
+    require(lanes.fault, "fault");
+    HostArena host = {};
+    host.latents = lanes.latents;
+    host.history = lanes.history;
+    host.rows = lanes.rows;
+    host.step = lanes.step;
+    host.seed = lanes.seed;
+    host.fault = lanes.fault;
+    host.lanes = lanes.lanes;
+    host.row_count = lanes.row_count;
+    host.channels = lanes.channels;
+    host.spatial = lanes.spatial;
+    host.kernels = &find_kernels(isa);
+    host.threads = thread_count(threads);
+    host.last_used.resize(static_cast<std::size_t>(lanes.lanes));
+    return new tstitch_arena{std::move(host)};
+}
+
+}  // namespace
+}  // namespace tstitch
+
+using namespace tstitch;
+
+extern "C" {
+
+const char* tstitch_last_error(void) { return last_error; }
+
+const char* tstitch_version(void) { return TSTITCH_VERSION; }
+
+tstitch_status tstitch_arena_create(const tstitch_lanes* lanes, int threads, const char* isa, tstitch_arena** arena) {
+    return guarded([&] {
+        require(arena, "arena");
+        *arena = nullptr;
+        require(lanes, "lanes");
+        *arena = make_arena(*lanes, threads, isa);
+    });
+}
+
+void tstitch_arena_destroy(tstitch_arena* arena) { delete arena; }
+
+tstitch_status tstitch_initial_noise(tstitch_arena* arena, int32_t lane, float scale) {
+    return guarded([&] {
+        require(arena, "arena");
+        const HostArena& host = arena->host;
+        if (lane < 0 || lane >= host.lanes)
+            refuse("lane = " + std::to_string(lane) + "; allowed is 0 to " + std::to_string(host.lanes - 1));
+        normals(*host.kernels, host.threads, host.latents + lane * host.elements(), host.elements(), host.seed[lane],
+                INITIAL_NOISE_STEP, scale);
+    });
+}
+
+tstitch_status tstitch_prepare(tstitch_arena* arena, const int32_t* active, int64_t batch, void* sample,
+                               tstitch_dtype sample_dtype, void* timestep, tstitch_dtype timestep_dtype, bool guided) {
+    return guarded([&] {
+        require(arena, "arena");
+        const Dtype dtype = model_dtype(sample_dtype, "sample_dtype");
+        if (timestep_dtype != TSTITCH_FLOAT32 && timestep_dtype != TSTITCH_INT64)
+            refuse("timestep_dtype = " + std::to_string(static_cast<int>(timestep_dtype)) +
+                   "; allowed are TSTITCH_FLOAT32 and TSTITCH_INT64");
+        if (!has_lanes(active, batch)) return;
+        require(sample, "sample");
+        require(timestep, "timestep");
+        arena->host.check(active, batch, true);
+        arena->host.prepare(active, batch, dtype, sample,
+                            timestep_dtype == TSTITCH_FLOAT32 ? static_cast<float*>(timestep) : nullptr,
+                            timestep_dtype == TSTITCH_INT64 ? static_cast<std::int64_t*>(timestep) : nullptr, guided);
+    });
+}
+
+tstitch_status tstitch_advance(tstitch_arena* arena, const int32_t* active, int64_t batch, const void* model_output,
+                               tstitch_dtype dtype, int64_t output_channels, bool guided, bool rescale) {
+    return guarded([&] {
+        require(arena, "arena");
+        const Dtype type = model_dtype(dtype, "dtype");
+        HostArena& host = arena->host;
+        const bool learned = output_channels == 2 * host.channels;
+        if (!learned && output_channels != host.channels)
+            refuse("output_channels = " + std::to_string(output_channels) + "; allowed is " +
+                   std::to_string(host.channels) + ", or " + std::to_string(2 * host.channels) +
+                   " with learned variance");
+        if (!has_lanes(active, batch)) return;
+        require(model_output, "model_output");
+        host.check(active, batch, learned);
+        host.advance(active, batch, type, model_output, output_channels, guided, rescale);
+    });
+}
+
+tstitch_status tstitch_normals(float* out, int64_t count, uint64_t seed, uint32_t step, float scale, int threads,
+                               const char* isa) {
+    return guarded([&] {
+        if (count < 0) refuse("count = " + std::to_string(count) + "; allowed is 0 or more");
+        if (count > 0) require(out, "out");
+        normals(find_kernels(isa), thread_count(threads), out, count, seed, step, scale);
+    });
+}
+
+void tstitch_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+    std::uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+    philox4x32_10(c0, c1, c2, c3, key[0], key[1]);
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
+const char* tstitch_isa(int index) {
+    const char* name = nullptr;
+    const tstitch_status status = guarded([&] {
+        const std::vector<const HostKernels*> known = supported_kernels();
+        if (index >= 0 && static_cast<std::size_t>(index) < known.size())
+            name = known[static_cast<std::size_t>(index)]->name;
+    });
+    return status == TSTITCH_OK ? name : nullptr;
+}
+}

@@ -1,0 +1,149 @@
+/* tstitch/cuda.h: its argument structs and launch shapes give, by the CUDA driver's source walked on the CPU
+ * (cuda_on_host/launch.cpp), what the host driver gives. */
+#include <stdlib.h>
+#include <string.h>
+#include <tstitch/cuda.h>
+#include <tstitch/step.h>
+
+#include "check.h"
+
+enum { LANES = 3, BATCH = 2, STEPS = 2, CHANNELS = 3, SPATIAL = 400, ELEMENTS = CHANNELS * SPATIAL };
+
+/* Of cuda_on_host/launch.cpp: the number of arguments that the kernel takes. */
+int launch(const char* name, int grid_x, int grid_y, int threads, int count, void** arguments);
+
+#define LAUNCH(name, x, y, threads, parameters)                                         \
+    do {                                                                                \
+        const int count_ = (int)(sizeof parameters / sizeof parameters[0]);             \
+        CHECK(launch(name, (int)(x), (int)(y), threads, count_, parameters) == count_); \
+    } while (0)
+
+#define ALIGNED __attribute__((aligned(16))) /* as the kernels ask for */
+
+typedef struct state {
+    ALIGNED float latents[LANES * ELEMENTS];
+    ALIGNED float history[2 * LANES * ELEMENTS];
+    ALIGNED float sample[2 * BATCH * ELEMENTS];
+    ALIGNED float copy[LANES * ELEMENTS];
+    ALIGNED int64_t timestep[2 * BATCH];
+    int32_t step[LANES], fault[LANES];
+} state;
+
+ALIGNED static float rows[LANES * STEPS * TSTITCH_ROW_SIZE], output[2 * BATCH * 2 * ELEMENTS];
+static const uint64_t seed[LANES] = {1, 2, (uint64_t)-3};
+static const int32_t active[BATCH] = {2, 0};
+
+static float uniform(void) { return (float)rand() / (float)RAND_MAX; }
+
+static tstitch_cuda_pointer address(const void* pointer) { return (tstitch_cuda_pointer)(uintptr_t)pointer; }
+
+static void on_host(state* s) {
+    tstitch_lanes all = {0};
+    tstitch_arena* arena = NULL;
+    all.latents = s->latents;
+    all.history = s->history;
+    all.rows = rows;
+    all.step = s->step;
+    all.seed = seed;
+    all.fault = s->fault;
+    all.lanes = LANES;
+    all.row_count = STEPS;
+    all.channels = CHANNELS;
+    all.spatial = SPATIAL;
+    CHECK_OK(tstitch_arena_create(&all, 1, NULL, &arena));
+    CHECK_OK(tstitch_initial_noise(arena, 2, 3.0f));
+    for (int i = 0; i < STEPS; ++i) {
+        CHECK_OK(tstitch_prepare(arena, active, BATCH, s->sample, TSTITCH_FLOAT32, s->timestep, TSTITCH_INT64, true));
+        CHECK_OK(tstitch_advance(arena, active, BATCH, output, TSTITCH_FLOAT32, 2 * CHANNELS, true, true));
+    }
+    tstitch_arena_destroy(arena);
+    for (int i = 0; i < LANES * ELEMENTS; ++i) s->copy[i] = 0.25f * s->latents[i];
+}
+
+static void on_cuda(state* s) {
+    float factors[BATCH];
+    const unsigned blocks = tstitch_cuda_blocks(ELEMENTS);
+    tstitch_cuda_initial_noise noise = {0};
+    tstitch_cuda_prepare prepare = {0};
+    tstitch_cuda_guidance_factor factor = {0};
+    tstitch_cuda_advance advance = {0};
+    tstitch_cuda_next_step next = {0};
+    tstitch_cuda_scaled_copy copy = {0};
+
+    noise.latent = address(s->latents + 2 * ELEMENTS);
+    noise.seed = seed[2];
+    noise.scale = 3.0f;
+    noise.elements = ELEMENTS;
+
+    prepare.latents = advance.latents = address(s->latents);
+    prepare.rows = factor.rows = advance.rows = address(rows);
+    prepare.step = factor.step = advance.step = next.step = address(s->step);
+    prepare.active = factor.active = advance.active = next.active = address(active);
+    prepare.sample = address(s->sample);
+    prepare.timestep = address(s->timestep);
+    prepare.row_count = factor.row_count = advance.row_count = STEPS;
+    prepare.elements = factor.elements = advance.elements = ELEMENTS;
+    prepare.guided = advance.guided = 1;
+
+    factor.output = advance.output = address(output);
+    factor.factors = advance.factors = address(factors);
+    factor.spatial = advance.spatial = SPATIAL;
+    factor.output_elements = advance.output_elements = 2 * ELEMENTS;
+
+    advance.history = address(s->history);
+    advance.seed = address(seed);
+    advance.fault = address(s->fault);
+    advance.lanes = LANES;
+    next.batch = BATCH;
+
+    copy.target = address(s->copy);
+    copy.source = address(s->latents);
+    copy.scale = 0.25f;
+    copy.elements = LANES * ELEMENTS;
+
+    void* of_noise[] = TSTITCH_CUDA_INITIAL_NOISE_PARAMETERS(noise);
+    void* of_prepare[] = TSTITCH_CUDA_PREPARE_PARAMETERS(prepare);
+    void* of_factor[] = TSTITCH_CUDA_GUIDANCE_FACTOR_PARAMETERS(factor);
+    void* of_advance[] = TSTITCH_CUDA_ADVANCE_PARAMETERS(advance);
+    void* of_next[] = TSTITCH_CUDA_NEXT_STEP_PARAMETERS(next);
+    void* of_copy[] = TSTITCH_CUDA_SCALED_COPY_PARAMETERS(copy);
+    LAUNCH("initial_noise", blocks, 1, TSTITCH_CUDA_THREADS, of_noise);
+    for (int i = 0; i < STEPS; ++i) {
+        LAUNCH("prepare_float32_int64", blocks, BATCH, TSTITCH_CUDA_THREADS, of_prepare);
+        LAUNCH("guidance_factor_float32", BATCH, 1, TSTITCH_CUDA_MOMENT_THREADS, of_factor);
+        LAUNCH("advance_float32", blocks, BATCH, TSTITCH_CUDA_THREADS, of_advance);
+        LAUNCH("next_step", 1, 1, TSTITCH_CUDA_THREADS, of_next);
+    }
+    LAUNCH("scaled_copy", (LANES * ELEMENTS + TSTITCH_CUDA_THREADS - 1) / TSTITCH_CUDA_THREADS, 1, TSTITCH_CUDA_THREADS,
+           of_copy);
+}
+
+int main(void) {
+    static state host, cuda;
+    for (int i = 0; i < LANES * STEPS; ++i) {
+        float* row = rows + i * TSTITCH_ROW_SIZE;
+        for (int k = 0; k < TSTITCH_ROW_SIZE; ++k) row[k] = 0.2f + 0.6f * uniform();
+        row[TSTITCH_ROW_T] = 100.0f * uniform();
+        row[TSTITCH_ROW_C] = i % STEPS ? 0.3f : 0.0f;
+        row[TSTITCH_ROW_E] = 0;
+        row[TSTITCH_ROW_GUIDED_CHANNELS] = 2;
+        row[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_STORE + TSTITCH_FLAG_LEARNED;
+    }
+    for (size_t i = 0; i < sizeof output / sizeof output[0]; ++i) output[i] = 2 * uniform() - 1;
+    for (int i = 0; i < LANES * ELEMENTS; ++i) host.latents[i] = 2 * uniform() - 1;
+    for (int lane = 0; lane < LANES; ++lane) host.fault[lane] = -1;
+    cuda = host;
+    on_host(&host);
+    on_cuda(&cuda);
+    for (int i = 0; i < LANES * ELEMENTS; ++i) {
+        CHECK_CLOSE(cuda.latents[i], host.latents[i], 1e-5);
+        CHECK_CLOSE(cuda.copy[i], host.copy[i], 1e-5);
+    }
+    for (int i = 0; i < 2 * LANES * ELEMENTS; ++i) CHECK_CLOSE(cuda.history[i], host.history[i], 1e-5);
+    for (int i = 0; i < 2 * BATCH * ELEMENTS; ++i) CHECK_CLOSE(cuda.sample[i], host.sample[i], 1e-5);
+    CHECK(memcmp(cuda.timestep, host.timestep, sizeof host.timestep) == 0);
+    CHECK(memcmp(cuda.step, host.step, sizeof host.step) == 0);
+    CHECK(memcmp(cuda.fault, host.fault, sizeof host.fault) == 0);
+    CHECK(host.step[0] == STEPS && host.step[1] == 0 && host.step[2] == STEPS);
+    return failures != 0;
+}

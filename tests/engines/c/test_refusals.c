@@ -1,0 +1,102 @@
+/* Every wrong argument is an error code and a message with what was got and what is allowed; nothing is changed. */
+#include <string.h>
+#include <tstitch/step.h>
+
+#include "check.h"
+
+static void refused(tstitch_status status, const char* says, int line) {
+    if (status != TSTITCH_BAD_INPUT || strstr(tstitch_last_error(), says) == NULL) {
+        fprintf(stderr, "line %d: status %d, \"%s\"; expected \"%s\"\n", line, (int)status, tstitch_last_error(), says);
+        ++failures;
+    }
+}
+#define REFUSED(call, says) refused(call, says, __LINE__)
+
+int main(void) {
+    float latents[2 * 3 * 4] = {0}, history[2 * 2 * 3 * 4], rows[2 * 1 * TSTITCH_ROW_SIZE] = {0},
+                          out[2 * 2 * 2 * 3 * 4];
+    float before[2 * 3 * 4] = {0};
+    float timestep[4];
+    int32_t step[2] = {0, 0}, fault[2] = {-1, -1};
+    const int32_t both[2] = {0, 1}, outside[1] = {2}, negative[1] = {-1}, twice[2] = {1, 1};
+    const uint64_t seed[2] = {1, 2};
+    tstitch_lanes good = {0}, bad;
+    tstitch_arena *arena = NULL, *none = (tstitch_arena*)out;
+
+    CHECK(strcmp(tstitch_last_error(), "") == 0);
+    good.latents = latents;
+    good.history = history;
+    good.rows = rows;
+    good.step = step;
+    good.seed = seed;
+    good.fault = fault;
+    good.lanes = 2;
+    good.row_count = 1;
+    good.channels = 3;
+    good.spatial = 4;
+    CHECK_OK(tstitch_arena_create(&good, 1, NULL, &arena));
+
+    REFUSED(tstitch_arena_create(&good, 1, NULL, NULL), "arena is null");
+    REFUSED(tstitch_arena_create(NULL, 1, NULL, &none), "lanes is null");
+    CHECK(none == NULL);
+    REFUSED(tstitch_arena_create(&good, -2, NULL, &none), "threads = -2; allowed is 0 (all) or more");
+    REFUSED(tstitch_arena_create(&good, 1, "mmx", &none), "no instruction set 'mmx'; allowed are ");
+#define REFUSED_WITH(field, value, says) \
+    bad = good;                          \
+    bad.field = value;                   \
+    REFUSED(tstitch_arena_create(&bad, 1, NULL, &none), says)
+    REFUSED_WITH(latents, NULL, "latents is null");
+    REFUSED_WITH(history, NULL, "history is null");
+    REFUSED_WITH(rows, NULL, "rows is null");
+    REFUSED_WITH(step, NULL, "step is null");
+    REFUSED_WITH(seed, NULL, "seed is null");
+    REFUSED_WITH(fault, NULL, "fault is null");
+    REFUSED_WITH(lanes, 0, "lanes = 0; allowed is 1 or more");
+    REFUSED_WITH(row_count, -1, "row_count = -1");
+    REFUSED_WITH(channels, 0, "channels = 0");
+    REFUSED_WITH(spatial, 0, "spatial = 0");
+    REFUSED_WITH(spatial, INT64_MAX / 8, "more than fits into memory");
+    REFUSED_WITH(row_count, INT64_MAX / 8, "more than fits into memory");
+
+    REFUSED(tstitch_initial_noise(NULL, 0, 1), "arena is null");
+    REFUSED(tstitch_initial_noise(arena, 2, 1), "lane = 2; allowed is 0 to 1");
+    REFUSED(tstitch_normals(NULL, 4, 0, 0, 1, 1, NULL), "out is null");
+    REFUSED(tstitch_normals(out, -4, 0, 0, 1, 1, NULL), "count = -4");
+
+#define PREPARE(active, batch, sample, dtype, times, kind) \
+    tstitch_prepare(arena, active, batch, sample, dtype, times, kind, false)
+    REFUSED(tstitch_prepare(NULL, both, 2, out, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT32, true), "arena is null");
+    REFUSED(PREPARE(NULL, 2, out, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT32), "active is null");
+    REFUSED(PREPARE(both, -1, out, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT32), "batch = -1");
+    REFUSED(PREPARE(both, 2, NULL, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT32), "sample is null");
+    REFUSED(PREPARE(both, 2, out, TSTITCH_FLOAT32, NULL, TSTITCH_FLOAT32), "timestep is null");
+    REFUSED(PREPARE(both, 2, out, TSTITCH_INT64, timestep, TSTITCH_FLOAT32),
+            "sample_dtype = 3; allowed are TSTITCH_FLO");
+    REFUSED(PREPARE(both, 2, out, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT16), "timestep_dtype = 1; allowed are TSTI");
+    REFUSED(PREPARE(outside, 1, out, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT32), "active[0] = 2 is no lane; allowed");
+    REFUSED(PREPARE(negative, 1, out, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT32), "active[0] = -1");
+    REFUSED(PREPARE(twice, 2, out, TSTITCH_FLOAT32, timestep, TSTITCH_FLOAT32), "active[1] = 1 names a lane again");
+    CHECK_OK(PREPARE(NULL, 0, NULL, TSTITCH_FLOAT32, NULL, TSTITCH_FLOAT32));
+
+#define ADVANCE(active, batch, output, channels) \
+    tstitch_advance(arena, active, batch, output, TSTITCH_FLOAT32, channels, false, false)
+    REFUSED(tstitch_advance(NULL, both, 2, out, TSTITCH_FLOAT32, 3, true, true), "arena is null");
+    REFUSED(tstitch_advance(arena, both, 2, out, TSTITCH_INT64, 3, true, true), "dtype = 3");
+    REFUSED(ADVANCE(NULL, 2, out, 3), "active is null");
+    REFUSED(ADVANCE(both, 2, NULL, 3), "model_output is null");
+    REFUSED(ADVANCE(both, 2, out, 4), "output_channels = 4; allowed is 3, or 6 with learned variance");
+    REFUSED(ADVANCE(outside, 1, out, 3), "active[0] = 2 is no lane");
+    REFUSED(ADVANCE(twice, 2, out, 3), "active[1] = 1 names a lane again; allowed is each at most once");
+    rows[TSTITCH_ROW_S] = 1;
+    rows[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_LEARNED;
+    REFUSED(ADVANCE(both, 2, out, 3), "has 3 channels, allowed is 6");
+    step[1] = 1;
+    REFUSED(ADVANCE(both + 1, 1, out, 3), "lane 1 is at step 1; its table has the steps 0 to 0");
+    CHECK_OK(ADVANCE(NULL, 0, NULL, 3));
+
+    CHECK(memcmp(latents, before, sizeof latents) == 0);
+    CHECK(step[0] == 0 && fault[0] == -1 && fault[1] == -1);
+    tstitch_arena_destroy(arena);
+    tstitch_arena_destroy(NULL);
+    return failures != 0;
+}
