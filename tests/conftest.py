@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def kernels_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA driver of the step kernels, compiled for the host."""
+    from cuda_stand_in import compile_kernels
+
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    return compile_kernels(compiler, tmp_path_factory.mktemp("cuda_on_host") / "launch.so")
+
+
+@pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     return TinyPair(Path(tmp_path_factory.mktemp("tiny")))
 
@@ -35,3 +48,10 @@ def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("fashion") / "fashion.bundle"
     build("fashion", output=output)
     return output
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where wheels that tests look into are kept: ``$TSTITCH_TEST_WHEELS`` to keep them between runs."""
+    chosen = os.environ.get("TSTITCH_TEST_WHEELS")
+    return Path(chosen) if chosen else Path(tmp_path_factory.mktemp("wheels"))

@@ -259,7 +259,7 @@ ENUMS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }
 
-# What at least one supported version lacks
+# What at least one supported version lacks; of a class that is lacking, its members go without saying
 PROBED: Final = frozenset(
     {
         "ComputeCapability",
@@ -272,7 +272,6 @@ PROBED: Final = frozenset(
         "IRuntimeConfig",
         "IStreamWriter",
         "TilingOptimizationLevel",
-        "BuilderFlag.REFIT_IDENTICAL",
         "BuilderFlag.REQUIRE_USER_ALLOCATION",
         "Builder.build_serialized_network_to_stream",
         "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",

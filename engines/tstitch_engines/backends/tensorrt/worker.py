@@ -170,7 +170,7 @@ def _configure(
         config.set_flag(flags.REFIT)
     elif options.strip_weights:
         # For getting back the weights it was made from: nothing is lost in speed, and 11.3's REFIT may lose a bias.
-        config.set_flag(flags.REFIT_IDENTICAL if has(library, "BuilderFlag.REFIT_IDENTICAL") else flags.REFIT)
+        config.set_flag(flags.REFIT_IDENTICAL)
     if options.capabilities:
         config.num_compute_capabilities = len(options.capabilities)
         for index, number in enumerate(options.capabilities):

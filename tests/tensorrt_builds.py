@@ -1,0 +1,90 @@
+"""Small real compilations for the tests of the TensorRT backends, and graphs made by hand for their corners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tstitch_engines.backends.tensorrt import TensorRtBackend
+from tstitch_engines.files import hash_file
+from tstitch_engines.manifest import Component, Member
+from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
+from tstitch_export.shipped import read_shipped
+
+__all__ = ["attention_graph", "compile_member", "hand_made", "shipped_small"]
+
+
+def shipped_small() -> tuple[Member, Path]:
+    """The small member of the built-in pair and its ONNX."""
+    folder = Path(str(files("tstitch_export") / "pairs" / "fashion"))
+    return read_shipped(folder / "small.json").member, folder / "small.onnx"
+
+
+def compile_member(
+    backend: TensorRtBackend,
+    member: Member,
+    model: Path,
+    output: Path,
+    *,
+    batch: Range | None = None,
+    device: str = "cpu",
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Path:
+    (made,) = backend.compile(
+        member=member,
+        model=model,
+        profile=ShapeProfile({"B": batch or Range(1, 2, 4)}),
+        device=device,
+        options=options or {},
+        output=output,
+        progress=progress or (lambda phase, share: None),
+    )
+    return made
+
+
+def hand_made(
+    path: Path,
+    nodes: Sequence[Any],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    constants: Sequence[Any] = (),
+    opset: int = 20,
+) -> Member:
+    """Writes a graph of these nodes; the member that it would be."""
+    import onnx
+    from onnx import helper
+
+    kinds = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
+
+    def value(spec: TensorSpec) -> Any:
+        return helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.shape)
+
+    graph = helper.make_graph(
+        list(nodes), "by-hand", [value(s) for s in inputs], [value(s) for s in outputs], list(constants)
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    onnx.save(model, path)
+    shipped, _ = shipped_small()
+    sha256, size = hash_file(path)
+    return msgspec.structs.replace(
+        shipped,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        onnx=(Component(path=path.name, sha256=sha256, bytes=size),),
+        precision="fp16" if inputs[0].dtype == "float16" else "fp32",
+    )
+
+
+def attention_graph(path: Path, *, dtype: str, head: int) -> Member:
+    """One Attention node (opset 23) over ``[B, 2 heads, 16 tokens, head]``."""
+    from onnx import helper
+
+    specs = [TensorSpec(name=name, dtype=dtype, shape=("B", 2, 16, head)) for name in ("q", "k", "v", "y")]
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
+    return hand_made(path, [node], specs[:3], specs[3:], opset=23)
