@@ -46,9 +46,9 @@ def load(
     """
     if threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
+    check_mode(graph)
     started = perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify)
-    check_mode(graph)
     place = open_device(device, stream=stream)
     name = backend or _default_backend(opened)
     library = open_backend(name)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,13 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cuda_stand_in import launch_on_host
 from step_runs import run
 from tstitch_engines.cuda_kernels import CudaStepKernels, enqueue_initial_noise
 from tstitch_engines.errors import BadInput
 from tstitch_engines.host_device import HostBuffer, HostDevice
-
-HERE = Path(__file__).parent / "cuda_on_host"
-SOURCES = Path(__file__).parents[2] / "engines" / "src"
 
 
 class WalkedDevice(HostDevice):
@@ -38,37 +33,10 @@ class WalkedDevice(HostDevice):
         enqueue_initial_noise(self, latents, slot, seed, scale)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    path = tmp_path_factory.mktemp("cuda_on_host") / "launch.so"
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-pthread",
-        "-Wall",
-        "-Werror",
-        "-fsanitize=undefined",
-    ]
-    command += ["-fno-sanitize-recover", "-static-libubsan", "-I", str(HERE), "-I", str(SOURCES), "-o", str(path)]
-    subprocess.run([*command, str(HERE / "launch.cpp")], check=True)
-    return ctypes.CDLL(str(path))
-
-
 @pytest.fixture
-def device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> WalkedDevice:
-    """``cuda.core``'s ``launch``, which passes Python integers as pointers and numpy scalars by value."""
-
+def device(kernels_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> WalkedDevice:
     def launch(_stream: None, config: Any, kernel: str, *arguments: Any) -> None:
-        values = [np.array(a, np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-        taken = library.launch(kernel.encode(), config.grid[0], config.grid[1], config.block[0], len(values), pointers)
-        assert taken == len(values), f"{kernel} takes {taken} arguments, got {len(values)}"
+        launch_on_host(kernels_on_host, config, kernel, arguments)()
 
     core: Any = ModuleType("cuda.core")
     core.launch = launch

@@ -109,7 +109,14 @@ class TorchBackend(Backend):
 
 
 class _TorchEngine(Engine):
-    """Unlike other engines this one allocates while it runs: PyTorch makes every intermediate tensor anew."""
+    """Unlike other engines this one allocates while it runs: PyTorch makes every intermediate tensor anew.
+
+    On CUDA it takes them from a pool of its own, which after the first runs holds all it needs. So a run can be
+    recorded: nothing is allocated in it, and nobody else is given the memory that the graph goes on using. Runs and
+    replays follow each other on one stream and may use the same memory. Not run on a GPU.
+    """
+
+    warmups = 3  # as torch.cuda.make_graphed_callables does: libraries choose algorithms and workspaces
 
     def __init__(self, torch: Any, module: Any, member: Member, identity: EngineIdentity, device: Device) -> None:
         super().__init__(member.inputs, member.outputs, identity.profile)
@@ -117,6 +124,13 @@ class _TorchEngine(Engine):
         self._module = module
         self._kind = parse_device(device.name)[0]
         self._device = device
+        self._stream: Any = None
+        self._pool: Any = None
+        if self._kind == "cuda":
+            stream = getattr(device, "stream_handle", None)
+            self._stream = torch.cuda.ExternalStream(stream, device=device.name)
+            with torch.cuda.device(self._stream.device):
+                self._pool = torch.cuda.MemPool()
         self._arguments: list[Any] = []
         self._results: list[Any] = []
         self._buffers: dict[str, Buffer] = {}
@@ -130,13 +144,12 @@ class _TorchEngine(Engine):
         if not self._arguments:
             raise BadInput("the engine has no buffers", hint="call bind(...) before enqueue()")
         torch = self._torch
-        stream = getattr(self._device, "stream_handle", None)
         try:
             with torch.inference_mode():
-                if self._kind == "cpu":
+                if self._stream is None:
                     self._run()
                 else:
-                    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self._device.name)):
+                    with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
                         self._run()
         except RuntimeError as error:
             raise FailedWork(
@@ -165,6 +178,7 @@ class _TorchEngine(Engine):
     def close(self) -> None:
         self._module = None
         self._arguments, self._results, self._buffers = [], [], {}
+        self._pool = None
 
 
 class _Memory:
