@@ -38,7 +38,8 @@ std::vector<const HostKernels*> supported_kernels() {
              &kernels_avx512, &kernels_avx2,
 #endif
              &kernels_baseline})
-        if (kernels->supported()) found.push_back(kernels);
+        // The baseline needs no more than the flags that this whole binary was compiled with.
+        if (kernels == &kernels_baseline || kernels->supported()) found.push_back(kernels);
     return found;
 }
 

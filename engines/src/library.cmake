@@ -14,6 +14,9 @@ set_target_properties(
              VISIBILITY_INLINES_HIDDEN ON)
 if(BUILD_SHARED_LIBS)
   target_compile_definitions(tstitch_step PRIVATE TSTITCH_EXPORTS)
+  # The standard library's templates are visible whatever the compiler was told.
+  target_link_options(tstitch_step PRIVATE "LINKER:--version-script=${CMAKE_CURRENT_SOURCE_DIR}/exports.map")
+  set_target_properties(tstitch_step PROPERTIES LINK_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/exports.map")
 endif()
 target_include_directories(tstitch_step PUBLIC $<BUILD_INTERFACE:${CMAKE_CURRENT_SOURCE_DIR}/include>
                                                $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
