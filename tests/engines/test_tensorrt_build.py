@@ -19,7 +19,7 @@ from tstitch_engines.backends.tensorrt.network import parse, settle_attention
 from tstitch_engines.bundle import open_bundle
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, UnknownName
 from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Manifest, Precision
+from tstitch_engines.manifest import Manifest, Member, Precision
 from tstitch_engines.spec import Range, TensorSpec
 from tstitch_export.build import build
 
@@ -252,22 +252,43 @@ def test_an_unsupported_operator_is_named_with_what_helps(rtx: TensorRtBackend, 
     assert "optimize=True" in caught.value.hint
 
 
-def test_a_dimension_fixed_inside_is_fatal(rtx: TensorRtBackend, tmp_path: Path) -> None:
-    """The library warns, and makes an engine that runs at the one size only."""
+def fixed_inside(model: Path, shape: list[int]) -> Member:
+    """A graph that reshapes ``x [B, 4]`` to ``shape`` and back."""
+    from onnx import TensorProto, helper
+
+    x, y = pair(("B", 4))
+    nodes = [helper.make_node("Reshape", ["x", "there"], ["r"]), helper.make_node("Reshape", ["r", "back"], ["y"])]
+    constants = [
+        helper.make_tensor("there", TensorProto.INT64, [len(shape)], shape),
+        helper.make_tensor("back", TensorProto.INT64, [2], [-1, 4]),
+    ]
+    return hand_made(model, nodes, [x], [y], constants=constants)
+
+
+def test_a_dimension_fixed_inside_is_an_error(rtx: TensorRtBackend, tmp_path: Path) -> None:
+    model = tmp_path / "fixed.onnx"
+    member = fixed_inside(model, [2, 4])
+    with pytest.raises(BuildFailed, match=r"has the outputs .*\(2, 4\).*wanted are .*\(-1, 4\)") as caught:
+        compile_member(rtx, member, model, tmp_path / "a.rtx")
+    assert "export the member again" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["fixed.onnx"]
+
+
+def test_the_library_s_warning_of_a_profile_it_can_t_keep_is_fatal(rtx: TensorRtBackend, tmp_path: Path) -> None:
+    """The library only warns, and makes an engine that runs at one size."""
     from onnx import TensorProto, helper
 
     x, y = pair(("B", 4))
     nodes = [
         helper.make_node("Reshape", ["x", "fixed"], ["r"]),
-        helper.make_node("Mul", ["r", "x"], ["y"]),
+        helper.make_node("ReduceSum", ["r"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["y"]),
     ]
-    model = tmp_path / "fixed.onnx"
+    model = tmp_path / "warned.onnx"
     member = hand_made(model, nodes, [x], [y], constants=[helper.make_tensor("fixed", TensorProto.INT64, [2], [2, 4])])
-    with pytest.raises(BuildFailed) as caught:
+    with pytest.raises(BuildFailed, match=r"fixes a dimension inside that is dynamic outside: .*self-consistent"):
         compile_member(rtx, member, model, tmp_path / "a.rtx")
-    assert "self-consistent" in caught.value.message or "has the outputs" in caught.value.message
-    assert "export" in caught.value.hint
-    assert [path.name for path in tmp_path.iterdir()] == ["fixed.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["warned.onnx"]
 
 
 def test_other_tensors_than_the_member_s(rtx: TensorRtBackend, tmp_path: Path) -> None:

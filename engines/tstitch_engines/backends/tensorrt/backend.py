@@ -108,8 +108,8 @@ class TensorRtBackend(Backend):
             _log.warning("weight-streaming: the engine allocates while it runs, so its steps can't be captured")
         request = Request(
             flavour=flavour.name,
-            model=str(model.resolve()),
-            output=str(output.resolve()),
+            model=str(model.absolute()),
+            output=str(output.absolute()),
             family=member.family,
             precision=member.precision,
             inputs=member.inputs,

@@ -29,7 +29,7 @@ from tstitch_engines.errors import BuildFailed, TStitchError
 
 __all__ = ["compile_engine", "main"]
 
-_INCONSISTENT: Final = "kMIN/kMAX values are not self-consistent"
+_INCONSISTENT: Final = "values are not self-consistent"  # "Profile kMIN values...", and kOPT, kMAX
 _KILL_ME_FIRST: Final = 500  # of 1000: the kernel should end the worker, not whoever waits for it
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _MEGABYTE: Final = 1 << 20
