@@ -8,7 +8,12 @@ from numpy.typing import NDArray
 from tstitch_engines.device import Buffer, Device
 from tstitch_engines.rows import ROW_FIELDS
 
-__all__ = ["LaneArena"]
+__all__ = ["LaneArena", "arena_bytes"]
+
+
+def arena_bytes(slots: int, elements: int, table_rows: int) -> int:
+    """Of an arena: latents and two estimates, a table, step, fault and seed for each lane."""
+    return slots * (3 * 4 * elements + 4 * len(ROW_FIELDS) * table_rows + 4 + 4 + 8)
 
 
 class LaneArena:

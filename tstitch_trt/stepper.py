@@ -21,7 +21,7 @@ from tstitch_trt.lanes import LaneArena
 if TYPE_CHECKING:
     from tstitch_engines.backends.base import Engine
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "io_slices"]
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,12 @@ class Stepper:
             if index >= warmup:
                 times.append(1e3 * (perf_counter() - start))
         return times
+
+
+def io_slices(manifest: Manifest, batch: int) -> dict[str, int]:
+    """Bytes of every slice of the engines' inputs and outputs for batches of up to ``batch``."""
+    specs = [spec for member in manifest.members.values() for spec in (*member.inputs, *member.outputs)]
+    return {"active": 4 * batch, **{_slice(spec): spec.nbytes({"B": batch}) for spec in specs}}
 
 
 def _slice(spec: TensorSpec) -> str:

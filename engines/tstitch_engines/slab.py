@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 
 from tstitch_engines.device import ALIGNMENT, Buffer, Device
 from tstitch_engines.spec import itemsize
 
-__all__ = ["Slab"]
+__all__ = ["Slab", "slab_bytes"]
+
+
+def slab_bytes(sizes: Mapping[str, int]) -> int:
+    """What a slab of these slices takes."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())
 
 
 class Slab:
@@ -18,12 +24,9 @@ class Slab:
         """``sizes``: bytes of each slice by name."""
         self._device = device
         self._sizes = dict(sizes)
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for name, size in sizes.items():
-            self._offsets[name] = end
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        self.block = device.empty((end,), "uint8")
+        ends = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())]
+        self._offsets = dict(zip(sizes, ends, strict=False))
+        self.block = device.empty((slab_bytes(sizes),), "uint8")
 
     def view(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
         """The start of slice ``name`` as a buffer. All views of a slice have the same address."""

@@ -15,6 +15,7 @@ from tstitch_engines.errors import BadEngine, BadInput, Cancelled, NotFinite, Ou
 from tstitch_engines.host_kernels import normal
 from tstitch_engines.rows import INITIAL_NOISE_STEP
 from tstitch_trt import Runtime
+from tstitch_trt.memory import planned_memory
 
 
 @pytest.fixture(scope="module")
@@ -228,5 +229,22 @@ def test_guidance_needs_room_for_two_halves(tiny_pair: TinyPair) -> None:
 def test_bare_times_and_memory_are_reported(runtime: Runtime) -> None:
     assert len(runtime.time_member("large", 2, repeats=3)) == 3
     assert len(runtime.time_step_kernels(2, repeats=5, guided=True)) == 5
-    assert runtime.memory()["arena"] > 0
     assert runtime.load_ms > 0
+
+
+def test_memory_is_what_inspect_plans(runtime: Runtime) -> None:
+    memory = runtime.memory()
+    assert planned_memory(runtime.manifest) == {
+        "onnxruntime": {name: memory[name] for name in ("arena", "engine io")},
+    }
+    assert memory["arena"] > 8 * 3 * 4 * 4 * 8 * 8  # 8 lanes of 4x8x8 float32: the latent and two estimates
+    assert memory["engine io"] > 0
+    assert memory["activations"] == 0  # ONNX Runtime does not say
+
+
+def test_steps_on_the_cpu_allocate_and_copy_nothing(runtime: Runtime) -> None:
+    calls = runtime.device.calls
+    before = None
+    for _ in runtime.iterate(labels=[1, 2], steps=6, guidance=2.0, fraction=0.5):
+        assert before is None or calls == before
+        before = calls.copy()

@@ -158,3 +158,4 @@ def _print(bench: Bench) -> None:
         f"{1e3 * bench.step_kernels_ms:.1f} us per step, load {bench.load_ms:.0f} ms, "
         f"peak memory {size(bench.peak_memory_bytes)}"
     )
+    click.echo("device memory: " + ", ".join(f"{what} {size(nbytes)}" for what, nbytes in bench.memory.items()))

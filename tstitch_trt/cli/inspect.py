@@ -44,6 +44,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     import msgspec
 
     from tstitch_engines.identity import digest
+    from tstitch_trt.memory import planned_memory
 
     document: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
     for name, member in bundle.manifest.members.items():
@@ -52,11 +53,18 @@ def _document(bundle: Bundle) -> dict[str, Any]:
             if (plan := _plan(bundle, record)) is not None:
                 engine["plan"] = {"version": plan.version, "gpus": plan.gpus()}
     files = bundle.manifest.components()
-    return {"path": str(bundle.root), "bytes": sum(part.bytes for part in files), "files": len(files), **document}
+    return {
+        "path": str(bundle.root),
+        "bytes": sum(part.bytes for part in files),
+        "files": len(files),
+        "memory": planned_memory(bundle.manifest),
+        **document,
+    }
 
 
 def _print(bundle: Bundle) -> None:
     from tstitch_trt.cli._text import print_table, size
+    from tstitch_trt.memory import planned_memory
 
     manifest = bundle.manifest
     latent, noise, conditioning, defaults = manifest.latent, manifest.noise, manifest.conditioning, manifest.defaults
@@ -79,6 +87,9 @@ def _print(bundle: Bundle) -> None:
     ):
         if text:
             click.echo(f"  {word:<10} {text}")
+    for backend, parts in planned_memory(manifest).items():
+        planned = ", ".join(f"{what} {size(nbytes)}" for what, nbytes in parts.items())
+        click.echo(f"  {'memory':<10} {planned} with {backend}; bench adds the activations")
     for name, member in manifest.members.items():
         click.echo()
         _print_member(bundle, name, member)
