@@ -12,7 +12,8 @@ import pytest
 
 PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bottom up
 HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_bindings", "tensorrt_rtx",
-         "tensorrt_rtx_bindings", "cuda", "diffusers", "transformers", "matplotlib", "PIL", "scipy", "safetensors")  # fmt: skip
+         "tensorrt_rtx_bindings", "cuda", "diffusers", "transformers", "matplotlib", "PIL", "scipy",
+         "safetensors")  # fmt: skip
 # Written in torch from end to end, imported only inside functions of their neighbours (or run with `python -m`).
 TORCH_MODULES = ("tstitch_export.families.dit_model", "tstitch_export.train.")
 
