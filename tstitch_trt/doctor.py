@@ -119,10 +119,13 @@ def _cuda() -> Iterator[Check]:
         detail=nvcc or "not on PATH",
         hint=""
         if nvcc
-        else "needed only to compile the CUDA step kernels: install the CUDA toolkit, then pip install .",
+        else "not needed: without it, python -m tstitch_engines.make_fatbin compiles the CUDA step kernels",
     )
     yield _attempt(
-        "cuda", "step kernels for CUDA", _fatbin, hint="install from a wheel that has them, or with nvcc: pip install ."
+        "cuda",
+        "step kernels for CUDA",
+        _fatbin,
+        hint='pip install "tstitch-trt[gpu]" && python -m tstitch_engines.make_fatbin',
     )
 
 
@@ -140,12 +143,9 @@ def _driver_version() -> str:
 
 
 def _fatbin() -> str:
-    from importlib.resources import files
+    from tstitch_engines.cuda_kernels import find_fatbin
 
-    found = [item.name for item in files("tstitch_engines").iterdir() if item.name.endswith(".fatbin")]
-    if not found:
-        raise RuntimeError("this build has none (it was made without nvcc)")
-    return ", ".join(found)
+    return str(find_fatbin())
 
 
 def _backends() -> Iterator[Check]:

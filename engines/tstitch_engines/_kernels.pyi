@@ -12,7 +12,7 @@ INITIAL_NOISE_STEP: Final[int]
 PARALLEL_WORK: Final[int]
 """Elements (noise counts twelve times) from which on a call uses more than one thread."""
 HAS_FATBIN: Final[bool]
-"""Whether the build found nvcc and installed ``step_kernels.fatbin`` beside this module."""
+"""Whether the build found nvcc or NVRTC and installed ``step_kernels.fatbin`` beside this module."""
 ISAS: Final[tuple[str, ...]]
 
 class Arena:

@@ -18,7 +18,14 @@ from tstitch_engines.rows import ROW_FIELDS
 if TYPE_CHECKING:
     from tstitch_engines.cuda_device import CudaDevice
 
-__all__ = ["CudaStepKernels", "enqueue_initial_noise", "enqueue_scaled_copy", "fatbin_path", "load_module"]
+__all__ = [
+    "CudaStepKernels",
+    "enqueue_initial_noise",
+    "enqueue_scaled_copy",
+    "fatbin_path",
+    "find_fatbin",
+    "load_module",
+]
 
 THREADS = 256  # per block of the elementwise kernels; each thread takes four elements
 MOMENT_THREADS = 512  # per block of guidance_factor, as in cuda_driver.cu
@@ -28,20 +35,27 @@ _TIMESTEP_DTYPES = ("float32", "int64")
 
 
 def fatbin_path() -> Path:
-    """Where the build installs the fat binary: beside the extension module. It is there only if nvcc was found."""
+    """Where the build installs the fat binary: beside the extension module. It is there if nvcc or NVRTC was found."""
     from tstitch_engines import _kernels
 
     return Path(str(_kernels.__file__)).with_name("step_kernels.fatbin")
 
 
+def find_fatbin() -> Path:
+    """The fat binary of the build, else that of ``make_fatbin``. Raises ``Unavailable`` when there is none."""
+    from tstitch_engines.make_fatbin import cached_fatbin
+
+    if (path := fatbin_path()).is_file() or (path := cached_fatbin()).is_file():
+        return path
+    raise Unavailable(
+        "this build of tstitch-trt has no CUDA step kernels: it was made with neither nvcc nor NVRTC",
+        hint='pip install "tstitch-trt[gpu]" && python -m tstitch_engines.make_fatbin, which puts them into a cache',
+    )
+
+
 def load_module() -> Any:
     """The fat binary as a ``cuda.core.ObjectCode``; never print it: its repr asks the driver. Needs a driver."""
-    path = fatbin_path()
-    if not path.is_file():
-        raise Unavailable(
-            "this build of tstitch-trt has no CUDA step kernels: no nvcc was found when it was built",
-            hint="put CUDA's nvcc on PATH and install again: pip install -C cmake.define.TSTITCH_CUDA=ON '.[gpu]'",
-        )
+    path = find_fatbin()
     from cuda.core import ObjectCode
 
     return ObjectCode.from_fatbin(path.read_bytes(), name="step_kernels")

@@ -34,10 +34,13 @@ _INSTALL = "pip install 'cuda-bindings[all]>=13', or pip install 'tstitch-trt[gp
 
 
 def source_folder() -> Path:
-    """Where the build installs the kernels' source: beside the extension module."""
+    """Where the build installs the kernels' source: beside the extension module. Raises ``Unavailable``."""
     from tstitch_engines import _kernels
 
-    return Path(str(_kernels.__file__)).with_name("src")
+    folder = Path(str(_kernels.__file__)).with_name("src")
+    if not folder.is_dir():
+        raise Unavailable(f"the source of the CUDA step kernels is not at {folder}", hint="install tstitch-trt again")
+    return folder
 
 
 def cached_fatbin() -> Path:

@@ -20,6 +20,7 @@ from tstitch_engines import _kernels, cuda_kernels
 from tstitch_engines.device import Device, open_device
 from tstitch_engines.errors import Unavailable
 from tstitch_engines.host_device import HostDevice
+from tstitch_engines.make_fatbin import source_folder
 
 KERNELS = {
     "next_step",
@@ -74,10 +75,11 @@ def test_with_the_real_cuda_core_and_no_driver() -> None:
 
 
 def test_without_the_fat_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    shutil.copytree(source_folder(), tmp_path / "src")
     monkeypatch.setattr(_kernels, "__file__", str(tmp_path / "_kernels.so"))
     with pytest.raises(Unavailable, match="has no CUDA step kernels") as caught:
         cuda_kernels.load_module()
-    assert "TSTITCH_CUDA=ON" in caught.value.hint
+    assert "python -m tstitch_engines.make_fatbin" in caught.value.hint
 
 
 def test_the_fat_binary_is_there_iff_nvcc_was() -> None:

@@ -1,0 +1,87 @@
+"""``tstitch::step``: built, tested by ctest (an installed copy too), and documented by what is built."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+C_TESTS = Path(__file__).parent / "c"
+README = (ROOT / "engines" / "README.md").read_text()
+OLDEST_CMAKE = (3, 22)
+
+
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def run(*command: str | Path) -> str:
+    environment = {**os.environ, "PATH": PATH}
+    if shutil.which("ninja", path=PATH):
+        environment.setdefault("CMAKE_GENERATOR", "Ninja")
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, f"{done.args}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cmake() -> Path:
+    """That of this environment (the extra ``test`` has it), else the system's."""
+    path = shutil.which("cmake", path=PATH)
+    if path is None:
+        pytest.skip("cmake is not installed")
+    found = Path(path)
+    version = re.search(r"version (\d+)\.(\d+)", run(found, "--version"))
+    assert version is not None
+    if (int(version[1]), int(version[2])) < OLDEST_CMAKE:
+        pytest.skip(f"{found} is older than {OLDEST_CMAKE}")
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler is installed")
+    return found
+
+
+@pytest.mark.parametrize("shared", ["OFF", "ON"])
+def test_ctest(cmake: Path, tmp_path: Path, shared: str) -> None:
+    """The static library as it ships; the shared one without optimisation, which compiles faster."""
+    kind = "Debug" if shared == "ON" else "Release"
+    options = [f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_BUILD_TYPE={kind}", "-DTSTITCH_WERROR=ON"]
+    run(cmake, "-S", ROOT, "-B", tmp_path, "-DTSTITCH_PYTHON=OFF", "-DTSTITCH_CUDA=OFF", *options)
+    run(cmake, "--build", tmp_path, "--parallel", "2")
+    report = run(cmake.with_name("ctest"), "--test-dir", tmp_path, "--output-on-failure")
+    assert "100% tests passed" in report
+    names = set(re.findall(r"Test +#\d+: (\w+)", report))
+    assert names == {"test_step", "test_refusals", "test_cuda", "consumer"} | ({"exports"} if shared == "ON" else set())
+
+
+def test_the_version_is_that_of_the_package(cmake: Path, tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    run(cmake, "-S", ROOT, "-B", tmp_path, "-DTSTITCH_PYTHON=OFF", "-DTSTITCH_CUDA=OFF", "-DTSTITCH_TESTS=OFF")
+    text = (tmp_path / "engines" / "src" / "tstitchConfigVersion.cmake").read_text()
+    assert f'PACKAGE_VERSION "{version("tstitch-trt")}"' in text
+
+
+@pytest.mark.parametrize(
+    ("language", "files"),
+    [("c", ["consumer/walk.c", "cuda_walk.c"]), ("cmake", ["consumer/CMakeLists.txt"])],
+)
+def test_the_readme_shows_what_is_built(language: str, files: list[str]) -> None:
+    built = "\n".join((C_TESTS / name).read_text() for name in files).replace("${version} EXACT ", "")
+    built = re.sub(r"if\(fatbin.*?endif\(\)\n", "", built, flags=re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert block in built, block
+
+
+def test_the_readme_names_what_exists() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / "engines" / target).exists(), target
+    cmake_files = "".join(path.read_text() for path in (ROOT / "CMakeLists.txt", ROOT / "engines/src/library.cmake"))
+    for option in re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE):
+        assert option in cmake_files, option
