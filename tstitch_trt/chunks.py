@@ -114,25 +114,29 @@ class Walk:
     def _segments(
         self, chunk: Chunk, kinds: Sequence[Kind], watch: Stopwatch
     ) -> Generator[StepEvent, None, list[tuple[str, int]]]:
-        fault = self._stepper.host_fault
-        whole = self._stepper.graph_mode == "segment" and not self._events
+        stepper, fault = self._stepper, self._stepper.host_fault
         segments = []
         for segment in self._plan.schedule.segments:
-            first = max(segment.start, self._request.start)
-            if segment.stop <= first:
+            step = max(segment.start, self._request.start)
+            if segment.stop <= step:
                 continue
             watch.mark()
-            segments.append((segment.name, segment.stop - first))
-            if whole:
-                for kind, run in groupby(kinds[first : segment.stop]):
-                    self._stepper.steps(kind, len(list(run)))
-                continue
-            for step in range(first, segment.stop):
-                self._stepper.step(kinds[step])
-                if fault is not None and (fault[: chunk.count] >= 0).any():
-                    self._raise_fault(fault, chunk)
-                if self._events:
-                    yield self._event(step, chunk)
+            segments.append((segment.name, segment.stop - step))
+            for kind, equal in groupby(kinds[step : segment.stop]):
+                count = len(list(equal))
+                whole = None if self._events else stepper.segment(kind, count)
+                if whole is not None:
+                    whole()
+                    step += count
+                    continue
+                one = stepper.stepping(kind)
+                for _ in range(count):
+                    one()
+                    if fault is not None and (fault[: chunk.count] >= 0).any():
+                        self._raise_fault(fault, chunk)
+                    if self._events:
+                        yield self._event(step, chunk)
+                    step += 1
         return segments
 
     def collect(self, done: UnderWay) -> tuple[NDArray[np.float32] | None, list[SegmentTiming]]:

@@ -62,12 +62,20 @@ class StepGraphs:
         """The graph of one step, or ``None`` when the step runs call by call."""
         return self._steps.get(kind)
 
-    def segment(self, kind: Kind, steps: int, run: Callable[[], None]) -> Graph | None:
-        """A graph of ``steps`` equal steps, recorded when it is first asked for; ``None`` where there is no such."""
+    def lacks(self, kind: Kind) -> bool:
+        """Whether ``record`` was not called for this kind yet and there is reason to."""
+        return self.mode != "off" and kind not in self._steps
+
+    def segment(self, kind: Kind, steps: int, make: Callable[[], Callable[[], None]]) -> Graph | None:
+        """A graph of ``steps`` equal steps, recorded when it is first asked for; ``None`` where there is no such.
+
+        ``make`` binds the engine and gives what does one step.
+        """
         if self.mode != "segment" or self._steps.get(kind) is None:
             return None
         graph = self._segments.get((kind, steps))
         if graph is None:
+            run = make()
 
             def all_steps() -> None:
                 for _ in range(steps):
@@ -88,12 +96,10 @@ class StepGraphs:
     def record(
         self, kind: Kind, engine: Engine, run: Callable[[], None], condition: Callable[[list[int]], None], classes: int
     ) -> None:
-        """Records ``run`` (one step of ``kind``) unless that was tried before. Waits; overwrites arena and labels.
+        """Records ``run`` (one step of ``kind``), which the kind ``lacks``. Waits; overwrites arena and labels.
 
         ``condition`` writes one label per lane.
         """
-        if self.mode == "off" or kind in self._steps:
-            return
         self._steps[kind] = None
         lanes = range(kind.lanes)
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -84,11 +84,6 @@ class Stepper:
     def members(self) -> tuple[str, ...]:
         return tuple(self._engines)
 
-    @property
-    def graph_mode(self) -> GraphMode:
-        """``off`` on a device without graphs."""
-        return self._graphs.mode
-
     def memory(self) -> dict[str, int]:
         """Bytes by purpose. ``activations``: the scratch that the engines plan themselves, shared blocks once."""
         scratch: dict[int, int] = {}
@@ -112,37 +107,40 @@ class Stepper:
     def ready(self, kinds: Iterable[Kind]) -> None:
         """Records the steps of these kinds that were not recorded before, which overwrites lanes and labels."""
         for kind in kinds:
-            self._graphs.record(
-                kind,
-                self._engines[kind.member],
-                lambda kind=kind: self._run(kind),  # type: ignore[misc]
-                lambda labels, kind=kind: self.condition([kind.member], labels, guided=kind.guided),  # type: ignore[misc]
-                self._manifest.conditioning.classes,
-            )
+            if self._graphs.lacks(kind):
 
-    def step(self, kind: Kind) -> None:
-        """``prepare -> engine -> advance`` for the first slots. Once bound: no wait, allocation or copy."""
+                def condition(labels: list[int], kind: Kind = kind) -> None:
+                    self.condition([kind.member], labels, guided=kind.guided)
+
+                classes = self._manifest.conditioning.classes
+                self._graphs.record(kind, self._engines[kind.member], self._work(kind), condition, classes)
+
+    def stepping(self, kind: Kind) -> Callable[[], None]:
+        """What does one step of ``kind``, again and again until another kind of the same member is asked for.
+
+        ``prepare -> engine -> advance`` for the first slots: no wait, allocation or copy.
+        """
         graph = self._graphs.step(kind)
-        if graph is None:
-            self._run(kind)
-        else:
-            graph.launch()
+        return self._work(kind) if graph is None else graph.launch
 
-    def steps(self, kind: Kind, count: int) -> None:
-        """``count`` equal steps, in one launch where the graph mode is ``segment``."""
-        graph = self._graphs.segment(kind, count, lambda: self._run(kind))
-        if graph is not None:
-            graph.launch()
-            return
-        for _ in range(count):
-            self.step(kind)
+    def segment(self, kind: Kind, steps: int) -> Callable[[], None] | None:
+        """What does ``steps`` equal steps in one launch, if the graph mode is ``segment`` and it could be recorded."""
+        graph = self._graphs.segment(kind, steps, lambda: self._work(kind))
+        return None if graph is None else graph.launch
 
-    def _run(self, kind: Kind) -> None:
+    def _work(self, kind: Kind) -> Callable[[], None]:
         bound = self.bind(kind.member, kind.lanes, kind.guided)
-        kernels = self.arena.kernels
-        kernels.prepare(bound.active, bound.sample, bound.timestep, guided=kind.guided)
-        self._engines[kind.member].enqueue()
-        kernels.advance(bound.active, bound.model_output, guided=kind.guided, rescale=kind.rescale)
+        prepare, advance = self.arena.kernels.prepare, self.arena.kernels.advance
+        enqueue = self._engines[kind.member].enqueue
+        active, sample, timestep, output = bound.active, bound.sample, bound.timestep, bound.model_output
+        guided, rescale = kind.guided, kind.rescale
+
+        def work() -> None:
+            prepare(active, sample, timestep, guided=guided)
+            enqueue()
+            advance(active, output, guided=guided, rescale=rescale)
+
+        return work
 
     def bind(self, name: str, lanes: int, guided: bool) -> _Bound:
         """Gives the engine its buffers for this batch."""
