@@ -13,11 +13,11 @@ from typing import Any, Final
 from tstitch_engines.device import NotCaptured
 from tstitch_engines.errors import FailedWork
 
-__all__ = ["CudaGraph", "capture"]
+__all__ = ["REFUSED", "CudaGraph", "capture"]
 
 # Kinds of nodes that must not be replayed. A call of a host function would run again with arguments that its maker has
 # freed after the first run (ONNX Runtime releases staging memory so); memory made in a graph is not ours to plan with.
-_REFUSED: Final = {
+REFUSED: Final = {
     "cudaGraphNodeTypeHost": "a call of a host function",
     "cudaGraphNodeTypeMemAlloc": "an allocation",
     "cudaGraphNodeTypeMemFree": "a release of memory",
@@ -96,8 +96,8 @@ def _check_nodes(runtime: Any, graph: Any) -> int:
         raise NotCaptured("the recorded graph is empty: the work went to another stream", hint=_HINT)
     for node in _ok(runtime, runtime.cudaGraphGetNodes(graph, total))[1]:
         kind = _ok(runtime, runtime.cudaGraphNodeGetType(node))[1].name
-        if kind in _REFUSED:
-            raise NotCaptured(f"the recorded graph holds {_REFUSED[kind]}", hint=_HINT)
+        if kind in REFUSED:
+            raise NotCaptured(f"the recorded graph holds {REFUSED[kind]}", hint=_HINT)
     return total
 
 

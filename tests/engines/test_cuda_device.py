@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from step_runs import run
-from tstitch_engines import _kernels, cuda_kernels
+from tstitch_engines import _kernels, cuda_graph, cuda_kernels
 from tstitch_engines.device import Device, open_device
 from tstitch_engines.errors import Unavailable
 from tstitch_engines.host_device import HostDevice
@@ -72,6 +72,37 @@ def test_with_the_real_cuda_core_and_no_driver() -> None:
         pytest.skip("this machine has a CUDA driver")
     with pytest.raises(Unavailable, match=r"cuda:0 can't be used: .+ \(CUDA error \d+\)"):
         open_device("cuda")
+
+
+def test_the_real_libraries_have_what_is_used() -> None:
+    """Names and signatures, which the stand-in of other tests can't vouch for. Needs no driver."""
+    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-core is not installed")
+    from cuda.core.utils import StridedMemoryView
+
+    for owner, names in {
+        core: "Device StreamOptions EventOptions LegacyPinnedMemoryResource LaunchConfig launch",
+        core.Device: "set_current compute_capability name create_stream allocate",
+        core.Stream: "handle record wait sync __cuda_stream__",
+        core.Event: "is_done sync __sub__",
+        core.Buffer: "handle from_handle",
+        core.ObjectCode: "from_fatbin get_kernel",
+        StridedMemoryView: "from_any_interface from_buffer __dlpack__ ptr shape strides dtype device_id",
+        runtime: "cudaGetDeviceCount cudaGetErrorString cudaGetLastError cudaMemGetInfo cudaMemcpyAsync "
+        "cudaStreamBeginCapture cudaStreamEndCapture cudaGraphGetNodes cudaGraphNodeGetType cudaGraphInstantiate "
+        "cudaGraphUpload cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy",
+        runtime.cudaMemcpyKind: "cudaMemcpyHostToDevice cudaMemcpyDeviceToHost cudaMemcpyDeviceToDevice",
+        runtime.cudaStreamCaptureMode: "cudaStreamCaptureModeThreadLocal",
+        runtime.cudaGraphNodeType: " ".join(cuda_graph.REFUSED),
+    }.items():
+        for name in names.split():
+            assert hasattr(owner, name), f"{owner.__name__}.{name}"
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    view = StridedMemoryView.from_dlpack(array, stream_ptr=-1)
+    assert (view.ptr, view.shape, view.strides, view.dtype) == (array.ctypes.data, (2, 3), (3, 1), np.float32)
+    assert StridedMemoryView.from_dlpack(array.T, stream_ptr=-1).strides == (1, 3)  # in elements
+    core.StreamOptions(nonblocking=True)
+    core.EventOptions(timing_enabled=True)
 
 
 def test_without_the_fat_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
