@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tstitch_engines.manifest import Member
     from tstitch_trt.plan import Plan
 
-__all__ = ["EagerTorch", "dit_weights"]
+__all__ = ["EagerTorch", "dit_weights", "need_eager", "torch_module"]
 
 
 class EagerTorch(Baseline):
@@ -44,16 +44,12 @@ class EagerTorch(Baseline):
     def of(bundle: Bundle, *, threads: int = 0) -> EagerTorch:
         """The members of a bundle as PyTorch modules. Raises ``Unavailable`` without torch and onnx, or for members
         of another family than DiT in its published layout."""
-        try:
-            import onnx  # noqa: F401
-            import torch
-        except ImportError as error:
-            raise Unavailable(
-                f"--against torch needs torch and onnx: {error}", hint='run: pip install "tstitch-trt[export]"'
-            ) from None
+        need_eager()
+        import torch
+
         manifest = bundle.manifest
         models = {
-            name: _module(name, member, [bundle.path(part) for part in member.onnx])
+            name: torch_module(name, member, [bundle.path(part) for part in member.onnx])
             for name, member in manifest.members.items()
         }
         version = package_version("torch") or torch.__version__
@@ -131,17 +127,33 @@ def dit_weights(model: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, ND
         if array is None or array.shape != shape:
             raise Unavailable(
                 f"{model.name} does not hold {name} {list(shape)} where an exported DiT has it",
-                hint="--against torch reads members of the published DiT layout only; leave it out",
+                hint="only members of the published DiT layout have a PyTorch side; in bench leave --against out",
             )
         found[name] = np.array(array, np.float32)
     return found
 
 
-def _module(name: str, member: Member, files: list[Path]) -> Any:
+def need_eager() -> None:
+    """Raises ``Unavailable`` without torch and onnx."""
+    try:
+        import onnx  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(
+            f"comparing with PyTorch needs torch and onnx: {error}", hint='run: pip install "tstitch-trt[export]"'
+        ) from None
+
+
+def torch_module(name: str, member: Member, files: list[Path]) -> Any:
+    """The member ``name`` as a PyTorch module, float32, with the weights of its ONNX ``files``.
+
+    Raises ``Unavailable`` for a member of another family than DiT in its published layout. Needs torch and onnx.
+    """
     if member.family != "dit" or "depth" not in member.config:
         raise Unavailable(
-            f"--against torch knows no module for member {name!r} of family {member.family!r}; known: dit",
-            hint="leave --against out",
+            f"no PyTorch module is known for member {name!r} of family {member.family!r}; known: dit in its published "
+            "layout",
+            hint="compare with ONNX Runtime alone: tstitch-trt verify BUNDLE; in bench leave --against out",
         )
     import torch
 

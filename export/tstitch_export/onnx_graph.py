@@ -14,6 +14,7 @@ __all__ = ["retyped_to_float32", "tidy", "validate"]
 
 # onnx.TensorProto element types
 _ELEMENT: Final = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+_TYPE_ATTRIBUTES: Final = ("to", "softmax_precision")  # those that hold an element type (Cast, Attention)
 _BATCH: Final = "B"
 _CHECKER_LIMIT: Final = 2**31 - 1  # bytes: the type inference of onnx's checker wants one protobuf
 
@@ -74,34 +75,31 @@ def _refused(reason: str) -> BuildFailed:
     )
 
 
-def retyped_to_float32(path: Path, target: Path) -> None:
-    """Writes the bfloat16 graph at ``path`` to ``target``, every bfloat16 tensor, constant and cast widened to float32.
+def retyped_to_float32(path: Path, target: Path, narrow: str = "bfloat16") -> None:
+    """Writes the graph at ``path`` to ``target``, every ``narrow`` tensor, constant and cast widened to float32.
 
-    bfloat16 is the upper half of float32, so the weights keep their values exactly.
+    float32 holds every bfloat16 and float16, so the weights keep their values exactly.
     """
     import numpy as np
 
     onnx = need("onnx", "exporting to ONNX")
-    narrow, wide = _ELEMENT["bfloat16"], _ELEMENT["float32"]
+    small, wide = _ELEMENT[narrow], _ELEMENT["float32"]
     model = onnx.load(path)
 
     def widen(tensor: Any) -> None:
-        if tensor.data_type == narrow:
-            bits = (
-                np.frombuffer(tensor.raw_data, np.uint16) if tensor.raw_data else np.array(tensor.int32_data, np.uint16)
-            )
-            values = (bits.astype(np.uint32) << 16).view(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values.reshape(tuple(tensor.dims)), tensor.name))
+        if tensor.data_type == small:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
     for tensor in model.graph.initializer:
         widen(tensor)
     for node in model.graph.node:
         for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == narrow:
+            if attribute.name in _TYPE_ATTRIBUTES and attribute.i == small:
                 attribute.i = wide
             if attribute.HasField("t"):
                 widen(attribute.t)
     for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type == narrow:
+        if value.type.tensor_type.elem_type == small:
             value.type.tensor_type.elem_type = wide
     onnx.save_model(model, target, save_as_external_data=True, location=f"{target.name}.data", size_threshold=1024)

@@ -29,6 +29,7 @@ COMMANDS = {
     "sample": "Draw images from a bundle.",
     "bench": "Measure engines, step kernels and stitched trajectories of a bundle.",
     "inspect": "Show what a bundle holds: members, specs, engine identities, hashes, sources.",
+    "verify": "Compare every engine of a bundle with ONNX Runtime and PyTorch.",
     "doctor": "Show what this machine can build and run, and how to mend what it can't.",
 }
 

@@ -1,0 +1,109 @@
+"""Calls of one engine with host arrays, and what lies between two results. Not for sampling: it copies and waits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.device import Buffer, Device
+from tstitch_engines.spec import storage_dtype
+
+__all__ = ["Arrays", "Caller", "Error", "measure_error", "narrow", "widen"]
+
+Arrays = Mapping[str, NDArray[Any]]  # by tensor name; floating-point ones in float32, whatever the engine wants
+
+
+def narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """float32 or integer values as the memory of a ``dtype`` tensor: bfloat16, rounded to nearest even, as its bits."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(values, storage_dtype(dtype))
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def widen(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """The inverse: floating-point memory as float32, which holds every float16 and bfloat16 exactly."""
+    if dtype == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32) if values.dtype.kind == "f" else values
+
+
+class Caller:
+    """One engine with buffers of its own, one set for each batch size."""
+
+    def __init__(self, engine: Engine, device: Device) -> None:
+        self.engine = engine
+        self._device = device
+        self._buffers: dict[int, dict[str, Buffer]] = {}
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Runs the engine once. The outputs are set to NaN before, so that one it does not write can't go unseen."""
+        engine, device = self.engine, self._device
+        batch = len(inputs[engine.inputs[0].name])
+        buffers = self._buffers.get(batch)
+        if buffers is None:
+            sizes = {"B": batch}
+            specs = (*engine.inputs, *engine.outputs)
+            buffers = {spec.name: device.empty(spec.resolve(sizes), spec.dtype) for spec in specs}
+            self._buffers[batch] = buffers
+        for spec in engine.inputs:
+            device.upload(buffers[spec.name], narrow(inputs[spec.name], spec.dtype))
+        for spec in engine.outputs:
+            buffer = buffers[spec.name]
+            device.upload(buffer, narrow(np.full(buffer.shape, np.nan, np.float32), spec.dtype))
+        engine.bind(buffers, batch=batch)
+        engine.enqueue()
+        device.synchronize()
+        return {spec.name: widen(device.download(buffers[spec.name]), spec.dtype) for spec in engine.outputs}
+
+    def close(self) -> None:
+        self.engine.close()
+        self._buffers = {}
+
+
+class Error(msgspec.Struct, frozen=True, kw_only=True):
+    """``max_abs``: largest difference; ``max_rel``: its share of the reference's largest magnitude; ``rel_l2``: norm of
+    the difference over norm of the reference. All ``None`` where one side has NaN or infinity that the other has not.
+    """
+
+    max_abs: float | None
+    max_rel: float | None
+    rel_l2: float | None
+
+    def within(self, limit: float) -> bool:
+        """Whether both relative figures are at most ``limit``."""
+        return self.max_rel is not None and self.rel_l2 is not None and max(self.max_rel, self.rel_l2) <= limit
+
+    def worse(self, other: Error) -> Error:
+        """The larger of each figure."""
+        ours, theirs = (self.max_abs, self.max_rel, self.rel_l2), (other.max_abs, other.max_rel, other.rel_l2)
+        absolute, relative, l2 = (
+            None if a is None or b is None else max(a, b) for a, b in zip(ours, theirs, strict=True)
+        )
+        return Error(max_abs=absolute, max_rel=relative, rel_l2=l2)
+
+    def __str__(self) -> str:
+        if self.max_abs is None:
+            return "NaN or infinity"
+        return f"max abs {self.max_abs:.1e}, max relative {self.max_rel:.1e}, relative L2 {self.rel_l2:.1e}"
+
+
+def measure_error(got: NDArray[Any], want: NDArray[Any]) -> Error:
+    """``got`` against ``want`` of the same shape, in float64. Equal infinities at one place are no difference."""
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    if not (same | (np.isfinite(got) & np.isfinite(want))).all():
+        return Error(max_abs=None, max_rel=None, rel_l2=None)
+    with np.errstate(invalid="ignore"):  # infinity minus itself, which is not looked at
+        difference = np.where(same, 0.0, got.astype(np.float64) - want.astype(np.float64))
+    reference = np.where(np.isfinite(want), want, 0.0).astype(np.float64)
+    largest, peak = float(abs(difference).max(initial=0.0)), float(abs(reference).max(initial=0.0))
+    norm, total = math.sqrt(float((difference**2).sum())), math.sqrt(float((reference**2).sum()))
+    # Nothing to relate to: a reference of zeros allows zeros only, so that the figures themselves are taken.
+    return Error(max_abs=largest, max_rel=largest / (peak or 1.0), rel_l2=norm / (total or 1.0))
