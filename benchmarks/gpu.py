@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -146,7 +147,7 @@ def _run(args: argparse.Namespace, names: list[str], given: list[str]) -> int:
         before = read_part(path)
         if args.again and before is not None:
             path.unlink()
-        elif before is not None and before["status"] in FINISHED and _same(before, args.smoke, device):
+        elif before is not None and before["status"] in FINISHED and _same(before, args, device):
             log(f"{name}: done before")
             continue
         seconds = 60 * args.budget_minutes
@@ -168,9 +169,10 @@ def _run(args: argparse.Namespace, names: list[str], given: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _same(part: dict[str, object], smoke: bool, device: str) -> bool:
-    """Whether it was measured in this way and on this kind of device."""
-    return (part.get("smoke"), part.get("device")) == (smoke, device)
+def _same(part: dict[str, Any], args: argparse.Namespace, device: str) -> bool:
+    """Whether it was measured in this way, on this kind of device, with every contender that is wanted now."""
+    lacking = set(part.get("left_out", ())) & set(args.contenders or CONTENDERS)
+    return (part.get("smoke"), part.get("device")) == (args.smoke, device) and not lacking
 
 
 def _supervise(command: list[str], seconds: float) -> str | None:

@@ -57,6 +57,7 @@ def test_smoke_measures_every_contender_and_finds_them_equal(smoke: Path) -> Non
     assert not any(ours["calls_per_ten_steps"].values())  # no allocation, copy or wait for ten more steps
     assert part["machine"]["versions"]["numpy"] == np.__version__
     assert "--smoke" in part["command"]
+    assert "torch-compile" in part["left_out"]
 
 
 def test_what_needs_a_gpu_says_so(smoke: Path) -> None:
@@ -76,7 +77,7 @@ def test_the_report_claims_nothing_of_a_smoke_run(smoke: Path) -> None:
 
 def test_a_second_run_measures_nothing_again(smoke: Path) -> None:
     before = {name: record(smoke, name) for name in ("ceilings", "kernels", CASE)}
-    done = run(smoke, "--smoke", "--parts", ",".join(before))
+    done = run(smoke, "--smoke", "--parts", ",".join(before), "--contenders", ",".join(CONTENDERS))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("done before") == len(before)
     assert before == {name: record(smoke, name) for name in before}

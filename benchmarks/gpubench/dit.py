@@ -59,6 +59,8 @@ def run_case(context: Context, part: Part, case: DitCase) -> None:
         reference = {f: stored[str(f)] for f in case.fractions}
     for name in CONTENDERS:
         if context.only and name not in context.only:
+            if name not in part.entries:
+                part.data.setdefault("left_out", []).append(name)
             continue
 
         def contend(entry: Entry, name: str = name) -> Entry:
