@@ -86,7 +86,7 @@ def verify(
     *,
     backend: str | None = None,
     members: Sequence[str] | None = None,
-    samples: int = 4,
+    samples: int = 2,
     seed: int = 0,
     threads: int = 0,
     layers: bool = False,

@@ -32,7 +32,7 @@ tstitch-trt verify fashion.bundle --json
 @click.option(
     "--samples",
     type=click.IntRange(1),
-    default=4,
+    default=2,
     show_default=True,
     metavar="N",
     help="Calls on random and on recorded inputs, each, per batch size.",
