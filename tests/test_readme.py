@@ -1,0 +1,72 @@
+"""What the README tells people to type works as written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tstitch_trt.cli import COMMANDS
+from tstitch_trt.solvers import SOLVERS
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=600
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, fashion_bundle: Path) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "fashion.bundle").symlink_to(fashion_bundle, target_is_directory=True)
+    return folder
+
+
+def test_the_python_example_runs(folder: Path) -> None:
+    (example,) = blocks("python")
+    assert len(example.strip().splitlines()) <= 20
+    done = run([sys.executable, "-c", example], folder)
+    assert "50/50 large" in done.stdout
+    with Image.open(folder / "classes.png") as image:
+        assert image.size == (280, 28)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("tstitch-trt ") and "dit-256" not in line]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_the_readme_runs(line: str, folder: Path) -> None:
+    words = shlex.split(line)
+    if words[1] == "build":  # over a symbolic link is not what a user does
+        words[words.index("-o") + 1] = "built.bundle"
+    run(words, folder)
+
+
+def test_every_command_and_solver_is_documented() -> None:
+    for name in COMMANDS:
+        assert f"tstitch-trt {name}" in README, name
+    for name in SOLVERS:
+        assert f"`{name}`" in README, name
+
+
+def test_the_pictures_exist() -> None:
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) + re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
+        assert (Path(__file__).parent.parent / path).is_file(), path
