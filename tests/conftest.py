@@ -13,6 +13,12 @@ import pytest
 from tiny import TinyPair
 
 
+# Started in the background (`pytest &`, some CI runners) this process ignores Ctrl-C, and so would every child that the
+# tests interrupt: a handler here is the default there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.environ.get("TSTITCH_TRT_CACHE")

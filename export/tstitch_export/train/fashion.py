@@ -35,7 +35,7 @@ __all__ = ["MEMBERS", "main", "v_loss"]
 
 MEMBERS = {
     "large": DiTConfig(depth=6, width=192, heads=3, patch=4, size=28, channels=1, classes=10),
-    "small": DiTConfig(depth=3, width=64, heads=2, patch=4, size=28, channels=1, classes=10),
+    "small": DiTConfig(depth=2, width=64, heads=2, patch=4, size=28, channels=1, classes=10),
 }
 PEAK_RATE = {"large": 1e-3, "small": 2e-3}
 
