@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tiny import TinyPair
-
 
 # Started in the background (`pytest &`, some CI runners) this process ignores Ctrl-C, and so would every child that the
 # tests interrupt: a handler here is the default there.
