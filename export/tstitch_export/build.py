@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from tstitch_engines.backends import Backend, Progress, open_backend
+from tstitch_engines.backends import Progress, open_backend
 from tstitch_engines.bundle import Bundle, is_bundle, open_bundle, write_bundle
-from tstitch_engines.cache import Cache, Entry
+from tstitch_engines.cache import Cache
+from tstitch_engines.compiling import Compiler, from_cache
 from tstitch_engines.errors import BadBundle, BadCheckpoint, BadInput, unknown_name
 from tstitch_engines.files import copy_component, hash_file
-from tstitch_engines.identity import digest, model_digest
+from tstitch_engines.identity import digest
 from tstitch_engines.manifest import (
     SCHEMA,
     Component,
-    EngineIdentity,
-    EngineRecord,
     ExportCheck,
     Manifest,
     Member,
@@ -86,28 +86,21 @@ def build(
     """
     report = progress or (lambda phase, share: None)
     spec, base = load_recipe(recipe)
-    compiler = open_backend(backend)
+    opened = open_backend(backend)
     given = dict(members or {})
     for name in given:
         check_member_name(name)
     names = [*spec.members, *(name for name in given if name not in spec.members)]
     common, own = split_options(options or {}, names)
-    settings = typed(common, compiler.options, what=f"backend {backend!r}")
-    arch = compiler.build_arch(device, settings)
+    settings = typed(common, opened.options, what=f"backend {backend!r}")
+    compiler = Compiler.of(
+        opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache()
+    )
     plans = [
         _plan(name, spec, base, given.get(name), own[name], _precision_of(name, names, precision)) for name in names
     ]
     check_members(spec, {plan.name: (plan.recipe, plan.inspection) for plan in plans})
-    builder = _Builder(
-        compiler=compiler,
-        arch=arch,
-        device=device,
-        profile=ShapeProfile({"B": profile}),
-        settings=settings,
-        cache=Cache(),
-        previous=_previous(output),
-        report=report,
-    )
+    builder = _Builder(compiler=compiler, previous=_previous(output), report=report)
     return write_bundle(
         output, lambda staging: builder.fill(staging, plans, spec, base, Path(str(recipe)).name)
     ).manifest
@@ -193,12 +186,7 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Builder:
-    compiler: Backend
-    arch: str
-    device: str
-    profile: ShapeProfile
-    settings: Mapping[str, Scalar]
-    cache: Cache
+    compiler: Compiler
     previous: Bundle | None
     report: Progress
 
@@ -209,10 +197,17 @@ class _Builder:
             part = replace(self, report=self._share(plan.name, index, len(plans)))
             member, used = part.export(plan, staging)
             versions |= used
-            engine = part.engine(plan, member, staging)
-            engines = part.beside(plan.name, member, engine, staging)
+            engine = self.compiler.engine(
+                plan.name,
+                member,
+                partial(part.model, plan, member, staging),
+                staging,
+                previous=self.previous,
+                report=part.compiling,
+            )
+            engines = self.compiler.beside(plan.name, member, engine, staging, previous=self.previous)
             members[plan.name] = msgspec.structs.replace(member, engines=engines)
-        versions[self.compiler.name] = self.compiler.version()
+        versions[self.compiler.backend.name] = self.compiler.backend.version()
         if self.previous is not None:
             backends = {record.identity.backend for member in members.values() for record in member.engines}
             old = self.previous.manifest.versions
@@ -241,6 +236,9 @@ class _Builder:
     def _share(self, name: str, index: int, count: int) -> Progress:
         return lambda phase, share: self.report(f"{name}: {phase}", (index + share) / count)
 
+    def compiling(self, phase: str, share: float) -> None:
+        self.report(f"compile, {phase}", 0.6 + 0.4 * share)
+
     def export(self, plan: _Plan, staging: Path) -> tuple[Member, dict[str, str]]:
         """The member's ONNX in the bundle: shipped, from the cache, or exported now."""
         if plan.shipped is not None:
@@ -258,9 +256,14 @@ class _Builder:
                     folder=folder,
                     progress=lambda phase, share: self.report(f"export, {phase}", 0.6 * share),
                 )
-                return {"check": msgspec.to_builtins(found), "versions": versions_of(plan.inspection.libraries)}
+                return {
+                    "what": what,
+                    "check": msgspec.to_builtins(found),
+                    "versions": versions_of(plan.inspection.libraries),
+                }
 
-            entry = self._cached(self._export_key(plan, "onnx"), make, f"member {plan.name}: {plan.precision} ONNX")
+            what = f"member {plan.name}: {plan.precision} ONNX"
+            entry = from_cache(self.compiler.cache, self._export_key(plan, "onnx"), make, what)
             files = sorted(entry.files.values(), key=lambda file: file.suffix != ".onnx")
             check = msgspec.convert(entry.info["check"], ExportCheck)
             versions = dict(entry.info["versions"])
@@ -278,46 +281,8 @@ class _Builder:
         )
         return member, versions
 
-    def engine(self, plan: _Plan, member: Member, staging: Path) -> EngineRecord:
-        """The member's engine in the bundle: from the bundle it replaces, from the cache, or compiled now."""
-        compiler = self.compiler
-        identity = EngineIdentity(
-            schema=SCHEMA,
-            backend=compiler.name,
-            backend_version=compiler.version(),
-            onnx_sha256=model_digest(member.onnx),
-            precision=plan.precision,
-            profile=self.profile,
-            arch=self.arch,
-            options={name: value for name, value in self.settings.items() if name not in compiler.unrecorded},
-        )
-        key = digest(identity)
-        what = f"member {plan.name}: {compiler.name} engine"
-        old = self.previous.manifest.members.get(plan.name) if self.previous is not None else None
-        for record in old.engines if old is not None else ():
-            if record.identity == identity and (kept := self._keep(record, staging)) is not None:
-                _log.info("%s: reused from the bundle", what)
-                return kept
-        output = f"{compiler.name}-{key[:12]}{compiler.engine_suffix}"
-
-        def make(folder: Path) -> dict[str, object]:
-            written = compiler.compile(
-                member=member,
-                model=self._model(plan, member, staging),
-                profile=self.profile,
-                device=self.device,
-                options=self.settings,
-                output=folder / output,
-                progress=lambda phase, share: self.report(f"compile, {phase}", 0.6 + 0.4 * share),
-            )
-            return {"files": [path.name for path in written]}
-
-        entry = self._cached(key, make, what)
-        files = tuple(_copy(entry.files[name], staging, f"{plan.name}/engines") for name in entry.info["files"])
-        return EngineRecord(files=files, identity=identity)
-
-    def _model(self, plan: _Plan, member: Member, staging: Path) -> Path:
-        if self.compiler.model_kind == "onnx":
+    def model(self, plan: _Plan, member: Member, staging: Path) -> Path:
+        if self.compiler.backend.model_kind == "onnx":
             return staging / member.onnx[0].path
         from tstitch_export.exporter import PROGRAM, export_program
 
@@ -329,44 +294,11 @@ class _Builder:
                 output=folder / PROGRAM,
                 progress=lambda phase, share: self.report(f"export, {phase}", 0.6 + 0.2 * share),
             )
-            return {}
+            return {"what": what}
 
+        what = f"member {plan.name}: exported program"
         key = self._export_key(plan, "exported-program")
-        return self._cached(key, make, f"member {plan.name}: exported program").files[PROGRAM]
-
-    def beside(self, name: str, member: Member, engine: EngineRecord, staging: Path) -> tuple[EngineRecord, ...]:
-        """``engine`` among those that the old bundle has for other backends or machines, where the ONNX is the same.
-
-        The order of the old bundle stays, because the first engine is the one that is used by default.
-        """
-        old = self.previous.manifest.members.get(name) if self.previous is not None else None
-        found: list[EngineRecord] = []
-        for record in old.engines if old is not None else ():
-            if (record.identity.backend, record.identity.arch) == (self.compiler.name, self.arch):
-                found.append(engine)
-            elif record.identity.onnx_sha256 != model_digest(member.onnx):
-                _log.warning("member %s: its %s engine is of another ONNX, dropped", name, record.identity.backend)
-            elif (copy := self._keep(record, staging)) is not None:
-                found.append(copy)
-        return tuple(found if engine in found else [*found, engine])
-
-    def _keep(self, record: EngineRecord, staging: Path) -> EngineRecord | None:
-        assert self.previous is not None
-        for part in record.files:
-            if copy_component(self.previous.path(part), staging, part.path) != part:
-                _log.warning("%s was altered, not reused", part.path)
-                for written in record.files:
-                    (staging / written.path).unlink(missing_ok=True)
-                return None
-        return record
-
-    def _cached(self, key: str, make: Callable[[Path], dict[str, object]], what: str) -> Entry:
-        entry = self.cache.get(key)
-        if entry is not None:
-            _log.info("%s: reused from the cache", what)
-            return entry
-        _log.info("%s: building", what)
-        return self.cache.put(key, make)
+        return from_cache(self.compiler.cache, key, make, what).files[PROGRAM]
 
     def _export_key(self, plan: _Plan, kind: str) -> str:
         from tstitch_export.exporter import OPSET

@@ -1,0 +1,151 @@
+"""One member's engine: its identity first, then from the old bundle, from the cache, or compiled now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from tstitch_engines.backends import Backend, Progress
+from tstitch_engines.backends.base import Option
+from tstitch_engines.bundle import Bundle
+from tstitch_engines.cache import Cache, Entry
+from tstitch_engines.files import copy_component
+from tstitch_engines.identity import digest, model_digest
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Member
+from tstitch_engines.spec import ShapeProfile
+
+__all__ = ["Compiler", "from_cache", "keep_record"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiler:
+    """A backend with all that decides what it makes, and the cache of what it made. ``settings`` are typed options."""
+
+    backend: Backend
+    arch: str
+    device: str
+    profile: ShapeProfile
+    settings: Mapping[str, Option]
+    cache: Cache
+
+    @staticmethod
+    def of(
+        backend: Backend, *, device: str, profile: ShapeProfile, settings: Mapping[str, Option], cache: Cache
+    ) -> Compiler:
+        """Raises ``Unavailable`` or ``BadInput`` where this backend can't compile for ``device`` with ``settings``."""
+        arch = backend.build_arch(device, settings)
+        return Compiler(backend=backend, arch=arch, device=device, profile=profile, settings=settings, cache=cache)
+
+    def identity(self, member: Member) -> EngineIdentity:
+        return EngineIdentity(
+            schema=SCHEMA,
+            backend=self.backend.name,
+            backend_version=self.backend.version(),
+            onnx_sha256=model_digest(member.onnx),
+            precision=member.precision,
+            profile=self.profile,
+            arch=self.arch,
+            options={name: value for name, value in self.settings.items() if name not in self.backend.unrecorded},
+        )
+
+    def engine(
+        self,
+        name: str,
+        member: Member,
+        model: Callable[[], Path],
+        staging: Path,
+        *,
+        previous: Bundle | None,
+        report: Progress,
+    ) -> EngineRecord:
+        """The engine of ``member`` in the bundle being made at ``staging``.
+
+        ``model`` gives what the backend compiles and is called only when it has to. ``previous``: the bundle that is
+        replaced. Raises what ``Backend.compile`` raises.
+        """
+        backend, identity = self.backend, self.identity(member)
+        key = digest(identity)
+        what = f"member {name}: {backend.name} engine"
+        old = previous.manifest.members.get(name) if previous is not None else None
+        for record in old.engines if old is not None else ():
+            if record.identity == identity and keep_record(previous, record, staging):
+                _log.info("%s: reused from the bundle", what)
+                return record
+        output = f"{backend.name}-{key[:12]}{backend.engine_suffix}"
+
+        def make(folder: Path) -> dict[str, object]:
+            source = model()
+            started = perf_counter()
+            written = backend.compile(
+                member=member,
+                model=source,
+                profile=self.profile,
+                device=self.device,
+                options=self.settings,
+                output=folder / output,
+                progress=report,
+            )
+            return {
+                "what": what,
+                "files": [path.name for path in written],
+                "backend": backend.name,
+                "arch": self.arch,
+                "onnx_bytes": sum(part.bytes for part in member.onnx),
+                "seconds": perf_counter() - started,
+            }
+
+        entry = from_cache(self.cache, key, make, what)
+        files = tuple(
+            copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
+        )
+        return EngineRecord(files=files, identity=identity)
+
+    def beside(
+        self, name: str, member: Member, engine: EngineRecord, staging: Path, *, previous: Bundle | None
+    ) -> tuple[EngineRecord, ...]:
+        """``engine`` among those that ``previous`` has for other backends or machines, where the ONNX is the same.
+
+        The order there stays, because the first engine is the one that is used by default.
+        """
+        old = previous.manifest.members.get(name) if previous is not None else None
+        found: list[EngineRecord] = []
+        for record in old.engines if old is not None else ():
+            if (record.identity.backend, record.identity.arch) == (self.backend.name, self.arch):
+                if engine not in found:
+                    found.append(engine)
+            elif record.identity.onnx_sha256 != model_digest(member.onnx):
+                _log.warning("member %s: its %s engine is of another ONNX, dropped", name, record.identity.backend)
+            elif keep_record(previous, record, staging):
+                found.append(record)
+        return tuple(found if engine in found else [*found, engine])
+
+
+def keep_record(previous: Bundle | None, record: EngineRecord, staging: Path) -> bool:
+    """Copies an engine of ``previous``; ``False``, and nothing copied, when its files are not as the manifest says."""
+    assert previous is not None
+    for part in record.files:
+        try:
+            whole = copy_component(previous.path(part), staging, part.path) == part
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            _log.warning("%s is missing or was altered, not reused", part.path)
+            for written in record.files:
+                (staging / written.path).unlink(missing_ok=True)
+            return False
+    return True
+
+
+def from_cache(cache: Cache, key: str, make: Callable[[Path], dict[str, object]], what: str) -> Entry:
+    """The entry of ``key``, made when it is not there."""
+    entry = cache.get(key)
+    if entry is not None:
+        _log.info("%s: reused from the cache", what)
+        return entry
+    _log.info("%s: building", what)
+    return cache.put(key, make)
