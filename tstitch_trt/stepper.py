@@ -15,7 +15,7 @@ from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.manifest import Manifest
 from tstitch_engines.slab import Slab
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec, storage_dtype
-from tstitch_trt.graphs import GraphMode, Kind, StepGraphs
+from tstitch_trt.graphs import GraphMode, GraphState, Kind, StepGraphs
 from tstitch_trt.lanes import LaneArena
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Stepper:
     """
 
     def __init__(
-        self, manifest: Manifest, device: Device, engines: Mapping[str, Engine], graph: GraphMode = "step"
+        self, manifest: Manifest, device: Device, engines: Mapping[str, Engine], graph: GraphMode = "auto"
     ) -> None:
         self._manifest = manifest
         self._device = device
@@ -90,6 +90,9 @@ class Stepper:
         for engine in self._engines.values():
             scratch |= engine.scratch()
         return {"arena": self.arena.nbytes, "engine io": self._io.nbytes, "activations": sum(scratch.values())}
+
+    def graph_state(self) -> GraphState:
+        return self._graphs.state()
 
     def lanes_for(self, count: int, limit: int, *, guided: bool) -> int:
         """How many lanes run for ``count`` of at most ``limit``.
@@ -154,7 +157,7 @@ class Stepper:
         bound = self._bound.get((name, lanes, guided))
         if bound is None:
             member, sizes = self._manifest.members[name], {"B": lanes * (2 if guided else 1)}
-            self._limits.check(sizes, what="engine batch")
+            self._limits.check(sizes, what="engine")
             buffers = {
                 spec.name: self._io.view(_slice(spec), spec.resolve(sizes), spec.dtype)
                 for spec in (*member.inputs, *member.outputs)

@@ -20,9 +20,11 @@ __all__ = [
     "Latent",
     "Manifest",
     "Member",
+    "Network",
     "NoiseScheduleSpec",
     "Quality",
     "Source",
+    "TextInputs",
 ]
 
 SCHEMA = 1
@@ -75,12 +77,21 @@ class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
 
 
 class Conditioning(_Record, frozen=True, kw_only=True):
-    """Class conditioning: labels ``0..classes-1``; ``null`` is the label of the unconditional half, if there is one."""
+    """What the request says about the picture.
 
-    kind: Literal["class"] = "class"
-    classes: int
-    null: int | None
+    ``class``: labels ``0..classes-1``; ``null`` is the label of the unconditional half, if there is one. ``text``:
+    prompts, or embeddings where the bundle has no text encoder; the unconditional half is the negative prompt.
+    """
+
+    kind: Literal["class", "text"] = "class"
+    classes: int = 0
+    null: int | None = None
     names: tuple[str, ...] = ()
+
+    @property
+    def guidable(self) -> bool:
+        """Whether there is an unconditional half, which guidance needs."""
+        return self.kind == "text" or self.null is not None
 
 
 class Defaults(_Record, frozen=True, kw_only=True):
@@ -95,9 +106,13 @@ class Defaults(_Record, frozen=True, kw_only=True):
 
 
 class Decoder(_Record, frozen=True, kw_only=True):
-    """``pixel``: the latent is the picture, in [-1, 1]. ``none``: the bundle gives latents only."""
+    """``pixel``: the latent is the picture, in [-1, 1]. ``vae``: the part ``vae_decoder`` makes it, in [-1, 1].
 
-    kind: Literal["pixel", "none"]
+    ``none``: the bundle gives latents only. ``factor``: pixels per latent element, along each side.
+    """
+
+    kind: Literal["pixel", "vae", "none"]
+    factor: int = 1
 
 
 class EngineIdentity(_Record, frozen=True, kw_only=True):
@@ -129,13 +144,14 @@ class ExportCheck(_Record, frozen=True, kw_only=True):
     against: str
 
 
-class Member(_Record, frozen=True, kw_only=True):
-    """One denoiser. ``onnx[0]`` is the graph, the others its external data. ``config`` is the model's own shape."""
+class Network(_Record, frozen=True, kw_only=True):
+    """One model of the bundle. ``onnx[0]`` is the graph, the others its external data; ``config`` its own shape.
+
+    ``files`` are what else it needs at run time, by purpose (``tokenizer``).
+    """
 
     family: str
-    parametrisation: Parametrisation
     precision: Precision
-    learned_variance: bool
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     onnx: tuple[Component, ...]
@@ -143,6 +159,45 @@ class Member(_Record, frozen=True, kw_only=True):
     check: ExportCheck | None
     config: dict[str, int | float | bool | str]
     engines: tuple[EngineRecord, ...] = ()
+    files: dict[str, Component] = {}
+
+
+class TextInputs(_Record, frozen=True, kw_only=True):
+    """How text reaches a member: ``encoder_hidden_states [B,T,width]`` and, for SDXL, ``text_embeds`` and ``time_ids``.
+
+    ``hidden``: the text encoders (keys of ``Manifest.parts``) whose hidden states, side by side, are the first;
+    ``pooled``: the one whose projection ``[B,pooled_width]`` is ``text_embeds``. ``time_ids``: ``sizes`` is height and
+    width of the original, top and left of the crop, height and width of the picture (SDXL, arXiv 2307.01952, section
+    2.2); ``aesthetic`` has a score in place of the last two (the refiner). ``zero_null``: where no negative prompt is
+    given, the unconditional half is zeros and not the encoded empty prompt.
+    """
+
+    hidden: tuple[str, ...]
+    width: int
+    pooled: str | None = None
+    pooled_width: int = 0
+    time_ids: Literal["none", "sizes", "aesthetic"] = "none"
+    zero_null: bool = False
+
+
+class Member(Network, frozen=True, kw_only=True):
+    """One denoiser.
+
+    What differs from the bundle's own conventions is stated here and adapted in the rows of the plan: ``noise`` is
+    the schedule it was trained with (``None``: the bundle's), ``latent_ratio`` its latent over the bundle's (its
+    scaling factor over theirs). ``guidance_embedding``: width of ``timestep_cond``, the embedded guidance scale of
+    distilled members (arXiv 2310.04378), 0 without. ``controlled``: it takes a ControlNet's residuals. ``inpaints``:
+    it takes ``inpaint [B,1+C,H,W]``, mask and masked latent.
+    """
+
+    parametrisation: Parametrisation
+    learned_variance: bool
+    noise: NoiseScheduleSpec | None = None
+    latent_ratio: float = 1.0
+    text: TextInputs | None = None
+    guidance_embedding: int = 0
+    controlled: bool = False
+    inpaints: bool = False
 
 
 class Quality(_Record, frozen=True, kw_only=True):
@@ -163,15 +218,25 @@ class Manifest(_Record, frozen=True, kw_only=True):
     defaults: Defaults
     decoder: Decoder
     members: dict[str, Member]
+    parts: dict[str, Network] = {}  # text_encoder, text_encoder_2, vae_decoder, vae_encoder, controlnet
     quality: Quality | None = None
+
+    def networks(self) -> dict[str, Network]:
+        """Members and parts by name."""
+        return {**self.members, **self.parts}
 
     def components(self) -> list[Component]:
         """Every file the bundle must hold, each once."""
         found: dict[str, Component] = {}
-        for member in self.members.values():
-            for part in (*member.onnx, *(part for record in member.engines for part in record.files)):
+        for network in self.networks().values():
+            engines = (part for record in network.engines for part in record.files)
+            for part in (*network.onnx, *network.files.values(), *engines):
                 found[part.path] = part
         if self.quality is not None:
             for part in (self.quality.network, self.quality.reference):
                 found[part.path] = part
         return list(found.values())
+
+    def engine_paths(self) -> set[str]:
+        """The paths of the files that were compiled from the others."""
+        return {part.path for network in self.networks().values() for e in network.engines for part in e.files}

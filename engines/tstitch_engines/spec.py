@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -11,7 +12,10 @@ from numpy.typing import DTypeLike
 
 from tstitch_engines.errors import BadInput, OutOfProfile, unknown_name
 
-__all__ = ["DTYPES", "Range", "ShapeProfile", "TensorSpec", "itemsize", "storage_dtype"]
+# How a dimension's range is given to `tstitch-trt build`. H and W count elements of the latent, T tokens.
+_FLAGS = {"B": "--batch", "H": "--height", "W": "--width", "T": "--tokens"}
+
+__all__ = ["DTYPES", "Range", "ShapeProfile", "TensorSpec", "itemsize", "parse_dimension", "storage_dtype"]
 
 # Field names as ONNX and safetensors users know them -> (bytes per element, the numpy type that stores it).
 # numpy has no bfloat16: its bits travel in uint16.
@@ -78,13 +82,16 @@ class ShapeProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if not allowed.min <= size <= allowed.max:
                 raise OutOfProfile(
                     f"{what}: {name} = {size} is outside the profile; allowed is {allowed.min} to {allowed.max}",
-                    hint=f"ask for {allowed.min} to {allowed.max}, or build again with a wider profile, "
-                    f"e.g. --batch {allowed.min}:{allowed.opt}:{max(size, allowed.max)}",
+                    hint=f"ask for {allowed.min} to {allowed.max}, or build again with a wider profile, e.g. "
+                    f"{_FLAGS.get(name, name)} {min(size, allowed.min)}:{allowed.opt}:{max(size, allowed.max)}",
                 )
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One input or output: ``shape`` mixes fixed sizes and names of dynamic dimensions (``("B", 4, 32, 32)``)."""
+    """One input or output: ``shape`` mixes fixed sizes and names of dynamic dimensions (``("B", 4, 32, 32)``).
+
+    A dimension may be a multiple of a named one, ``"8*H"``, or a part of it, ``"H/8"`` (rounded up).
+    """
 
     name: str
     dtype: str
@@ -93,13 +100,41 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
+        for size in self.shape:
+            if isinstance(size, str) and not _DIMENSION.fullmatch(size):
+                raise BadInput(
+                    f"tensor {self.name!r} has the dimension {size!r}; "
+                    "allowed are a size, NAME, FACTOR*NAME and NAME/PART",
+                    hint='e.g. "H", "8*H" or "H/8"',
+                )
+
+    @property
+    def dims(self) -> frozenset[str]:
+        """The names its shape depends on."""
+        return frozenset(name for d in self.shape if isinstance(d, str) for name in (parse_dimension(d)[1],))
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with every dynamic dimension replaced by its size."""
-        return tuple(d if isinstance(d, int) else sizes[d] for d in self.shape)
+        return tuple(d if isinstance(d, int) else _size(d, sizes) for d in self.shape)
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         return math.prod(self.resolve(sizes)) * itemsize(self.dtype)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+# FACTOR*NAME or NAME/PART; the name is letters, because digits alone are no name to ONNX tools
+_DIMENSION = re.compile(r"(?:(\d+)\*)?([A-Za-z]+)(?:/(\d+))?")
+
+
+def parse_dimension(text: str) -> tuple[int, str, int]:
+    """``"8*H"`` -> ``(8, "H", 1)``, ``"H/8"`` -> ``(1, "H", 8)``."""
+    match = _DIMENSION.fullmatch(text)
+    assert match is not None, "checked when the spec was made"
+    return int(match[1] or 1), match[2], int(match[3] or 1)
+
+
+def _size(text: str, sizes: Mapping[str, int]) -> int:
+    factor, name, part = parse_dimension(text)
+    return -(-factor * sizes[name] // part)

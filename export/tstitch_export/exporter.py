@@ -13,6 +13,7 @@ from tstitch_engines.backends.base import Progress
 from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_engines.manifest import ExportCheck, Precision
 from tstitch_engines.quiet import quiet
+from tstitch_engines.spec import parse_dimension
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
 from tstitch_export.needs import need, need_torch
 from tstitch_export.onnx_graph import retyped_to_float32, tidy, validate
@@ -57,13 +58,12 @@ def export_onnx(
     progress("trace", 0.1)
     with _explained("exporting", inspection), quiet():
         program = _trace(family, inspection, model, precision)
-        names = [spec.name for spec in family.inputs(inspection, precision)]
-        outputs = [spec.name for spec in family.outputs(inspection, precision)]
+        inputs, outputs = family.inputs(inspection, precision), family.outputs(inspection, precision)
         exported = torch.onnx.export(
             program,
             (),
-            input_names=names,
-            output_names=outputs,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
             dynamo=True,
             opset_version=OPSET[precision],
             verbose=False,
@@ -73,10 +73,10 @@ def export_onnx(
         progress("write", 0.5)
         exported.save(path, external_data=weights > _INLINE_LIMIT)
         del exported
-        tidy(path)
+        tidy(path, inputs=inputs, outputs=outputs)
     progress("check", 0.7)
     with _explained("validating the export of", inspection), quiet():
-        validate(path, inputs=family.inputs(inspection, precision), outputs=family.outputs(inspection, precision))
+        validate(path, inputs=inputs, outputs=outputs)
     # Tracing moved the model to its precision: the comparison wants the weights as stored.
     reference = family.load(inspection) if precision != "fp32" else model
     check = check_graph(path, family, inspection, reference, precision)
@@ -115,25 +115,28 @@ def check_graph(
     if precision == "bf16":
         model = model.to(dtype).float()
         against += " with bfloat16-rounded weights, the graph widened to float32"
-    worst, squares, total = 0.0, 0.0, 0.0
-    peak = 0.0
+    specs, results = family.inputs(inspection, precision), family.outputs(inspection, precision)
+    sums = {spec.name: _Difference() for spec in results}
     with _explained("checking the export of", inspection), quiet(), torch.inference_mode():
         session = _widened_session(path) if precision == "bf16" else _session(path)
-        for batch in _CHECK_BATCHES:
-            inputs = family.example(inspection, batch=batch, seed=batch)
-            rounded = [x.to(dtype).float() if x.ndim > 1 else x for x in inputs]
-            want: NDArray[np.float64] = model(*rounded).double().numpy()
-            specs = family.inputs(inspection, precision)
+        for index, batch in enumerate(_CHECK_BATCHES):
+            inputs = family.example(inspection, batch=batch, seed=batch, sizes=_check_sizes(family, inspection, index))
+            rounded = [
+                x.to(getattr(torch, spec.dtype)).float() if x.is_floating_point() else x
+                for spec, x in zip(specs, inputs, strict=True)
+            ]
+            want = model(*rounded)
             feeds = {spec.name: x.numpy() for spec, x in zip(specs, rounded, strict=True)}
             if precision == "fp16":
-                feeds["sample"] = feeds["sample"].astype("float16")
-            got = session.run(None, feeds)[0].astype("float64")
-            difference = abs(got - want)
-            worst = max(worst, float(difference.max()))
-            squares += float((difference**2).sum())
-            total += float((want**2).sum())
-            peak = max(peak, float(abs(want).max()))
-    relative = math.sqrt(squares / total) if total else math.sqrt(squares)
+                feeds = {spec.name: feeds[spec.name].astype(spec.dtype) for spec in specs}
+            names = [spec.name for spec in results]
+            for name, got, right in zip(
+                names, session.run(names, feeds), want if isinstance(want, tuple) else (want,), strict=True
+            ):
+                sums[name].add(got.astype("float64"), right.double().numpy())
+    worst = max(found.largest for found in sums.values())
+    relative = max(found.relative for found in sums.values())
+    peak = max(found.peak for found in sums.values())
     limit = _TOLERANCE[precision]
     if not math.isfinite(relative):
         raise BuildFailed(
@@ -142,7 +145,7 @@ def check_graph(
             if precision == "fp16"
             else "check the checkpoint in PyTorch",
         )
-    if relative > limit or worst > limit * (peak or 1.0):
+    if relative > limit or any(found.largest > limit * (found.peak or 1.0) for found in sums.values()):
         raise BuildFailed(
             f"the {precision} graph of {inspection.path.name} differs from PyTorch: relative L2 {relative:.2e}, "
             f"largest {worst:.2e} of {peak:.2e}; allowed is {limit:.0e}",
@@ -160,14 +163,56 @@ def _trace(family: Family, inspection: Inspection, model: nn.Module, precision: 
 
     dtype = getattr(torch, TORCH_NAMES[precision])
     batch = torch.export.Dim("B", min=1, max=_MAX_BATCH)
+    dims = family.dims(inspection)
+    roots = {name: torch.export.Dim(f"{name}x{dim.multiple}", min=1, max=dim.most // dim.multiple)
+             for name, dim in dims.items()}  # fmt: skip
+    specs = family.inputs(inspection, precision)
     # Traced with 2: a size of 1 would be taken for a constant.
-    example = family.example(inspection, batch=2, seed=0)
-    example = tuple(x.to(dtype) if x.ndim > 1 and x.is_floating_point() else x for x in example)
-    names = [spec.name for spec in family.inputs(inspection, precision)]
+    example = family.example(inspection, batch=2, seed=0, sizes=_check_sizes(family, inspection, 0))
+    example = tuple(
+        x.to(getattr(torch, spec.dtype)) if x.is_floating_point() else x for spec, x in zip(specs, example, strict=True)
+    )
+
+    def dynamic(size: int | str) -> Any:
+        if isinstance(size, int):
+            return None
+        if size == "B":
+            return batch
+        factor, name, part = parse_dimension(size)
+        share, rest = divmod(factor * dims[name].multiple, part)
+        assert not rest, f"{size} of a {name} in multiples of {dims[name].multiple} is no whole number"
+        return share * roots[name] if share > 1 else roots[name]
+
+    shapes = {
+        spec.name: {axis: dynamic(size) for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in specs
+    }
     with torch.no_grad():
-        return torch.export.export(
-            model.to(dtype), example, dynamic_shapes={name: {0: batch} for name in names}, strict=False
-        )
+        return torch.export.export(model.to(dtype), example, dynamic_shapes=shapes, strict=False)
+
+
+def _check_sizes(family: Family, inspection: Inspection, index: int) -> dict[str, int]:
+    """Small sizes of the dynamic dimensions, all different, and others for each ``index``."""
+    names = sorted(family.dims(inspection).items())
+    return {name: dim.multiple * (2 + (place + index) % 3) for place, (name, dim) in enumerate(names)}
+
+
+class _Difference:
+    """How far an output is from the right one, over several calls."""
+
+    def __init__(self) -> None:
+        self.largest = self.peak = self._squares = self._total = 0.0
+
+    def add(self, got: NDArray[np.float64], want: NDArray[np.float64]) -> None:
+        difference = abs(got - want)
+        self.largest = max(self.largest, float(difference.max()))
+        self.peak = max(self.peak, float(abs(want).max()))
+        self._squares += float((difference**2).sum())
+        self._total += float((want**2).sum())
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self._squares / self._total) if self._total else math.sqrt(self._squares)
 
 
 def _widened_session(path: Path) -> Any:

@@ -15,20 +15,27 @@ __all__ = ["retyped_to_float32", "tidy", "validate"]
 # onnx.TensorProto element types
 _ELEMENT: Final = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _TYPE_ATTRIBUTES: Final = ("to", "softmax_precision")  # those that hold an element type (Cast, Attention)
-_BATCH: Final = "B"
 _CHECKER_LIMIT: Final = 2**31 - 1  # bytes: the type inference of onnx's checker wants one protobuf
 
 
-def tidy(path: Path) -> None:
-    """Names the batch ``B`` and drops what torch notes about its own source files, which differs between machines."""
+def tidy(path: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Names the dynamic dimensions as the specs do and drops what torch notes about its own source files.
+
+    The latter differs between machines. Raises ``BuildFailed`` where one size of the graph has two names in the specs.
+    """
     onnx = need("onnx", "exporting to ONNX")
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
-    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    specs = {spec.name: spec for spec in (*inputs, *outputs)}
+    named: dict[str, str] = {}
     for value in (*graph.input, *graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if symbol and dim.dim_param == symbol:
-                dim.dim_param = _BATCH
+        shape = specs[value.name].shape if value.name in specs else ()
+        for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=False):
+            if not dim.dim_param or dim.dim_param.isdigit() or not isinstance(size, str):
+                continue  # `validate` says what is wrong
+            if named.setdefault(dim.dim_param, size) != size:
+                raise _refused(f"{named[dim.dim_param]} and {size} of {value.name} are one size in it")
+            dim.dim_param = size
     del graph.value_info[:]
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         part.doc_string = ""

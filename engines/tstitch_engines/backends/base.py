@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import msgspec
 
 from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import EngineIdentity, Member
+from tstitch_engines.manifest import EngineIdentity, Network
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
 if TYPE_CHECKING:
@@ -44,26 +44,38 @@ class Engine(ABC):
         self.inputs = inputs
         self.outputs = outputs
         self.profile = profile
+        self.sizes: Mapping[str, int] = {}
 
-    def bind(self, buffers: Mapping[str, Buffer], *, batch: int) -> None:
+    def bind(self, buffers: Mapping[str, Buffer], *, batch: int, sizes: Mapping[str, int] | None = None) -> None:
         """Uses these buffers from the next ``enqueue`` on; each must have the exact shape for ``batch``.
 
-        Raises ``OutOfProfile`` for a batch the engine was not built for, ``BadInput`` for a wrong shape or dtype.
+        ``sizes`` are those of the other dynamic dimensions (``H``, ``W``, ``T``); one that the profile fixes may be
+        left out. Raises ``OutOfProfile`` for sizes the engine was not built for, ``BadInput`` for a wrong shape or
+        dtype.
         """
-        self.profile.check({"B": batch}, what="engine batch")
+        fixed = {name: allowed.min for name, allowed in self.profile.dims.items() if allowed.min == allowed.max}
+        self.sizes = {**fixed, **{k: v for k, v in (sizes or {}).items() if k in self.profile.dims}, "B": batch}
+        self.profile.check(self.sizes, what="engine")
+        missing = sorted(set(self.profile.dims) - set(self.sizes))
+        if missing:
+            raise BadInput(
+                f"the engine has dynamic dimensions {missing} whose sizes are not given",
+                hint="pass them: bind(buffers, batch=B, sizes={'H': 64, 'W': 64})",
+            )
         for spec in (*self.inputs, *self.outputs):
             buffer = buffers.get(spec.name)
-            want = spec.resolve({"B": batch})
+            want = spec.resolve(self.sizes)
             if buffer is None or buffer.shape != want or buffer.dtype != spec.dtype:
                 got = "nothing" if buffer is None else f"{buffer.dtype}{list(buffer.shape)}"
                 raise BadInput(
                     f"engine tensor {spec.name!r} needs {spec.dtype}{list(want)}, got {got}",
-                    hint="allocate buffers from the engine's own specs: spec.resolve({'B': batch}), spec.dtype",
+                    hint="allocate buffers from the engine's own specs: spec.resolve(sizes), spec.dtype",
                 )
         self._bind(buffers, batch)
 
     @abstractmethod
-    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None: ...
+    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
+        """Takes checked buffers; ``self.sizes`` has the size of every dynamic dimension, ``B`` included."""
 
     @abstractmethod
     def enqueue(self) -> None:
@@ -101,6 +113,20 @@ class Backend(ABC):
         """What an engine compiled for ``device`` with these options will be tied to. Raises what ``arch`` does."""
         return self.arch(device)
 
+    def options_for(self, options: Mapping[str, Option], device: str) -> dict[str, Option]:
+        """The ``options`` that an engine was compiled with, as one needs them that is to run on ``device``."""
+        return dict(options)
+
+    def refused(self, identity: EngineIdentity, device: str) -> Mapping[str, str]:
+        """What can be asked on loading and an engine can't honour on ``device``, each with the reason.
+
+        The names are those of ``tstitch_trt.load``: ``threads``, ``graph``.
+        """
+        return {} if device == "cpu" else {"threads": f"its engine runs on {device}, not on the CPU's threads"}
+
+    def check_file(self, path: Path, device: str) -> None:
+        """Raises ``BadEngine`` for a file that can't run on ``device``, as far as that is told without loading it."""
+
     def here(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
         """``identity`` as it would be made here, where ``arch(device)`` is ``arch``; equal when the engine may run.
 
@@ -112,7 +138,7 @@ class Backend(ABC):
     def compile(
         self,
         *,
-        member: Member,
+        member: Network,
         model: Path,
         profile: ShapeProfile,
         device: str,
@@ -128,5 +154,5 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a file made by ``compile``. ``threads`` 0 means all cores. Raises ``BadEngine`` for a damaged file."""

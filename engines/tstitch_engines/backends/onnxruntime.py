@@ -13,7 +13,7 @@ from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork,
 
 if TYPE_CHECKING:
     from tstitch_engines.device import Buffer, Device
-    from tstitch_engines.manifest import EngineIdentity, Member
+    from tstitch_engines.manifest import EngineIdentity, Network
     from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["OnnxRuntimeBackend"]
@@ -95,7 +95,7 @@ class OnnxRuntimeBackend(Backend):
     def compile(
         self,
         *,
-        member: Member,
+        member: Network,
         model: Path,
         profile: ShapeProfile,
         device: str,
@@ -141,7 +141,7 @@ class OnnxRuntimeBackend(Backend):
         progress("optimise", 1.0)
         return (output, data) if data.exists() else (output,)
 
-    def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         settings = self._session_options()
         settings.intra_op_num_threads = threads
         settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done already
@@ -180,7 +180,7 @@ class _OnnxRuntimeEngine(Engine):
 
     warmups = 3
 
-    def __init__(self, ort: Any, session: Any, member: Member, identity: EngineIdentity, device: Device) -> None:
+    def __init__(self, ort: Any, session: Any, member: Network, identity: EngineIdentity, device: Device) -> None:
         super().__init__(member.inputs, member.outputs, identity.profile)
         have = {item.name for item in (*session.get_inputs(), *session.get_outputs())}
         want = {spec.name for spec in (*member.inputs, *member.outputs)}

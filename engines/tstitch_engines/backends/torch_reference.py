@@ -15,7 +15,7 @@ from tstitch_engines.quiet import quiet
 
 if TYPE_CHECKING:
     from tstitch_engines.device import Buffer, Device
-    from tstitch_engines.manifest import EngineIdentity, Member
+    from tstitch_engines.manifest import EngineIdentity, Network
     from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["TorchBackend"]
@@ -52,7 +52,7 @@ class TorchBackend(Backend):
     def compile(
         self,
         *,
-        member: Member,
+        member: Network,
         model: Path,
         profile: ShapeProfile,
         device: str,
@@ -78,7 +78,7 @@ class TorchBackend(Backend):
         progress("check", 1.0)
         return (output,)
 
-    def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a program. ``threads`` sets PyTorch's CPU threads for the whole process, as PyTorch has it."""
         kind, index = parse_device(device.name)
         self._require(kind, index)
@@ -118,7 +118,7 @@ class _TorchEngine(Engine):
 
     warmups = 3  # as torch.cuda.make_graphed_callables does: libraries choose algorithms and workspaces
 
-    def __init__(self, torch: Any, module: Any, member: Member, identity: EngineIdentity, device: Device) -> None:
+    def __init__(self, torch: Any, module: Any, member: Network, identity: EngineIdentity, device: Device) -> None:
         super().__init__(member.inputs, member.outputs, identity.profile)
         self._torch = torch
         self._module = module

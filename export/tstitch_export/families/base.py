@@ -6,28 +6,44 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation, Precision
+from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation, Precision, TextInputs
 from tstitch_engines.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["TORCH_NAMES", "Family", "Inspection", "Scalar"]
+__all__ = ["TORCH_NAMES", "Dim", "Family", "Inspection", "Role", "Scalar"]
 
 Scalar = int | float | bool | str
+Role = Literal["member", "text_encoder", "vae_decoder", "vae_encoder", "controlnet"]
 
 TORCH_NAMES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dim:
+    """A dynamic dimension besides the batch: sizes ``multiple, 2 multiple ... most``; ``native`` is the usual one."""
+
+    native: int
+    multiple: int = 1
+    most: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What a checkpoint says about itself before any weight is read.
 
-    ``layout`` is one of the family's ways to store the model; ``labels`` counts the rows of the label table, the null
-    class included; ``noise`` and ``parametrisation`` are ``None`` where the checkpoint does not state them; ``files``
-    are what the member is made from, the weights last.
+    ``layout`` is one of the family's ways to store the model; ``files`` are what the network is made from, the weights
+    last; ``packages`` are those whose version decides what is exported, besides the exporter's own.
+
+    Of a denoiser: ``latent`` is ``(channels, height, width)``, the last two the native ones where they are dynamic;
+    ``labels`` counts the rows of the label table, the null class included; ``noise``, ``parametrisation``, ``scaling``
+    and ``shift`` (of the latent) and ``scheduler`` (a diffusers ``scheduler_config.json``) are ``None`` where the
+    checkpoint does not state them. ``text``, ``guidance_embedding``, ``controlled`` and ``inpaints`` are as in
+    ``manifest.Member``; the encoders in ``text`` are what the architecture is made for, whether they are at hand or
+    not.
     """
 
     family: str
@@ -35,22 +51,32 @@ class Inspection:
     path: Path
     files: tuple[Path, ...]
     config: Mapping[str, Scalar]
-    latent: tuple[int, int, int]
-    labels: int
-    learned_variance: bool
+    latent: tuple[int, int, int] = (0, 0, 0)
+    labels: int = 0
+    learned_variance: bool = False
     noise: NoiseScheduleSpec | None = None
     parametrisation: Parametrisation | None = None
+    scaling: float | None = None
+    shift: float | None = None
+    scheduler: Mapping[str, Any] | None = None
+    text: TextInputs | None = None
+    guidance_embedding: int = 0
+    controlled: bool = False
+    inpaints: bool = False
+    packages: tuple[str, ...] = ()
 
     @property
     def libraries(self) -> tuple[str, ...]:
         """The packages whose version decides what is exported."""
-        return ("torch", "onnx", "onnxscript", *(("diffusers",) if self.layout == "diffusers" else ()))
+        own = (*self.packages, *(("diffusers",) if self.layout == "diffusers" else ()))
+        return ("torch", "onnx", "onnxscript", *dict.fromkeys(own))
 
 
 class Family(ABC):
     """One architecture. ``inspect`` needs no torch for safetensors; ``load`` and ``example`` do."""
 
     name: str
+    role: ClassVar[Role] = "member"
     options: Mapping[str, tuple[type, str]]  # what a recipe or `--option MEMBER.NAME=VALUE` may set
 
     @abstractmethod
@@ -68,5 +94,18 @@ class Family(ABC):
     def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]: ...
 
     @abstractmethod
-    def example(self, inspection: Inspection, *, batch: int, seed: int) -> tuple[Tensor, ...]:
-        """Random float32 and int64 inputs in the order of ``inputs``, as sampling could give them."""
+    def example(
+        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Random float32 and int64 inputs in the order of ``inputs``, as sampling could give them.
+
+        ``sizes`` has one for each of ``dims``; the native ones where it is ``None``.
+        """
+
+    def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
+        """The dynamic dimensions besides ``B`` by name: ``H`` and ``W`` of the latent, ``T`` tokens."""
+        return {}
+
+    def assets(self, inspection: Inspection, folder: Path) -> Mapping[str, Path]:
+        """Writes the files that are needed at run time besides the model, by purpose (``tokenizer``)."""
+        return {}

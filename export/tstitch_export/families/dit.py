@@ -102,7 +102,9 @@ class DiTFamily(Family):
         shape = ("B", channels * (2 if inspection.learned_variance else 1), height, width)
         return (TensorSpec(name="model_output", dtype=TORCH_NAMES[precision], shape=shape),)
 
-    def example(self, inspection: Inspection, *, batch: int, seed: int) -> tuple[Tensor, ...]:
+    def example(
+        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
+    ) -> tuple[Tensor, ...]:
         import torch
 
         generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tstitch_engines.quiet import quiet
+from tstitch_engines.spec import TensorSpec
 from tstitch_export.onnx_graph import tidy
 from tstitch_export.onnx_pack import store_half
 from tstitch_export.train.data import load_split
@@ -91,7 +92,14 @@ def export(model: Classifier, path: Path) -> None:
         )
         assert exported is not None
         exported.save(path, external_data=False)
-    tidy(path)
+    tidy(
+        path,
+        inputs=[TensorSpec(name="images", dtype="float32", shape=("B", 1, 28, 28))],
+        outputs=[
+            TensorSpec(name=name, dtype="float32", shape=("B", size))
+            for name, size in (("features", FEATURES), ("logits", 10))
+        ],
+    )
     graph = onnx.load(path)
     store_half(graph)
     onnx.checker.check_model(graph, full_check=True)

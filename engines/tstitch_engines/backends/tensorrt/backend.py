@@ -25,13 +25,14 @@ from tstitch_engines.backends.tensorrt.options import (
     list_arch,
     resolve,
 )
+from tstitch_engines.backends.tensorrt.plan import check_plan
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import Unavailable
 
 if TYPE_CHECKING:
     from tstitch_engines.cuda_device import CudaDevice
     from tstitch_engines.device import Device
-    from tstitch_engines.manifest import EngineIdentity, Member
+    from tstitch_engines.manifest import EngineIdentity, Network
     from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["TensorRtBackend", "open_tensorrt", "open_tensorrt_rtx"]
@@ -75,6 +76,26 @@ class TensorRtBackend(Backend):
         chosen = resolve(self.flavour, self._library, options, device)
         return list_arch(chosen.capabilities) if self.flavour.compiles_without_gpu else self.arch(device)
 
+    def options_for(self, options: Mapping[str, Option], device: str) -> dict[str, Option]:
+        """A list of compute capabilities gets that of the GPU it is to run on; those it has stay."""
+        found = dict(options)
+        if "compute-capabilities" in found and parse_device(device)[0] == "cuda":
+            major, minor = _capability(self.arch(device))
+            listed = [word.strip() for word in str(found["compute-capabilities"]).split(",")]
+            if f"{major}.{minor}" not in listed:
+                found["compute-capabilities"] = ",".join([*listed, f"{major}.{minor}"])
+        return found
+
+    def refused(self, identity: EngineIdentity, device: str) -> Mapping[str, str]:
+        reasons = dict(super().refused(identity, device))
+        if identity.options.get("weight-streaming"):
+            reasons["graph"] = "its engine streams weights, which allocates while it runs and can't be recorded"
+        return reasons
+
+    def check_file(self, path: Path, device: str) -> None:
+        on_gpu = parse_device(device)[0] == "cuda"
+        check_plan(self.flavour, self.version(), path, _capability(self.arch(device)) if on_gpu else None)
+
     def here(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
         """A TensorRT-RTX plan is for every GPU it lists; TensorRT's are as compatible as they were asked to be."""
         version, options = self.version(), identity.options
@@ -91,7 +112,7 @@ class TensorRtBackend(Backend):
     def compile(
         self,
         *,
-        member: Member,
+        member: Network,
         model: Path,
         profile: ShapeProfile,
         device: str,
@@ -145,21 +166,16 @@ class TensorRtBackend(Backend):
         )
         return (output,)
 
-    def load(self, path: Path, *, member: Member, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a plan onto a GPU (not run on one). ``threads`` means nothing here.
 
         Raises ``BadEngine`` for a file that is no whole plan of this flavour and version or not for this GPU, and
         ``Unavailable`` for a device that is no GPU.
         """
         from tstitch_engines.backends.tensorrt.engine import TensorRtEngine
-        from tstitch_engines.backends.tensorrt.plan import check_plan
 
-        capability = None
-        if parse_device(device.name)[0] == "cuda":
-            capability = _capability(self.arch(device.name))
-        check_plan(self.flavour, self.version(), path, capability)
-        if capability is None:
-            self.arch(device.name)
+        self.check_file(path, device.name)
+        self.arch(device.name)
         return TensorRtEngine(self.flavour, self._library, path, member, identity, cast("CudaDevice", device))
 
 

@@ -26,7 +26,7 @@ from tstitch_engines.errors import BadEngine, BadInput, FailedWork
 if TYPE_CHECKING:
     from tstitch_engines.cuda_device import CudaDevice
     from tstitch_engines.device import Buffer
-    from tstitch_engines.manifest import EngineIdentity, Member
+    from tstitch_engines.manifest import EngineIdentity, Network
 
 __all__ = ["TensorRtEngine"]
 
@@ -68,7 +68,7 @@ class TensorRtEngine(Engine):
         flavour: Flavour,
         library: Library,
         path: Path,
-        member: Member,
+        member: Network,
         identity: EngineIdentity,
         device: CudaDevice,
     ) -> None:
@@ -94,7 +94,7 @@ class TensorRtEngine(Engine):
             self._how = self._context_settings(identity, messages)
         self._scratch = Scratch(device) if identity.options.get("private-scratch") else shared_scratch(device)
         self._scratch.reserve(self._engine.device_memory_size_v2)
-        self._contexts: dict[tuple[int, ...], _Ready] = {}
+        self._contexts: dict[tuple[object, ...], _Ready] = {}
         self._bound: _Ready | None = None
 
     # --- loading
@@ -144,7 +144,7 @@ class TensorRtEngine(Engine):
     def _foreign(self, what: str) -> BadEngine:
         return BadEngine(f"the engine {self._name} {what}", hint=rebuild(self._flavour))
 
-    def _restore_weights(self, path: Path, member: Member, messages: Messages) -> None:
+    def _restore_weights(self, path: Path, member: Network, messages: Messages) -> None:
         """Fills a stripped plan from the ONNX of the bundle that it lies in."""
         onnx = member.onnx[0].path
         model = next((folder / onnx for folder in path.resolve().parents if (folder / onnx).is_file()), None)
@@ -202,17 +202,17 @@ class TensorRtEngine(Engine):
 
     def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
         """Allocates and waits the first time these buffers are met."""
-        key = (batch, *(buffers[spec.name].ptr for spec in (*self.inputs, *self.outputs)))
+        key = (*sorted(self.sizes.items()), *(buffers[spec.name].ptr for spec in (*self.inputs, *self.outputs)))
         if key not in self._contexts:
             with self._listener.listen() as messages:
-                self._contexts[key] = self._ready(buffers, batch, messages)
+                self._contexts[key] = self._ready(buffers, messages)
         self._bound = self._contexts[key]
         self.capturable = not self._streamed
         if self.capturable and has(self._library, "IExecutionContext.is_stream_capturable"):
             self.capturable = self._bound.context.is_stream_capturable(self._stream)
 
-    def _ready(self, buffers: Mapping[str, Buffer], batch: int, messages: Messages) -> _Ready:
-        context = self._new_context(batch, messages)
+    def _ready(self, buffers: Mapping[str, Buffer], messages: Messages) -> _Ready:
+        context = self._new_context(messages)
         for spec in (*self.inputs, *self.outputs):
             if not context.set_tensor_address(spec.name, buffers[spec.name].ptr):
                 raise self._unusable(f"refuses the address of {spec.name}", messages)
@@ -224,7 +224,7 @@ class TensorRtEngine(Engine):
             context.set_device_memory(block.ptr, block.nbytes)
         return _Ready(context, dict(buffers), block)
 
-    def _new_context(self, batch: int, messages: Messages) -> Context:
+    def _new_context(self, messages: Messages) -> Context:
         context = self._engine.create_execution_context(self._how)
         if context is None:
             raise self._unusable("makes no execution context", messages)
@@ -232,14 +232,14 @@ class TensorRtEngine(Engine):
             raise self._unusable("refuses its profile", messages)
         self._device.synchronize()
         for spec in self.inputs:
-            shape = spec.resolve({"B": batch})
+            shape = spec.resolve(self.sizes)
             if not context.set_input_shape(spec.name, shape):
                 raise self._unusable(f"refuses {spec.name} of shape {list(shape)}", messages)
         if missing := context.infer_shapes():
             raise self._unusable(f"does not know the shapes of {', '.join(missing)}", messages)
         for spec in self.outputs:
             got = tuple(context.get_tensor_shape(spec.name))
-            if got != spec.resolve({"B": batch}):
+            if got != spec.resolve(self.sizes):
                 raise self._foreign(f"gives {spec.name} of shape {list(got)}; wanted is {spec}")
         return context
 
