@@ -23,6 +23,8 @@ __all__ = [
     "Network",
     "NoiseScheduleSpec",
     "Quality",
+    "Quantisation",
+    "QuantisationLoss",
     "Source",
     "TextInputs",
 ]
@@ -30,7 +32,7 @@ __all__ = [
 SCHEMA = 1
 
 Parametrisation = Literal["eps", "v", "x0"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -180,6 +182,48 @@ class TextInputs(_Record, frozen=True, kw_only=True):
     zero_null: bool = False
 
 
+class QuantisationLoss(_Record, frozen=True, kw_only=True):
+    """What 8 bits cost: the quantised against the source graph on ``rows`` inputs that were not calibrated on.
+
+    ``timesteps``: the noisiest and the cleanest of this group of noise levels. ``rel_l2``: norm of the difference over
+    norm of the source's outputs; ``cosine``: the lowest of any row; ``max_abs``: the largest difference.
+    """
+
+    timesteps: tuple[float, float]
+    rows: int
+    rel_l2: float
+    cosine: float
+    max_abs: float
+
+
+class Quantisation(_Record, frozen=True, kw_only=True):
+    """How a member was quantised, and what it cost.
+
+    ``layers`` are in 8 bits, ``kept`` were kept out on request, all others compute in ``high_precision``. ``rows``
+    recorded inputs of trajectories over ``schedules`` set the ranges; they span ``timesteps`` (noisiest, cleanest).
+    ``loss`` is by noise level, noisiest first. ``latents``: relative L2 between the final latents of whole trajectories
+    over ``latents_schedule``, with and without quantisation, one for each of ``latents_seeds``.
+    """
+
+    method: str
+    high_precision: Precision
+    source_precision: Precision
+    source_sha256: str
+    layers: tuple[str, ...]
+    kept: tuple[str, ...]
+    rows: int
+    seed: int
+    steps: int
+    solver: str
+    guidance: float
+    schedules: tuple[str, ...]
+    timesteps: tuple[float, float]
+    loss: tuple[QuantisationLoss, ...]
+    latents: tuple[float, ...]
+    latents_seeds: tuple[int, ...]
+    latents_schedule: str
+
+
 class Member(Network, frozen=True, kw_only=True):
     """One denoiser.
 
@@ -187,7 +231,7 @@ class Member(Network, frozen=True, kw_only=True):
     the schedule it was trained with (``None``: the bundle's), ``latent_ratio`` its latent over the bundle's (its
     scaling factor over theirs). ``guidance_embedding``: width of ``timestep_cond``, the embedded guidance scale of
     distilled members (arXiv 2310.04378), 0 without. ``controlled``: it takes a ControlNet's residuals. ``inpaints``:
-    it takes ``inpaint [B,1+C,H,W]``, mask and masked latent.
+    it takes ``inpaint [B,1+C,H,W]``, mask and masked latent. ``quantisation``: how an int8 or fp8 member was made.
     """
 
     parametrisation: Parametrisation
@@ -198,6 +242,7 @@ class Member(Network, frozen=True, kw_only=True):
     guidance_embedding: int = 0
     controlled: bool = False
     inpaints: bool = False
+    quantisation: Quantisation | None = None
 
 
 class Quality(_Record, frozen=True, kw_only=True):
