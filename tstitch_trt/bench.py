@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput, OutOfProfile
+from tstitch_trt.graphs import GraphState
 from tstitch_trt.machine import Machine, describe_machine, peak_memory
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     load_ms: float
     peak_memory_bytes: int
     memory: dict[str, int]
+    graph: GraphState
     machine: Machine
     against: BaselineReport | None = None
 
@@ -193,6 +195,7 @@ def measure(
         load_ms=runtime.load_ms,
         peak_memory_bytes=peak_memory(),
         memory=runtime.memory(),
+        graph=runtime.graphs(),
         machine=describe_machine(),
         against=None
         if baseline is None

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,10 +21,10 @@ from tstitch_engines.errors import unknown_name
 from tstitch_engines.rows import FLAG_STORE, ROW, ROW_FIELDS
 from tstitch_trt.lanes import LaneArena
 
-__all__ = ["GRAPH_MODES", "GraphMode", "Kind", "StepGraphs", "check_mode"]
+__all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "Kind", "StepGraphs", "check_mode"]
 
-GraphMode = Literal["step", "segment", "off"]
-GRAPH_MODES: Final = ("step", "segment", "off")
+GraphMode = Literal["auto", "step", "segment", "off"]
+GRAPH_MODES: Final = ("auto", "step", "segment", "off")
 
 _SEGMENTS: Final = 16  # graphs of whole segments kept; each costs memory by its length
 _TOLERANCE: Final = (
@@ -48,15 +49,41 @@ def check_mode(mode: str) -> None:
         raise unknown_name("graph mode", mode, GRAPH_MODES)
 
 
+class GraphState(msgspec.Struct, frozen=True, kw_only=True):
+    """``mode`` in use and why; how many kinds of step were ``recorded``, and those that run call by call, with why."""
+
+    mode: Literal["step", "segment", "off"]
+    reason: str
+    recorded: int
+    call_by_call: dict[str, str]
+
+    def __str__(self) -> str:
+        counted = f"; {self.recorded} kinds of step recorded" if self.mode != "off" else ""
+        return f"{self.mode} ({self.reason}){counted}" + "".join(
+            f"; {k}: {why}" for k, why in self.call_by_call.items()
+        )
+
+
 class StepGraphs:
-    """Graphs by kind. A kind that could not be recorded is remembered as such, and said once in the log."""
+    """Graphs by kind. A kind that could not be recorded is remembered with the reason, and said once in the log."""
 
     def __init__(self, device: Device, arena: LaneArena, mode: GraphMode) -> None:
         self._device = device
         self._arena = arena
-        self.mode: GraphMode = mode if device.graphs else "off"
+        self.mode: Literal["step", "segment", "off"] = "off"
+        if not device.graphs:
+            self._reason = f"the device {device.name} has no graphs"
+        elif mode == "auto":
+            self.mode, self._reason = "step", "the default where the device has graphs"
+        else:
+            self.mode, self._reason = mode, "as asked for"
+        self._plain: dict[str, str] = {}
         self._steps: dict[Kind, Graph | None] = {}
         self._segments: OrderedDict[tuple[Kind, int], Graph] = OrderedDict()
+
+    def state(self) -> GraphState:
+        recorded = sum(graph is not None for graph in self._steps.values())
+        return GraphState(mode=self.mode, reason=self._reason, recorded=recorded, call_by_call=dict(self._plain))
 
     def step(self, kind: Kind) -> Graph | None:
         """The graph of one step, or ``None`` when the step runs call by call."""
@@ -118,13 +145,17 @@ class StepGraphs:
                 step()
                 states.append(self._device.download(self._arena.latents)[: kind.lanes])
         except NotCaptured as error:
-            _logger.warning("%s runs call by call: %s", kind, error.message)
+            self._call_by_call(kind, error.message)
             return
         if not _equal(states[1], states[0]):
             graph.close()
-            _logger.warning("%s runs call by call: a replay on other data differed from a plain run", kind)
+            self._call_by_call(kind, "a replay on other data differed from a plain run")
             return
         self._steps[kind] = graph
+
+    def _call_by_call(self, kind: Kind, why: str) -> None:
+        self._plain[str(kind)] = why
+        _logger.warning("%s runs call by call: %s", kind, why)
 
     def _rehearse(self, seeds: list[int], step: int) -> None:
         """Lanes in the middle of a made-up trajectory, so that nothing of a request is touched by trying."""

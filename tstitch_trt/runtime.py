@@ -16,7 +16,7 @@ from tstitch_engines.device import Buffer, Device
 from tstitch_engines.errors import BadInput, Cancelled, Unavailable, unknown_name
 from tstitch_engines.manifest import Manifest
 from tstitch_trt.chunks import UnderWay, Walk
-from tstitch_trt.graphs import GraphMode
+from tstitch_trt.graphs import GraphMode, GraphState
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.request import Request, host_array
 from tstitch_trt.result import Result, SegmentTiming, StepEvent
@@ -44,7 +44,7 @@ class Runtime:
         engines: Mapping[str, Engine],
         load_ms: float,
         *,
-        graph: GraphMode = "step",
+        graph: GraphMode = "auto",
     ) -> None:
         self.bundle = bundle
         self.device = device
@@ -77,6 +77,10 @@ class Runtime:
         library allocates on its own, and the weights, are not in it.
         """
         return {**self._stepper.memory(), "results": 0 if self._results is None else self._results.nbytes}
+
+    def graphs(self) -> GraphState:
+        """Whether steps are replayed from graphs, why, and what could not be recorded so far."""
+        return self._stepper.graph_state()
 
     def close(self) -> None:
         """Releases graphs and engines. The runtime can't be used afterwards."""

@@ -18,11 +18,12 @@ import msgspec
 from tstitch_engines.backends import BACKENDS, open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle, open_bundle
-from tstitch_engines.device import Device, open_device
+from tstitch_engines.device import Device, open_device, parse_device
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork, Unavailable, unknown_name
-from tstitch_engines.identity import check_identity, digest, model_digest
+from tstitch_engines.identity import check_identity, digest, for_gpu, model_digest
 from tstitch_engines.manifest import SCHEMA, EngineRecord, Member, Precision
 from tstitch_trt.caller import Arrays, Caller, Error, measure_error
+from tstitch_trt.choose import rebuild as rebuild_engines
 from tstitch_trt.layers import LayerCheck, compare_layers
 from tstitch_trt.references import References
 
@@ -90,6 +91,8 @@ def verify(
     seed: int = 0,
     threads: int = 0,
     layers: bool = False,
+    device: str = "cuda",
+    rebuild: bool = False,
     report: Report = lambda share, text: None,
 ) -> Verification:
     """Checks every engine of ``bundle``, or those of one backend or of some members.
@@ -101,6 +104,9 @@ def verify(
     ``layers``: also look for the first layer that differs: between an ONNX Runtime engine and the ONNX it was compiled
     from, and between an fp16 graph and the same graph widened to float32.
 
+    ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: engines of every backend that
+    runs here, or of ``backend``, are compiled again first where they are missing, damaged or don't fit.
+
     Raises ``BadBundle`` for a damaged bundle, ``BadInput`` and its kinds for a selection that matches nothing,
     ``Unavailable`` without ONNX Runtime when an engine can run here, ``NotFinite`` when the members' own graphs give
     NaN.
@@ -109,7 +115,10 @@ def verify(
         raise BadInput(f"samples = {samples}; allowed is 1 or more", hint="e.g. --samples 4")
     if threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    parse_device(device)
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
+    if rebuild:
+        opened = _rebuilt(opened, backend, members, device, report)
     chosen = _select(opened, backend, members)
     checks: list[EngineCheck] = []
     found: list[LayerCheck] = []
@@ -120,7 +129,7 @@ def verify(
         for index, (name, record) in enumerate(chosen):
             what = f"{name}, {record.identity.backend}"
             report(index / len(chosen), what)
-            subject = _Subject(opened, name, record, threads)
+            subject = _Subject(opened, name, record, device, threads)
             status, reason = subject.open()
             comparisons: tuple[Comparison, ...] = ()
             if subject.caller is not None:
@@ -149,7 +158,7 @@ def verify(
 class _Subject:
     """One engine under test. ``caller`` is ``None`` until ``open`` has found that it can run here."""
 
-    def __init__(self, bundle: Bundle, name: str, record: EngineRecord, threads: int) -> None:
+    def __init__(self, bundle: Bundle, name: str, record: EngineRecord, gpu: str, threads: int) -> None:
         self.name = name
         self.record = record
         self.member: Member = bundle.manifest.members[name]
@@ -157,6 +166,7 @@ class _Subject:
         self.caller: Caller | None = None
         self.plan: str | None = None
         self._bundle = bundle
+        self._gpu = gpu  # cpu: leave out
         self._threads = threads
 
     def open(self) -> tuple[Status, str | None]:
@@ -182,7 +192,7 @@ class _Subject:
         want = msgspec.structs.replace(
             identity, schema=SCHEMA, onnx_sha256=model_digest(member.onnx), precision=member.precision
         )
-        check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=self._bundle.rebuild_command)
+        check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=self._again)
         if identity.backend != "tensorrt-rtx":
             return
         from tstitch_engines.backends.tensorrt import read_plan_header
@@ -197,19 +207,22 @@ class _Subject:
         self.plan = f"TensorRT-RTX {header.version}, compute capability {header.gpus()}"
         listed = ",".join(f"sm_{major}{minor}" for major, minor in header.capabilities)
         if identity.arch not in (DEFAULT_LIST, listed):
-            raise BadEngine(
-                f"the plan is for {listed}, the manifest says {identity.arch}", hint=self._bundle.rebuild_command
-            )
+            raise BadEngine(f"the plan is for {listed}, the manifest says {identity.arch}", hint=self._again)
+
+    @property
+    def _again(self) -> str:
+        return self._bundle.compile_command(self.record.identity.backend, _place(self.record, self._gpu))
 
     def _load(self) -> tuple[Engine, Device]:
         identity = self.record.identity
         backend = open_backend(identity.backend)
-        on_gpu = identity.backend.startswith("tensorrt") or identity.arch.startswith(("sm_", "cuda"))
-        device = open_device("cuda" if on_gpu else "cpu")
+        if (place := _place(self.record, self._gpu)) == "cpu" and for_gpu(identity):
+            raise _NotForHere(f"it is for GPUs ({identity.arch}), and the device asked for is {self._gpu}")
+        device = open_device(place)
         arch = backend.arch(device.name)
         path = self._bundle.path(self.record.files[0])
         try:
-            check_identity(identity, backend.here(identity, arch), what="it", rebuild=self._bundle.rebuild_command)
+            check_identity(identity, backend.here(identity, arch), what="it", rebuild=self._again)
             if identity.backend == "tensorrt-rtx":
                 from tstitch_engines.backends.tensorrt import read_plan_header
 
@@ -246,6 +259,35 @@ class _Subject:
 
 class _NotForHere(Exception):
     """A sound engine for another machine or version."""
+
+
+def _place(record: EngineRecord, gpu: str) -> str:
+    return gpu if for_gpu(record.identity) else "cpu"
+
+
+def _rebuilt(bundle: Bundle, backend: str | None, members: Sequence[str] | None, device: str, report: Report) -> Bundle:
+    """``bundle`` with fitting engines of ``backend``, or of every backend it has engines of that runs here."""
+    names = list(bundle.manifest.members if members is None else members)
+    every = [
+        record for name in names if name in bundle.manifest.members for record in bundle.manifest.members[name].engines
+    ]
+    _select(bundle, backend if any(r.identity.backend == backend for r in every) else None, members)  # checks the names
+
+    def progress(phase: str, share: float) -> None:
+        report(0.0, f"compiling {phase}")
+
+    for one in dict.fromkeys(r.identity.backend for r in every) if backend is None else (backend,):
+        known = next((record.identity for record in every if record.identity.backend == one), None)
+        place = device if (for_gpu(known) if known is not None else one.startswith("tensorrt")) else "cpu"
+        try:
+            library = open_backend(one)
+            library.arch(place)
+        except Unavailable:
+            if backend is not None:
+                raise
+            continue  # listed as not checked, with the reason
+        bundle = rebuild_engines(bundle, library, place, names=names, progress=progress)
+    return bundle
 
 
 def _select(bundle: Bundle, backend: str | None, members: Sequence[str] | None) -> list[tuple[str, EngineRecord]]:

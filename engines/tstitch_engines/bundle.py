@@ -7,7 +7,7 @@ import logging
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -40,7 +40,20 @@ class Bundle:
 
     @property
     def rebuild_command(self) -> str:
+        """The command that makes it again from its recipe."""
         return rebuild_command(self.manifest, self.root)
+
+    def compile_command(self, backend: str, device: str = "cpu") -> str:
+        """The command that compiles its engines of ``backend`` again, or for the first time, for ``device``."""
+        if backend == "torch":  # compiles exported programs, which a bundle does not hold
+            return f"{self.rebuild_command} --backend {backend} --device {device}"
+        words = ("tstitch-trt", "build", str(self.root), "--backend", backend, "--device", device.removesuffix(":0"))
+        return " ".join(shlex.quote(word) for word in words)
+
+    def check_files(self, components: Iterable[Component], *, full: bool = True) -> None:
+        """Raises ``BadBundle`` for a file that is missing, truncated or (``full``) altered."""
+        for component in components:
+            _check(component, self.path(component), self.rebuild_command, full=full)
 
 
 def rebuild_command(manifest: Manifest | None, root: Path) -> str:
@@ -59,18 +72,23 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full") -> Bundle:
+def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full", *, engines: bool = True) -> Bundle:
     """The bundle at ``path``.
 
-    ``verify="size"`` checks that every file is there with its recorded size, ``"full"`` also its sha256. Raises
+    ``verify="size"`` checks that every file is there with its recorded size, ``"full"`` also its sha256;
+    ``engines=False`` leaves out the engines' own files, for who will compile those again. Raises
     ``BadBundle`` naming what is wrong (no bundle, half-written, unknown field, other schema, unsafe path, missing,
     truncated or altered file) and the command that rebuilds it.
     """
     root = Path(path)
     manifest = _read_manifest(root)
     rebuild = rebuild_command(manifest, root)
+    made = manifest.engine_paths()
     for component in manifest.components():
-        _check(component, _inside(root, component, rebuild), rebuild, full=verify == "full")
+        path = _inside(root, component, rebuild)
+        if engines or component.path not in made:
+            again = f"{rebuild}; its engines alone: sample, bench and verify with --rebuild"
+            _check(component, path, again if component.path in made else rebuild, full=verify == "full")
     return Bundle(root, manifest)
 
 

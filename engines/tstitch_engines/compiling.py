@@ -14,7 +14,7 @@ from tstitch_engines.bundle import Bundle
 from tstitch_engines.cache import Cache, Entry
 from tstitch_engines.files import copy_component
 from tstitch_engines.identity import digest, model_digest
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Member
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
 from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["Compiler", "from_cache", "keep_record"]
@@ -41,7 +41,7 @@ class Compiler:
         arch = backend.build_arch(device, settings)
         return Compiler(backend=backend, arch=arch, device=device, profile=profile, settings=settings, cache=cache)
 
-    def identity(self, member: Member) -> EngineIdentity:
+    def identity(self, member: Network) -> EngineIdentity:
         return EngineIdentity(
             schema=SCHEMA,
             backend=self.backend.name,
@@ -56,7 +56,7 @@ class Compiler:
     def engine(
         self,
         name: str,
-        member: Member,
+        member: Network,
         model: Callable[[], Path],
         staging: Path,
         *,
@@ -71,7 +71,7 @@ class Compiler:
         backend, identity = self.backend, self.identity(member)
         key = digest(identity)
         what = f"member {name}: {backend.name} engine"
-        old = previous.manifest.members.get(name) if previous is not None else None
+        old = previous.manifest.networks().get(name) if previous is not None else None
         for record in old.engines if old is not None else ():
             if record.identity == identity and keep_record(previous, record, staging):
                 _log.info("%s: reused from the bundle", what)
@@ -106,13 +106,13 @@ class Compiler:
         return EngineRecord(files=files, identity=identity)
 
     def beside(
-        self, name: str, member: Member, engine: EngineRecord, staging: Path, *, previous: Bundle | None
+        self, name: str, member: Network, engine: EngineRecord, staging: Path, *, previous: Bundle | None
     ) -> tuple[EngineRecord, ...]:
         """``engine`` among those that ``previous`` has for other backends or machines, where the ONNX is the same.
 
         The order there stays, because the first engine is the one that is used by default.
         """
-        old = previous.manifest.members.get(name) if previous is not None else None
+        old = previous.manifest.networks().get(name) if previous is not None else None
         found: list[EngineRecord] = []
         for record in old.engines if old is not None else ():
             if (record.identity.backend, record.identity.arch) == (self.backend.name, self.arch):

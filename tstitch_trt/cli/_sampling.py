@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-__all__ = ["bundle_argument", "runtime_options", "step_options"]
+if TYPE_CHECKING:
+    from tstitch_trt.graphs import GraphMode
+    from tstitch_trt.runtime import Runtime
+
+__all__ = ["bundle_argument", "load_runtime", "rebuild_option", "runtime_options", "step_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,7 +24,17 @@ def bundle_argument(function: F) -> F:
 def runtime_options(function: F) -> F:
     """Where and with what to run."""
     for option in (
-        click.option("--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads, 0 = all cores."),
+        rebuild_option,
+        click.option(
+            "--graph",
+            type=click.Choice(("auto", "step", "segment", "off")),
+            default="auto",
+            show_default=True,
+            help="Replay recorded CUDA graphs of a step, of all equal steps in a row, or none.",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(0), metavar="N", help="CPU threads of engines on the CPU. [all cores]"
+        ),
         click.option(
             "--backend", metavar="NAME", help="Backend whose engine to load (default: the one the bundle has)."
         ),
@@ -28,6 +42,35 @@ def runtime_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def rebuild_option(function: F) -> F:
+    return click.option(
+        "--rebuild",
+        is_flag=True,
+        help="First compile engines again that are missing, damaged or don't fit this machine.",
+    )(function)
+
+
+def load_runtime(
+    bundle: Path, *, device: str, backend: str | None, threads: int | None, graph: GraphMode, rebuild: bool
+) -> Runtime:
+    """The runtime of ``runtime_options``; with ``rebuild`` under a progress bar."""
+    import tstitch_trt
+    from tstitch_trt.progress import progress
+
+    if not rebuild:
+        return tstitch_trt.load(bundle, device=device, backend=backend, threads=threads, graph=graph)
+    with progress("checking engines", 1, logs=("tstitch_engines", "tstitch_trt")) as bar:
+        return tstitch_trt.load(
+            bundle,
+            device=device,
+            backend=backend,
+            threads=threads,
+            graph=graph,
+            rebuild=True,
+            progress=lambda phase, share: bar.update(done=share, text=phase),
+        )
 
 
 def step_options(function: F) -> F:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, runtime_options, step_options
+from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
     from tstitch_trt.bench import Bench
+    from tstitch_trt.graphs import GraphMode
 
 __all__ = ["command"]
 
@@ -51,7 +52,9 @@ def command(
     plot: Path | None,
     device: str,
     backend: str | None,
-    threads: int,
+    threads: int | None,
+    graph: GraphMode,
+    rebuild: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -69,15 +72,13 @@ def command(
     if plot is not None:
         check_plot(plot)
 
-    import tstitch_trt
-
-    runtime = tstitch_trt.load(bundle, device=device, backend=backend, threads=threads)
+    runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
     try:
         baseline = None
         if against is not None:
             from tstitch_trt.eager import EagerTorch
 
-            baseline = EagerTorch.of(runtime.bundle, threads=threads)
+            baseline = EagerTorch.of(runtime.bundle, threads=threads or 0)
         with progress("warming up", 1) as bar:
             result = measure(
                 runtime,
@@ -85,7 +86,7 @@ def command(
                 batch=batch,
                 repeats=repeats,
                 warmup=warmup,
-                threads=threads,
+                threads=threads or 0,
                 baseline=baseline,
                 report=lambda share, text: bar.update(done=share, text=text),
                 **settings,
@@ -158,4 +159,5 @@ def _print(bench: Bench) -> None:
         f"{1e3 * bench.step_kernels_ms:.1f} us per step, load {bench.load_ms:.0f} ms, "
         f"peak memory {size(bench.peak_memory_bytes)}"
     )
+    click.echo(f"graphs: {bench.graph}")
     click.echo("device memory: " + ", ".join(f"{what} {size(nbytes)}" for what, nbytes in bench.memory.items()))

@@ -11,7 +11,9 @@ from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import Command, json_option, traceback_option
 
 if TYPE_CHECKING:
-    from tstitch_engines.manifest import Precision
+    from tstitch_engines.backends import Progress
+    from tstitch_engines.manifest import Manifest, Precision
+    from tstitch_engines.spec import Range
 
 __all__ = ["command"]
 
@@ -19,6 +21,7 @@ EXAMPLES = """
 tstitch-trt build --list
 tstitch-trt build fashion -o fashion.bundle
 tstitch-trt build fashion --batch 1:8:32 --json
+tstitch-trt build fashion.bundle --backend tensorrt-rtx
 tstitch-trt build fashion --backend tensorrt-rtx --option compute-capabilities=8.9,12.0
 tstitch-trt build dit-256 --member small=DiT-S.pt --member large=DiT-XL.pt -o dit-256.bundle
 tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision large=bf16 --device cuda
@@ -26,7 +29,7 @@ tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision l
 
 
 @click.command("build", cls=Command, examples=EXAMPLES)
-@click.argument("recipe", required=False)
+@click.argument("source", metavar="RECIPE|BUNDLE", required=False)
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with the package.")
 @click.option(
     "--member",
@@ -51,10 +54,8 @@ tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision l
 )
 @click.option(
     "--batch",
-    default="1:8:16",
-    show_default=True,
     metavar="MIN:OPT:MAX",
-    help="Batch sizes of the engines; with guidance one image takes two places.",
+    help="Batch sizes of the engines; with guidance one image takes two places. [1:8:16, or the BUNDLE's]",
 )
 @click.option(
     "--device",
@@ -71,23 +72,30 @@ tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision l
     help="An option of the backend, or MEMBER.NAME of a member's family. May be repeated.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle's directory. [RECIPE.bundle]"
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The bundle's directory. [RECIPE.bundle, or BUNDLE]",
 )
 @json_option
 @traceback_option
 def command(
-    recipe: str | None,
+    source: str | None,
     list_recipes: bool,
     members: tuple[str, ...],
     backend: str,
     precisions: tuple[str, ...],
-    batch: str,
+    batch: str | None,
     device: str,
     options: tuple[str, ...],
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Build RECIPE (a name, or the path of a .toml file) into a bundle.
+    """Build RECIPE (a name, or the path of a .toml file) into a bundle, or BUNDLE's engines for one more backend.
+
+    From a BUNDLE its own ONNX is compiled, without checkpoints or torch; batch sizes and options that are not given
+    are those of the engines it has, and -o writes another bundle in place of changing this one.
 
     Every unchanged part is taken from the cache or from the bundle that is replaced, so an interrupted build goes on
     where it stopped. The bundle appears whole or not at all; an old one stays until the new one is complete.
@@ -99,33 +107,49 @@ def command(
     if list_recipes:
         _list(as_json)
         return
-    if recipe is None:
+    if source is None:
         raise BadInput(
-            f"build needs a RECIPE, got nothing; known: {', '.join(recipe_names())}",
+            f"build needs a RECIPE or a BUNDLE, got nothing; known: {', '.join(recipe_names())}",
             hint="write e.g. tstitch-trt build fashion; tstitch-trt build --list describes them",
         )
     checkpoints = parse_pairs(members, option="--member", value="CHECKPOINT")
-    place = output or Path(f"{Path(recipe).stem}.bundle")
-    profile = Range.parse(batch)
+    profile = None if batch is None else Range.parse(batch)
     chosen = parse_pairs(options, option="--option", value="VALUE")
     precision = _precision(precisions)
+    from_bundle = source not in recipe_names() and Path(source).is_dir()
+    place = output or Path(source if from_bundle else f"{Path(source).stem}.bundle")
+    if from_bundle:
+        for option, given in (("--member", members), ("--precision", precisions)):
+            if given:
+                raise BadInput(
+                    f"{option} {given[0]} decides what is exported, and {source} is a bundle, whose ONNX is exported",
+                    hint=f"leave out {option}, or build from the recipe",
+                )
 
-    from tstitch_export.build import build
     from tstitch_trt.cli._text import print_json, size
     from tstitch_trt.progress import log, progress
 
-    with progress(f"building {recipe}", 1, logs=("tstitch_engines", "tstitch_export")) as bar:
-        manifest = build(
-            recipe,
-            members={name: Path(path) for name, path in checkpoints.items()},
-            output=place,
-            backend=backend,
-            precision=precision,
-            profile=profile,
-            device=device,
-            options=dict(chosen),
-            progress=lambda phase, share: bar.update(done=share, text=phase),
-        )
+    with progress(f"building {source}", 1, logs=("tstitch_engines", "tstitch_export")) as bar:
+
+        def report(phase: str, share: float) -> None:
+            bar.update(done=share, text=phase)
+
+        if from_bundle:
+            manifest = _recompile(Path(source), backend, device, profile, chosen, output, report)
+        else:
+            from tstitch_export.build import build
+
+            manifest = build(
+                source,
+                members={name: Path(path) for name, path in checkpoints.items()},
+                output=place,
+                backend=backend,
+                precision=precision,
+                profile=profile or Range(1, 8, 16),
+                device=device,
+                options=dict(chosen),
+                progress=report,
+            )
     if as_json:
         import msgspec
 
@@ -135,6 +159,32 @@ def command(
     files = manifest.components()
     log(f"{manifest.name}: {', '.join(manifest.members)}; {len(files)} files, {size(sum(f.bytes for f in files))}")
     click.echo(place)
+
+
+def _recompile(
+    source: Path,
+    backend: str,
+    device: str,
+    batch: Range | None,
+    options: dict[str, str],
+    output: Path | None,
+    report: Progress,
+) -> Manifest:
+    from tstitch_engines.backends import open_backend
+    from tstitch_engines.bundle import open_bundle
+    from tstitch_engines.recompile import recompile
+    from tstitch_export.options import typed
+
+    settings = typed(options, open_backend(backend).options, what=f"backend {backend!r}") if options else None
+    return recompile(
+        open_bundle(source, engines=False),
+        backend=backend,
+        device=device,
+        profile=None if batch is None else {"B": batch},
+        options=settings,
+        output=output,
+        progress=report,
+    ).manifest
 
 
 def _list(as_json: bool) -> None:

@@ -50,6 +50,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     for name, member in bundle.manifest.members.items():
         for engine, record in zip(document["members"][name]["engines"], member.engines, strict=True):
             engine["digest"] = digest(record.identity)
+            engine["graphs"] = _graphs(record)
             if (plan := _plan(bundle, record)) is not None:
                 engine["plan"] = {"version": plan.version, "gpus": plan.gpus()}
     files = bundle.manifest.components()
@@ -103,6 +104,17 @@ def _plan(bundle: Bundle, record: EngineRecord) -> PlanHeader | None:
     return read_plan_header(bundle.path(record.files[0])) if record.identity.backend == "tensorrt-rtx" else None
 
 
+def _graphs(record: EngineRecord) -> str:
+    """The graph mode it runs in unless another is asked for, and why."""
+    from tstitch_engines.identity import for_gpu
+
+    if not for_gpu(record.identity):
+        return "off (the CPU has no graphs)"
+    if record.identity.options.get("weight-streaming"):
+        return "off (it streams weights, which allocates while it runs)"
+    return "step (recorded when first run; bench says what could not be)"
+
+
 def _print_member(bundle: Bundle, name: str, member: Member) -> None:
     from tstitch_engines.identity import digest
     from tstitch_trt.cli._text import size
@@ -129,5 +141,6 @@ def _print_member(bundle: Bundle, name: str, member: Member) -> None:
             f"{identity.precision}, profile {profile}{', ' + options if options else ''}, "
             f"identity {digest(record.identity)[:16]}"
         )
+        click.echo(f"  {'graphs':<10} {_graphs(record)}")
         if (plan := _plan(bundle, record)) is not None:
             click.echo(f"  {'plan':<10} TensorRT-RTX {plan.version}, compute capability {plan.gpus()}")

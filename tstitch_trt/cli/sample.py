@@ -9,13 +9,14 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, runtime_options, step_options
+from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from tstitch_engines.manifest import Manifest
+    from tstitch_trt.graphs import GraphMode
     from tstitch_trt.result import Result
 
 __all__ = ["command"]
@@ -77,7 +78,9 @@ def command(
     guidance_interval: str | None,
     device: str,
     backend: str | None,
-    threads: int,
+    threads: int | None,
+    graph: GraphMode,
+    rebuild: bool,
     as_json: bool,
     **trajectory: Any,
 ) -> None:
@@ -109,9 +112,7 @@ def command(
         kind_of(output)
     start: NDArray[np.float32] | None = None if latents_in is None else load_array(latents_in, option="--latents-in")
 
-    import tstitch_trt
-
-    runtime = tstitch_trt.load(bundle, device=device, backend=backend, threads=threads)
+    runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
     try:
         manifest = runtime.manifest
         target = _target(manifest, output, latents_out)

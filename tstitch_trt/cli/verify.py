@@ -9,7 +9,7 @@ import click
 
 from tstitch_engines.errors import FailedWork
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument
+from tstitch_trt.cli._sampling import bundle_argument, rebuild_option
 
 if TYPE_CHECKING:
     from tstitch_trt.caller import Error
@@ -19,7 +19,7 @@ __all__ = ["command"]
 
 EXAMPLES = """
 tstitch-trt verify fashion.bundle
-tstitch-trt verify fashion.bundle --backend tensorrt-rtx --samples 16
+tstitch-trt verify fashion.bundle --backend tensorrt-rtx --device cuda:1 --samples 16
 tstitch-trt verify fashion.bundle --members large --layers
 tstitch-trt verify fashion.bundle --json
 """
@@ -37,25 +37,48 @@ tstitch-trt verify fashion.bundle --json
     metavar="N",
     help="Calls on random and on recorded inputs, each, per batch size.",
 )
+@click.option(
+    "--device",
+    default="cuda",
+    show_default=True,
+    metavar="NAME",
+    help="Where engines for GPUs run: cuda, cuda:N, or cpu to leave them unchecked.",
+)
+@rebuild_option
 @click.option("--layers", is_flag=True, help="Also name the first layer that differs, where layers can be seen.")
-@click.option("--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads, 0 = all cores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="CPU threads of engines and references, 0 = all cores.",
+)
 @json_option
 @traceback_option
 def command(
-    bundle: Path, backend: str | None, members: str | None, samples: int, layers: bool, threads: int, as_json: bool
+    bundle: Path,
+    backend: str | None,
+    members: str | None,
+    samples: int,
+    device: str,
+    rebuild: bool,
+    layers: bool,
+    threads: int,
+    as_json: bool,
 ) -> None:
     """Compare every engine of BUNDLE with ONNX Runtime and PyTorch.
 
     Inputs are random ones, and those of a short trajectory of the bundle over all noise levels with guidance on, at the
     smallest, tuned and largest batch. An engine that can't run here is listed as not checked, with the reason; its
-    identity and its plan's header are checked anyway. Exit code 1 when an engine fails.
+    identity and its plan's header are checked anyway. Exit code 1 when an engine fails. With --rebuild, engines of
+    every backend that runs here are first compiled again where they don't fit.
     """
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.progress import log, progress
     from tstitch_trt.verify import verify
 
     names = None if members is None else [part.strip() for part in members.split(",") if part.strip()]
-    with progress("verifying", 1) as bar:
+    with progress("verifying", 1, logs=("tstitch_engines", "tstitch_trt") if rebuild else ()) as bar:
         result = verify(
             bundle,
             backend=backend,
@@ -63,6 +86,8 @@ def command(
             samples=samples,
             threads=threads,
             layers=layers,
+            device=device,
+            rebuild=rebuild,
             report=lambda share, text: bar.update(done=share, text=text),
         )
     if as_json:

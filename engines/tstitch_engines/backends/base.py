@@ -126,6 +126,7 @@ class Backend(ABC):
 
     def check_file(self, path: Path, device: str) -> None:
         """Raises ``BadEngine`` for a file that can't run on ``device``, as far as that is told without loading it."""
+        return
 
     def here(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
         """``identity`` as it would be made here, where ``arch(device)`` is ``arch``; equal when the engine may run.

@@ -1,0 +1,169 @@
+"""Engines compiled from a bundle's own ONNX: for one more backend, or again. Needs neither checkpoints nor torch."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from tstitch_engines.backends import Backend, Progress, open_backend
+from tstitch_engines.backends.base import Option
+from tstitch_engines.bundle import MANIFEST, Bundle, write_bundle
+from tstitch_engines.cache import Cache
+from tstitch_engines.compiling import Compiler, keep_record
+from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
+from tstitch_engines.files import copy_component
+from tstitch_engines.manifest import Component, EngineRecord, Manifest, Network
+from tstitch_engines.spec import Range, ShapeProfile
+
+__all__ = ["recompile"]
+
+_log = logging.getLogger(__name__)
+
+_DEFAULT_BATCH: Final = Range(1, 8, 16)
+
+
+def recompile(
+    bundle: Bundle,
+    *,
+    backend: str,
+    device: str = "cpu",
+    names: Iterable[str] | None = None,
+    profile: Mapping[str, Range] | None = None,
+    options: Mapping[str, Option] | None = None,
+    output: Path | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """``bundle`` with engines of ``backend`` for its members and parts, or for those ``names`` only; all else is kept.
+
+    What is left out is as recorded: ``options`` as in the engine it has of that backend, the sizes of ``profile`` as in
+    that one, else as in its other engines. An engine of the same backend and architecture is replaced, others stay.
+    What was compiled before comes from the bundle or the cache, so that an interrupted call goes on where it stopped.
+
+    It is written in place of ``bundle`` in one step at the end, or to ``output``. On any exception, Ctrl-C included,
+    the old one is unchanged. Raises ``BadBundle`` when the ONNX is not what the manifest describes (nothing sound could
+    be compiled from it) or the place is read-only, ``BadInput`` and its kinds before anything is compiled, and
+    ``BuildFailed``.
+    """
+    opened = open_backend(backend)
+    if opened.model_kind != "onnx":
+        raise BadInput(
+            f"the backend {backend!r} is not compiled from ONNX, and a bundle holds nothing else to compile from",
+            hint=f"build it from its recipe: {bundle.compile_command(backend, device)}",
+        )
+    networks = bundle.manifest.networks()
+    wanted = list(networks if names is None else dict.fromkeys(names))
+    for name in wanted:
+        if name not in networks:
+            raise unknown_name("member", name, networks)
+    bundle.check_files(part for name in wanted for part in networks[name].onnx)
+    compilers = {name: _compiler(opened, networks[name], device, profile or {}, options) for name in wanted}
+    place = bundle.root.resolve() if output is None else output.resolve()
+    _require_writable(place, backend)
+    work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or (lambda *_: None))
+    return write_bundle(place, work.fill)
+
+
+def _compiler(
+    backend: Backend,
+    network: Network,
+    device: str,
+    profile: Mapping[str, Range],
+    options: Mapping[str, Option] | None,
+) -> Compiler:
+    same = [record.identity for record in network.engines if record.identity.backend == backend.name]
+    every = [*same, *(record.identity for record in network.engines)]
+    dims: dict[str, Range] = {}
+    for name in sorted({name for spec in (*network.inputs, *network.outputs) for name in spec.dims}):
+        known = next((one.profile.dims[name] for one in every if name in one.profile.dims), None)
+        found = profile.get(name, known or (_DEFAULT_BATCH if name == "B" else None))
+        if found is None:
+            raise BadInput(
+                f"no range of the dimension {name} is given, and the bundle has no engine that tells",
+                hint="compile it for a fixed size: give its range as MIN:OPT:MAX, or build from the recipe",
+            )
+        dims[name] = found
+    if options is None:
+        options = backend.options_for(same[0].options, device) if same else {}
+    return Compiler.of(backend, device=device, profile=ShapeProfile(dims), settings=options, cache=Cache())
+
+
+def _require_writable(place: Path, backend: str) -> None:
+    """Both the folder that is replaced and the one it lies in: who made it read-only wants it to stay as it is."""
+    for folder in (place, next(parent for parent in place.parents if parent.exists())):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise BadBundle(
+                f"{place} can't be replaced: {folder} is read-only ({os.strerror(errno.EACCES)})",
+                hint=f"compile into another one: tstitch-trt build {place} --backend {backend} -o DIR",
+            )
+
+
+class _Work:
+    def __init__(self, bundle: Bundle, compilers: Mapping[str, Compiler], *, in_place: bool, report: Progress) -> None:
+        self._bundle = bundle
+        self._compilers = compilers
+        self._in_place = in_place
+        self._report = report
+        self._manifest_bytes = (bundle.root / MANIFEST).read_bytes()
+
+    def fill(self, staging: Path) -> Manifest:
+        manifest = self._bundle.manifest
+        made = manifest.engine_paths()
+        for part in manifest.components():
+            if part.path not in made:
+                self._keep(part, staging)
+        records: dict[str, tuple[EngineRecord, ...]] = {}
+        for name, network in manifest.networks().items():
+            if name in self._compilers:
+                records[name] = self._compile(name, network, staging)
+            else:
+                kept = [record for record in network.engines if keep_record(self._bundle, record, staging)]
+                records[name] = tuple(kept)
+        if self._in_place and (self._bundle.root / MANIFEST).read_bytes() != self._manifest_bytes:
+            raise BuildFailed(
+                f"{self._bundle.root} was changed by another process meanwhile",
+                hint="run this again: what was compiled is in the cache",
+            )
+        self._report("done", 1.0)
+        versions = dict(manifest.versions)
+        for compiler in self._compilers.values():
+            versions[compiler.backend.name] = compiler.backend.version()
+        return msgspec.structs.replace(
+            manifest,
+            versions=versions,
+            members={n: msgspec.structs.replace(m, engines=records[n]) for n, m in manifest.members.items()},
+            parts={n: msgspec.structs.replace(p, engines=records[n]) for n, p in manifest.parts.items()},
+        )
+
+    def _compile(self, name: str, network: Network, staging: Path) -> tuple[EngineRecord, ...]:
+        compiler, index, count = self._compilers[name], list(self._compilers).index(name), len(self._compilers)
+        engine = compiler.engine(
+            name,
+            network,
+            lambda: staging / network.onnx[0].path,
+            staging,
+            previous=self._bundle,
+            report=lambda phase, share: self._report(f"{name}: {phase}", (index + share) / count),
+        )
+        return compiler.beside(name, network, engine, staging, previous=self._bundle)
+
+    def _keep(self, part: Component, staging: Path) -> None:
+        """Linked where the old bundle goes away (weights are large), copied where it stays."""
+        source, target = self._bundle.path(part), staging / part.path
+        if self._in_place:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:  # a file system without links
+                target.unlink(missing_ok=True)
+            else:
+                return
+        if copy_component(source, staging, part.path) != part:
+            raise BadBundle(
+                f"{source} was altered while it was copied", hint=f"build it again: {self._bundle.rebuild_command}"
+            )

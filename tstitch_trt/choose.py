@@ -1,0 +1,115 @@
+"""Which engine of a bundle fits this machine, and compiling again those that don't."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from tstitch_engines.errors import BadBundle, BadEngine, BadInput
+from tstitch_engines.identity import check_identity, model_digest
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
+from tstitch_engines.recompile import recompile
+
+if TYPE_CHECKING:
+    from tstitch_engines.backends import Backend, Progress
+    from tstitch_engines.bundle import Bundle
+
+__all__ = ["check_wishes", "choose", "default_backend", "rebuild"]
+
+_log = logging.getLogger(__name__)
+
+
+def default_backend(bundle: Bundle) -> str:
+    """The backend that the bundle was built for first. Raises ``BadEngine`` for a bundle without engines."""
+    for member in bundle.manifest.members.values():
+        for record in member.engines:
+            return record.identity.backend
+    raise BadEngine(
+        f"the bundle {bundle.root} holds no engines", hint=f"compile them: {bundle.compile_command('onnxruntime')}"
+    )
+
+
+def choose(bundle: Bundle, name: str, backend: Backend, device: str) -> EngineRecord:
+    """The engine of the member or part ``name`` that runs on ``device``.
+
+    Raises ``BadEngine`` naming each field in which the bundle's engine differs, and the command that compiles it again.
+    Says nothing of what only the library can tell on loading.
+    """
+    network = bundle.manifest.networks()[name]
+    records = [record for record in network.engines if record.identity.backend == backend.name]
+    command = bundle.compile_command(backend.name, device)
+    if not records:
+        have = sorted({record.identity.backend for record in network.engines})
+        raise BadEngine(
+            f"the bundle {bundle.root} has no {backend.name} engine of {_word(bundle, name)} {name!r}; "
+            f"it has: {', '.join(have) or 'none'}",
+            hint=f"compile it: {command}; or add --rebuild",
+        )
+    arch = backend.arch(device)
+    fitting = [record for record in records if _here(record, network, backend, arch) == record.identity]
+    # one that was compiled for this very GPU before one that runs on others as well
+    record = min(fitting or records[:1], key=lambda record: record.identity.arch != arch)
+    check_identity(
+        record.identity,
+        _here(record, network, backend, arch),
+        what=f"the {backend.name} engine of {_word(bundle, name)} {name!r}",
+        rebuild=f"{command}; or add --rebuild",
+    )
+    backend.check_file(bundle.path(record.files[0]), device)
+    return record
+
+
+def rebuild(
+    bundle: Bundle,
+    backend: Backend,
+    device: str,
+    *,
+    names: Iterable[str],
+    verify: Literal["full", "size"] = "full",
+    progress: Progress | None = None,
+) -> Bundle:
+    """``bundle`` with engines that fit ``device``: those that are missing, damaged or don't fit are compiled again.
+
+    From the bundle's own ONNX, with the recorded options and profile; see ``recompile``. The bundle itself comes back
+    when nothing is to be done.
+    """
+    stale: list[str] = []
+    for name in names:
+        try:
+            bundle.check_files(choose(bundle, name, backend, device).files, full=verify == "full")
+        except (BadEngine, BadBundle) as error:
+            _log.info("compiling again: %s", error.message)
+            stale.append(name)
+    if not stale:
+        return bundle
+    return recompile(bundle, backend=backend.name, device=device, names=stale, progress=progress)
+
+
+def check_wishes(
+    bundle: Bundle, name: str, record: EngineRecord, backend: Backend, device: str, wishes: Mapping[str, object]
+) -> None:
+    """Raises ``BadInput`` for one of ``wishes`` (load options that were given) which this engine can't honour."""
+    for option, reason in backend.refused(record.identity, device).items():
+        if wishes.get(option) is not None:
+            raise BadInput(
+                f"{option} = {wishes[option]} can't be honoured by the {backend.name} engine of "
+                f"{_word(bundle, name)} {name!r}: {reason}",
+                hint=f"leave out --{option} ({option}=...), or use an engine of another backend: --backend onnxruntime",
+            )
+
+
+def _word(bundle: Bundle, name: str) -> str:
+    return "member" if name in bundle.manifest.members else "part"
+
+
+def _here(record: EngineRecord, network: Network, backend: Backend, arch: str) -> EngineIdentity:
+    """What the record's identity would be if it were made now: what the builder chose freely is kept."""
+    return msgspec.structs.replace(
+        backend.here(record.identity, arch),
+        schema=SCHEMA,
+        onnx_sha256=model_digest(network.onnx),
+        precision=network.precision,
+    )
