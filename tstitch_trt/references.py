@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -13,18 +12,15 @@ from numpy.typing import NDArray
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Buffer, Device, open_device
+from tstitch_engines.device import Device, open_device
 from tstitch_engines.manifest import SCHEMA, EngineIdentity, Manifest, Member
-from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
+from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.caller import Arrays, Caller, narrow, widen
+from tstitch_trt.recorder import Recorder, widen_graph, widened
 from tstitch_trt.runtime import Runtime
-
-if TYPE_CHECKING:
-    from tstitch_engines.manifest import Precision
 
 __all__ = ["References"]
 
-_DTYPES: Final[dict[Precision, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _STEPS: Final = 8  # of the recorded trajectory, at least
 _IMAGES: Final = 2
 _GUIDANCE: Final = 1.5  # of the recorded trajectory where the bundle's own is off
@@ -58,8 +54,8 @@ class References:
             for name, member in bundle.manifest.members.items():
                 model, wide = bundle.path(member.onnx[0]), member
                 if member.precision == "bf16":
-                    wide = _widened(member)
-                    model = _widen_graph(model, folder / f"{name}.onnx")
+                    wide = widened(member)
+                    model = widen_graph(model, folder / f"{name}.onnx")
                 identity = EngineIdentity(
                     schema=SCHEMA,
                     backend=backend.name,
@@ -123,7 +119,7 @@ class References:
     def _record(self, manifest: Manifest) -> dict[str, NDArray[Any]]:
         """The inputs of every call of one trajectory, call after call: ``sample [R,C,H,W]``, ``timestep [R]``..."""
         calls: list[Arrays] = []
-        recorders = {name: _Recorder(engine, self._device, calls) for name, engine in self._engines.items()}
+        recorders = {name: Recorder(engine, self._device, calls) for name, engine in self._engines.items()}
         runtime = Runtime(Bundle(self._bundle.root, manifest), self._device, "onnxruntime", recorders, 0.0)
         steps = min(max(_STEPS, self._samples), manifest.noise.steps)
         names = tuple(manifest.members)
@@ -171,46 +167,5 @@ class References:
         return self._models[name]
 
 
-class _Recorder(Engine):
-    """An engine that notes its inputs before it runs."""
-
-    def __init__(self, engine: Engine, device: Device, calls: list[Arrays]) -> None:
-        super().__init__(engine.inputs, engine.outputs, engine.profile)
-        self._engine = engine
-        self._device = device
-        self._calls = calls
-        self._buffers: Mapping[str, Buffer] = {}
-
-    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
-        self._engine.bind(buffers, batch=batch)
-        self._buffers = buffers
-
-    def enqueue(self) -> None:
-        inputs = {spec.name: self._device.download(self._buffers[spec.name]) for spec in self.inputs}
-        self._calls.append({spec.name: widen(inputs[spec.name], spec.dtype) for spec in self.inputs})
-        self._engine.enqueue()
-
-    def close(self) -> None:
-        self._buffers = {}
-
-
 def _rounded(values: Arrays, member: Member) -> Arrays:
     return {spec.name: widen(narrow(values[spec.name], spec.dtype), spec.dtype) for spec in member.inputs}
-
-
-def _widened(member: Member) -> Member:
-    narrow_type = _DTYPES[member.precision]
-
-    def wide(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        return tuple(
-            msgspec.structs.replace(spec, dtype="float32") if spec.dtype == narrow_type else spec for spec in specs
-        )
-
-    return msgspec.structs.replace(member, precision="fp32", inputs=wide(member.inputs), outputs=wide(member.outputs))
-
-
-def _widen_graph(model: Path, target: Path) -> Path:
-    from tstitch_export.onnx_graph import retyped_to_float32
-
-    retyped_to_float32(model, target)
-    return target
