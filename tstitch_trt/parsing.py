@@ -8,9 +8,21 @@ from fractions import Fraction
 
 from tstitch_engines.errors import BadInput, nearest
 
-__all__ = ["cycle", "parse_fractions", "parse_interval", "parse_labels", "parse_numbers", "parse_pairs"]
+__all__ = [
+    "cycle",
+    "parse_age",
+    "parse_fractions",
+    "parse_interval",
+    "parse_labels",
+    "parse_numbers",
+    "parse_pairs",
+    "parse_size",
+]
 
 _RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_SECONDS = {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _MOST = 1_000_000  # values in one list: far more is a typing mistake and would fill the memory
 
 
@@ -127,3 +139,20 @@ def _fraction(part: str, text: str, example: str) -> Fraction:
     if not 0 <= value <= 1:
         raise BadInput(f"fraction {part} in {text!r} is outside 0 to 1", hint=f"write e.g. {example}")
     return value
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """``"20GB"`` -> 20,000,000,000 bytes; ``GiB`` is 2^30. Raises ``BadInput``."""
+    return int(_amount(text, _BYTES, what="a size in B, kB, MB, GB, TB, KiB, MiB or GiB", example=f"{option} 20GB"))
+
+
+def parse_age(text: str, *, option: str) -> float:
+    """``"30d"`` -> seconds; also ``min``, ``h`` and ``w``. Raises ``BadInput``."""
+    return _amount(text, _SECONDS, what="an age in min, h, d or w", example=f"{option} 30d")
+
+
+def _amount(text: str, units: Mapping[str, int], *, what: str, example: str) -> float:
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None or match[2].lower() not in units:
+        raise BadInput(f"{text!r} is not {what}", hint=f"write e.g. {example}")
+    return float(match[1]) * units[match[2].lower()]

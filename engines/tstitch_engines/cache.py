@@ -6,27 +6,47 @@ import errno
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from tstitch_engines.files import hash_file, remove_stale, sync_directory, temporary_directory, write_durably
 from tstitch_engines.manifest import Component
 
-__all__ = ["Cache", "Entry", "default_root"]
+__all__ = ["Cache", "Entry", "Stored", "default_root"]
 
 _log = logging.getLogger(__name__)
 
 _RECORD = "entry.json"
 _LAYOUT = "v1"
+_STAGING = "building-"
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     key: str
     files: tuple[Component, ...]
     info: dict[str, Any]
+
+
+class Stored(NamedTuple):
+    """An entry as a listing shows it: when it was last made or used (seconds since 1970), and what it is."""
+
+    key: str
+    used: float
+    files: tuple[Component, ...]
+    info: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        return str(self.info.get("what") or ", ".join(part.path for part in self.files))
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.files)
 
 
 class Entry:
@@ -69,7 +89,50 @@ class Cache:
         except (OSError, ValueError, msgspec.DecodeError) as error:
             _log.warning("cache entry %s is damaged and is built again: %s", folder, error)
             return None
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(folder / _RECORD)  # what `prune` goes by
         return Entry(folder, record)
+
+    def stored(self) -> list[Stored]:
+        """All entries, the one used last first. Their files are not read; a damaged record is left out."""
+        found = []
+        for path in self.root.glob(f"*/*/{_RECORD}"):
+            try:
+                record = msgspec.json.decode(path.read_bytes(), type=_Record)
+                used = path.stat().st_mtime
+            except (OSError, msgspec.DecodeError):
+                continue
+            found.append(Stored(path.parent.name, used, record.files, record.info))
+        return sorted(found, key=lambda entry: (-entry.used, entry.key))
+
+    def prune(self, *, max_bytes: int | None = None, older_than: float | None = None) -> list[Stored]:
+        """Removes entries not used for ``older_than`` seconds, and of the others, those used last kept first, what
+        does not fit in ``max_bytes``; returns what was removed. With neither: everything, also what is damaged.
+
+        Each goes in one step, so that no other process finds half an entry; one that is copying from it at that
+        moment fails and can be run again.
+        """
+        remove_stale(self.root, _STAGING)
+        everything = max_bytes is None and older_than is None
+        now, total, removed = time.time(), 0, []
+        for entry in self.stored():
+            old = older_than is not None and now - entry.used > older_than
+            if everything or old or (max_bytes is not None and total + entry.bytes > max_bytes):
+                self._remove(self._folder(entry.key))
+                removed.append(entry)
+            else:
+                total += entry.bytes
+        if everything:
+            for folder in self.root.glob("??/*"):
+                self._remove(folder)
+        for folder in self.root.glob("??"):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        return removed
+
+    def _remove(self, folder: Path) -> None:
+        with temporary_directory(self.root, _STAGING) as aside:
+            folder.rename(aside / folder.name)
 
     def put(self, key: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
         """Makes the entry of ``key``: ``build`` writes the files into an empty folder and returns ``info`` (JSON data).
@@ -78,8 +141,8 @@ class Cache:
         and is returned. Raises what ``build`` raises, and ``OSError`` when the cache can't be written.
         """
         folder = self._folder(key)
-        remove_stale(self.root, "building-")
-        with temporary_directory(self.root, "building-") as staging:
+        remove_stale(self.root, _STAGING)
+        with temporary_directory(self.root, _STAGING) as staging:
             info = build(staging)
             files = []
             for path in sorted(staging.iterdir()):

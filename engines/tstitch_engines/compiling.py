@@ -95,6 +95,7 @@ class Compiler:
                 "files": [path.name for path in written],
                 "backend": backend.name,
                 "arch": self.arch,
+                "onnx_sha256": identity.onnx_sha256,
                 "onnx_bytes": sum(part.bytes for part in member.onnx),
                 "seconds": perf_counter() - started,
             }

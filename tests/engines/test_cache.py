@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,63 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_root() == tmp_path / ".cache" / "tstitch-trt"
+
+
+# --- making room
+
+
+def filled(tmp_path: Path) -> Cache:
+    """Three entries of 10, 20 and 30 bytes, used one, two and three days ago."""
+    cache = Cache(tmp_path)
+    for days, letter in enumerate("abc", start=1):
+        made = cache.put(letter * 64, writes(bytes(10 * days)))
+        record = made.files["engine"].with_name("entry.json")
+        when = time.time() - 86400 * days
+        os.utime(record, (when, when))
+    return cache
+
+
+def test_a_listing_is_by_use_and_using_an_entry_counts(tmp_path: Path) -> None:
+    cache = filled(tmp_path)
+    assert [(entry.key[0], entry.bytes) for entry in cache.stored()] == [("a", 10), ("b", 20), ("c", 30)]
+    assert cache.get("c" * 64) is not None
+    assert [entry.key[0] for entry in cache.stored()] == ["c", "a", "b"]
+    assert cache.stored()[0].what == "engine", "by its files, where nothing else is known"
+
+
+@pytest.mark.parametrize(
+    ("limits", "gone"),
+    [
+        ({"older_than": 2.5 * 86400}, "c"),
+        ({"older_than": 100 * 86400}, ""),
+        ({"max_bytes": 30}, "c"),
+        ({"max_bytes": 59}, "c"),
+        ({"max_bytes": 60}, ""),
+        ({"max_bytes": 9}, "abc"),
+        ({"max_bytes": 40, "older_than": 1.5 * 86400}, "bc"),
+        ({}, "abc"),
+    ],
+)
+def test_prune_removes_what_was_used_longest_ago(tmp_path: Path, limits: dict[str, Any], gone: str) -> None:
+    cache = filled(tmp_path)
+    assert "".join(entry.key[0] for entry in cache.prune(**limits)) == gone
+    assert [entry.key[0] for entry in cache.stored()] == [letter for letter in "abc" if letter not in gone]
+    assert {path.name for path in cache.root.iterdir()} == {2 * letter for letter in "abc" if letter not in gone}
+    for letter in "abc":
+        assert (cache.get(letter * 64) is None) == (letter in gone)
+
+
+def test_clearing_removes_damaged_and_half_made_entries_but_none_that_is_being_made(tmp_path: Path) -> None:
+    cache = filled(tmp_path)
+    (cache.root / "aa" / ("a" * 64) / "entry.json").write_text("{")
+    (cache.root / "building-dead").mkdir()
+    assert len(cache.stored()) == 2
+
+    def make(folder: Path) -> dict[str, Any]:
+        assert len(Cache(tmp_path).prune()) == 2
+        (folder / "engine").write_bytes(b"new")
+        return {}
+
+    cache.put("d" * 64, make)
+    assert [entry.key[0] for entry in cache.stored()] == ["d"]
+    assert [path.name for path in cache.root.iterdir()] == ["dd"]

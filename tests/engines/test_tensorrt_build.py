@@ -223,10 +223,12 @@ def test_memory_is_estimated_and_a_lack_of_it_said_before(
 ) -> None:
     member, model = shipped_small()
     monkeypatch.setattr(backend, "free_memory", lambda: 100 << 20)
+    monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "cache"))
     with caplog.at_level(logging.INFO, "tstitch_engines"):
         compile_member(rtx, member, model, tmp_path / "a.rtx")
     said = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert any("needs about 1.0 GiB of memory and 3 s and only 0.1 GiB are free" in r.getMessage() for r in said)
+    want = "needs about 1.0 GiB of memory and 3 s (by the size of the ONNX) and only 0.1 GiB are free"
+    assert any(want in r.getMessage() for r in said)
     assert "compiled small.onnx" in caplog.text
 
 

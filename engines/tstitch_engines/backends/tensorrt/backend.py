@@ -14,7 +14,7 @@ import msgspec
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.backends.tensorrt.api import has
 from tstitch_engines.backends.tensorrt.child import run_worker
-from tstitch_engines.backends.tensorrt.estimate import estimate, free_memory
+from tstitch_engines.backends.tensorrt.estimate import estimate, free_memory, recorded
 from tstitch_engines.backends.tensorrt.flavour import RTX, TENSORRT, Flavour
 from tstitch_engines.backends.tensorrt.library import open_library
 from tstitch_engines.backends.tensorrt.messages import Request
@@ -26,8 +26,10 @@ from tstitch_engines.backends.tensorrt.options import (
     resolve,
 )
 from tstitch_engines.backends.tensorrt.plan import check_plan
+from tstitch_engines.cache import Cache
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import Unavailable
+from tstitch_engines.identity import model_digest
 
 if TYPE_CHECKING:
     from tstitch_engines.cuda_device import CudaDevice
@@ -140,12 +142,18 @@ class TensorRtBackend(Backend):
             gpu=None if kind == "cpu" else index,
         )
         weights = sum(part.bytes for part in member.onnx)
+        timed = not flavour.compiles_without_gpu
+        arch = list_arch(chosen.capabilities) if flavour.compiles_without_gpu else self.arch(device)
         expected = estimate(
             weights,
             streamed=has(self._library, "Builder.build_serialized_network_to_stream"),
-            timed=not flavour.compiles_without_gpu,
+            timed=timed,
+            onnx_sha256=model_digest(member.onnx),
+            builds=recorded(Cache().stored(), backend=self.name, arch=arch),
         )
         _log.info("compiling %s with %s %s: %s", model.name, flavour.title, self.version(), expected)
+        if timed:
+            _log.info("timing kernels: %s", _timings(chosen.timing_cache))
         free = free_memory()
         if free is not None and expected.memory > free:
             _log.warning(
@@ -177,6 +185,16 @@ class TensorRtBackend(Backend):
         self.check_file(path, device.name)
         self.arch(device.name)
         return TensorRtEngine(self.flavour, self._library, path, member, identity, cast("CudaDevice", device))
+
+
+def _timings(path: str | None) -> str:
+    if path is None:
+        return "all of them, for no timing cache is given (--option timing-cache=FILE spares the next build)"
+    try:
+        size = Path(path).stat().st_size
+    except OSError:
+        return f"all of them; {path} is started for the next build"
+    return f"those that are not in {path} ({size / 2**20:.1f} MiB)"
 
 
 def _capability(arch: str) -> tuple[int, int]:

@@ -1,0 +1,126 @@
+"""``tstitch-trt cache``: what the component cache holds, and making room in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._command import Command, json_option, traceback_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tstitch_engines.cache import Stored
+
+__all__ = ["command"]
+
+EXAMPLES = """
+tstitch-trt cache
+tstitch-trt cache list --json
+tstitch-trt cache prune --max-size 20GB
+tstitch-trt cache prune --older-than 30d
+tstitch-trt cache clear
+"""
+
+
+class _Group(Command, click.Group):
+    pass
+
+
+@click.group("cache", cls=_Group, examples=EXAMPLES, invoke_without_command=True)
+@traceback_option
+@click.pass_context
+def command(context: click.Context) -> None:
+    """Show or empty the cache of exports and engines (TSTITCH_TRT_CACHE, else the user's cache folder).
+
+    Bundles do not need it: it saves the time of building an unchanged part again. Without a subcommand: list.
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(list_command, as_json=False)
+
+
+@command.command("list", cls=Command, examples="tstitch-trt cache list\ntstitch-trt cache list --json")
+@json_option
+@traceback_option
+def list_command(as_json: bool) -> None:
+    """List what is stored, used last first."""
+    import time
+
+    from tstitch_engines.cache import Cache
+    from tstitch_trt.cli._text import print_json, print_table, size
+
+    cache = Cache()
+    entries = cache.stored()
+    total = sum(entry.bytes for entry in entries)
+    if as_json:
+        listed = [
+            {"key": e.key, "what": e.what, "bytes": e.bytes, "used": e.used, "seconds": e.info.get("seconds")}
+            for e in entries
+        ]
+        print_json({"path": str(cache.root), "bytes": total, "entries": listed})
+        return
+    now = time.time()
+    print_table(
+        ("what", "size", "used", "made in", "key"),
+        [(e.what, size(e.bytes), _ago(now - e.used), _seconds(e.info.get("seconds")), e.key[:12]) for e in entries],
+    )
+    click.echo(f"{cache.root}: {len(entries)} entries, {size(total)}")
+
+
+@command.command(
+    "prune",
+    cls=Command,
+    examples="tstitch-trt cache prune --max-size 20GB\ntstitch-trt cache prune --older-than 30d",
+)
+@click.option("--max-size", metavar="SIZE", help="Keep what was used last as far as it fits, e.g. 20GB or 500MiB.")
+@click.option("--older-than", metavar="AGE", help="Remove what was not used for so long, e.g. 30d, 12h or 2w.")
+@json_option
+@traceback_option
+def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -> None:
+    """Remove what was not used for long, or what does not fit."""
+    from tstitch_engines.cache import Cache
+    from tstitch_trt.parsing import parse_age, parse_size
+
+    if max_size is None and older_than is None:
+        raise BadInput(
+            "prune needs --max-size or --older-than, got neither",
+            hint="e.g. tstitch-trt cache prune --max-size 20GB; tstitch-trt cache clear removes everything",
+        )
+    limit = None if max_size is None else parse_size(max_size, option="--max-size")
+    age = None if older_than is None else parse_age(older_than, option="--older-than")
+    _say(Cache().prune(max_bytes=limit, older_than=age), as_json)
+
+
+@command.command("clear", cls=Command, examples="tstitch-trt cache clear")
+@json_option
+@traceback_option
+def clear_command(as_json: bool) -> None:
+    """Remove everything, damaged and half-made entries too."""
+    from tstitch_engines.cache import Cache
+
+    _say(Cache().prune(), as_json)
+
+
+def _say(removed: Sequence[Stored], as_json: bool) -> None:
+    from tstitch_trt.cli._text import print_json, size
+
+    freed = sum(entry.bytes for entry in removed)
+    if as_json:
+        print_json({"removed": [{"key": e.key, "what": e.what, "bytes": e.bytes} for e in removed], "bytes": freed})
+        return
+    for entry in removed:
+        click.echo(f"removed {entry.what} ({size(entry.bytes)})")
+    click.echo(f"{len(removed)} entries removed, {size(freed)} freed")
+
+
+def _ago(seconds: float) -> str:
+    for length, word in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {word} ago"
+    return "now"
+
+
+def _seconds(value: object) -> str:
+    return f"{value:.1f} s" if isinstance(value, float) else ""
