@@ -106,6 +106,15 @@ class Stream:
         return 0, self.handle
 
 
+class Copy:
+    def __init__(self, target: int, source: int, nbytes: int, kind: int) -> None:
+        self.params = SimpleNamespace(srcPtr=SimpleNamespace(ptr=source), dstPtr=SimpleNamespace(ptr=target), kind=kind)
+        self._nbytes = nbytes
+
+    def __call__(self) -> None:
+        ctypes.memmove(self.params.dstPtr.ptr, self.params.srcPtr.ptr, self._nbytes)
+
+
 class Memory:
     """An allocation; it is never given back to the system, so that late work on it does no harm here."""
 
@@ -134,6 +143,9 @@ class Machine:
         assert all(stream.recording is None for stream in self.streams.values()), "allocated while recording"
         return Memory(self, nbytes)
 
+    def owns(self, ptr: int) -> bool:
+        return any(raw.ctypes.data <= ptr < raw.ctypes.data + raw.nbytes for raw in self.memory)
+
     def submit(self, stream: int, work: Callable[[], object], kind: str = "Kernel") -> None:
         """Work of an engine on a stream."""
         self.streams[stream].put(kind, work)
@@ -150,8 +162,8 @@ NodeType = IntEnum("NodeType", {f"cudaGraphNodeType{kind}": index for index, kin
 
 
 def _runtime(machine: Machine) -> Any:
-    def memcpy(target: int, source: int, nbytes: int, _kind: int, stream: int) -> tuple[int]:
-        machine.streams[stream].put("Memcpy", lambda: ctypes.memmove(target, source, nbytes))
+    def memcpy(target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[int]:
+        machine.streams[stream].put("Memcpy", Copy(target, source, nbytes, kind))
         return (0,)
 
     def begin(stream: int, _mode: int) -> tuple[int]:
@@ -197,6 +209,9 @@ def _runtime(machine: Machine) -> Any:
             0,
             NodeType[f"cudaGraphNodeType{machine.graphs[machine.recorded][node][0]}"],
         ),
+        cudaGraphMemcpyNodeGetParams=lambda node: (0, machine.graphs[machine.recorded][node][1].params),
+        cudaPointerGetAttributes=lambda ptr: (0, SimpleNamespace(type=machine.owns(ptr))),
+        cudaMemoryType=SimpleNamespace(cudaMemoryTypeUnregistered=False),
         cudaGraphInstantiate=instantiate,
         cudaGraphUpload=lambda _graph, _stream: (0,),
         cudaGraphLaunch=launch,

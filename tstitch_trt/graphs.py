@@ -136,7 +136,8 @@ class StepGraphs:
                 run()
             self._device.synchronize()
             if not engine.capturable:  # known once it is bound
-                raise NotCaptured("its engine can't be recorded", hint="nothing to do: the result is the same")
+                reason = f": {engine.obstacle}" if engine.obstacle else ""
+                raise NotCaptured(f"its engine can't be recorded{reason}", hint="nothing to do: the result is the same")
             graph = self._device.capture(run)
             states = []
             for step in (graph.launch, run):  # in this order: a replay that does nothing must not find the right output

@@ -7,6 +7,7 @@ builder, because an engine may refuse while it is being recorded, and the builde
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,12 +17,8 @@ from tstitch_engines.errors import FailedWork
 __all__ = ["REFUSED", "CudaGraph", "capture"]
 
 # Kinds of nodes that must not be replayed. A call of a host function would run again with arguments that its maker has
-# freed after the first run (ONNX Runtime releases staging memory so); memory made in a graph is not ours to plan with.
-REFUSED: Final = {
-    "cudaGraphNodeTypeHost": "a call of a host function",
-    "cudaGraphNodeTypeMemAlloc": "an allocation",
-    "cudaGraphNodeTypeMemFree": "a release of memory",
-}
+# freed after the first run (ONNX Runtime releases staging memory so).
+REFUSED: Final = {"cudaGraphNodeTypeHost": "a call of a host function"}
 _HINT = "the work runs call by call; with graph='off' nothing is recorded"
 
 
@@ -90,15 +87,46 @@ def capture(runtime: Any, stream: int, work: Callable[[], None], count: Callable
 
 
 def _check_nodes(runtime: Any, graph: Any) -> int:
-    """How many nodes there are. Raises ``NotCaptured`` when there are none, or some that must not be replayed."""
+    """How many nodes there are. Raises ``NotCaptured`` when there are none, or some that must not be replayed.
+
+    Memory that is allocated and freed within the graph is fine: cuBLAS takes its workspace so while a stream is
+    recorded, unless its caller gave it one (PyTorch's pull requests 83461 and 124250 tell). What a graph allocates and
+    leaves, or frees and did not allocate, is not.
+    """
     total = int(_ok(runtime, runtime.cudaGraphGetNodes(graph))[2])
     if total == 0:
         raise NotCaptured("the recorded graph is empty: the work went to another stream", hint=_HINT)
+    kinds: Counter[str] = Counter()
     for node in _ok(runtime, runtime.cudaGraphGetNodes(graph, total))[1]:
         kind = _ok(runtime, runtime.cudaGraphNodeGetType(node))[1].name
+        kinds[kind] += 1
         if kind in REFUSED:
             raise NotCaptured(f"the recorded graph holds {REFUSED[kind]}", hint=_HINT)
+        if kind == "cudaGraphNodeTypeMemcpy" and _touches_pageable(runtime, node):
+            raise NotCaptured("the recorded graph holds a copy from or to ordinary host memory", hint=_HINT)
+    made, freed = kinds["cudaGraphNodeTypeMemAlloc"], kinds["cudaGraphNodeTypeMemFree"]
+    if made != freed:
+        raise NotCaptured(
+            f"the recorded graph holds {made} allocations and {freed} releases of memory; allowed are equally many",
+            hint=_HINT,
+        )
     return total
+
+
+def _touches_pageable(runtime: Any, node: Any) -> bool:
+    """Whether a copy has one end in memory that CUDA did not allocate: its owner may have reused that by a replay.
+
+    (A tensor that some library computes on the host and feeds to the device, baked in with its address.)
+    """
+    params = _ok(runtime, runtime.cudaGraphMemcpyNodeGetParams(node))[1]
+    kinds = runtime.cudaMemcpyKind
+    if params.kind == kinds.cudaMemcpyDeviceToDevice:
+        return False
+    for end in (params.srcPtr.ptr, params.dstPtr.ptr):
+        memory = _ok(runtime, runtime.cudaPointerGetAttributes(int(end)))[1].type
+        if memory == runtime.cudaMemoryType.cudaMemoryTypeUnregistered:
+            return True
+    return False
 
 
 def _ok(runtime: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -90,10 +90,16 @@ def test_the_real_libraries_have_what_is_used() -> None:
         StridedMemoryView: "from_any_interface from_buffer __dlpack__ ptr shape strides dtype device_id",
         runtime: "cudaGetDeviceCount cudaGetErrorString cudaGetLastError cudaMemGetInfo cudaMemcpyAsync "
         "cudaStreamBeginCapture cudaStreamEndCapture cudaGraphGetNodes cudaGraphNodeGetType cudaGraphInstantiate "
-        "cudaGraphUpload cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy",
+        "cudaGraphUpload cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy cudaGraphMemcpyNodeGetParams "
+        "cudaPointerGetAttributes",
         runtime.cudaMemcpyKind: "cudaMemcpyHostToDevice cudaMemcpyDeviceToHost cudaMemcpyDeviceToDevice",
         runtime.cudaStreamCaptureMode: "cudaStreamCaptureModeThreadLocal",
-        runtime.cudaGraphNodeType: " ".join(cuda_graph.REFUSED),
+        runtime.cudaGraphNodeType: " ".join(cuda_graph.REFUSED) + " cudaGraphNodeTypeMemcpy "
+        "cudaGraphNodeTypeMemAlloc cudaGraphNodeTypeMemFree",
+        runtime.cudaMemcpy3DParms: "srcPtr dstPtr kind",
+        runtime.cudaPitchedPtr: "ptr",
+        runtime.cudaPointerAttributes: "type",
+        runtime.cudaMemoryType: "cudaMemoryTypeUnregistered",
     }.items():
         for name in names.split():
             assert hasattr(owner, name), f"{owner.__name__}.{name}"

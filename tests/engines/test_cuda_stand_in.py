@@ -113,6 +113,8 @@ def test_what_must_not_be_replayed_is_refused(cuda: CudaDevice, machine: Machine
 
     with pytest.raises(NotCaptured, match="a call of a host function"):
         cuda.capture(host_function)
+    with pytest.raises(NotCaptured, match="holds 1 allocations and 0 releases of memory"):
+        cuda.capture(lambda: machine.submit(cuda.stream_handle, lambda: None, kind="MemAlloc"))
     with pytest.raises(NotCaptured, match="is empty: the work went to another stream"):
         cuda.capture(lambda: None)
     with pytest.raises(NotCaptured, match="RuntimeError: no kernel for this\nhint"):
@@ -121,6 +123,34 @@ def test_what_must_not_be_replayed_is_refused(cuda: CudaDevice, machine: Machine
     buffer = cuda.empty((2,), "int32")  # the stream works as before
     cuda.upload(buffer, np.array([4, 5], np.int32))
     np.testing.assert_array_equal(cuda.download(buffer), [4, 5])
+
+
+def test_memory_of_the_graphs_own_is_fine(cuda: CudaDevice, machine: Machine) -> None:
+    """cuBLAS takes and gives back its workspace so."""
+
+    def product() -> None:
+        for kind in ("MemAlloc", "Kernel", "MemFree"):
+            machine.submit(cuda.stream_handle, lambda: None, kind=kind)
+
+    graph = cuda.capture(product)
+    assert graph.nodes == 3
+    graph.close()
+
+
+def test_copies_are_recorded_between_memory_that_stays(cuda: CudaDevice) -> None:
+    from cuda.bindings import runtime
+
+    source, target, ordinary = cuda.empty((4,), "float32"), cuda.empty((4,), "float32"), np.zeros(4, np.float32)
+
+    def copy(address: int) -> None:
+        runtime.cudaMemcpyAsync(
+            target.ptr, address, 16, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice, cuda.stream_handle
+        )
+
+    cuda.capture(lambda: cuda.copy(target, source)).close()
+    cuda.capture(lambda: copy(source.ptr)).close()  # as if pinned: CUDA knows it
+    with pytest.raises(NotCaptured, match="a copy from or to ordinary host memory"):
+        cuda.capture(lambda: copy(ordinary.ctypes.data))
 
 
 def test_an_interrupted_recording_is_ended(cuda: CudaDevice, machine: Machine) -> None:

@@ -37,8 +37,14 @@ class Engine(ABC):
     capturable: bool = True
     """Whether recording ``enqueue`` makes sense at all: it waits for nothing and works on the device's stream only."""
 
+    obstacle: str = ""
+    """What keeps it from being recorded, where it is not ``capturable``."""
+
     warmups: int = 1
     """How often ``enqueue`` runs on newly bound buffers before it has set up all it needs and can be recorded."""
+
+    jit_ms: float = 0.0
+    """Milliseconds that ``bind`` has spent so far on compiling for this machine; no part of any ``enqueue``."""
 
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], profile: ShapeProfile) -> None:
         self.inputs = inputs
