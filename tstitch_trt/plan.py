@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_engines.manifest import Manifest
+from tstitch_engines.rows import ROW
+from tstitch_trt.adaptation import is_adapted, member_columns
 from tstitch_trt.noise_schedule import NoiseSchedule
-from tstitch_trt.parametrisation import coefficients
 from tstitch_trt.rows import fill_rows
 from tstitch_trt.schedule import Schedule, fraction_text, resolve
 from tstitch_trt.solvers import SolverOptions, StepTable, make_table, with_default_spacing
@@ -24,13 +25,17 @@ HISTORIES: Final = ("keep", "reset")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``rows`` float64 ``[N,16]`` (see ``tstitch_engines.rows``), read-only; ``guided[i]``: step i runs both halves."""
+    """``rows`` float64 ``[N,16]`` (see ``tstitch_engines.rows``), read-only; ``guided[i]``: step i runs both halves.
+
+    ``embedded``: the guidance scale that distilled members are given as an input, in place of a second half.
+    """
 
     schedule: Schedule
     table: StepTable
     rows: NDArray[np.float64]
     guided: tuple[bool, ...]
     rescale: bool
+    embedded: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -66,6 +71,7 @@ def make_plan(
     guidance_rescale: float = 0.0,
     guidance_interval: tuple[int, int] | None = None,
     guided_channels: int | None = None,
+    start: int = 0,
 ) -> Plan:
     """The plan for one bundle; what is ``None`` comes from the bundle's defaults.
 
@@ -78,7 +84,10 @@ def make_plan(
 
     ``guidance``: classifier-free guidance scale (arXiv 2207.12598), 1 = off; one number, or one per member; the
     schedule's own ``:g=`` goes first. ``guidance_rescale``: arXiv 2305.08891, section 3.4, 0 = off.
-    ``guidance_interval``: guide steps ``start <= i < stop`` only. ``guided_channels``: guide the first k channels.
+    ``guidance_interval``: guide steps ``start <= i < stop`` only. ``guided_channels``: guide the first k channels. A
+    member distilled for a guidance scale (``Member.guidance_embedding``) takes the scale as an input and runs one half.
+
+    ``start``: the step at which the trajectory is entered from a picture; a multistep solver starts again there.
 
     Raises ``BadInput`` and its kinds.
     """
@@ -98,17 +107,20 @@ def make_plan(
     )
     if history not in HISTORIES:
         raise unknown_name("history", history, HISTORIES)
-    if history == "reset" and table.history:
-        switches = [segment.start for segment in resolved.segments[1:]]
-        table = make_table(options, noise, steps, timesteps=timesteps, restarts=switches)
+    restarts = {segment.start for segment in resolved.segments[1:]} if history == "reset" else set()
+    restarts |= {start} - {0}
+    if restarts and table.history:
+        table = make_table(options, noise, steps, timesteps=timesteps, restarts=restarts)
 
     scales = _guidance(manifest, resolved, defaults.guidance if guidance is None else guidance, guidance_interval)
+    embedded = _embedded(manifest, resolved, scales)
     guided = tuple(bool(scale != 1) for scale in scales)
     channels = _channels(manifest, guided_channels)
-    p, q = np.empty(table.steps), np.empty(table.steps)
-    for name in set(resolved.names):
+    t, c_in, p, q = (np.empty(table.steps) for _ in range(4))
+    for name in dict.fromkeys(resolved.names):
         mine = np.array([n == name for n in resolved.names])
-        p[mine], q[mine] = coefficients(manifest.members[name].parametrisation, table.a[mine], table.s[mine])
+        t[mine], c_in[mine], p[mine], q[mine] = member_columns(manifest, name, table, mine)
+    _check_variance(manifest, resolved, table)
     rows = fill_rows(
         table,
         p=p,
@@ -118,8 +130,9 @@ def make_plan(
         guided_channels=channels,
         learned=np.array([manifest.members[name].learned_variance for name in resolved.names]),
     )
+    rows[:, ROW["T"]], rows[:, ROW["C_IN"]] = t, c_in
     rows.flags.writeable = False
-    return Plan(resolved, table, rows, guided, bool(guidance_rescale) and any(guided))
+    return Plan(resolved, table, rows, guided, bool(guidance_rescale) and any(guided), embedded)
 
 
 def _solver(
@@ -181,12 +194,42 @@ def _guidance(
             )
         scales[:start] = 1.0
         scales[stop:] = 1.0
-    if manifest.conditioning.null is None and (scales != 1).any():
+    if not manifest.conditioning.guidable and (scales != 1).any():
         raise BadInput(
             f"guidance {scales[scales != 1][0]:g}, but the members were trained without a null class",
             hint="pass guidance=1 (--guidance 1)",
         )
     return scales
+
+
+def _embedded(manifest: Manifest, schedule: Schedule, scales: NDArray[np.float64]) -> dict[str, float]:
+    """The scale each distilled member is given; its ``scales`` become 1, because it runs no second half."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(schedule.names):
+        if not manifest.members[name].guidance_embedding:
+            continue
+        mine = np.array([n == name for n in schedule.names])
+        wanted = np.unique(scales[mine])
+        if wanted.size > 1:
+            raise BadInput(
+                f"member {name!r} takes its guidance scale as an input, one for all its steps; "
+                f"got {', '.join(f'{scale:g}' for scale in wanted)}",
+                hint="give it one scale, and leave guidance_interval (--guidance-interval) out",
+            )
+        found[name] = float(wanted[0])
+        scales[mine] = 1.0
+    return found
+
+
+def _check_variance(manifest: Manifest, schedule: Schedule, table: StepTable) -> None:
+    """A learned variance is a point between the two bounds of the member's own schedule."""
+    adapted = [name for name in dict.fromkeys(schedule.names) if is_adapted(manifest, name)]
+    if table.uses_variance and adapted:
+        raise BadInput(
+            f"solver {table.solver} reads a learned variance, and member {adapted[0]!r} learned its own on another "
+            "noise schedule or latent scaling than the bundle's",
+            hint="use variance='fixed-small' or 'fixed-large' (--variance)",
+        )
 
 
 def _channels(manifest: Manifest, guided_channels: int | None) -> int:
