@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.errors import BadCheckpoint, BadInput, Unavailable
 from tstitch_engines.rows import ROW
 from tstitch_trt.bench import Baseline
 from tstitch_trt.machine import package_version
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from tstitch_engines.manifest import Member
     from tstitch_trt.plan import Plan
 
-__all__ = ["EagerTorch", "dit_weights", "need_eager", "torch_module"]
+__all__ = ["EagerTorch", "checkpoint_module", "dit_weights", "need_eager", "torch_module"]
+
+
+_PUBLISHED: Final = {"depth", "width", "heads", "patch", "size", "channels", "labels", "learn_sigma", "mlp_ratio"}
 
 
 class EagerTorch(Baseline):
@@ -133,6 +136,35 @@ def dit_weights(model: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, ND
     return found
 
 
+def checkpoint_module(name: str, member: Member, path: Path) -> Any:
+    """The checkpoint that the member ``name`` was made from as a PyTorch module, float32, as its family loads it.
+
+    Needs torch, and what the family needs. Raises ``BadCheckpoint`` for another file than the one recorded.
+    """
+    from tstitch_engines.files import hash_file
+    from tstitch_export.families import open_family
+
+    family = open_family(member.family)
+    # a member's config says `heads` where the option is called `num_heads`
+    known = {
+        option: member.config.get(option, member.config.get(option.removeprefix("num_"))) for option in family.options
+    }
+    if not path.exists():
+        raise BadCheckpoint(f"{path} does not exist", hint=f"check the path of --member {name}=CHECKPOINT")
+    try:
+        inspection = family.inspect(path, {})
+    except BadCheckpoint:  # it does not tell everything itself
+        inspection = family.inspect(path, {option: value for option, value in known.items() if value is not None})
+    got = [hash_file(file)[0] for file in inspection.files]
+    if got != [source.sha256 for source in member.sources]:
+        want = ", ".join(f"{source.name} (sha256 {source.sha256[:16]})" for source in member.sources)
+        raise BadCheckpoint(
+            f"{path} (sha256 {', '.join(each[:16] for each in got)}) is not what member {name!r} was made from: {want}",
+            hint=f"give the checkpoint that the bundle was built from: --member {name}=CHECKPOINT",
+        )
+    return family.load(inspection)
+
+
 def need_eager() -> None:
     """Raises ``Unavailable`` without torch and onnx."""
     try:
@@ -149,11 +181,16 @@ def torch_module(name: str, member: Member, files: list[Path]) -> Any:
 
     Raises ``Unavailable`` for a member of another family than DiT in its published layout. Needs torch and onnx.
     """
-    if member.family != "dit" or "depth" not in member.config:
+    if member.quantisation is not None:
         raise Unavailable(
-            f"no PyTorch module is known for member {name!r} of family {member.family!r}; known: dit in its published "
-            "layout",
-            hint="compare with ONNX Runtime alone: tstitch-trt verify BUNDLE; in bench leave --against out",
+            f"member {name!r} is quantised to {member.precision}, which has no PyTorch module",
+            hint="compare the bundle that it was made from; in bench leave --against out",
+        )
+    if member.family != "dit" or not member.config.keys() >= _PUBLISHED:
+        raise Unavailable(
+            f"no PyTorch module can be made for member {name!r} of family {member.family!r} from its ONNX alone; "
+            "known: dit in its published layout",
+            hint=f"verify with the checkpoint: --member {name}=CHECKPOINT; in bench leave --against out",
         )
     import torch
 

@@ -29,9 +29,10 @@ from tstitch_engines.compiling import Compiler
 from tstitch_engines.errors import BadBundle, BadInput, BadSchedule, BuildFailed, Unavailable, unknown_name
 from tstitch_engines.files import copy_component, temporary_directory
 from tstitch_engines.identity import model_digest
-from tstitch_engines.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
+from tstitch_engines.manifest import EngineRecord, Manifest, Member, Precision, Quantisation, QuantisationLoss
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.plan import make_plan
+from tstitch_trt.recorder import needs_widening, widen_graph
 from tstitch_trt.trajectories import Trajectories, group_levels, pick_rows
 
 __all__ = ["quantise"]
@@ -253,7 +254,10 @@ class _Work:
             check=None,  # that was of the other graph
             engines=(),
         )
-        engine = walks.compiled(f"{name}-{ask.mode}", graph.files[0], member)
+        model = graph.files[0]
+        if ask.high_precision == "bf16":  # measured with these layers in float32
+            model = widen_graph(model, folder / f"{name}.{ask.mode}.wide.onnx")
+        engine = walks.compiled(f"{name}-{ask.mode}", model, member)
         try:
             loss = self._loss(walks, engine)
             latents = self._latents(walks, member, engine)
@@ -316,35 +320,42 @@ class _Work:
 
     def _assemble(self, staging: Path, name: str, member: Member) -> Manifest:
         """Every other file as it was, and an ONNX Runtime engine of the quantised member."""
+        from tstitch_export.build import versions_of
+
         old = self._bundle.manifest
         replaced = old.members[name]
-        gone = {part.path for part in replaced.onnx} | {part.path for e in replaced.engines for part in e.files}
-        for part in old.components():
-            if part.path not in gone and copy_component(self._bundle.path(part), staging, part.path) != part:
+        others = {**old.members, name: msgspec.structs.replace(replaced, onnx=(), engines=())}
+        for part in msgspec.structs.replace(old, members=others).components():
+            if copy_component(self._bundle.path(part), staging, part.path) != part:
                 raise BadBundle(
                     f"{self._bundle.path(part)} was altered meanwhile",
                     hint=f"build it again: {self._bundle.rebuild_command}",
                 )
-        engines = [record for record in replaced.engines if record.identity.backend == "onnxruntime"]
-        profile = (engines or [*replaced.engines])[0].identity.profile if replaced.engines else _PROFILE
         backend = open_backend("onnxruntime")
-        compiler = Compiler.of(backend, device="cpu", profile=profile, settings={}, cache=Cache())
-        record = compiler.engine(
-            name,
-            member,
-            lambda: staging / member.onnx[0].path,
-            staging,
-            previous=None,
-            report=lambda phase, share: None,
-        )
+        records: tuple[EngineRecord, ...] = ()
+        if not needs_widening(member):
+            engines = [e for e in replaced.engines if e.identity.backend == backend.name] or [*replaced.engines]
+            profile = engines[0].identity.profile if engines else _PROFILE
+            compiler = Compiler.of(backend, device="cpu", profile=profile, settings={}, cache=Cache())
+            records = (
+                compiler.engine(
+                    name,
+                    member,
+                    lambda: staging / member.onnx[0].path,
+                    staging,
+                    previous=None,
+                    report=lambda phase, share: None,
+                ),
+            )
+        else:
+            _log.warning("member %s has bfloat16 layers, so no ONNX Runtime engine: the CPU has no kernels", name)
+        have = {record.identity.backend for record in records}
         for other in dict.fromkeys(e.identity.backend for e in replaced.engines):
-            if other != backend.name:
-                _log.info(
-                    "member %s has no %s engine yet: tstitch-trt build NEWBUNDLE --backend %s", name, other, other
+            if other not in have:
+                _log.warning(
+                    "member %s has no %s engine yet: tstitch-trt build BUNDLE --backend %s", name, other, other
                 )
-        members = {**old.members, name: msgspec.structs.replace(member, engines=(record,))}
-        from tstitch_export.build import versions_of
-
+        members = {**old.members, name: msgspec.structs.replace(member, engines=records)}
         versions = old.versions | versions_of(("tstitch-trt", "nvidia-modelopt")) | {backend.name: backend.version()}
         return msgspec.structs.replace(old, members=members, versions=versions)
 

@@ -14,9 +14,9 @@ from tstitch_engines.manifest import Member
 from tstitch_engines.spec import TensorSpec
 from tstitch_trt.caller import Arrays, widen
 
-__all__ = ["Recorder", "widen_graph", "widened"]
+__all__ = ["Recorder", "needs_widening", "widen_graph", "widened"]
 
-_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_NARROW: Final = "bfloat16"  # what ONNX Runtime has no kernels for on the CPU
 
 
 class Recorder(Engine):
@@ -42,21 +42,29 @@ class Recorder(Engine):
         self._buffers = {}
 
 
+def needs_widening(member: Member) -> bool:
+    """Whether the member, or what of it is not quantised, computes in bfloat16."""
+    made = member.quantisation
+    return member.precision == "bf16" or (made is not None and made.high_precision == "bf16")
+
+
 def widened(member: Member) -> Member:
-    """``member`` in float32."""
-    narrow_type = _DTYPES[member.precision]
+    """``member`` with float32 in place of bfloat16."""
 
     def wide(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         return tuple(
-            msgspec.structs.replace(spec, dtype="float32") if spec.dtype == narrow_type else spec for spec in specs
+            msgspec.structs.replace(spec, dtype="float32") if spec.dtype == _NARROW else spec for spec in specs
         )
 
-    return msgspec.structs.replace(member, precision="fp32", inputs=wide(member.inputs), outputs=wide(member.outputs))
+    precision = "fp32" if member.precision == "bf16" else member.precision
+    return msgspec.structs.replace(
+        member, precision=precision, inputs=wide(member.inputs), outputs=wide(member.outputs)
+    )
 
 
 def widen_graph(model: Path, target: Path) -> Path:
-    """Writes the bf16 graph ``model`` to ``target`` in float32."""
+    """Writes ``model`` to ``target`` with float32 in place of bfloat16."""
     from tstitch_export.onnx_graph import retyped_to_float32
 
-    retyped_to_float32(model, target)
+    retyped_to_float32(model, target, _NARROW)
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from tstitch_engines.device import Device, open_device
 from tstitch_engines.manifest import SCHEMA, EngineIdentity, Manifest, Member
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.caller import Arrays, Caller, narrow, widen
-from tstitch_trt.recorder import Recorder, widen_graph, widened
+from tstitch_trt.recorder import Recorder, needs_widening, widen_graph, widened
 from tstitch_trt.runtime import Runtime
 
 __all__ = ["References"]
@@ -34,13 +35,24 @@ class References:
     of the graph. Inputs are always rounded to the member's precision, so that both sides get the same values.
     """
 
-    def __init__(self, bundle: Bundle, *, largest: int, samples: int, seed: int, threads: int, folder: Path) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        largest: int,
+        samples: int,
+        seed: int,
+        threads: int,
+        folder: Path,
+        checkpoints: Mapping[str, Path] | None = None,
+    ) -> None:
         """``largest`` batch that will be asked for; ``folder`` takes widened graphs and must outlive this object.
 
         Records the trajectory. Raises ``Unavailable`` without ONNX Runtime, ``NotFinite`` when the members' own graphs
         give NaN.
         """
         self._bundle = bundle
+        self._checkpoints = dict(checkpoints or {})
         self._samples = samples
         self._seed = seed
         self._device: Device = open_device("cpu")
@@ -53,7 +65,7 @@ class References:
         try:
             for name, member in bundle.manifest.members.items():
                 model, wide = bundle.path(member.onnx[0]), member
-                if member.precision == "bf16":
+                if needs_widening(member):
                     wide = widened(member)
                     model = widen_graph(model, folder / f"{name}.onnx")
                 identity = EngineIdentity(
@@ -159,11 +171,14 @@ class References:
 
     def _module(self, name: str) -> Any:
         if name not in self._models:
-            from tstitch_trt.eager import need_eager, torch_module
+            from tstitch_trt.eager import checkpoint_module, need_eager, torch_module
 
             need_eager()
             member = self._bundle.manifest.members[name]
-            self._models[name] = torch_module(name, member, [self._bundle.path(part) for part in member.onnx])
+            if name in self._checkpoints and member.quantisation is None:
+                self._models[name] = checkpoint_module(name, member, self._checkpoints[name])
+            else:
+                self._models[name] = torch_module(name, member, [self._bundle.path(part) for part in member.onnx])
         return self._models[name]
 
 

@@ -18,7 +18,7 @@ from tstitch_engines.errors import BadInput
 from tstitch_engines.manifest import SCHEMA, EngineIdentity, Manifest, Member
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.caller import Arrays, Caller
-from tstitch_trt.recorder import Recorder, widen_graph, widened
+from tstitch_trt.recorder import Recorder, needs_widening, widen_graph, widened
 from tstitch_trt.runtime import Runtime
 
 __all__ = ["Trajectories", "group_levels", "pick_rows"]
@@ -46,7 +46,7 @@ class Trajectories:
         try:
             for name, member in bundle.manifest.members.items():
                 model, members[name] = bundle.path(member.onnx[0]), member
-                if member.precision == "bf16":
+                if needs_widening(member):
                     model, members[name] = widen_graph(model, folder / f"{name}-wide.onnx"), widened(member)
                 self._engines[name] = self.compiled(f"{name}-source", model, members[name])
         except BaseException:

@@ -8,7 +8,7 @@ not checked  it can't run on this machine; its identity and, for TensorRT-RTX, t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Literal
@@ -35,6 +35,8 @@ LIMITS: Final[dict[Precision, tuple[float, str]]] = {
     "fp32": (1e-4, "float32 rounding where sums are taken in another order"),
     "fp16": (3e-2, "every product is rounded to 11 bits, and a deep network adds up hundreds of such roundings"),
     "bf16": (1e-1, "activations are rounded to 8 bits, in fp16 to 11; the references compute in float32"),
+    "int8": (1e-1, "a value near the middle of two 8-bit steps goes to either, and later layers add that up"),
+    "fp8": (1e-1, "a value near the middle of two 8-bit steps goes to either, and later layers add that up"),
 }
 
 Status = Literal["passed", "failed", "not checked"]
@@ -92,6 +94,7 @@ def verify(
     threads: int = 0,
     layers: bool = False,
     device: str = "cuda",
+    checkpoints: Mapping[str, Path] | None = None,
     rebuild: bool = False,
     report: Report = lambda share, text: None,
 ) -> Verification:
@@ -103,6 +106,9 @@ def verify(
 
     ``layers``: also look for the first layer that differs: between an ONNX Runtime engine and the ONNX it was compiled
     from, and between an fp16 graph and the same graph widened to float32.
+
+    ``checkpoints``: what members were made from; their PyTorch side is then the family's module on the checkpoint
+    itself, and not the weights of the graph, from which only DiTs in the published layout can be made again.
 
     ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: engines of every backend that
     runs here, or of ``backend``, are compiled again first where they are missing, damaged or don't fit.
@@ -116,10 +122,14 @@ def verify(
     if threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     parse_device(device)
+    given = dict(checkpoints or {})
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
     if rebuild:
         opened = _rebuilt(opened, backend, members, device, report)
     chosen = _select(opened, backend, members)
+    for name in given:
+        if name not in opened.manifest.members:
+            raise unknown_name("member", name, opened.manifest.members)
     checks: list[EngineCheck] = []
     found: list[LayerCheck] = []
     notes: dict[str, str] = {}
@@ -138,7 +148,13 @@ def verify(
                     report(index / len(chosen), "recording a trajectory")
                     largest = max(record.identity.profile.dims["B"].max for _, record in chosen)
                     references = References(
-                        opened, largest=largest, samples=samples, seed=seed, threads=threads, folder=folder
+                        opened,
+                        largest=largest,
+                        samples=samples,
+                        seed=seed,
+                        threads=threads,
+                        folder=folder,
+                        checkpoints=given,
                     )
                     stack.callback(references.close)
                     notes["onnxruntime"] = references.version
@@ -327,7 +343,7 @@ def _compare(
         notes["torch"] = references.torch_version(name)
         against["torch"] = references.torch
     except Unavailable as reason:
-        notes.setdefault("torch", f"left out: {reason.message}")
+        notes.setdefault("torch", f"left out: {reason.message} ({reason.hint})")
     sizes = caller.engine.profile.dims["B"]
     found: list[Comparison] = []
     for batch in sorted({sizes.min, sizes.opt, sizes.max}):

@@ -18,7 +18,7 @@ import msgspec
 from tstitch_engines.decode import DecodeError, convert
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_engines.files import exchange, hash_file, remove_stale, sync_directory, temporary_directory, write_durably
-from tstitch_engines.manifest import SCHEMA, Component, Manifest
+from tstitch_engines.manifest import SCHEMA, Component, Manifest, Member
 
 __all__ = ["MANIFEST", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
 
@@ -64,7 +64,30 @@ def rebuild_command(manifest: Manifest | None, root: Path) -> str:
             if member.sources and not member.sources[0].shipped:
                 # a folder's files are FOLDER/FILE
                 words += ["--member", f"{name}={member.sources[0].name.partition('/')[0]}"]
-    return " ".join(shlex.quote(word) for word in (*words, "-o", str(root)))
+    quantised = {n: m for n, m in manifest.members.items() if m.quantisation is not None} if manifest else {}
+    if not quantised:
+        return shlex.join((*words, "-o", str(root)))
+    place = f"{root}.source"
+    commands = [shlex.join((*words, "-o", place))]
+    for index, (name, member) in enumerate(quantised.items()):
+        target = f"{root}.new" if index == len(quantised) - 1 else f"{root}.{name}"
+        commands.append(shlex.join(_quantise_words(place, name, member, target)))
+        place = target
+    return " && ".join(commands)
+
+
+def _quantise_words(source: str, name: str, member: Member, target: str) -> list[str]:
+    made = member.quantisation
+    assert made is not None
+    words = ["tstitch-trt", "quantise", source, "--member", name, "--mode", member.precision]
+    words += ["--samples", str(made.rows), "--seed", str(made.seed), "--steps", str(made.steps)]
+    words += ["--solver", made.solver, "--guidance", f"{made.guidance:g}", "--calibration", made.method]
+    words += ["--high-precision", made.high_precision]
+    for schedule in made.schedules:
+        words += ["--schedule", schedule]
+    for layer in made.kept:
+        words += ["--keep", layer]
+    return [*words, "-o", target]
 
 
 def is_bundle(path: Path) -> bool:

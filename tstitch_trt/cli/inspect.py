@@ -126,6 +126,14 @@ def _print_member(bundle: Bundle, name: str, member: Member) -> None:
         click.echo(f"  {word:<10} {'; '.join(map(str, specs))}")
     for source in member.sources:
         click.echo(f"  {'source':<10} {source.name} ({size(source.bytes)}, sha256 {source.sha256})")
+    if (made := member.quantisation) is not None:
+        worst = max(made.loss, key=lambda level: level.rel_l2)
+        click.echo(
+            f"  {'quantised':<10} from {made.source_precision}: {len(made.layers)} layers in {member.precision} "
+            f"({made.method} of {made.rows} inputs at timesteps {made.timesteps[0]:g} to {made.timesteps[1]:g}), the "
+            f"others in {made.high_precision}; relative L2 of its output at most {worst.rel_l2:.1e} (timesteps "
+            f"{worst.timesteps[0]:g} to {worst.timesteps[1]:g}), of final latents {max(made.latents):.1e}"
+        )
     if member.check is not None:
         batches = ", ".join(map(str, member.check.batches))
         click.echo(

@@ -23,6 +23,7 @@ from tstitch_engines.backends.tensorrt.options import (
     OPTIONS,
     UNRECORDED,
     list_arch,
+    require_float8,
     resolve,
 )
 from tstitch_engines.backends.tensorrt.plan import check_plan
@@ -127,6 +128,9 @@ class TensorRtBackend(Backend):
         if kind == "cpu" and not flavour.compiles_without_gpu:
             self.arch(device)
         chosen = resolve(flavour, self._library, options, device)
+        if member.precision == "fp8":
+            arch = list_arch(chosen.capabilities) if flavour.compiles_without_gpu else self.arch(device)
+            require_float8(flavour, arch)
         if chosen.weight_streaming and has(self._library, "BuilderFlag.REQUIRE_USER_ALLOCATION"):
             _log.warning("weight-streaming: the engine allocates while it runs, so its steps can't be captured")
         request = Request(

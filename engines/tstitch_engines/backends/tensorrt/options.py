@@ -14,7 +14,7 @@ from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadInput, unknown_name
 
-__all__ = ["DEFAULT_LIST", "OPTIONS", "BuildOptions", "capabilities", "list_arch", "resolve"]
+__all__ = ["DEFAULT_LIST", "OPTIONS", "BuildOptions", "capabilities", "list_arch", "require_float8", "resolve"]
 
 Option = str | int | float | bool
 
@@ -38,6 +38,7 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = MappingProxyType(
 UNRECORDED: Final = frozenset({"timing-cache"})
 DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs
 
+_FLOAT8: Final = 89  # Ada; 75, 80 and 86 have no float8 products
 _HARDWARE: Final = {"none": None, "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 _TILING: Final = {"none": "NONE", "fast": "FAST", "moderate": "MODERATE", "full": "FULL"}
 
@@ -133,6 +134,25 @@ def capabilities(flavour: Flavour, library: Library, options: Mapping[str, Optio
 def list_arch(found: tuple[int, ...]) -> str:
     """The architecture that an identity states for these: ``sm_86,sm_89``."""
     return ",".join(f"sm_{number}" for number in found) or DEFAULT_LIST
+
+
+def require_float8(flavour: Flavour, arch: str) -> None:
+    """Raises ``BadInput`` unless every GPU that ``arch`` stands for computes in float8: compute capability 8.9 and up.
+
+    TensorRT-RTX's default list goes down to 8.0 or 7.5. It compiles, and the older GPUs could not run the plan.
+    """
+    numbers = [] if arch == DEFAULT_LIST else [int(name.removeprefix("sm_")) for name in arch.split(",")]
+    old = [f"{number // 10}.{number % 10}" for number in numbers if number < _FLOAT8]
+    if numbers and not old:
+        return
+    got = f"compute capability {', '.join(old)}" if old else "the library's default list of GPUs, older ones among them"
+    fix = (
+        "leave them out: --option compute-capabilities=8.9,12.0" if flavour.compiles_without_gpu else "use a newer GPU"
+    )
+    raise BadInput(
+        f"an fp8 member needs compute capability 8.9 or newer, and {flavour.title} is to compile it for {got}",
+        hint=f"{fix}; or quantise to int8, which every GPU runs: tstitch-trt quantise BUNDLE --mode int8",
+    )
 
 
 def _require(flavour: Flavour, library: Library, options: BuildOptions) -> None:
