@@ -1,7 +1,7 @@
 """What a member is given and what its output means, where it was trained by other conventions than the bundle's.
 
-A member's latent is ``x0_m = r x0`` (``Member.latent_ratio``), its noise schedule may be its own (``Member.noise``). A
-solver's latent ``x = a x0 + s eps`` has the noise level ``sigma = s / a``. Since ``r x / a = x0_m + (r sigma) eps``, the
+A member's latent is ``x0_m = r x0`` (``Member.latent_ratio``), its noise schedule may be its own (``Member.noise``).
+A solver's latent ``x = a x0 + s eps`` has the noise level ``sigma = s / a``. As ``r x / a = x0_m + (r sigma) eps``, the
 member meets it at ``sigma_m = r sigma``: it wants its own timestep of that level and a unit-variance sample,
 
     C_IN = r a_m / a     with a_m = 1 / sqrt(1 + sigma_m^2), s_m = a_m sigma_m

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer, Device
+from tstitch_engines.device import Buffer, Device, StepKernels
 from tstitch_engines.rows import ROW_FIELDS
 
 __all__ = ["LaneArena", "arena_bytes"]
@@ -20,6 +22,7 @@ class LaneArena:
     """``slots`` lanes of ``[C,H,W]`` float32 latents, each with its own table of up to ``table_rows`` rows.
 
     Everything a captured step touches lives here for as long as the runtime does; a new request only writes into it.
+    It is made for the largest latent; ``shape`` looks at the same memory as lanes of a smaller one.
     """
 
     def __init__(self, device: Device, *, slots: int, latent_shape: tuple[int, int, int], table_rows: int) -> None:
@@ -27,15 +30,20 @@ class LaneArena:
         self.latent_shape = latent_shape
         self.table_rows = table_rows
         self._device = device
-        self.latents = device.empty((slots, *latent_shape), "float32")
-        self.history = device.empty((2, slots, *latent_shape), "float32")
+        self._largest = latent_shape
+        self._latents = self.latents = device.empty((slots, *latent_shape), "float32")
+        self._history = self.history = device.empty((2, slots, *latent_shape), "float32")
         self.rows = device.empty((slots, table_rows, len(ROW_FIELDS)), "float32")
         self.step = device.empty((slots,), "int32")
         self.seed = device.empty((slots,), "int64")
         self.fault = device.empty((slots,), "int32")
         for buffer in (self.latents, self.history, self.rows):
             device.upload(buffer, np.zeros(buffer.shape, np.float32))
-        self.kernels = device.step_kernels(
+        self.kernels = self._kernels()
+        self._shapes = {latent_shape: (self.latents, self.history, self.kernels)}
+
+    def _kernels(self) -> StepKernels:
+        return self._device.step_kernels(
             latents=self.latents,
             history=self.history,
             rows=self.rows,
@@ -44,9 +52,30 @@ class LaneArena:
             fault=self.fault,
         )
 
+    def shape(self, latent_shape: tuple[int, int, int]) -> None:
+        """Makes the lanes ``[C,H,W]``, at most as large as they were made; what they hold is then meaningless.
+
+        The kernels of a shape stay the same for good, for steps that were recorded with them. Allocates at most when a
+        shape is new.
+        """
+        if latent_shape == self.latent_shape:
+            return
+        self.latent_shape = latent_shape
+        if latent_shape not in self._shapes:
+            assert math.prod(latent_shape) <= math.prod(self._largest), "the arena is too small for this latent"
+            self.latents = self._device.view(self._latents, 0, (self.slots, *latent_shape), "float32")
+            self.history = self._device.view(self._history, 0, (2, self.slots, *latent_shape), "float32")
+            self._shapes[latent_shape] = (self.latents, self.history, self._kernels())
+        self.latents, self.history, self.kernels = self._shapes[latent_shape]
+
+    def forget(self, latent_shape: tuple[int, int, int]) -> None:
+        """Lets go of the kernels of a shape, which is not the present one; nothing recorded with them may run again."""
+        assert latent_shape != self.latent_shape, "these lanes are in use"
+        self._shapes.pop(latent_shape, None)
+
     @property
     def nbytes(self) -> int:
-        parts = (self.latents, self.history, self.rows, self.step, self.seed, self.fault)
+        parts = (self._latents, self._history, self.rows, self.step, self.seed, self.fault)
         return sum(part.nbytes for part in parts)
 
     def start(

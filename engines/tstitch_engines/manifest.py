@@ -149,7 +149,8 @@ class ExportCheck(_Record, frozen=True, kw_only=True):
 class Network(_Record, frozen=True, kw_only=True):
     """One model of the bundle. ``onnx[0]`` is the graph, the others its external data; ``config`` its own shape.
 
-    ``files`` are what else it needs at run time, by purpose (``tokenizer``).
+    ``files`` are what else it needs at run time, by purpose (``tokenizer``). ``multiples``: what the sizes of its
+    dynamic dimensions must be multiples of, where that is not 1 (``H``, ``W`` of a UNet that halves them).
     """
 
     family: str
@@ -162,6 +163,7 @@ class Network(_Record, frozen=True, kw_only=True):
     config: dict[str, int | float | bool | str]
     engines: tuple[EngineRecord, ...] = ()
     files: dict[str, Component] = {}
+    multiples: dict[str, int] = {}
 
 
 class TextInputs(_Record, frozen=True, kw_only=True):
@@ -265,6 +267,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     members: dict[str, Member]
     parts: dict[str, Network] = {}  # text_encoder, text_encoder_2, vae_decoder, vae_encoder, controlnet
     quality: Quality | None = None
+    notes: tuple[str, ...] = ()  # what was adapted between members, and what is missing
 
     def networks(self) -> dict[str, Network]:
         """Members and parts by name."""
