@@ -16,8 +16,8 @@ from tstitch_engines.backends import Progress, open_backend
 from tstitch_engines.bundle import Bundle, is_bundle, open_bundle, write_bundle
 from tstitch_engines.cache import Cache
 from tstitch_engines.compiling import Compiler, from_cache
-from tstitch_engines.errors import BadBundle, BadCheckpoint, BadInput, unknown_name
-from tstitch_engines.files import copy_component, hash_file
+from tstitch_engines.errors import BadBundle
+from tstitch_engines.files import copy_component
 from tstitch_engines.identity import digest
 from tstitch_engines.manifest import (
     SCHEMA,
@@ -25,57 +25,49 @@ from tstitch_engines.manifest import (
     ExportCheck,
     Manifest,
     Member,
+    Network,
     Precision,
     Quality,
-    Source,
 )
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.compatibility import check_members
-from tstitch_export.families import Family, Inspection, open_family
-from tstitch_export.families.base import TORCH_NAMES, Scalar
+from tstitch_export.compatibility import Agreement, agree
+from tstitch_export.families.base import Scalar
 from tstitch_export.options import split_options, typed
-from tstitch_export.recipe import MemberRecipe, Recipe, check_member_name, load_recipe
-from tstitch_export.shipped import ShippedMember, read_shipped
+from tstitch_export.planning import NetworkPlan, Sizes, in_latents, plan_member, plan_parts, precision_of
+from tstitch_export.recipe import Recipe, check_member_name, load_recipe
 
 __all__ = ["build", "versions_of"]
 
 _log = logging.getLogger(__name__)
 
-_EXPORT_SCHEMA: Final = 1  # part of every export's cache key: raise it when exporter or graph work changes
+_EXPORT_SCHEMA: Final = 2  # part of every export's cache key: raise it when exporter or graph work changes
 _DEFAULT_PROFILE: Final = Range(1, 8, 16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """One member, everything about it decided and checked before any long work starts."""
-
-    name: str
-    recipe: MemberRecipe
-    family: Family
-    inspection: Inspection
-    precision: Precision
-    sources: tuple[Source, ...]
-    shipped: ShippedMember | None
-    folder: Path  # where a shipped member's files are
 
 
 def build(
     recipe: str | Path,
     *,
     members: Mapping[str, Path] | None = None,
+    parts: Mapping[str, Path] | None = None,
     output: Path,
     backend: str = "onnxruntime",
     precision: Precision | Mapping[str, Precision] = "fp32",
     profile: Range = _DEFAULT_PROFILE,
+    height: Range | None = None,
+    width: Range | None = None,
+    tokens: Range | None = None,
     device: str = "cpu",
     options: Mapping[str, Scalar] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Builds the bundle ``output`` and returns its manifest.
 
-    ``members`` gives checkpoints by member name, in place of or in addition to the recipe's own. ``precision`` is one
-    for all or one by member (fp32 where none is given). ``profile`` is the batch range of the engines; with guidance
-    one image takes two places. ``options`` holds the backend's options, and ``MEMBER.NAME`` for a member's family.
+    ``members`` gives checkpoints by member name, in place of or in addition to the recipe's own; ``parts`` folders of
+    text encoders, VAE and ControlNet, in place of those in the members' pipeline folders. ``precision`` is one for all
+    (but VAEs, which stay fp32) or one by name (fp32 where none is given). ``profile`` is the batch range of the
+    engines; with guidance one image takes two places. ``height`` and ``width`` are ranges in pixels, ``tokens`` of
+    prompts; the models' native size and prompts of up to 231 tokens where they are ``None``. ``options`` holds the
+    backend's options, and ``NAME.OPTION`` for the family of a member or part.
 
     What did not change is reused: exports and engines come from the cache or from the bundle that is replaced, and
     engines that bundle has for other backends or machines are kept where the ONNX is the same. An interrupted build
@@ -87,80 +79,42 @@ def build(
     report = progress or (lambda phase, share: None)
     spec, base = load_recipe(recipe)
     opened = open_backend(backend)
-    given = dict(members or {})
+    given, beside = dict(members or {}), dict(parts or {})
     for name in given:
         check_member_name(name)
     names = [*spec.members, *(name for name in given if name not in spec.members)]
-    common, own = split_options(options or {}, names)
+    known = [*names, *spec.parts]
+    common, own = split_options(options or {}, known)
     settings = typed(common, opened.options, what=f"backend {backend!r}")
     compiler = Compiler.of(
         opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache()
     )
+    if "controlnet" in beside:
+        for name in names:
+            own[name] = {"controlled": True, **own[name]}
     plans = [
-        _plan(name, spec, base, given.get(name), own[name], _precision_of(name, names, precision)) for name in names
+        plan_member(name, spec, base, given.get(name), own[name], precision_of(name, known, precision, None))
+        for name in names
     ]
-    check_members(spec, {plan.name: (plan.recipe, plan.inspection) for plan in plans})
-    builder = _Builder(compiler=compiler, previous=_previous(output), report=report)
-    return write_bundle(
-        output, lambda staging: builder.fill(staging, plans, spec, base, Path(str(recipe)).name)
-    ).manifest
-
-
-def _plan(
-    name: str, spec: Recipe, base: Path, given: Path | None, options: Mapping[str, Scalar], precision: Precision
-) -> _Plan:
-    part = spec.members.get(name) or spec.other_members
-    if part is None:
-        raise unknown_name(f"member of recipe {spec.name!r}", name, spec.members)
-    family = open_family(part.family)
-    if given is None and part.checkpoint is None:
-        raise BadInput(
-            f"recipe {spec.name!r} has no checkpoint of its own for member {name!r}",
-            hint=f"give it: --member {name}=CHECKPOINT (.safetensors, .pt, .pth or a diffusers folder)",
-        )
-    path = Path(given) if given is not None else base / str(part.checkpoint)
-    # The recipe's options describe its own checkpoint; another file speaks for itself unless it can't.
-    own = {**part.options, **options} if given is None else dict(options)
-    try:
-        try:
-            inspection = family.inspect(path, typed(own, family.options, what=f"member {name!r}"))
-        except BadCheckpoint:
-            if given is None or not part.options or options:
-                raise
-            inspection = family.inspect(path, part.options)
-        files = tuple(
-            Source(
-                name=path.name if len(inspection.files) == 1 else f"{path.name}/{file.name}",
-                sha256=found[0],
-                bytes=found[1],
-                shipped=given is None,
-            )
-            for file, found in ((file, hash_file(file)) for file in inspection.files)
-        )
-    except OSError as error:
-        raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
-    use_shipped = given is None and part.shipped is not None and precision == "fp32" and not options
-    return _Plan(
-        name=name,
-        recipe=part,
-        family=family,
-        inspection=inspection,
-        precision=precision,
-        sources=files,
-        shipped=read_shipped(base / str(part.shipped)) if use_shipped else None,
-        folder=(base / part.shipped).parent if part.shipped else base,
+    more = plan_parts(spec, plans, beside, own, precision, known)
+    agreement = agree(spec, plans, more)
+    factor = agreement.decoder.factor
+    sizes = Sizes(
+        batch=profile,
+        height=in_latents(height, factor, "height"),
+        width=in_latents(width, factor, "width"),
+        tokens=tokens,
     )
-
-
-def _precision_of(name: str, names: list[str], precision: Precision | Mapping[str, Precision]) -> Precision:
-    if not isinstance(precision, str):
-        for other in precision:
-            if other not in names:
-                raise unknown_name("member in precision", other, names)
-        precision = precision.get(name, "fp32")
-    if precision not in TORCH_NAMES:
-        raise unknown_name("precision", precision, TORCH_NAMES)
-    return precision
+    profiles = {plan.name: plan.profile(sizes) for plan in (*plans, *more.values())}
+    for note in agreement.notes:
+        _log.info("%s", note)
+    builder = _Builder(compiler=compiler, profiles=profiles, previous=_previous(output), report=report)
+    return write_bundle(
+        output,
+        lambda staging: builder.fill(
+            staging, plans, list(more.values()), spec, base, agreement, Path(str(recipe)).name
+        ),
+    ).manifest
 
 
 def _previous(output: Path) -> Bundle | None:
@@ -187,29 +141,30 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
 @dataclass(frozen=True, kw_only=True)
 class _Builder:
     compiler: Compiler
+    profiles: Mapping[str, ShapeProfile]
     previous: Bundle | None
     report: Progress
 
-    def fill(self, staging: Path, plans: list[_Plan], spec: Recipe, base: Path, recipe: str) -> Manifest:
+    def fill(
+        self,
+        staging: Path,
+        members: list[NetworkPlan],
+        parts: list[NetworkPlan],
+        spec: Recipe,
+        base: Path,
+        agreement: Agreement,
+        recipe: str,
+    ) -> Manifest:
         versions = versions_of(("tstitch-trt",))
-        members: dict[str, Member] = {}
-        for index, plan in enumerate(plans):
-            part = replace(self, report=self._share(plan.name, index, len(plans)))
-            member, used = part.export(plan, staging)
+        made: dict[str, Network] = {}
+        for index, plan in enumerate((*members, *parts)):
+            part = replace(self, report=self._share(plan.name, index, len(members) + len(parts)))
+            network, used = part.export(plan, staging)
             versions |= used
-            engine = self.compiler.engine(
-                plan.name,
-                member,
-                partial(part.model, plan, member, staging),
-                staging,
-                previous=self.previous,
-                report=part.compiling,
-            )
-            engines = self.compiler.beside(plan.name, member, engine, staging, previous=self.previous)
-            members[plan.name] = msgspec.structs.replace(member, engines=engines)
+            made[plan.name] = part.compiled(plan, network, staging)
         versions[self.compiler.backend.name] = self.compiler.backend.version()
         if self.previous is not None:
-            backends = {record.identity.backend for member in members.values() for record in member.engines}
+            backends = {record.identity.backend for network in made.values() for record in network.engines}
             old = self.previous.manifest.versions
             versions |= {name: old[name] for name in backends if name in old and name not in versions}
         quality = None
@@ -224,14 +179,24 @@ class _Builder:
             name=spec.name,
             recipe=recipe,
             versions=versions,
-            latent=spec.latent,
-            noise=spec.noise,
+            latent=agreement.latent,
+            noise=agreement.noise,
             conditioning=spec.conditioning,
             defaults=spec.defaults,
-            decoder=spec.decoder,
-            members=members,
+            decoder=agreement.decoder,
+            members={plan.name: _member(plan, made[plan.name], agreement) for plan in members},
+            parts={plan.name: made[plan.name] for plan in parts},
             quality=quality,
+            notes=agreement.notes,
         )
+
+    def compiled(self, plan: NetworkPlan, network: Network, staging: Path) -> Network:
+        """``network`` with its engine, and those that the old bundle has for other backends."""
+        compiler = replace(self.compiler, profile=self.profiles[plan.name])
+        model = partial(self.model, plan, network, staging)
+        engine = compiler.engine(plan.name, network, model, staging, previous=self.previous, report=self.compiling)
+        engines = compiler.beside(plan.name, network, engine, staging, previous=self.previous)
+        return msgspec.structs.replace(network, engines=engines)
 
     def _share(self, name: str, index: int, count: int) -> Progress:
         return lambda phase, share: self.report(f"{name}: {phase}", (index + share) / count)
@@ -239,12 +204,14 @@ class _Builder:
     def compiling(self, phase: str, share: float) -> None:
         self.report(f"compile, {phase}", 0.6 + 0.4 * share)
 
-    def export(self, plan: _Plan, staging: Path) -> tuple[Member, dict[str, str]]:
-        """The member's ONNX in the bundle: shipped, from the cache, or exported now."""
+    def export(self, plan: NetworkPlan, staging: Path) -> tuple[Network, dict[str, str]]:
+        """The network's ONNX and run-time files in the bundle: shipped, from the cache, or exported now."""
+        assets: dict[str, Path] = {}
         if plan.shipped is not None:
+            assert plan.folder is not None, "a shipped member has its folder"
             files = [plan.folder / part.path for part in plan.shipped.member.onnx]
             check, versions = plan.shipped.member.check, plan.shipped.versions
-            _log.info("member %s: reused the shipped ONNX graph", plan.name)
+            _log.info("%s: reused the shipped ONNX graph", plan.what)
         else:
             from tstitch_export.exporter import export_onnx
 
@@ -256,34 +223,38 @@ class _Builder:
                     folder=folder,
                     progress=lambda phase, share: self.report(f"export, {phase}", 0.6 * share),
                 )
+                written = plan.family.assets(plan.inspection, folder)
                 return {
                     "what": what,
+                    "assets": {purpose: path.name for purpose, path in written.items()},
                     "check": msgspec.to_builtins(found),
                     "versions": versions_of(plan.inspection.libraries),
                 }
 
-            what = f"member {plan.name}: {plan.precision} ONNX"
+            what = f"{plan.what}: {plan.precision} ONNX"
             entry = from_cache(self.compiler.cache, self._export_key(plan, "onnx"), make, what)
-            files = sorted(entry.files.values(), key=lambda file: file.suffix != ".onnx")
+            assets = {purpose: entry.files[name] for purpose, name in entry.info["assets"].items()}
+            graph = {name: path for name, path in entry.files.items() if path not in assets.values()}
+            files = sorted(graph.values(), key=lambda file: file.suffix != ".onnx")
             check = msgspec.convert(entry.info["check"], ExportCheck)
             versions = dict(entry.info["versions"])
-        member = Member(
-            family=plan.recipe.family,
-            parametrisation=plan.recipe.parametrisation,
+        network = Network(
+            family=plan.family.name,
             precision=plan.precision,
-            learned_variance=plan.inspection.learned_variance,
             inputs=plan.family.inputs(plan.inspection, plan.precision),
             outputs=plan.family.outputs(plan.inspection, plan.precision),
             onnx=tuple(_copy(file, staging, plan.name) for file in files),
             sources=plan.sources,
             check=check,
             config=dict(plan.inspection.config),
+            multiples={name: dim.multiple for name, dim in plan.family.dims(plan.inspection).items()},
+            files={purpose: _copy(path, staging, plan.name) for purpose, path in assets.items()},
         )
-        return member, versions
+        return network, versions
 
-    def model(self, plan: _Plan, member: Member, staging: Path) -> Path:
+    def model(self, plan: NetworkPlan, network: Network, staging: Path) -> Path:
         if self.compiler.backend.model_kind == "onnx":
-            return staging / member.onnx[0].path
+            return staging / network.onnx[0].path
         from tstitch_export.exporter import PROGRAM, export_program
 
         def make(folder: Path) -> dict[str, object]:
@@ -296,11 +267,11 @@ class _Builder:
             )
             return {"what": what}
 
-        what = f"member {plan.name}: exported program"
+        what = f"{plan.what}: exported program"
         key = self._export_key(plan, "exported-program")
         return from_cache(self.compiler.cache, key, make, what).files[PROGRAM]
 
-    def _export_key(self, plan: _Plan, kind: str) -> str:
+    def _export_key(self, plan: NetworkPlan, kind: str) -> str:
         from tstitch_export.exporter import OPSET
 
         return digest(
@@ -320,3 +291,18 @@ class _Builder:
 
 def _copy(source: Path, staging: Path, folder: str) -> Component:
     return copy_component(source, staging, f"{folder}/{source.name}")
+
+
+def _member(plan: NetworkPlan, network: Network, agreement: Agreement) -> Member:
+    found, adapted = plan.inspection, agreement.members[plan.name]
+    return Member(
+        **{name: getattr(network, name) for name in Network.__struct_fields__},
+        parametrisation=adapted.parametrisation,
+        learned_variance=found.learned_variance,
+        noise=adapted.noise,
+        latent_ratio=adapted.latent_ratio,
+        text=adapted.text,
+        guidance_embedding=found.guidance_embedding,
+        controlled=found.controlled,
+        inpaints=found.inpaints,
+    )

@@ -12,10 +12,21 @@ import msgspec
 
 from tstitch_engines.decode import DecodeError, convert
 from tstitch_engines.errors import BadInput, UnknownName, nearest, unknown_name
-from tstitch_engines.manifest import Conditioning, Decoder, Defaults, Latent, NoiseScheduleSpec, Parametrisation
+from tstitch_engines.manifest import (
+    Conditioning,
+    Decoder,
+    Defaults,
+    Latent,
+    NoiseScheduleSpec,
+    Parametrisation,
+    Precision,
+)
+from tstitch_engines.spec import Range
 
-__all__ = ["MemberRecipe", "QualityRecipe", "Recipe", "load_recipe", "recipe_names"]
+__all__ = ["PARTS", "MemberRecipe", "PartRecipe", "QualityRecipe", "Recipe", "load_recipe", "recipe_names"]
 
+# The parts a bundle may have; those that end in _2 are SDXL's second text encoder
+PARTS: Final = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder", "controlnet")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
@@ -33,6 +44,21 @@ class MemberRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checkpoint: str | None = None
     shipped: str | None = None
     expect: dict[str, int | float | bool | str] = {}
+
+
+class PartRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model beside the members: text encoder, VAE, ControlNet.
+
+    It is given with ``--part NAME=FOLDER`` or taken from the ``subfolder`` of a member's pipeline folder; without
+    either the bundle does without it. ``precision`` and ``batch`` (MIN:OPT:MAX) are its own unless the build says
+    otherwise.
+    """
+
+    family: str
+    subfolder: str | None = None
+    options: dict[str, int | float | bool | str] = {}
+    precision: Precision | None = None
+    batch: str | None = None
 
 
 class QualityRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,6 +81,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     decoder: Decoder
     members: dict[str, MemberRecipe]
     other_members: MemberRecipe | None = None
+    parts: dict[str, PartRecipe] = {}
     quality: QualityRecipe | None = None
 
 
@@ -92,8 +119,6 @@ def _decode(path: Path) -> Recipe:
         data: dict[str, Any] = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {path.name} is no valid TOML: {error}", hint="mend that line; see toml.io") from None
-    if isinstance(conditioning := data.get("conditioning"), dict):
-        conditioning.setdefault("null", None)  # TOML has no null: a class table without a null class leaves it away
     try:
         recipe = convert(data, Recipe, word="key")
     except DecodeError as error:
@@ -113,11 +138,23 @@ def _check(recipe: Recipe, file: str) -> None:
         raise refuse("it has no members", "add at least one section [members.NAME]")
     for name in recipe.members:
         check_member_name(name)
-    parts = [*recipe.members.values(), *([recipe.other_members] if recipe.other_members else [])]
-    for part in parts:
-        if part.family not in FAMILIES:
-            raise unknown_name("model family", part.family, FAMILIES)
+    patterns = [recipe.other_members] if recipe.other_members else []
+    for family in (part.family for part in (*recipe.members.values(), *patterns)):
+        if family not in FAMILIES:
+            raise unknown_name("model family", family, FAMILIES)
+    for name, own in recipe.parts.items():
+        if name not in PARTS:
+            raise unknown_name("part", name, PARTS)
+        if own.family not in FAMILIES:
+            raise unknown_name("model family", own.family, FAMILIES)
+        if own.batch is not None:
+            Range.parse(own.batch)
     conditioning = recipe.conditioning
+    if (conditioning.kind == "class") != (conditioning.classes > 0):
+        raise refuse(
+            f"conditioning of kind {conditioning.kind!r} with {conditioning.classes} classes",
+            'a class model has classes = N (and null = N with guidance); a text model has kind = "text" and neither',
+        )
     if conditioning.names and len(conditioning.names) != conditioning.classes:
         raise refuse(
             f"conditioning names {len(conditioning.names)} classes of {conditioning.classes}",

@@ -10,10 +10,14 @@ import pytest
 
 from dits import diffusers_folder, sparse_safetensors
 from tstitch_engines.errors import BadCheckpoint, BadInput, OutOfProfile, PairMismatch, UnknownName
+from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
+from tstitch_export.compatibility import Agreement, agree
 from tstitch_export.families.dit_config import DiTConfig
 from tstitch_export.families.dit_layout import PUBLISHED_SIZES, expected_shapes
+from tstitch_export.planning import plan_member
+from tstitch_export.recipe import load_recipe
 
 
 def published(folder: Path, letter: str, *, size: int = 32, classes: int = 1000, channels: int = 4) -> Path:
@@ -53,7 +57,7 @@ def test_members_of_different_classes(tmp_path: Path) -> None:
 
 def test_members_of_different_channels(tmp_path: Path) -> None:
     members = {"small": published(tmp_path, "S", channels=16), "large": published(tmp_path, "B")}
-    refuse("dit-256", PairMismatch, "16x32x32.* 4x32x32", tmp_path / "out", members=members)
+    refuse("dit-256", PairMismatch, "latent channels.* has 16, .* has 4", tmp_path / "out", members=members)
 
 
 def pipeline(folder: Path, **scheduler: Any) -> Path:
@@ -78,8 +82,23 @@ def test_noise_and_parametrisation_of_pipelines(tmp_path: Path) -> None:
     def check(large: Path, kind: type[Exception], words: str) -> None:
         refuse(recipe, kind, words, tmp_path / "out", members={"small": plain, "large": large})
 
-    check(cosine, PairMismatch, "small .* linear .*, large .* squared-cosine")
-    check(v, PairMismatch, "predicts v; recipe 'my' says eps")
+    def planned(large: Path) -> Agreement:
+        spec, base = load_recipe(recipe)
+        return agree(
+            spec,
+            [plan_member(n, spec, base, path, {}, "fp32") for n, path in (("small", plain), ("large", large))],
+            {},
+        )
+
+    found = planned(cosine)  # the large member's schedule is the bundle's, the small one is adapted to it
+    assert found.noise.kind == "squared-cosine"
+    assert found.members["large"].noise is None
+    assert found.members["small"].noise == NoiseScheduleSpec(kind="linear")
+    assert any("'small' (transformer) was trained with the noise schedule linear" in note for note in found.notes)
+    found = planned(v)
+    assert (found.members["small"].parametrisation, found.members["large"].parametrisation) == ("eps", "v")
+    assert any("predicts v, as its checkpoint states" in note for note in found.notes)
+    assert planned(plain).notes == ()
     check(odd, BadCheckpoint, "beta_schedule is 'sigmoid'")
 
 

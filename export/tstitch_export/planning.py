@@ -1,0 +1,244 @@
+"""What is to be built of each network: its family, what its checkpoint says, precision and sizes, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
+from tstitch_engines.files import hash_file
+from tstitch_engines.manifest import Precision, Source
+from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_export.families import Family, Inspection, open_family
+from tstitch_export.families.base import TORCH_NAMES, Scalar
+from tstitch_export.options import typed
+from tstitch_export.recipe import PARTS, MemberRecipe, PartRecipe, Recipe
+from tstitch_export.shipped import ShippedMember, read_shipped
+
+__all__ = ["NetworkPlan", "Sizes", "in_latents", "plan_member", "plan_part", "plan_parts", "precision_of"]
+
+_MOST_TOKENS: Final = 3 * 77  # of prompts longer than the encoders' 77, which go through them in chunks
+# The VAE in half precision loses pictures (SDXL's overflows), and it is one call of a whole trajectory.
+_FP32_PARTS: Final = ("vae_decoder", "vae_encoder")
+_PART_BATCH: Final = {"vae_decoder": Range(1, 1, 1), "vae_encoder": Range(1, 1, 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Ranges of the engines' dimensions; ``None``: the model's native size. ``height``, ``width``: of the latent."""
+
+    batch: Range
+    height: Range | None = None
+    width: Range | None = None
+    tokens: Range | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NetworkPlan:
+    """One network, everything about it decided and checked before any long work starts."""
+
+    name: str
+    recipe: MemberRecipe | PartRecipe
+    family: Family
+    inspection: Inspection
+    precision: Precision
+    sources: tuple[Source, ...]
+    given: Path  # the checkpoint as it was given: for a pipeline its folder
+    shipped: ShippedMember | None = None
+    folder: Path | None = None  # where a shipped member's files are
+
+    @property
+    def what(self) -> str:
+        return f"{'member' if self.family.role == 'member' else 'part'} {self.name}"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the latent's height and width may vary."""
+        return "H" in self.family.dims(self.inspection)
+
+    def profile(self, sizes: Sizes) -> ShapeProfile:
+        """The ranges its engine is built for. Raises ``BadInput`` for a size that the model can't take."""
+        batch = _PART_BATCH.get(self.name, sizes.batch)
+        if isinstance(self.recipe, PartRecipe) and self.recipe.batch is not None:
+            batch = Range.parse(self.recipe.batch)
+        elif self.family.role == "text_encoder":
+            batch = Range(1, min(2, sizes.batch.max), sizes.batch.max)
+        dims = {"B": batch}
+        asked = {"H": sizes.height, "W": sizes.width, "T": sizes.tokens}
+        for name, dim in self.family.dims(self.inspection).items():
+            found = asked[name]
+            if found is None:
+                found = Range(dim.native, dim.native, max(dim.native, _MOST_TOKENS if name == "T" else 0))
+            for size in (found.min, found.opt, found.max):
+                if size % dim.multiple or size > dim.most:
+                    raise BadInput(
+                        f"{self.what} takes {_SIDES[name]} in steps of {dim.multiple} up to {dim.most}, not {size}",
+                        hint=f"e.g. {dim.native}; pixels are {_PER_LATENT}" if name in "HW" else f"e.g. {dim.native}",
+                    )
+            dims[name] = found
+        return ShapeProfile(dims)
+
+
+_SIDES: Final = {"H": "latent heights", "W": "latent widths", "T": "prompt lengths in tokens"}
+_PER_LATENT: Final = "latent elements times the decoder's factor, 8 for Stable Diffusion"
+
+
+def in_latents(pixels: Range | None, factor: int, side: str) -> Range | None:
+    """A range of pixels as latent elements. Raises ``BadInput`` for one that is no multiple of ``factor``."""
+    if pixels is None:
+        return None
+    for size in (pixels.min, pixels.opt, pixels.max):
+        if size % factor:
+            raise BadInput(
+                f"{side} {pixels}: {size} is not a multiple of {factor} pixels, one latent element",
+                hint=f"e.g. {size // factor * factor or factor} or {-(-size // factor) * factor}",
+            )
+    return Range(pixels.min // factor, pixels.opt // factor, pixels.max // factor)
+
+
+def precision_of(
+    name: str, names: Iterable[str], precision: Precision | Mapping[str, Precision], default: Precision | None
+) -> Precision:
+    """What ``precision`` (one for all, or by name) says for ``name``. Raises ``UnknownName``.
+
+    ``default`` is the recipe's; without it fp32 stands where nothing is said.
+    """
+    if isinstance(precision, str):
+        chosen = precision
+        if name in PARTS and default is not None:
+            chosen = default
+        elif name in _FP32_PARTS:
+            chosen = "fp32"
+    else:
+        names = list(names)
+        for other in precision:
+            if other not in names:
+                raise unknown_name("member in precision", other, names)
+        chosen = precision.get(name, default or "fp32")
+    if chosen not in TORCH_NAMES:
+        raise unknown_name("precision", chosen, TORCH_NAMES)
+    return chosen
+
+
+def plan_member(
+    name: str, spec: Recipe, base: Path, given: Path | None, options: Mapping[str, Scalar], precision: Precision
+) -> NetworkPlan:
+    """Reads what the checkpoint says. Raises ``BadInput`` and ``BadCheckpoint``."""
+    part = spec.members.get(name) or spec.other_members
+    if part is None:
+        raise unknown_name(f"member of recipe {spec.name!r}", name, spec.members)
+    family = open_family(part.family)
+    if given is None and part.checkpoint is None:
+        raise BadInput(
+            f"recipe {spec.name!r} has no checkpoint of its own for member {name!r}",
+            hint=f"give it: --member {name}=CHECKPOINT (.safetensors, .pt, .pth or a diffusers folder)",
+        )
+    path = Path(given) if given is not None else base / str(part.checkpoint)
+    # The recipe's options describe its own checkpoint; another file speaks for itself unless it can't.
+    own = {**part.options, **options} if given is None else dict(options)
+    try:
+        inspection = _inspect(family, path, own, f"member {name!r}")
+    except BadCheckpoint:
+        if given is None or not part.options or options:
+            raise
+        inspection = _inspect(family, path, part.options, f"member {name!r}")
+    use_shipped = given is None and part.shipped is not None and precision == "fp32" and not options
+    return NetworkPlan(
+        name=name,
+        recipe=part,
+        family=family,
+        inspection=inspection,
+        precision=precision,
+        sources=_sources(inspection, path, shipped=given is None),
+        given=path,
+        shipped=read_shipped(base / str(part.shipped)) if use_shipped else None,
+        folder=(base / part.shipped).parent if part.shipped else base,
+    )
+
+
+def plan_part(
+    name: str, recipe: PartRecipe, path: Path, options: Mapping[str, Scalar], precision: Precision
+) -> NetworkPlan:
+    """Like ``plan_member`` for a part. Raises ``BadCheckpoint``."""
+    family = open_family(recipe.family)
+    inspection = _inspect(family, path, {**recipe.options, **options}, f"part {name!r}")
+    return NetworkPlan(
+        name=name,
+        recipe=recipe,
+        family=family,
+        inspection=inspection,
+        precision=precision,
+        sources=_sources(inspection, path, shipped=False),
+        given=path,
+    )
+
+
+def plan_parts(
+    spec: Recipe,
+    members: Iterable[NetworkPlan],
+    given: Mapping[str, Path],
+    options: Mapping[str, Mapping[str, Scalar]],
+    precision: Precision | Mapping[str, Precision],
+    names: Iterable[str],
+) -> dict[str, NetworkPlan]:
+    """The recipe's parts that are at hand: given by path, or in a member's pipeline folder, the last member's first.
+
+    A member whose own pipeline has another text encoder keeps it, as a part called ``MEMBER_text_encoder``.
+    """
+    for name in given:
+        if name not in spec.parts:
+            raise unknown_name(f"part of recipe {spec.name!r}", name, spec.parts)
+    members = list(members)
+    found: dict[str, NetworkPlan] = {}
+    for name, recipe in spec.parts.items():
+        chosen = precision_of(name, names, precision, recipe.precision)
+
+        def plan(path: Path, key: str, of: str = name, made: Precision = chosen) -> NetworkPlan:
+            return plan_part(key, spec.parts[of], path, options.get(of, {}), made)
+
+        folders = {} if recipe.subfolder is None else _folders(members, recipe.subfolder)
+        if name in given:
+            found[name] = plan(given[name], name)
+            continue
+        for member, folder in folders.items():
+            own = plan(folder, name)
+            if name not in found:
+                found[name] = own
+            elif own.family.role == "text_encoder" and _digests(own) != _digests(found[name]):
+                key = f"{member}_{name}"
+                found[key] = plan(folder, key)
+    return found
+
+
+def _folders(members: list[NetworkPlan], subfolder: str) -> dict[str, Path]:
+    """By member, the last first: its pipeline's folder of this part."""
+    wanted = {member.name: member.given / subfolder for member in reversed(members)}
+    return {name: folder for name, folder in wanted.items() if (folder / "config.json").is_file()}
+
+
+def _digests(plan: NetworkPlan) -> list[str]:
+    return [source.sha256 for source in plan.sources]
+
+
+def _inspect(family: Family, path: Path, options: Mapping[str, Scalar], what: str) -> Inspection:
+    try:
+        return family.inspect(path, typed(options, family.options, what=what))
+    except OSError as error:
+        raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
+
+
+def _sources(inspection: Inspection, path: Path, *, shipped: bool) -> tuple[Source, ...]:
+    try:
+        return tuple(
+            Source(
+                name=path.name if len(inspection.files) == 1 else f"{path.name}/{file.name}",
+                sha256=found[0],
+                bytes=found[1],
+                shipped=shipped,
+            )
+            for file, found in ((file, hash_file(file)) for file in inspection.files)
+        )
+    except OSError as error:
+        raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
