@@ -15,6 +15,7 @@ import torch
 
 import tstitch_trt
 from command import Command, refused
+from dits import diffusers_folder
 from tiny import TinyPair
 from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle import open_bundle
@@ -267,7 +268,60 @@ def test_a_member_without_a_module_is_compared_with_onnx_runtime_alone(copy: Pat
     result = verify(copy, members=["small"], samples=1)
     assert result.engines[0].status == "passed"
     assert {c.against for c in result.engines[0].comparisons} == {"onnxruntime"}
-    assert "no PyTorch module is known for member 'small'" in result.references["torch"]
+    assert "no PyTorch module can be made for member 'small'" in result.references["torch"]
+
+
+@pytest.fixture(scope="module")
+def diffusers(tiny_pair: TinyPair) -> tuple[Path, Path]:
+    """A bundle of one member in the diffusers layout, and its folder."""
+    folder = tiny_pair.folder / "DiT"
+    diffusers_folder(folder)
+    recipe = tiny_pair.folder / "diffusers.toml"
+    text = tiny_pair.recipe("small", classes=5).read_text()
+    recipe.write_text(text.replace("options = { num_heads = 2 }\n", ""))
+    output = tiny_pair.folder / "diffusers.bundle"
+    build(recipe, members={"small": folder}, output=output, profile=Range(1, 2, 4))
+    return output, folder
+
+
+def test_a_diffusers_member_is_compared_with_pytorch_on_its_checkpoint(
+    run: Command, diffusers: tuple[Path, Path]
+) -> None:
+    bundle, folder = diffusers
+    alone = verify(bundle, samples=1)
+    assert {c.against for c in alone.engines[0].comparisons} == {"onnxruntime"}
+    assert "--member small=CHECKPOINT" in alone.references["torch"]
+    said = run("verify", bundle, "--samples", 1, "--member", f"small={folder}", "--json").json
+    errors = [c["error"]["rel_l2"] for c in said["engines"][0]["comparisons"] if c["against"] == "torch"]
+    assert len(errors) == 6
+    assert 0 < max(errors) < 1e-5
+    assert said["references"]["torch"] == torch.__version__
+
+
+def test_another_checkpoint_than_the_recorded_one_is_refused(
+    run: Command, diffusers: tuple[Path, Path], tmp_path: Path, tiny_pair: TinyPair
+) -> None:
+    bundle, folder = diffusers
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    diffusers_folder(other, layers=1)
+    refused(run("verify", bundle, "--member", f"small={other}"), "is not what member 'small' was made from", "sha256")
+    refused(run("verify", bundle, "--member", "small=no"), "no does not exist", "--member small=CHECKPOINT")
+    refused(run("verify", bundle, "--member", f"smal={folder}"), "'smal'", "did you mean 'small'?")
+    # one in the published layout does not state its heads: the manifest does
+    said = verify(tiny_pair.alone("small"), samples=1, checkpoints={"small": tiny_pair.checkpoint("small")})
+    assert {c.against for c in said.engines[0].comparisons} == {"onnxruntime", "torch"}
+    assert said.engines[0].status == "passed"
+
+
+def test_engines_for_gpus_are_left_out_on_the_cpu(run: Command, copy: Path) -> None:
+    def for_gpu(members: Any) -> None:
+        members["small"]["engines"][0]["identity"]["arch"] = "sm_90"
+
+    edit(copy, for_gpu)
+    small, large = run("verify", copy, "--device", "cpu", "--samples", 1, "--json").json["engines"]
+    assert (small["status"], large["status"]) == ("not checked", "passed")
+    assert "the device asked for is cpu" in small["reason"]
+    refused(run("verify", copy, "--device", "gpu"), "'gpu'", "cpu, cuda, cuda:N")
 
 
 # --- bad input

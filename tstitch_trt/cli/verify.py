@@ -21,6 +21,7 @@ EXAMPLES = """
 tstitch-trt verify fashion.bundle
 tstitch-trt verify fashion.bundle --backend tensorrt-rtx --device cuda:1 --samples 16
 tstitch-trt verify fashion.bundle --members large --layers
+tstitch-trt verify dit.bundle --member small=DiT-S --member large=DiT-XL
 tstitch-trt verify fashion.bundle --json
 """
 
@@ -44,6 +45,13 @@ tstitch-trt verify fashion.bundle --json
     metavar="NAME",
     help="Where engines for GPUs run: cuda, cuda:N, or cpu to leave them unchecked.",
 )
+@click.option(
+    "--member",
+    "checkpoints",
+    multiple=True,
+    metavar="NAME=CHECKPOINT",
+    help="What a member was made from, for PyTorch to run. Published DiTs need none. May be repeated.",
+)
 @rebuild_option
 @click.option("--layers", is_flag=True, help="Also name the first layer that differs, where layers can be seen.")
 @click.option(
@@ -61,6 +69,7 @@ def command(
     members: str | None,
     samples: int,
     device: str,
+    checkpoints: tuple[str, ...],
     rebuild: bool,
     layers: bool,
     threads: int,
@@ -74,10 +83,12 @@ def command(
     every backend that runs here are first compiled again where they don't fit.
     """
     from tstitch_trt.cli._text import print_json
+    from tstitch_trt.parsing import parse_pairs
     from tstitch_trt.progress import log, progress
     from tstitch_trt.verify import verify
 
     names = None if members is None else [part.strip() for part in members.split(",") if part.strip()]
+    sources = parse_pairs(checkpoints, option="--member", value="CHECKPOINT")
     with progress("verifying", 1, logs=("tstitch_engines", "tstitch_trt") if rebuild else ()) as bar:
         result = verify(
             bundle,
@@ -87,6 +98,7 @@ def command(
             threads=threads,
             layers=layers,
             device=device,
+            checkpoints={name: Path(path) for name, path in sources.items()},
             rebuild=rebuild,
             report=lambda share, text: bar.update(done=share, text=text),
         )
