@@ -10,7 +10,10 @@ from tstitch_export.families.base import Family, Inspection
 
 __all__ = ["FAMILIES", "Family", "Inspection", "open_family"]
 
-FAMILIES: Final = {"dit": ("tstitch_export.families.dit", "DiTFamily")}
+FAMILIES: Final = {
+    "dit": ("tstitch_export.families.dit", "DiTFamily"),
+    "uvit": ("tstitch_export.families.uvit", "UViTFamily"),
+}
 
 
 def open_family(name: str) -> Family:

@@ -7,23 +7,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
-from tstitch_engines.manifest import Precision
-from tstitch_engines.spec import TensorSpec
+from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families import dit_diffusers
-from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, Scalar
+from tstitch_export.families.base import Inspection, Scalar
+from tstitch_export.families.class_member import ClassMember, fill
 from tstitch_export.families.dit_config import DiTConfig
 from tstitch_export.families.dit_layout import config_from_shapes, published_name
 from tstitch_export.needs import need_torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = ["DiTFamily"]
 
 
-class DiTFamily(Family):
+class DiTFamily(ClassMember):
     """sample ``[B,C,H,W]``, timestep ``[B]`` float32, labels ``[B]`` int64 -> model_output ``[B,C or 2C,H,W]``."""
 
     name = "dit"
@@ -67,11 +66,6 @@ class DiTFamily(Family):
 
         from tstitch_export.families.dit_model import DiT
 
-        stored = read_checkpoint(inspection.path).tensors()
-        if bad := next((name for name, tensor in stored.items() if not torch.isfinite(tensor).all()), None):
-            raise BadCheckpoint(
-                f"{inspection.path.name}: {bad} holds NaN or infinity", hint="take a checkpoint from before that"
-            )
         config = inspection.config
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             model = DiT(
@@ -87,32 +81,7 @@ class DiTFamily(Family):
                     mlp_ratio=float(config["mlp_ratio"]),
                 )
             )
-        model.load_state_dict({name: tensor.float() for name, tensor in stored.items()}, assign=True)
-        return model.eval().requires_grad_(False)
-
-    def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
-        return (
-            TensorSpec(name="sample", dtype=TORCH_NAMES[precision], shape=("B", *inspection.latent)),
-            TensorSpec(name="timestep", dtype="float32", shape=("B",)),
-            TensorSpec(name="labels", dtype="int64", shape=("B",)),
-        )
-
-    def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
-        channels, height, width = inspection.latent
-        shape = ("B", channels * (2 if inspection.learned_variance else 1), height, width)
-        return (TensorSpec(name="model_output", dtype=TORCH_NAMES[precision], shape=shape),)
-
-    def example(
-        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
-    ) -> tuple[Tensor, ...]:
-        import torch
-
-        generator = torch.Generator().manual_seed(seed)
-        return (
-            torch.randn(batch, *inspection.latent, generator=generator),
-            torch.rand(batch, generator=generator) * 999,
-            torch.randint(0, inspection.labels, (batch,), generator=generator),
-        )
+        return fill(model, read_checkpoint(inspection.path).tensors(), inspection.path.name)
 
 
 def _heads(options: Mapping[str, Scalar]) -> int | None:

@@ -9,7 +9,7 @@ from typing import Final
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.families.dit_config import PUBLISHED_HEADS, DiTConfig
 
-__all__ = ["PUBLISHED_SIZES", "config_from_shapes", "expected_shapes", "looks_like", "published_name"]
+__all__ = ["PUBLISHED_SIZES", "compare", "config_from_shapes", "expected_shapes", "looks_like", "published_name"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -89,7 +89,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> DiTCo
         learn_sigma=per_pixel == 2,
         mlp_ratio=hidden / width,
     )
-    _compare(expected_shapes(config), shapes, name)
+    compare(expected_shapes(config), shapes, name, "DiT", _WHOLE)
     return config
 
 
@@ -109,7 +109,8 @@ def _heads(given: int | None, width: int, name: str) -> int:
     return heads
 
 
-def _compare(expected: Shapes, got: Shapes, name: str) -> None:
+def compare(expected: Shapes, got: Shapes, name: str, kind: str, hint: str) -> None:
+    """Raises ``BadCheckpoint`` unless the file called ``name`` has exactly the tensors of a ``kind``."""
     missing = [key for key in expected if key not in got]
     extra = [key for key in got if key not in expected]
     wrong = [key for key in expected if key in got and expected[key] != got[key]]
@@ -119,12 +120,12 @@ def _compare(expected: Shapes, got: Shapes, name: str) -> None:
         key = wrong[0]
         problem = f"has {key} of shape {list(got[key])}; allowed is {list(expected[key])}"
     elif extra:
-        problem = f"has {len(extra)} tensors that no DiT has, e.g. {extra[0]}"
+        problem = f"has {len(extra)} tensors that no {kind} has, e.g. {extra[0]}"
         if any("lora" in key.lower() for key in extra):
             problem += " (an unmerged LoRA?)"
     else:
         return
-    raise BadCheckpoint(f"{name} is not a whole DiT: it {problem}", hint=_WHOLE)
+    raise BadCheckpoint(f"{name} is not a whole {kind}: it {problem}", hint=hint)
 
 
 def looks_like(shapes: Shapes) -> str:
@@ -136,6 +137,12 @@ def looks_like(shapes: Shapes) -> str:
 
     if has("lora_", ".lora.", "lora_A", "lora_up"):
         return "a LoRA (give the model it was merged into)"
+    if has("cond_stage_model.embedding.weight") and has("diffusion_model."):
+        return "a class-conditional latent diffusion model (family ldm)"
+    if all(key in names for key in _SIGNATURE):
+        return "a DiT"
+    if has("mid_block.attn.qkv.weight") and has("in_blocks."):
+        return "a U-ViT (family uvit)"
     if has("first_stage_model.") and has("diffusion_model."):
         return "a whole Stable Diffusion checkpoint, a UNet with its VAE and text encoder"
     if has("down_blocks.", "input_blocks.") and has("time_embed", "time_embedding"):
