@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.quiet import quiet
 
 if TYPE_CHECKING:
     from tstitch_engines.device import Buffer, Device
     from tstitch_engines.manifest import EngineIdentity, Network
     from tstitch_engines.spec import ShapeProfile
 
-__all__ = ["OnnxRuntimeBackend"]
+__all__ = ["OnnxRuntimeBackend", "copies_of"]
+
+_log = logging.getLogger(__name__)
 
 # onnx.TensorProto element types: ONNX Runtime binds memory by them (numpy has no bfloat16 to say it with)
 _ELEMENT: Final = {
@@ -52,7 +57,8 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self) -> None:
         try:
-            import onnxruntime
+            with quiet():  # without CUDA's libraries a CUDA build warns here; `_find_cuda` comes to that
+                import onnxruntime
         except ImportError as error:
             raise Unavailable(
                 "the backend 'onnxruntime' needs ONNX Runtime, which is not installed",
@@ -76,16 +82,42 @@ class OnnxRuntimeBackend(Backend):
         kind, index = parse_device(device)
         if kind == "cpu":
             return ["CPUExecutionProvider"]
+        self._find_cuda()
         if "CUDAExecutionProvider" not in self._ort.get_available_providers():
             raise Unavailable(
                 f"this ONNX Runtime {self.version()} has no CUDA provider "
                 f"(it has: {', '.join(self._ort.get_available_providers())})",
                 hint='pip uninstall onnxruntime && pip install "tstitch-trt[gpu]", or use --device cpu',
             )
-        cuda: dict[str, str] = {"device_id": str(index)}
+        cuda = {
+            "device_id": str(index),
+            "use_tf32": "0",  # float32 is float32; by default products have 10 bits of mantissa
+            "enable_cuda_graph": "0",  # see the engine
+            "do_copy_in_default_stream": "1",
+            # What the warm-up took is what a run needs; rounding up to powers of two may double it.
+            "arena_extend_strategy": "kSameAsRequested",
+        }
         if stream is not None:
-            cuda["user_compute_stream"] = str(stream)
+            cuda |= {"user_compute_stream": str(stream), "use_ep_level_unified_stream": "1"}
         return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+
+    def _find_cuda(self) -> None:
+        """Loads CUDA's libraries from wheels, for a CUDA provider that can't find them on its own.
+
+        It looks beside itself only; the wheels may lie in another folder of the path (PyTorch's environment, say).
+        """
+        preload = getattr(self._ort, "preload_dlls", None)
+        if preload is None:
+            return
+        wheels = importlib.util.find_spec("nvidia")
+        roots = [Path(root) for root in (wheels.submodule_search_locations or ())] if wheels is not None else []
+        folders = sorted(
+            (folder for root in roots for folder in root.glob("*/lib")), key=lambda folder: "cudnn" in str(folder)
+        )  # cuDNN needs the others
+        with quiet():  # it prints what it misses; whether the provider starts is asked below
+            for folder in folders:
+                preload(directory=str(folder))
+            preload()
 
     def _session_options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -121,7 +153,7 @@ class OnnxRuntimeBackend(Backend):
             settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         progress("optimise", 0.0)
         try:
-            session = self._ort.InferenceSession(str(model), settings, providers=providers)
+            session = self._session(model, settings, providers)
             self._expect_provider(session, device)
         except BaseException as error:
             output.unlink(missing_ok=True)
@@ -146,8 +178,10 @@ class OnnxRuntimeBackend(Backend):
         settings.intra_op_num_threads = threads
         settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done already
         stream = getattr(device, "stream_handle", None)
+        if stream is not None:
+            settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `copies_of`
         try:
-            session = self._ort.InferenceSession(str(path), settings, providers=self._providers(device.name, stream))
+            session = self._session(path, settings, self._providers(device.name, stream))
             self._expect_provider(session, device.name)
         except Unavailable:
             raise
@@ -158,6 +192,10 @@ class OnnxRuntimeBackend(Backend):
             ) from error
         return _OnnxRuntimeEngine(self._ort, session, member, identity, device)
 
+    def _session(self, model: Path, settings: Any, providers: list[Any]) -> Any:
+        """Without the fallback of the Python class, which prints, and goes on with other providers than asked for."""
+        return self._ort.InferenceSession(str(model), settings, providers=providers, enable_fallback=0)
+
     def _expect_provider(self, session: Any, device: str) -> None:
         """ONNX Runtime falls back to the CPU without an error when CUDA can't start: make it one."""
         if parse_device(device)[0] == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -167,15 +205,33 @@ class OnnxRuntimeBackend(Backend):
             )
 
 
+def copies_of(session: Any) -> list[str]:
+    """The nodes of a loaded graph that copy between host and device; those without names by their kind.
+
+    Where a shape is computed on the CPU there is none; such a graph can be recorded, its shapes being fixed. Empty also
+    for an ONNX Runtime that does not tell (before 1.24).
+    """
+    ask = getattr(session, "get_provider_graph_assignment_info", None)
+    try:
+        nodes = [node for part in (ask() if ask is not None else ()) for node in part.get_nodes()]
+    except Exception as error:  # its exceptions have no common base; the recording's own checks remain
+        _log.info("ONNX Runtime does not tell where its nodes run: %s", error)
+        return []
+    return [node.name or node.op_type for node in nodes if node.op_type in ("MemcpyFromHost", "MemcpyToHost")]
+
+
 class _OnnxRuntimeEngine(Engine):
     """On CUDA, one session on our stream. Its own CUDA graphs stay off: it would launch one into our recording, which
     CUDA forbids (error 900; microsoft/onnxruntime pull request 32081 tells how that ends).
 
-    A plain run can be recorded from outside when it neither allocates nor waits nor computes on the CPU: its arena has
-    what it needs after three runs (memory patterns allocate in the second, pull request 15005), waiting at the end is
-    switched off below, and for the rest there are the checks of whoever records: a node the CPU provider took would be
-    missing from a replay, which is compared with a plain run before it is used, and a staging buffer that is freed
-    behind the stream shows as a host function in the graph, which is refused. Not run on a GPU.
+    A plain run can be recorded from outside when it neither allocates nor waits nor computes on the CPU. Its arena has
+    what it needs after three runs of a size (memory patterns allocate in the second, pull request 15005), each batch
+    size being warmed up before it is recorded, and waiting at the end is switched off below. Nodes between host and
+    device that the optimised graph has are known on loading, and then nothing is recorded. For the rest there are the
+    checks of whoever records, each of which leaves the engine running call by call, with the reason in the log: an
+    allocation or a wait is an error of CUDA's while recording; a staging buffer that is freed behind the stream shows
+    as a host function in the graph, a tensor computed on the host as a copy from ordinary memory; what was computed on
+    the CPU is missing from a replay, which is compared with a plain run before it is used. Not run on a GPU.
     """
 
     warmups = 3
@@ -190,6 +246,10 @@ class _OnnxRuntimeEngine(Engine):
                 hint="build the bundle again: tstitch-trt build RECIPE -o BUNDLE",
             )
         self._session = session
+        crossings = copies_of(session) if getattr(device, "stream_handle", None) is not None else []
+        if crossings:
+            self.capturable = False
+            self.obstacle = f"{len(crossings)} nodes copy between host and device, e.g. {', '.join(crossings[:3])}"
         self._kind, self._index = parse_device(device.name)
         self._binding: Any = None
         self._buffers: dict[str, Buffer] = {}

@@ -1,35 +1,55 @@
-"""PyTorch as a backend: runs a member's exported program as it is. The oracle and baseline of the other backends."""
+"""PyTorch as a backend: runs a member's exported program, as it is or compiled. The oracle of the other backends."""
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import perf_counter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
+from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
 from tstitch_engines.quiet import quiet
+from tstitch_engines.spec import storage_dtype
 
 if TYPE_CHECKING:
     from tstitch_engines.device import Buffer, Device
     from tstitch_engines.manifest import EngineIdentity, Network
-    from tstitch_engines.spec import ShapeProfile
+    from tstitch_engines.spec import ShapeProfile, TensorSpec
 
 __all__ = ["TorchBackend"]
+
+_log = logging.getLogger(__name__)
 
 _REBUILD = "build the bundle again: tstitch-trt build RECIPE --backend torch -o BUNDLE"
 
 
 class TorchBackend(Backend):
-    """An engine is a ``torch.export`` archive (.pt2); it runs eagerly, operator by operator."""
+    """An engine is a ``torch.export`` archive (.pt2). It runs operator by operator, or compiled by TorchInductor.
+
+    Compiled code is for one machine and for exact sizes. So it is made where it runs, when an engine is first bound to
+    buffers of a size (``Engine.jit_ms`` says how long that took), and kept in a cache.
+    """
 
     name = "torch"
     model_kind = "exported-program"
     engine_suffix = ".pt2"
-    options = MappingProxyType({})
+    options = MappingProxyType(
+        {
+            "compile": (
+                str,
+                f"{', '.join(MODES)} (or true): compile the program with TorchInductor for each batch size, when that "
+                "is first used; max-autotune without its own CUDA graphs, which can't run inside ours (default: false)",
+            )
+        }
+    )
 
     def __init__(self) -> None:
         try:
@@ -62,7 +82,10 @@ class TorchBackend(Backend):
     ) -> tuple[Path, ...]:
         """Keeps the program as it is, after loading it once to see that it is whole."""
         for name in options:
-            raise unknown_name("torch option", name, self.options)
+            if name not in self.options:
+                raise unknown_name("torch option", name, self.options)
+        if mode_of(options.get("compile")) is not None:
+            need_toolchain(parse_device(device)[0])
         progress("check", 0.0)
         try:
             self._program(model)
@@ -79,9 +102,15 @@ class TorchBackend(Backend):
         return (output,)
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
-        """Loads a program. ``threads`` sets PyTorch's CPU threads for the whole process, as PyTorch has it."""
+        """Loads a program. ``threads`` sets PyTorch's CPU threads for the whole process, as PyTorch has it.
+
+        Raises ``Unavailable`` for one to be compiled where there is no compiler.
+        """
         kind, index = parse_device(device.name)
         self._require(kind, index)
+        mode = mode_of(identity.options.get("compile"))
+        if mode is not None:
+            need_toolchain(kind)
         try:
             program = self._program(path)
         except Exception as error:
@@ -94,7 +123,7 @@ class TorchBackend(Backend):
             from torch.export.passes import move_to_device_pass
 
             program = move_to_device_pass(program, device.name)
-        return _TorchEngine(self._torch, program.module(), member, identity, device)
+        return _TorchEngine(self._torch, program.module(), member, identity, device, mode=mode, threads=threads)
 
     def _program(self, path: Path) -> Any:
         with quiet():  # torch.export announces deprecations, and prints tracebacks of what it then raises
@@ -111,17 +140,35 @@ class TorchBackend(Backend):
 class _TorchEngine(Engine):
     """Unlike other engines this one allocates while it runs: PyTorch makes every intermediate tensor anew.
 
-    On CUDA it takes them from a pool of its own, which after the first runs holds all it needs. So a run can be
-    recorded: nothing is allocated in it, and nobody else is given the memory that the graph goes on using. Runs and
-    replays follow each other on one stream and may use the same memory. Not run on a GPU.
+    On CUDA it takes them from a pool that all of these engines on a device share, and that after the first runs holds
+    all they need. So a run can be recorded: nothing is allocated in it, and nobody else is given the memory that the
+    graph goes on using (https://docs.pytorch.org/docs/stable/notes/cuda.html, "Graph memory management"; what stands
+    there of ``torch.cuda.graph`` and its pool, ``torch.cuda.use_mem_pool`` does for a recording that is not PyTorch's).
+    Runs and replays of all engines follow each other on one stream and no tensor outlives its run, so they may use the
+    same memory. cuBLAS's workspace of this stream comes from the pool too, being first asked for in a run: nobody can
+    have it freed under a graph (PyTorch issue 193402). That is why compiling, whose trials multiply matrices, is done
+    on another stream. Not run on a GPU.
     """
 
     warmups = 3  # as torch.cuda.make_graphed_callables does: libraries choose algorithms and workspaces
 
-    def __init__(self, torch: Any, module: Any, member: Network, identity: EngineIdentity, device: Device) -> None:
+    def __init__(
+        self,
+        torch: Any,
+        module: Any,
+        member: Network,
+        identity: EngineIdentity,
+        device: Device,
+        *,
+        mode: str | None,
+        threads: int,
+    ) -> None:
         super().__init__(member.inputs, member.outputs, identity.profile)
         self._torch = torch
         self._module = module
+        self._mode = mode
+        self._threads = threads
+        self._float32 = identity.precision == "fp32"
         self._kind = parse_device(device.name)[0]
         self._device = device
         self._stream: Any = None
@@ -129,13 +176,20 @@ class _TorchEngine(Engine):
         if self._kind == "cuda":
             stream = getattr(device, "stream_handle", None)
             self._stream = torch.cuda.ExternalStream(stream, device=device.name)
-            with torch.cuda.device(self._stream.device):
-                self._pool = torch.cuda.MemPool()
+            self._pool = _pool_of(torch, device, self._stream.device)
+        self._compiled: dict[tuple[tuple[str, int], ...], Callable[..., None]] = {}
+        self._run: Callable[..., None] = self._eager
         self._arguments: list[Any] = []
         self._results: list[Any] = []
         self._buffers: dict[str, Buffer] = {}
 
     def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
+        """Compiles the first time these sizes are met, if the engine is one that is compiled; that waits."""
+        if self._mode is not None:
+            key = tuple(sorted(self.sizes.items()))
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(self._mode)
+            self._run = self._compiled[key]
         self._arguments = [self._view(buffers[spec.name]) for spec in self.inputs]
         self._results = [self._view(buffers[spec.name]) for spec in self.outputs]
         self._buffers = dict(buffers)  # the views do not own the memory
@@ -147,25 +201,82 @@ class _TorchEngine(Engine):
         try:
             with torch.inference_mode():
                 if self._stream is None:
-                    self._run()
+                    self._run(*self._results, *self._arguments)
                 else:
-                    with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
-                        self._run()
+                    with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), self._exact():
+                        self._run(*self._results, *self._arguments)
         except RuntimeError as error:
             raise FailedWork(
                 f"PyTorch failed while running a member: {_first_line(error)}",
                 hint="check the free memory: a smaller batch needs less",
             ) from error
 
-    def _run(self) -> None:
-        outputs = self._module(*self._arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        for target, value in zip(self._results, outputs, strict=True):
+    def _eager(self, *tensors: Any) -> None:
+        count = len(self.outputs)
+        values = self._module(*tensors[count:])
+        values = values if isinstance(values, tuple) else (values,)
+        for target, value in zip(tensors[:count], values, strict=True):
             target.copy_(value)
+
+    def _compile(self, mode: str) -> Callable[..., None]:
+        sizes = ", ".join(f"{name} = {size}" for name, size in sorted(self.sizes.items()))
+        what = f"the program for {sizes} on {self._device.name}"
+        _log.info("compiling %s (%s)", what, mode)
+        started = perf_counter()
+        # Zeros, not what the buffers hold: a class out of range would end the process's use of the GPU.
+        buffers = [self._zeros(spec) for spec in (*self.outputs, *self.inputs)]
+        tensors = [self._view(buffer) for buffer in buffers]
+        count = len(self.outputs)
+        with ExitStack() as stack:
+            if self._stream is not None:
+                cuda = self._torch.cuda
+                self._device.synchronize()
+                stack.enter_context(cuda.device(self._stream.device))
+                stack.enter_context(cuda.stream(cuda.Stream()))
+                stack.enter_context(self._exact())
+            run = compile_program(
+                self._torch,
+                self._module,
+                mode=mode,
+                results=tensors[:count],
+                arguments=tensors[count:],
+                threads=self._threads,
+                what=what,
+            )
+        if self._stream is not None:
+            # Inside a pool PyTorch does not give back what it keeps elsewhere to make room (its issue 159674).
+            self._torch.cuda.empty_cache()
+        spent = 1e3 * (perf_counter() - started)
+        self.jit_ms += spent
+        _log.info("compiled %s in %.1f s", what, spent / 1e3)
+        return run
+
+    def _zeros(self, spec: TensorSpec) -> Buffer:
+        import numpy as np
+
+        shape = spec.resolve(self.sizes)
+        buffer = self._device.empty(shape, spec.dtype)
+        self._device.upload(buffer, np.zeros(shape, storage_dtype(spec.dtype)))
+        return buffer
+
+    @contextmanager
+    def _exact(self) -> Iterator[None]:
+        """In float32 no TF32 (10 bits of mantissa), which PyTorch lets convolutions use unless told otherwise.
+
+        Matrix products follow ``torch.set_float32_matmul_precision``, by default without.
+        """
+        if not self._float32:
+            yield
+            return
+        cudnn = self._torch.backends.cudnn
+        with cudnn.flags(
+            enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+        ):
+            yield
 
     def _view(self, buffer: Buffer) -> Any:
         """The buffer's memory as a tensor, without a copy (bfloat16 through its 16 bits)."""
-        bits = {"bfloat16": "uint16"}.get(buffer.dtype, buffer.dtype)
+        bits = {"bfloat16": "int16"}.get(buffer.dtype, buffer.dtype)
         memory = _Memory(buffer, bits)
         if self._kind == "cpu":
             import numpy as np
@@ -175,8 +286,15 @@ class _TorchEngine(Engine):
             tensor = self._torch.as_tensor(memory, device=self._device.name)
         return tensor.view(getattr(self._torch, buffer.dtype))
 
+    def scratch(self) -> Mapping[int, int]:
+        if self._pool is None:
+            return {}
+        return {int(part["address"]): int(part["total_size"]) for part in self._pool.snapshot()}
+
     def close(self) -> None:
         self._module = None
+        self._compiled = {}
+        self._run = self._eager
         self._arguments, self._results, self._buffers = [], [], {}
         self._pool = None
 
@@ -194,6 +312,17 @@ class _Memory:
             "version": 3,
         }
         self.__array_interface__ = self.__cuda_array_interface__ = description
+
+
+_pools: Final[WeakKeyDictionary[Device, Any]] = WeakKeyDictionary()
+
+
+def _pool_of(torch: Any, device: Device, place: Any) -> Any:
+    """The memory pool of our device object, which goes with it and the engines that hold it."""
+    if device not in _pools:
+        with torch.cuda.device(place):
+            _pools[device] = torch.cuda.MemPool()
+    return _pools[device]
 
 
 def _first_line(error: BaseException) -> str:
