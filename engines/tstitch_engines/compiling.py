@@ -121,6 +121,11 @@ class Compiler:
                     found.append(engine)
             elif record.identity.onnx_sha256 != model_digest(member.onnx):
                 _log.warning("member %s: its %s engine is of another ONNX, dropped", name, record.identity.backend)
+            elif {part.path for part in record.files} & {part.path for part in engine.files}:
+                # no builder names two engines alike: this record was altered by hand
+                _log.warning(
+                    "member %s: its %s engine is in the new one's file, dropped", name, record.identity.backend
+                )
             elif keep_record(previous, record, staging):
                 found.append(record)
         return tuple(found if engine in found else [*found, engine])
