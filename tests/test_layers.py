@@ -12,10 +12,14 @@ import pytest
 
 PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bottom up
 HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_bindings", "tensorrt_rtx",
-         "tensorrt_rtx_bindings", "cuda", "diffusers", "transformers", "matplotlib", "PIL", "scipy",
+         "tensorrt_rtx_bindings", "cuda", "diffusers", "transformers", "tokenizers", "matplotlib", "PIL", "scipy",
          "safetensors")  # fmt: skip
 # Written in torch from end to end, imported only inside functions of their neighbours (or run with `python -m`).
-TORCH_MODULES = ("tstitch_export.families.dit_model", "tstitch_export.train.")
+TORCH_MODULES = (
+    "tstitch_export.families.dit_model",
+    "tstitch_export.families.clip_text_model",
+    "tstitch_export.train.",
+)
 
 
 def modules() -> list[tuple[str, Path]]:

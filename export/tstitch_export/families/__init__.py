@@ -12,6 +12,9 @@ __all__ = ["FAMILIES", "Family", "Inspection", "open_family"]
 
 FAMILIES: Final = {
     "dit": ("tstitch_export.families.dit", "DiTFamily"),
+    "clip-text": ("tstitch_export.families.clip_text", "ClipTextFamily"),
+    "unet-sd": ("tstitch_export.families.unet_sd", "StableDiffusionFamily"),
+    "unet-sdxl": ("tstitch_export.families.unet_sdxl", "SdxlFamily"),
     "uvit": ("tstitch_export.families.uvit", "UViTFamily"),
 }
 
