@@ -1,0 +1,71 @@
+"""A tiny checkpoint of every model family and layout: what the tests compile with TensorRT-RTX for real.
+
+A new family fails a test until it has an entry here: its name -> a name for each layout -> a function that writes a
+checkpoint with random weights into a folder and says where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["CHECKPOINTS", "Tiny"]
+
+
+class Tiny(NamedTuple):
+    """``path`` as ``tstitch-trt build`` would be given it, with the family's ``options``."""
+
+    path: Path
+    options: Mapping[str, Any] = {}
+
+
+def _dit(folder: Path) -> Tiny:
+    from safetensors.torch import save_file
+
+    from dits import published_state
+
+    path = folder / "DiT.safetensors"
+    save_file(published_state(heads=2), path)
+    return Tiny(path, {"num_heads": 2})
+
+
+def _dit_diffusers(folder: Path) -> Tiny:
+    from dits import diffusers_folder
+
+    diffusers_folder(folder / "DiT")
+    return Tiny(folder / "DiT")
+
+
+def _uvit(folder: Path) -> Tiny:
+    from uvits import uvit_checkpoint
+
+    path = folder / "uvit.safetensors"
+    uvit_checkpoint(path, heads=2)
+    return Tiny(path, {"num_heads": 2, "time": "discrete"})
+
+
+def _clip_text(folder: Path) -> Tiny:
+    from tiny_families import clip_text_folder
+
+    clip_text_folder(folder / "pipeline")
+    return Tiny(folder / "pipeline" / "text_encoder")
+
+
+def _unet(kind: str) -> Callable[[Path], Tiny]:
+    def write(folder: Path) -> Tiny:
+        from tiny_families import unet_folder
+
+        unet_folder(folder / "pipeline", kind)
+        return Tiny(folder / "pipeline")
+
+    return write
+
+
+CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
+    "dit": {"published": _dit, "diffusers": _dit_diffusers},
+    "uvit": {"published": _uvit},
+    "clip-text": {"transformers": _clip_text},
+    "unet-sd": {"diffusers": _unet("sd")},
+    "unet-sdxl": {"diffusers": _unet("sdxl")},
+}
