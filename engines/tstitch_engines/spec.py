@@ -12,8 +12,8 @@ from numpy.typing import DTypeLike
 
 from tstitch_engines.errors import BadInput, OutOfProfile, unknown_name
 
-# How a dimension's range is given to `tstitch-trt build`. H and W count elements of the latent, T tokens.
-_FLAGS = {"B": "--batch", "H": "--height", "W": "--width", "T": "--tokens"}
+# How a dimension's range is given to `tstitch-trt build`; heights and widths are given in pixels there.
+_FLAGS = {"B": "--batch", "T": "--tokens"}
 
 __all__ = ["DTYPES", "Range", "ShapeProfile", "TensorSpec", "itemsize", "parse_dimension", "storage_dtype"]
 
@@ -57,12 +57,13 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.min}:{self.opt}:{self.max}"
 
     @staticmethod
-    def parse(text: str) -> Range:
+    def parse(text: str, *, option: str = "--batch") -> Range:
         """``"8"`` is fixed, ``"1:16"`` is tuned for its maximum, ``"1:8:16"`` says all three."""
         parts = text.split(":")
+        example = "1:8:16" if option == "--batch" else "512:512:1024"
         if len(parts) > 3 or not all(p.isdigit() for p in parts):
             raise BadInput(
-                f"profile {text!r} is not MIN:OPT:MAX with whole numbers", hint="write it as e.g. --batch 1:8:16"
+                f"profile {text!r} is not MIN:OPT:MAX with whole numbers", hint=f"write it as e.g. {option} {example}"
             )
         numbers = [int(p) for p in parts]
         return Range(numbers[0], numbers[-1] if len(numbers) < 3 else numbers[1], numbers[-1])

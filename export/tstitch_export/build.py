@@ -247,7 +247,9 @@ class _Builder:
             sources=plan.sources,
             check=check,
             config=dict(plan.inspection.config),
-            multiples={name: dim.multiple for name, dim in plan.family.dims(plan.inspection).items()},
+            multiples={
+                name: dim.multiple for name, dim in plan.family.dims(plan.inspection).items() if dim.multiple > 1
+            },
             files={purpose: _copy(path, staging, plan.name) for purpose, path in assets.items()},
         )
         return network, versions

@@ -19,24 +19,45 @@ __all__ = ["command"]
 
 EXAMPLES = """
 tstitch-trt build --list
+tstitch-trt build --template > my.toml
 tstitch-trt build fashion -o fashion.bundle
 tstitch-trt build fashion --batch 1:8:32 --json
 tstitch-trt build fashion.bundle --backend tensorrt-rtx
 tstitch-trt build fashion --backend tensorrt-rtx --option compute-capabilities=8.9,12.0
 tstitch-trt build dit-256 --member small=DiT-S.pt --member large=DiT-XL.pt -o dit-256.bundle
 tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision large=bf16 --device cuda
+tstitch-trt build sd15-bksdm-tiny --member small=bk-sdm-tiny --member large=stable-diffusion-v1-5 --precision fp16
+tstitch-trt build sd15-bksdm-tiny --member small=tiny/unet --member large=sd15/unet --height 512:512:768
+tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --lora large=style.safetensors:0.8
+tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --part controlnet=controlnet-canny
 """
 
 
 @click.command("build", cls=Command, examples=EXAMPLES)
 @click.argument("source", metavar="RECIPE|BUNDLE", required=False)
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with the package.")
+@click.option("--template", "show_template", is_flag=True, help="Write a commented recipe to start one's own from.")
 @click.option(
     "--member",
     "members",
     multiple=True,
     metavar="NAME=CHECKPOINT",
     help="A member's checkpoint: .safetensors, .pt, .pth or a diffusers folder. May be repeated.",
+)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, where the members' pipeline folders "
+    "don't have it. May be repeated.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="NAME=FILE[:WEIGHT]",
+    help="A LoRA fused into a member or text encoder before the export, by default with weight 1. May be repeated.",
 )
 @click.option(
     "--backend",
@@ -56,6 +77,11 @@ tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision l
     "--batch",
     metavar="MIN:OPT:MAX",
     help="Batch sizes of the engines; with guidance one image takes two places. [1:8:16, or the BUNDLE's]",
+)
+@click.option("--height", metavar="MIN:OPT:MAX", help="Heights of the pictures, in pixels. [the models' native one]")
+@click.option("--width", metavar="MIN:OPT:MAX", help="Widths of the pictures, in pixels. [the models' native one]")
+@click.option(
+    "--tokens", metavar="MIN:OPT:MAX", help="Lengths of prompts in tokens; longer ones go in chunks of 77. [77:77:231]"
 )
 @click.option(
     "--device",
@@ -83,10 +109,16 @@ tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision l
 def command(
     source: str | None,
     list_recipes: bool,
+    show_template: bool,
     members: tuple[str, ...],
+    parts: tuple[str, ...],
+    loras: tuple[str, ...],
     backend: str,
     precisions: tuple[str, ...],
     batch: str | None,
+    height: str | None,
+    width: str | None,
+    tokens: str | None,
     device: str,
     options: tuple[str, ...],
     output: Path | None,
@@ -107,19 +139,30 @@ def command(
     if list_recipes:
         _list(as_json)
         return
+    if show_template:
+        from tstitch_export.recipe import template
+
+        click.echo(template(), nl=False)
+        return
     if source is None:
         raise BadInput(
             f"build needs a RECIPE or a BUNDLE, got nothing; known: {', '.join(recipe_names())}",
             hint="write e.g. tstitch-trt build fashion; tstitch-trt build --list describes them",
         )
     checkpoints = parse_pairs(members, option="--member", value="CHECKPOINT")
+    folders = parse_pairs(parts, option="--part", value="FOLDER")
     profile = None if batch is None else Range.parse(batch)
     chosen = parse_pairs(options, option="--option", value="VALUE")
+    ranges = {name: None if text is None else Range.parse(text, option=f"--{name}")
+              for name, text in (("height", height), ("width", width), ("tokens", tokens))}  # fmt: skip
     precision = _precision(precisions)
     from_bundle = source not in recipe_names() and Path(source).is_dir()
     place = output or Path(source if from_bundle else f"{Path(source).stem}.bundle")
     if from_bundle:
-        for option, given in (("--member", members), ("--precision", precisions)):
+        for option, given in (
+            ("--member", members), ("--part", parts), ("--lora", loras), ("--precision", precisions),
+            ("--height", height and (height,)), ("--width", width and (width,)), ("--tokens", tokens and (tokens,)),
+        ):  # fmt: skip
             if given:
                 raise BadInput(
                     f"{option} {given[0]} decides what is exported, and {source} is a bundle, whose ONNX is exported",
@@ -142,12 +185,14 @@ def command(
             manifest = build(
                 source,
                 members={name: Path(path) for name, path in checkpoints.items()},
+                parts={name: Path(path) for name, path in folders.items()},
                 output=place,
                 backend=backend,
                 precision=precision,
                 profile=profile or Range(1, 8, 16),
+                **ranges,
                 device=device,
-                options=dict(chosen),
+                options={**chosen, **_loras(loras)},
                 progress=report,
             )
     if as_json:
@@ -196,6 +241,17 @@ def _list(as_json: bool) -> None:
         print_json([{"name": r.name, "members": list(r.members), "description": r.description} for r in recipes])
         return
     print_table(("recipe", "members", "description"), [(r.name, ", ".join(r.members), r.description) for r in recipes])
+
+
+def _loras(given: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=FILE[:WEIGHT]`` as the family option ``NAME.lora``, a list of them where a name comes more than once."""
+    found: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not (equals and name and file):
+            raise BadInput(f"--lora {text!r} is not NAME=FILE[:WEIGHT]", hint="e.g. --lora large=style.safetensors:0.8")
+        found.setdefault(name, []).append(file)
+    return {f"{name}.lora": ",".join(files) for name, files in found.items()}
 
 
 def _precision(texts: tuple[str, ...]) -> Precision | dict[str, Precision]:
