@@ -18,6 +18,9 @@ HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_bin
 TORCH_MODULES = (
     "tstitch_export.families.dit_model",
     "tstitch_export.families.clip_text_model",
+    "tstitch_export.families.vae_modules",
+    "tstitch_export.families.unet_model",
+    "tstitch_export.families.upsampling",
     "tstitch_export.train.",
 )
 

@@ -9,7 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["clip_text_folder", "clip_tokenizer_folder", "clip_vocabulary"]
+__all__ = [
+    "clip_text_folder",
+    "clip_tokenizer_folder",
+    "clip_vocabulary",
+    "controlnet_folder",
+    "unet_folder",
+    "vae_folder",
+]
 
 _WORDS = """a photo of an astronaut riding a horse on mars, oil painting; detailed. the cat's whiskers aren't blue
 they've seen 1984 and 2001! we'll go, i'm there, she'd stay. красивый кот 猫が好き naïve café coöperate über straße
@@ -107,4 +114,99 @@ def clip_text_folder(
     logging.disable_progress_bar()
     model.save_pretrained(pipeline / part)
     clip_tokenizer_folder(pipeline / part.replace("text_encoder", "tokenizer"), pad=pad)
+    return model
+
+
+# --- UNets and ControlNets
+
+_UNETS: dict[str, dict[str, Any]] = {
+    # The names of the blocks' kinds and of text widths are those of the published models, the sizes are not.
+    "sd": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    },
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 64,
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    },
+}
+_UNETS["refiner"] = {**_UNETS["sdxl"], "cross_attention_dim": 32, "projection_class_embeddings_input_dim": 32 + 5 * 8}
+_UNETS["ssd1b"] = {
+    **_UNETS["sdxl"],
+    "layers_per_block": 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": (1, (2, 1)),
+    "reverse_transformer_layers_per_block": ((1, 2, 1), 1),
+}
+_UNETS["bksdm"] = {**_UNETS["sd"], "mid_block_type": None}
+
+
+def unet_folder(pipeline: Path, kind: str = "sd", *, part: str | None = "unet", seed: int = 3, **changes: Any) -> Any:
+    """Writes a tiny UNet of this kind (sd, sdxl, refiner, ssd1b, bksdm) into ``pipeline/part``; returns the module.
+
+    ``part=None`` writes a bare folder; ``changes`` are settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide
+    for Stable Diffusion and the refiner, 2 x 32 with a projection of 16 for SDXL.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    settings = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
+    torch.manual_seed(seed)
+    model = randomise(UNet2DConditionModel(**{**settings, **_UNETS[kind], **changes}), seed)
+    model.save_pretrained(pipeline / part if part else pipeline)
+    return model
+
+
+def controlnet_folder(folder: Path, kind: str = "sd", *, seed: int = 4, **changes: Any) -> Any:
+    """Writes a tiny ControlNet for the UNets of this kind (sd, sdxl, ssd1b); returns the module."""
+    import torch
+    from diffusers import ControlNetModel
+
+    ours = {**_UNETS[kind], "mid_block_type": "UNetMidBlock2DCrossAttn"}
+    ours = {key: value for key, value in ours.items() if "up_block" not in key and "reverse" not in key}
+    if kind == "ssd1b":
+        ours["transformer_layers_per_block"] = (1, 2)
+    settings = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "conditioning_embedding_out_channels": (8, 16, 16, 32),
+    }
+    torch.manual_seed(seed)
+    model = randomise(ControlNetModel(**{**settings, **ours, **changes}), seed)
+    model.save_pretrained(folder)
+    return model
+
+
+# --- autoencoders
+
+
+def vae_folder(folder: Path, kind: str = "kl", *, levels: int = 3, **changes: Any) -> Any:
+    """Saves a diffusers autoencoder of ``kind`` (kl, tiny, vq) with ``2**(levels-1)`` pixels per latent element."""
+    from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+
+    if kind == "tiny":
+        layers: dict[str, Any] = {"num_encoder_blocks": (1,) * levels, "num_decoder_blocks": (1,) * levels}
+        layers |= {"encoder_block_out_channels": (16,) * levels, "decoder_block_out_channels": (16,) * levels}
+        model = AutoencoderTiny(**layers, **changes)
+    else:
+        sides = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+        common = {**sides, "block_out_channels": (32,) * levels, "sample_size": 32}
+        if kind == "vq":
+            model = VQModel(**{**common, "num_vq_embeddings": 24, "scaling_factor": 0.5, **changes})
+        else:
+            model = AutoencoderKL(**{**common, **changes})
+    randomise(model, seed=len(kind))
+    if kind == "vq":
+        model.quantize.embedding.weight.data.mul_(10.0)  # entries as far apart as latents are
+    model.save_pretrained(folder)
     return model

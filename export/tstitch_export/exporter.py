@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -183,12 +185,20 @@ def _trace(family: Family, inspection: Inspection, model: nn.Module, precision: 
         assert not rest, f"{size} of a {name} in multiples of {dims[name].multiple} is no whole number"
         return share * roots[name] if share > 1 else roots[name]
 
-    shapes = {
-        spec.name: {axis: dynamic(size) for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in specs
-    }
+    shapes = [{axis: dynamic(size) for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in specs]
     with torch.no_grad():
-        return torch.export.export(model.to(dtype), example, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            model.to(dtype), example, dynamic_shapes=_like_parameters(shapes, model.forward), strict=False
+        )
+
+
+def _like_parameters(shapes: list[Any], forward: Callable[..., Any]) -> tuple[Any, ...]:
+    """One per parameter of ``forward``: those that a ``*parameter`` takes are a tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    own = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:own], tuple(shapes[own:]))
 
 
 def _check_sizes(family: Family, inspection: Inspection, index: int) -> dict[str, int]:
