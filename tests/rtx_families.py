@@ -52,14 +52,21 @@ def _clip_text(folder: Path) -> Tiny:
     return Tiny(folder / "pipeline" / "text_encoder")
 
 
-def _unet(kind: str) -> Callable[[Path], Tiny]:
+def _unet(kind: str, **options: Any) -> Callable[[Path], Tiny]:
     def write(folder: Path) -> Tiny:
         from tiny_families import unet_folder
 
         unet_folder(folder / "pipeline", kind)
-        return Tiny(folder / "pipeline")
+        return Tiny(folder / "pipeline", options)
 
     return write
+
+
+def _controlnet(folder: Path) -> Tiny:
+    from tiny_families import controlnet_folder
+
+    controlnet_folder(folder / "ControlNet", "sdxl")
+    return Tiny(folder / "ControlNet")
 
 
 CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
@@ -67,5 +74,6 @@ CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
     "uvit": {"published": _uvit},
     "clip-text": {"transformers": _clip_text},
     "unet-sd": {"diffusers": _unet("sd")},
-    "unet-sdxl": {"diffusers": _unet("sdxl")},
+    "unet-sdxl": {"diffusers": _unet("sdxl"), "pruned and controlled": _unet("ssd1b", controlled=True)},
+    "controlnet": {"diffusers": _controlnet},
 }

@@ -11,14 +11,15 @@ from tstitch_export.families.base import Family, Inspection
 __all__ = ["FAMILIES", "Family", "Inspection", "open_family"]
 
 FAMILIES: Final = {
-    "dit": ("tstitch_export.families.dit", "DiTFamily"),
     "clip-text": ("tstitch_export.families.clip_text", "ClipTextFamily"),
-    "vae-decoder": ("tstitch_export.families.vae", "VaeDecoderFamily"),
-    "vae-encoder": ("tstitch_export.families.vae", "VaeEncoderFamily"),
+    "controlnet": ("tstitch_export.families.controlnet", "ControlNetFamily"),
+    "dit": ("tstitch_export.families.dit", "DiTFamily"),
+    "ldm": ("tstitch_export.families.ldm", "LDMFamily"),
     "unet-sd": ("tstitch_export.families.unet_sd", "StableDiffusionFamily"),
     "unet-sdxl": ("tstitch_export.families.unet_sdxl", "SdxlFamily"),
     "uvit": ("tstitch_export.families.uvit", "UViTFamily"),
-    "ldm": ("tstitch_export.families.ldm", "LDMFamily"),
+    "vae-decoder": ("tstitch_export.families.vae", "VaeDecoderFamily"),
+    "vae-encoder": ("tstitch_export.families.vae", "VaeEncoderFamily"),
 }
 
 
