@@ -75,10 +75,19 @@ class Walk:
         """Enqueues all steps. The latents go to the buffer ``keep`` on the device, or without one to the host."""
         plan, request, stepper = self._plan, self._request, self._stepper
         lanes = self._lanes(chunk.count)
-        kinds = [
-            Kind(name, lanes, guided, guided and plan.rescale)
-            for name, guided in zip(plan.schedule.names, plan.guided, strict=True)
-        ]
+        stepper.shape(*request.size)
+        made = {
+            (name, guided): stepper.kind(
+                name,
+                lanes,
+                request.conditioning,
+                guided=guided,
+                rescale=guided and plan.rescale,
+                control=request.control,
+            )
+            for name, guided in dict.fromkeys(zip(plan.schedule.names, plan.guided, strict=True))
+        }
+        kinds = [made[which] for which in zip(plan.schedule.names, plan.guided, strict=True)]
         used = dict.fromkeys(kinds[request.start :])
         stepper.ready(used)
         pad = [0] * (lanes - chunk.count)
@@ -92,11 +101,10 @@ class Walk:
             self._rows,
             [*request.seeds[chunk.start : chunk.stop], *pad],
             step=request.start,
-            scale=plan.init_scale if request.start == 0 else 1.0,
+            scale=plan.init_scale if request.from_noise else 1.0,
             latents=latents,
         )
-        names = dict.fromkeys(kind.member for kind in used)
-        stepper.condition(names, [*request.labels[chunk.start : chunk.stop], *pad], guided=self._guided)
+        stepper.condition(request.conditioning, used, start=chunk.start, stop=chunk.stop, guided=self._guided)
         watch = self._device.stopwatch()
         segments = yield from self._segments(chunk, kinds, watch)
         watch.mark()

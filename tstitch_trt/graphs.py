@@ -1,14 +1,15 @@
 """Recorded steps: ``prepare + engine + advance`` of one kind as one launch, checked before it is trusted.
 
-A kind is a member at a number of lanes, guided or not, rescaled or not. Rows, step index, guidance scale and seed of
-every lane are read on the device, so a kind's graph serves any schedule, solver, step count, guidance and seed.
+A kind is a member at a number of lanes and a size, guided or not, rescaled or not, with control or without. Rows, step
+index, guidance scale and seed of every lane are read on the device, so a kind's graph serves any schedule, solver, step
+count, guidance and seed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -20,6 +21,7 @@ from tstitch_engines.device import Device, Graph, NotCaptured
 from tstitch_engines.errors import unknown_name
 from tstitch_engines.rows import FLAG_STORE, ROW, ROW_FIELDS
 from tstitch_trt.lanes import LaneArena
+from tstitch_trt.limits import Sizes
 
 __all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "Kind", "StepGraphs", "check_mode"]
 
@@ -35,13 +37,19 @@ _logger = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
+    """``sizes``: of the member's dynamic dimensions, empty where it has none. ``control``: the ControlNet's sizes."""
+
     member: str
     lanes: int
     guided: bool
     rescale: bool
+    sizes: Sizes = ()
+    control: Sizes | None = None
 
     def __str__(self) -> str:
-        return f"member {self.member!r}, {self.lanes} lanes{', guided' if self.guided else ''}"
+        size = "".join(f", {name} {value}" for name, value in self.sizes)
+        more = f"{', guided' if self.guided else ''}{', controlled' if self.control is not None else ''}"
+        return f"member {self.member!r}, {self.lanes} lanes{size}{more}"
 
 
 def check_mode(mode: str) -> None:
@@ -121,28 +129,31 @@ class StepGraphs:
         return graph
 
     def record(
-        self, kind: Kind, engine: Engine, run: Callable[[], None], condition: Callable[[list[int]], None], classes: int
+        self, kind: Kind, engines: Sequence[Engine], run: Callable[[], None], condition: Callable[[int], None]
     ) -> None:
-        """Records ``run`` (one step of ``kind``), which the kind ``lacks``. Waits; overwrites arena and labels.
+        """Records ``run`` (one step of ``kind``), which the kind ``lacks``. Waits; overwrites arena and conditioning.
 
-        ``condition`` writes one label per lane.
+        ``engines``: those that ``run`` enqueues. ``condition`` writes made-up conditioning, other one for each number.
         """
         self._steps[kind] = None
         lanes = range(kind.lanes)
         try:
             self._rehearse(list(lanes), 0)
-            condition([0 for _ in lanes])
-            for _ in range(engine.warmups):
+            condition(0)
+            for _ in range(max(engine.warmups for engine in engines)):
                 run()
             self._device.synchronize()
-            if not engine.capturable:  # known once it is bound
-                reason = f": {engine.obstacle}" if engine.obstacle else ""
-                raise NotCaptured(f"its engine can't be recorded{reason}", hint="nothing to do: the result is the same")
+            for engine in engines:
+                if not engine.capturable:  # known once it is bound
+                    reason = f": {engine.obstacle}" if engine.obstacle else ""
+                    raise NotCaptured(
+                        f"its engine can't be recorded{reason}", hint="nothing to do: the result is the same"
+                    )
             graph = self._device.capture(run)
             states = []
             for step in (graph.launch, run):  # in this order: a replay that does nothing must not find the right output
                 self._rehearse([7919 + i for i in lanes], 2)
-                condition([(1 + i) % classes for i in lanes])
+                condition(1)
                 step()
                 states.append(self._device.download(self._arena.latents)[: kind.lanes])
         except NotCaptured as error:

@@ -68,11 +68,6 @@ class LaneArena:
             self._shapes[latent_shape] = (self.latents, self.history, self._kernels())
         self.latents, self.history, self.kernels = self._shapes[latent_shape]
 
-    def forget(self, latent_shape: tuple[int, int, int]) -> None:
-        """Lets go of the kernels of a shape, which is not the present one; nothing recorded with them may run again."""
-        assert latent_shape != self.latent_shape, "these lanes are in use"
-        self._shapes.pop(latent_shape, None)
-
     @property
     def nbytes(self) -> int:
         parts = (self._latents, self._history, self.rows, self.step, self.seed, self.fault)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from tstitch_engines.manifest import Manifest
 from tstitch_engines.slab import slab_bytes
+from tstitch_engines.spec import ShapeProfile
+from tstitch_trt.control import CONTROLNET
 from tstitch_trt.lanes import arena_bytes
-from tstitch_trt.stepper import io_slices
+from tstitch_trt.limits import Limits
+from tstitch_trt.slices import io_slices
 
 __all__ = ["planned_memory"]
 
@@ -15,17 +18,28 @@ def planned_memory(manifest: Manifest) -> dict[str, dict[str, int]]:
 
     Only for backends that all members have engines of. Weights and activations are known once the engines are loaded.
     """
-    latent = manifest.latent
-    limits: dict[str, list[int]] = {}
-    for member in manifest.members.values():
-        for backend in dict.fromkeys(record.identity.backend for record in member.engines):
-            batches = [r.identity.profile.dims["B"].max for r in member.engines if r.identity.backend == backend]
-            limits.setdefault(backend, []).append(max(batches))
+    planned: dict[str, dict[str, int]] = {}
+    for backend in dict.fromkeys(r.identity.backend for m in manifest.members.values() for r in m.engines):
+        profiles = _profiles(manifest, backend)
+        if manifest.members.keys() <= profiles.keys():
+            planned[backend] = _planned(manifest, Limits.of(manifest, profiles))
+    return planned
+
+
+def _profiles(manifest: Manifest, backend: str) -> dict[str, ShapeProfile]:
+    """Of every network that a step runs and that has engines of ``backend``: the profile with the largest batch."""
+    found: dict[str, ShapeProfile] = {}
+    for name in (*manifest.members, *({CONTROLNET} & set(manifest.parts))):
+        records = (r.identity.profile for r in manifest.networks()[name].engines if r.identity.backend == backend)
+        if (largest := max(records, key=lambda profile: profile.dims["B"].max, default=None)) is not None:
+            found[name] = largest
+    return found
+
+
+def _planned(manifest: Manifest, limits: Limits) -> dict[str, int]:
+    height, width = limits.largest
+    elements = manifest.latent.channels * height * width
     return {
-        backend: {
-            "arena": arena_bytes(min(batches), latent.channels * latent.height * latent.width, manifest.noise.steps),
-            "engine io": slab_bytes(io_slices(manifest, min(batches))),
-        }
-        for backend, batches in limits.items()
-        if len(batches) == len(manifest.members)
+        "arena": arena_bytes(limits.batch.max, elements, manifest.noise.steps),
+        "engine io": slab_bytes(io_slices(manifest, limits)),
     }

@@ -56,7 +56,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class Result:
-    """``images`` uint8 ``[N,H,W,C]``, ``None`` when not decoded.
+    """``images`` uint8 ``[N,H,W,C]``, ``None`` when not decoded; ``labels`` or ``prompts``: what each was asked to be.
 
     ``total_ms`` is the time of the trajectories alone, without decoding: the sum of ``timings``.
     """
@@ -68,6 +68,7 @@ class Result:
     plan: Plan
     timings: tuple[SegmentTiming, ...]
     _device_latents: Any = None
+    prompts: tuple[str, ...] = ()
 
     @property
     def latents(self) -> NDArray[np.float32]:

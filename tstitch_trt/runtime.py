@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,15 @@ from tstitch_engines.device import Buffer, Device
 from tstitch_engines.errors import BadInput, Cancelled, Unavailable, unknown_name
 from tstitch_engines.manifest import Manifest
 from tstitch_trt.chunks import UnderWay, Walk
+from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState
 from tstitch_trt.plan import Plan, make_plan
+from tstitch_trt.prompts import Texts
 from tstitch_trt.request import Request, host_array
 from tstitch_trt.result import Result, SegmentTiming, StepEvent
+from tstitch_trt.starting import Encoder, check_start_wishes, start_step
 from tstitch_trt.stepper import Stepper
+from tstitch_trt.wishes import PictureWishes, Wishes, split_wishes
 
 __all__ = ["Runtime"]
 
@@ -50,7 +55,11 @@ class Runtime:
         self.device = device
         self.backend_name = backend_name
         self.load_ms = load_ms
-        self._stepper = Stepper(bundle.manifest, device, engines, graph)
+        self._engines = dict(engines)
+        stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
+        self._stepper = Stepper(bundle.manifest, device, stepped, graph)
+        self._texts: Texts | None = None
+        self._encoder: Encoder | None = None
         self._results: Buffer | None = None
         self._busy = threading.Lock()
 
@@ -78,6 +87,13 @@ class Runtime:
         """
         return {**self._stepper.memory(), "results": 0 if self._results is None else self._results.nbytes}
 
+    def jit_ms(self) -> dict[str, float]:
+        """Milliseconds that each engine has spent so far on compiling for this machine, when a batch size was new.
+
+        Of the backend ``torch`` built with the option ``compile``; elsewhere 0.
+        """
+        return {name: engine.jit_ms for name, engine in self._engines.items()}
+
     def graphs(self) -> GraphState:
         """Whether steps are replayed from graphs, why, and what could not be recorded so far."""
         return self._stepper.graph_state()
@@ -85,6 +101,9 @@ class Runtime:
     def close(self) -> None:
         """Releases graphs and engines. The runtime can't be used afterwards."""
         self._stepper.close()
+        for name, engine in self._engines.items():
+            if name not in self.members and name != CONTROLNET:
+                engine.close()
         self._results = None
 
     def __enter__(self) -> Self:
@@ -104,26 +123,17 @@ class Runtime:
     def sample(
         self,
         *,
-        labels: int | Sequence[int] | None = None,
-        n: int | None = None,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        latents: Any = None,
-        start_step: int = 0,
         callback: Callback | None = None,
         decode: bool | None = None,
         output: Output = "host",
-        **settings: Any,
+        **wishes: Unpack[Wishes],
     ) -> Result:
         """Draws images.
 
-        ``labels``: class of each image (cycled up to ``n``; ``None`` cycles through all classes). ``seeds``: one per
-        image; otherwise image i has ``seed + i``. ``latents``: unit Gaussian noise float32 ``[N,C,H,W]`` to start
-        from in place of the seeds' own; with ``start_step`` k > 0 they are the state before step k instead. They may
-        be anything with ``__dlpack__`` or ``__cuda_array_interface__``, such as a torch tensor: on this runtime's GPU
-        they are read where they lie (a NaN in them is then found after the first step).
-        ``callback`` gets a ``StepEvent`` after each step and cancels by returning ``False``. ``settings`` are the
-        keywords of ``tstitch_trt.plan.make_plan``: steps, solver, schedule, fraction, guidance...
+        ``wishes``: what the pictures are to be (``tstitch_trt.wishes.PictureWishes``: labels or prompt, n, seed, size,
+        a picture to start from...) and how they are drawn (the keywords of ``tstitch_trt.plan.make_plan``: steps,
+        solver, schedule, fraction, guidance...). ``callback`` gets a ``StepEvent`` after each step and cancels by
+        returning ``False``.
 
         ``decode``: whether to make pictures; by default where the bundle has a decoder. ``output="device"`` leaves the
         latents on the device, as ``Result.device_latents``, and makes no pictures.
@@ -131,18 +141,7 @@ class Runtime:
         Images larger in number than the engines' batch profile run in chunks. Raises ``BadInput`` and its kinds for a
         request that can't be right, ``NotFinite`` with step and member, ``Cancelled``.
         """
-        walk = self._start(
-            self.plan(**settings),
-            decode=decode,
-            output=output,
-            events=callback is not None,
-            labels=labels,
-            n=n,
-            seed=seed,
-            seeds=seeds,
-            latents=latents,
-            start=start_step,
-        )
+        walk = self._start(wishes, decode=decode, output=output, events=callback is not None)
         while True:
             try:
                 event = next(walk)
@@ -157,35 +156,15 @@ class Runtime:
                 )
 
     def iterate(
-        self,
-        *,
-        labels: int | Sequence[int] | None = None,
-        n: int | None = None,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        latents: Any = None,
-        start_step: int = 0,
-        decode: bool | None = None,
-        output: Output = "host",
-        **settings: Any,
+        self, *, decode: bool | None = None, output: Output = "host", **wishes: Unpack[Wishes]
     ) -> Generator[StepEvent, None, Result]:
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel."""
-        return self._start(
-            self.plan(**settings),
-            decode=decode,
-            output=output,
-            events=True,
-            labels=labels,
-            n=n,
-            seed=seed,
-            seeds=seeds,
-            latents=latents,
-            start=start_step,
-        )
+        return self._start(wishes, decode=decode, output=output, events=True)
 
     def _start(
-        self, plan: Plan, *, decode: bool | None, output: Output, events: bool, latents: Any, **wanted: Any
+        self, wishes: Wishes, *, decode: bool | None, output: Output, events: bool
     ) -> Generator[StepEvent, None, Result]:
+        """Checks all that can be checked before anything runs."""
         if output not in OUTPUTS:
             raise unknown_name("output", output, OUTPUTS)
         if decode and output == "device":
@@ -193,20 +172,46 @@ class Runtime:
                 "decode=True with output='device': pictures are made on the host",
                 hint="leave out one of the two; runtime.decode(latents) makes pictures of host latents",
             )
-        if latents is not None:
-            self.device.activate()
-            borrowed = self.device.borrow(latents)
-            latents = host_array(latents) if borrowed is None else borrowed
-        request = Request.make(self.manifest, latents=latents, **wanted)
+        pictures, settings = split_wishes(wishes)
+        check_start_wishes(pictures)
+        start = pictures.get("start_step", 0)
+        if pictures.get("image") is not None:
+            start = start_step(pictures, self.plan(**settings).steps)
+            settings["start"] = start
+        plan = self.plan(**settings)
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
+        with self._alone():  # prompts and pictures are encoded here
+            request = self._request(pictures, plan, start)
         return self._walk(request, plan, decode=decode, events=events, output=output)
+
+    def _request(self, pictures: PictureWishes, plan: Plan, start: int) -> Request:
+        latents = pictures.get("latents")
+        if latents is not None:
+            borrowed = self.device.borrow(latents)
+            pictures = {**pictures, "latents": host_array(latents) if borrowed is None else borrowed}
+        request = Request.make(
+            self.manifest,
+            self._stepper.limits,
+            plan,
+            pictures,
+            start=start,
+            texts=self._texts,
+            encoder=self._encoder,
+        )
+        request.check_start(plan)
+        return request
 
     def _walk(
         self, request: Request, plan: Plan, *, decode: bool, events: bool, output: Output
     ) -> Generator[StepEvent, None, Result]:
-        request.check_start(plan)
         walk = Walk(self._stepper, self.device, request, plan, decode=self.decode, events=events)
+        with self._alone():
+            return (yield from self._chunks(walk, request, plan, decode=decode, output=output))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The device made usable on this thread, for one request at a time."""
         if not self._busy.acquire(blocking=False):
             raise BadInput(
                 "this runtime is already sampling",
@@ -214,7 +219,7 @@ class Runtime:
             )
         try:
             self.device.activate()
-            return (yield from self._chunks(walk, request, plan, decode=decode, output=output))
+            yield
         finally:
             self._busy.release()
 
@@ -222,7 +227,7 @@ class Runtime:
         self, walk: Walk, request: Request, plan: Plan, *, decode: bool, output: Output
     ) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
-        shape = (request.n, *self._stepper.arena.latent_shape)
+        shape = (request.n, self.manifest.latent.channels, *request.size)
         kept = self._result_buffer(shape) if output == "device" else None
         latents = np.empty(shape if kept is None else (0,), np.float32)
         images: list[NDArray[np.uint8]] = []
@@ -257,6 +262,7 @@ class Runtime:
             plan,
             tuple(timings),
             None if kept is None else self.device.share(kept),
+            prompts=request.prompts,
         )
 
     def _result_buffer(self, shape: tuple[int, ...]) -> Buffer:

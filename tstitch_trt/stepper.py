@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer, Device
-from tstitch_engines.errors import OutOfProfile
+from tstitch_engines.device import Device
 from tstitch_engines.manifest import Manifest
-from tstitch_engines.slab import Slab
-from tstitch_engines.spec import Range, ShapeProfile, TensorSpec, storage_dtype
+from tstitch_engines.spec import storage_dtype
+from tstitch_trt.conditioning import Conditioning, stand_in
+from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState, Kind, StepGraphs
 from tstitch_trt.lanes import LaneArena
+from tstitch_trt.limits import Limits, Sizes, network_sizes
+from tstitch_trt.slices import Bound, IoSlices
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.base import Engine
 
-__all__ = ["Stepper", "io_slices"]
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """The buffers of one member at one batch: ``lanes`` images, both halves of each when ``guided``."""
-
-    active: Buffer
-    sample: Buffer
-    timestep: Buffer
-    model_output: Buffer
-    all: Mapping[str, Buffer]
+__all__ = ["Stepper"]
 
 
 class Stepper:
     """Loaded engines, the arena and the engines' buffers. Batches, seeds and schedules are its caller's concern.
 
-    All inputs and outputs of all engines are slices of one block, each sized for the largest batch; members with equal
-    tensors share a slice, since only one member runs at a time. A smaller batch is the start of the slice, so every
-    address is fixed. In the labels' slice the unguided batch is thereby the first half of the guided one.
+    ``engines``: of all members, and that of the part ``controlnet`` where the bundle has one. A controlled step runs it
+    between ``prepare`` and the member, on the same sample and timestep; what it gives is the member's input.
     """
 
     def __init__(
@@ -49,40 +38,22 @@ class Stepper:
         self._manifest = manifest
         self._device = device
         self._engines = dict(engines)
-        limits = [engine.profile.dims["B"] for engine in engines.values()]
-        self.batch_limit = min(limit.max for limit in limits)
-        self.batch_floor = max(limit.min for limit in limits)
-        if self.batch_floor > self.batch_limit:
-            raise OutOfProfile(
-                f"the members' batch profiles {[str(limit) for limit in limits]} have no size in common",
-                hint="build all members with one --batch MIN:OPT:MAX",
-            )
-        self._limits = ShapeProfile({"B": Range(self.batch_floor, self.batch_limit, self.batch_limit)})
-        self._tuned = {limit.opt for limit in limits}
-        latent = manifest.latent
+        self.members = tuple(name for name in engines if name in manifest.members)
+        self.limits = Limits.of(manifest, {name: engine.profile for name, engine in engines.items()})
+        self.batch_floor, self.batch_limit = self.limits.batch.min, self.limits.batch.max
+        self._tuned = {self._engines[name].profile.dims["B"].opt for name in self.members}
         self.arena = LaneArena(
             device,
             slots=self.batch_limit,
-            latent_shape=(latent.channels, latent.height, latent.width),
+            latent_shape=(manifest.latent.channels, *self.limits.largest),
             table_rows=manifest.noise.steps,
         )
         # Where the arena is host memory a fault is seen at once; elsewhere reading it would wait for the device.
         self.host_fault: NDArray[np.int32] | None = getattr(self.arena.fault, "array", None)
-        largest = {"B": self.batch_limit}
-        specs = [spec for member in manifest.members.values() for spec in (*member.inputs, *member.outputs)]
-        self._io = Slab(
-            device, {"active": 4 * self.batch_limit, **{_slice(spec): spec.nbytes(largest) for spec in specs}}
-        )
-        self._device.upload(
-            self._io.view("active", (self.batch_limit,), "int32"), np.arange(self.batch_limit, dtype=np.int32)
-        )
-        self._bound: dict[tuple[str, int, bool], _Bound] = {}
-        self._holds: dict[str, _Bound] = {}  # what each engine was bound to last
+        self._io = IoSlices(manifest, device, self.limits)
+        self._holds: dict[str, Bound] = {}  # what each engine was bound to last
         self._graphs = StepGraphs(device, self.arena, graph)
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return tuple(self._engines)
+        self.shape(*self.limits.native_or_largest())
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose. ``activations``: the scratch that the engines plan themselves, shared blocks once."""
@@ -105,18 +76,44 @@ class Stepper:
         sizes = {limit, *(tuned // (2 if guided else 1) for tuned in self._tuned), *(1 << i for i in range(31))}
         return min(size for size in sizes if count <= size <= limit)
 
+    # --- sizes
+
+    def shape(self, height: int, width: int) -> None:
+        """Makes all lanes latents of this size, which ``limits`` allows."""
+        self.arena.shape((self._manifest.latent.channels, height, width))
+
+    def sizes(self, name: str, tokens: int = 0) -> Sizes:
+        """Those of a network's dynamic dimensions with the present latents and ``tokens``. Raises ``OutOfProfile``."""
+        _, height, width = self.arena.latent_shape
+        profile = self._engines[name].profile
+        return network_sizes(self._manifest.networks()[name], profile, height, width, tokens)
+
+    def kind(
+        self, member: str, lanes: int, conditioning: Conditioning, *, guided: bool, rescale: bool, control: bool = False
+    ) -> Kind:
+        """The kind of step that runs ``member`` under ``conditioning`` on latents of the present size."""
+        controlled = control and self._manifest.members[member].controlled
+        return Kind(
+            member,
+            lanes,
+            guided,
+            rescale,
+            self.sizes(member, conditioning.tokens(member)),
+            self.sizes(CONTROLNET, conditioning.tokens(CONTROLNET)) if controlled else None,
+        )
+
     # --- stepping
 
     def ready(self, kinds: Iterable[Kind]) -> None:
-        """Records the steps of these kinds that were not recorded before, which overwrites lanes and labels."""
+        """Records the steps of these kinds that were not recorded before, which overwrites lanes and conditioning."""
         for kind in kinds:
             if self._graphs.lacks(kind):
+                engines = [self._engines[name] for name in _networks(kind)]
 
-                def condition(labels: list[int], kind: Kind = kind) -> None:
-                    self.condition([kind.member], labels, guided=kind.guided)
+                def condition(variant: int, kind: Kind = kind) -> None:
+                    self._stand_in(kind, variant)
 
-                classes = self._manifest.conditioning.classes
-                self._graphs.record(kind, self._engines[kind.member], self._work(kind), condition, classes)
+                self._graphs.record(kind, engines, self._work(kind), condition)
 
     def stepping(self, kind: Kind) -> Callable[[], None]:
         """What does one step of ``kind``, again and again until another kind of the same member is asked for.
@@ -132,10 +129,11 @@ class Stepper:
         return None if graph is None else graph.launch
 
     def _work(self, kind: Kind) -> Callable[[], None]:
-        bound = self.bind(kind.member, kind.lanes, kind.guided)
+        bound = self.bind(kind.member, kind.lanes, kind.guided, kind.sizes)
         prepare, advance = self.arena.kernels.prepare, self.arena.kernels.advance
         enqueue = self._engines[kind.member].enqueue
         active, sample, timestep, output = bound.active, bound.sample, bound.timestep, bound.model_output
+        assert output is not None, "members have a model_output"
         guided, rescale = kind.guided, kind.rescale
 
         def work() -> None:
@@ -143,40 +141,58 @@ class Stepper:
             enqueue()
             advance(active, output, guided=guided, rescale=rescale)
 
-        return work
+        if kind.control is None:
+            return work
+        self.bind(CONTROLNET, kind.lanes, kind.guided, kind.control)
+        control = self._engines[CONTROLNET].enqueue
 
-    def bind(self, name: str, lanes: int, guided: bool) -> _Bound:
-        """Gives the engine its buffers for this batch."""
-        bound = self._buffers(name, lanes, guided)
+        def controlled() -> None:
+            prepare(active, sample, timestep, guided=guided)
+            control()
+            enqueue()
+            advance(active, output, guided=guided, rescale=rescale)
+
+        return controlled
+
+    def bind(self, name: str, lanes: int, guided: bool, sizes: Sizes | None = None) -> Bound:
+        """Gives the engine its buffers for this batch; ``sizes`` are by default those of the present latents."""
+        sizes = self.sizes(name) if sizes is None else sizes
+        dims = {**dict(sizes), "B": lanes * (2 if guided else 1)}
+        self.limits.check_batch(dims["B"])
+        bound = self._io.bound(name, lanes, guided, sizes)
         if self._holds.get(name) is not bound:
-            self._engines[name].bind(bound.all, batch=lanes * (2 if guided else 1))
+            self._engines[name].bind(bound.all, batch=dims["B"], sizes=dict(sizes))
             self._holds[name] = bound
         return bound
 
-    def _buffers(self, name: str, lanes: int, guided: bool) -> _Bound:
-        bound = self._bound.get((name, lanes, guided))
-        if bound is None:
-            member, sizes = self._manifest.members[name], {"B": lanes * (2 if guided else 1)}
-            self._limits.check(sizes, what="engine")
-            buffers = {
-                spec.name: self._io.view(_slice(spec), spec.resolve(sizes), spec.dtype)
-                for spec in (*member.inputs, *member.outputs)
-            }
-            active = self._io.view("active", (lanes,), "int32")
-            bound = _Bound(active, buffers["sample"], buffers["timestep"], buffers["model_output"], buffers)
-            self._bound[name, lanes, guided] = bound
-        return bound
+    def condition(
+        self, conditioning: Conditioning, kinds: Iterable[Kind], *, start: int, stop: int, guided: bool
+    ) -> None:
+        """Writes what images ``start`` to ``stop`` of a request are given, for the networks that ``kinds`` run."""
+        bound: dict[str, Bound] = {}
+        lanes = 0
+        for kind in kinds:
+            lanes = kind.lanes
+            bound[kind.member] = self._io.bound(kind.member, lanes, guided, kind.sizes)
+            if kind.control is None:
+                if self._manifest.members[kind.member].controlled:
+                    self._io.blank_residuals()
+            else:
+                bound[CONTROLNET] = self._io.bound(CONTROLNET, lanes, guided, kind.control)
+                self._io.residuals_written()
+        part = conditioning.part(start, stop, lanes, guided=guided)
+        self._io.fill({name: part[name] for name in bound}, bound)
 
-    def condition(self, names: Iterable[str], labels: Sequence[int], *, guided: bool) -> None:
-        """Writes ``labels`` (one per lane) for these members, and the null class for the unconditional half."""
-        values = list(labels)
-        if guided:
-            null = self._manifest.conditioning.null
-            assert null is not None, "make_plan refuses guidance without a null class"
-            values += [null] * len(labels)
-        buffers = [self._buffers(name, len(labels), guided).all["labels"] for name in names]
-        for buffer in {buffer.ptr: buffer for buffer in buffers}.values():
-            self._device.upload(buffer, np.array(values, np.int64))
+    def _stand_in(self, kind: Kind, variant: int) -> None:
+        """Made-up conditioning for a kind."""
+        for name, sizes in _networks(kind).items():
+            bound = self._io.bound(name, kind.lanes, kind.guided, sizes)
+            dims = {**dict(sizes), "B": kind.lanes * (2 if kind.guided else 1)}
+            self._io.fill({name: stand_in(self._manifest, name, dims, variant)}, {name: bound})
+        if kind.control is not None:
+            self._io.residuals_written()
+        elif self._manifest.members[kind.member].controlled:
+            self._io.blank_residuals()
 
     def close(self) -> None:
         self._device.activate()
@@ -184,14 +200,17 @@ class Stepper:
         self._graphs.close()
         for engine in self._engines.values():
             engine.close()
-        self._engines, self._bound, self._holds = {}, {}, {}
+        self._io.close()
+        self._engines, self._holds = {}, {}
 
     # --- measurement: both overwrite what the buffers hold
 
     def time_engine(self, name: str, lanes: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
-        """Milliseconds of ``repeats`` bare engine calls, each waited for."""
-        self.condition([name], [0] * lanes, guided=guided)
-        self.bind(name, lanes, guided)
+        """Milliseconds of ``repeats`` bare engine calls, each waited for, on the bundle's own latents."""
+        self.shape(*self.limits.native_or_largest())
+        sizes = self.sizes(name, self.limits.usual_tokens(name))
+        self._stand_in(Kind(name, lanes, guided, False, sizes), 0)
+        self.bind(name, lanes, guided, sizes)
         engine = self._engines[name]
         for _ in range(warmup):
             engine.enqueue()
@@ -211,8 +230,11 @@ class Stepper:
 
         The buffers are those of the first member.
         """
-        bound = self.bind(self.members[0], lanes, guided)
+        self.shape(*self.limits.native_or_largest())
+        name = self.members[0]
+        bound = self.bind(name, lanes, guided, self.sizes(name, self.limits.usual_tokens(name)))
         output = bound.model_output
+        assert output is not None, "members have a model_output"
         self._device.upload(output, np.zeros(output.shape, storage_dtype(output.dtype)))
         self.arena.start(rows, [0] * lanes, step=0, scale=1.0, latents=None)
         kernels, times = self.arena.kernels, []
@@ -229,12 +251,6 @@ class Stepper:
         return times
 
 
-def io_slices(manifest: Manifest, batch: int) -> dict[str, int]:
-    """Bytes of every slice of the engines' inputs and outputs for batches of up to ``batch``."""
-    specs = [spec for member in manifest.members.values() for spec in (*member.inputs, *member.outputs)]
-    return {"active": 4 * batch, **{_slice(spec): spec.nbytes({"B": batch}) for spec in specs}}
-
-
-def _slice(spec: TensorSpec) -> str:
-    """Which slice a tensor lives in: tensors that differ in nothing but their member share one."""
-    return f"{spec.name} {spec.dtype}{list(spec.shape[1:])}"
+def _networks(kind: Kind) -> dict[str, Sizes]:
+    """What a step of ``kind`` runs, each with its sizes."""
+    return {kind.member: kind.sizes, **({} if kind.control is None else {CONTROLNET: kind.control})}

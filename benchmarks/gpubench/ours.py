@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +16,7 @@ from gpubench.models import SETTINGS
 from gpubench.record import Entry, spread_of
 from gpubench.trace import traced
 from tstitch_engines.device import NotCaptured
+from tstitch_trt.conditioning import Conditioning, class_values
 from tstitch_trt.graphs import Kind
 from tstitch_trt.plan import Plan
 from tstitch_trt.runtime import Runtime
@@ -31,6 +33,8 @@ class OurWalk:
         self.case = case
         self._stepper = runtime._stepper
         self._labels = labels
+        values = {"labels": class_values(runtime.manifest, labels)}
+        self._conditioning = Conditioning(dict.fromkeys(runtime.members, values))
         self._noise: Any = noise
         if self.device.name != "cpu":  # as the baselines have it: on the device already
             import torch
@@ -100,7 +104,7 @@ class OurWalk:
         """Milliseconds of n engine calls in a row, by marks in the device's queue; replays where it can be recorded."""
         engine = self._stepper._engines[name]
         lanes = self.case.batch
-        self._stepper.condition([name], self._labels, guided=True)
+        self._condition([name])
         self._stepper.bind(name, lanes, True)
         for _ in range(engine.warmups):
             engine.enqueue()
@@ -160,7 +164,7 @@ class OurWalk:
             run()
             times.append(1e6 * (time.perf_counter() - start) / steps)
             self.device.synchronize()
-        found: Entry = {"recorded": self._recorded(fraction, steps)}
+        found: Entry = {"graphs": msgspec.to_builtins(self.runtime.graphs())}
         if self.device.name == "cpu":
             found["host_us_per_step"] = None
             found["reason"] = "on the CPU the host is the engine"
@@ -181,7 +185,12 @@ class OurWalk:
         plan = self.runtime.plan(steps=steps, fraction=fraction, **SETTINGS)
         rows, seeds = plan.rows.astype(np.float32), list(range(self.case.batch))
         self._stepper.arena.start(rows, seeds, step=0, scale=plan.init_scale, latents=None)
-        self._stepper.condition(self.runtime.members, self._labels, guided=True)
+        self._condition(self.runtime.members)
+
+    def _condition(self, names: Sequence[str]) -> None:
+        lanes = self.case.batch
+        kinds = [Kind(name, lanes, True, False) for name in names]
+        self._stepper.condition(self._conditioning, kinds, start=0, stop=lanes, guided=True)
 
     def _steps(self, fraction: float, steps: int) -> Callable[[], None]:
         """The very loop of a request, without its beginning and end."""
@@ -196,10 +205,6 @@ class OurWalk:
                 step()
 
         return run
-
-    def _recorded(self, fraction: float, steps: int) -> dict[str, bool]:
-        kinds = dict.fromkeys(self._kinds(fraction, steps))
-        return {kind.member: self._stepper._graphs.step(kind) is not None for kind in kinds}
 
     def counted(self, fraction: float) -> dict[str, int]:
         """Calls to the device of whole trajectories: what one of N + 10 steps makes more than one of N."""

@@ -1,0 +1,159 @@
+"""The sizes that all members of a bundle can run: how many lanes, which latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from tstitch_engines.errors import BadInput, OutOfProfile
+from tstitch_engines.manifest import Manifest, Network
+from tstitch_engines.spec import Range, ShapeProfile
+
+__all__ = ["Limits", "Sizes", "network_sizes"]
+
+Sizes = tuple[tuple[str, int], ...]
+"""The sizes of a network's dynamic dimensions other than the batch, in the order of their names. Empty: it has none."""
+
+_SIDES: Final = {"H": ("height", 2), "W": ("width", 3)}  # name of the latent's side, its place in [B,C,H,W]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the profiles of a bundle's members have in common.
+
+    ``batch``: lanes, both halves counted. ``sides``: latent height and width by member (``H``, ``W``). ``tokens``: the
+    largest ``T`` of each network that has it dynamic.
+    """
+
+    manifest: Manifest
+    batch: Range
+    sides: Mapping[str, Mapping[str, Range]]
+    tokens: Mapping[str, Range]
+
+    @staticmethod
+    def of(manifest: Manifest, profiles: Mapping[str, ShapeProfile]) -> Limits:
+        """``profiles``: of every member, and of the ControlNet if it is to run. Raises ``OutOfProfile``."""
+        limits = {name: profile.dims["B"] for name, profile in profiles.items()}
+        floor, most = max(limit.min for limit in limits.values()), min(limit.max for limit in limits.values())
+        if floor > most:
+            raise OutOfProfile(
+                f"the members' batch profiles {[str(limit) for limit in limits.values()]} have no size in common",
+                hint="build all members with one --batch MIN:OPT:MAX",
+            )
+        networks = manifest.networks()
+        sides: dict[str, dict[str, Range]] = {}
+        for name, profile in profiles.items():
+            shape = next(spec.shape for spec in networks[name].inputs if spec.name == "sample")
+            sides[name] = {}
+            for dim, (_, place) in _SIDES.items():
+                fixed = shape[place]
+                sides[name][dim] = Range(fixed, fixed, fixed) if isinstance(fixed, int) else profile.dims[dim]
+        tokens = {name: profile.dims["T"] for name, profile in profiles.items() if "T" in profile.dims}
+        return Limits(manifest, Range(floor, most, most), sides, tokens)
+
+    @property
+    def native(self) -> tuple[int, int]:
+        return self.manifest.latent.height, self.manifest.latent.width
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Height and width of the largest latent. Raises ``OutOfProfile`` when no size suits all members."""
+        low, high = self._range("H"), self._range("W")
+        if low is None or high is None:
+            raise OutOfProfile(
+                f"the members have no latent size in common: {self._allowed()}",
+                hint="build all members with one --height and --width MIN:OPT:MAX",
+            )
+        return low.max, high.max
+
+    def native_or_largest(self) -> tuple[int, int]:
+        """The bundle's own latent size where all members run it, else the largest one that they do."""
+        return self.native if self._fits(*self.native) else self.largest
+
+    def _fits(self, height: int, width: int) -> bool:
+        ranges = ((self._range("H"), height), (self._range("W"), width))
+        return all(allowed is not None and allowed.min <= size <= allowed.max for allowed, size in ranges)
+
+    def usual_tokens(self, name: str) -> int:
+        """``T`` that a network's engine is tuned for, 0 where that is not dynamic."""
+        return self.tokens[name].opt if name in self.tokens else 0
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ``OutOfProfile`` for a batch that some member's engine was not built for."""
+        ShapeProfile({"B": self.batch}).check({"B": batch}, what="engine")
+
+    def largest_of(self, name: str) -> dict[str, int]:
+        """The largest size of every dimension of network ``name``."""
+        height, width = self.largest
+        tokens = {"T": self.tokens[name].max} if name in self.tokens else {}
+        return {"B": self.batch.max, "H": height, "W": width, **tokens}
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the latent for a picture of ``height x width`` pixels; ``None`` is the bundle's own.
+
+        Raises ``BadInput`` for a size that is no multiple, ``OutOfProfile`` for one that a member was not built for.
+        """
+        factor = self.manifest.decoder.factor
+        found = []
+        for dim, asked, own in zip(_SIDES, (height, width), self.native, strict=True):
+            word, allowed = _SIDES[dim][0], self._range(dim)
+            if asked is None and allowed is not None and allowed.min <= own <= allowed.max:
+                found.append(own)
+                continue
+            pixels = own * factor if asked is None else asked
+            if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1:
+                raise BadInput(f"{word} {pixels!r}; allowed are whole numbers of pixels", hint=f"e.g. {own * factor}")
+            multiple = self.multiple(dim)
+            if allowed is None or not allowed.min * factor <= pixels <= allowed.max * factor:
+                raise OutOfProfile(
+                    f"{word} {pixels} is outside what was built: {self._allowed()}",
+                    hint=f"ask for a size that all members allow, or build again with a wider --{word} MIN:OPT:MAX "
+                    f"(in latent elements: {pixels} pixels are {math.ceil(pixels / factor)})",
+                )
+            if pixels % (factor * multiple):
+                near = self._near(pixels, factor * multiple, allowed, factor)
+                raise OutOfProfile(
+                    f"{word} {pixels} is no multiple of {factor * multiple} pixels; allowed are such multiples: "
+                    f"{self._allowed()}",
+                    hint=f"ask for {word} {near}",
+                )
+            found.append(pixels // factor)
+        return found[0], found[1]
+
+    def multiple(self, dim: str) -> int:
+        """What ``H`` or ``W`` of the latent must be a multiple of."""
+        networks = self.manifest.networks()
+        return math.lcm(*(networks[name].multiples.get(dim, 1) for name in self.sides))
+
+    def _range(self, dim: str) -> Range | None:
+        ranges = [sides[dim] for sides in self.sides.values()]
+        low, high = max(r.min for r in ranges), min(r.max for r in ranges)
+        return Range(low, high, high) if low <= high else None
+
+    @staticmethod
+    def _near(pixels: int, step: int, allowed: Range, factor: int) -> str:
+        around = [pixels // step * step, -(-pixels // step) * step]
+        fitting = [str(size) for size in around if allowed.min * factor <= size <= allowed.max * factor]
+        return " or ".join(fitting) or "another multiple"
+
+    def _allowed(self) -> str:
+        """``member 'small' 256..1024 x 512 (height x width in pixels)``, for every network."""
+        factor = self.manifest.decoder.factor
+        word = "pixels" if factor > 1 or self.manifest.decoder.kind != "none" else "latent elements"
+
+        def text(range_: Range) -> str:
+            low, high = range_.min * factor, range_.max * factor
+            return str(low) if low == high else f"{low}..{high}"
+
+        parts = [f"{name!r} {text(sides['H'])} x {text(sides['W'])}" for name, sides in self.sides.items()]
+        return f"{', '.join(parts)} (height x width in {word})"
+
+
+def network_sizes(network: Network, profile: ShapeProfile, height: int, width: int, tokens: int) -> Sizes:
+    """The sizes of the dimensions that ``network`` has dynamic. ``OutOfProfile`` for too many or too few tokens."""
+    given = {"H": height, "W": width, "T": tokens}
+    found = tuple((name, given[name]) for name in sorted(profile.dims) if name != "B")
+    profile.check(dict(found), what=f"{network.family} engine")
+    return found
