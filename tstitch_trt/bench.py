@@ -103,6 +103,7 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     trajectories: tuple[TrajectoryTiming, ...]
     overhead: float
     load_ms: float
+    jit_ms: dict[str, float]
     peak_memory_bytes: int
     memory: dict[str, int]
     graph: GraphState
@@ -193,6 +194,7 @@ def measure(
         trajectories=trajectories,
         overhead=sum(sum(run.times) for run in runs) / sum(sum(run.bare) for run in runs),
         load_ms=runtime.load_ms,
+        jit_ms=runtime.jit_ms(),
         peak_memory_bytes=peak_memory(),
         memory=runtime.memory(),
         graph=runtime.graphs(),

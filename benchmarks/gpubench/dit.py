@@ -237,7 +237,7 @@ def _ours(
         entry |= walk.measure(context.rounds)
         for row in entry["trajectories"]:
             row["counts"] = _counts(runtime.plan(steps=case.steps, fraction=row["fraction"], **SETTINGS))
-        entry["load_ms"] = runtime.load_ms
+        entry["load_ms"], entry["jit_ms"] = runtime.load_ms, runtime.jit_ms()
         entry["memory"] = runtime.memory()
         entry["step_kernels"] = walk.kernels()
         entry["calls_per_ten_steps"] = walk.counted(0.5)

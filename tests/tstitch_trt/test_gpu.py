@@ -29,18 +29,20 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "torch", "tensorrt", "tensorrt-rtx"])
+@pytest.fixture(scope="module", params=["onnxruntime", "torch", "torch+compile", "tensorrt", "tensorrt-rtx"])
 def bundle(request: pytest.FixtureRequest, tiny_pair: TinyPair) -> Path:
     """The tiny pair with engines of one backend for this GPU."""
     output = tiny_pair.folder / f"gpu-{request.param}.bundle"
     members = {name: tiny_pair.checkpoint(name) for name in ("small", "large")}
+    backend, _, option = request.param.partition("+")
     try:
         open_device("cuda")
         build(
             tiny_pair.recipe("small", "large"),
             members=members,
             output=output,
-            backend=request.param,
+            backend=backend,
+            options={option: "default"} if option else {},
             device="cuda",
             profile=Range(1, 4, 8),
         )

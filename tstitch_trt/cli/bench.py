@@ -159,5 +159,7 @@ def _print(bench: Bench) -> None:
         f"{1e3 * bench.step_kernels_ms:.1f} us per step, load {bench.load_ms:.0f} ms, "
         f"peak memory {size(bench.peak_memory_bytes)}"
     )
+    if any(bench.jit_ms.values()):
+        click.echo("compiled: " + ", ".join(f"{name} {ms / 1e3:.1f} s" for name, ms in bench.jit_ms.items()))
     click.echo(f"graphs: {bench.graph}")
     click.echo("device memory: " + ", ".join(f"{what} {size(nbytes)}" for what, nbytes in bench.memory.items()))
