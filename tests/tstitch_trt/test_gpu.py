@@ -91,6 +91,30 @@ def test_the_gpu_equals_the_cpu(runtime: Runtime, tiny_pair: TinyPair) -> None:
             assert np.linalg.norm(ours - theirs) < 3e-2 * np.linalg.norm(theirs), request
 
 
+def test_float32_is_float32(runtime: Runtime, tiny_pair: TinyPair) -> None:
+    """Without TF32, a step of each member is off by float32's own rounding, whatever the order of summation."""
+    if runtime.backend_name.startswith("tensorrt"):
+        pytest.skip("TensorRT uses TF32")
+    with tstitch_trt.load(tiny_pair.bundle) as cpu:
+        for member in runtime.members:
+            ours, theirs = (one.sample(n=3, steps=1, schedule=member, guidance=1.0).latents for one in (runtime, cpu))
+            assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), member
+
+
+def test_what_torch_allocates_is_counted(runtime: Runtime) -> None:
+    if runtime.backend_name != "torch":
+        pytest.skip("only PyTorch tells of its pool")
+    runtime.sample(n=4, steps=4)
+    before = runtime.memory()["activations"]
+    assert before > 0
+    for request in REQUESTS:
+        runtime.sample(n=1, **request)
+    taken = runtime.memory()["activations"]
+    for request in REQUESTS:
+        runtime.sample(n=1, **request)
+    assert runtime.memory()["activations"] == taken
+
+
 def test_mixed_requests_use_the_same_graphs_and_launch_only(runtime: Runtime) -> None:
     for request in REQUESTS:
         runtime.sample(n=4, **request)
