@@ -67,7 +67,8 @@ def load(
     library = open_backend(name)
     members = list(opened.manifest.members)
     if rebuild:
-        opened = rebuild_engines(opened, library, place.name, names=members, verify=verify, progress=progress)
+        every = opened.manifest.networks()
+        opened = rebuild_engines(opened, library, place.name, names=every, verify=verify, progress=progress)
     wishes = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
     chosen = {member: choose(opened, member, library, place.name) for member in members}
     for member, record in chosen.items():

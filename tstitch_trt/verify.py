@@ -232,7 +232,7 @@ class _Subject:
     def _load(self) -> tuple[Engine, Device]:
         identity = self.record.identity
         backend = open_backend(identity.backend)
-        if (place := _place(self.record, self._gpu)) == "cpu" and for_gpu(identity):
+        if (place := _place(self.record, self._gpu)) == "cpu" and for_gpu(identity.backend, identity.arch):
             raise _NotForHere(f"it is for GPUs ({identity.arch}), and the device asked for is {self._gpu}")
         device = open_device(place)
         arch = backend.arch(device.name)
@@ -278,7 +278,7 @@ class _NotForHere(Exception):
 
 
 def _place(record: EngineRecord, gpu: str) -> str:
-    return gpu if for_gpu(record.identity) else "cpu"
+    return gpu if for_gpu(record.identity.backend, record.identity.arch) else "cpu"
 
 
 def _rebuilt(bundle: Bundle, backend: str | None, members: Sequence[str] | None, device: str, report: Report) -> Bundle:
@@ -294,7 +294,7 @@ def _rebuilt(bundle: Bundle, backend: str | None, members: Sequence[str] | None,
 
     for one in dict.fromkeys(r.identity.backend for r in every) if backend is None else (backend,):
         known = next((record.identity for record in every if record.identity.backend == one), None)
-        place = device if (for_gpu(known) if known is not None else one.startswith("tensorrt")) else "cpu"
+        place = device if for_gpu(one, known.arch if known is not None else "") else "cpu"
         try:
             library = open_backend(one)
             library.arch(place)

@@ -69,11 +69,16 @@ def default_root() -> Path:
 class Cache:
     """Entries are immutable and appear by rename, so any number of processes may share one cache."""
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, fresh: bool = False) -> None:
+        """``fresh``: nothing that was there before is found, and what is made replaces it."""
         self.root = (root or default_root()) / _LAYOUT
+        self.fresh = fresh
+        self._made: set[str] = set()
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or ``None``. Every file is read and its sha256 compared: a damaged entry is a miss."""
+        if self.fresh and key not in self._made:
+            return None
         folder = self._folder(key)
         try:
             record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
@@ -152,6 +157,9 @@ class Cache:
             write_durably(staging / _RECORD, msgspec.json.encode(record))
             sync_directory(staging)
             folder.parent.mkdir(parents=True, exist_ok=True)
+            if self.fresh and folder.exists():
+                self._remove(folder)
+            self._made.add(key)
             try:
                 staging.rename(folder)
             except OSError as error:

@@ -71,7 +71,7 @@ class Compiler:
         backend, identity = self.backend, self.identity(member)
         key = digest(identity)
         what = f"member {name}: {backend.name} engine"
-        old = previous.manifest.networks().get(name) if previous is not None else None
+        old = previous.manifest.networks().get(name) if previous is not None and not self.cache.fresh else None
         for record in old.engines if old is not None else ():
             if record.identity == identity and keep_record(previous, record, staging):
                 _log.info("%s: reused from the bundle", what)

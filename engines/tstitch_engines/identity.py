@@ -32,9 +32,9 @@ def digest(record: Any) -> str:
     return hashlib.sha256(canonical(record)).hexdigest()
 
 
-def for_gpu(identity: EngineIdentity) -> bool:
-    """Whether the engine runs on GPUs and not on the CPU."""
-    return identity.backend.startswith("tensorrt") or identity.arch.startswith(("sm_", "cuda"))
+def for_gpu(backend: str, arch: str) -> bool:
+    """Whether engines with this identity run on GPUs and not on the CPU."""
+    return backend.startswith("tensorrt") or arch.startswith(("sm_", "cuda"))
 
 
 def model_digest(files: Sequence[Component]) -> str:

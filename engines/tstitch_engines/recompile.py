@@ -37,13 +37,15 @@ def recompile(
     profile: Mapping[str, Range] | None = None,
     options: Mapping[str, Option] | None = None,
     output: Path | None = None,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """``bundle`` with engines of ``backend`` for its members and parts, or for those ``names`` only; all else is kept.
 
     What is left out is as recorded: ``options`` as in the engine it has of that backend, the sizes of ``profile`` as in
-    that one, else as in its other engines. An engine of the same backend and architecture is replaced, others stay.
-    What was compiled before comes from the bundle or the cache, so that an interrupted call goes on where it stopped.
+    that one, else as in its other engines; a range of ``B`` is for members, the parts keep theirs. An engine of the
+    same backend and architecture is replaced, others stay. What was compiled before comes from the bundle or the
+    cache, so that an interrupted call goes on where it stopped, unless ``fresh`` asks for all of it again.
 
     It is written in place of ``bundle`` in one step at the end, or to ``output``. On any exception, Ctrl-C included,
     the old one is unchanged. Raises ``BadBundle`` when the ONNX is not what the manifest describes (nothing sound could
@@ -61,8 +63,18 @@ def recompile(
     for name in wanted:
         if name not in networks:
             raise unknown_name("member", name, networks)
+    for dim in profile or ():
+        if not any(dim in _dims(networks[name]) for name in wanted):
+            raise BadInput(
+                f"the dimension {dim} has one fixed size in the bundle's ONNX",
+                hint=f"leave out its range, or build from the recipe: {bundle.rebuild_command}",
+            )
     bundle.check_files(part for name in wanted for part in networks[name].onnx)
-    compilers = {name: _compiler(opened, networks[name], device, profile or {}, options) for name in wanted}
+    cache = Cache(fresh=fresh)
+    compilers: dict[str, Compiler] = {}
+    for name in wanted:
+        ranges = {dim: r for dim, r in (profile or {}).items() if dim != "B" or name in bundle.manifest.members}
+        compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache)
     place = bundle.root.resolve() if output is None else output.resolve()
     _require_writable(place, backend)
     work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or (lambda *_: None))
@@ -75,11 +87,12 @@ def _compiler(
     device: str,
     profile: Mapping[str, Range],
     options: Mapping[str, Option] | None,
+    cache: Cache,
 ) -> Compiler:
     same = [record.identity for record in network.engines if record.identity.backend == backend.name]
     every = [*same, *(record.identity for record in network.engines)]
     dims: dict[str, Range] = {}
-    for name in sorted({name for spec in (*network.inputs, *network.outputs) for name in spec.dims}):
+    for name in _dims(network):
         known = next((one.profile.dims[name] for one in every if name in one.profile.dims), None)
         found = profile.get(name, known or (_DEFAULT_BATCH if name == "B" else None))
         if found is None:
@@ -90,7 +103,11 @@ def _compiler(
         dims[name] = found
     if options is None:
         options = backend.options_for(same[0].options, device) if same else {}
-    return Compiler.of(backend, device=device, profile=ShapeProfile(dims), settings=options, cache=Cache())
+    return Compiler.of(backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache)
+
+
+def _dims(network: Network) -> list[str]:
+    return sorted({name for spec in (*network.inputs, *network.outputs) for name in spec.dims})
 
 
 def _require_writable(place: Path, backend: str) -> None:

@@ -58,6 +58,7 @@ def build(
     tokens: Range | None = None,
     device: str = "cpu",
     options: Mapping[str, Scalar] | None = None,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Builds the bundle ``output`` and returns its manifest.
@@ -71,7 +72,8 @@ def build(
 
     What did not change is reused: exports and engines come from the cache or from the bundle that is replaced, and
     engines that bundle has for other backends or machines are kept where the ONNX is the same. An interrupted build
-    goes on from the cache. ``output`` is replaced in one step at the end or not at all.
+    goes on from the cache. ``fresh`` makes all of it again, for engines that fail though every hash is right.
+    ``output`` is replaced in one step at the end or not at all.
 
     Raises ``BadInput`` and its kinds before anything is built, ``BuildFailed`` when an export or a compilation fails
     or the disk is full, ``Unavailable`` when a library is missing.
@@ -87,7 +89,7 @@ def build(
     common, own = split_options(options or {}, known)
     settings = typed(common, opened.options, what=f"backend {backend!r}")
     compiler = Compiler.of(
-        opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache()
+        opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache(fresh=fresh)
     )
     if "controlnet" in beside:
         for name in names:

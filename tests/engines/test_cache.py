@@ -190,6 +190,18 @@ def test_prune_removes_what_was_used_longest_ago(tmp_path: Path, limits: dict[st
         assert (cache.get(letter * 64) is None) == (letter in gone)
 
 
+def test_a_fresh_cache_finds_only_what_it_made_itself_and_replaces_what_was_there(tmp_path: Path) -> None:
+    Cache(tmp_path).put(KEY, writes(b"old"))
+    fresh = Cache(tmp_path, fresh=True)
+    assert fresh.get(KEY) is None
+    assert fresh.put(KEY, writes(b"new")).files["engine"].read_bytes() == b"new"
+    for cache in (fresh, Cache(tmp_path)):
+        found = cache.get(KEY)
+        assert found is not None
+        assert found.files["engine"].read_bytes() == b"new"
+    assert len(list(fresh.root.iterdir())) == 1
+
+
 def test_clearing_removes_damaged_and_half_made_entries_but_none_that_is_being_made(tmp_path: Path) -> None:
     cache = filled(tmp_path)
     (cache.root / "aa" / ("a" * 64) / "entry.json").write_text("{")

@@ -172,7 +172,7 @@ def test_a_plan_of_another_version(rtx: TensorRtBackend, tmp_path: Path, wheels:
     assert header.version == OTHER == done.stdout.strip()
     with pytest.raises(BadEngine, match=f"compiled by TensorRT-RTX {OTHER}; installed is {rtx.version()}") as caught:
         load(rtx, other)
-    assert "build it again" in caught.value.hint
+    assert "compile it again" in caught.value.hint
     assert f"tensorrt-rtx-cu13-libs=={OTHER}" in caught.value.hint
 
 

@@ -110,6 +110,7 @@ def test_a_recorded_list_of_gpus_gets_the_one_that_is_there(monkeypatch: pytest.
         ("build PAIR --option tiling=fast", ("'tiling'", "onnxruntime")),
         ("build PAIR --option small.num_heads=2", ("'small.num_heads'",)),
         ("build PAIR --backend tensorflow", ("'tensorflow'", "onnxruntime")),
+        ("build PAIR --height 64", ("dimension H", "one fixed size", "--member small=")),
         ("build PAIR --batch 4:2", ("4:2", "MIN <= OPT <= MAX")),
         ("build EMPTY", ("is no bundle", "has no manifest.json")),
     ],

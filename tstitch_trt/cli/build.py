@@ -97,6 +97,7 @@ tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --part
     metavar="NAME=VALUE",
     help="An option of the backend, or MEMBER.NAME of a member's family. May be repeated.",
 )
+@click.option("--fresh", is_flag=True, help="Make everything again, also what did not change.")
 @click.option(
     "-o",
     "--output",
@@ -121,6 +122,7 @@ def command(
     tokens: str | None,
     device: str,
     options: tuple[str, ...],
+    fresh: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -161,7 +163,6 @@ def command(
     if from_bundle:
         for option, given in (
             ("--member", members), ("--part", parts), ("--lora", loras), ("--precision", precisions),
-            ("--height", height and (height,)), ("--width", width and (width,)), ("--tokens", tokens and (tokens,)),
         ):  # fmt: skip
             if given:
                 raise BadInput(
@@ -178,7 +179,8 @@ def command(
             bar.update(done=share, text=phase)
 
         if from_bundle:
-            manifest = _recompile(Path(source), backend, device, profile, chosen, output, report)
+            ranges = {"batch": profile, **ranges}
+            manifest = _recompile(Path(source), backend, device, ranges, chosen, output, fresh, report)
         else:
             from tstitch_export.build import build
 
@@ -193,6 +195,7 @@ def command(
                 **ranges,
                 device=device,
                 options={**chosen, **_loras(loras)},
+                fresh=fresh,
                 progress=report,
             )
     if as_json:
@@ -210,24 +213,31 @@ def _recompile(
     source: Path,
     backend: str,
     device: str,
-    batch: Range | None,
+    ranges: dict[str, Range | None],
     options: dict[str, str],
     output: Path | None,
+    fresh: bool,
     report: Progress,
 ) -> Manifest:
     from tstitch_engines.backends import open_backend
     from tstitch_engines.bundle import open_bundle
     from tstitch_engines.recompile import recompile
     from tstitch_export.options import typed
+    from tstitch_export.planning import in_latents
 
     settings = typed(options, open_backend(backend).options, what=f"backend {backend!r}") if options else None
+    bundle = open_bundle(source, engines=False)
+    profile = {"B": ranges["batch"], "T": ranges["tokens"]}
+    for dim, side in (("H", "height"), ("W", "width")):
+        profile[dim] = in_latents(ranges[side], bundle.manifest.decoder.factor, side)
     return recompile(
-        open_bundle(source, engines=False),
+        bundle,
         backend=backend,
         device=device,
-        profile=None if batch is None else {"B": batch},
+        profile={dim: found for dim, found in profile.items() if found is not None},
         options=settings,
         output=output,
+        fresh=fresh,
         progress=report,
     ).manifest
 

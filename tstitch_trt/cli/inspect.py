@@ -108,7 +108,7 @@ def _graphs(record: EngineRecord) -> str:
     """The graph mode it runs in unless another is asked for, and why."""
     from tstitch_engines.identity import for_gpu
 
-    if not for_gpu(record.identity):
+    if not for_gpu(record.identity.backend, record.identity.arch):
         return "off (the CPU has no graphs)"
     if record.identity.options.get("weight-streaming"):
         return "off (it streams weights, which allocates while it runs)"

@@ -110,11 +110,14 @@ def command(
     if failed:
         listed = "; ".join(f"the {c.backend} engine of member {c.member!r}: {c.reason}" for c in failed)
         from tstitch_engines.bundle import open_bundle
+        from tstitch_engines.identity import for_gpu
 
+        first = failed[0]
+        on = device if for_gpu(first.backend, first.arch) else "cpu"
+        again = open_bundle(bundle, verify="size", engines=False).compile_command(first.backend, on)
         raise FailedWork(
             f"{len(failed)} of {len(result.engines)} engines failed: {listed}",
-            hint=f"build the bundle again with an empty cache: TSTITCH_TRT_CACHE=$(mktemp -d) "
-            f"{open_bundle(bundle, verify='size').rebuild_command}",
+            hint=f"compile them again: {again} --fresh",
         )
     if not result.of("passed"):
         log("no engine was run: none of those asked for can run on this machine")

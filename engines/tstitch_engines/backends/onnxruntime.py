@@ -188,7 +188,7 @@ class OnnxRuntimeBackend(Backend):
         except Exception as error:
             raise BadEngine(
                 f"ONNX Runtime {self.version()} can't load the engine {path.name}: {error}",
-                hint="build the bundle again: tstitch-trt build RECIPE -o BUNDLE",
+                hint="compile it again: tstitch-trt build BUNDLE --fresh",
             ) from error
         return _OnnxRuntimeEngine(self._ort, session, member, identity, device)
 
@@ -243,7 +243,7 @@ class _OnnxRuntimeEngine(Engine):
         if have != want:
             raise BadEngine(
                 f"the engine's tensors {sorted(have)} are not the member's {sorted(want)}",
-                hint="build the bundle again: tstitch-trt build RECIPE -o BUNDLE",
+                hint="compile it again: tstitch-trt build BUNDLE --fresh",
             )
         self._session = session
         crossings = copies_of(session) if getattr(device, "stream_handle", None) is not None else []

@@ -28,7 +28,7 @@ __all__ = ["TorchBackend"]
 
 _log = logging.getLogger(__name__)
 
-_REBUILD = "build the bundle again: tstitch-trt build RECIPE --backend torch -o BUNDLE"
+_REBUILD = "build the bundle again: tstitch-trt build RECIPE --backend torch --fresh -o BUNDLE"
 
 
 class TorchBackend(Backend):

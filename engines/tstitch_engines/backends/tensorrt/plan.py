@@ -12,7 +12,7 @@ __all__ = ["check_plan", "rebuild"]
 
 
 def rebuild(flavour: Flavour, *, device: str = "cuda") -> str:
-    return f"build it again: tstitch-trt build RECIPE --backend {flavour.name} --device {device} -o BUNDLE"
+    return f"compile it again: tstitch-trt build BUNDLE --backend {flavour.name} --device {device} --fresh"
 
 
 def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int, int] | None) -> None:
