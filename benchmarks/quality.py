@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale (default 1, none)")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default 5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all")
+    parser.add_argument("--threads", type=int, help="CPU threads of engines and classifier (default: all)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", default="small", help="name of the small member")
     parser.add_argument("--large", default="large", help="name of the large member")
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     check_plot(args.out / "quality.png", option="--out")
     with tstitch_trt.load(args.bundle, device=args.device, threads=args.threads) as runtime:
         manifest = runtime.manifest
-        meter = QualityMeter.of(runtime.bundle, threads=args.threads)
+        meter = QualityMeter.of(runtime.bundle, threads=args.threads or 0)
         settings = {"solver": "ddim", "guidance": args.guidance}
         points = stitch_points(FRACTIONS, args.steps, small=args.small, large=args.large)
         weights = {name: model_digest(member.onnx) for name, member in manifest.members.items()}

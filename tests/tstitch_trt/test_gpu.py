@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 
 import tstitch_trt
 from tiny import TinyPair
+from tstitch_engines.bundle import open_bundle
 from tstitch_engines.device import open_device
-from tstitch_engines.errors import Unavailable
+from tstitch_engines.errors import BadEngine, BadInput, Unavailable
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt import Runtime
@@ -188,3 +190,25 @@ def test_a_thousand_trajectories_take_no_more_memory(runtime: Runtime) -> None:
     after = work(1000)
     assert runtime.device.calls["alloc"] == allocated
     assert before - after < 4 << 20  # what other programs do meanwhile counts too
+
+
+def test_a_bundle_from_the_cpu_is_rebuilt_for_this_gpu_and_stays_one_for_the_cpu(
+    tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_pair.bundle, tmp_path / "copy.bundle"))
+    options: dict[str, Any] = {"device": "cuda", "backend": "onnxruntime"}
+    try:
+        with pytest.raises(BadEngine, match=r"arch is .* in the bundle and sm_"):
+            tstitch_trt.load(copy, **options)
+        tstitch_trt.load(copy, **options, rebuild=True).close()
+    except Unavailable as error:
+        pytest.skip(error.message)
+    for member in open_bundle(copy).manifest.members.values():
+        assert [record.identity.arch.startswith("sm_") for record in member.engines] == [False, True]
+    with pytest.raises(BadInput, match="threads = 0 can't be honoured"):
+        tstitch_trt.load(copy, **options, threads=0)
+    latents = []
+    for device in ("cpu", "cuda"):
+        with tstitch_trt.load(copy, device=device, backend="onnxruntime") as runtime:
+            latents.append(runtime.sample(labels=[1, 2], seed=3, steps=6, decode=False).latents)
+    np.testing.assert_allclose(latents[1], latents[0], rtol=2e-3, atol=2e-3)
