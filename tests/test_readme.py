@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -65,6 +66,21 @@ def test_every_command_and_solver_is_documented() -> None:
         assert f"tstitch-trt {name}" in README, name
     for name in SOLVERS:
         assert f"`{name}`" in README, name
+
+
+def test_the_loss_of_8_bits_is_what_was_measured() -> None:
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "quantise" / "quantise.json"
+    runs = json.loads(results.read_bytes())["runs"]
+    section = README.partition("### 8 bit")[2].partition("\n### ")[0]
+    header, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    levels = [tuple(map(float, part)) for part in re.findall(r"(\d+) to (\d+)", header)]
+    assert len(levels) == 4
+    assert len(rows) == len(runs) == 3
+    for row, made in zip(rows, runs, strict=True):
+        by_level = {tuple(level["timesteps"]): level["rel_l2"] for level in made["loss"]}
+        figures = [*(by_level[level] for level in levels), max(made["latents"])]
+        assert made["precision"] in row
+        assert re.findall(r"([\d.]+)%", row) == [f"{100 * x:.1f}" if x < 0.095 else f"{100 * x:.0f}" for x in figures]
 
 
 def test_the_pictures_exist() -> None:

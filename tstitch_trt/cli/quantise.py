@@ -20,7 +20,6 @@ tstitch-trt quantise fashion.bundle --member large --mode int8 -o fashion-int8.b
 tstitch-trt quantise fashion.bundle --member large --mode fp8 -o fashion-fp8.bundle
 tstitch-trt quantise fashion.bundle --member large --mode int8 --keep 'blocks.0.*' -o fashion-int8.bundle --json
 tstitch-trt quantise fashion.bundle --member large --mode int8 --schedule small:0.4,large -o fashion-int8.bundle
-tstitch-trt build fashion-fp8.bundle --backend tensorrt-rtx --option compute-capabilities=8.9,12.0
 """
 
 
@@ -95,7 +94,8 @@ def command(
     attention's own products, first and last layer stay in high precision. The loss is measured on other seeds, by noise
     level, and kept in the manifest. Needs the extra "quant" (nvidia-modelopt).
 
-    The new bundle has an ONNX Runtime engine of the member; tstitch-trt build compiles its others.
+    The new bundle has an ONNX Runtime engine of the member. Others are compiled from it: tstitch-trt build DIR --backend
+    tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
     """
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.progress import progress
