@@ -69,6 +69,16 @@ def _controlnet(folder: Path) -> Tiny:
     return Tiny(folder / "ControlNet")
 
 
+def _vae(kind: str) -> Callable[[Path], Tiny]:
+    def write(folder: Path) -> Tiny:
+        from tiny_families import vae_folder
+
+        vae_folder(folder / "vae", kind, levels=2)
+        return Tiny(folder / "vae")
+
+    return write
+
+
 CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
     "dit": {"published": _dit, "diffusers": _dit_diffusers},
     "uvit": {"published": _uvit},
@@ -76,4 +86,6 @@ CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
     "unet-sd": {"diffusers": _unet("sd")},
     "unet-sdxl": {"diffusers": _unet("sdxl"), "pruned and controlled": _unet("ssd1b", controlled=True)},
     "controlnet": {"diffusers": _controlnet},
+    "vae-decoder": {"kl": _vae("kl"), "tiny": _vae("tiny"), "vq": _vae("vq")},
+    "vae-encoder": {"kl": _vae("kl"), "tiny": _vae("tiny")},
 }
