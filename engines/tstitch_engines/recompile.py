@@ -76,7 +76,7 @@ def recompile(
         ranges = {dim: r for dim, r in (profile or {}).items() if dim != "B" or name in bundle.manifest.members}
         compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache)
     place = bundle.root.resolve() if output is None else output.resolve()
-    _require_writable(place, backend)
+    _require_writable(place, bundle.compile_command(backend, device))
     work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or (lambda *_: None))
     return write_bundle(place, work.fill)
 
@@ -110,13 +110,13 @@ def _dims(network: Network) -> list[str]:
     return sorted({name for spec in (*network.inputs, *network.outputs) for name in spec.dims})
 
 
-def _require_writable(place: Path, backend: str) -> None:
+def _require_writable(place: Path, command: str) -> None:
     """Both the folder that is replaced and the one it lies in: who made it read-only wants it to stay as it is."""
     for folder in (place, next(parent for parent in place.parents if parent.exists())):
         if folder.exists() and not os.access(folder, os.W_OK):
             raise BadBundle(
                 f"{place} can't be replaced: {folder} is read-only ({os.strerror(errno.EACCES)})",
-                hint=f"compile into another one: tstitch-trt build {place} --backend {backend} -o DIR",
+                hint=f"compile into another one: {command} -o DIR",
             )
 
 

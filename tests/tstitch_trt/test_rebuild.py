@@ -260,7 +260,7 @@ def test_a_read_only_bundle_is_named_and_can_be_compiled_elsewhere(tmp_path: Pat
             assert done.returncode == 2
             assert f"{bundle} can't be replaced: {folder} is read-only" in done.stderr
             assert (
-                f"hint: compile into another one: tstitch-trt build {bundle} --backend onnxruntime -o DIR"
+                f"hint: compile into another one: tstitch-trt build {bundle} --backend onnxruntime --device cpu -o DIR"
                 in done.stderr
             )
         assert files(bundle) == before
