@@ -48,7 +48,7 @@ def member(kind: str, table: StepTable, *, learned: bool = False) -> Model:
 
 def rows_for(kind: str, table: StepTable, *, learned: bool = False) -> Array:
     """The unguided rows of ``table`` for a member with parametrisation ``kind``."""
-    p, q = coefficients(kind, table.a, table.s)
+    p, q = coefficients(kind, table.a, table.s, estimate=table.estimate)
     return fill_rows(table, p=p, q=q, learned=learned)
 
 

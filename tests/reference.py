@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, ROW
+from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW
 
 __all__ = ["Model", "guide", "walk"]
 
@@ -19,11 +19,12 @@ Model = Callable[[Array, float, int], "Array | tuple[Array, Array]"]
 def walk(rows: Array, x: Array, model: Model, noise: Array) -> Array:
     """The latents ``[N+1, B, C, ...]`` of a trajectory: before the first step, then after each one.
 
-    ``rows`` float ``[N, 16]``; ``x`` ``[B, C, ...]`` is the starting latent, already scaled; ``noise``
-    ``[N, B, C, ...]``. An estimate that was not stored is NaN for later rows, so a missing flag shows.
+    ``rows`` float ``[N, 25]``; ``x`` ``[B, C, ...]`` is the starting latent, already scaled; ``noise``
+    ``[N, B, C, ...]``. What was not stored is NaN for later rows, so a missing flag shows.
     """
     latents = [np.asarray(x, np.float64)]
     estimates: list[Array] = []
+    second = np.full_like(latents[0], np.nan)
     for step, row in enumerate(np.asarray(rows, np.float64)):
         x = latents[-1]
         output = model(row[ROW["C_IN"]] * x, float(row[ROW["T"]]), step)
@@ -32,9 +33,18 @@ def walk(rows: Array, x: Array, model: Model, noise: Array) -> Array:
         m = cond[:, :channels] if uncond is None else guide(row, cond[:, :channels], uncond[:, :channels])
         estimate = row[ROW["P"]] * x + row[ROW["Q"]] * m
         after = row[ROW["A"]] * x + row[ROW["B"]] * estimate
-        for name, back in (("C", 1), ("E", 2)):
+        y = row[ROW["YX"]] * x + row[ROW["YB"]] * estimate
+        for back, name in enumerate("CEF", 1):
             if row[ROW[name]] != 0:
                 after = after + row[ROW[name]] * estimates[step - back]
+            if row[ROW["Y" + name]] != 0:
+                y = y + row[ROW["Y" + name]] * estimates[step - back]
+        if row[ROW["Y"]] != 0:
+            after = after + row[ROW["Y"]] * second
+        if row[ROW["YY"]] != 0:
+            y = y + row[ROW["YY"]] * second
+        if int(row[ROW["FLAGS"]]) & FLAG_STORE_Y:
+            second = y
         if row[ROW["S"]] != 0:
             scale = row[ROW["S"]]
             if int(row[ROW["FLAGS"]]) & FLAG_LEARNED:

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, ROW
+from tstitch_engines.rows import (
+    FLAG_BLEND,
+    FLAG_GIVEN_NOISE,
+    FLAG_LEARNED,
+    FLAG_STORE,
+    FLAG_STORE_Y,
+    INITIAL_NOISE_STEP,
+    ROW,
+)
 
 F64 = NDArray[np.float64]
 
@@ -52,9 +60,22 @@ def guided_output(row: F64, cond: F64, uncond: F64 | None, *, rescale: bool) -> 
 
 
 class Lane:
-    """The state of one lane: its latent, the history ring as a plain list of every stored D, step and seed."""
+    """The state of one lane: its latent, the history ring as a plain list of every stored D, y, step and seed.
 
-    def __init__(self, x: NDArray[Any], rows: NDArray[Any], seed: int) -> None:
+    ``known``, ``noise`` ``[C, ...]`` and ``mask`` ``[1, ...]`` are the lane's part of the blend.
+    """
+
+    def __init__(
+        self,
+        x: NDArray[Any],
+        rows: NDArray[Any],
+        seed: int,
+        known: NDArray[Any] | None = None,
+        mask: NDArray[Any] | None = None,
+        noise: NDArray[Any] | None = None,
+    ) -> None:
+        self.known, self.mask, self.noise = known, mask, noise
+        self.y: F64 | None = None
         self.x = x.astype(np.float64)
         self.rows = rows.astype(np.float64)
         self.seed = seed
@@ -72,17 +93,35 @@ class Lane:
         flags = int(row[ROW["FLAGS"]])
         d = row[ROW["P"]] * self.x + row[ROW["Q"]] * m
         x = row[ROW["A"]] * self.x + row[ROW["B"]] * d
-        if row[ROW["C"]]:
-            x = x + row[ROW["C"]] * self.stored[self.step - 1]
-        if row[ROW["E"]]:
-            x = x + row[ROW["E"]] * self.stored[self.step - 2]
+        y = row[ROW["YX"]] * self.x + row[ROW["YB"]] * d
+        for back, letter in enumerate("CEF", 1):
+            if row[ROW[letter]]:
+                x = x + row[ROW[letter]] * self.stored[self.step - back]
+            if row[ROW["Y" + letter]] and flags & FLAG_STORE_Y:
+                y = y + row[ROW["Y" + letter]] * self.stored[self.step - back]
+        if row[ROW["Y"]]:
+            assert self.y is not None
+            x = x + row[ROW["Y"]] * self.y
+        if row[ROW["YY"]] and flags & FLAG_STORE_Y:
+            assert self.y is not None
+            y = y + row[ROW["YY"]] * self.y
         if row[ROW["S"]]:
             scale: Any = row[ROW["S"]]
             if flags & FLAG_LEARNED:
                 lo, hi = row[ROW["LOG_STD_MIN"]], row[ROW["LOG_STD_MAX"]]
                 scale = scale * np.exp(lo + (hi - lo) * (cond[channels:] + 1) / 2)
             x = x + scale * normals(self.seed, self.step, self.x.size).reshape(self.x.shape)
+        if flags & FLAG_BLEND:
+            assert self.known is not None
+            assert self.mask is not None
+            z0: Any = self.noise
+            if not flags & FLAG_GIVEN_NOISE:
+                z0 = normals(self.seed, INITIAL_NOISE_STEP, self.x.size).reshape(self.x.shape)
+            known = row[ROW["KNOWN_A"]] * self.known.astype(np.float64) + row[ROW["KNOWN_S"]] * z0
+            x = self.mask * x + (1 - self.mask) * known
         if flags & FLAG_STORE:
             self.stored[self.step] = d
+        if flags & FLAG_STORE_Y:
+            self.y = y
         self.x = x
         self.step += 1

@@ -8,24 +8,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device import Device
-from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, ROW, ROW_FIELDS
+from tstitch_engines.rows import (
+    FLAG_BLEND,
+    FLAG_GIVEN_NOISE,
+    FLAG_LEARNED,
+    FLAG_STORE,
+    FLAG_STORE_Y,
+    HISTORY,
+    ROW,
+    ROW_FIELDS,
+)
 
 
 def run(device: Device, dtype: str, timestep: str, shape: tuple[int, ...], *, guided: bool) -> list[NDArray[Any]]:
-    """Four steps of rows that use every term, on lanes at different steps; all arrays that the kernels wrote."""
+    """Five steps of rows that use every term, on lanes at different steps; all arrays that the kernels wrote."""
     rng = np.random.default_rng(0)
     lanes, steps = 4, 6
     table = rng.uniform(0.2, 0.8, (lanes, steps, len(ROW_FIELDS))).astype(np.float32)
     for name, value in {
         "G": 1.5, "GUIDED_CHANNELS": 3, "RESCALE": 0.5, "LOG_STD_MIN": -1, "LOG_STD_MAX": 0,
-        "FLAGS": FLAG_STORE + FLAG_LEARNED,
+        "FLAGS": FLAG_STORE + FLAG_LEARNED + FLAG_STORE_Y + FLAG_BLEND,
     }.items():  # fmt: skip
         table[..., ROW[name]] = value
-    table[:, 0, ROW["C"]] = 0
-    table[:, :2, ROW["E"]] = 0
+    for back, names in enumerate(("CY", "E", "F"), 1):
+        table[:, :back, [ROW[name] for letter in names for name in (letter, f"Y{letter}")]] = 0
+    table[1::2, :, ROW["FLAGS"]] += FLAG_GIVEN_NOISE
     values: dict[str, tuple[NDArray[Any], str]] = {
         "latents": (rng.standard_normal((lanes, *shape)).astype(np.float32), "float32"),
-        "history": (np.zeros((2, lanes, *shape), np.float32), "float32"),
+        "history": (np.zeros((HISTORY, lanes, *shape), np.float32), "float32"),
+        "y": (np.zeros((lanes, *shape), np.float32), "float32"),
+        "known": (rng.standard_normal((lanes, *shape)).astype(np.float32), "float32"),
+        "mask": (rng.uniform(0, 1, (lanes, 1, *shape[1:])).astype(np.float32), "float32"),
+        "noise": (rng.standard_normal((lanes, *shape)).astype(np.float32), "float32"),
         "rows": (table, "float32"),
         "step": (np.zeros(lanes, np.int32), "int32"),
         "seed": (np.array([1, -2, 3, 2**62], np.int64), "int64"),
@@ -37,7 +51,7 @@ def run(device: Device, dtype: str, timestep: str, shape: tuple[int, ...], *, gu
         device.upload(arena[name], array)
     kernels = device.step_kernels(**arena)
     device.initial_noise(arena["latents"], 1, 5, 2.0)
-    for order in ([0, 1, 2, 3], [3, 1], [2, 3, 0], [1]):
+    for order in ([0, 1, 2, 3], [3, 1], [2, 3, 0], [1], [3, 0, 1]):
         total = len(order) * (1 + guided)
         active = device.empty((len(order),), "int32")
         device.upload(active, np.array(order, np.int32))
@@ -48,5 +62,5 @@ def run(device: Device, dtype: str, timestep: str, shape: tuple[int, ...], *, gu
         bits = (noise.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else noise.astype(dtype)
         device.upload(output, bits)
         kernels.advance(active, output, guided=guided, rescale=guided)
-    results = [device.download(arena[name]) for name in ("latents", "history", "step", "fault")]
+    results = [device.download(arena[name]) for name in ("latents", "history", "y", "step", "fault")]
     return [*results, device.download(sample).astype(np.float32), device.download(times)]

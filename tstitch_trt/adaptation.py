@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import BadSchedule
 from tstitch_engines.manifest import Manifest
 from tstitch_trt.noise_schedule import NoiseSchedule
-from tstitch_trt.parametrisation import coefficients
+from tstitch_trt.parametrisation import coefficients, of_estimate
 from tstitch_trt.solvers import StepTable
 
 __all__ = ["Columns", "is_adapted", "member_columns"]
@@ -57,7 +57,9 @@ def member_columns(manifest: Manifest, name: str, table: StepTable, mine: NDArra
     member = manifest.members[name]
     a, s = table.a[mine], table.s[mine]
     if not is_adapted(manifest, name):
-        return Columns(table.t[mine], table.c_in[mine], *coefficients(member.parametrisation, a, s))
+        return Columns(
+            table.t[mine], table.c_in[mine], *coefficients(member.parametrisation, a, s, estimate=table.estimate)
+        )
     ratio = member.latent_ratio
     own = NoiseSchedule.from_spec(member.noise or manifest.noise)
     sigma = ratio * s / a
@@ -65,7 +67,7 @@ def member_columns(manifest: Manifest, name: str, table: StepTable, mine: NDArra
     signal = 1 / np.hypot(1.0, sigma)
     p, q = coefficients(member.parametrisation, signal, signal * sigma)
     c_in = ratio * signal / a
-    return Columns(own.timestep_of(sigma), c_in, p * c_in / ratio, q / ratio)
+    return Columns(own.timestep_of(sigma), c_in, *of_estimate(table.estimate, p * c_in / ratio, q / ratio, a, s))
 
 
 def _check_reach(name: str, steps: NDArray[np.int64], sigma: Array, most: float) -> None:

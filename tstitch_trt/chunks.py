@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.device import Buffer, Device, Download, Stopwatch
 from tstitch_engines.errors import NotFinite, OutOfProfile
-from tstitch_engines.rows import FLAG_STORE, ROW
+from tstitch_engines.rows import FLAG_STORE, HISTORY, ROW
 from tstitch_trt.graphs import Kind
 from tstitch_trt.plan import Plan
 from tstitch_trt.request import Request
@@ -199,8 +199,9 @@ class Walk:
             return device.download(arena.first(chunk.count))
 
         def estimate() -> NDArray[np.float32]:
-            out: NDArray[np.float32] = device.download(arena.history)[step % 2, : chunk.count]
-            return out
+            stored: NDArray[np.float32] = device.download(arena.history)[step % HISTORY, : chunk.count]
+            p, q = self._plan.table.clean_estimate(step)
+            return stored if p == 0 else np.float32(p) * latents() + np.float32(q) * stored
 
         return StepEvent(
             step + 1,

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadCheckpoint, BadInput, Unavailable
-from tstitch_engines.rows import ROW
+from tstitch_engines.rows import FLAG_STORE_Y, ROW
 from tstitch_trt.bench import Baseline
 from tstitch_trt.machine import package_version
+from tstitch_trt.solvers.table import Y_COLUMNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +89,7 @@ class EagerTorch(Baseline):
             x = torch.from_numpy(noise) * float(plan.init_scale)
             classes = torch.tensor(labels, dtype=torch.int64)
             both = None if self._null is None else torch.cat([classes, torch.full_like(classes, self._null)])
-            older = newer = torch.zeros_like(x)
+            oldest = older = newer = y = torch.zeros_like(x)
             for name, guided, row in zip(plan.schedule.names, plan.guided, rows.tolist(), strict=True):
                 sample = x * row[ROW["C_IN"]]
                 if guided:
@@ -101,8 +102,16 @@ class EagerTorch(Baseline):
                     mixed = unconditional + row[ROW["G"]] * (conditional - unconditional)
                     output = torch.cat([mixed[:, :k], conditional[:, k:]], dim=1)
                 estimate = row[ROW["P"]] * x + row[ROW["Q"]] * output
+                before, kept = x, y
                 x = row[ROW["A"]] * x + row[ROW["B"]] * estimate + row[ROW["C"]] * newer + row[ROW["E"]] * older
-                newer, older = estimate, newer
+                if row[ROW["F"]]:
+                    x = x + row[ROW["F"]] * oldest
+                if row[ROW["Y"]]:
+                    x = x + row[ROW["Y"]] * kept
+                if int(row[ROW["FLAGS"]]) & FLAG_STORE_Y:
+                    terms = zip(Y_COLUMNS, (before, kept, estimate, newer, older, oldest), strict=True)
+                    y = sum(row[ROW[name]] * term for name, term in terms)
+                newer, older, oldest = estimate, newer, older
             latents: NDArray[np.float32] = x.numpy()
         return latents
 

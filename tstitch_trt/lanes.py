@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device import Buffer, Device, StepKernels
-from tstitch_engines.rows import ROW_FIELDS
+from tstitch_engines.rows import HISTORY, ROW_FIELDS
 
 __all__ = ["LaneArena", "arena_bytes"]
 
 
 def arena_bytes(slots: int, elements: int, table_rows: int) -> int:
-    """Of an arena: latents and two estimates, a table, step, fault and seed for each lane."""
-    return slots * (3 * 4 * elements + 4 * len(ROW_FIELDS) * table_rows + 4 + 4 + 8)
+    """Of an arena: latents, the estimates remembered and y, a table, step, fault and seed for each lane."""
+    return slots * ((2 + HISTORY) * 4 * elements + 4 * len(ROW_FIELDS) * table_rows + 4 + 4 + 8)
 
 
 class LaneArena:
@@ -32,15 +32,16 @@ class LaneArena:
         self._device = device
         self._largest = latent_shape
         self._latents = self.latents = device.empty((slots, *latent_shape), "float32")
-        self._history = self.history = device.empty((2, slots, *latent_shape), "float32")
+        self._history = self.history = device.empty((HISTORY, slots, *latent_shape), "float32")
+        self._y = self.y = device.empty((slots, *latent_shape), "float32")
         self.rows = device.empty((slots, table_rows, len(ROW_FIELDS)), "float32")
         self.step = device.empty((slots,), "int32")
         self.seed = device.empty((slots,), "int64")
         self.fault = device.empty((slots,), "int32")
-        for buffer in (self.latents, self.history, self.rows):
+        for buffer in (self.latents, self.history, self.y, self.rows):
             device.upload(buffer, np.zeros(buffer.shape, np.float32))
         self.kernels = self._kernels()
-        self._shapes = {latent_shape: (self.latents, self.history, self.kernels)}
+        self._shapes = {latent_shape: (self.latents, self.history, self.y, self.kernels)}
 
     def _kernels(self) -> StepKernels:
         return self._device.step_kernels(
@@ -50,6 +51,7 @@ class LaneArena:
             step=self.step,
             seed=self.seed,
             fault=self.fault,
+            y=self.y,
         )
 
     def shape(self, latent_shape: tuple[int, int, int]) -> None:
@@ -64,13 +66,14 @@ class LaneArena:
         if latent_shape not in self._shapes:
             assert math.prod(latent_shape) <= math.prod(self._largest), "the arena is too small for this latent"
             self.latents = self._device.view(self._latents, 0, (self.slots, *latent_shape), "float32")
-            self.history = self._device.view(self._history, 0, (2, self.slots, *latent_shape), "float32")
-            self._shapes[latent_shape] = (self.latents, self.history, self._kernels())
-        self.latents, self.history, self.kernels = self._shapes[latent_shape]
+            self.history = self._device.view(self._history, 0, (HISTORY, self.slots, *latent_shape), "float32")
+            self.y = self._device.view(self._y, 0, (self.slots, *latent_shape), "float32")
+            self._shapes[latent_shape] = (self.latents, self.history, self.y, self._kernels())
+        self.latents, self.history, self.y, self.kernels = self._shapes[latent_shape]
 
     @property
     def nbytes(self) -> int:
-        parts = (self._latents, self._history, self.rows, self.step, self.seed, self.fault)
+        parts = (self._latents, self._history, self._y, self.rows, self.step, self.seed, self.fault)
         return sum(part.nbytes for part in parts)
 
     def start(
@@ -82,7 +85,7 @@ class LaneArena:
         scale: float,
         latents: NDArray[np.float32] | Buffer | None,
     ) -> None:
-        """Fills the first ``len(seeds)`` slots: one table ``rows`` float32 ``[N,16]`` for all, a seed for each.
+        """Fills the first ``len(seeds)`` slots: one table ``rows`` float32 ``[N,25]`` for all, a seed for each.
 
         ``scale * latents`` (float32 ``[B,C,H,W]`` on the host or on the device, for the first B slots) are the state
         before ``step``; ``None`` draws the latents by each seed.

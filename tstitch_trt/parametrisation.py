@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tstitch_engines.errors import BadInput, unknown_name
 
-__all__ = ["PARAMETRISATIONS", "coefficients"]
+__all__ = ["PARAMETRISATIONS", "coefficients", "of_estimate"]
 
 Array = NDArray[np.float64]
 
@@ -33,8 +33,25 @@ _KINDS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {"eps": _eps,
 PARAMETRISATIONS = tuple(_KINDS)
 
 
-def coefficients(kind: str, a: ArrayLike, s: ArrayLike) -> tuple[Array, Array]:
+def of_estimate(estimate: str, p: Array, q: Array, a: Array, s: Array) -> tuple[Array, Array]:
+    """From the clean latent ``x0 = p x + q m`` to what a step table remembers, at ``x = a x0 + s eps``, ``s > 0``.
+
+    ``estimate``: ``x0``; ``eps = (x - a x0) / s``; ``v = (a eps - s x0) / r``. Raises ``UnknownName``.
+    """
+    if estimate == "x0":
+        return p, q
+    if estimate == "eps":
+        return (1 - a * p) / s, -a * q / s
+    if estimate == "v":  # a/r eps - s/r x0, with a^2 + s^2 = r^2
+        r = np.hypot(a, s)
+        return (a - r**2 * p) / (r * s), -r * q / s
+    raise unknown_name("estimate", estimate, PARAMETRISATIONS)
+
+
+def coefficients(kind: str, a: ArrayLike, s: ArrayLike, *, estimate: str = "x0") -> tuple[Array, Array]:
     """``(p, q)`` with ``D = p x + q m`` for a latent ``x = a x0 + s eps`` and a member's output ``m``.
+
+    ``D`` is an estimate of the clean latent, or with ``estimate`` of what the step table remembers (``of_estimate``).
 
     ``a`` and ``s`` (same shape, any) are the solver's, so the same member serves variance-preserving
     (``a^2 + s^2 = 1``) and variance-exploding (``a = 1``) solvers. Raises ``UnknownName``, and ``BadInput`` for
@@ -49,4 +66,6 @@ def coefficients(kind: str, a: ArrayLike, s: ArrayLike) -> tuple[Array, Array]:
             f"latent scales a {a} and s {s}; allowed are finite arrays of one shape with a > 0 and s >= 0",
             hint="pass the columns a and s of a step table",
         )
-    return make(a, s)
+    if kind == estimate:
+        return np.zeros_like(a), np.ones_like(a)
+    return of_estimate(estimate, *make(a, s), a, s)

@@ -25,7 +25,10 @@ HISTORIES: Final = ("keep", "reset")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``rows`` float64 ``[N,16]`` (see ``tstitch_engines.rows``), read-only; ``guided[i]``: step i runs both halves.
+    """``rows`` float64 ``[N,25]`` (see ``tstitch_engines.rows``), read-only; ``guided[i]``: step i runs both halves.
+
+    A row is one evaluation of a member, and "step" means a row from here on: in schedules, fractions, events, timings
+    and results. Solvers make as many rows as they were asked for steps, but ``pndm``, which has one more.
 
     ``embedded``: the guidance scale that distilled members are given as an input, in place of a second half.
     """

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from tstitch_engines.device import Buffer
 from tstitch_engines.errors import BadInput, NotFinite
 from tstitch_engines.manifest import Manifest
-from tstitch_engines.rows import ROW
 from tstitch_trt.conditioning import Conditioning, Values, class_values, guidance_embedding
 from tstitch_trt.control import CONTROLNET, control_values
 from tstitch_trt.limits import Limits
 from tstitch_trt.plan import Plan
 from tstitch_trt.prompts import Texts, as_texts, check_text_wishes, text_count, text_values
+from tstitch_trt.rows import reads_before
 from tstitch_trt.starting import Encoder, Start, as_pictures, check_start_wishes, make_start, read_image
 from tstitch_trt.wishes import PictureWishes
 
@@ -114,8 +114,7 @@ class Request:
                 f"start_step {self.start} without latents: there is no state to start from",
                 hint="pass latents= with the state before that step, or start_step=0",
             )
-        first, second = plan.rows[self.start], plan.rows[min(self.start + 1, len(plan.rows) - 1)]
-        if first[ROW["C"]] != 0 or first[ROW["E"]] != 0 or (self.start + 1 < len(plan.rows) and second[ROW["E"]] != 0):
+        if reads_before(plan.rows, self.start):
             raise BadInput(
                 f"start_step {self.start}: the solver needs the estimates of the steps before",
                 hint="use a single-step solver (ddim, ddpm, euler, lcm) to enter a trajectory in the middle",

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tstitch_engines.errors import BadInput
-from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, ROW, ROW_FIELDS
-from tstitch_trt.solvers.table import StepTable
+from tstitch_engines.rows import FLAG_BLEND, FLAG_GIVEN_NOISE, FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW, ROW_FIELDS
+from tstitch_trt.solvers.table import Y_COLUMNS, StepTable
 
-__all__ = ["fill_rows"]
+__all__ = ["fill_rows", "reads_before", "with_blend"]
 
 Array = NDArray[np.float64]
 
@@ -20,7 +20,10 @@ _FROM_TABLE = {
     "B": "B",
     "C": "C",
     "E": "E",
+    "F": "F",
     "S": "S",
+    "Y": "Y",
+    **{name: name for name in Y_COLUMNS},
     "LOG_STD_MIN": "log_std_min",
     "LOG_STD_MAX": "log_std_max",
 }
@@ -36,12 +39,14 @@ def fill_rows(
     guided_channels: ArrayLike = 0,
     learned: ArrayLike = False,
 ) -> Array:
-    """float64 ``[N, 16]``. Every argument is one value or one for each step, ``[N]``.
+    """float64 ``[N, 25]``. Every argument is one value or one for each step, ``[N]``.
 
-    ``p``, ``q``: the member's parametrisation (``parametrisation.coefficients(kind, table.a, table.s)``).
+    ``p``, ``q``: the member's parametrisation (``parametrisation.coefficients(kind, table.a, table.s,
+    estimate=table.estimate)``).
     ``guided_channels``: how many leading channels are guided. ``learned``: the member of that step gives a second half
-    of channels for the variance. ``FLAG_STORE`` is set exactly where a later row reads the step's estimate, and
-    ``FLAG_LEARNED`` where the noise is scaled by the model's variance. Raises ``BadInput``.
+    of channels for the variance. ``FLAG_STORE`` and ``FLAG_STORE_Y`` are set exactly where a later row reads the
+    step's estimate or ``y'``, and ``FLAG_LEARNED`` where the noise is scaled by the model's variance. ``KNOWN_A`` and
+    ``KNOWN_S`` are always there, for ``with_blend``. Raises ``BadInput``.
     """
     rows = np.zeros((table.steps, len(ROW_FIELDS)))
     for field, column in _FROM_TABLE.items():
@@ -65,11 +70,51 @@ def fill_rows(
             f"solver {table.solver} reads a learned variance, but the member of step {lacking[0]} has none",
             hint="use variance='fixed-small' or 'fixed-large', or members that were trained with a learned variance",
         )
+    # A known picture is put back at the noise of the next row, and after the last one clean, as diffusers does.
+    rows[:, ROW["KNOWN_A"]], rows[:, ROW["KNOWN_S"]] = np.append(table.a[1:], 1.0), np.append(table.s[1:], 0.0)
+    kept = _kept_y(table)
+    rows[:, [ROW[name] for name in Y_COLUMNS]] *= kept[:, None]
     stored = np.zeros(table.steps, bool)
-    stored[:-1] |= table.C[1:] != 0
-    stored[:-2] |= table.E[2:] != 0
-    rows[:, ROW["FLAGS"]] = FLAG_LEARNED * scaled + FLAG_STORE * stored
+    for back, names in enumerate((("C", "YC"), ("E", "YE"), ("F", "YF")), 1):
+        for name in names:
+            stored[:-back] |= rows[back:, ROW[name]] != 0
+    rows[:, ROW["FLAGS"]] = FLAG_LEARNED * scaled + FLAG_STORE * stored + FLAG_STORE_Y * kept
     return rows
+
+
+def with_blend(rows: NDArray[np.floating], *, given_noise: bool = False) -> Array:
+    """A copy of ``rows`` ``[N, 25]`` that keeps a known picture outside the lanes' masks after every step (inpainting).
+
+    ``given_noise``: the lanes started from noise in the arena's ``noise`` buffer instead of noise drawn from their
+    seeds, and the known picture is brought to each noise level with the same.
+    """
+    blended = np.array(rows, np.float64)
+    flags = blended[:, ROW["FLAGS"]].astype(np.int64) | FLAG_BLEND | (FLAG_GIVEN_NOISE if given_noise else 0)
+    blended[:, ROW["FLAGS"]] = flags
+    return blended
+
+
+def reads_before(rows: NDArray[np.floating], start: int) -> bool:
+    """Whether row ``start`` or a later one reads an estimate or a ``y`` of a row before it."""
+    for back, names in enumerate((("C", "YC"), ("E", "YE"), ("F", "YF")), 1):
+        if rows[start : start + back, [ROW[name] for name in names]].any():
+            return True
+    for row in rows[start:]:
+        if row[ROW["Y"]] or row[ROW["YY"]]:
+            return True
+        if int(row[ROW["FLAGS"]]) & FLAG_STORE_Y:
+            return False
+    return False
+
+
+def _kept_y(table: StepTable) -> NDArray[np.bool_]:
+    """Rows that write a ``y`` which is read before it is written again."""
+    kept, wanted = table.writes_y.copy(), False
+    for row in range(table.steps - 1, -1, -1):
+        if kept[row]:
+            kept[row], wanted = wanted, False
+        wanted = wanted or table.Y[row] != 0 or (kept[row] and table.YY[row] != 0)
+    return kept
 
 
 def _per_step(table: StepTable, name: str, values: ArrayLike) -> Array:

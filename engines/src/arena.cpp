@@ -15,6 +15,8 @@ constexpr std::int64_t NOISE_WORK = 12;  // one normal costs about as much as tw
 
 std::int64_t chunks_of(std::int64_t elements) { return (elements + CHUNK - 1) / CHUNK; }
 
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
 std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // body(lane, chunk, begin, end) for the CHUNK-sized pieces of `lanes` lanes. The pieces, and so every sum over them,
@@ -51,16 +53,15 @@ const HostKernels& find_kernels(const char* isa) {
         if (std::strcmp(isa, kernels->name) == 0) return *kernels;
         names += (names.empty() ? "" : ", ") + std::string(kernels->name);
     }
-    throw std::invalid_argument("this CPU has no instruction set '" + std::string(isa) + "'; allowed are " + names);
+    refuse("this CPU has no instruction set '" + std::string(isa) + "'; allowed are " + names);
 }
 
 int thread_count(int asked) {
-    if (asked < 0) throw std::invalid_argument("threads = " + std::to_string(asked) + "; allowed is 0 (all) or more");
+    if (asked < 0) refuse("threads = " + std::to_string(asked) + "; allowed is 0 (all) or more");
     return asked == 0 ? available_threads() : asked;
 }
 
-void HostArena::check(const std::int32_t* active, std::int64_t batch, bool learned_given) {
-    const auto refuse = [](const std::string& message) { throw std::invalid_argument(message); };
+void HostArena::check(const std::int32_t* active, std::int64_t batch) {
     ++calls;
     for (std::int64_t i = 0; i < batch; ++i) {
         const std::int32_t lane = active[i];
@@ -74,10 +75,25 @@ void HostArena::check(const std::int32_t* active, std::int64_t batch, bool learn
         if (step[lane] < 0 || step[lane] >= row_count)
             refuse("lane " + std::to_string(lane) + " is at step " + std::to_string(step[lane]) +
                    "; its table has the steps 0 to " + std::to_string(row_count - 1));
-        if (!learned_given && has_flag(row(lane), FLAG_LEARNED) && row(lane)[ROW_S] != 0.0f)
-            refuse("lane " + std::to_string(lane) +
-                   " takes its noise scale from the model's second half of channels; the model output has " +
-                   std::to_string(channels) + " channels, allowed is " + std::to_string(2 * channels));
+    }
+}
+
+void HostArena::check_rows(const std::int32_t* active, std::int64_t batch, bool learned_given) const {
+    for (std::int64_t i = 0; i < batch; ++i) {
+        const float* const r = row(active[i]);
+        const auto refuse_lane = [&](const std::string& why) {
+            refuse("lane " + std::to_string(active[i]) + " " + why);
+        };
+        if (!learned_given && has_flag(r, FLAG_LEARNED) && r[ROW_S] != 0.0f)
+            refuse_lane("takes its noise scale from the model's second half of channels; the model output has " +
+                        std::to_string(channels) + " channels, allowed is " + std::to_string(2 * channels));
+        if (y == nullptr && uses_y(r)) refuse_lane("remembers a second state, and the arena has no y");
+        if (!has_flag(r, FLAG_BLEND)) continue;
+        if (known == nullptr || mask == nullptr)
+            refuse_lane(std::string("blends a known picture in, and the arena has no ") +
+                        (known == nullptr ? "known" : "mask"));
+        if (noise == nullptr && has_flag(r, FLAG_GIVEN_NOISE))
+            refuse_lane("blends with noise that is given, and the arena has no noise");
     }
 }
 
@@ -108,22 +124,29 @@ void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dt
         const std::int32_t lane = active[i], now = step[lane];
         const float* r = row(lane);
         const char* out = static_cast<const char*>(output) + i * lane_bytes;
-        float* const same_slot = history + history_slot(now) * half + lane * count;
-        float* const other_slot = history + history_slot(now + 1) * half + lane * count;
+        const auto slot = [&](std::int32_t at) { return history + history_slot(at) * half + lane * count; };
         LaneStep& one = steps[static_cast<std::size_t>(i)];
         one.row = r;
         one.x = latents + lane * count;
         one.cond = out;
         one.uncond = guided ? out + batch * lane_bytes : nullptr;
         one.learned = has_flag(r, FLAG_LEARNED) ? out + count * bytes_of(dtype) : nullptr;
-        one.store = has_flag(r, FLAG_STORE) ? same_slot : nullptr;
-        one.d1 = other_slot;
-        one.d2 = same_slot;
+        one.store = has_flag(r, FLAG_STORE) ? slot(now) : nullptr;
+        one.d1 = slot(now + 2);
+        one.d2 = slot(now + 1);
+        one.d3 = slot(now);
+        one.y = uses_y(r) ? y + lane * count : nullptr;
+        const bool blends = has_flag(r, FLAG_BLEND);
+        one.known = blends ? known + lane * count : nullptr;
+        one.mask = blends ? mask + lane * spatial : nullptr;
+        one.noise = blends && has_flag(r, FLAG_GIVEN_NOISE) ? noise + lane * count : nullptr;
+        one.spatial = spatial;
         one.seed = seed[lane];
         one.step = static_cast<std::uint32_t>(now);
         one.guided = guided ? guided_elements(r, channels, spatial) : 0;
         one.factor = 1.0f;
-        work += count * (r[ROW_S] != 0.0f ? NOISE_WORK : 1);
+        const bool draws_known = blends && one.noise == nullptr && r[ROW_KNOWN_S] != 0.0f;
+        work += count * (1 + (NOISE_WORK - 1) * ((r[ROW_S] != 0.0f) + draws_known));
     }
 
     const std::int64_t chunks = chunks_of(count);

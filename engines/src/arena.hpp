@@ -19,11 +19,15 @@ int thread_count(int asked);
 
 struct HostArena {
     float* latents;             // [lanes, channels * spatial]
-    float* history;             // [2, lanes, channels * spatial]
+    float* history;             // [HISTORY, lanes, channels * spatial]
+    float* y;                   // as latents, or null
     const float* rows;          // [lanes, row_count, ROW_SIZE]
     std::int32_t* step;         // [lanes]
     const std::uint64_t* seed;  // [lanes]
     std::int32_t* fault;        // [lanes]
+    const float* known;         // as latents, or null
+    const float* mask;          // [lanes, spatial], or null
+    const float* noise;         // as latents, or null
     std::int64_t lanes, row_count, channels, spatial;
     const HostKernels* kernels;
     int threads;
@@ -35,8 +39,12 @@ struct HostArena {
     std::vector<std::uint64_t> last_used;  // [lanes]: the last call that named the lane
 
     // Throws std::invalid_argument when something is wrong with the lanes: a slot outside the arena or named twice, a
-    // lane at the end of its table, a row that reads the model's second half of channels when the model has none.
-    void check(const std::int32_t* active, std::int64_t batch, bool learned_given);
+    // lane at the end of its table.
+    void check(const std::int32_t* active, std::int64_t batch);
+
+    // Throws std::invalid_argument for a row that uses what is not there: memory that is null, or the model's second
+    // half of channels when the model has none.
+    void check_rows(const std::int32_t* active, std::int64_t batch, bool learned_given) const;
 
     // `sample` holds batch, or when `guided` 2 * batch, lanes; so does the timestep array that is not null.
     void prepare(const std::int32_t* active, std::int64_t batch, Dtype dtype, void* sample, float* timestep_float,

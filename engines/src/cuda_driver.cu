@@ -152,11 +152,24 @@ __device__ void guidance_factor(const float* rows, const int* step, const int* a
     if (thread == 0) factors[at] = rescale_factor(row, sums[0], guided);
 }
 
+// next += factor * term, where the factor is not 0.
+__device__ void add4(float (&next)[4], float factor, const float* term, bool aligned, int n) {
+    if (factor == 0.0f) return;
+    float values[4];
+    load4(term, aligned, n, values);
+    for (int k = 0; k < 4; ++k) next[k] += factor * values[k];
+}
+
+// Where a row uses what is not there: a NaN that the fault array reports, not a guess.
+__device__ void spoil(float (&values)[4]) {
+    for (float& value : values) value = bits_float(0x7fc00000u);
+}
+
 template <typename T>
 __device__ void advance(float* latents, float* history, const float* rows, const int* step,
                         const unsigned long long* seed, int* fault, const int* active, const T* output,
-                        const float* factors, int lanes, int row_count, int elements, int spatial, int output_elements,
-                        int guided) {
+                        const float* factors, float* second, const float* known, const float* mask, const float* noise,
+                        int lanes, int row_count, int elements, int spatial, int output_elements, int guided) {
     const int batch = gridDim.y, at = blockIdx.y, lane = active[at], now = step[lane];
     const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
     const float* row = current_row(rows, row_count, lane, now);
@@ -169,8 +182,9 @@ __device__ void advance(float* latents, float* history, const float* rows, const
     const bool aligned = elements % 4 == 0;
     const long long offset = static_cast<long long>(lane) * elements + element;
     const long long half = static_cast<long long>(lanes) * elements;
-    float* const same_slot = history + history_slot(now) * half + offset;
-    const float* const other_slot = history + history_slot(now + 1) * half + offset;
+    float* const slot = history + history_slot(now) * half + offset;  // of D3, then of D
+    const float* const slot1 = history + history_slot(now + 2) * half + offset;
+    const float* const slot2 = history + history_slot(now + 1) * half + offset;
     const T* const cond = output + static_cast<long long>(at) * output_elements + element;
 
     float x[4], m[4], d[4], next[4];
@@ -188,17 +202,27 @@ __device__ void advance(float* latents, float* history, const float* rows, const
         d[k] = denoised(row, x[k], m[k]);
         next[k] = combine(row, x[k], d[k]);
     }
-    if (row[ROW_C] != 0.0f) {
-        float d1[4];
-        load4(other_slot, aligned, n, d1);
-        for (int k = 0; k < 4; ++k) next[k] += row[ROW_C] * d1[k];
+    add4(next, row[ROW_C], slot1, aligned, n);
+    add4(next, row[ROW_E], slot2, aligned, n);
+    add4(next, row[ROW_F], slot, aligned, n);
+    if (uses_y(row)) {
+        if (second == nullptr) {
+            spoil(next);
+        } else {
+            float* const y = second + offset;
+            add4(next, row[ROW_Y], y, aligned, n);
+            if (has_flag(row, FLAG_STORE_Y)) {
+                float sum[4];
+                for (int k = 0; k < 4; ++k) sum[k] = combine_y(row, x[k], d[k]);
+                add4(sum, row[ROW_YY], y, aligned, n);
+                add4(sum, row[ROW_YC], slot1, aligned, n);
+                add4(sum, row[ROW_YE], slot2, aligned, n);
+                add4(sum, row[ROW_YF], slot, aligned, n);
+                store4(y, aligned, n, sum);
+            }
+        }
     }
-    if (row[ROW_E] != 0.0f) {
-        float d2[4];
-        load4(same_slot, aligned, n, d2);
-        for (int k = 0; k < 4; ++k) next[k] += row[ROW_E] * d2[k];
-    }
-    if (has_flag(row, FLAG_STORE)) store4(same_slot, aligned, n, d);
+    if (has_flag(row, FLAG_STORE)) store4(slot, aligned, n, d);
     if (row[ROW_S] != 0.0f) {
         float z[4], scale[4] = {row[ROW_S], row[ROW_S], row[ROW_S], row[ROW_S]};
         four_normals(seed[lane], static_cast<std::uint32_t>(now), static_cast<std::uint64_t>(element / 4), z[0], z[1],
@@ -207,11 +231,31 @@ __device__ void advance(float* latents, float* history, const float* rows, const
             if (output_elements == 2 * elements) {
                 load4(cond + elements, aligned, n, scale);
                 for (float& value : scale) value = learned_scale(row, value);
-            } else {  // the model has no second half: a NaN that the fault array reports, not a guess
-                for (float& value : scale) value = bits_float(0x7fc00000u);
+            } else {  // the model has no second half
+                spoil(scale);
             }
         }
         for (int k = 0; k < 4; ++k) next[k] += scale[k] * z[k];
+    }
+    if (has_flag(row, FLAG_BLEND)) {
+        const bool given = has_flag(row, FLAG_GIVEN_NOISE);
+        if (known == nullptr || mask == nullptr || (given && noise == nullptr)) {
+            spoil(next);
+        } else {
+            float level[4] = {};
+            add4(level, row[ROW_KNOWN_A], known + offset, aligned, n);
+            if (given) {
+                add4(level, row[ROW_KNOWN_S], noise + offset, aligned, n);
+            } else if (row[ROW_KNOWN_S] != 0.0f) {
+                float z[4];
+                four_normals(seed[lane], INITIAL_NOISE_STEP, static_cast<std::uint64_t>(element / 4), z[0], z[1], z[2],
+                             z[3]);
+                for (int k = 0; k < 4; ++k) level[k] += row[ROW_KNOWN_S] * z[k];
+            }
+            const float* const of_lane = mask + static_cast<long long>(lane) * spatial;
+            for (int k = 0; k < 4; ++k)
+                if (k < n) next[k] = blend(of_lane[(element + k) % spatial], next[k], level[k]);
+        }
     }
     store4(latents + offset, aligned, n, next);
     bool finite = true;
@@ -237,10 +281,11 @@ __device__ void advance(float* latents, float* history, const float* rows, const
     }                                                                                                                  \
     extern "C" __global__ void advance_##name(float* latents, float* history, const float* rows, const int* step,      \
                                               const unsigned long long* seed, int* fault, const int* active,           \
-                                              const T* output, const float* factors, int lanes, int row_count,         \
+                                              const T* output, const float* factors, float* y, const float* known,     \
+                                              const float* mask, const float* noise, int lanes, int row_count,         \
                                               int elements, int spatial, int output_elements, int guided) {            \
-        advance(latents, history, rows, step, seed, fault, active, output, factors, lanes, row_count, elements,        \
-                spatial, output_elements, guided);                                                                     \
+        advance(latents, history, rows, step, seed, fault, active, output, factors, y, known, mask, noise, lanes,      \
+                row_count, elements, spatial, output_elements, guided);                                                \
     }
 
 TSTITCH_KERNELS(float32, float)

@@ -66,18 +66,30 @@ class Arena {
     using ConstInts = Array<const std::int32_t, nb::ndim<1>>;
 
     Arena(Array<float> latents, Array<float> history, Array<const float, nb::shape<-1, -1, ROW_SIZE>> rows, Ints step,
-          Array<const std::int64_t, nb::ndim<1>> seed, Ints fault, int threads, const std::optional<std::string>& isa)
-        : keep_{nb::cast(latents), nb::cast(history), nb::cast(rows), nb::cast(step), nb::cast(seed), nb::cast(fault)} {
+          Array<const std::int64_t, nb::ndim<1>> seed, Ints fault, std::optional<Array<float>> y,
+          std::optional<Array<const float>> known, std::optional<Array<const float>> mask,
+          std::optional<Array<const float>> noise, int threads, const std::optional<std::string>& isa)
+        : keep_{nb::cast(latents), nb::cast(history), nb::cast(rows),  nb::cast(step), nb::cast(seed),
+                nb::cast(fault),   nb::cast(y),       nb::cast(known), nb::cast(mask), nb::cast(noise)} {
         if (latents.ndim() < 2 || latents.size() == 0)
             refuse("latents " + shape_text(latents) + " must be [lanes, channels, ...], none of them 0");
         const std::size_t lanes = latents.shape(0);
-        if (history.ndim() != latents.ndim() + 1 || history.shape(0) != 2 || history.size() != 2 * latents.size())
-            refuse("history " + shape_text(history) + " must be [2, ...] of latents " + shape_text(latents));
+        if (history.ndim() != latents.ndim() + 1 || history.shape(0) != HISTORY ||
+            history.size() != HISTORY * latents.size())
+            refuse("history " + shape_text(history) + " must be [" + std::to_string(HISTORY) + ", ...] of latents " +
+                   shape_text(latents));
         if (rows.shape(0) != lanes || step.size() != lanes || seed.size() != lanes || fault.size() != lanes)
             refuse("rows " + shape_text(rows) + ", step " + shape_text(step) + ", seed " + shape_text(seed) +
                    ", fault " + shape_text(fault) + " must be for the " + std::to_string(lanes) + " lanes of latents");
         elements_ = static_cast<std::int64_t>(latents.size() / lanes);
         channels_ = static_cast<std::int64_t>(latents.shape(1));
+        const auto pointer = [&](const auto& array, const char* name, std::size_t size, const std::string& what) {
+            if (array && array->size() != size)
+                refuse(std::string(name) + " " + shape_text(*array) + " must be " + what + " of latents " +
+                       shape_text(latents));
+            return array ? array->data() : nullptr;
+        };
+        const std::size_t size = latents.size();
         tstitch_lanes all = {};
         all.latents = latents.data();
         all.history = history.data();
@@ -89,6 +101,10 @@ class Arena {
         all.row_count = static_cast<std::int64_t>(rows.shape(1));
         all.channels = channels_;
         all.spatial = elements_ / channels_;
+        all.y = pointer(y, "y", size, "the shape");
+        all.known = pointer(known, "known", size, "the shape");
+        all.mask = pointer(mask, "mask", size / latents.shape(1), "the shape, with one channel,");
+        all.noise = pointer(noise, "noise", size, "the shape");
         tstitch_arena* made = nullptr;
         raise_if(tstitch_arena_create(&all, threads, name_or_null(isa), &made));
         arena_.reset(made);
@@ -137,7 +153,7 @@ class Arena {
         void operator()(tstitch_arena* arena) const { tstitch_arena_destroy(arena); }
     };
 
-    std::array<nb::object, 6> keep_;  // the arrays whose memory arena_ points to
+    std::array<nb::object, 10> keep_;  // the arrays whose memory arena_ points to
     std::unique_ptr<tstitch_arena, Destroy> arena_;
     std::int64_t elements_ = 0, channels_ = 0;
 };
@@ -198,6 +214,10 @@ NB_MODULE(_kernels, m) {
     m.attr("ROW_FIELDS") = nb::tuple(fields);
     m.attr("FLAG_LEARNED") = FLAG_LEARNED;
     m.attr("FLAG_STORE") = FLAG_STORE;
+    m.attr("FLAG_STORE_Y") = FLAG_STORE_Y;
+    m.attr("FLAG_BLEND") = FLAG_BLEND;
+    m.attr("FLAG_GIVEN_NOISE") = FLAG_GIVEN_NOISE;
+    m.attr("HISTORY") = HISTORY;
     m.attr("INITIAL_NOISE_STEP") = INITIAL_NOISE_STEP;
     m.attr("PARALLEL_WORK") = PARALLEL_WORK;
     m.attr("HAS_FATBIN") = bool(TSTITCH_HAS_FATBIN);
@@ -207,9 +227,13 @@ NB_MODULE(_kernels, m) {
 
     nb::class_<Arena>(m, "Arena")
         .def(nb::init<Array<float>, Array<float>, Array<const float, nb::shape<-1, -1, ROW_SIZE>>, Arena::Ints,
-                      Array<const std::int64_t, nb::ndim<1>>, Arena::Ints, int, const std::optional<std::string>&>(),
+                      Array<const std::int64_t, nb::ndim<1>>, Arena::Ints, std::optional<Array<float>>,
+                      std::optional<Array<const float>>, std::optional<Array<const float>>,
+                      std::optional<Array<const float>>, int, const std::optional<std::string>&>(),
              "latents"_a.noconvert(), "history"_a.noconvert(), "rows"_a.noconvert(), "step"_a.noconvert(),
-             "seed"_a.noconvert(), "fault"_a.noconvert(), "threads"_a = 0, "isa"_a = nb::none())
+             "seed"_a.noconvert(), "fault"_a.noconvert(), "y"_a.noconvert() = nb::none(),
+             "known"_a.noconvert() = nb::none(), "mask"_a.noconvert() = nb::none(), "noise"_a.noconvert() = nb::none(),
+             "threads"_a = 0, "isa"_a = nb::none())
         .def("prepare", &Arena::prepare, "active"_a.noconvert(), "sample"_a.noconvert(), "timestep"_a.noconvert(),
              "guided"_a)
         .def("advance", &Arena::advance, "active"_a.noconvert(), "model_output"_a.noconvert(), "guided"_a, "rescale"_a);

@@ -150,11 +150,45 @@ Moments moments_range(const LaneStep& lane, std::int64_t begin, std::int64_t end
     return total;
 }
 
+// next += factor * term, where the factor is not 0.
+void add(float* __restrict next, float factor, const float* __restrict term, std::int64_t n) {
+    if (factor == 0.0f) return;
+    for (std::int64_t i = 0; i < n; ++i) next[i] += factor * term[i];
+}
+
+// y' of a tile; `sum` is room for it, since y' may be made of y.
+void update_y(const LaneStep& lane, std::int64_t at, std::int64_t n, const float* __restrict d, float* __restrict sum) {
+    const float* const row = lane.row;
+    const float* __restrict x = lane.x + at;
+    for (std::int64_t i = 0; i < n; ++i) sum[i] = combine_y(row, x[i], d[i]);
+    add(sum, row[ROW_YY], lane.y + at, n);
+    add(sum, row[ROW_YC], lane.d1 + at, n);
+    add(sum, row[ROW_YE], lane.d2 + at, n);
+    add(sum, row[ROW_YF], lane.d3 + at, n);
+    memcpy(lane.y + at, sum, static_cast<std::size_t>(n) * sizeof(float));
+}
+
+// The known part of the picture over a tile of x'; `level` and `z` are room for it at its noise level.
+void blend_tile(const LaneStep& lane, std::int64_t at, std::int64_t n, float* __restrict level, float* __restrict z,
+                float* __restrict next) {
+    const float a = lane.row[ROW_KNOWN_A], s = lane.row[ROW_KNOWN_S];
+    const float* __restrict known = lane.known + at;
+    for (std::int64_t i = 0; i < n; ++i) level[i] = a * known[i];
+    if (s != 0.0f && lane.noise == nullptr)
+        normal_tile(lane.seed, INITIAL_NOISE_STEP, static_cast<std::uint64_t>(at) / 4, (n + 3) / 4, z);
+    add(level, s, lane.noise != nullptr ? lane.noise + at : z, n);
+    for (std::int64_t i = 0; i < n;) {  // runs inside one channel, which share the mask
+        const std::int64_t place = (at + i) % lane.spatial, stop = lesser(n, i + lane.spatial - place);
+        const float* __restrict mask = lane.mask + place - i;
+        for (; i < stop; ++i) next[i] = blend(mask[i], next[i], level[i]);
+    }
+}
+
 template <typename T>
 bool advance_range(const LaneStep& lane, std::int64_t begin, std::int64_t end) {
     alignas(64) float cond_tile[TILE], uncond_tile[TILE], m_tile[TILE], d[TILE], next[TILE], z[TILE];
     const float* const row = lane.row;
-    const float c = row[ROW_C], e = row[ROW_E], s = row[ROW_S];
+    const float s = row[ROW_S];
     std::uint32_t broken = 0;
     for (std::int64_t at = begin; at < end; at += TILE) {
         const std::int64_t n = lesser(TILE, end - at);
@@ -165,13 +199,12 @@ bool advance_range(const LaneStep& lane, std::int64_t begin, std::int64_t end) {
             d[i] = denoised(row, x[i], m[i]);
             next[i] = combine(row, x[i], d[i]);
         }
-        if (c != 0.0f) {
-            const float* __restrict d1 = lane.d1 + at;
-            for (std::int64_t i = 0; i < n; ++i) next[i] += c * d1[i];
-        }
-        if (e != 0.0f) {
-            const float* __restrict d2 = lane.d2 + at;
-            for (std::int64_t i = 0; i < n; ++i) next[i] += e * d2[i];
+        add(next, row[ROW_C], lane.d1 + at, n);
+        add(next, row[ROW_E], lane.d2 + at, n);
+        add(next, row[ROW_F], lane.d3 + at, n);
+        if (lane.y != nullptr) {
+            add(next, row[ROW_Y], lane.y + at, n);
+            if (has_flag(row, FLAG_STORE_Y)) update_y(lane, at, n, d, z);
         }
         if (lane.store != nullptr) memcpy(lane.store + at, d, static_cast<std::size_t>(n) * sizeof(float));
         if (s != 0.0f) {
@@ -181,9 +214,10 @@ bool advance_range(const LaneStep& lane, std::int64_t begin, std::int64_t end) {
                 const float* __restrict w = T::read(static_cast<const Stored*>(lane.learned) + at, n, uncond_tile);
                 for (std::int64_t i = 0; i < n; ++i) next[i] += learned_scale(row, w[i]) * z[i];
             } else {
-                for (std::int64_t i = 0; i < n; ++i) next[i] += s * z[i];
+                add(next, s, z, n);
             }
         }
+        if (lane.known != nullptr) blend_tile(lane, at, n, d, z, next);
         for (std::int64_t i = 0; i < n; ++i) {
             broken |= is_finite(next[i]) ? 0u : 1u;
             x[i] = next[i];

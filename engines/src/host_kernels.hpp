@@ -19,7 +19,13 @@ struct LaneStep {
     const void* learned;  // null: S is the noise scale
     float* store;         // where D goes
     const float* d1;
-    const float* d2;  // may be the same memory as store
+    const float* d2;
+    const float* d3;     // may be the same memory as store
+    float* y;            // null: the row neither reads nor writes it
+    const float* known;  // null: no blend
+    const float* mask;   // [spatial], for every channel
+    const float* noise;  // z0 of the blend; null: drawn
+    std::int64_t spatial;
     std::uint64_t seed;
     std::uint32_t step;
     std::int64_t guided;  // elements that guidance touches

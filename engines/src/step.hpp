@@ -48,7 +48,16 @@ namespace tstitch {
     X(LOG_STD_MIN)            \
     X(LOG_STD_MAX)            \
     X(FLAGS)                  \
-    X(RESERVED)
+    X(F)                      \
+    X(Y)                      \
+    X(YX)                     \
+    X(YY)                     \
+    X(YB)                     \
+    X(YC)                     \
+    X(YE)                     \
+    X(YF)                     \
+    X(KNOWN_A)                \
+    X(KNOWN_S)
 
 enum RowField : int {
 #define TSTITCH_ENUM(name) ROW_##name,
@@ -59,6 +68,10 @@ enum RowField : int {
 
 constexpr int FLAG_LEARNED = 1;
 constexpr int FLAG_STORE = 2;
+constexpr int FLAG_STORE_Y = 4;
+constexpr int FLAG_BLEND = 8;
+constexpr int FLAG_GIVEN_NOISE = 16;
+constexpr int HISTORY = 3;  // estimates that a lane remembers
 constexpr std::uint32_t INITIAL_NOISE_STEP = 0xFFFFFFFFu;
 
 TSTITCH_HD std::uint32_t float_bits(float x) {
@@ -85,9 +98,11 @@ TSTITCH_HD std::int64_t guided_elements(const float* row, std::int64_t channels,
     return count * spatial;
 }
 
-// History is a ring of two: D of step i lives in slot i % 2, so D1 (step i - 1) is in the other slot, and D2
-// (step i - 2) is in the slot that D of step i overwrites.
-TSTITCH_HD int history_slot(int step) { return step & 1; }
+// History is a ring: D of step i lives in slot i % 3, so D1 (step i - 1) is in slot i + 2 and D2 in slot i + 1 (mod 3),
+// and D3 (step i - 3) is in the slot that D of step i overwrites.
+TSTITCH_HD int history_slot(int step) { return static_cast<int>(static_cast<unsigned>(step) % HISTORY); }
+
+TSTITCH_HD bool uses_y(const float* row) { return row[ROW_Y] != 0.0f || has_flag(row, FLAG_STORE_Y); }
 
 // ---------------------------------------------------------------------------------------------------------- noise
 
@@ -217,9 +232,15 @@ TSTITCH_HD float rescale_factor(const float* row, const Moments& sum, std::int64
 // D = P x + Q m
 TSTITCH_HD float denoised(const float* row, float x, float m) { return row[ROW_P] * x + row[ROW_Q] * m; }
 
-// A x + B D; the terms of D1, D2 and z are added only where their coefficient is not 0, so that memory which was never
-// written (0 * NaN) can't leak into the latent.
+// A x + B D; the terms of D1, D2, D3, y and z are added only where their coefficient is not 0, so that memory which was
+// never written (0 * NaN) can't leak into the latent.
 TSTITCH_HD float combine(const float* row, float x, float d) { return row[ROW_A] * x + row[ROW_B] * d; }
+
+// YX x + YB D, the terms of y' that are always there; see combine for the others.
+TSTITCH_HD float combine_y(const float* row, float x, float d) { return row[ROW_YX] * x + row[ROW_YB] * d; }
+
+// mask x' + (1 - mask) (KNOWN_A x0 + KNOWN_S z0), given what is in the second brackets
+TSTITCH_HD float blend(float mask, float next, float known) { return known + mask * (next - known); }
 
 // S, or with FLAG_LEARNED the scale that the model's second half of channels gives.
 TSTITCH_HD float learned_scale(const float* row, float w) {

@@ -23,6 +23,9 @@ TSTITCH_ROW_FIELDS(TSTITCH_SAME)
 static_assert(int(TSTITCH_ROW_SIZE) == int(ROW_SIZE) && int(TSTITCH_FLAG_LEARNED) == FLAG_LEARNED &&
                   int(TSTITCH_FLAG_STORE) == FLAG_STORE && TSTITCH_INITIAL_NOISE_STEP == INITIAL_NOISE_STEP,
               "step.h and step.hpp differ");
+static_assert(int(TSTITCH_FLAG_STORE_Y) == FLAG_STORE_Y && int(TSTITCH_FLAG_BLEND) == FLAG_BLEND &&
+                  int(TSTITCH_FLAG_GIVEN_NOISE) == FLAG_GIVEN_NOISE && int(TSTITCH_HISTORY) == HISTORY,
+              "step.h and step.hpp differ");
 
 thread_local char last_error[512] = "";  // fixed, so that reporting a failure can't fail; longer messages are cut
 
@@ -85,7 +88,7 @@ void require_sizes(const tstitch_lanes& lanes) {
     require_positive(lanes.channels, "channels");
     require_positive(lanes.spatial, "spatial");
     std::int64_t bytes =
-        2 * static_cast<std::int64_t>(sizeof(float));  // of the history, and of a guided learned output
+        2 * static_cast<std::int64_t>(sizeof(float));  // of a guided learned output, which is more than the history
     std::int64_t table = static_cast<std::int64_t>(sizeof(float)) * ROW_SIZE;
     bool large = __builtin_mul_overflow(table, lanes.lanes, &table);
     large = __builtin_mul_overflow(table, lanes.row_count, &table) || large;
@@ -108,10 +111,14 @@ tstitch_arena* make_arena(const tstitch_lanes& lanes, int threads, const char* i
     HostArena host = {};
     host.latents = lanes.latents;
     host.history = lanes.history;
+    host.y = lanes.y;
     host.rows = lanes.rows;
     host.step = lanes.step;
     host.seed = lanes.seed;
     host.fault = lanes.fault;
+    host.known = lanes.known;
+    host.mask = lanes.mask;
+    host.noise = lanes.noise;
     host.lanes = lanes.lanes;
     host.row_count = lanes.row_count;
     host.channels = lanes.channels;
@@ -166,7 +173,7 @@ tstitch_status tstitch_prepare(tstitch_arena* arena, const int32_t* active, int6
         if (!has_lanes(active, batch)) return;
         require(sample, "sample");
         require(timestep, "timestep");
-        arena->host.check(active, batch, true);
+        arena->host.check(active, batch);
         arena->host.prepare(active, batch, dtype, sample,
                             timestep_dtype == TSTITCH_FLOAT32 ? static_cast<float*>(timestep) : nullptr,
                             timestep_dtype == TSTITCH_INT64 ? static_cast<std::int64_t*>(timestep) : nullptr, guided);
@@ -186,7 +193,8 @@ tstitch_status tstitch_advance(tstitch_arena* arena, const int32_t* active, int6
                    " with learned variance");
         if (!has_lanes(active, batch)) return;
         require(model_output, "model_output");
-        host.check(active, batch, learned);
+        host.check(active, batch);
+        host.check_rows(active, batch, learned);
         host.advance(active, batch, type, model_output, output_channels, guided, rescale);
     });
 }

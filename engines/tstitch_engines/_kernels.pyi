@@ -8,6 +8,10 @@ from numpy.typing import NDArray
 ROW_FIELDS: Final[tuple[str, ...]]
 FLAG_LEARNED: Final[int]
 FLAG_STORE: Final[int]
+FLAG_STORE_Y: Final[int]
+FLAG_BLEND: Final[int]
+FLAG_GIVEN_NOISE: Final[int]
+HISTORY: Final[int]
 INITIAL_NOISE_STEP: Final[int]
 PARALLEL_WORK: Final[int]
 """Elements (noise counts twelve times) from which on a call uses more than one thread."""
@@ -24,6 +28,10 @@ class Arena:
         step: NDArray[np.int32],
         seed: NDArray[np.int64],
         fault: NDArray[np.int32],
+        y: NDArray[np.float32] | None = None,
+        known: NDArray[np.float32] | None = None,
+        mask: NDArray[np.float32] | None = None,
+        noise: NDArray[np.float32] | None = None,
         threads: int = 0,
         isa: str | None = None,
     ) -> None: ...

@@ -194,11 +194,25 @@ class CudaDevice:
         self.calls[kind] += 1
 
     def step_kernels(
-        self, *, latents: Buffer, history: Buffer, rows: Buffer, step: Buffer, seed: Buffer, fault: Buffer
+        self,
+        *,
+        latents: Buffer,
+        history: Buffer,
+        rows: Buffer,
+        step: Buffer,
+        seed: Buffer,
+        fault: Buffer,
+        y: Buffer | None = None,
+        known: Buffer | None = None,
+        mask: Buffer | None = None,
+        noise: Buffer | None = None,
     ) -> Any:
         from tstitch_engines.cuda_kernels import CudaStepKernels
 
-        return CudaStepKernels(self, latents=latents, history=history, rows=rows, step=step, seed=seed, fault=fault)
+        return CudaStepKernels(
+            self, latents=latents, history=history, rows=rows, step=step, seed=seed, fault=fault,
+            y=y, known=known, mask=mask, noise=noise,
+        )  # fmt: skip
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
         from tstitch_engines.cuda_kernels import enqueue_initial_noise

@@ -13,7 +13,7 @@ import numpy as np
 
 from tstitch_engines.device import Buffer
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.rows import ROW_FIELDS
+from tstitch_engines.rows import HISTORY, ROW_FIELDS
 
 if TYPE_CHECKING:
     from tstitch_engines.cuda_device import CudaDevice
@@ -74,6 +74,10 @@ class CudaStepKernels:
         step: Buffer,
         seed: Buffer,
         fault: Buffer,
+        y: Buffer | None = None,
+        known: Buffer | None = None,
+        mask: Buffer | None = None,
+        noise: Buffer | None = None,
     ) -> None:
         lanes, channels = latents.shape[:2]
         self._elements = int(np.prod(latents.shape[1:]))
@@ -85,16 +89,22 @@ class CudaStepKernels:
             )
         wanted = {
             "latents": (latents, "float32", latents.shape),
-            "history": (history, "float32", (2, *latents.shape)),
+            "history": (history, "float32", (HISTORY, *latents.shape)),
             "rows": (rows, "float32", (lanes, *rows.shape[1:2], len(ROW_FIELDS))),
             "step": (step, "int32", (lanes,)),
             "seed": (seed, "int64", (lanes,)),
             "fault": (fault, "int32", (lanes,)),
+            "y": (y, "float32", latents.shape),
+            "known": (known, "float32", latents.shape),
+            "mask": (mask, "float32", (lanes, 1, *latents.shape[2:])),
+            "noise": (noise, "float32", latents.shape),
         }
         for name, (buffer, dtype, shape) in wanted.items():
-            _require(name, buffer, (dtype,), shape)
+            if buffer is not None:
+                _require(name, buffer, (dtype,), shape)
         self._device = device
         self._arena = (latents, history, rows, step, seed, fault)
+        self._optional = (y, known, mask, noise)
         self._lanes = lanes
         self._row_count = np.int32(rows.shape[1])
         self._factors = device.empty((lanes,), "float32")  # one per position in the batch, for the rescale
@@ -142,6 +152,7 @@ class CudaStepKernels:
             f"advance_{model_output.dtype}", (self._grid[0], batch), THREADS,
             latents.ptr, history.ptr, rows.ptr, step.ptr, seed.ptr, fault.ptr, active.ptr, model_output.ptr,
             self._factors.ptr if rescaled else 0,
+            *(0 if part is None else part.ptr for part in self._optional),
             np.int32(self._lanes), self._row_count, elements, np.int32(self._spatial), output_elements,
             np.int32(guided),
         )  # fmt: skip

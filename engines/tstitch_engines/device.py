@@ -138,13 +138,32 @@ class Device(Protocol):
         """
 
     def step_kernels(
-        self, *, latents: Buffer, history: Buffer, rows: Buffer, step: Buffer, seed: Buffer, fault: Buffer
+        self,
+        *,
+        latents: Buffer,
+        history: Buffer,
+        rows: Buffer,
+        step: Buffer,
+        seed: Buffer,
+        fault: Buffer,
+        y: Buffer | None = None,
+        known: Buffer | None = None,
+        mask: Buffer | None = None,
+        noise: Buffer | None = None,
     ) -> StepKernels:
         """The step kernels over an arena of ``L`` lanes of ``C*H*W`` elements and tables of ``N`` rows.
 
-        ``latents`` float32 ``[L,C,H,W]``; ``history`` float32 ``[2,L,C,H,W]``; ``rows`` float32 ``[L,N,16]``;
+        ``latents`` float32 ``[L,C,H,W]``; ``history`` float32 ``[3,L,C,H,W]``; ``rows`` float32 ``[L,N,25]``;
         ``step`` int32 ``[L]``; ``seed`` int64 ``[L]`` (bits of a uint64); ``fault`` int32 ``[L]``: -1, or the step at
         which a lane's latent first was not finite.
+
+        What no row uses may be left out: ``y`` float32 ``[L,C,H,W]``, and for the blend ``known`` and ``noise``
+        float32 ``[L,C,H,W]`` and ``mask`` float32 ``[L,1,H,W]`` (1 = drawn, 0 = known). A row that uses what was left
+        out is refused on the host, and a fault on CUDA.
+
+        Cheap, and meant to be made several times over the same memory: views (``Device.view``) of other ``C``, ``H``
+        and ``W`` at the start of the same blocks, with the same ``L``, give kernels for another latent size. A
+        trajectory stays with the kernels it began with.
         """
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:

@@ -99,7 +99,18 @@ class HostDevice:
         raise NotCaptured("the CPU has no graphs", hint="nothing to do: calls cost little there")
 
     def step_kernels(
-        self, *, latents: Buffer, history: Buffer, rows: Buffer, step: Buffer, seed: Buffer, fault: Buffer
+        self,
+        *,
+        latents: Buffer,
+        history: Buffer,
+        rows: Buffer,
+        step: Buffer,
+        seed: Buffer,
+        fault: Buffer,
+        y: Buffer | None = None,
+        known: Buffer | None = None,
+        mask: Buffer | None = None,
+        noise: Buffer | None = None,
     ) -> StepKernels:
         from tstitch_engines.host_kernels import HostStepKernels
 
@@ -110,6 +121,10 @@ class HostDevice:
             step=_host(step),
             seed=_host(seed),
             fault=_host(fault),
+            y=None if y is None else _host(y),
+            known=None if known is None else _host(known),
+            mask=None if mask is None else _host(mask),
+            noise=None if noise is None else _host(noise),
         )
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:

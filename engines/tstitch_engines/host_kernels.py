@@ -15,7 +15,7 @@ from tstitch_engines import _kernels
 from tstitch_engines.device import Buffer
 from tstitch_engines.errors import BadInput
 from tstitch_engines.host_device import HostBuffer
-from tstitch_engines.rows import INITIAL_NOISE_STEP
+from tstitch_engines.rows import INITIAL_NOISE_STEP, ROW_FIELDS
 
 __all__ = ["ISAS", "HostStepKernels", "fill_initial_noise", "normal", "philox"]
 
@@ -41,16 +41,23 @@ class HostStepKernels:
         step: NDArray[np.int32],
         seed: NDArray[np.int64],
         fault: NDArray[np.int32],
+        y: NDArray[np.float32] | None = None,
+        known: NDArray[np.float32] | None = None,
+        mask: NDArray[np.float32] | None = None,
+        noise: NDArray[np.float32] | None = None,
         threads: int = 0,
         isa: str | None = None,
     ) -> None:
         try:
-            self._arena = _kernels.Arena(latents, history, rows, step, seed, fault, threads=threads, isa=isa)
+            self._arena = _kernels.Arena(
+                latents, history, rows, step, seed, fault, y, known, mask, noise, threads=threads, isa=isa
+            )
         except (TypeError, ValueError) as error:
             raise BadInput(
                 f"these arrays are no arena of lanes: {error}",
-                hint="allocate them as Device.step_kernels documents: float32 latents [L,C,...], history [2,L,C,...], "
-                "rows [L,N,16], int32 step [L], int64 seed [L], int32 fault [L], all C-contiguous",
+                hint="allocate them as Device.step_kernels documents: float32 latents [L,C,...], history [3,L,C,...], "
+                f"rows [L,N,{len(ROW_FIELDS)}], int32 step [L], int64 seed [L], int32 fault [L], float32 y, known and "
+                "noise as latents, mask [L,1,...], all C-contiguous",
             ) from error
 
     def prepare(self, active: Buffer, sample: Buffer, timestep: Buffer, *, guided: bool) -> None:
@@ -61,7 +68,8 @@ class HostStepKernels:
             raise BadInput(f"prepare: {error}", hint=_HINT) from error
 
     def advance(self, active: Buffer, model_output: Buffer, *, guided: bool, rescale: bool) -> None:
-        """See ``StepKernels``. Raises ``BadInput`` for wrong shapes or a lane that has no step left."""
+        """See ``StepKernels``. Raises ``BadInput`` for wrong shapes, a lane that has no step left, or a row that uses
+        memory which was not given."""
         try:
             self._arena.advance(_array(active), _array(model_output), guided, rescale)
         except (TypeError, ValueError) as error:

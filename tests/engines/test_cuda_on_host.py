@@ -16,6 +16,7 @@ from step_runs import run
 from tstitch_engines.cuda_kernels import CudaStepKernels, enqueue_initial_noise
 from tstitch_engines.errors import BadInput
 from tstitch_engines.host_device import HostBuffer, HostDevice
+from tstitch_engines.rows import FLAG_BLEND, FLAG_GIVEN_NOISE, FLAG_LEARNED, FLAG_STORE_Y, HISTORY, ROW, ROW_FIELDS
 
 
 class WalkedDevice(HostDevice):
@@ -57,19 +58,19 @@ def compare(got: list[NDArray[Any]], want: list[NDArray[Any]]) -> None:
 def test_cuda_driver_equals_host_driver(
     device: WalkedDevice, dtype: str, timestep: str, shape: tuple[int, ...], guided: bool
 ) -> None:
-    """Latents, history, step, fault, timestep; of the sample only float32, a half may round the other way."""
+    """Latents, history, y, step, fault, timestep; of the sample only float32, a half may round the other way."""
     got, want = (run(one, dtype, timestep, shape, guided=guided) for one in (device, HostDevice()))
     if dtype != "float32":
-        del got[4], want[4]
+        del got[5], want[5]
     compare(got, want)
 
 
 def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
     shape = (1, 1, 2, 2)
     kinds = {
-        "latents": (shape, "float32", value), "history": ((2, *shape), "float32", 0),
-        "rows": ((1, rows, 16), "float32", 0.5), "step": ((1,), "int32", 0), "seed": ((1,), "int64", 0),
-        "fault": ((1,), "int32", -1),
+        "latents": (shape, "float32", value), "history": ((HISTORY, *shape), "float32", 0),
+        "rows": ((1, rows, len(ROW_FIELDS)), "float32", 0.5), "step": ((1,), "int32", 0), "seed": ((1,), "int64", 0),
+        "fault": ((1,), "int32", -1), "y": (shape, "float32", 0),
     }  # fmt: skip
     made = {name: device.empty(size, dtype) for name, (size, dtype, _) in kinds.items()}
     for name, (_, _, fill) in kinds.items():
@@ -103,16 +104,44 @@ def test_a_step_outside_the_table_is_a_fault(device: WalkedDevice) -> None:
 
 def test_learned_variance_without_a_second_half_is_a_fault(device: WalkedDevice) -> None:
     parts = arena(device, 1.0)
-    parts["rows"].array[..., 14] = 1  # FLAGS = FLAG_LEARNED
+    parts["rows"].array[..., ROW["FLAGS"]] = FLAG_LEARNED
     advance(device, parts)
     assert parts["fault"].array[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "y", "given"),
+    [
+        (FLAG_STORE_Y, 0.0, ()),
+        (0, 1.0, ()),
+        (FLAG_BLEND, 0.0, ("known",)),
+        (FLAG_BLEND, 0.0, ("mask",)),
+        (FLAG_BLEND + FLAG_GIVEN_NOISE, 0.0, ("known", "mask")),
+    ],
+)
+def test_a_row_that_uses_memory_which_is_not_there_is_a_fault(
+    device: WalkedDevice, flags: int, y: float, given: tuple[str, ...]
+) -> None:
+    parts = arena(device, 1.0)
+    del parts["y"]
+    table = parts["rows"].array
+    table[..., [ROW[name] for name in ("C", "E", "F", "S", "YY", "YC", "YE", "YF")]] = 0
+    table[..., ROW["FLAGS"]], table[..., ROW["Y"]] = flags, y
+    more = {name: device.empty((1, 1, 2, 2), "float32") for name in ("y", "known", "mask", "noise")}
+    for buffer in more.values():
+        buffer.array[...] = 0.5
+    advance(device, {**parts, **{name: more[name] for name in given}})
+    assert parts["fault"].array[0] == 0
+    parts["fault"].array[...], parts["step"].array[...], parts["latents"].array[...] = -1, 0, 1
+    advance(device, {**parts, **more})
+    assert parts["fault"].array[0] == -1
 
 
 def test_wrong_buffers_are_refused(device: WalkedDevice) -> None:
     parts = arena(device, 1.0)
     with pytest.raises(BadInput, match=r"model_output is float32\[1, 3, 2, 2\]; allowed is .* \[1, 1, 2, 2\]"):
         advance(device, parts, channels=3)
-    with pytest.raises(BadInput, match=r"history is float32\[1, 1, 2, 2\]; allowed is float32 \[2, 1, 1, 2, 2\]"):
+    with pytest.raises(BadInput, match=r"history is float32\[1, 1, 2, 2\]; allowed is float32 \[3, 1, 1, 2, 2\]"):
         device.step_kernels(**{**parts, "history": parts["latents"]})
     kernels = device.step_kernels(**parts)
     two, output = device.empty((2,), "int32"), device.empty((2, 1, 2, 2), "float32")

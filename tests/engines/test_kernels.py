@@ -16,7 +16,16 @@ from tstitch_engines import _kernels, rows
 from tstitch_engines.errors import BadInput
 from tstitch_engines.host_device import HostBuffer, HostDevice
 from tstitch_engines.host_kernels import ISAS, HostStepKernels, fill_initial_noise, normal, philox
-from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, INITIAL_NOISE_STEP, ROW
+from tstitch_engines.rows import (
+    FLAG_BLEND,
+    FLAG_GIVEN_NOISE,
+    FLAG_LEARNED,
+    FLAG_STORE,
+    FLAG_STORE_Y,
+    HISTORY,
+    INITIAL_NOISE_STEP,
+    ROW,
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -44,7 +53,7 @@ def decode(values: HostBuffer) -> NDArray[np.float32]:
 
 @dataclass
 class Arena:
-    """An arena of host buffers; history starts as NaN, as memory that nothing has written may be."""
+    """An arena of host buffers; history and y start as NaN, as memory that nothing has written may be."""
 
     x: HostBuffer
     history: HostBuffer
@@ -52,14 +61,16 @@ class Arena:
     step: HostBuffer
     seed: HostBuffer
     fault: HostBuffer
+    y: HostBuffer
     kernels: HostStepKernels
 
 
 def make_arena(latents: NDArray[np.float32], table: NDArray[np.float32], seeds: list[int], **options: Any) -> Arena:
     lanes = len(latents)
     x = buffer(latents)
-    history = buffer(np.full((2, *latents.shape), np.nan, np.float32))
+    history = buffer(np.full((HISTORY, *latents.shape), np.nan, np.float32))
     parts = {
+        "y": buffer(np.full(latents.shape, np.nan, np.float32)),
         "rows": buffer(table),
         "step": buffer(np.zeros(lanes, np.int32)),
         "seed": buffer(np.array(seeds, np.uint64).view(np.int64)),
@@ -70,21 +81,19 @@ def make_arena(latents: NDArray[np.float32], table: NDArray[np.float32], seeds: 
 
 
 def random_table(rng: np.random.Generator, lanes: int, steps: int, *, channels: int, **fixed: float) -> Any:
-    """Rows with moderate random coefficients; D1 and D2 are used as soon as there are any."""
+    """Rows with moderate random coefficients; D1, D2, D3 and y are used as soon as there are any."""
     table = rng.uniform(0.2, 0.9, (lanes, steps, len(rows.ROW_FIELDS))).astype(np.float32)
     table[..., ROW["GUIDED_CHANNELS"]] = channels
     table[..., ROW["LOG_STD_MIN"]] = -1.5
     table[..., ROW["LOG_STD_MAX"]] = 0.3
     table[..., ROW["FLAGS"]] = 0
-    for name in ("C", "E", "S", "RESCALE"):
+    for name in ("C", "E", "F", "S", "RESCALE", "Y", "YY", "YC", "YE", "YF"):
         table[..., ROW[name]] = 0
     table[..., ROW["G"]] = 1.7
     for name, value in fixed.items():
         table[..., ROW[name]] = value
-    if "C" in fixed:
-        table[:, 0, ROW["C"]] = 0
-    if "E" in fixed:
-        table[:, :2, ROW["E"]] = 0
+    for back, names in enumerate((("C", "YC", "Y", "YY"), ("E", "YE"), ("F", "YF")), 1):
+        table[:, :back, [ROW[name] for name in names]] = 0
     return table
 
 
@@ -245,8 +254,17 @@ KINDS: dict[str, dict[str, float]] = {
     "history-2": {"C": 0.3, "E": -0.2, "FLAGS": FLAG_STORE},
     "history-2-noise": {"C": 0.3, "E": -0.2, "S": 0.5, "FLAGS": FLAG_STORE},
     "learned": {"S": 1.0, "FLAGS": FLAG_LEARNED},
-    "everything": {"C": 0.3, "E": -0.2, "S": 0.7, "RESCALE": 0.7, "FLAGS": FLAG_LEARNED + FLAG_STORE},
-}
+    "history-3": {"C": 0.3, "E": -0.2, "F": 0.25, "FLAGS": FLAG_STORE},
+    "y": {"Y": 0.4, "YY": 0.5, "FLAGS": FLAG_STORE_Y},
+    "y-of-history": {"Y": -0.4, "YC": 0.3, "YE": 0.2, "YF": -0.3, "FLAGS": FLAG_STORE + FLAG_STORE_Y},
+    "blend": {"FLAGS": FLAG_BLEND},
+    "blend-given": {"FLAGS": FLAG_BLEND + FLAG_GIVEN_NOISE},
+    "blend-clean": {"KNOWN_S": 0, "FLAGS": FLAG_BLEND},
+    "everything": {
+        "C": 0.3, "E": -0.2, "F": 0.2, "S": 0.7, "RESCALE": 0.7, "Y": 0.3, "YY": 0.4, "YC": 0.3, "YE": 0.2, "YF": -0.3,
+        "FLAGS": FLAG_LEARNED + FLAG_STORE + FLAG_STORE_Y + FLAG_BLEND,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -258,7 +276,7 @@ def test_advance_equals_float64(isa: str, dtype: str, guided_channels: int | Non
     run_and_compare(np.random.default_rng(2), (4, 13, 21), dtype, guided_channels, KINDS[kind], isa)
 
 
-@pytest.mark.parametrize("kind", ["history-2-noise", "everything"])
+@pytest.mark.parametrize("kind", ["history-2-noise", "blend", "everything"])
 def test_advance_of_several_chunks_equals_float64(kind: str) -> None:
     run_and_compare(np.random.default_rng(2), (4, 50, 51), "float32", 3, KINDS[kind], ISAS[0])
 
@@ -284,8 +302,16 @@ def run_and_compare(
     table = random_table(rng, lanes, steps, channels=guided_channels or 0, **fixed)
     latents = rng.standard_normal((lanes, *shape)).astype(np.float32)
     seeds = [7, 2**64 - 3]
-    arena = make_arena(latents, table, seeds, isa=isa)
-    reference = [step_reference.Lane(x, r, s) for x, r, s in zip(latents, table, seeds, strict=True)]
+    blend = {}
+    if int(fixed.get("FLAGS", 0)) & FLAG_BLEND:
+        mask = rng.uniform(0, 1, (lanes, 1, *shape[1:])).astype(np.float32).round(1)  # whole 0 and 1 among them
+        known, noise = rng.standard_normal((2, *latents.shape)).astype(np.float32)
+        blend = {"known": known, "mask": mask, "noise": noise}
+    arena = make_arena(latents, table, seeds, isa=isa, **blend)
+    reference = [
+        step_reference.Lane(latents[i], table[i], seeds[i], **{name: part[i] for name, part in blend.items()})
+        for i in range(lanes)
+    ]
     active = buffer(np.arange(lanes, dtype=np.int32))
     for _ in range(steps):
         out_shape = (lanes * (1 + guided), shape[0] * (2 if learned else 1), *shape[1:])
@@ -296,6 +322,8 @@ def run_and_compare(
             lane.advance(values[index], values[lanes + index] if guided else None, rescale="RESCALE" in fixed)
     for index, lane in enumerate(reference):
         close(arena.x.array[index], lane.x)
+        if lane.y is not None:
+            close(arena.y.array[index], lane.y)
     np.testing.assert_array_equal(arena.step.array, steps)
     np.testing.assert_array_equal(arena.fault.array, -1)
 
@@ -352,15 +380,16 @@ def test_lanes_are_independent_of_their_batch() -> None:
 
 
 def test_history_is_neither_written_nor_read_without_need() -> None:
-    """Slot i % 2 holds D of step i, only under FLAG_STORE; NaN in what no row reads never gets out."""
+    """Slot i % 3 holds D of step i, only under FLAG_STORE; NaN in what no row reads never gets out."""
     table = random_table(np.random.default_rng(6), 1, 3, channels=1, P=0, Q=1)
     table[0, 1, ROW["FLAGS"]] = FLAG_STORE
     arena = make_arena(np.zeros((1, 1, 2, 2), np.float32), table, [0])
     for step in range(3):
         output = buffer(np.full((1, 1, 2, 2), step + 1, np.float32))
         arena.kernels.advance(buffer(np.zeros(1, np.int32)), output, guided=False, rescale=False)
-    assert np.isnan(arena.history.array[0]).all()
+    assert np.isnan(arena.history.array[[0, 2]]).all()
     np.testing.assert_array_equal(arena.history.array[1], 2)
+    assert np.isnan(arena.y.array).all()
     assert np.isfinite(arena.x.array).all()
 
 
@@ -438,8 +467,9 @@ def test_a_forked_child_has_a_pool_of_its_own() -> None:
 
 def test_rows_equal_the_header() -> None:
     assert _kernels.ROW_FIELDS == rows.ROW_FIELDS
-    assert (_kernels.FLAG_LEARNED, _kernels.FLAG_STORE) == (rows.FLAG_LEARNED, rows.FLAG_STORE)
-    assert _kernels.INITIAL_NOISE_STEP == rows.INITIAL_NOISE_STEP
+    for name in rows.__all__:
+        if name not in ("ROW", "ROW_FIELDS"):
+            assert getattr(_kernels, name) == getattr(rows, name), name
 
 
 def small_arena(**options: Any) -> Arena:
@@ -488,6 +518,71 @@ def test_learned_rows_need_a_second_half() -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "given", "says"),
+    [
+        ({"FLAGS": FLAG_STORE_Y}, (), "lane 0 remembers a second state, and the arena has no y"),
+        ({"Y": 1}, (), "lane 0 remembers a second state, and the arena has no y"),
+        ({"FLAGS": FLAG_BLEND}, ("mask", "noise"), "lane 0 blends a known picture in, and the arena has no known"),
+        ({"FLAGS": FLAG_BLEND}, ("known", "noise"), "and the arena has no mask"),
+        (
+            {"FLAGS": FLAG_BLEND + FLAG_GIVEN_NOISE},
+            ("known", "mask"),
+            "noise that is given, and the arena has no noise",
+        ),
+    ],
+)
+def test_rows_need_the_memory_they_use(row: dict[str, float], given: tuple[str, ...], says: str) -> None:
+    shape = (1, 2, 3, 3)
+    table = random_table(np.random.default_rng(0), 1, 1, channels=2)
+    for name, value in row.items():
+        table[..., ROW[name]] = value
+    more = {name: np.zeros((1, 1, 3, 3) if name == "mask" else shape, np.float32) for name in given}
+    arena = make_arena(np.zeros(shape, np.float32), table, [0])
+    parts = {name: getattr(arena, name).array for name in ("history", "rows", "step", "seed", "fault")}
+    kernels = HostStepKernels(latents=arena.x.array, **parts, **more)
+    with pytest.raises(BadInput) as caught:
+        kernels.advance(buffer(np.zeros(1, np.int32)), buffer(np.zeros(shape, np.float32)), guided=False, rescale=False)
+    assert says in caught.value.message
+    assert arena.step.array[0] == 0
+
+
+def test_kernels_of_several_sizes_share_memory() -> None:
+    """Views of other heights and widths over one arena: each walks as in an arena of its own."""
+    rng = np.random.default_rng(9)
+    lanes, steps, largest = 2, 5, (2, 12, 10)
+    table = random_table(rng, lanes, steps, channels=2, **KINDS["y-of-history"] | {"S": 0.3})
+    seeds = np.array([3, 4], np.int64)
+    device = HostDevice()
+
+    blocks = {
+        name: device.empty((n * lanes * 240,), "float32") for name, n in (("latents", 1), ("history", 3), ("y", 1))
+    }
+    for block in blocks.values():
+        block.array[...] = np.nan
+    counters = {
+        "rows": buffer(table), "step": buffer(np.zeros(lanes, np.int32)), "seed": buffer(seeds),
+        "fault": buffer(np.full(lanes, -1, np.int32)),
+    }  # fmt: skip
+    for shape in (largest, (2, 5, 7), (2, 12, 10), (1, 3, 3)):
+        views = {
+            name: device.view(block, 0, ((HISTORY, lanes, *shape) if name == "history" else (lanes, *shape)), "float32")
+            for name, block in blocks.items()
+        }
+        kernels = device.step_kernels(**views, **counters)
+        latents = rng.standard_normal((lanes, *shape)).astype(np.float32)
+        alone = make_arena(latents, table, seeds.tolist())
+        views["latents"].array[...] = latents
+        counters["step"].array[...] = 0
+        active = buffer(np.arange(lanes, dtype=np.int32))
+        for _ in range(steps):
+            output = buffer(rng.standard_normal(latents.shape).astype(np.float32))
+            for one in (kernels, alone.kernels):
+                one.advance(active, output, guided=False, rescale=False)
+        np.testing.assert_array_equal(views["latents"].array, alone.x.array)
+        assert np.isfinite(alone.x.array).all()
+
+
+@pytest.mark.parametrize(
     ("sample", "timestep", "says"),
     [
         (((2, 3, 4, 4), "int32"), ((2,), "float32"), "float32, float16 and bfloat16"),
@@ -508,10 +603,14 @@ def test_an_arena_that_does_not_fit_together_is_refused() -> None:
     arena = small_arena()
     good: dict[str, Any] = {
         "latents": arena.x.array, "history": arena.history.array, "rows": arena.rows.array,
-        "step": arena.step.array, "seed": arena.seed.array, "fault": arena.fault.array,
+        "step": arena.step.array, "seed": arena.seed.array, "fault": arena.fault.array, "y": arena.y.array,
     }  # fmt: skip
     wrong = {
-        "history": arena.history.array[:1],
+        "history": arena.history.array[:2],
+        "y": arena.y.array[:1],
+        "known": arena.x.array[:, :1].copy(),
+        "mask": arena.x.array,
+        "noise": arena.x.array.astype(np.float64),
         "rows": arena.rows.array[..., :8].copy(),
         "step": arena.step.array.astype(np.int64),
         "fault": arena.fault.array[:1],

@@ -17,10 +17,10 @@ from denoiser import SHAPE, draw, estimate, member, rows_for
 from reference import walk
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_engines.manifest import NoiseScheduleSpec
-from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, ROW
+from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW, ROW_FIELDS
 from tstitch_trt.noise_schedule import NOISE_KINDS, NoiseSchedule
 from tstitch_trt.parametrisation import PARAMETRISATIONS, coefficients
-from tstitch_trt.rows import fill_rows
+from tstitch_trt.rows import fill_rows, reads_before
 from tstitch_trt.solvers import SOLVERS, SolverOptions, StepTable, make_table, resolve, with_default_spacing
 from tstitch_trt.solvers.table import COLUMNS
 from tstitch_trt.spacing import SIGMA_SPACINGS, SPACINGS
@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 NOISE = {kind: NoiseSchedule.from_spec(msgspec.convert({"kind": kind}, NoiseScheduleSpec)) for kind in NOISE_KINDS}
 LINEAR = NOISE["linear"]
-MULTISTEP = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m-sde")
+MULTISTEP = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "dpmpp-3m-sde", "unipc")
 
 
 @st.composite
@@ -45,6 +45,12 @@ def tables(draw: Any) -> StepTable:
         "final": st.sampled_from(["zero", "sigma-min"]),
         "variance": st.sampled_from(["fixed-small", "fixed-large", "learned"]),
         "variant": st.sampled_from(["diffusers", "k-diffusion"]),
+        "second_order": st.sampled_from(["midpoint", "heun"]),
+        "lower_order_final": st.booleans(),
+        "euler_at_final": st.booleans(),
+        "order": st.integers(1, 3),
+        "formula": st.sampled_from(["bh1", "bh2"]),
+        "uncorrected": st.sampled_from(["", "0", "1,3"]),
     }
     options |= {name: draw(values[name]) for name in solver.defaults if name in values}
     restarts = draw(st.sets(st.integers(0, steps - 1), max_size=4))
@@ -58,15 +64,23 @@ def test_exact_estimates_stay_on_the_path(table: StepTable) -> None:
     """A denoiser that knows x0 keeps ``x = a x0 + s eps`` with the table's own a and s: signal and noise, step by step,
     as a scalar pair (mean, variance) through the filled rows."""
     rows = fill_rows(table, p=0.0, q=1.0, learned=True)
-    mean, variance = table.a[0], table.s[0] ** 2
+    x, y = np.array([table.a[0], table.s[0]]), np.full(2, np.nan)
+    exact = np.array([1.0, 0.0] if table.estimate == "x0" else [0.0, 1.0])
     a_next, s_next = np.append(table.a[1:], table.a_end), np.append(table.s[1:], table.s_end)
     for i, row in enumerate(rows):
-        mean = row[ROW["A"]] * mean + row[ROW["B"]] + row[ROW["C"]] + row[ROW["E"]]
-        variance = row[ROW["A"]] ** 2 * variance + row[ROW["S"]] ** 2
+        after = row[ROW["A"]] * x + exact * sum(row[ROW[name]] for name in "BCEF")
+        after_y = row[ROW["YX"]] * x + exact * sum(row[ROW[f"Y{name}"]] for name in "BCEF")
+        if row[ROW["Y"]]:
+            after = after + row[ROW["Y"]] * y
+        if row[ROW["YY"]]:
+            after_y = after_y + row[ROW["YY"]] * y
+        if int(row[ROW["FLAGS"]]) & FLAG_STORE_Y:
+            y = after_y
+        x = np.array([after[0], np.hypot(after[1], row[ROW["S"]])])
         if table.solver.name != "lcm":  # its boundary scalings do not add up to 1
-            assert mean == pytest.approx(a_next[i], rel=1e-7)
+            assert x[0] == pytest.approx(a_next[i], rel=1e-7)
         if table.solver.name not in ("lcm", "ddpm") or table.solver.variance == "fixed-small":
-            assert variance == pytest.approx(s_next[i] ** 2, rel=1e-7, abs=1e-12)
+            assert x[1] ** 2 == pytest.approx(s_next[i] ** 2, rel=1e-7, abs=1e-12)
 
 
 @settings(max_examples=200, deadline=None)
@@ -74,7 +88,9 @@ def test_exact_estimates_stay_on_the_path(table: StepTable) -> None:
 def test_every_table_ends_where_it_says(table: StepTable) -> None:
     final = table.solver.final or "zero"
     assert table.s_end > 0 if final == "sigma-min" else table.s_end == 0
-    if table.s_end == 0:  # what is left is the last estimate: nothing of the latent (but LCM's c_skip), no noise
+    if (
+        table.s_end == 0 and table.estimate == "x0"
+    ):  # what is left is the last estimate: nothing of the latent (but LCM's c_skip), no noise
         assert table.S[-1] == 0
         assert table.A[-1] == pytest.approx(0, abs=1e-4 if table.solver.name == "lcm" else 0) or table.t[-1] == 0
     for name in COLUMNS:
@@ -87,9 +103,19 @@ def test_every_table_ends_where_it_says(table: StepTable) -> None:
 @settings(max_examples=200, deadline=None)
 @given(tables())
 def test_estimates_are_stored_exactly_where_they_are_read(table: StepTable) -> None:
-    flags = fill_rows(table, p=1.0, q=1.0, learned=True)[:, ROW["FLAGS"]].astype(int)
-    read = {i - 1 for i in np.flatnonzero(table.C)} | {i - 2 for i in np.flatnonzero(table.E)}
+    rows = fill_rows(table, p=1.0, q=1.0, learned=True)
+    flags = rows[:, ROW["FLAGS"]].astype(int)
+    backs = {"C": 1, "YC": 1, "E": 2, "YE": 2, "F": 3, "YF": 3}
+    read = {i - back for name, back in backs.items() for i in np.flatnonzero(rows[:, ROW[name]])}
     assert {i for i in range(table.steps) if flags[i] & FLAG_STORE} == read
+    written, kept = None, set()
+    for i, row in enumerate(rows):
+        if row[ROW["Y"]] or row[ROW["YY"]]:
+            assert written is not None
+            kept.add(written)
+        if flags[i] & FLAG_STORE_Y:
+            written = i
+    assert {i for i in range(table.steps) if flags[i] & FLAG_STORE_Y} == kept
     learned = {i for i in range(table.steps) if flags[i] & FLAG_LEARNED}
     assert learned == (set(range(table.steps - 1)) if table.solver.variance == "learned" else set())
 
@@ -99,12 +125,15 @@ def test_estimates_are_stored_exactly_where_they_are_read(table: StepTable) -> N
 def test_members_of_different_parametrisation_share_a_trajectory(solver: str, steps: int) -> None:
     """One denoiser as an eps, a v and an x0 member, stitched: the same latents as each of them alone."""
     table = make_table(solver, LINEAR, steps)
+    steps = table.steps
     x, noise = draw(steps)
     x = x * table.init_scale
     members = {kind: member(kind, table) for kind in PARAMETRISATIONS}
     alone = {kind: walk(rows_for(kind, table), x, members[kind], noise) for kind in PARAMETRISATIONS}
     kinds = [PARAMETRISATIONS[i * len(PARAMETRISATIONS) // steps] for i in range(steps)]
-    p, q = np.array([coefficients(kind, table.a[i], table.s[i]) for i, kind in enumerate(kinds)]).T
+    p, q = np.array(
+        [coefficients(kind, table.a[i], table.s[i], estimate=table.estimate) for i, kind in enumerate(kinds)]
+    ).T
     stitched = walk(fill_rows(table, p=p, q=q), x, lambda s, t, i: members[kinds[i]](s, t, i), noise)
     for latents in (stitched, alone["v"], alone["x0"]):
         np.testing.assert_allclose(latents, alone["eps"], rtol=1e-9, atol=1e-9)
@@ -121,6 +150,9 @@ def test_parametrisations_recover_the_clean_latent(kind: str, space: str) -> Non
     output = {"eps": eps, "v": alpha * eps - rest * x0, "x0": x0}[kind]
     p, q = coefficients(kind, a, s)
     np.testing.assert_allclose(p * (a * x0 + s * eps) + q * output, x0, rtol=1e-9)
+    for other, want in {"eps": eps, "v": alpha * eps - rest * x0, "x0": x0}.items():
+        p, q = coefficients(kind, a, s, estimate=other)
+        np.testing.assert_allclose(p * (a * x0 + s * eps) + q * output, want, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("solver", MULTISTEP)
@@ -150,9 +182,32 @@ def _later(model: Any, by: int) -> Any:
 @pytest.mark.parametrize("solver", MULTISTEP)
 def test_restarting_everywhere_is_the_first_order_solver(solver: str) -> None:
     table = make_table(solver, LINEAR, 20, spacing="dit", restarts=range(20))
-    first = make_table("ddim", LINEAR, 20, spacing="dit", eta=0.0 if solver == "dpmpp-2m" else 1.0)
+    first = make_table("ddim", LINEAR, 20, spacing="dit", eta=1.0 if solver.endswith("sde") else 0.0)
+    np.testing.assert_allclose(rows_for("eps", table), rows_for("eps", first), rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("restart", [1, 2, 3, 4, 9])
+def test_pndm_starts_again_at_order_1(restart: int) -> None:
+    """After a restart it is Adams-Bashforth over the evaluations from there on, and no step is taken twice."""
+    table = make_table("pndm", LINEAR, 12, spacing="leading", restarts={restart})
+    plain = make_table("pndm", LINEAR, 12, spacing="leading")
+    assert table.steps == 13
+    columns = np.stack([getattr(table, name) for name in ("B", "C", "E", "F")], axis=1)
+    gain = np.append(table.s[1:], table.s_end) - np.append(table.a[1:], table.a_end) / table.a * table.s
+    first = 2 if restart == 1 else restart  # row 1 alone repeats a step that was not its own: it rests
+    for age, weights in enumerate(
+        [[1], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+    ):
+        want = np.append(weights, np.zeros(4 - len(weights))) * gain[first + age]
+        np.testing.assert_allclose(columns[first + age], want, rtol=1e-12)
+    if restart == 1:
+        assert (table.A[1], table.Y[1], columns[1].any()) == (1.0, 0.0, False)
     for name in COLUMNS:
-        np.testing.assert_allclose(getattr(table, name), getattr(first, name), rtol=1e-9, atol=1e-14)
+        if name != "YC" or restart > 4:  # a first estimate that row 4 does not read is not kept
+            np.testing.assert_array_equal(getattr(table, name)[:restart], getattr(plain, name)[:restart])
+    rows = fill_rows(table, p=0.0, q=1.0)
+    assert not reads_before(rows, restart)
+    assert reads_before(fill_rows(plain, p=0.0, q=1.0), restart)
 
 
 def k_diffusion_3m_sde(sigmas: Array, x: Array, denoise: Any, noise: Array, eta: float, s_noise: float) -> Array:
@@ -235,7 +290,9 @@ def test_own_timesteps_may_be_fractional() -> None:
 
 
 def test_options_are_resolved_and_told() -> None:
-    assert make_table("ddim", LINEAR, 10).solver == SolverOptions(name="ddim", spacing="dit", eta=0.0, final="zero")
+    assert make_table("ddim", LINEAR, 10).solver == SolverOptions(
+        name="ddim", spacing="dit", eta=0.0, final="zero", step_to="next"
+    )
     assert str(make_table("lcm", LINEAR, 4).solver) == "lcm(original_steps=50)"
     assert resolve(SolverOptions(name="euler", sigmas="karras")).spacing is None
     base = SolverOptions(name="ddim", eta=0.5)
@@ -333,7 +390,7 @@ def test_rows_hold_what_they_are_given() -> None:
     table = make_table("dpmpp-2m", LINEAR, 10)
     steps = np.arange(10.0)
     rows = fill_rows(table, p=steps, q=-steps, guidance=steps + 1, rescale=0.7, guided_channels=3)
-    assert rows.shape == (10, 16)
+    assert rows.shape == (10, len(ROW_FIELDS))
     assert rows.dtype == np.float64
     assert rows[4, ROW["P"]] == 4
     assert rows[4, ROW["Q"]] == -4
@@ -341,7 +398,6 @@ def test_rows_hold_what_they_are_given() -> None:
     assert set(rows[:, ROW["RESCALE"]]) == {0.7}
     assert set(rows[:, ROW["GUIDED_CHANNELS"]]) == {3}
     np.testing.assert_array_equal(rows[:, ROW["C"]], table.C)
-    assert (rows[:, ROW["RESERVED"]] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
     return gaussian_step(grid, eta=options.eta)
 
 
-# diffusers' DDIMScheduler steps to t - T // N, which for linspace is not the next timestep of its list; here a step
-# always ends where the next one begins. ``final`` is its set_alpha_to_one.
+# diffusers' DDIMScheduler steps to t - T // N. For ``leading`` that is the next timestep of the list; for ``linspace``,
+# and for ``trailing`` where N does not divide T, it is not: ``step_to="stride"`` does the same, while by default a step
+# ends where the next one begins. ``final`` is its set_alpha_to_one.
 DDIM = Solver(
     name="ddim",
     summary="deterministic at eta 0, DDPM's posterior at eta 1",
     space="vp",
-    defaults={"eta": 0.0, "final": "zero"},
+    defaults={"eta": 0.0, "final": "zero", "step_to": "next"},
     coefficients=_coefficients,
 )

@@ -9,22 +9,27 @@ and integrated exactly give
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_trt.solvers.family import Coefficients, Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
 
-__all__ = ["DPMPP_2M", "DPMPP_2M_SDE", "DPMPP_3M_SDE"]
+__all__ = ["DPMPP_2M", "DPMPP_2M_SDE", "DPMPP_3M", "DPMPP_3M_SDE"]
 
-_FEW = 15  # diffusers' lower_order_final: below this many steps the last two are of order 2 and 1
+_FEW = 15  # lower_order_final, as in diffusers: below this many steps the last two are of order 2 and 1
 
 
-def _orders(grid: Grid, highest: int, *, final_zero: bool, lower_final: bool) -> NDArray[np.int64]:
-    """The order of each step: what history allows, and 1 where the step ends at zero noise (``h`` is infinite)."""
+def _orders(grid: Grid, highest: int, options: SolverOptions, *, published: bool = False) -> NDArray[np.int64]:
+    """The order of each step: what history allows, and 1 where the step ends at zero noise (``h`` is infinite).
+
+    ``published``: no lower order near the end.
+    """
     order = np.minimum(grid.age + 1, highest)
-    few = lower_final and grid.steps < _FEW
-    if final_zero or few:
+    few = bool(options.lower_order_final) and grid.steps < _FEW and not published
+    if grid.s[-1] == 0 or options.euler_at_final or few:
         order[-1] = 1
     if few:
         order[-2:-1] = np.minimum(order[-2:-1], 2)
@@ -62,15 +67,20 @@ def _multistep(
 
 
 def _ode_2m(grid: Grid, options: SolverOptions) -> Coefficients:
-    order = _orders(grid, 2, final_zero=grid.s[-1] == 0, lower_final=True)
-    return _multistep(grid, order=order, eta=0.0, s_noise=1.0, midpoint=True, d2_shift=0.5)
+    order, midpoint = _orders(grid, 2, options), options.second_order == "midpoint"
+    return _multistep(grid, order=order, eta=0.0, s_noise=1.0, midpoint=midpoint, d2_shift=0.5)
+
+
+def _ode_3m(grid: Grid, options: SolverOptions) -> Coefficients:
+    order, midpoint = _orders(grid, 3, options), options.second_order == "midpoint"
+    return _multistep(grid, order=order, eta=0.0, s_noise=1.0, midpoint=midpoint, d2_shift=0.5)
 
 
 def _sde_2m(grid: Grid, options: SolverOptions) -> Coefficients:
     assert options.eta is not None
     assert options.s_noise is not None
-    order = _orders(grid, 2, final_zero=grid.s[-1] == 0, lower_final=True)
-    return _multistep(grid, order=order, eta=options.eta, s_noise=options.s_noise, midpoint=True, d2_shift=0.5)
+    order, midpoint = _orders(grid, 2, options), options.second_order == "midpoint"
+    return _multistep(grid, order=order, eta=options.eta, s_noise=options.s_noise, midpoint=midpoint, d2_shift=0.5)
 
 
 def _sde_3m(grid: Grid, options: SolverOptions) -> Coefficients:
@@ -85,27 +95,37 @@ def _sde_3m(grid: Grid, options: SolverOptions) -> Coefficients:
     published = options.variant == "k-diffusion"
     return _multistep(
         grid,
-        order=_orders(grid, 3, final_zero=grid.s[-1] == 0, lower_final=not published),
+        order=_orders(grid, 3, options, published=published),
         eta=options.eta,
         s_noise=options.s_noise,
-        midpoint=not published,
+        midpoint=not published and options.second_order == "midpoint",
         d2_shift=0.5 if published else -0.5,
     )
 
+
+_ORDERS: Mapping[str, str | bool] = {"second_order": "midpoint", "lower_order_final": True, "euler_at_final": False}
 
 DPMPP_2M = Solver(
     name="dpmpp-2m",
     summary="DPM-Solver++ of order 2, deterministic",
     space="vp",
-    defaults={"final": "zero"},
+    defaults={"final": "zero", **_ORDERS},
     coefficients=_ode_2m,
+    extra_point=True,
+)
+DPMPP_3M = Solver(
+    name="dpmpp-3m",
+    summary="DPM-Solver++ of order 3, deterministic",
+    space="vp",
+    defaults={"final": "zero", **_ORDERS},
+    coefficients=_ode_3m,
     extra_point=True,
 )
 DPMPP_2M_SDE = Solver(
     name="dpmpp-2m-sde",
     summary="DPM-Solver++ of order 2 with fresh noise",
     space="vp",
-    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero"},
+    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero", **_ORDERS},
     coefficients=_sde_2m,
     extra_point=True,
 )
@@ -113,7 +133,7 @@ DPMPP_3M_SDE = Solver(
     name="dpmpp-3m-sde",
     summary="DPM-Solver++ of order 3 with fresh noise",
     space="vp",
-    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero", "variant": "diffusers"},
+    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero", "variant": "diffusers", **_ORDERS},
     coefficients=_sde_3m,
     extra_point=True,
 )

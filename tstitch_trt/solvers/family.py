@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_trt.solvers.options import SolverOptions
+from tstitch_trt.solvers.table import Estimate
 
 __all__ = ["Coefficients", "Grid", "Solver", "gaussian_step"]
 
@@ -21,13 +22,23 @@ class Grid:
     """The ``N + 1`` noise levels of a trajectory, the last one being what is left at its end.
 
     ``t`` float64 ``[N]``; ``a`` and ``s`` float64 ``[N+1]``: the latent is ``a x0 + s eps``. ``age`` int64 ``[N]``: how
-    many estimates of earlier steps a step may use, 0 at the start and at every restart.
+    many estimates of earlier steps a step may use, 0 at the start and at every restart. ``ends``: where the steps end,
+    ``(a, s)`` float64 ``[N]`` each, when that is not where the next one begins.
     """
 
     t: Array
     a: Array
     s: Array
     age: NDArray[np.int64]
+    ends: tuple[Array, Array] | None = None
+
+    @property
+    def a_to(self) -> Array:
+        return self.a[1:] if self.ends is None else self.ends[0]
+
+    @property
+    def s_to(self) -> Array:
+        return self.s[1:] if self.ends is None else self.ends[1]
 
     @property
     def steps(self) -> int:
@@ -36,24 +47,32 @@ class Grid:
     @property
     def ratio(self) -> Array:
         """``sigma' / sigma`` of each step, in ``[0, 1]``: ``exp(-h)`` with ``h`` the step in log signal-to-noise."""
-        sigma = self.s / self.a
-        return np.asarray(sigma[1:] / sigma[:-1])
+        return np.asarray((self.s_to / self.a_to) / (self.s / self.a)[:-1])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Coefficients:
-    """Columns of a step table, float64 ``[N]``; ``None`` is a column of zeros."""
+    """Columns of a step table, float64 ``[N]``; ``None`` is a column of zeros. See ``StepTable``."""
 
     A: Array
     B: Array
     C: Array | None = None
     E: Array | None = None
+    F: Array | None = None
     S: Array | None = None
+    Y: Array | None = None
+    YX: Array | None = None
+    YY: Array | None = None
+    YB: Array | None = None
+    YC: Array | None = None
+    YE: Array | None = None
+    YF: Array | None = None
     log_std_min: Array | None = None
     log_std_max: Array | None = None
     uses_variance: bool = False
     keeps_mean: bool = True
     keeps_variance: bool = True
+    estimate: Estimate = "x0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +82,12 @@ class Solver:
     name: str
     summary: str
     space: Literal["vp", "ve"]  # the latent: variance-preserving (a^2 + s^2 = 1) or exploding (a = 1)
-    defaults: Mapping[str, str | int | float]
+    defaults: Mapping[str, str | int | float | bool]
     coefficients: Callable[[Grid, SolverOptions], Coefficients]
     extra_point: bool = False  # see spacing.space_timesteps
     continuous: bool = False  # linspace stays fractional and sigma is interpolated linearly, as in diffusers' Euler
     timesteps: Callable[[SolverOptions, int, int], Array] | None = None  # own spacing: (options, steps, train steps)
+    evaluations: Callable[[Array], Array] | None = None  # from the timesteps of the steps to those of the rows
 
 
 def gaussian_step(grid: Grid, *, eta: float, s_noise: float = 1.0) -> Coefficients:
@@ -77,7 +97,7 @@ def gaussian_step(grid: Grid, *, eta: float, s_noise: float = 1.0) -> Coefficien
     (arXiv 2010.02502, eq. 12 and 16) and, for ``eta = 1``, the posterior of DDPM; on variance-exploding latents the
     Euler step and k-diffusion's ancestral step.
     """
-    a, s, a_next, s_next = grid.a[:-1], grid.s[:-1], grid.a[1:], grid.s[1:]
+    a, s, a_next, s_next = grid.a[:-1], grid.s[:-1], grid.a_to, grid.s_to
     ratio = grid.ratio
     # 1 - eta^2 (1 - ratio^2), written without cancellation
     kept = s_next * np.sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2)

@@ -13,7 +13,7 @@ from tstitch_trt.noise_schedule import NoiseSchedule
 from tstitch_trt.solvers.family import Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.registry import find_solver, resolve
-from tstitch_trt.solvers.table import StepTable
+from tstitch_trt.solvers.table import Y_COLUMNS, StepTable
 from tstitch_trt.spacing import check_timesteps, space_sigmas, space_timesteps
 
 __all__ = ["make_table"]
@@ -32,7 +32,10 @@ def make_table(
 ) -> StepTable:
     """The step table of ``steps`` steps, or of the caller's own falling ``timesteps``.
 
-    ``options`` are the fields of ``SolverOptions`` and go on top of ``solver``. ``restarts`` are the steps at which a
+    A table has one row for each evaluation of a model. That is one for each step, but ``pndm`` takes its first step
+    twice: it has one row more, and restarts and schedules count rows.
+
+    ``options`` are the fields of ``SolverOptions`` and go on top of ``solver``. ``restarts`` are the rows at which a
     multistep solver forgets its earlier estimates and starts again at order 1. Raises ``BadInput`` or ``UnknownName``.
     """
     asked = SolverOptions(name=solver) if isinstance(solver, str) else solver
@@ -62,8 +65,11 @@ def _levels(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps:
     """Timesteps and sigmas of each step, float64 ``[N]``."""
     if options.sigmas is not None:
         low, high = float(noise.sigmas[0]), float(noise.sigmas[-1])
-        sigma_min = low if options.sigma_min is None else options.sigma_min
-        sigma_max = high if options.sigma_max is None else options.sigma_max
+        first, last = high, low
+        if options.sigma_ends == "spacing":
+            first, last = _sigma_at(family, noise, _spaced(family, options, noise, steps))[[0, -1]].tolist()
+        sigma_min = last if options.sigma_min is None else options.sigma_min
+        sigma_max = first if options.sigma_max is None else options.sigma_max
         for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
             if not low <= value <= high:
                 raise BadInput(
@@ -71,24 +77,42 @@ def _levels(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps:
                     hint=f"use a value from {low:g} to {high:g}, or leave {name} out",
                 )
         sigma = space_sigmas(options.sigmas, steps, sigma_min=sigma_min, sigma_max=sigma_max)
-        return noise.timestep_of(sigma), sigma
-    if family.timesteps is not None:
-        t = family.timesteps(options, steps, noise.steps)
-    else:
-        assert options.spacing is not None
-        t = space_timesteps(
-            options.spacing,
-            steps,
-            train_steps=noise.steps,
-            steps_offset=options.steps_offset or 0,
-            extra_point=family.extra_point,
-            rounded=not family.continuous,
-        )
+        t = noise.timestep_of(sigma)
+        if options.sigma_timesteps != "exact":  # what a rounding leaves below a whole timestep is meant to be one
+            t = np.rint(t) if options.sigma_timesteps == "nearest" else np.floor(t + 1e-6)
+        return t, sigma
+    t = _spaced(family, options, noise, steps)
     return t, _sigma_at(family, noise, t)
+
+
+def _spaced(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps: int) -> Array:
+    if family.timesteps is not None:
+        return family.timesteps(options, steps, noise.steps)
+    assert options.spacing is not None
+    return space_timesteps(
+        options.spacing,
+        steps,
+        train_steps=noise.steps,
+        steps_offset=options.steps_offset or 0,
+        extra_point=family.extra_point,
+        rounded=not family.continuous,
+    )
+
+
+def _stride_ends(noise: NoiseSchedule, t: Array, end: float) -> Array:
+    """The sigma one stride of ``T // N`` below each timestep, ``end`` where that is below timestep 0."""
+    below = t - noise.steps // t.size
+    return np.where(below < 0, end, noise.sigma_at(np.maximum(below, 0)))
 
 
 def _sigma_at(family: Solver, noise: NoiseSchedule, t: Array) -> Array:
     return noise.sigma_at(t, interpolation="linear" if family.continuous else "log")
+
+
+def _vp(sigma: Array) -> tuple[Array, Array]:
+    """``(a, s)`` of unit variance."""
+    scale = np.hypot(1.0, sigma)
+    return 1 / scale, sigma / scale
 
 
 def _table(
@@ -100,10 +124,18 @@ def _table(
             f"final='sigma-min' ends at sigma {end:g}, above that of the last step, {sigma[-1]:g}",
             hint="use final='zero', or a last step that is at least as noisy as timestep 0",
         )
+    ends = None if options.step_to != "stride" else _vp(_stride_ends(noise, t, end))
+    if family.evaluations is not None:
+        t, sigma = family.evaluations(t), family.evaluations(sigma)
+        if t.size > noise.steps:  # the arena has room for that many rows
+            raise BadInput(
+                f"{family.name!r} evaluates {t.size} times; allowed is {noise.steps}, the length of the schedule",
+                hint=f"ask for at most {noise.steps - 1} steps",
+            )
     sigmas = np.append(sigma, end)
     scale = np.hypot(1.0, sigmas)
     a = 1 / scale if family.space == "vp" else np.ones_like(sigmas)
-    grid = Grid(t=t, a=a, s=a * sigmas, age=_ages(t.size, restarts))
+    grid = Grid(t=t, a=a, s=a * sigmas, age=_ages(t.size, restarts), ends=ends)
     made = family.coefficients(grid, options)
     zeros = np.zeros(t.size)
 
@@ -116,9 +148,7 @@ def _table(
         c_in=1 / scale[:-1] if family.space == "ve" else np.ones(t.size),
         A=made.A,
         B=made.B,
-        C=column(made.C),
-        E=column(made.E),
-        S=column(made.S),
+        **{name: column(getattr(made, name)) for name in ("C", "E", "F", "S", "Y", *Y_COLUMNS)},
         log_std_min=column(made.log_std_min),
         log_std_max=column(made.log_std_max),
         a=grid.a[:-1],
@@ -129,6 +159,8 @@ def _table(
         uses_variance=made.uses_variance,
         keeps_mean=made.keeps_mean,
         keeps_variance=made.keeps_variance,
+        estimate=made.estimate,
+        ends=ends,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.spacing import SIGMA_SPACINGS, SPACINGS
 
-__all__ = ["CHOICES", "OPTION_NAMES", "SPACING_OPTIONS", "SolverOptions"]
+__all__ = ["CHOICES", "OPTION_NAMES", "SPACING_OPTIONS", "SolverOptions", "uncorrected_steps"]
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "spacing": SPACINGS,
@@ -17,15 +17,26 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "final": ("zero", "sigma-min"),
     "variance": ("fixed-small", "fixed-large", "learned"),
     "variant": ("diffusers", "k-diffusion"),
+    "sigma_ends": ("schedule", "spacing"),
+    "sigma_timesteps": ("exact", "nearest", "down"),
+    "step_to": ("next", "stride"),
+    "remember": ("eps", "v"),
+    "second_order": ("midpoint", "heun"),
+    "formula": ("bh1", "bh2"),
 }
+_SWITCHES = ("lower_order_final", "euler_at_final")
 _REALS: Mapping[str, tuple[float, float]] = {
     "eta": (0.0, 1.0),
     "s_noise": (0.0, math.inf),
     "sigma_min": (0.0, math.inf),
     "sigma_max": (0.0, math.inf),
 }
-_WHOLES: Mapping[str, tuple[int, float]] = {"steps_offset": (0, math.inf), "original_steps": (1, math.inf)}
-SPACING_OPTIONS = ("spacing", "steps_offset", "sigmas", "sigma_min", "sigma_max")
+_WHOLES: Mapping[str, tuple[int, float]] = {
+    "steps_offset": (0, math.inf),
+    "original_steps": (1, math.inf),
+    "order": (1, 3),
+}
+SPACING_OPTIONS = ("spacing", "steps_offset", "sigmas", "sigma_min", "sigma_max", "sigma_ends", "sigma_timesteps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +51,38 @@ class SolverOptions:
     spacing: str | None = None  # where the timesteps lie (``spacing.SPACINGS``); default "dit"
     steps_offset: int | None = None  # shifts spacing "leading"; default 0
     sigmas: str | None = None  # instead of a timestep spacing, a sigma spacing (``spacing.SIGMA_SPACINGS``)
-    sigma_min: float | None = None  # ends of the sigma spacing; default: those of the noise schedule
+    sigma_min: float | None = None  # ends of the sigma spacing; default: those that sigma_ends names
     sigma_max: float | None = None
+    sigma_ends: str | None = None  # of the noise schedule, or of the timestep spacing, which is then given too
+    sigma_timesteps: str | None = None  # what the members are told at these sigmas: exact, or whole timesteps
     final: str | None = None  # noise left after the last step: "zero", or "sigma-min", that of timestep 0
     eta: float | None = None  # share of the noise that is drawn afresh: 0 = deterministic, 1 = ancestral
     s_noise: float | None = None  # factor on the drawn noise, as in k-diffusion
     variance: str | None = None  # of DDPM's noise
     variant: str | None = None  # of the third-order formula of dpmpp-3m-sde
     original_steps: int | None = None  # LCM: length of the chain it was distilled on
+    step_to: str | None = None  # where a step ends: the next timestep, or one "stride" of T // N below its own
+    remember: str | None = None  # PNDM: what it extrapolates, noise or (as diffusers for v-prediction) velocity
+    second_order: str | None = None  # DPM-Solver++: formula of the second-order steps
+    lower_order_final: bool | None = None  # lower the order near the end
+    euler_at_final: bool | None = None  # the last step of order 1
+    order: int | None = None  # UniPC
+    formula: str | None = None  # UniPC: its B(h)
+    uncorrected: str | None = None  # UniPC: steps whose result is not corrected, e.g. "0,1"
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise unknown_name(name, str(value), allowed)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool | None):
+                raise BadInput(
+                    f"solver option {name} is {getattr(self, name)!r}; allowed is True or False",
+                    hint=f"set {name} to True or False, or leave it out",
+                )
+        if self.uncorrected is not None:
+            uncorrected_steps(self.uncorrected)
         for name, (low, high) in (*_REALS.items(), *_WHOLES.items()):
             value = getattr(self, name)
             if value is None:
@@ -74,13 +103,26 @@ class SolverOptions:
                 raise unknown_name("solver option", key, OPTION_NAMES)
         return SolverOptions(name=name, **values)  # type: ignore[arg-type]  # __post_init__ checks types
 
-    def said(self) -> dict[str, str | int | float]:
+    def said(self) -> dict[str, str | int | float | bool]:
         """The options that are not ``None``, without the name."""
         return {name: value for name in OPTION_NAMES if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
         said = ", ".join(f"{name}={value}" for name, value in self.said().items())
         return f"{self.name}({said})" if said else self.name
+
+
+def uncorrected_steps(text: str) -> frozenset[int]:
+    """``"0,1"`` -> ``{0, 1}``; an empty text is none. Raises ``BadInput``."""
+    parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else ["-"]
+    if parts == [""]:
+        return frozenset()
+    if not all(part.isdigit() for part in parts):
+        raise BadInput(
+            f"solver option uncorrected is {text!r}; allowed are step numbers from 0 on, with commas between",
+            hint='write it as e.g. "0,1", or leave it out to correct every step',
+        )
+    return frozenset(int(part) for part in parts)
 
 
 OPTION_NAMES = tuple(field.name for field in fields(SolverOptions) if field.name != "name")

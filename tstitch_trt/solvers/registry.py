@@ -9,17 +9,24 @@ from types import MappingProxyType
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.solvers.ddim import DDIM
 from tstitch_trt.solvers.ddpm import DDPM
-from tstitch_trt.solvers.dpmpp import DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M_SDE
+from tstitch_trt.solvers.dpmpp import DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE
 from tstitch_trt.solvers.euler import EULER, EULER_ANCESTRAL
 from tstitch_trt.solvers.family import Solver
 from tstitch_trt.solvers.lcm import LCM
 from tstitch_trt.solvers.options import SPACING_OPTIONS, SolverOptions
+from tstitch_trt.solvers.pndm import PNDM
+from tstitch_trt.solvers.unipc import UNIPC
 
 __all__ = ["DEFAULT_SPACING", "SOLVERS", "find_solver", "resolve", "with_default_spacing"]
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {solver.name: solver for solver in (DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M_SDE, LCM)}
-)
+    {
+        solver.name: solver
+        for solver in (
+            DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE, UNIPC, PNDM, LCM,
+        )
+    }
+)  # fmt: skip
 DEFAULT_SPACING = "dit"
 
 
@@ -30,10 +37,15 @@ def find_solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
-def with_default_spacing(options: SolverOptions, spacing: str) -> SolverOptions:
-    """``options`` with a bundle's default ``spacing`` where the solver takes one and the caller has said nothing."""
+def with_default_spacing(options: SolverOptions, spacing: str, steps_offset: int | None = None) -> SolverOptions:
+    """``options`` with a bundle's default ``spacing`` where the solver takes one and the caller has said nothing.
+
+    ``steps_offset`` goes with the spacing ``leading``, unless the caller gives one.
+    """
     if find_solver(options.name).timesteps is not None or options.spacing or options.sigmas:
         return options
+    if spacing == "leading" and options.steps_offset is None:
+        return replace(options, spacing=spacing, steps_offset=steps_offset)
     return replace(options, spacing=spacing)
 
 
@@ -53,9 +65,13 @@ def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOpt
             )
         if own_timesteps and (name in SPACING_OPTIONS or name == "original_steps"):
             _clash(name, value, "timesteps", "the timesteps are given one by one")
-        if options.sigmas and name in ("spacing", "steps_offset"):
+        if own_timesteps and name == "step_to" and value == "stride":
+            _clash(name, value, "timesteps", "the strides of timesteps that are given one by one are all their own")
+        if options.sigmas and options.sigma_ends != "spacing" and name in ("spacing", "steps_offset"):
             _clash(name, value, "sigmas", f"the steps follow the {options.sigmas} sigmas")
-        if not options.sigmas and name in ("sigma_min", "sigma_max"):
+        if options.sigmas and name == "step_to" and value == "stride":
+            _clash(name, value, "sigmas", f"the steps follow the {options.sigmas} sigmas")
+        if not options.sigmas and name in ("sigma_min", "sigma_max", "sigma_ends", "sigma_timesteps"):
             raise BadInput(
                 f"{name}={value!r} needs a sigma spacing, and none is asked for",
                 hint=f"add sigmas='karras' or sigmas='exponential', or leave {name} out",
@@ -65,10 +81,12 @@ def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOpt
                 f"steps_offset={value!r} is for spacing 'leading' only; got spacing {options.spacing!r}",
                 hint="add spacing='leading', or leave steps_offset out",
             )
-    filled: dict[str, str | int | float] = dict(solver.defaults)
+    filled: dict[str, str | int | float | bool] = dict(solver.defaults)
     if own_timesteps:
         filled.pop("original_steps", None)
-    elif solver.timesteps is None and not options.sigmas:
+    elif options.sigmas:
+        filled |= {"sigma_ends": "schedule", "sigma_timesteps": "exact"}
+    if not own_timesteps and solver.timesteps is None and (not options.sigmas or options.sigma_ends == "spacing"):
         filled["spacing"] = options.spacing or DEFAULT_SPACING
         if options.spacing == "leading":
             filled["steps_offset"] = 0

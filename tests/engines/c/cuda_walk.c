@@ -101,7 +101,7 @@ int main(int argc, char** argv) {
     };
     tstitch_cuda_advance after = {
         .latents = latents,
-        .history = upload(NULL, 2 * ELEMENTS * sizeof(float)),
+        .history = upload(NULL, TSTITCH_HISTORY * ELEMENTS * sizeof(float)),
         .rows = table,
         .step = step,
         .seed = upload(&seed, sizeof seed),

@@ -22,7 +22,7 @@ int launch(const char* name, int grid_x, int grid_y, int threads, int count, voi
 
 typedef struct state {
     ALIGNED float latents[LANES * ELEMENTS];
-    ALIGNED float history[2 * LANES * ELEMENTS];
+    ALIGNED float history[TSTITCH_HISTORY * LANES * ELEMENTS], y[LANES * ELEMENTS];
     ALIGNED float sample[2 * BATCH * ELEMENTS];
     ALIGNED float copy[LANES * ELEMENTS];
     ALIGNED int64_t timestep[2 * BATCH];
@@ -30,6 +30,7 @@ typedef struct state {
 } state;
 
 ALIGNED static float rows[LANES * STEPS * TSTITCH_ROW_SIZE], output[2 * BATCH * 2 * ELEMENTS];
+ALIGNED static float known[LANES * ELEMENTS], mask[LANES * SPATIAL], given[LANES * ELEMENTS];
 static const uint64_t seed[LANES] = {1, 2, (uint64_t)-3};
 static const int32_t active[BATCH] = {2, 0};
 
@@ -42,6 +43,10 @@ static void on_host(state* s) {
     tstitch_arena* arena = NULL;
     all.latents = s->latents;
     all.history = s->history;
+    all.y = s->y;
+    all.known = known;
+    all.mask = mask;
+    all.noise = given;
     all.rows = rows;
     all.step = s->step;
     all.seed = seed;
@@ -91,6 +96,10 @@ static void on_cuda(state* s) {
     factor.output_elements = advance.output_elements = 2 * ELEMENTS;
 
     advance.history = address(s->history);
+    advance.y = address(s->y);
+    advance.known = address(known);
+    advance.mask = address(mask);
+    advance.noise = address(given);
     advance.seed = address(seed);
     advance.fault = address(s->fault);
     advance.lanes = LANES;
@@ -125,12 +134,19 @@ int main(void) {
         for (int k = 0; k < TSTITCH_ROW_SIZE; ++k) row[k] = 0.2f + 0.6f * uniform();
         row[TSTITCH_ROW_T] = 100.0f * uniform();
         row[TSTITCH_ROW_C] = i % STEPS ? 0.3f : 0.0f;
-        row[TSTITCH_ROW_E] = 0;
+        row[TSTITCH_ROW_E] = row[TSTITCH_ROW_F] = row[TSTITCH_ROW_YE] = row[TSTITCH_ROW_YF] = 0;
+        row[TSTITCH_ROW_YC] = row[TSTITCH_ROW_C];
         row[TSTITCH_ROW_GUIDED_CHANNELS] = 2;
-        row[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_STORE + TSTITCH_FLAG_LEARNED;
+        row[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_STORE + TSTITCH_FLAG_LEARNED + TSTITCH_FLAG_STORE_Y + TSTITCH_FLAG_BLEND +
+                                 (i % 2 ? TSTITCH_FLAG_GIVEN_NOISE : 0);
     }
     for (size_t i = 0; i < sizeof output / sizeof output[0]; ++i) output[i] = 2 * uniform() - 1;
-    for (int i = 0; i < LANES * ELEMENTS; ++i) host.latents[i] = 2 * uniform() - 1;
+    for (int i = 0; i < LANES * ELEMENTS; ++i) {
+        host.latents[i] = 2 * uniform() - 1;
+        known[i] = 2 * uniform() - 1;
+        given[i] = 2 * uniform() - 1;
+    }
+    for (int i = 0; i < LANES * SPATIAL; ++i) mask[i] = uniform();
     for (int lane = 0; lane < LANES; ++lane) host.fault[lane] = -1;
     cuda = host;
     on_host(&host);
@@ -138,8 +154,9 @@ int main(void) {
     for (int i = 0; i < LANES * ELEMENTS; ++i) {
         CHECK_CLOSE(cuda.latents[i], host.latents[i], 1e-5);
         CHECK_CLOSE(cuda.copy[i], host.copy[i], 1e-5);
+        CHECK_CLOSE(cuda.y[i], host.y[i], 1e-5);
     }
-    for (int i = 0; i < 2 * LANES * ELEMENTS; ++i) CHECK_CLOSE(cuda.history[i], host.history[i], 1e-5);
+    for (int i = 0; i < TSTITCH_HISTORY * LANES * ELEMENTS; ++i) CHECK_CLOSE(cuda.history[i], host.history[i], 1e-5);
     for (int i = 0; i < 2 * BATCH * ELEMENTS; ++i) CHECK_CLOSE(cuda.sample[i], host.sample[i], 1e-5);
     CHECK(memcmp(cuda.timestep, host.timestep, sizeof host.timestep) == 0);
     CHECK(memcmp(cuda.step, host.step, sizeof host.step) == 0);

@@ -13,7 +13,7 @@ static void refused(tstitch_status status, const char* says, int line) {
 #define REFUSED(call, says) refused(call, says, __LINE__)
 
 int main(void) {
-    float latents[2 * 3 * 4] = {0}, history[2 * 2 * 3 * 4], rows[2 * 1 * TSTITCH_ROW_SIZE] = {0},
+    float latents[2 * 3 * 4] = {0}, history[TSTITCH_HISTORY * 2 * 3 * 4], rows[2 * 1 * TSTITCH_ROW_SIZE] = {0},
                           out[2 * 2 * 2 * 3 * 4];
     float before[2 * 3 * 4] = {0};
     float timestep[4];

@@ -7,7 +7,8 @@
 
 enum { LANES = 3, CHANNELS = 2, SPATIAL = 35, ELEMENTS = CHANNELS * SPATIAL };
 
-static float latents[LANES * ELEMENTS], history[2 * LANES * ELEMENTS], rows[LANES * STEPS * TSTITCH_ROW_SIZE];
+static float latents[LANES * ELEMENTS], history[TSTITCH_HISTORY * LANES * ELEMENTS], y[LANES * ELEMENTS];
+static float rows[LANES * STEPS * TSTITCH_ROW_SIZE];
 static int32_t step[LANES], fault[LANES];
 static uint64_t seed[LANES];
 
@@ -16,6 +17,7 @@ static tstitch_arena* make_arena(int threads, const char* isa) {
     tstitch_arena* arena = NULL;
     all.latents = latents;
     all.history = history;
+    all.y = y;
     all.rows = rows;
     all.step = step;
     all.seed = seed;
@@ -142,23 +144,27 @@ static void test_half_types(const char* isa) {
     }
 }
 
-/* x' = 2 D1 + 3 D2 with D = m: each step's D is its number, and history starts as NaN. */
+/* x' = 2 D1 + 3 D2 + 4 D3 + y with D = m: each step's D is its number, y the sum of all D before; both start as NaN. */
 static void test_history(void) {
     static const int32_t active[1] = {0};
     float output[ELEMENTS];
     tstitch_arena* arena = make_arena(1, NULL);
     memset(rows, 0, sizeof rows);
-    for (int i = 0; i < 2 * LANES * ELEMENTS; ++i) history[i] = NAN;
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < TSTITCH_HISTORY * LANES * ELEMENTS; ++i) history[i] = NAN;
+    for (int i = 0; i < LANES * ELEMENTS; ++i) y[i] = NAN;
+    for (int i = 0; i < 5; ++i) {
         float* row = rows + i * TSTITCH_ROW_SIZE;
         row[TSTITCH_ROW_Q] = 1;
         row[TSTITCH_ROW_C] = i >= 1 ? 2.0f : 0.0f;
         row[TSTITCH_ROW_E] = i >= 2 ? 3.0f : 0.0f;
-        row[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_STORE;
+        row[TSTITCH_ROW_F] = i >= 3 ? 4.0f : 0.0f;
+        row[TSTITCH_ROW_Y] = row[TSTITCH_ROW_YY] = i >= 1 ? 1.0f : 0.0f;
+        row[TSTITCH_ROW_YB] = 1;
+        row[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_STORE + TSTITCH_FLAG_STORE_Y;
         for (int e = 0; e < ELEMENTS; ++e) output[e] = (float)(i + 1);
         CHECK_OK(tstitch_advance(arena, active, 1, output, TSTITCH_FLOAT32, CHANNELS, false, false));
     }
-    for (int e = 0; e < ELEMENTS; ++e) CHECK(latents[e] == 2 * 3 + 3 * 2);
+    for (int e = 0; e < ELEMENTS; ++e) CHECK(latents[e] == 2 * 4 + 3 * 3 + 4 * 2 + (1 + 2 + 3 + 4) && y[e] == 15);
     tstitch_arena_destroy(arena);
 }
 

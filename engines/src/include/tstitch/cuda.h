@@ -29,7 +29,8 @@
  * "elements" (e) is channels * spatial of one lane, below 2^30; "output_elements" is that, or twice that for a model
  * that predicts its variance. Arrays are aligned to 16 bytes. The kernels can't check what the host driver refuses:
  * active holds lanes of the arena, each at most once. A lane whose step lies outside its table, a row with
- * TSTITCH_FLAG_LEARNED without the model's second half, and a latent that is not finite are noted in fault.
+ * TSTITCH_FLAG_LEARNED without the model's second half, a row that uses an array which is 0, and a latent that is not
+ * finite are noted in fault.
  */
 #ifndef TSTITCH_CUDA_H
 #define TSTITCH_CUDA_H
@@ -70,13 +71,15 @@ typedef struct tstitch_cuda_guidance_factor {
 /* See tstitch_advance; the step stays as it is until next_step. */
 typedef struct tstitch_cuda_advance {
     tstitch_cuda_pointer latents, history, rows, step, seed, fault, active, output;
-    tstitch_cuda_pointer factors; /* of guidance_factor, or 0: no rescale */
+    tstitch_cuda_pointer factors;               /* of guidance_factor, or 0: no rescale */
+    tstitch_cuda_pointer y, known, mask, noise; /* or 0 where no row uses them */
     int32_t lanes, row_count, elements, spatial, output_elements, guided;
 } tstitch_cuda_advance;
-#define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                                        \
-    {&(a).latents, &(a).history,         &(a).rows,    &(a).step,  &(a).seed,      &(a).fault,    \
-     &(a).active,  &(a).output,          &(a).factors, &(a).lanes, &(a).row_count, &(a).elements, \
-     &(a).spatial, &(a).output_elements, &(a).guided}
+#define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                                          \
+    {&(a).latents, &(a).history, &(a).rows,      &(a).step,     &(a).seed,    &(a).fault,           \
+     &(a).active,  &(a).output,  &(a).factors,   &(a).y,        &(a).known,   &(a).mask,            \
+     &(a).noise,   &(a).lanes,   &(a).row_count, &(a).elements, &(a).spatial, &(a).output_elements, \
+     &(a).guided}
 
 /* Adds 1 to the step of each active lane. */
 typedef struct tstitch_cuda_next_step {

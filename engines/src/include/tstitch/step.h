@@ -12,9 +12,12 @@
  *     m  = u + G (c - u)                           on the first GUIDED_CHANNELS channels, c on the others
  *     m  = RESCALE (std(c)/std(m)) m + (1 - RESCALE) m     over the same channels (arXiv 2305.08891, eq. 15-16)
  *     D  = P x + Q m
- *     x' = A x + B D + C D1 + E D2 + S z           D1, D2: D of the two steps before; z: Gaussian noise
+ *     x' = A x + B D + C D1 + E D2 + F D3 + Y y + S z      D1, D2, D3: D of the steps before; z: Gaussian noise
+ *     y' = YX x + YY y + YB D + YC D1 + YE D2 + YF D3      y: a second remembered state; with TSTITCH_FLAG_STORE_Y
+ *     x' = mask x' + (1 - mask) (KNOWN_A x0 + KNOWN_S z0)  for inpainting; with TSTITCH_FLAG_BLEND
  *
- * c and u are the model's conditional and unconditional output. tstitch_engines/rows.py has the same layout, and
+ * c and u are the model's conditional and unconditional output, x0 a known picture's latent and z0 the lane's initial
+ * noise. tstitch_engines/rows.py has the same layout, and
  * tstitch_trt.solvers makes such tables. tstitch/cuda.h has the same steps on an NVIDIA GPU.
  *
  * Ownership: all arrays belong to the caller and stay where they are from tstitch_arena_create to
@@ -62,14 +65,28 @@ enum {
     TSTITCH_ROW_LOG_STD_MIN,     /* with TSTITCH_FLAG_LEARNED: S exp(min + (max - min) (w + 1) / 2) scales z, */
     TSTITCH_ROW_LOG_STD_MAX,     /* w being the model's second half of channels */
     TSTITCH_ROW_FLAGS,           /* sum of TSTITCH_FLAG_*, as a float */
-    TSTITCH_ROW_RESERVED,
+    TSTITCH_ROW_F,
+    TSTITCH_ROW_Y,
+    TSTITCH_ROW_YX,
+    TSTITCH_ROW_YY,
+    TSTITCH_ROW_YB,
+    TSTITCH_ROW_YC,
+    TSTITCH_ROW_YE,
+    TSTITCH_ROW_YF,
+    TSTITCH_ROW_KNOWN_A, /* with TSTITCH_FLAG_BLEND: the noise level of x' */
+    TSTITCH_ROW_KNOWN_S,
     TSTITCH_ROW_SIZE
 };
 
 enum {
-    TSTITCH_FLAG_LEARNED = 1, /* the noise scale is read from the model's second half of channels */
-    TSTITCH_FLAG_STORE = 2    /* a later row reads this step's D (its C or E is not 0) */
+    TSTITCH_FLAG_LEARNED = 1,     /* the noise scale is read from the model's second half of channels */
+    TSTITCH_FLAG_STORE = 2,       /* a later row reads this step's D (one of its C, E, F, YC, YE, YF is not 0) */
+    TSTITCH_FLAG_STORE_Y = 4,     /* y becomes y'; without it y stays */
+    TSTITCH_FLAG_BLEND = 8,       /* a known picture is kept outside the mask */
+    TSTITCH_FLAG_GIVEN_NOISE = 16 /* z0 of the blend is read from noise; without it drawn as tstitch_initial_noise */
 };
+
+enum { TSTITCH_HISTORY = 3 }; /* the D that a lane remembers: that of step i in slot i % 3 */
 
 #define TSTITCH_INITIAL_NOISE_STEP 0xFFFFFFFFu /* the Philox "step" of a lane's initial latent */
 
@@ -95,16 +112,21 @@ TSTITCH_API const char* tstitch_version(void); /* "major.minor.patch" */
 
 /* ---------------------------------------------------------------------------------------------------------- arena */
 
-/* The caller's memory, C-contiguous and naturally aligned; no two arrays overlap. spatial is height * width (times
- * frames): its shape does not matter here. Read here only: rows, seed. */
+/* The caller's memory, C-contiguous and naturally aligned; no two arrays overlap. Set unused fields to 0. spatial is
+ * height * width (times frames): its shape does not matter here. Read here only: rows, seed. */
 typedef struct tstitch_lanes {
     float* latents;       /* [lanes, channels, spatial] */
-    float* history;       /* [2, lanes, channels, spatial]; need not be initialised */
+    float* history;       /* [TSTITCH_HISTORY, lanes, channels, spatial]; need not be initialised */
     const float* rows;    /* [lanes, row_count, TSTITCH_ROW_SIZE] */
     int32_t* step;        /* [lanes]: the row that is next, 0 to row_count - 1; row_count once the lane is finished */
     const uint64_t* seed; /* [lanes] */
     int32_t* fault;       /* [lanes]: set it to -1; the first step whose new latent was not finite is noted here */
     int64_t lanes, row_count, channels, spatial;
+    /* May be null where no row uses them. Read only, but y. */
+    float* y;           /* [lanes, channels, spatial]; need not be initialised */
+    const float* known; /* [lanes, channels, spatial]: x0 of the blend */
+    const float* mask;  /* [lanes, 1, spatial]: 1 where the picture is drawn, 0 where it is known */
+    const float* noise; /* [lanes, channels, spatial]: z0 of the blend, unit Gaussian */
 } tstitch_lanes;
 
 typedef struct tstitch_arena tstitch_arena;
@@ -127,7 +149,7 @@ TSTITCH_API tstitch_status tstitch_prepare(tstitch_arena* arena, const int32_t* 
                                            tstitch_dtype sample_dtype, void* timestep, tstitch_dtype timestep_dtype,
                                            bool guided);
 
-/* One step of the same lanes from the model's output: updates latents, history and fault, adds 1 to step.
+/* One step of the same lanes from the model's output: updates latents, history, y and fault, adds 1 to step.
  * model_output is [batch or 2 * batch, output_channels, spatial], conditional entries first; output_channels is
  * channels, or twice that for a model that predicts its variance (the second half is read only by rows with
  * TSTITCH_FLAG_LEARNED). Without rescale the RESCALE of the rows is ignored, which saves a pass over the output.

@@ -12,8 +12,8 @@ static void engine(const float* sample, const int64_t* timestep, float* output) 
 }
 
 int main(void) {
-    static float latents[ELEMENTS], history[2 * ELEMENTS], rows[STEPS * TSTITCH_ROW_SIZE], sample[ELEMENTS],
-        output[ELEMENTS];
+    static float latents[ELEMENTS], history[TSTITCH_HISTORY * ELEMENTS], rows[STEPS * TSTITCH_ROW_SIZE],
+        sample[ELEMENTS], output[ELEMENTS];
     int32_t step[1] = {0}, fault[1] = {-1};
     const int32_t active[1] = {0};
     const uint64_t seed[1] = {42};
