@@ -49,6 +49,7 @@ PACKAGES = {
     "diffusers": ("checkpoints in diffusers folders", 'pip install "tstitch-trt[export]"'),
     "safetensors": (".safetensors checkpoints", 'pip install "tstitch-trt[export]"'),
     "matplotlib": ("bench --plot", 'pip install "tstitch-trt[plot]"'),
+    "nvidia-modelopt": ("tstitch-trt quantise", 'pip install "tstitch-trt[quant]"'),
 }
 
 

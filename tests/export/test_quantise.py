@@ -246,6 +246,24 @@ def test_layers_can_be_kept_and_the_rest_in_bfloat16(source: tuple[Member, Path]
     assert {value.type.tensor_type.elem_type for value in graph.output} == {onnx.TensorProto.FLOAT}
 
 
+@needs_modelopt
+def test_weights_too_large_for_one_file_go_beside_it(
+    quantised: tuple[str, QuantisedGraph],
+    source: tuple[Member, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mode, inline = quantised
+    monkeypatch.setattr("tstitch_export.quantise_layers._INLINE_LIMIT", 1000)
+    made = quantise_graph(source[1], tmp_path / "q.onnx", member=source[0], mode=mode, calibration=CALIBRATION)
+    assert [path.name for path in made.files] == ["q.onnx", "q.onnx_data"]
+    assert set(tmp_path.iterdir()) == set(made.files)
+    assert made.files[0].stat().st_size < inline.files[0].stat().st_size
+    rows = dict(inputs(3, seed=2))
+    (want,), (got,) = (session_at(graph.files[0]).run(None, rows) for graph in (inline, made))
+    np.testing.assert_array_equal(got, want)
+
+
 # --- refusals
 
 

@@ -94,8 +94,8 @@ def command(
     attention's own products, first and last layer stay in high precision. The loss is measured on other seeds, by noise
     level, and kept in the manifest. Needs the extra "quant" (nvidia-modelopt).
 
-    The new bundle has an ONNX Runtime engine of the member. Others are compiled from it: tstitch-trt build DIR --backend
-    tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
+    The new bundle has an ONNX Runtime engine of the member. Others are compiled from it: tstitch-trt build DIR
+    --backend tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
     """
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.progress import progress
