@@ -45,6 +45,23 @@ def _uvit(folder: Path) -> Tiny:
     return Tiny(path, {"num_heads": 2, "time": "discrete"})
 
 
+def _ldm(folder: Path) -> Tiny:
+    from ldms import ldm_checkpoint
+
+    ldm_checkpoint(folder / "ldm.ckpt")
+    return Tiny(folder / "ldm.ckpt", {"num_heads": 2, "size": 8})
+
+
+def _ldm_diffusers(kind: str) -> Callable[[Path], Tiny]:
+    def write(folder: Path) -> Tiny:
+        from ldms import ldm_folder
+
+        ldm_folder(folder / "pipeline", kind=kind)
+        return Tiny(folder / "pipeline", {"dynamic": True})
+
+    return write
+
+
 def _clip_text(folder: Path) -> Tiny:
     from tiny_families import clip_text_folder
 
@@ -82,6 +99,11 @@ def _vae(kind: str) -> Callable[[Path], Tiny]:
 CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
     "dit": {"published": _dit, "diffusers": _dit_diffusers},
     "uvit": {"published": _uvit},
+    "ldm": {
+        "original": _ldm,
+        "token of context": _ldm_diffusers("attended"),
+        "added to the time": _ldm_diffusers("added"),
+    },
     "clip-text": {"transformers": _clip_text},
     "unet-sd": {"diffusers": _unet("sd")},
     "unet-sdxl": {"diffusers": _unet("sdxl"), "pruned and controlled": _unet("ssd1b", controlled=True)},

@@ -84,10 +84,8 @@ def forward(state: dict[str, Array], heads: int, x: Array, t: Array, labels: lis
 
     def norm(name: str, y: Array) -> Array:
         centred = y - y.mean(-1, keepdims=True)
-        return (
-            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * state[f"{name}.weight"]
-            + state[f"{name}.bias"]
-        )
+        scaled: Array = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
     def attention(name: str, y: Array) -> Array:
         q, k, v = np.split(linear(f"{name}.qkv", y), 3, axis=-1)

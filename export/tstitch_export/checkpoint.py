@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.quiet import quiet
 from tstitch_export.needs import need_torch
@@ -25,6 +28,7 @@ __all__ = ["PICKLED", "Checkpoint", "SafetensorsEntry", "read_checkpoint", "read
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("ema", "model", "state_dict")  # in this order: published DiT training states hold both ema and model
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}  # safetensors' names -> numpy's
 _SAFETENSORS_HINT = "convert it to .safetensors where you trust it: safetensors.torch.save_file(state_dict, path)"
 
 
@@ -51,6 +55,19 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         return {_plain(name): tensor for name, tensor in load_file(self.path).items()}
+
+    def values(self, name: str) -> NDArray[np.float64]:
+        """One small tensor of ordinary floats; of a ``.safetensors`` file read without torch."""
+        if self._stored is None:
+            entries = {_plain(key): entry for key, entry in read_safetensors_header(self.path).items()}
+            entry = entries[name]
+            if entry.dtype in _FLOATS:
+                with self.path.open("rb") as stream:
+                    stream.seek(entry.start)
+                    data = np.frombuffer(stream.read(entry.length), _FLOATS[entry.dtype])
+                return data.reshape(entry.shape).astype(np.float64)
+        found: NDArray[np.float64] = self.tensors()[name].double().numpy()
+        return found
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -137,7 +137,8 @@ def plan_member(
         )
     path = Path(given) if given is not None else base / str(part.checkpoint)
     # The recipe's options describe its own checkpoint; another file speaks for itself unless it can't.
-    own = {**part.options, **options} if given is None else dict(options)
+    chosen = {key: value for key, value in part.options.items() if given is None or key in family.choices}
+    own = {**chosen, **options}
     try:
         inspection = _inspect(family, path, own, f"member {name!r}")
     except BadCheckpoint:
