@@ -79,9 +79,11 @@ def export_onnx(
     progress("check", 0.7)
     with _explained("validating the export of", inspection), quiet():
         validate(path, inputs=inputs, outputs=outputs)
-    # Tracing moved the model to its precision: the comparison wants the weights as stored.
-    reference = family.load(inspection) if precision != "fp32" else model
-    check = check_graph(path, family, inspection, reference, precision)
+    if precision != "fp32":
+        # Tracing moved the model to its precision: the comparison wants the weights as stored.
+        del model  # first, since two of a full-size model may be more than there is memory
+        model = family.load(inspection)
+    check = check_graph(path, family, inspection, model, precision)
     progress("check", 1.0)
     return check
 
