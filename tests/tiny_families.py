@@ -14,6 +14,7 @@ __all__ = [
     "clip_tokenizer_folder",
     "clip_vocabulary",
     "controlnet_folder",
+    "lora_file",
     "unet_folder",
     "vae_folder",
 ]
@@ -210,3 +211,62 @@ def vae_folder(folder: Path, kind: str = "kl", *, levels: int = 3, **changes: An
         model.quantize.embedding.weight.data.mul_(10.0)  # entries as far apart as latents are
     model.save_pretrained(folder)
     return model
+
+
+def lora_file(
+    path: Path, module: Any, *, style: str = "kohya", rank: int = 4, alpha: float = 2.0, seed: int = 5, text: Any = None
+) -> Path:
+    """Writes a random LoRA for a UNet, and for the text encoder ``text``; ``alpha`` counts in all but ``processors``.
+
+    ``style``: ``kohya`` (all kinds of layers, LoCon), ``original`` (the same under SDXL's original block names),
+    ``peft`` (as diffusers saves them now) or ``processors`` (as it saved them first: attention only).
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from tstitch_export.families.unet_config import UNetConfig
+    from tstitch_export.families.unet_layout import module_names
+
+    generator = torch.Generator().manual_seed(seed)
+    originals = module_names(UNetConfig(dict(module.config)))
+    ends = ["to_q", "to_k", "to_v", "to_out.0"]
+    if style != "processors":
+        ends += ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+    if style in ("kohya", "original"):
+        ends += ["conv1", "conv_shortcut", "time_emb_proj", "conv", "conv_in", "conv_out", "linear_1"]
+    tensors: dict[str, Any] = {}
+    noted: dict[str, Any] = {}  # what diffusers writes into the header
+
+    def add(part: str, name: str, weight: Any) -> None:
+        down = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.2
+        up = torch.randn(weight.shape[0], rank, *(1,) * (weight.dim() - 2), generator=generator) * 0.2
+        if style == "peft":
+            tensors.update({f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up})
+            noted.update({f"{part}.r": rank, f"{part}.lora_alpha": alpha})
+            noted.setdefault(f"{part}.target_modules", []).append(name)
+        elif style == "processors":
+            head, _, projection = name.removesuffix(".0").rpartition(".")
+            base = f"{part}.{head}.processor.{projection}_lora"
+            tensors.update({f"{base}.down.weight": down, f"{base}.up.weight": up})
+        else:
+            if part == "unet" and style == "original":
+                name = _original(name, originals)
+            base = f"lora_{'unet' if part == 'unet' else 'te'}_{name.replace('.', '_')}"
+            tensors.update({f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up})
+            tensors[f"{base}.alpha"] = torch.tensor(alpha)
+
+    for part, model in (("unet", module), ("text_encoder", text)):
+        for key, weight in model.state_dict().items() if model is not None else ():
+            name = key.removesuffix(".weight")
+            wanted = ends if part == "unet" else ["q_proj", "v_proj", "fc1"]
+            if key.endswith(".weight") and any(name == end or name.endswith(f".{end}") for end in wanted):
+                add(part, name, weight)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(noted)} if noted else None)
+    return path
+
+
+def _original(name: str, originals: Mapping[str, str]) -> str:
+    parts = name.split(".")
+    cut = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in originals)
+    return ".".join((originals[".".join(parts[:cut])], *parts[cut:]))
