@@ -16,7 +16,7 @@ from tstitch_trt.adaptation import is_adapted, member_columns
 from tstitch_trt.noise_schedule import NoiseSchedule
 from tstitch_trt.rows import fill_rows
 from tstitch_trt.schedule import Schedule, fraction_text, resolve
-from tstitch_trt.solvers import SolverOptions, StepTable, make_table, with_default_spacing
+from tstitch_trt.solvers import SPACING_OPTIONS, SolverOptions, StepTable, make_table, with_default_spacing
 
 __all__ = ["HISTORIES", "Plan", "make_plan"]
 
@@ -148,11 +148,22 @@ def _solver(
     more: Mapping[str, object] | None,
     timesteps: Sequence[float] | None,
 ) -> SolverOptions:
-    base = solver if isinstance(solver, SolverOptions) else SolverOptions(name=solver or manifest.defaults.solver)
+    """What the caller says, and where it leaves room what the bundle's defaults say of their own solver."""
+    defaults = manifest.defaults
+    base = solver if isinstance(solver, SolverOptions) else SolverOptions(name=solver or defaults.solver)
     given = {"spacing": spacing, "sigmas": sigmas, "eta": eta, "variance": variance}
     said = {name: value for name, value in given.items() if value is not None} | dict(more or {})
-    options = SolverOptions.parse(base.name, {**base.said(), **said})
-    return options if timesteps is not None else with_default_spacing(options, manifest.defaults.spacing)
+    said = {**base.said(), **said}
+    usual = dict(defaults.solver_options) if base.name == defaults.solver else {}
+    if timesteps is not None or said.keys() & {"spacing", "sigmas"}:  # other places for the steps: none of the usual
+        usual = {name: value for name, value in usual.items() if name not in SPACING_OPTIONS}
+    if timesteps is not None or "sigmas" in said:
+        usual = {name: value for name, value in usual.items() if name not in ("step_to", "original_steps")}
+    options = SolverOptions.parse(base.name, {**usual, **said})
+    if timesteps is not None:
+        return options
+    offset = defaults.solver_options.get("steps_offset")
+    return with_default_spacing(options, defaults.spacing, offset if isinstance(offset, int) else None)
 
 
 def _schedule(manifest: Manifest, schedule: str | Sequence[str] | None, fraction: float | None) -> str | Sequence[str]:

@@ -97,9 +97,14 @@ class Conditioning(_Record, frozen=True, kw_only=True):
 
 
 class Defaults(_Record, frozen=True, kw_only=True):
-    """What ``sample`` uses where the caller says nothing. ``guided_channels`` ``None`` means all."""
+    """What ``sample`` uses where the caller says nothing. ``guided_channels`` ``None`` means all.
+
+    ``solver_options`` (of ``tstitch_trt.solvers``) are for ``solver`` only; ``steps_offset`` among them goes with the
+    spacing ``leading`` whatever the solver.
+    """
 
     solver: str = "ddim"
+    solver_options: dict[str, str | int | float | bool] = {}
     steps: int = 50
     spacing: str = "dit"
     guidance: float = 1.0

@@ -7,23 +7,18 @@ digits and an error of 3e-4 in the last step; so its schedulers are handed the s
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from denoiser import draw, member, rows_for
-from reference import Model, walk
+from diffusers_walk import RELATIVE, compare
 from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_trt.noise_schedule import NoiseSchedule
-from tstitch_trt.solvers import StepTable, make_table
+from tstitch_trt.solvers import make_table
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-
-Array = NDArray[np.float64]
 
 SCHEDULES = {  # our kind -> (spec, diffusers' beta_schedule)
     "linear": (NoiseScheduleSpec(kind="linear"), "linear"),
@@ -33,7 +28,6 @@ SCHEDULES = {  # our kind -> (spec, diffusers' beta_schedule)
 KINDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 STEPS = (10, 20, 50)
 SPACINGS = ("leading", "linspace", "trailing")
-RELATIVE = 1e-5  # the largest difference over the largest value, at every step
 
 # diffusers calls np.array on tensors, which NumPy 2 wants spelled otherwise
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -62,55 +56,6 @@ def scheduler_of(name: str, schedule: str, kind: str, *, exact: bool = True, **c
         if config.get("set_alpha_to_one") is False:
             scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
-
-
-def run_theirs(
-    scheduler: Any, model: Model, x: Array, noise: Array, *, t: Array | None = None, **step_options: Any
-) -> Array:
-    """diffusers' loop with our noise; ``t`` overrides what the model is told (not what the scheduler does)."""
-    module = importlib.import_module(type(scheduler).__module__)
-    latents = [x]
-    with pytest.MonkeyPatch.context() as patch:
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
-        for step, timestep in enumerate(scheduler.timesteps):
-            patch.setattr(
-                module, "randn_tensor", lambda *_, step=step, **__: torch.from_numpy(noise[step]), raising=False
-            )
-            sample = torch.from_numpy(latents[-1])
-            seen = scheduler.scale_model_input(sample, timestep).double().numpy()
-            output = torch.from_numpy(model(seen, float(timestep if t is None else t[step]), step))
-            after = scheduler.step(output, timestep, sample, return_dict=False, **step_options)[0]
-            latents.append(after.double().numpy())
-    return np.stack(latents)
-
-
-def compare(
-    table: StepTable,
-    scheduler: Any,
-    kind: str,
-    *,
-    their_kind: str | None = None,
-    learned: bool = False,
-    t: Array | None = None,
-    seen: Array | None = None,
-    silent_end: bool = False,
-    relative: float = RELATIVE,
-    **step_options: Any,
-) -> None:
-    """Walks both from the same start. ``t``: the scheduler's timesteps, if not the table's; ``seen``: what its model is
-    told instead of them; ``silent_end``: the last noise is zero."""
-    np.testing.assert_allclose(scheduler.timesteps.numpy(), table.t if t is None else t, rtol=1e-5, atol=1e-4)
-    assert float(scheduler.init_noise_sigma) == pytest.approx(table.init_scale, rel=1e-4)
-    x, noise = draw(table.steps)
-    if silent_end:
-        noise[-1] = 0
-    x = x * table.init_scale
-    ours = walk(rows_for(kind, table, learned=learned), x, member(kind, table, learned=learned), noise)
-    theirs = run_theirs(scheduler, member(their_kind or kind, table, learned=learned), x, noise, t=seen, **step_options)
-    axes = tuple(range(1, ours.ndim))
-    error = np.abs(ours - theirs).max(axes) / np.abs(theirs).max(axes)
-    assert error.max() <= relative, f"step {error.argmax()}: {error.max():.2e}"
 
 
 every_case = [

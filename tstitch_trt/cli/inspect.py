@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +80,8 @@ def _print(bundle: Bundle) -> None:
         ("names", ", ".join(conditioning.names)),
         (
             "defaults",
-            f"{defaults.solver}, {defaults.steps} steps, spacing {defaults.spacing}, guidance {defaults.guidance:g}, "
-            f"schedule {defaults.schedule}",
+            f"{defaults.solver}{_options(defaults.solver_options)}, {defaults.steps} steps, "
+            f"spacing {defaults.spacing}, guidance {defaults.guidance:g}, schedule {defaults.schedule}",
         ),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("quality", "network and reference statistics" if manifest.quality else "none"),
@@ -96,6 +97,10 @@ def _print(bundle: Bundle) -> None:
         _print_member(bundle, name, member)
     click.echo()
     print_table(("file", "size", "sha256"), [(part.path, size(part.bytes), part.sha256) for part in files])
+
+
+def _options(options: Mapping[str, object]) -> str:
+    return f" ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else ""
 
 
 def _plan(bundle: Bundle, record: EngineRecord) -> PlanHeader | None:

@@ -42,7 +42,8 @@ def with_default_spacing(options: SolverOptions, spacing: str, steps_offset: int
 
     ``steps_offset`` goes with the spacing ``leading``, unless the caller gives one.
     """
-    if find_solver(options.name).timesteps is not None or options.spacing or options.sigmas:
+    placed = options.spacing or (options.sigmas and options.sigma_ends != "spacing")
+    if find_solver(options.name).timesteps is not None or placed:
         return options
     if spacing == "leading" and options.steps_offset is None:
         return replace(options, spacing=spacing, steps_offset=steps_offset)

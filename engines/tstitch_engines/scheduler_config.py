@@ -1,0 +1,262 @@
+"""diffusers' ``scheduler_config.json`` as our own terms: a solver with options, a spacing, a noise schedule.
+
+The solver's table then equals what ``SchedulerClass.from_config(config)`` does. A key that is missing has the default
+of its class in diffusers; a key that asks for something no table can do is an error that names it; keys without an
+effect on the class are passed over, as diffusers does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation
+
+__all__ = ["SCHEDULERS", "Scheduler", "read_scheduler"]
+
+Option = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """What a scheduler's configuration says.
+
+    ``solver`` and ``options`` are those of ``tstitch_trt.solvers``. ``spacing`` is that of the class; the options do
+    not repeat it, and where they name ``sigmas`` it is for other solvers only (but see ``sigma_ends``).
+    """
+
+    solver: str
+    options: Mapping[str, Option]
+    spacing: str
+    noise: NoiseScheduleSpec
+    parametrisation: Parametrisation
+
+
+_BETAS: Final = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "squared-cosine"}
+_PREDICTIONS: Final = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_SPACINGS: Final = ("leading", "linspace", "trailing")
+_FINALS: Final = {"zero": "zero", "sigma_min": "sigma-min"}
+_VARIANCES: Final = {
+    "fixed_small": "fixed-small",
+    "fixed_small_log": "fixed-small",  # the same deviation, by way of its logarithm
+    "fixed_large": "fixed-large",
+    "learned_range": "learned",
+}
+
+
+class _Config:
+    """The keys of one configuration, with the defaults of its class."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values = values
+        self._where = where
+        self.name = str(values.get("_class_name"))
+
+    def get(self, key: str, default: Any) -> Any:
+        """The value of ``key``. diffusers writes ``null`` for an absent switch."""
+        value = self._values.get(key, default)
+        return default if value is None else value
+
+    def refuse(self, key: str, value: Any, allowed: str, hint: str | None = None) -> BadInput:
+        stated = "" if key in self._values else f" (the default of {self.name})"
+        return BadInput(
+            f"{self._where}: {key} is {value!r}{stated}; allowed is {allowed}",
+            hint=hint or f"change {key}, or name a solver yourself: {', '.join(SCHEDULERS)} are read",
+        )
+
+    def off(self, *keys: str, default: bool = False) -> None:
+        for key in keys:
+            if self.get(key, default):
+                raise self.refuse(key, self.get(key, default), "false: a step here is linear in the model's output")
+
+    def only(self, key: str, default: Any, wanted: Any) -> None:
+        if self.get(key, default) != wanted:
+            raise self.refuse(key, self.get(key, default), repr(wanted))
+
+    def choose(self, key: str, default: str, choices: Mapping[str, str]) -> str:
+        value = self.get(key, default)
+        if value not in choices:
+            raise self.refuse(key, value, " or ".join(repr(choice) for choice in choices))
+        return choices[value]
+
+    def whole(self, key: str, default: int, *, least: int = 0) -> int:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.refuse(key, value, f"a whole number of {least} or more")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refuse(key, value, "a number")
+        return float(value)
+
+
+def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.json") -> Scheduler:
+    """The scheduler that ``config`` (with ``_class_name``) describes; ``where`` names it in errors.
+
+    Raises ``BadInput`` naming the key that can't be honoured, or ``UnknownName`` for a class that is not known.
+    """
+    keys = _Config(config, where)
+    if keys.name not in SCHEDULERS:
+        raise unknown_name("scheduler class", keys.name, SCHEDULERS, hint=f"(in {where})")
+    keys.off("thresholding", "rescale_betas_zero_snr", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
+    if keys.get("trained_betas", None) is not None:
+        raise keys.refuse("trained_betas", "a list", "null: a noise schedule is a formula")
+    spacing = keys.choose(
+        "timestep_spacing",
+        "leading" if keys.name in _LEADING_CLASSES else "linspace",
+        {name: name for name in _SPACINGS},
+    )
+    solver, options = SCHEDULERS[keys.name](keys, spacing)
+    spaced = solver != "lcm" and ("sigmas" not in options or "sigma_ends" in options)
+    if (offset := keys.whole("steps_offset", 0)) and spaced and spacing == "leading":
+        options["steps_offset"] = offset
+    return Scheduler(
+        solver=solver,
+        options=options,
+        spacing=spacing,
+        noise=_noise(keys),
+        parametrisation=keys.choose("prediction_type", "epsilon", _PREDICTIONS),  # type: ignore[arg-type]
+    )
+
+
+def _noise(keys: _Config) -> NoiseScheduleSpec:
+    latent = keys.name == "LCMScheduler"  # the one whose defaults are those of latent diffusion
+    return NoiseScheduleSpec(
+        kind=keys.choose("beta_schedule", "scaled_linear" if latent else "linear", _BETAS),  # type: ignore[arg-type]
+        steps=keys.whole("num_train_timesteps", 1000, least=1),
+        beta_start=keys.number("beta_start", 0.00085 if latent else 0.0001),
+        beta_end=keys.number("beta_end", 0.012 if latent else 0.02),
+    )
+
+
+def _final_alpha(keys: _Config, *, default: bool) -> str:
+    return "zero" if keys.get("set_alpha_to_one", default) else "sigma-min"
+
+
+def _ddim(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    keys.off("clip_sample", default=True)
+    options: dict[str, Option] = {"final": _final_alpha(keys, default=True)}
+    if spacing != "leading":
+        options["step_to"] = "stride"
+    return "ddim", options
+
+
+def _ddpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    keys.off("clip_sample", default=True)
+    return "ddpm", {"variance": keys.choose("variance_type", "fixed_small", _VARIANCES)}
+
+
+def _pndm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    keys.only("skip_prk_steps", False, True)
+    if spacing != "leading":  # its steps end T // N below their timestep, where the next one does not begin
+        raise keys.refuse("timestep_spacing", spacing, "'leading' for this class")
+    options: dict[str, Option] = {"final": _final_alpha(keys, default=False)}
+    if keys.get("prediction_type", "epsilon") == "v_prediction":
+        options["remember"] = "v"
+    return "pndm", options
+
+
+def _euler(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    keys.only("interpolation_type", "linear", "linear")
+    keys.only("timestep_type", "discrete", "discrete")
+    options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
+    options |= _sigmas(keys)
+    if "sigmas" in options and spacing != "linspace":  # linspace reaches the ends of the noise schedule
+        options["sigma_ends"] = "spacing"
+    return "euler", options
+
+
+def _euler_ancestral(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    return "euler-ancestral", {}
+
+
+def _dpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    kinds = {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "-sde"}
+    kind = keys.choose("algorithm_type", "dpmsolver++", kinds)
+    order = keys.whole("solver_order", 2)
+    if order not in (2, 3):
+        raise keys.refuse("solver_order", order, "2 or 3", "order 1 is DDIM: use DDIMScheduler, or solver ddim")
+    if keys.number("lambda_min_clipped", -math.inf) != -math.inf:
+        raise keys.refuse(
+            "lambda_min_clipped", keys.get("lambda_min_clipped", None), "-Infinity: it moves the timesteps"
+        )
+    # diffusers falls back on midpoint for the three that other classes have
+    second = keys.choose(
+        "solver_type",
+        "midpoint",
+        {"midpoint": "midpoint", "heun": "heun"} | dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    )
+    options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
+    if second != "midpoint":
+        options["second_order"] = second
+    if not keys.get("lower_order_final", True):
+        options["lower_order_final"] = False
+    if keys.get("euler_at_final", False):
+        options["euler_at_final"] = True
+    options |= _sigmas(keys)
+    if "sigmas" in options:
+        cosine = keys.get("beta_schedule", "linear") == "squaredcos_cap_v2"
+        options["sigma_timesteps"] = "nearest" if options["sigmas"] == "karras" and not cosine else "down"
+    return f"dpmpp-{order}m{kind}", options
+
+
+def _unipc(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    keys.only("predict_x0", True, True)
+    keys.only("solver_p", None, None)
+    order = keys.whole("solver_order", 2)
+    if order not in (1, 2, 3):
+        raise keys.refuse("solver_order", order, "1, 2 or 3")
+    # diffusers falls back on bh2 for the three that other classes have
+    formula = keys.choose(
+        "solver_type", "bh2", {"bh1": "bh1", "bh2": "bh2"} | dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")
+    )
+    options: dict[str, Option] = {"order": order, "final": keys.choose("final_sigmas_type", "zero", _FINALS)}
+    if formula != "bh2":
+        options["formula"] = formula
+    if not keys.get("lower_order_final", True):
+        options["lower_order_final"] = False
+    if steps := keys.get("disable_corrector", []):
+        options["uncorrected"] = ",".join(str(step) for step in steps)
+    options |= _sigmas(keys)
+    if "sigmas" in options:
+        options["sigma_timesteps"] = "nearest" if options["sigmas"] == "karras" else "down"
+        if options["final"] == "sigma-min" and "sigma_min" in options:
+            raise keys.refuse("sigma_min", options["sigma_min"], "null where final_sigmas_type is 'sigma_min'")
+    return "unipc", options
+
+
+def _lcm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    keys.off("clip_sample")
+    keys.only("timestep_scaling", 10.0, 10.0)
+    return "lcm", {"original_steps": keys.whole("original_inference_steps", 50, least=1)}
+
+
+def _sigmas(keys: _Config) -> dict[str, Option]:
+    karras, exponential = keys.get("use_karras_sigmas", False), keys.get("use_exponential_sigmas", False)
+    if karras and exponential:
+        raise keys.refuse("use_exponential_sigmas", True, "false beside use_karras_sigmas")
+    if not karras and not exponential:
+        return {}
+    options: dict[str, Option] = {"sigmas": "karras" if karras else "exponential"}
+    for name in ("sigma_min", "sigma_max"):
+        if keys.get(name, None) is not None:
+            options[name] = keys.number(name, 0.0)
+    return options
+
+
+_LEADING_CLASSES: Final = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler")
+SCHEDULERS: Final[Mapping[str, Callable[[_Config, str], tuple[str, dict[str, Option]]]]] = {
+    "DDIMScheduler": _ddim,
+    "DDPMScheduler": _ddpm,
+    "DPMSolverMultistepScheduler": _dpm,
+    "EulerAncestralDiscreteScheduler": _euler_ancestral,
+    "EulerDiscreteScheduler": _euler,
+    "LCMScheduler": _lcm,
+    "PNDMScheduler": _pndm,
+    "UniPCMultistepScheduler": _unipc,
+}
