@@ -15,6 +15,7 @@ __all__ = [
     "clip_vocabulary",
     "controlnet_folder",
     "lora_file",
+    "original_unet",
     "unet_folder",
     "vae_folder",
 ]
@@ -211,6 +212,15 @@ def vae_folder(folder: Path, kind: str = "kl", *, levels: int = 3, **changes: An
         model.quantize.embedding.weight.data.mul_(10.0)  # entries as far apart as latents are
     model.save_pretrained(folder)
     return model
+
+
+def original_unet(module: Any) -> dict[str, Any]:
+    """The UNet's tensors as single-file checkpoints hold them."""
+    from tstitch_export.families.unet_config import UNetConfig
+    from tstitch_export.families.unet_layout import PREFIX, module_names
+
+    originals = module_names(UNetConfig(dict(module.config)))
+    return {PREFIX + _original(key, originals): tensor for key, tensor in module.state_dict().items()}
 
 
 def lora_file(

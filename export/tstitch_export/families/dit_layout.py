@@ -143,6 +143,8 @@ def looks_like(shapes: Shapes) -> str:
         return "a DiT"
     if has("mid_block.attn.qkv.weight") and has("in_blocks."):
         return "a U-ViT (family uvit)"
+    if has("control_model.", "controlnet_cond_embedding.", "controlnet_down_blocks."):
+        return "a ControlNet"
     if has("first_stage_model.") and has("diffusion_model."):
         return "a whole Stable Diffusion checkpoint, a UNet with its VAE and text encoder"
     if has("down_blocks.", "input_blocks.") and has("time_embed", "time_embedding"):
