@@ -102,8 +102,8 @@ def compile_program(
     options = {
         **inductor.list_mode_options(MODES[mode]),
         "triton.cudagraphs": False,
-        "cpp.threads": threads
-        or torch.get_num_threads(),  # baked into the code, so it has to be part of the cache's key
+        # Baked into the code, so it has to be part of the cache's key.
+        "cpp.threads": threads or torch.get_num_threads(),
     }
     tensors = [*results, *arguments]
     try:
