@@ -36,9 +36,16 @@ PUBLISHED_NAMES = [
 
 
 def published_model(
-    *, depth: int = 2, width: int = 32, heads: int = 4, size: int = 8, channels: int = 4, seed: int = 0
+    *,
+    depth: int = 2,
+    width: int = 32,
+    heads: int = 4,
+    size: int = 8,
+    channels: int = 4,
+    classes: int = 5,
+    seed: int = 0,
 ) -> Any:
-    """Our DiT, 5 classes and the null class, learned variance, every weight random (zeros would hide mistakes)."""
+    """Our DiT, its classes and the null class, learned variance, every weight random (zeros would hide mistakes)."""
     import torch
 
     from tstitch_export.families.dit_config import DiTConfig
@@ -46,7 +53,7 @@ def published_model(
 
     torch.manual_seed(seed)
     config = DiTConfig(
-        depth=depth, width=width, heads=heads, patch=2, size=size, channels=channels, classes=5, learn_sigma=True
+        depth=depth, width=width, heads=heads, patch=2, size=size, channels=channels, classes=classes, learn_sigma=True
     )
     model = DiT(config).initialise()
     with torch.no_grad():

@@ -71,7 +71,7 @@ def agree(recipe: Recipe, members: Sequence[NetworkPlan], parts: Mapping[str, Ne
     notes: list[str] = []
     latent, noise = _latent(recipe, members, notes), _noise_of(recipe, members)
     decoder = _decoder(recipe, latent, parts, notes)
-    adapted = {plan.name: _adapt(plan, latent, noise, parts, notes) for plan in members}
+    adapted = {plan.name: _adapt(plan, recipe, latent, noise, parts, notes) for plan in members}
     schedulers = [plan.inspection.scheduler for plan in members if plan.inspection.scheduler is not None]
     return Agreement(
         latent=latent,
@@ -115,7 +115,7 @@ def _fits(recipe: Recipe, members: Sequence[NetworkPlan]) -> None:
         found = plan.inspection
         who = _who(plan)
         if found.latent[0] != wanted[0] or (not plan.dynamic and found.latent != wanted):
-            others = [other for other in recipe_names() if _latent_of(other) == found.latent]
+            others = [other for other in recipe_names() if _suits(other, plan)]
             raise PairMismatch(
                 f"{who} has the latent {_size(found.latent)}; recipe {recipe.name!r} is for {_size(wanted)}",
                 hint=f"use the recipe {others[0]}: tstitch-trt build {others[0]} --member {plan.name}={found.path.name}"
@@ -219,14 +219,20 @@ def _decoder(recipe: Recipe, latent: Latent, parts: Mapping[str, NetworkPlan], n
 
 
 def _adapt(
-    plan: NetworkPlan, latent: Latent, noise: NoiseScheduleSpec, parts: Mapping[str, NetworkPlan], notes: list[str]
+    plan: NetworkPlan,
+    recipe: Recipe,
+    latent: Latent,
+    noise: NoiseScheduleSpec,
+    parts: Mapping[str, NetworkPlan],
+    notes: list[str],
 ) -> Adapted:
     found = plan.inspection
     assert isinstance(plan.recipe, MemberRecipe)
     parametrisation = found.parametrisation or plan.recipe.parametrisation
     if parametrisation != plan.recipe.parametrisation:
         notes.append(f"{_who(plan)} predicts {parametrisation}, as its checkpoint states")
-    own = found.noise if found.noise is not None and found.noise != noise else None
+    trained = found.noise or recipe.noise  # a checkpoint that states nothing is what the recipe is for
+    own = trained if trained != noise else None
     if own is not None:
         notes.append(
             f"{_who(plan)} was trained with the noise schedule {_noise(own)}, the bundle's is {_noise(noise)}: "
@@ -285,9 +291,11 @@ def _who(plan: NetworkPlan) -> str:
     return f"{kind} {plan.name!r} ({plan.inspection.path.name})"
 
 
-def _latent_of(recipe: str) -> tuple[int, int, int]:
-    latent = load_recipe(recipe)[0].latent
-    return latent.channels, latent.height, latent.width
+def _suits(recipe: str, plan: NetworkPlan) -> bool:
+    """Whether a shipped recipe is for this member's family and latent."""
+    other = load_recipe(recipe)[0]
+    latent = (other.latent.channels, other.latent.height, other.latent.width)
+    return latent == plan.inspection.latent and plan.family.name in {part.family for part in other.members.values()}
 
 
 def _size(latent: tuple[int, int, int]) -> str:
