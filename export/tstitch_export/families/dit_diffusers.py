@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import Inspection
 from tstitch_export.families.dit_layout import looks_like, published_name
+from tstitch_export.families.folder import read_json
+from tstitch_export.families.pipeline import read_pipeline
 from tstitch_export.needs import need
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ __all__ = ["inspect", "load"]
 
 _CLASS: Final = "DiTTransformer2DModel"
 _WEIGHTS: Final = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-_KINDS: Final = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "squared-cosine"}
-_PREDICTIONS: Final[dict[str, Parametrisation]] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # diffusers' own defaults, for what a config.json leaves out
 _DEFAULTS: Final = {
     "num_attention_heads": 16,
@@ -76,7 +75,7 @@ def inspect(path: Path, heads: int | None) -> Inspection:
                 hint="copy config.json and the weights from the same model",
             )
     assert table is not None
-    noise, parametrisation = _read_scheduler(path)
+    facts = read_pipeline(path)
     return Inspection(
         family="dit",
         layout="diffusers",
@@ -96,8 +95,8 @@ def inspect(path: Path, heads: int | None) -> Inspection:
         latent=(channels, size, size),
         labels=table[0],
         learned_variance=out_channels != channels,
-        noise=noise,
-        parametrisation=parametrisation,
+        noise=facts.noise,
+        parametrisation=facts.parametrisation,
     )
 
 
@@ -130,9 +129,9 @@ def load(inspection: Inspection) -> nn.Module:
 
 
 def _read_config(path: Path, folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
-        index = _read_json(path / "model_index.json")
+        index = read_json(path / "model_index.json")
         if index is not None:
             parts = ", ".join(key for key, value in index.items() if isinstance(value, list))
             what = f"a diffusers {index.get('_class_name')} with the parts {parts}"
@@ -150,37 +149,3 @@ def _read_config(path: Path, folder: Path) -> dict[str, Any]:
             hint=f"give the folder of a {_CLASS}",
         )
     return config
-
-
-def _read_scheduler(path: Path) -> tuple[NoiseScheduleSpec | None, Parametrisation | None]:
-    """What a pipeline folder's scheduler says about training; nothing for a bare model folder."""
-    file = path / "scheduler" / "scheduler_config.json"
-    config = _read_json(file)
-    if config is None:
-        return None, None
-    kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-    for value, known, what in ((kind, _KINDS, "beta_schedule"), (prediction, _PREDICTIONS, "prediction_type")):
-        if value not in known:
-            raise BadCheckpoint(
-                f"{file}: {what} is {value!r}; known are {', '.join(known)}",
-                hint="give the transformer folder itself and state both in the recipe",
-            )
-    noise = NoiseScheduleSpec(
-        kind=_KINDS[kind],  # type: ignore[arg-type]
-        steps=int(config.get("num_train_timesteps", 1000)),
-        beta_start=float(config.get("beta_start", 1e-4)),
-        beta_end=float(config.get("beta_end", 0.02)),
-    )
-    return noise, _PREDICTIONS[prediction]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadCheckpoint(f"{path} is damaged: {error}", hint="download or copy it again") from None
-    if not isinstance(data, dict):
-        raise BadCheckpoint(f"{path} holds no JSON object", hint="download or copy it again")
-    return data
