@@ -74,3 +74,16 @@ def test_half_precision_stays_close(kind: str, tmp_path: Path) -> None:
     with tstitch_trt.load(pair.bundle, threads=2) as runtime:
         want = runtime.sample(labels=LABELS, seeds=SEEDS, steps=STEPS, solver="ddim", spacing="leading", fraction=0.4)
     assert np.linalg.norm(result.latents - want.latents) < 0.05 * np.linalg.norm(want.latents)
+
+
+@pytest.mark.parametrize("kind", ["ldm-diffusers", "uvit"])
+def test_tensorrt_rtx_compiles_the_pair_at_two_precisions(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    manifest = PAIRS[kind](tmp_path).build(
+        tmp_path / "rtx.bundle", backend="tensorrt-rtx", precision={"small": "fp32", "large": "fp16"}
+    )
+    open_bundle(tmp_path / "rtx.bundle")
+    for name, precision in (("small", "fp32"), ("large", "fp16")):
+        (record,) = manifest.members[name].engines
+        assert (record.identity.backend, record.identity.precision) == ("tensorrt-rtx", precision)
+        assert record.files[0].bytes > 10_000
