@@ -17,9 +17,11 @@ HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_bin
 # Written in torch from end to end, imported only inside functions of their neighbours (or run with `python -m`).
 TORCH_MODULES = (
     "tstitch_export.families.dit_model",
+    "tstitch_export.families.ldm_model",
     "tstitch_export.families.clip_text_model",
     "tstitch_export.families.vae_modules",
     "tstitch_export.families.unet_model",
+    "tstitch_export.families.uvit_model",
     "tstitch_export.families.upsampling",
     "tstitch_export.train.",
 )
