@@ -79,11 +79,8 @@ def export_onnx(
     progress("check", 0.7)
     with _explained("validating the export of", inspection), quiet():
         validate(path, inputs=inputs, outputs=outputs)
-    if precision != "fp32":
-        # Tracing moved the model to its precision: the comparison wants the weights as stored.
-        del model  # first, since two of a full-size model may be more than there is memory
-        model = family.load(inspection)
-    check = check_graph(path, family, inspection, model, precision)
+    del model  # tracing moved it to its precision, and two of a full-size model may be more than there is memory
+    check = check_graph(path, family, inspection, precision)
     progress("check", 1.0)
     return check
 
@@ -102,42 +99,28 @@ def export_program(
     progress("trace", 1.0)
 
 
-def check_graph(
-    path: Path, family: Family, inspection: Inspection, model: nn.Module, precision: Precision
-) -> ExportCheck:
-    """Compares the graph at ``path`` on ONNX Runtime's CPU provider with ``model`` (float32) in PyTorch.
+def check_graph(path: Path, family: Family, inspection: Inspection, precision: Precision) -> ExportCheck:
+    """Compares the graph at ``path`` on ONNX Runtime's CPU provider with the model (float32) in PyTorch.
 
     fp32 and fp16 graphs run as they are, so fp16's difference is what the precision itself costs. ONNX Runtime has no
     bfloat16 kernels on CPU for most operators: a bf16 graph is widened to float32, weights and all, and compared with
     the PyTorch model of bfloat16-rounded weights, which proves structure and weights and leaves out the rounding of
-    the activations. Raises ``BuildFailed`` above the tolerance or when a value is not finite.
+    the activations. One of the two is in memory at a time. Raises ``BuildFailed`` above the tolerance or when a value
+    is not finite.
     """
     import torch
 
-    dtype = getattr(torch, TORCH_NAMES[precision])
     against = f"torch {torch.__version__} float32"
     if precision == "bf16":
-        model = model.to(dtype).float()
         against += " with bfloat16-rounded weights, the graph widened to float32"
-    specs, results = family.inputs(inspection, precision), family.outputs(inspection, precision)
-    sums = {spec.name: _Difference() for spec in results}
-    with _explained("checking the export of", inspection), quiet(), torch.inference_mode():
+    sums = {spec.name: _Difference() for spec in family.outputs(inspection, precision)}
+    with _explained("checking the export of", inspection), quiet():
+        wanted = _reference(family, inspection, precision)
         session = _widened_session(path) if precision == "bf16" else _session(path)
-        for index, batch in enumerate(_CHECK_BATCHES):
-            inputs = family.example(inspection, batch=batch, seed=batch, sizes=_check_sizes(family, inspection, index))
-            rounded = [
-                x.to(getattr(torch, spec.dtype)).float() if x.is_floating_point() else x
-                for spec, x in zip(specs, inputs, strict=True)
-            ]
-            want = model(*rounded)
-            feeds = {spec.name: x.numpy() for spec, x in zip(specs, rounded, strict=True)}
-            if precision == "fp16":
-                feeds = {spec.name: feeds[spec.name].astype(spec.dtype) for spec in specs}
-            names = [spec.name for spec in results]
-            for name, got, right in zip(
-                names, session.run(names, feeds), want if isinstance(want, tuple) else (want,), strict=True
-            ):
-                sums[name].add(got.astype("float64"), right.double().numpy())
+        for feeds, want in wanted:
+            names = list(sums)
+            for name, got, right in zip(names, session.run(names, feeds), want, strict=True):
+                sums[name].add(got.astype("float64"), right)
     worst = max(found.largest for found in sums.values())
     relative = max(found.relative for found in sums.values())
     peak = max(found.peak for found in sums.values())
@@ -159,6 +142,32 @@ def check_graph(
         )
     _log.info("%s: %s graph equals PyTorch within %.1e", inspection.path.name, precision, relative)
     return ExportCheck(max_abs=worst, rel_l2=relative, batches=_CHECK_BATCHES, against=against)
+
+
+def _reference(
+    family: Family, inspection: Inspection, precision: Precision
+) -> list[tuple[dict[str, NDArray[Any]], list[NDArray[np.float64]]]]:
+    """Random inputs in the graph's types, and what the model gives for them in PyTorch, in float32."""
+    import torch
+
+    model = family.load(inspection)
+    if precision == "bf16":
+        model = model.to(torch.bfloat16).float()
+    specs = family.inputs(inspection, precision)
+    found = []
+    for index, batch in enumerate(_CHECK_BATCHES):
+        inputs = family.example(inspection, batch=batch, seed=batch, sizes=_check_sizes(family, inspection, index))
+        rounded = [
+            x.to(getattr(torch, spec.dtype)).float() if x.is_floating_point() else x
+            for spec, x in zip(specs, inputs, strict=True)
+        ]
+        with torch.inference_mode():
+            out = model(*rounded)
+        feeds = {spec.name: x.numpy() for spec, x in zip(specs, rounded, strict=True)}
+        if precision == "fp16":
+            feeds = {spec.name: feeds[spec.name].astype(spec.dtype) for spec in specs}
+        found.append((feeds, [x.double().numpy() for x in (out if isinstance(out, tuple) else (out,))]))
+    return found
 
 
 def _trace(family: Family, inspection: Inspection, model: nn.Module, precision: Precision) -> Any:

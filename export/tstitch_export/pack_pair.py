@@ -59,7 +59,7 @@ def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) ->
         outputs=outputs,
         onnx=(_component(graph), _component(weights)),
         sources=(Source(name=weights.name, sha256=hash_file(weights)[0], bytes=weights.stat().st_size, shipped=True),),
-        check=check_graph(graph, family, inspection, family.load(inspection), "fp32"),
+        check=check_graph(graph, family, inspection, "fp32"),
         config=dict(inspection.config),
     )
     record = ShippedMember(member=member, versions=versions_of(inspection.libraries))
