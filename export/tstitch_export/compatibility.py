@@ -21,6 +21,7 @@ from tstitch_engines.manifest import (
     Parametrisation,
     TextInputs,
 )
+from tstitch_export.families.controlnet import residuals_fit
 from tstitch_export.planning import NetworkPlan
 from tstitch_export.recipe import MemberRecipe, Recipe, load_recipe, recipe_names
 
@@ -67,6 +68,7 @@ def agree(recipe: Recipe, members: Sequence[NetworkPlan], parts: Mapping[str, Ne
     _same(members, "latent shift", lambda plan: _number(plan.inspection.shift), "only a scale can be adapted")
     _fits(recipe, members)
     _inputs_are_known(members)
+    _control_fits(members, parts)
 
     notes: list[str] = []
     latent, noise = _latent(recipe, members, notes), _noise_of(recipe, members)
@@ -160,6 +162,25 @@ def _inputs_are_known(members: Sequence[NetworkPlan]) -> None:
         lambda plan: "the residuals of a ControlNet" if plan.inspection.controlled else "none",
         "give --part controlnet=FOLDER, which controls all of them",
     )
+
+
+def _control_fits(members: Sequence[NetworkPlan], parts: Mapping[str, NetworkPlan]) -> None:
+    """Every residual a member takes has to be one that the ControlNet gives."""
+    control = parts.get("controlnet")
+    for plan in members:
+        if not plan.inspection.controlled:
+            continue
+        if control is None:
+            raise PairMismatch(
+                f"{_who(plan)} takes the residuals of a ControlNet, and there is none",
+                hint="give it: --part controlnet=FOLDER, or leave the option controlled away",
+            )
+        fit = residuals_fit(plan.inspection, control.inspection)
+        if isinstance(fit, str):
+            raise PairMismatch(
+                f"{_who(control)} can't control {_who(plan)}: {fit}",
+                hint="give a ControlNet for this architecture, and members that share one, such as SSD-1B and SDXL",
+            )
 
 
 # --- the bundle's conventions

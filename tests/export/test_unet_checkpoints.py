@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from dits import diffusers_folder, sparse_safetensors
 from tiny_families import clip_text_folder, controlnet_folder, original_unet, unet_folder
-from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.errors import BadCheckpoint, PairMismatch
 from tstitch_engines.manifest import NoiseScheduleSpec
+from tstitch_export.build import build
 from tstitch_export.families import Inspection, open_family
 from tstitch_export.families.controlnet import residuals_fit
 from tstitch_export.families.unet_config import UNetConfig, published_name
@@ -333,6 +334,31 @@ def test_residuals_of_pruned_members(tmp_path: Path) -> None:
     unet_folder(tmp_path / "bksdm", "bksdm")
     refused = residuals_fit(SD.inspect(tmp_path / "bksdm", {"controlled": True}), control["sd"])
     assert "takes 5 residuals (32 32 32/2 64/2 64/2), control-sd gives 7" in str(refused)
+
+
+def test_a_pair_that_one_controlnet_can_not_control_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    """Tiny stand-ins for BK-SDM, Stable Diffusion and its ControlNet."""
+    unet_folder(tmp_path / "small", "bksdm")
+    unet_folder(tmp_path / "large", "sd", layers_per_block=2)
+    controlnet_folder(tmp_path / "control", layers_per_block=2)
+    recipe = tmp_path / "pair.toml"
+    member = 'family = "unet-sd"\nparametrisation = "eps"\n'
+    recipe.write_text(
+        'name = "pair"\ndescription = ""\n[defaults]\nsteps = 10\n[latent]\nchannels = 4\nheight = 8\nwidth = 8\n'
+        '[noise]\nkind = "scaled-linear"\n[conditioning]\nkind = "text"\n[decoder]\nkind = "none"\n'
+        '[parts.controlnet]\nfamily = "controlnet"\n'
+        f"[members.small]\n{member}[members.large]\n{member}"
+    )
+    members = {name: tmp_path / name for name in ("small", "large")}
+    given: dict[str, Any] = {"members": members, "output": tmp_path / "out.bundle"}
+    with pytest.raises(
+        PairMismatch, match=r"part 'controlnet' \(control\) can't control member 'small'.*takes 5 residuals"
+    ):
+        build(recipe, parts={"controlnet": tmp_path / "control"}, **given)
+    controlled = {f"{name}.controlled": True for name in members}
+    with pytest.raises(PairMismatch, match="takes the residuals of a ControlNet, and there is none") as caught:
+        build(recipe, options=controlled, **given)
+    assert "--part controlnet=FOLDER" in caught.value.hint
 
 
 @pytest.mark.parametrize(
