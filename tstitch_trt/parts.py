@@ -1,0 +1,97 @@
+"""The networks of a bundle beside its members, called with host arrays: text encoders and the halves of a VAE.
+
+They run once per request and not once per step, so that their inputs and outputs travel through the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.device import Buffer, Device
+from tstitch_engines.errors import NotFinite
+from tstitch_engines.manifest import Network
+from tstitch_engines.slab import Slab
+from tstitch_engines.spec import ShapeProfile
+from tstitch_trt.caller import Arrays, narrow, widen
+
+__all__ = ["Part"]
+
+
+class Part:
+    """One such network and its engine. Any number of rows; the engine gets as many at a time as it was built for.
+
+    Its buffers are allocated at the first call, as large as the profile allows, and their addresses stay. Not for two
+    threads at once.
+    """
+
+    def __init__(self, name: str, network: Network, engine: Engine, device: Device) -> None:
+        self.name = name
+        self.network = network
+        self._engine = engine
+        self._device = device
+        self._slab: Slab | None = None
+
+    @property
+    def profile(self) -> ShapeProfile:
+        return self._engine.profile
+
+    def __call__(self, inputs: Arrays, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.float32]]:
+        """Inputs by name, float32 or integer with ``N`` rows each; outputs likewise. Waits for the device.
+
+        ``sizes``: those of the dimensions besides the batch. Raises ``OutOfProfile``, and ``NotFinite`` where an output
+        holds NaN or infinity.
+        """
+        rows = len(inputs[self._engine.inputs[0].name])
+        most = self.profile.dims["B"].max
+        pieces = [
+            self._run({name: values[start : start + most] for name, values in inputs.items()}, sizes or {})
+            for start in range(0, rows, most)
+        ]
+        found = {spec.name: np.concatenate([piece[spec.name] for piece in pieces]) for spec in self._engine.outputs}
+        for name, values in found.items():
+            if not np.isfinite(values).all():
+                raise NotFinite(
+                    f"{self.name} gave NaN or infinity in {name!r}",
+                    hint=f"its {self.network.precision} may be too narrow: build again with --precision "
+                    f"{self.name}=fp32"
+                    if self.network.precision == "fp16"
+                    else "check what it was given, and the checkpoint",
+                )
+        return found
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
+        engine, device = self._engine, self._device
+        rows = len(inputs[engine.inputs[0].name])
+        batch = self._bucket(rows)
+        every = {**sizes, "B": batch}
+        self.profile.check(every, what=f"{self.name} engine")
+        buffers = self._buffers(every)
+        for spec in engine.inputs:
+            values = inputs[spec.name]
+            spare = np.repeat(values[-1:], batch - rows, axis=0)
+            device.upload(buffers[spec.name], narrow(np.concatenate([values, spare]), spec.dtype))
+        engine.bind(buffers, batch=batch, sizes=sizes)
+        engine.enqueue()
+        found = {spec.name: device.download(buffers[spec.name]) for spec in engine.outputs}
+        return {spec.name: widen(found[spec.name], spec.dtype)[:rows] for spec in engine.outputs}
+
+    def _bucket(self, rows: int) -> int:
+        """``rows`` rounded up to a power of two within the profile: every other batch is a context of its own."""
+        allowed = self.profile.dims["B"]
+        return min(max(1 << (rows - 1).bit_length(), allowed.min), allowed.max)
+
+    def _buffers(self, sizes: Mapping[str, int]) -> dict[str, Buffer]:
+        specs = (*self._engine.inputs, *self._engine.outputs)
+        if self._slab is None:
+            largest = {name: allowed.max for name, allowed in self.profile.dims.items()}
+            self._slab = Slab(self._device, {spec.name: spec.nbytes(largest) for spec in specs})
+        return {spec.name: self._slab.view(spec.name, spec.resolve(sizes), spec.dtype) for spec in specs}
+
+    def close(self) -> None:
+        self._engine.close()
+        self._slab = None
