@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tstitch_engines.errors import BadInput, OutOfProfile
-from tstitch_engines.manifest import Manifest, Network
+from tstitch_engines.manifest import Manifest
 from tstitch_engines.spec import Range, ShapeProfile
 
 __all__ = ["Limits", "Sizes", "network_sizes"]
@@ -151,9 +151,9 @@ class Limits:
         return f"{', '.join(parts)} (height x width in {word})"
 
 
-def network_sizes(network: Network, profile: ShapeProfile, height: int, width: int, tokens: int) -> Sizes:
-    """The sizes of the dimensions that ``network`` has dynamic. ``OutOfProfile`` for too many or too few tokens."""
+def network_sizes(name: str, profile: ShapeProfile, height: int, width: int, tokens: int) -> Sizes:
+    """The sizes of a network's dynamic dimensions. Raises ``OutOfProfile`` for too many or too few tokens."""
     given = {"H": height, "W": width, "T": tokens}
-    found = tuple((name, given[name]) for name in sorted(profile.dims) if name != "B")
-    profile.check(dict(found), what=f"{network.family} engine")
+    found = tuple((dim, given[dim]) for dim in sorted(profile.dims) if dim != "B")
+    profile.check(dict(found), what=f"engine of {name!r}")
     return found

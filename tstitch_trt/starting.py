@@ -112,7 +112,7 @@ def as_pictures(value: Any, *, what: str, channels: int) -> Pixels:
         pixels = pixels[None]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != channels or not pixels.size:
         raise BadInput(
-            f"{what} is {pixels.dtype}{list(pixels.shape)}; needed is uint8 [H,W,{channels}] or [N,H,W,{channels}]",
+            f"{what} is {pixels.dtype}{list(np.shape(value))}; needed is uint8 [H,W,{channels}] or [N,H,W,{channels}]",
             hint="numpy.asarray(picture.convert('RGB')) makes that of a PIL image",
         )
     return np.ascontiguousarray(pixels)

@@ -85,8 +85,7 @@ class Stepper:
     def sizes(self, name: str, tokens: int = 0) -> Sizes:
         """Those of a network's dynamic dimensions with the present latents and ``tokens``. Raises ``OutOfProfile``."""
         _, height, width = self.arena.latent_shape
-        profile = self._engines[name].profile
-        return network_sizes(self._manifest.networks()[name], profile, height, width, tokens)
+        return network_sizes(name, self._engines[name].profile, height, width, tokens)
 
     def kind(
         self, member: str, lanes: int, conditioning: Conditioning, *, guided: bool, rescale: bool, control: bool = False
