@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_families import clip_text_folder, lora_file, unet_folder
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.families import Inspection, open_family
-from tstitch_export.families.lora import LoraUse, check_loras, fuse, parse_loras
+from tstitch_export.families.base import LoraUse
+from tstitch_export.families.lora import check_loras, fuse, parse_loras
 from tstitch_export.families.lora_keys import lora_layers, lora_looks_like
 
 
@@ -147,6 +148,17 @@ def test_the_text_encoders_part_goes_the_same_way(tmp_path: Path, caplog: pytest
         base = "lora_te_" + key.removesuffix(".weight").replace(".", "_")
         delta = 0.5 * tensors[f"{base}.lora_up.weight"] @ tensors[f"{base}.lora_down.weight"]
         assert torch.allclose(state[key], before[key] + delta, atol=1e-6)
+    # The family does the same, with the hidden state before the last too: nothing reads the last layer's part there.
+    plain = open_family("clip-text").inspect(tmp_path / "text_encoder", {})
+    for options in ({}, {"hidden_state": -2}):
+        found = open_family("clip-text").inspect(tmp_path / "text_encoder", {"lora": f"{path}:0.5", **options})
+        assert found.config["lora"] == "both.safetensors:0.5"
+        assert path in found.files[:-1]
+        fused, untouched = (open_family("clip-text").load(x).state_dict() for x in (found, plain))
+        for key in fused:
+            stored = next(name for name in (key, f"text_model.{key}") if name in state)
+            assert torch.allclose(fused[key], state[stored], atol=1e-6)
+            assert torch.equal(fused[key], untouched[key]) == (stored not in changed)
     only = lora_file(tmp_path / "unet.safetensors", module)
     check_loras(parse_loras(str(only)), {}, model="text encoder", part="text_encoder")  # it may have nothing for it
 

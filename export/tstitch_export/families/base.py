@@ -14,7 +14,7 @@ from tstitch_engines.spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["TORCH_NAMES", "Dim", "Family", "Inspection", "Role", "Scalar"]
+__all__ = ["TORCH_NAMES", "Dim", "Family", "Inspection", "LoraUse", "Role", "Scalar"]
 
 Scalar = int | float | bool | str
 Role = Literal["member", "text_encoder", "vae_decoder", "vae_encoder", "controlnet"]
@@ -31,12 +31,21 @@ class Dim:
     most: int = 8192
 
 
+@dataclass(frozen=True)
+class LoraUse:
+    """A LoRA file that is fused into a network, with its weight."""
+
+    path: Path
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What a checkpoint says about itself before any weight is read.
 
     ``layout`` is one of the family's ways to store the model; ``files`` are what the network is made from, the weights
-    last; ``packages`` are those whose version decides what is exported, besides the exporter's own.
+    last; ``loras`` are among them; ``packages`` are those whose version decides what is exported, besides the
+    exporter's own.
 
     Of a denoiser: ``latent`` is ``(channels, height, width)``, the last two the native ones where they are dynamic;
     ``labels`` counts the rows of the label table, the null class included; ``noise``, ``parametrisation``, ``scaling``
@@ -64,6 +73,7 @@ class Inspection:
     controlled: bool = False
     inpaints: bool = False
     packages: tuple[str, ...] = ()
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def libraries(self) -> tuple[str, ...]:

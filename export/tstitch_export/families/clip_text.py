@@ -5,7 +5,8 @@ Read from a ``text_encoder`` folder of transformers, a pipeline folder, or the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -15,8 +16,9 @@ from tstitch_engines.manifest import Precision
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, Role, Scalar
-from tstitch_export.families.clip_text_layout import PREFIXES, find_tower, name_pieces, take
+from tstitch_export.families.clip_text_layout import PREFIXES, Piece, Shapes, find_tower, name_pieces, take
 from tstitch_export.families.folder import describe_folder, read_json, weights_file
+from tstitch_export.families.lora import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
 from tstitch_export.needs import need_torch
 from tstitch_export.options import typed
 from tstitch_export.tokenizer import ClipTokenizer, read_tokenizer
@@ -57,6 +59,7 @@ class ClipTextFamily(Family):
             "final_norm": (bool, "whether the final norm is applied to it; by default to the last only"),
             "tokenizer": (str, "the tokenizer's folder, where it does not lie beside the text encoder"),
             "part": (str, "which encoder of a pipeline or single file: text_encoder or text_encoder_2"),
+            "lora": LORA_OPTION,
         }
     )
 
@@ -74,28 +77,42 @@ class ClipTextFamily(Family):
             )
         if int(config["tokens"]) < 3:
             raise BadCheckpoint(f"{path} has {config['tokens']} token positions", hint="give a CLIP text encoder")
-        return found
+        loras = parse_loras(str(options.get("lora") or ""))
+        if not loras:
+            return found
+        pieces, shapes = _pieces(found)
+        whole = {name: piece.shape(shapes) for name, piece in pieces.items()}
+        check_loras(loras, whole, model=path.name, part=str(config["part"]), aliases=_aliases(whole))
+        return replace(
+            found,
+            files=(*found.files[:-1], *(use.path for use in loras), found.files[-1]),
+            config={**config, "lora": describe_loras(loras)},
+            loras=loras,
+        )
 
     def load(self, inspection: Inspection) -> nn.Module:
         torch = need_torch("exporting a text encoder")
         from tstitch_export.families.clip_text_model import ClipText
 
         weights = inspection.files[-1]
-        checkpoint = read_checkpoint(weights)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             model = ClipText(_model_config(inspection.config))
         wanted = model.state_dict()
-        prefix, is_open = _tower(inspection)
-        pieces = name_pieces(checkpoint.shapes, prefix=prefix, is_open=is_open)
+        pieces, shapes = _pieces(inspection)
         take(
             pieces,
-            checkpoint.shapes,
+            shapes,
             {name: tuple(tensor.shape) for name, tensor in wanted.items()},
             unused=frozenset({"encoder.layers.", "final_layer_norm.", "text_projection."}),
             what=weights.name,
         )
-        stored = checkpoint.tensors()
-        state = {name: pieces[name].tensor(stored).float().contiguous() for name in wanted}
+        stored = read_checkpoint(weights).tensors()
+        # A LoRA may have layers that nothing reads: those above the hidden state that is taken.
+        names = pieces if inspection.loras else wanted
+        state = {name: pieces[name].tensor(stored).float().contiguous() for name in names}
+        part = str(inspection.config["part"])
+        fuse(state, inspection.loras, model=weights.name, part=part, aliases=_aliases(state))
+        state = {name: state[name] for name in wanted}
         if bad := next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None):
             raise BadCheckpoint(
                 f"{weights.name}: {pieces[bad].source} holds NaN or infinity", hint="take a checkpoint from before that"
@@ -170,6 +187,7 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
     return _inspection(
         layout="transformers",
         path=folder,
+        part=part,
         files=(folder / "config.json", weights),
         tokenizer=_find_tokenizer(folder, part, options),
         options=options,
@@ -221,6 +239,7 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
     return _inspection(
         layout="single-file",
         path=path,
+        part=part,
         files=(path,),
         tokenizer=_find_tokenizer(path, part, options),
         options=options,
@@ -247,6 +266,7 @@ def _inspection(
     *,
     layout: str,
     path: Path,
+    part: str,
     files: tuple[Path, ...],
     tokenizer: ClipTokenizer,
     options: Mapping[str, Scalar],
@@ -268,6 +288,7 @@ def _inspection(
         files=(*tokenizer.files, *files),
         config={
             **config,
+            "part": part,
             "hidden_state": state,
             "final_norm": bool(options.get("final_norm", norm)),
             "bos": tokenizer.bos,
@@ -290,8 +311,17 @@ def _find_tokenizer(path: Path, part: str, options: Mapping[str, Scalar]) -> Cli
     return read_tokenizer(folder)
 
 
-def _tower(inspection: Inspection) -> tuple[str, bool]:
-    return str(inspection.config.get("prefix", "")), bool(inspection.config.get("open", False))
+def _pieces(inspection: Inspection) -> tuple[dict[str, Piece], Shapes]:
+    """Where each parameter is stored, and the shapes of what is stored."""
+    shapes = read_checkpoint(inspection.files[-1]).shapes
+    prefix, is_open = str(inspection.config.get("prefix", "")), bool(inspection.config.get("open", False))
+    return name_pieces(shapes, prefix=prefix, is_open=is_open), shapes
+
+
+def _aliases(names: Iterable[str]) -> dict[str, str]:
+    """The modules as LoRAs spell them, after transformers' classes before version 5."""
+    modules = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    return {f"text_model.{module}": module for module in modules}
 
 
 def _model_config(config: Mapping[str, Scalar]) -> ClipTextConfig:

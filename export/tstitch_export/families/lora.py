@@ -12,19 +12,19 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.checkpoint import read_checkpoint
+from tstitch_export.families.base import LoraUse
 from tstitch_export.families.folder import read_json
 from tstitch_export.families.lora_keys import LoraLayer, lora_layers, lora_looks_like
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LORA_OPTION", "LoraUse", "check_loras", "describe_loras", "fuse", "parse_loras"]
+__all__ = ["LORA_OPTION", "check_loras", "describe_loras", "fuse", "parse_loras"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,12 +34,6 @@ LORA_OPTION: Final = (
     str,
     "LoRAs to fuse: FILE.safetensors[:WEIGHT], several with commas; weight 1 where none is given",
 )
-
-
-@dataclass(frozen=True)
-class LoraUse:
-    path: Path
-    weight: float = 1.0
 
 
 def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
@@ -81,7 +75,11 @@ def check_loras(
     for use in uses:
         layers = _matched(use, shapes, model, part, aliases or {})
         parts = {layer.part for layer in lora_layers(use.path, read_checkpoint(use.path).shapes)}
-        _log.info("%s: %d layers for the %s of %s", use.path.name, len(layers), part.replace("_", " "), model)
+        _log.log(
+            logging.INFO if layers else logging.WARNING,
+            "%s: %d layers for the %s of %s",
+            *(use.path.name, len(layers), part.replace("_", " "), model),
+        )
         for other in sorted(parts - {"unet"}) if part == "unet" else ():
             _log.warning(
                 "%s has layers for the %s too, which are fused only where that part is given them: --lora %s=%s:%g",

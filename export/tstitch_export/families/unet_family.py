@@ -13,7 +13,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.manifest import Precision, TextInputs
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Scalar
-from tstitch_export.families.lora import LORA_OPTION, LoraUse, check_loras, describe_loras, fuse, parse_loras
+from tstitch_export.families.lora import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
 from tstitch_export.families.unet_config import CLASS, Kind, UNetConfig, published_name
 from tstitch_export.families.unet_layout import module_names
 from tstitch_export.families.unet_source import Source, read_state, read_unet
@@ -38,11 +38,10 @@ TOKENS = 77  # of a prompt, as CLIP encodes it
 
 @dataclass(frozen=True, kw_only=True)
 class UNetInspection(Inspection):
-    """``unet`` is what diffusers' ``from_config`` takes; ``weights`` and ``loras`` are among ``files``."""
+    """``unet`` is what diffusers' ``from_config`` takes; ``weights`` are among ``files``."""
 
     unet: Mapping[str, Any]
     weights: tuple[Path, ...]
-    loras: tuple[LoraUse, ...] = ()
 
 
 class UNetFamily(Family):
