@@ -16,6 +16,7 @@ from tstitch_trt.graphs import Kind
 from tstitch_trt.plan import Plan
 from tstitch_trt.request import Request
 from tstitch_trt.result import Decode, SegmentTiming, StepEvent
+from tstitch_trt.rows import with_blend
 from tstitch_trt.stepper import Stepper
 
 __all__ = ["Chunk", "UnderWay", "Walk"]
@@ -61,7 +62,14 @@ class Walk:
         self._events = events
         self._guided = any(plan.guided)
         self._limit = self._lanes_limit()
-        self._rows = plan.rows.astype(np.float32)
+        # A member that paints into a picture is given the picture; for any other the picture is put back.
+        self._blends = {
+            name: request.picture is not None and request.picture.mask is not None and not member.inpaints
+            for name, member in stepper.manifest.members.items()
+        }
+        blended = np.array([self._blends[name] for name in plan.schedule.names])
+        rows = np.where(blended[:, None], with_blend(plan.rows, given_noise=True), plan.rows)
+        self._rows = rows.astype(np.float32)
         if events:  # previews read every step's estimate
             flags = self._rows[:, ROW["FLAGS"]].astype(np.int64) | FLAG_STORE
             self._rows[:, ROW["FLAGS"]] = flags.astype(np.float32)
@@ -84,6 +92,7 @@ class Walk:
                 guided=guided,
                 rescale=guided and plan.rescale,
                 control=request.control,
+                blend=self._blends[name],
             )
             for name, guided in dict.fromkeys(zip(plan.schedule.names, plan.guided, strict=True))
         }
@@ -104,6 +113,9 @@ class Walk:
             scale=plan.init_scale if request.from_noise else 1.0,
             latents=latents,
         )
+        if (kept := request.picture) is not None and kept.mask is not None and any(kind.blend for kind in used):
+            part = slice(chunk.start, chunk.stop)
+            stepper.arena.keep(kept.clean[part], kept.mask[part], kept.noise[part])
         stepper.condition(request.conditioning, used, start=chunk.start, stop=chunk.stop, guided=self._guided)
         watch = self._device.stopwatch()
         segments = yield from self._segments(chunk, kinds, watch)

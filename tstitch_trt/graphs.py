@@ -1,8 +1,8 @@
 """Recorded steps: ``prepare + engine + advance`` of one kind as one launch, checked before it is trusted.
 
-A kind is a member at a number of lanes and a size, guided or not, rescaled or not, with control or without. Rows, step
-index, guidance scale and seed of every lane are read on the device, so a kind's graph serves any schedule, solver, step
-count, guidance and seed.
+A kind is a member at a number of lanes and a size, guided or not, rescaled or not, with control or without, blended
+with a known picture or not. Rows, step index, guidance scale and seed of every lane are read on the device, so a kind's
+graph serves any schedule, solver, step count, guidance and seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
-    """``sizes``: of the member's dynamic dimensions, empty where it has none. ``control``: the ControlNet's sizes."""
+    """``sizes``: of the member's dynamic dimensions, empty where it has none. ``control``: the ControlNet's sizes.
+
+    ``blend``: a known picture is kept outside a mask.
+    """
 
     member: str
     lanes: int
@@ -45,10 +48,12 @@ class Kind(NamedTuple):
     rescale: bool
     sizes: Sizes = ()
     control: Sizes | None = None
+    blend: bool = False
 
     def __str__(self) -> str:
         size = "".join(f", {name} {value}" for name, value in self.sizes)
-        more = f"{', guided' if self.guided else ''}{', controlled' if self.control is not None else ''}"
+        said = {"guided": self.guided, "controlled": self.control is not None, "blended": self.blend}
+        more = "".join(f", {word}" for word, true in said.items() if true)
         return f"member {self.member!r}, {self.lanes} lanes{size}{more}"
 
 

@@ -42,9 +42,12 @@ class LaneArena:
             device.upload(buffer, np.zeros(buffer.shape, np.float32))
         self.kernels = self._kernels()
         self._shapes = {latent_shape: (self.latents, self.history, self.y, self.kernels)}
+        self._kept: dict[str, Buffer] = {}  # known, mask and noise, for the largest latent; from the first use on
+        self._blending: dict[tuple[int, int, int], tuple[dict[str, Buffer], StepKernels]] = {}
 
-    def _kernels(self) -> StepKernels:
+    def _kernels(self, **kept: Buffer) -> StepKernels:
         return self._device.step_kernels(
+            **kept,
             latents=self.latents,
             history=self.history,
             rows=self.rows,
@@ -72,9 +75,41 @@ class LaneArena:
         self.latents, self.history, self.y, self.kernels = self._shapes[latent_shape]
 
     @property
+    def blending(self) -> StepKernels:
+        """The kernels for rows ``with_blend``: those of ``kernels``, with what ``keep`` writes. May allocate, once."""
+        return self._blend()[1]
+
+    def keep(self, known: NDArray[np.float32], mask: NDArray[np.float32], noise: NDArray[np.float32]) -> None:
+        """What stays of a picture in the first B slots: its latent ``[B,C,H,W]`` outside ``mask [B,1,H,W]`` (0: known).
+
+        ``noise`` ``[B,C,H,W]`` is the unit noise that these lanes started from.
+        """
+        buffers = self._blend()[0]
+        for name, values in (("known", known), ("mask", mask), ("noise", noise)):
+            whole = np.zeros(buffers[name].shape, np.float32)
+            whole[: len(values)] = values
+            self._device.upload(buffers[name], whole)
+
+    def _blend(self) -> tuple[dict[str, Buffer], StepKernels]:
+        if not self._kept:
+            channels, height, width = self._largest
+            for name, depth in (("known", channels), ("mask", 1), ("noise", channels)):
+                self._kept[name] = self._device.empty((self.slots, depth, height, width), "float32")
+        if self.latent_shape not in self._blending:
+            channels, height, width = self.latent_shape
+            views = {
+                name: self._device.view(
+                    block, 0, (self.slots, 1 if name == "mask" else channels, height, width), "float32"
+                )
+                for name, block in self._kept.items()
+            }
+            self._blending[self.latent_shape] = (views, self._kernels(**views))
+        return self._blending[self.latent_shape]
+
+    @property
     def nbytes(self) -> int:
         parts = (self._latents, self._history, self._y, self.rows, self.step, self.seed, self.fault)
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in (*parts, *self._kept.values()))
 
     def start(
         self,

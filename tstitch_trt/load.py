@@ -33,7 +33,7 @@ def load(
     rebuild: bool = False,
     progress: Progress | None = None,
 ) -> Runtime:
-    """Loads all members of a bundle and returns the runtime that samples from them.
+    """Loads all members and parts of a bundle and returns the runtime that samples from them.
 
     ``device``: ``cpu``, ``cuda`` or ``cuda:N`` (CUDA: not run on a GPU). ``backend``: one the bundle has engines of;
     by default the first it was built for. ``threads``: CPU threads of the engines, 0 (the default) for all cores; only
@@ -65,20 +65,20 @@ def load(
         )
     name = backend or default_backend(opened)
     library = open_backend(name)
-    members = list(opened.manifest.members)
     if rebuild:
         every = opened.manifest.networks()
         opened = rebuild_engines(opened, library, place.name, names=every, verify=verify, progress=progress)
+    networks = opened.manifest.networks()
     wishes = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
-    chosen = {member: choose(opened, member, library, place.name) for member in members}
-    for member, record in chosen.items():
-        check_wishes(opened, member, record, library, place.name, wishes)
+    chosen = {network: choose(opened, network, library, place.name) for network in networks}
+    for network, record in chosen.items():
+        check_wishes(opened, network, record, library, place.name, wishes)
     engines: dict[str, Engine] = {}
     try:
-        for member, record in chosen.items():
-            engines[member] = library.load(
+        for network, record in chosen.items():
+            engines[network] = library.load(
                 opened.path(record.files[0]),
-                member=opened.manifest.members[member],
+                member=networks[network],
                 identity=record.identity,
                 device=place,
                 threads=threads or 0,

@@ -40,6 +40,11 @@ class Part:
     def profile(self) -> ShapeProfile:
         return self._engine.profile
 
+    @property
+    def nbytes(self) -> int:
+        """Device memory of its inputs and outputs so far."""
+        return 0 if self._slab is None else self._slab.nbytes
+
     def __call__(self, inputs: Arrays, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.float32]]:
         """Inputs by name, float32 or integer with ``N`` rows each; outputs likewise. Waits for the device.
 

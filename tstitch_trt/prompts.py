@@ -26,7 +26,9 @@ _SCORES = ("aesthetic_score", "negative_aesthetic_score")
 
 
 class Texts(Protocol):
-    """The text encoders of a bundle."""
+    """The text encoders of a bundle that are loaded; ``in`` tells by name."""
+
+    def __contains__(self, name: object) -> bool: ...
 
     def encode(self, names: Sequence[str], texts: Sequence[str]) -> Mapping[str, Encoded]:
         """What each of the encoders ``names`` makes of all texts, which get one ``T``."""
@@ -162,9 +164,9 @@ class _Prompts:
             wanted = dict.fromkeys(e for _, t in members for e in (*t.hidden, *([t.pooled] if t.pooled else [])))
             for name, text in members:
                 own = (*text.hidden, *([text.pooled] if text.pooled else []))
-                missing = [e for e in own if e not in self._manifest.parts]
-                if self._texts is None or missing or not text.hidden:
-                    lacking = f"has no {' and no '.join(missing)}" if missing else "has no text encoder loaded"
+                missing = [e for e in own if self._texts is None or e not in self._texts]
+                if missing or not text.hidden:
+                    lacking = f"has no {' and no '.join(missing)}" if missing else "has no text encoder"
                     raise Unavailable(
                         f"the bundle {self._manifest.name!r} {lacking}, so it can't read prompts",
                         hint=f"encode the prompt yourself and give {_needed(name, text)}; or build the bundle from a "

@@ -14,18 +14,21 @@ from numpy.typing import NDArray
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle
 from tstitch_engines.device import Buffer, Device
-from tstitch_engines.errors import BadInput, Cancelled, Unavailable, unknown_name
+from tstitch_engines.errors import BadInput, Cancelled, unknown_name
 from tstitch_engines.manifest import Manifest
 from tstitch_trt.chunks import UnderWay, Walk
+from tstitch_trt.codec import Codec
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState
+from tstitch_trt.parts import Part
+from tstitch_trt.pictures import Tile
 from tstitch_trt.plan import Plan, make_plan
-from tstitch_trt.prompts import Texts
 from tstitch_trt.request import Request, host_array
 from tstitch_trt.result import Result, SegmentTiming, StepEvent
-from tstitch_trt.starting import Encoder, check_start_wishes, start_step
+from tstitch_trt.starting import check_start_wishes, start_step
 from tstitch_trt.stepper import Stepper
-from tstitch_trt.wishes import PictureWishes, Wishes, split_wishes
+from tstitch_trt.text import TextEncoders
+from tstitch_trt.wishes import PictureWishes, Wishes, asked_steps, split_wishes
 
 __all__ = ["Runtime"]
 
@@ -58,8 +61,13 @@ class Runtime:
         self._engines = dict(engines)
         stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
         self._stepper = Stepper(bundle.manifest, device, stepped, graph)
-        self._texts: Texts | None = None
-        self._encoder: Encoder | None = None
+        self._parts = {
+            name: Part(name, network, engines[name], device)
+            for name, network in bundle.manifest.parts.items()
+            if name in engines and name != CONTROLNET
+        }
+        self._texts = TextEncoders.of(bundle, self._parts)
+        self._codec = Codec(bundle.manifest, self._parts)
         self._results: Buffer | None = None
         self._busy = threading.Lock()
 
@@ -80,12 +88,14 @@ class Runtime:
         return self._stepper.members
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations`` and ``results``.
+        """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations``, ``results`` and ``parts io``.
 
-        ``activations`` are those that the engines plan themselves (TensorRT: one block for all members). What a
-        library allocates on its own, and the weights, are not in it.
+        ``activations`` are those that the members' engines plan themselves (TensorRT: one block for all, parts too).
+        ``parts io``: of text encoders and VAE, where there are any. What a library allocates on its own, and the
+        weights, are not in it.
         """
-        return {**self._stepper.memory(), "results": 0 if self._results is None else self._results.nbytes}
+        found = {**self._stepper.memory(), "results": 0 if self._results is None else self._results.nbytes}
+        return {**found, "parts io": sum(part.nbytes for part in self._parts.values())} if self._parts else found
 
     def jit_ms(self) -> dict[str, float]:
         """Milliseconds that each engine has spent so far on compiling for this machine, when a batch size was new.
@@ -101,9 +111,8 @@ class Runtime:
     def close(self) -> None:
         """Releases graphs and engines. The runtime can't be used afterwards."""
         self._stepper.close()
-        for name, engine in self._engines.items():
-            if name not in self.members and name != CONTROLNET:
-                engine.close()
+        for part in self._parts.values():
+            part.close()
         self._results = None
 
     def __enter__(self) -> Self:
@@ -176,7 +185,7 @@ class Runtime:
         check_start_wishes(pictures)
         start = pictures.get("start_step", 0)
         if pictures.get("image") is not None:
-            start = start_step(pictures, self.plan(**settings).steps)
+            start = start_step(pictures, asked_steps(self.manifest, settings))
             settings["start"] = start
         plan = self.plan(**settings)
         if decode is None:
@@ -197,7 +206,7 @@ class Runtime:
             pictures,
             start=start,
             texts=self._texts,
-            encoder=self._encoder,
+            encoder=self._codec.encoder,
         )
         request.check_start(plan)
         return request
@@ -275,17 +284,12 @@ class Runtime:
 
     # --- pictures
 
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder."""
-        if self.manifest.decoder.kind == "none":
-            raise Unavailable(
-                f"the bundle {self.manifest.name!r} has no decoder: it gives latents, not pictures",
-                hint="write the latents (--latents-out FILE.npy, or sample(decode=False)) and decode them yourself",
-            )
-        latent = self.manifest.latent
-        pictures = (latents / latent.scaling + latent.shift).transpose(0, 2, 3, 1)
-        out: NDArray[np.uint8] = np.clip(np.rint((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
-        return out
+    def decode(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.uint8]:
+        """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder.
+
+        ``tile``: see ``tstitch_trt.pictures.Tile``.
+        """
+        return self._codec.decode(latents, tile=tile)
 
     # --- measurement
 

@@ -35,7 +35,7 @@ class Stepper:
     def __init__(
         self, manifest: Manifest, device: Device, engines: Mapping[str, Engine], graph: GraphMode = "auto"
     ) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
         self._device = device
         self._engines = dict(engines)
         self.members = tuple(name for name in engines if name in manifest.members)
@@ -80,7 +80,7 @@ class Stepper:
 
     def shape(self, height: int, width: int) -> None:
         """Makes all lanes latents of this size, which ``limits`` allows."""
-        self.arena.shape((self._manifest.latent.channels, height, width))
+        self.arena.shape((self.manifest.latent.channels, height, width))
 
     def sizes(self, name: str, tokens: int = 0) -> Sizes:
         """Those of a network's dynamic dimensions with the present latents and ``tokens``. Raises ``OutOfProfile``."""
@@ -88,10 +88,21 @@ class Stepper:
         return network_sizes(name, self._engines[name].profile, height, width, tokens)
 
     def kind(
-        self, member: str, lanes: int, conditioning: Conditioning, *, guided: bool, rescale: bool, control: bool = False
+        self,
+        member: str,
+        lanes: int,
+        conditioning: Conditioning,
+        *,
+        guided: bool,
+        rescale: bool,
+        control: bool = False,
+        blend: bool = False,
     ) -> Kind:
-        """The kind of step that runs ``member`` under ``conditioning`` on latents of the present size."""
-        controlled = control and self._manifest.members[member].controlled
+        """The kind of step that runs ``member`` under ``conditioning`` on latents of the present size.
+
+        ``control``: beside a ControlNet, if the member takes one. ``blend``: a known picture is kept outside a mask.
+        """
+        controlled = control and self.manifest.members[member].controlled
         return Kind(
             member,
             lanes,
@@ -99,6 +110,7 @@ class Stepper:
             rescale,
             self.sizes(member, conditioning.tokens(member)),
             self.sizes(CONTROLNET, conditioning.tokens(CONTROLNET)) if controlled else None,
+            blend,
         )
 
     # --- stepping
@@ -129,7 +141,8 @@ class Stepper:
 
     def _work(self, kind: Kind) -> Callable[[], None]:
         bound = self.bind(kind.member, kind.lanes, kind.guided, kind.sizes)
-        prepare, advance = self.arena.kernels.prepare, self.arena.kernels.advance
+        kernels = self.arena.blending if kind.blend else self.arena.kernels
+        prepare, advance = kernels.prepare, kernels.advance
         enqueue = self._engines[kind.member].enqueue
         active, sample, timestep, output = bound.active, bound.sample, bound.timestep, bound.model_output
         assert output is not None, "members have a model_output"
@@ -174,7 +187,7 @@ class Stepper:
             lanes = kind.lanes
             bound[kind.member] = self._io.bound(kind.member, lanes, guided, kind.sizes)
             if kind.control is None:
-                if self._manifest.members[kind.member].controlled:
+                if self.manifest.members[kind.member].controlled:
                     self._io.blank_residuals()
             else:
                 bound[CONTROLNET] = self._io.bound(CONTROLNET, lanes, guided, kind.control)
@@ -187,10 +200,10 @@ class Stepper:
         for name, sizes in _networks(kind).items():
             bound = self._io.bound(name, kind.lanes, kind.guided, sizes)
             dims = {**dict(sizes), "B": kind.lanes * (2 if kind.guided else 1)}
-            self._io.fill({name: stand_in(self._manifest, name, dims, variant)}, {name: bound})
+            self._io.fill({name: stand_in(self.manifest, name, dims, variant)}, {name: bound})
         if kind.control is not None:
             self._io.residuals_written()
-        elif self._manifest.members[kind.member].controlled:
+        elif self.manifest.members[kind.member].controlled:
             self._io.blank_residuals()
 
     def close(self) -> None:

@@ -126,6 +126,9 @@ class TextEncoders:
                 found[name] = TextEncoder(part, bundle.path(tokenizer))
         return TextEncoders(found)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._encoders
+
     def encode(self, names: Sequence[str], texts: Sequence[str]) -> dict[str, Encoded]:
         """What each of the encoders ``names`` makes of all ``texts``: hidden ``[N, 77 k, D]`` and pooled ``[N, E]``.
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from tstitch_engines.errors import unknown_name
+from tstitch_engines.manifest import Manifest
 from tstitch_trt.plan import make_plan
 from tstitch_trt.solvers import SolverOptions
 
-__all__ = ["PictureWishes", "Wishes", "split_wishes"]
+__all__ = ["PictureWishes", "Wishes", "asked_steps", "split_wishes"]
 
 
 class PictureWishes(TypedDict, total=False):
@@ -99,3 +100,10 @@ def split_wishes(wishes: Mapping[str, Any]) -> tuple[PictureWishes, dict[str, An
         else:
             raise unknown_name("keyword of sample", name, [*PictureWishes.__annotations__, *settings])
     return pictures, plan
+
+
+def asked_steps(manifest: Manifest, plan: Mapping[str, Any]) -> int:
+    """Steps as the keywords for ``make_plan`` ask for them: a solver may make one evaluation more."""
+    if plan.get("timesteps") is not None:
+        return len(plan["timesteps"])
+    return int(plan.get("steps") or manifest.defaults.steps)
