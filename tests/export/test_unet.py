@@ -87,8 +87,8 @@ def close(got: np.ndarray[Any, Any], want: torch.Tensor, limit: float) -> None:
     assert np.abs(got.astype(np.float64) - want.double().numpy()).max() <= limit * float(want.abs().max())
 
 
-# Neither batch, side nor number of tokens is one that was traced.
-SIZES = ({"B": 1, "H": 6, "W": 10, "T": 77}, {"B": 5, "H": 14, "W": 4, "T": 9})
+# Neither batch, side nor number of tokens is one that was traced; from batches of 64 on diffusers takes another way.
+SIZES = ({"B": 1, "H": 6, "W": 10, "T": 77}, {"B": 5, "H": 14, "W": 4, "T": 9}, {"B": 65, "H": 2, "W": 2, "T": 1})
 
 
 @pytest.fixture(scope="module")
