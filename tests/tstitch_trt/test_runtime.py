@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,17 @@ from tstitch_engines.host_kernels import normal
 from tstitch_engines.rows import INITIAL_NOISE_STEP
 from tstitch_trt import Runtime
 from tstitch_trt.memory import planned_memory
+from tstitch_trt.rows import with_blend
 
 
 @pytest.fixture(scope="module")
 def runtime(tiny_pair: TinyPair) -> Runtime:
+    return tstitch_trt.load(tiny_pair.bundle, threads=2)
+
+
+@pytest.fixture(scope="module")
+def painting(tiny_pair: TinyPair) -> Runtime:
+    """One that paints into pictures, for which it takes more memory."""
     return tstitch_trt.load(tiny_pair.bundle, threads=2)
 
 
@@ -34,6 +42,9 @@ SETTINGS = [
     {"solver": "dpmpp-2m", "guidance": {"large": 2.0}, "fraction": 0.4},
     {"solver": "dpmpp-3m-sde", "guidance": 2.0, "guidance_rescale": 0.7, "schedule": "large:2,small,large:2"},
     {"solver": "euler", "guidance": 4.0, "guidance_interval": (2, 6), "fraction": 0.3},
+    {"solver": "pndm", "guidance": 2.0, "fraction": 0.4, "spacing": "leading"},
+    {"solver": "pndm", "guidance": 1.0, "schedule": "small:4,large", "history": "reset"},
+    {"solver": "unipc", "guidance": 3.0, "fraction": 0.4, "solver_options": {"order": 3}},
 ]
 
 
@@ -61,6 +72,56 @@ def test_trajectory_equals_a_float64_walk_over_the_torch_members(
     assert result.images is not None
     assert result.images.dtype == np.uint8
     assert result.images.shape == (3, 8, 8, 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": "ddim", "guidance": 2.0},
+        {"solver": "pndm", "guidance": 1.0, "spacing": "leading"},
+        {"solver": "unipc", "guidance": 1.0},
+        {"solver": "euler-ancestral", "guidance": 1.0, "strength": 0.5},
+        {"solver": "dpmpp-2m", "guidance": 1.0, "latents": True},
+    ],
+    ids=lambda s: s["solver"],
+)
+def test_a_mask_keeps_the_rest_of_the_picture(painting: Runtime, tiny_pair: TinyPair, settings: dict[str, Any]) -> None:
+    """Against the walk that puts the known picture back after every step, as diffusers' inpainting with 4 channels."""
+    labels, seeds, steps = [3, 7, 0], [11, 5, 2**63 + 9], 10
+    shape = painting.sample(labels=0, steps=1).latents.shape[1:]
+    size, rng = int(np.prod(shape)), np.random.default_rng(0)
+    strength = settings.pop("strength", None)
+    given = rng.standard_normal((3, *shape)).astype(np.float32) if settings.pop("latents", False) else None
+    known = rng.uniform(-1, 1, (3, *shape)).astype(np.float32)
+    mask = rng.uniform(0, 1, (3, *shape[1:])) < 0.5
+
+    def noise(step: int) -> np.ndarray:
+        return np.stack([normal(seed, step, size) for seed in seeds]).reshape(3, *shape)
+
+    result = painting.sample(
+        labels=labels, seeds=seeds, steps=steps, image=known, mask=mask, strength=strength, fraction=0.4,
+        latents=given, **settings,
+    )  # fmt: skip
+    start = 0 if strength is None else round(steps * (1 - strength))
+    plan = painting.plan(steps=steps, fraction=0.4, start=start, **settings)
+
+    def model(x: np.ndarray, t: float, step: int) -> object:
+        name = plan.schedule.names[start + step]
+        cond = tiny_pair.run(name, x, t, labels)
+        return (cond, tiny_pair.run(name, x, t, [10] * 3)) if plan.guided[start + step] else cond
+
+    unit = noise(INITIAL_NOISE_STEP) if given is None else given
+    state = plan.init_scale * unit
+    if start:
+        state = plan.table.a[start] * known + plan.table.s[start] * unit
+    expected = walk(
+        with_blend(plan.rows)[start:], state, model, np.stack([noise(step) for step in range(start, plan.steps)]),
+        blend=(known, mask[:, None], unit),
+    )  # fmt: skip
+    assert relative(result.latents, expected[-1]) < 1e-4
+    kept = np.broadcast_to(~mask[:, None], known.shape)
+    np.testing.assert_array_equal(result.latents[kept], known[kept])
+    assert relative(result.latents[~kept], known[~kept]) > 0.1
 
 
 def test_fraction_ends_are_the_members_alone_bit_for_bit(tiny_pair: TinyPair, runtime: Runtime) -> None:
@@ -132,9 +193,11 @@ def test_iterate_shows_each_step_and_returns_the_result(runtime: Runtime) -> Non
     assert all(t.ms > 0 for t in result.timings)
 
 
-def test_the_last_estimate_is_the_result(runtime: Runtime) -> None:
-    """At the end no noise is left: the estimate of the last step and the latent are the same."""
-    for event in runtime.iterate(labels=[1, 2], steps=5, solver="ddim"):
+@pytest.mark.parametrize("settings", [{"solver": "ddim"}, {"solver": "pndm", "solver_options": {"final": "zero"}}])
+def test_the_last_estimate_is_the_result(runtime: Runtime, settings: dict[str, Any]) -> None:
+    """At the end no noise is left: the estimate of the last step and the latent are the same. (PNDM estimates the
+    noise, and what it then leaves of the latent is the preview.)"""
+    for event in runtime.iterate(labels=[1, 2], steps=5, **settings):
         estimate, latents = event.estimate(), event.latents()
     assert relative(estimate, latents) < 1e-5
 
