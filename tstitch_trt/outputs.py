@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import BadInput
 from tstitch_trt.files import require_parent
 from tstitch_trt.images import grid, save_npz, save_png
+from tstitch_trt.parameters import parameters_text
 
 __all__ = ["METADATA_KEY", "kind_of", "write_images"]
 
@@ -47,7 +48,8 @@ def write_images(
 ) -> list[Path]:
     """Writes the images as ``kind_of(path)`` says and returns the files, whole or none of them.
 
-    ``settings`` go into every PNG's text; ``each`` adds what is an image's own (seed, label).
+    ``settings`` go into every PNG's text; ``each`` adds what is an image's own (seed, label or prompt). Pictures of
+    prompts have a text ``parameters`` besides, for people and picture browsers.
     """
     kind = kind_of(path)
     if kind == "npz":
@@ -55,7 +57,7 @@ def write_images(
         return [path]
     if kind == "png":
         scale = max(1, 64 // max(images_NHWC.shape[1:3]))  # small pictures are shown enlarged
-        save_png(path, grid(images_NHWC, scale=scale), _text({**settings, "images": list(each)}))
+        save_png(path, grid(images_NHWC, scale=scale), _text({**settings, "images": list(each)}, images_NHWC))
         return [path]
     return _write_folder(path, images_NHWC, settings, each)
 
@@ -69,7 +71,7 @@ def _write_folder(
     try:
         scratch.chmod(0o755)
         for name, image, own in zip(names, images_NHWC, each, strict=True):
-            save_png(scratch / name, grid(image[None]), _text({**settings, **own}))
+            save_png(scratch / name, grid(image[None]), _text({**settings, **own}, images_NHWC))
         if folder.is_dir():  # files of others in it stay
             for name in names:
                 (scratch / name).replace(folder / name)
@@ -80,5 +82,7 @@ def _write_folder(
     return [folder / name for name in names]
 
 
-def _text(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {METADATA_KEY: json.dumps(settings, allow_nan=False), "Software": "tstitch-trt"}
+def _text(settings: Mapping[str, Any], images_NHWC: NDArray[np.uint8]) -> dict[str, str]:
+    text = {METADATA_KEY: json.dumps(settings, allow_nan=False), "Software": "tstitch-trt"}
+    said = parameters_text(settings, size=(images_NHWC.shape[2], images_NHWC.shape[1]))
+    return text if said is None else {"parameters": said, **text}

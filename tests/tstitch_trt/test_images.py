@@ -107,3 +107,30 @@ def test_only_plain_arrays_are_read(tmp_path: Path) -> None:
     for name in ("a.npz", "o.npy", "t.npy", "missing.npy"):
         with pytest.raises(BadInput, match=name):
             load_array(tmp_path / name, option="--latents-in")
+
+
+def test_pictures_of_prompts_say_so_in_words(tmp_path: Path) -> None:
+    settings = {
+        "bundle": "sd15.bundle",
+        "steps": 50,
+        "solver": "pndm",
+        "schedule": {"text": "small:0.4,large", "members": []},
+        "guidance": {"small": [7.5], "large": [7.5]},
+        "negative": "blurry",
+    }
+    each = [{"prompt": "a café, at night", "seed": 4}, {"prompt": "猫", "seed": 5}]
+    write_images(tmp_path / "out", pictures(2), settings, each)
+    height, width = pictures(1).shape[1:3]
+    rest = f"Size: {width}x{height}, Model: sd15.bundle, Version: tstitch-trt"
+    assert read_metadata(tmp_path / "out/00000.png")["parameters"].splitlines() == [
+        "a café, at night",
+        "Negative prompt: blurry",
+        f'Steps: 50, Sampler: pndm, Schedule: "small:0.4,large", CFG scale: 7.5, Seed: 4, {rest}',
+    ]
+    other = settings | {"guidance": {"small": [1.0], "large": [7.5, 5.0]}}
+    write_images(tmp_path / "grid.png", pictures(2), other, each)
+    text = read_metadata(tmp_path / "grid.png")["parameters"].splitlines()
+    assert text[:2] == ["a café, at night", "猫"]
+    assert 'CFG scale: "small 1, large 7.5/5", Seed: "4, 5"' in text[3]
+    write_images(tmp_path / "classes.png", pictures(1), {"steps": 2}, [{"label": 3, "seed": 0}])
+    assert "parameters" not in read_metadata(tmp_path / "classes.png")
