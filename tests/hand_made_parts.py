@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hand_made import CHANNELS, Made, graph
-from tstitch_engines.manifest import Network
-from tstitch_engines.spec import TensorSpec
+from hand_made import CHANNELS, Made, graph, made_member, text_bundle
+from tstitch_engines.bundle import Bundle
+from tstitch_engines.manifest import Decoder, Defaults, Network, TextInputs
+from tstitch_engines.spec import Range, TensorSpec
 
-__all__ = ["FACTOR", "Control", "made_controlnet", "made_text_encoder", "made_vae", "pooled_mean", "word_tokenizer"]
+__all__ = ["FACTOR", "Control", "World", "made_controlnet", "made_text_encoder", "made_vae"]
 
 Array = NDArray[np.float64]
 FACTOR = 8
@@ -176,3 +177,44 @@ def made_controlnet(width: int) -> tuple[Made, Control]:
         },
     )  # fmt: skip
     return Made(network, model, {}), Control(weight, text)
+
+
+RESIDUALS: dict[str, tuple[int | str, ...]] = {
+    "down_residual_0": (CHANNELS, "H", "W"), "mid_residual": (CHANNELS, "H/2", "W/2"),
+}  # fmt: skip
+
+
+class World:
+    """A bundle with all parts: its networks and their oracles."""
+
+    def __init__(self) -> None:
+        text = TextInputs(hidden=("text_encoder", "text_encoder_2"), width=9)
+        hidden: dict[str, tuple[int | str, ...]] = {"encoder_hidden_states": ("T", 9)}
+        self.members = {
+            "plain": made_member("plain", inputs=hidden, text=text),
+            "steered": made_member("steered", inputs={**hidden, **RESIDUALS}, text=text, controlled=True),
+            "painter": made_member(
+                "painter", inputs={**hidden, "inpaint": (1 + CHANNELS, "H", "W")}, text=text, inpaints=True,
+                latent_ratio=1.25,
+            ),
+        }  # fmt: skip
+        first, self.first = made_text_encoder(5, 3, 1)
+        second, self.second = made_text_encoder(4, 3, 2)
+        decoder, encoder, self.decode, self.encode = made_vae()
+        controlnet, self.control = made_controlnet(9)
+        self.parts: dict[str, Made] = {
+            "text_encoder": first, "text_encoder_2": second, "vae_decoder": decoder, "vae_encoder": encoder,
+            "controlnet": controlnet,
+        }  # fmt: skip
+
+    def hidden(self, text: str, chunks: int = 1) -> np.ndarray:
+        return np.concatenate([self.first(text, chunks)[0], self.second(text, chunks)[0]], axis=-1)
+
+    def bundle(self, folder: Path) -> Bundle:
+        tokenizer = word_tokenizer(folder / "tokenizer.json")
+        files = {name: {"tokenizer": tokenizer} for name in ("text_encoder", "text_encoder_2")}
+        return text_bundle(
+            folder / "whole.bundle", self.members, parts=self.parts, files=files,
+            tokens=Range(TOKENS, TOKENS, 3 * TOKENS),
+            decoder=Decoder(kind="vae", factor=FACTOR), defaults=Defaults(steps=6, schedule="plain:0.5,steered"),
+        )  # fmt: skip

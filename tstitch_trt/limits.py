@@ -138,17 +138,29 @@ class Limits:
         fitting = [str(size) for size in around if allowed.min * factor <= size <= allowed.max * factor]
         return " or ".join(fitting) or "another multiple"
 
+    def sizes(self) -> str:
+        """The sizes that all networks allow, as ``256..1024 x 512 (height x width in pixels), multiples of 64 x 8``."""
+        found = [self._range(dim) for dim in _SIDES]
+        if any(side is None for side in found):
+            return f"none in common: {self._allowed()}"
+        factor, word = self.manifest.decoder.factor, self._unit()
+        text = " x ".join(self._side(side) for side in found if side is not None)
+        steps = [factor * self.multiple(dim) for dim, side in zip(_SIDES, found, strict=True) if side is not None]
+        moving = any(side is not None and side.min != side.max for side in found)
+        return f"{text} (height x width in {word})" + (f", in multiples of {steps[0]} x {steps[1]}" if moving else "")
+
+    def _unit(self) -> str:
+        known = self.manifest.decoder.factor > 1 or self.manifest.decoder.kind != "none"
+        return "pixels" if known else "latent elements"
+
+    def _side(self, side: Range) -> str:
+        low, high = side.min * self.manifest.decoder.factor, side.max * self.manifest.decoder.factor
+        return str(low) if low == high else f"{low}..{high}"
+
     def _allowed(self) -> str:
-        """``member 'small' 256..1024 x 512 (height x width in pixels)``, for every network."""
-        factor = self.manifest.decoder.factor
-        word = "pixels" if factor > 1 or self.manifest.decoder.kind != "none" else "latent elements"
-
-        def text(range_: Range) -> str:
-            low, high = range_.min * factor, range_.max * factor
-            return str(low) if low == high else f"{low}..{high}"
-
-        parts = [f"{name!r} {text(sides['H'])} x {text(sides['W'])}" for name, sides in self.sides.items()]
-        return f"{', '.join(parts)} (height x width in {word})"
+        """``'small' 256..1024 x 512, 'large' 256..512 x 512 (height x width in pixels)``: every network's own."""
+        parts = [f"{name!r} {self._side(sides['H'])} x {self._side(sides['W'])}" for name, sides in self.sides.items()]
+        return f"{', '.join(parts)} (height x width in {self._unit()})"
 
 
 def network_sizes(name: str, profile: ShapeProfile, height: int, width: int, tokens: int) -> Sizes:

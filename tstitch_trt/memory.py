@@ -10,7 +10,17 @@ from tstitch_trt.lanes import arena_bytes
 from tstitch_trt.limits import Limits
 from tstitch_trt.slices import io_slices
 
-__all__ = ["planned_memory"]
+__all__ = ["planned_limits", "planned_memory"]
+
+
+def planned_limits(manifest: Manifest) -> dict[str, Limits]:
+    """By backend, of those that all members have engines of: the sizes that a runtime will allow."""
+    planned: dict[str, Limits] = {}
+    for backend in dict.fromkeys(r.identity.backend for m in manifest.members.values() for r in m.engines):
+        profiles = _profiles(manifest, backend)
+        if manifest.members.keys() <= profiles.keys():
+            planned[backend] = Limits.of(manifest, profiles)
+    return planned
 
 
 def planned_memory(manifest: Manifest) -> dict[str, dict[str, int]]:
@@ -18,12 +28,7 @@ def planned_memory(manifest: Manifest) -> dict[str, dict[str, int]]:
 
     Only for backends that all members have engines of. Weights and activations are known once the engines are loaded.
     """
-    planned: dict[str, dict[str, int]] = {}
-    for backend in dict.fromkeys(r.identity.backend for m in manifest.members.values() for r in m.engines):
-        profiles = _profiles(manifest, backend)
-        if manifest.members.keys() <= profiles.keys():
-            planned[backend] = _planned(manifest, Limits.of(manifest, profiles))
-    return planned
+    return {backend: _planned(manifest, limits) for backend, limits in planned_limits(manifest).items()}
 
 
 def _profiles(manifest: Manifest, backend: str) -> dict[str, ShapeProfile]:

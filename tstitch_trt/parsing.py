@@ -16,6 +16,7 @@ __all__ = [
     "parse_labels",
     "parse_numbers",
     "parse_pairs",
+    "parse_pixels",
     "parse_size",
 ]
 
@@ -99,6 +100,17 @@ def parse_interval(text: str) -> tuple[int, int]:
         raise BadInput(
             f"interval {text!r} is not FIRST:STOP with whole numbers and FIRST < STOP",
             hint="write e.g. --guidance-interval 10:40 to guide steps 10 to 39",
+        )
+    return int(match[1]), int(match[2])
+
+
+def parse_pixels(text: str) -> tuple[int, int]:
+    """``"768x512"`` -> ``(768, 512)``, width and height in pixels. Raises ``BadInput``."""
+    match = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
+    if match is None or not int(match[1]) or not int(match[2]):
+        raise BadInput(
+            f"size {text!r} is not WIDTHxHEIGHT in whole pixels",
+            hint="write e.g. --size 768x512 for 768 across, 512 down",
         )
     return int(match[1]), int(match[2])
 

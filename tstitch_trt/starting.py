@@ -127,7 +127,7 @@ def _as_masks(value: Any, *, size: tuple[int, int]) -> Array:
         mask = mask[None]
     if mask.ndim != 3 or mask.dtype.kind not in "bfu":
         raise BadInput(
-            f"mask is {mask.dtype}{list(np.shape(value))}; needed is [H,W] or [N,H,W] of bool, uint8 or floats from 0 to 1",
+            f"mask is {mask.dtype}{list(np.shape(value))}; needed is [H,W] or [N,H,W] of bool, uint8 or floats in 0..1",
             hint="numpy.asarray(picture.convert('L')) makes that of a PIL image",
         )
     if mask.shape[1:] != size:

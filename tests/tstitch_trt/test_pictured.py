@@ -9,56 +9,17 @@ import numpy as np
 import pytest
 
 import tstitch_trt
-from hand_made import CHANNELS, Made, made_member, text_bundle
-from hand_made_parts import (
-    FACTOR,
-    Control,
-    made_controlnet,
-    made_text_encoder,
-    made_vae,
-    word_tokenizer,
-)
+from hand_made import CHANNELS
+from hand_made_parts import FACTOR, Control, World
 from reference import walk
 from tiny import TinyPair
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.host_kernels import normal
-from tstitch_engines.manifest import Decoder, TextInputs
 from tstitch_engines.rows import INITIAL_NOISE_STEP, ROW
-from tstitch_engines.spec import Range
 from tstitch_trt import Runtime
 from tstitch_trt.starting import ENCODER_NOISE_STEP
 
 STEPS = 6
-RESIDUALS: dict[str, tuple[int | str, ...]] = {
-    "down_residual_0": (CHANNELS, "H", "W"), "mid_residual": (CHANNELS, "H/2", "W/2"),
-}  # fmt: skip
-
-
-class World:
-    """The bundle's networks and their oracles."""
-
-    def __init__(self) -> None:
-        text = TextInputs(hidden=("text_encoder", "text_encoder_2"), width=9)
-        hidden: dict[str, tuple[int | str, ...]] = {"encoder_hidden_states": ("T", 9)}
-        self.members = {
-            "plain": made_member("plain", inputs=hidden, text=text),
-            "steered": made_member("steered", inputs={**hidden, **RESIDUALS}, text=text, controlled=True),
-            "painter": made_member(
-                "painter", inputs={**hidden, "inpaint": (1 + CHANNELS, "H", "W")}, text=text, inpaints=True,
-                latent_ratio=1.25,
-            ),
-        }  # fmt: skip
-        first, self.first = made_text_encoder(5, 3, 1)
-        second, self.second = made_text_encoder(4, 3, 2)
-        decoder, encoder, self.decode, self.encode = made_vae()
-        controlnet, self.control = made_controlnet(9)
-        self.parts: dict[str, Made] = {
-            "text_encoder": first, "text_encoder_2": second, "vae_decoder": decoder, "vae_encoder": encoder,
-            "controlnet": controlnet,
-        }  # fmt: skip
-
-    def hidden(self, text: str, chunks: int = 1) -> np.ndarray:
-        return np.concatenate([self.first(text, chunks)[0], self.second(text, chunks)[0]], axis=-1)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +29,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def runtime(world: World, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    folder = tmp_path_factory.mktemp("whole")
-    tokenizer = word_tokenizer(folder / "tokenizer.json")
-    files = {name: {"tokenizer": tokenizer} for name in ("text_encoder", "text_encoder_2")}
-    bundle = text_bundle(
-        folder / "whole.bundle", world.members, parts=world.parts, files=files, decoder=Decoder(kind="vae", factor=8),
-        tokens=Range(6, 6, 18),
-    )  # fmt: skip
-    return tstitch_trt.load(bundle, threads=1)
+    return tstitch_trt.load(world.bundle(tmp_path_factory.mktemp("whole")), threads=1)
 
 
 def noise_of(seeds: list[int], step: int = INITIAL_NOISE_STEP, size: tuple[int, int] = (8, 8)) -> np.ndarray:

@@ -14,7 +14,7 @@ from tstitch_trt.cli._sampling import bundle_argument
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
     from tstitch_engines.bundle import Bundle
-    from tstitch_engines.manifest import EngineRecord, Member
+    from tstitch_engines.manifest import EngineRecord, Manifest, Member, Network
 
 __all__ = ["command"]
 
@@ -48,8 +48,9 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     from tstitch_trt.memory import planned_memory
 
     document: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
-    for name, member in bundle.manifest.members.items():
-        for engine, record in zip(document["members"][name]["engines"], member.engines, strict=True):
+    described = {**document["members"], **document["parts"]}
+    for name, network in bundle.manifest.networks().items():
+        for engine, record in zip(described[name]["engines"], network.engines, strict=True):
             engine["digest"] = digest(record.identity)
             engine["graphs"] = _graphs(record)
             if (plan := _plan(bundle, record)) is not None:
@@ -72,11 +73,11 @@ def _print(bundle: Bundle) -> None:
     latent, noise, conditioning, defaults = manifest.latent, manifest.noise, manifest.conditioning, manifest.defaults
     files = manifest.components()
     click.echo(f"{bundle.root}: {manifest.name} (recipe {manifest.recipe}, schema {manifest.schema})")
-    null = "none" if conditioning.null is None else str(conditioning.null)
     for word, text in (
         ("latent", f"{latent.channels} x {latent.height} x {latent.width}, decoder {manifest.decoder.kind}"),
         ("noise", f"{noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}"),
-        ("classes", f"{conditioning.classes}, null class {null}"),
+        ("sizes", _sizes(manifest)),
+        ("asked for", _conditioning(manifest)),
         ("names", ", ".join(conditioning.names)),
         (
             "defaults",
@@ -85,6 +86,7 @@ def _print(bundle: Bundle) -> None:
         ),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("quality", "network and reference statistics" if manifest.quality else "none"),
+        ("notes", "; ".join(manifest.notes)),
         ("files", f"{len(files)}, {size(sum(part.bytes for part in files))}, all verified"),
     ):
         if text:
@@ -92,11 +94,48 @@ def _print(bundle: Bundle) -> None:
     for backend, parts in planned_memory(manifest).items():
         planned = ", ".join(f"{what} {size(nbytes)}" for what, nbytes in parts.items())
         click.echo(f"  {'memory':<10} {planned} with {backend}; bench adds the activations")
-    for name, member in manifest.members.items():
+    for name, network in manifest.networks().items():
         click.echo()
-        _print_member(bundle, name, member)
+        _print_network(bundle, name, network)
     click.echo()
     print_table(("file", "size", "sha256"), [(part.path, size(part.bytes), part.sha256) for part in files])
+
+
+def _sizes(manifest: Manifest) -> str:
+    """The pictures that can be asked for, of the engines that the default backend has."""
+    from tstitch_trt.memory import planned_limits
+
+    found = [limits.sizes() for limits in planned_limits(manifest).values()]
+    return next(iter(found), "")
+
+
+def _conditioning(manifest: Manifest) -> str:
+    conditioning = manifest.conditioning
+    if conditioning.kind == "class":
+        null = "none" if conditioning.null is None else str(conditioning.null)
+        return f"{conditioning.classes} classes, null class {null}"
+    encoders = [name for name in manifest.parts if name.startswith("text_encoder")]
+    text = f"prompts, read by {', '.join(encoders)}" if encoders else "prompt_embeds (there is no text encoder)"
+    more = {"vae_encoder": "pictures to start from", "controlnet": "control pictures"}
+    return ", ".join([text, *(word for part, word in more.items() if part in manifest.parts)])
+
+
+def _conventions(member: Member) -> list[tuple[str, str]]:
+    """What a member has of its own, or takes beside sample and time."""
+    said: list[tuple[str, str]] = []
+    if (text := member.text) is not None:
+        words = [f"{text.width} wide" + (f" from {', '.join(text.hidden)}" if text.hidden else "")]
+        words += [f"pooled {text.pooled_width}"] if text.pooled_width else []
+        words += [f"time_ids of {text.time_ids}"] if text.time_ids != "none" else []
+        words += ["zeros where no negative prompt is given"] if text.zero_null else []
+        said.append(("text", ", ".join(words)))
+    own = [f"latent {member.latent_ratio:g} times the bundle's"] if member.latent_ratio != 1 else []
+    if (noise := member.noise) is not None:
+        own.append(f"noise {noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}")
+    own += [f"guidance scale as an input, {member.guidance_embedding} wide"] if member.guidance_embedding else []
+    own += ["takes a ControlNet's residuals"] if member.controlled else []
+    own += ["takes mask and masked picture"] if member.inpaints else []
+    return [*said, *([("its own", "; ".join(own))] if own else [])]
 
 
 def _options(options: Mapping[str, object]) -> str:
@@ -120,18 +159,27 @@ def _graphs(record: EngineRecord) -> str:
     return "step (recorded when first run; bench says what could not be)"
 
 
-def _print_member(bundle: Bundle, name: str, member: Member) -> None:
+def _print_network(bundle: Bundle, name: str, member: Network) -> None:
+    """A member or a part."""
     from tstitch_engines.identity import digest
+    from tstitch_engines.manifest import Member
     from tstitch_trt.cli._text import size
 
-    variance = ", learned variance" if member.learned_variance else ""
-    click.echo(f"member {name}: {member.family}, predicts {member.parametrisation}{variance}, {member.precision}")
-    click.echo(f"  {'config':<10} {', '.join(f'{key} {value}' for key, value in member.config.items())}")
+    denoiser = member if isinstance(member, Member) else None
+    if denoiser is None:
+        click.echo(f"part {name}: {member.family}, {member.precision}")
+    else:
+        variance = ", learned variance" if denoiser.learned_variance else ""
+        click.echo(f"member {name}: {member.family}, predicts {denoiser.parametrisation}{variance}, {member.precision}")
+    if member.config:
+        click.echo(f"  {'config':<10} {', '.join(f'{key} {value}' for key, value in member.config.items())}")
+    for word, text in () if denoiser is None else _conventions(denoiser):
+        click.echo(f"  {word:<10} {text}")
     for word, specs in (("inputs", member.inputs), ("outputs", member.outputs)):
         click.echo(f"  {word:<10} {'; '.join(map(str, specs))}")
     for source in member.sources:
         click.echo(f"  {'source':<10} {source.name} ({size(source.bytes)}, sha256 {source.sha256})")
-    if (made := member.quantisation) is not None:
+    if denoiser is not None and (made := denoiser.quantisation) is not None:
         worst = max(made.loss, key=lambda level: level.rel_l2)
         click.echo(
             f"  {'quantised':<10} from {made.source_precision}: {len(made.layers)} layers in {member.precision} "

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_engines.errors import BadInput
+from tstitch_engines.rows import ROW
 from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._pictures import picture_options, picture_settings, picture_wishes
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
@@ -28,6 +30,12 @@ tstitch-trt sample fashion.bundle --labels Bag,Sneaker --schedule small:20,large
 tstitch-trt sample fashion.bundle --labels 0-9 -n 100 --steps 20 -o samples.npz --json
 tstitch-trt sample fashion.bundle --labels 3,5 --latents-out latents.npy -o pair.png
 tstitch-trt sample fashion.bundle --labels 3,5 --fraction 1 --latents-in latents.npy -o again.png
+tstitch-trt sample sd15.bundle --prompt "a red fox in the snow" --negative blurry --size 768x512 -o fox.png
+tstitch-trt sample sd15.bundle --prompt "a red fox" --prompt "a bear" -n 8 --fraction 0.4 --seed 7 -o animals
+tstitch-trt sample sd15.bundle --prompt "an oil painting" --image photo.jpg --resize --strength 0.6 -o painting.png
+tstitch-trt sample sd15.bundle --prompt "a clear sky" --image photo.png --mask sky.png -o clear.png
+tstitch-trt sample sd15.bundle --prompt "a house" --control edges.png --control-scale 0.8 -o house.png
+tstitch-trt sample sdxl.bundle --prompt-embeds prompt.npz --latents-out latents.npy
 """
 DEFAULT_LABELS = 10
 
@@ -35,7 +43,8 @@ DEFAULT_LABELS = 10
 @click.command("sample", cls=Command, examples=EXAMPLES)
 @bundle_argument
 @click.option("--labels", metavar="LIST", help="Classes: numbers, ranges and names, e.g. 3,5,0-9 or Bag. [one of each]")
-@click.option("-n", "count", type=click.IntRange(1), metavar="N", help="How many images; the labels go round.")
+@picture_options
+@click.option("-n", "count", type=click.IntRange(1), metavar="N", help="How many images; labels or prompts go round.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Seed of all images.")
 @click.option("--seeds", metavar="LIST", help="One seed per image, e.g. 1,2,5-9, instead of --seed.")
 @click.option("--fraction", type=float, metavar="R", help="Share of the steps on the first member, 0 to 1.")
@@ -84,10 +93,10 @@ def command(
     as_json: bool,
     **trajectory: Any,
 ) -> None:
-    """Draw images from BUNDLE.
+    """Draw images from BUNDLE: of classes with --labels, or from text with --prompt.
 
-    Without --labels: one image of every class (of the first ten where there are more). All options that are left out
-    take the bundle's defaults. The settings are kept in the PNG files.
+    Without --labels a class bundle draws one image of every class (of the first ten where there are more). All options
+    that are left out take the bundle's defaults. The settings are kept in the PNG files.
     """
     from tstitch_trt.files import load_array, require_parent, save_array
     from tstitch_trt.outputs import kind_of, write_images
@@ -110,16 +119,21 @@ def command(
         require_parent(latents_out, option="--latents-out")
     if output is not None:
         kind_of(output)
+    settings = picture_settings(trajectory)
     start: NDArray[np.float32] | None = None if latents_in is None else load_array(latents_in, option="--latents-in")
 
     runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
     try:
         manifest = runtime.manifest
         target = _target(manifest, output, latents_out)
-        wanted = _labels(manifest, labels, count, own_seeds, None if start is None else len(start))
+        wishes = {**picture_wishes(manifest, trajectory), "n": count}
+        if manifest.conditioning.kind == "class" and "prompt" not in wishes:
+            wanted = _labels(manifest, labels, count, own_seeds, None if start is None else len(start))
+            wishes |= {"labels": wanted, "n": None}
+        elif labels is not None:
+            wishes["labels"] = []  # refused with its reason
         with progress("sampling", 1, counted="steps") as bar:
             result = runtime.sample(
-                labels=wanted,
                 seed=seed,
                 seeds=own_seeds,
                 latents=start,
@@ -129,11 +143,13 @@ def command(
                     done=(e.chunk - 1) * e.steps + e.step, total=e.chunks * e.steps, text=f"sampling on {e.member}"
                 ),
                 **trajectory,
+                **wishes,
             )
     finally:
         runtime.close()
 
-    document = _describe(bundle, manifest, result, {"device": device, "backend": runtime.backend_name})
+    where = {"device": device, "backend": runtime.backend_name}
+    document = {**_describe(bundle, manifest, result, where), **settings}
     each = document.pop("images")
     files: list[Path] = []
     if latents_out is not None:
@@ -205,13 +221,24 @@ def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str,
     """All that is needed to draw the images again, and how long they took."""
     names = manifest.conditioning.names
     plan = result.plan
+    scales = list(zip(plan.schedule.names, plan.rows[:, ROW["G"]].tolist(), strict=True))
+    said: list[dict[str, Any]] = [{"prompt": prompt} for prompt in result.prompts] or [
+        {"label": label, "name": names[label] if names else None} for label in result.labels
+    ]
+    height, width = (manifest.decoder.factor * side for side in result.latents.shape[2:])
     return {
         "bundle": bundle.name,
         **where,
+        "width": width,
+        "height": height,
         "steps": len(result.schedule.names),
         "solver": plan.table.solver.name,
         "solver_options": plan.table.solver.said(),
         "guided": [bool(g) for g in plan.guided],
+        "guidance": {
+            name: sorted({plan.embedded.get(name, scale) for step, scale in scales if step == name})
+            for name in dict.fromkeys(plan.schedule.names)
+        },
         "schedule": {
             "text": result.schedule.text,
             "rule": result.schedule.rule,
@@ -223,7 +250,6 @@ def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str,
         "timings": [{"member": t.member, "steps": t.steps, "ms": t.ms} for t in result.timings],
         "total_ms": result.total_ms,
         "images": [
-            {"label": label, "name": names[label] if names else None, "seed": seed}
-            for label, seed in zip(result.labels, result.seeds, strict=True)
+            {**what, "seed": seed} for what, seed in zip(said or [{}] * len(result.seeds), result.seeds, strict=True)
         ],
     }
