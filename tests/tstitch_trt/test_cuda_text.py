@@ -1,0 +1,128 @@
+"""Text bundles on a CUDA device over the stand-in: sizes, control and blending are kinds of recorded steps.
+
+The oracle is the runtime on the CPU, which ``test_pictured`` holds against float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tstitch_trt
+from cuda_stand_in import Machine, install
+from hand_made_parts import World
+from tstitch_engines.backends import Engine, open_backend
+from tstitch_engines.bundle import Bundle, open_bundle
+from tstitch_engines.cuda_device import CudaDevice
+from tstitch_engines.device import Buffer, open_device
+from tstitch_engines.host_device import HostDevice
+from tstitch_trt import Runtime
+
+
+class LateEngine(Engine):
+    """An engine of the CPU whose runs are work on a stream of the stand-in, each on the buffers bound at that time."""
+
+    def __init__(self, engine: Engine, machine: Machine, stream: int) -> None:
+        super().__init__(engine.inputs, engine.outputs, engine.profile)
+        self.engine, self.machine, self.stream = engine, machine, stream
+
+    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
+        self.bound = (buffers, batch, {name: size for name, size in self.sizes.items() if name != "B"})
+
+    def enqueue(self) -> None:
+        buffers, batch, sizes = self.bound
+
+        def run() -> None:
+            self.engine.bind(buffers, batch=batch, sizes=sizes)
+            self.engine.enqueue()
+
+        self.machine.submit(self.stream, run)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return open_bundle(World().bundle(tmp_path_factory.mktemp("whole")).root)
+
+
+@pytest.fixture(scope="module")
+def cpu(bundle: Bundle) -> Runtime:
+    return tstitch_trt.load(bundle, threads=1)
+
+
+@pytest.fixture
+def machine(kernels_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    return install(monkeypatch, kernels_on_host, tmp_path / "step_kernels.fatbin")
+
+
+@pytest.fixture
+def load(machine: Machine, bundle: Bundle) -> Callable[..., Runtime]:
+    def make(**options: Any) -> Runtime:
+        device = open_device("cuda")
+        assert isinstance(device, CudaDevice)
+        backend, engines = open_backend("onnxruntime"), {}
+        for name, network in bundle.manifest.networks().items():
+            record = network.engines[0]
+            engine = backend.load(
+                bundle.path(record.files[0]), member=network, identity=record.identity, device=HostDevice(), threads=1
+            )
+            engines[name] = LateEngine(engine, machine, device.stream_handle)
+        return Runtime(bundle, device, "onnxruntime", engines, 0.0, **options)
+
+    return make
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+MASK = np.zeros((64, 96), np.uint8)
+MASK[:, :40] = 255
+SIZE = {"height": 64, "width": 96}
+REQUESTS: list[dict[str, Any]] = [
+    {"n": 3},
+    {"n": 3, **SIZE, "guidance": 3.0},
+    {"n": 2, "control": IMAGE, "guidance": 2.0},
+    {"n": 2, **SIZE, "guidance": 2.0},
+    {"n": 2, "image": IMAGE, "mask": MASK, "strength": 0.7},
+    {"n": 2, "image": IMAGE, "mask": MASK, "guidance": 2.0, "control": IMAGE, "schedule": "painter:0.5,steered"},
+    {"n": 5, "prompt": ["a fox", "a red bear blurry sky sea"]},
+]
+
+
+@pytest.mark.parametrize("graph", ["step", "segment", "off"])
+def test_every_kind_of_request_equals_the_cpu(load: Callable[..., Runtime], cpu: Runtime, graph: str) -> None:
+    """In one runtime, one after another and again, so that nothing recorded for one is wrong for the next."""
+    gpu = load(graph=graph)
+    for request in [*REQUESTS, *reversed(REQUESTS)]:
+        asked = {"prompt": "a red fox", "steps": 4, **request}
+        ours, theirs = gpu.sample(**asked), cpu.sample(**asked)
+        assert np.abs(ours.latents - theirs.latents).max() < 1e-4 * np.abs(theirs.latents).max(), request
+        assert ours.images is not None
+        assert theirs.images is not None
+        assert np.abs(ours.images.astype(int) - theirs.images.astype(int)).max() <= 1
+
+
+def test_between_first_and_last_step_there_are_launches_only(load: Callable[..., Runtime], machine: Machine) -> None:
+    gpu = load()
+    calls = gpu.device.calls
+    asked: dict[str, Any] = {"prompt": "a red fox", "image": IMAGE, "mask": MASK, "control": IMAGE, "guidance": 2.0}
+    gpu.sample(**asked, steps=4)
+    recorded, before = machine.recorded, calls.copy()
+    for event in gpu.iterate(**asked, steps=7, seed=3):
+        if event.step > 1:
+            assert calls - before == {"graph launch": 1}
+        before = calls.copy()
+
+    def cost(steps: int) -> Any:
+        start = calls.copy()
+        gpu.sample(**asked, steps=steps)
+        return calls - start
+
+    assert cost(14) - cost(4) == {"graph launch": 10}
+    assert cost(4)["alloc"] == 0
+    assert machine.recorded == recorded
