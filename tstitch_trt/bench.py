@@ -29,6 +29,7 @@ from tstitch_trt.machine import Machine, describe_machine, peak_memory
 if TYPE_CHECKING:
     from tstitch_trt.plan import Plan
     from tstitch_trt.runtime import Runtime
+from tstitch_trt.stand_in import stand_in_wishes
 
 __all__ = ["Baseline", "BaselineTiming", "Bench", "MemberTiming", "TrajectoryTiming", "measure", "spread"]
 
@@ -219,7 +220,8 @@ class _Trajectory:
         self.request = request
         self.plan = plan
         self.batch = batch
-        self.labels = [i % runtime.manifest.conditioning.classes for i in range(batch)]
+        self.asked = stand_in_wishes(runtime.manifest, runtime.backend_name, plan, batch)
+        self.labels: list[int] = self.asked.get("labels", [])  # a baseline draws classes
         latent = runtime.manifest.latent
         shape = (batch, latent.channels, latent.height, latent.width)
         self.noise = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -232,7 +234,7 @@ class _Trajectory:
 
     def round(self, baseline: Baseline | None, *, keep: bool) -> None:
         before = {kind: self._calls(kind, (steps + 1) // 2) for kind, steps in self.kinds.items()}
-        result = self.runtime.sample(labels=self.labels, seed=0, decode=False, **self.request)
+        result = self.runtime.sample(**self.asked, seed=0, decode=False, **self.request)
         after = {kind: self._calls(kind, steps // 2) for kind, steps in self.kinds.items()}
         other = None if baseline is None else self._timed_walk(baseline)
         if not keep:
@@ -256,7 +258,7 @@ class _Trajectory:
 
     def compare(self, baseline: Baseline) -> float:
         """Relative L2 difference of the baseline's final latents from ours. Raises ``BadInput`` when not equal."""
-        ours = self.runtime.sample(labels=self.labels, latents=self.noise, decode=False, **self.request).latents
+        ours = self.runtime.sample(**self.asked, latents=self.noise, decode=False, **self.request).latents
         theirs = baseline.walk(self.plan, self.noise, self.labels)
         difference = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
         if not difference <= baseline.tolerance:

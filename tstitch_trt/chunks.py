@@ -19,7 +19,7 @@ from tstitch_trt.result import Decode, SegmentTiming, StepEvent
 from tstitch_trt.rows import with_blend
 from tstitch_trt.stepper import Stepper
 
-__all__ = ["Chunk", "UnderWay", "Walk"]
+__all__ = ["Chunk", "Gathered", "UnderWay", "Walk"]
 
 
 @dataclass(frozen=True)
@@ -226,3 +226,28 @@ class Walk:
             estimate,
             self._decode,
         )
+
+
+class Gathered:
+    """What the chunks of a walk gave, as far as they were added: in the order of the images."""
+
+    def __init__(self, walk: Walk, shape: tuple[int, ...] | None, decode: Decode | None) -> None:
+        """``shape``: of all latents, ``None`` when they stay on the device. ``decode``: to make pictures of them."""
+        self._walk = walk
+        self._decode = decode
+        self._pictures: list[NDArray[np.uint8]] = []
+        self.latents = None if shape is None else np.empty(shape, np.float32)
+        self.timings: list[SegmentTiming] = []
+
+    def add(self, done: UnderWay) -> None:
+        """Waits for the chunk. Raises ``NotFinite``."""
+        part, times = self._walk.collect(done)
+        before = self.timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]
+        self.timings = [SegmentTiming(a.member, a.steps, a.ms + b.ms) for a, b in zip(before, times, strict=True)]
+        if part is not None and self.latents is not None:
+            self.latents[done.chunk.start : done.chunk.stop] = part
+            if self._decode is not None:
+                self._pictures.append(self._decode(part))
+
+    def pictures(self) -> NDArray[np.uint8] | None:
+        return np.concatenate(self._pictures) if self._pictures else None

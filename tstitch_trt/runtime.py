@@ -16,7 +16,7 @@ from tstitch_engines.bundle import Bundle
 from tstitch_engines.device import Buffer, Device
 from tstitch_engines.errors import BadInput, Cancelled, unknown_name
 from tstitch_engines.manifest import Manifest
-from tstitch_trt.chunks import UnderWay, Walk
+from tstitch_trt.chunks import Gathered, UnderWay, Walk
 from tstitch_trt.codec import Codec
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState
@@ -24,7 +24,7 @@ from tstitch_trt.parts import Part
 from tstitch_trt.pictures import Tile
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.request import Request, host_array
-from tstitch_trt.result import Result, SegmentTiming, StepEvent
+from tstitch_trt.result import Result, StepEvent
 from tstitch_trt.starting import check_start_wishes, start_step
 from tstitch_trt.stepper import Stepper
 from tstitch_trt.text import TextEncoders
@@ -238,19 +238,7 @@ class Runtime:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
         shape = (request.n, self.manifest.latent.channels, *request.size)
         kept = self._result_buffer(shape) if output == "device" else None
-        latents = np.empty(shape if kept is None else (0,), np.float32)
-        images: list[NDArray[np.uint8]] = []
-        timings: list[SegmentTiming] = []
-
-        def collect(done: UnderWay) -> None:
-            part, times = walk.collect(done)
-            before = timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]
-            timings[:] = [SegmentTiming(a.member, a.steps, a.ms + b.ms) for a, b in zip(before, times, strict=True)]
-            if part is not None:
-                latents[done.chunk.start : done.chunk.stop] = part
-                if decode:
-                    images.append(self.decode(part))
-
+        found = Gathered(walk, None if kept is not None else shape, self.decode if decode else None)
         before: UnderWay | None = None
         for chunk in walk.chunks():
             keep = None
@@ -259,17 +247,17 @@ class Runtime:
                 keep = self.device.view(kept, offset, (chunk.count, *shape[1:]), "float32")
             under_way = yield from walk.run(chunk, keep)
             if before is not None:
-                collect(before)
+                found.add(before)
             before = under_way
         assert before is not None, "a request has at least one image"
-        collect(before)
+        found.add(before)
         return Result(
-            np.concatenate(images) if images else None,
-            latents if kept is None else None,
+            found.pictures(),
+            found.latents,
             request.seeds,
             request.labels,
             plan,
-            tuple(timings),
+            tuple(found.timings),
             None if kept is None else self.device.share(kept),
             prompts=request.prompts,
         )

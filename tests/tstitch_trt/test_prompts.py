@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from tstitch_engines.host_kernels import normal
 from tstitch_engines.manifest import TextInputs
 from tstitch_engines.rows import INITIAL_NOISE_STEP
 from tstitch_trt import Runtime
+from tstitch_trt.bench import measure
+from tstitch_trt.plan import make_plan
+from tstitch_trt.wishes import PictureWishes, Wishes
 
 STEPS = 6
 
@@ -208,6 +212,18 @@ def test_embeddings_that_do_not_fit(runtime: Runtime) -> None:
     given["pooled_prompt_embeds"][0, 0] = np.nan
     with pytest.raises(NotFinite, match="pooled_prompt_embeds for member 'base'"):
         runtime.sample(**given, steps=4, guidance=2.0)
+
+
+def test_the_keywords_are_those_of_requests_and_plans() -> None:
+    plan = [name for name in inspect.signature(make_plan).parameters if name not in ("manifest", "start")]
+    assert list(Wishes.__annotations__) == [*PictureWishes.__annotations__, *plan]
+
+
+def test_bench_measures_text_bundles_without_a_text_encoder(runtime: Runtime) -> None:
+    for guidance in (1.0, 2.0):
+        bench = measure(runtime, fractions=(0.0, 0.5), repeats=1, warmup=0, steps=2, guidance=guidance)
+        assert [t.fraction for t in bench.trajectories] == [0.0, 0.5]
+        assert all(member.step_ms > 0 for member in bench.members)
 
 
 def test_a_prompt_without_text_encoders_says_what_to_give(runtime: Runtime) -> None:
