@@ -109,8 +109,7 @@ class Limits:
             if allowed is None or not allowed.min * factor <= pixels <= allowed.max * factor:
                 raise OutOfProfile(
                     f"{word} {pixels} is outside what was built: {self._allowed()}",
-                    hint=f"ask for a size that all members allow, or build again with a wider --{word} MIN:OPT:MAX "
-                    f"(in latent elements: {pixels} pixels are {math.ceil(pixels / factor)})",
+                    hint=f"ask for a size that all members allow, or build again with a wider --{word} MIN:OPT:MAX",
                 )
             if pixels % (factor * multiple):
                 near = self._near(pixels, factor * multiple, allowed, factor)
