@@ -22,6 +22,7 @@ from tstitch_engines.identity import digest
 from tstitch_engines.manifest import (
     SCHEMA,
     Component,
+    Defaults,
     ExportCheck,
     Manifest,
     Member,
@@ -184,7 +185,7 @@ class _Builder:
             latent=agreement.latent,
             noise=agreement.noise,
             conditioning=spec.conditioning,
-            defaults=spec.defaults,
+            defaults=_defaults(spec, agreement),
             decoder=agreement.decoder,
             members={plan.name: _member(plan, made[plan.name], agreement) for plan in members},
             parts={plan.name: made[plan.name] for plan in parts},
@@ -295,6 +296,16 @@ class _Builder:
 
 def _copy(source: Path, staging: Path, folder: str) -> Component:
     return copy_component(source, staging, f"{folder}/{source.name}")
+
+
+def _defaults(spec: Recipe, agreement: Agreement) -> Defaults:
+    """The recipe's, with solver and spacing of the governing pipeline's scheduler. ``agree`` has said what it takes."""
+    if agreement.scheduler is None:
+        return spec.defaults
+    found = agreement.scheduler
+    return msgspec.structs.replace(
+        spec.defaults, solver=found.solver, spacing=found.spacing, solver_options=dict(found.options)
+    )
 
 
 def _member(plan: NetworkPlan, network: Network, agreement: Agreement) -> Member:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
-from tstitch_engines.errors import BadCheckpoint, PairMismatch
+from tstitch_engines.errors import BadCheckpoint, BadInput, PairMismatch
 from tstitch_engines.manifest import (
     Decoder,
     Latent,
@@ -21,6 +20,7 @@ from tstitch_engines.manifest import (
     Parametrisation,
     TextInputs,
 )
+from tstitch_engines.scheduler_config import Scheduler, read_scheduler
 from tstitch_export.families.controlnet import residuals_fit
 from tstitch_export.planning import NetworkPlan
 from tstitch_export.recipe import MemberRecipe, Recipe, load_recipe, recipe_names
@@ -49,7 +49,7 @@ class Agreement:
     latent: Latent
     noise: NoiseScheduleSpec
     decoder: Decoder
-    scheduler: Mapping[str, Any] | None
+    scheduler: Scheduler | None
     members: Mapping[str, Adapted]
     notes: tuple[str, ...]
 
@@ -74,12 +74,11 @@ def agree(recipe: Recipe, members: Sequence[NetworkPlan], parts: Mapping[str, Ne
     latent, noise = _latent(recipe, members, notes), _noise_of(recipe, members)
     decoder = _decoder(recipe, latent, parts, notes)
     adapted = {plan.name: _adapt(plan, recipe, latent, noise, parts, notes) for plan in members}
-    schedulers = [plan.inspection.scheduler for plan in members if plan.inspection.scheduler is not None]
     return Agreement(
         latent=latent,
         noise=noise,
         decoder=decoder,
-        scheduler=schedulers[-1] if schedulers else None,
+        scheduler=_scheduler(recipe, members, notes),
         members=adapted,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -207,6 +206,26 @@ def _latent(recipe: Recipe, members: Sequence[NetworkPlan], notes: list[str]) ->
 def _noise_of(recipe: Recipe, members: Sequence[NetworkPlan]) -> NoiseScheduleSpec:
     stated = [plan.inspection.noise for plan in members if plan.inspection.noise is not None]
     return stated[-1] if stated else recipe.noise
+
+
+def _scheduler(recipe: Recipe, members: Sequence[NetworkPlan], notes: list[str]) -> Scheduler | None:
+    """The last pipeline's that can be honoured; for one that can't the recipe's defaults stand, and it is said."""
+    stated = [plan for plan in members if plan.inspection.scheduler is not None]
+    if not stated:
+        return None
+    config = stated[-1].inspection.scheduler
+    assert config is not None
+    try:
+        found = read_scheduler(config, where=f"scheduler_config.json of {stated[-1].inspection.path.name}")
+    except BadInput as error:
+        notes.append(
+            f"the default solver is {recipe.defaults.solver}, as the recipe says; the pipeline's scheduler is not "
+            f"taken over: {error.message}"
+        )
+        return None
+    if found.solver != recipe.defaults.solver:
+        notes.append(f"the default solver is {found.solver}, as the scheduler of {_who(stated[-1])} states")
+    return found
 
 
 def _decoder(recipe: Recipe, latent: Latent, parts: Mapping[str, NetworkPlan], notes: list[str]) -> Decoder:

@@ -23,10 +23,11 @@ from tstitch_engines.manifest import (
 )
 from tstitch_engines.spec import Range
 
-__all__ = ["PARTS", "MemberRecipe", "PartRecipe", "QualityRecipe", "Recipe", "load_recipe", "recipe_names"]
+__all__ = ["PARTS", "MemberRecipe", "PartRecipe", "QualityRecipe", "Recipe", "load_recipe", "recipe_names", "template"]
 
 # The parts a bundle may have; those that end in _2 are SDXL's second text encoder
 PARTS: Final = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder", "controlnet")
+_TEMPLATE: Final = "template"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
@@ -87,7 +88,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def recipe_names() -> tuple[str, ...]:
     """The recipes that come with the package."""
-    return tuple(sorted(path.stem for path in _folder().glob("*.toml")))
+    return tuple(sorted(path.stem for path in _folder().glob("*.toml") if path.stem != _TEMPLATE))
+
+
+def template() -> str:
+    """A commented recipe to start one's own from."""
+    return (_folder() / f"{_TEMPLATE}.toml").read_text()
 
 
 def load_recipe(reference: str | Path) -> tuple[Recipe, Path]:
