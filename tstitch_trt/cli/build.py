@@ -19,7 +19,7 @@ __all__ = ["command"]
 
 EXAMPLES = """
 tstitch-trt build --list
-tstitch-trt build --template > my.toml
+tstitch-trt build --template
 tstitch-trt build fashion -o fashion.bundle
 tstitch-trt build fashion --batch 1:8:32 --json
 tstitch-trt build fashion.bundle --backend tensorrt-rtx
