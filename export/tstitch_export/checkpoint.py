@@ -10,7 +10,8 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ __all__ = ["PICKLED", "Checkpoint", "SafetensorsEntry", "read_checkpoint", "read
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("ema", "model", "state_dict")  # in this order: published DiT training states hold both ema and model
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}  # safetensors' names -> numpy's
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors' names -> numpy's, of the bits
 _SAFETENSORS_HINT = "convert it to .safetensors where you trust it: safetensors.torch.save_file(state_dict, path)"
 
 
@@ -58,16 +59,19 @@ class Checkpoint:
 
     def values(self, name: str) -> NDArray[np.float64]:
         """One small tensor of ordinary floats; of a ``.safetensors`` file read without torch."""
+        return self.arrays()[name]().astype(np.float64)
+
+    def arrays(self) -> dict[str, Callable[[], NDArray[np.floating[Any]]]]:
+        """The tensors as functions that read one, in float32 (float64 stays); ``.safetensors`` ones without torch.
+
+        The file is mapped, so that it may be deleted or replaced before they are read.
+        """
         if self._stored is None:
             entries = {_plain(key): entry for key, entry in read_safetensors_header(self.path).items()}
-            entry = entries[name]
-            if entry.dtype in _FLOATS:
-                with self.path.open("rb") as stream:
-                    stream.seek(entry.start)
-                    data = np.frombuffer(stream.read(entry.length), _FLOATS[entry.dtype])
-                return data.reshape(entry.shape).astype(np.float64)
-        found: NDArray[np.float64] = self.tensors()[name].double().numpy()
-        return found
+            if all(entry.dtype in _FLOATS for entry in entries.values()):
+                content = np.memmap(self.path, np.uint8, "r")
+                return {name: partial(_floats, content, entry) for name, entry in entries.items()}
+        return {name: partial(_to_numpy, tensor) for name, tensor in self.tensors().items()}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -119,6 +123,21 @@ def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
             f"{path.name} is not a whole safetensors file: {_guess(path) or error}", hint="download or copy it again"
         ) from None
     return entries
+
+
+def _floats(content: NDArray[np.uint8], entry: SafetensorsEntry) -> NDArray[np.floating[Any]]:
+    bits = content[entry.start : entry.start + entry.length].view(_FLOATS[entry.dtype]).reshape(entry.shape)
+    if entry.dtype == "BF16":  # the upper half of a float32
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.astype(np.float64 if entry.dtype == "F64" else np.float32)
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[np.floating[Any]]:
+    import torch
+
+    kept = tensor if tensor.dtype == torch.float64 else tensor.float()
+    found: NDArray[np.floating[Any]] = kept.numpy()
+    return found
 
 
 def _plain(name: str) -> str:

@@ -1,8 +1,9 @@
 """LoRAs fused into a model when it is built: W + weight * alpha / rank * up @ down (arXiv 2106.09685).
 
 ``parse_loras`` reads the option, ``check_loras`` refuses a LoRA for another model before any weight is read, ``fuse``
-adds it up. All three know no architecture: a family gives the shapes of its modules and their other spellings, so
-that the text encoder's part of a file goes through the same code as the UNet's.
+adds it up (``lora_deltas`` is what it adds, for who has the weights elsewhere). They know no architecture: a family
+gives the shapes of its modules and their other spellings, so that the text encoder's part of a file goes through the
+same code as the UNet's.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.checkpoint import read_checkpoint
@@ -24,11 +29,12 @@ from tstitch_export.families.lora_keys import LoraLayer, lora_layers, lora_looks
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LORA_OPTION", "check_loras", "describe_loras", "fuse", "parse_loras"]
+__all__ = ["LORA_OPTION", "check_loras", "describe_loras", "fuse", "lora_deltas", "parse_loras"]
 
 _log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
+Delta = Callable[[], NDArray[np.float32]]
 
 LORA_OPTION: Final = (
     str,
@@ -96,29 +102,48 @@ def fuse(
     aliases: Mapping[str, str] | None = None,
 ) -> None:
     """Adds the LoRAs to the weights in ``state``, in float32. Raises what ``check_loras`` does."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    for use in uses:
-        matched = _matched(use, shapes, model, part, aliases or {})
-        tensors = read_checkpoint(use.path).tensors()
-        settings = _settings(use.path, part)
-        for layer, module in matched:
-            pieces = {piece: tensors[key].float() for piece, key in layer.keys.items()}
-            scale = use.weight * _scale(pieces, module, settings)
-            key = f"{module}.weight"
-            state[key] = state[key].float() + scale * _product(pieces).reshape(shapes[key])
-
-
-def _product(pieces: Mapping[str, Tensor]) -> Tensor:
-    """``up @ down``, through the middle convolution where there is one (LoCon, Tucker decomposition)."""
     import torch
 
-    down, up = pieces["down"], pieces["up"].flatten(1)
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for use in uses:
+        for key, delta in lora_deltas(use, shapes, model=model, part=part, aliases=aliases):
+            state[key] = state[key].float() + torch.from_numpy(delta())
+
+
+def lora_deltas(
+    use: LoraUse,
+    shapes: Shapes,
+    *,
+    model: str,
+    part: str = "unet",
+    aliases: Mapping[str, str] | None = None,
+) -> list[tuple[str, Delta]]:
+    """What a file adds to the weights: their keys in ``shapes``, and functions that compute it, float32. No torch.
+
+    A key comes twice where the file has two layers for it. Raises what ``check_loras`` does.
+    """
+    matched = _matched(use, shapes, model, part, aliases or {})
+    arrays = read_checkpoint(use.path).arrays()
+    settings = _settings(use.path, part)
+
+    def delta(layer: LoraLayer, module: str) -> NDArray[np.float32]:
+        pieces = {piece: arrays[key]().astype(np.float32) for piece, key in layer.keys.items()}
+        scale = np.float32(use.weight * _scale(pieces, module, settings))
+        return scale * _product(pieces).reshape(shapes[f"{module}.weight"])
+
+    return [(f"{module}.weight", partial(delta, layer, module)) for layer, module in matched]
+
+
+def _product(pieces: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """``up @ down``, through the middle convolution where there is one (LoCon, Tucker decomposition)."""
+    down, up = (pieces[name].reshape(len(pieces[name]), -1) for name in ("down", "up"))
     if "mid" not in pieces:
-        return up @ down.flatten(1)
-    return torch.einsum("or,rsyx,si->oiyx", up, pieces["mid"], down.flatten(1))
+        return up @ down
+    product: NDArray[np.float32] = np.einsum("or,rsyx,si->oiyx", up, pieces["mid"], down, optimize=True)
+    return product
 
 
-def _scale(pieces: Mapping[str, Tensor], module: str, settings: Mapping[str, Any]) -> float:
+def _scale(pieces: Mapping[str, NDArray[np.float32]], module: str, settings: Mapping[str, Any]) -> float:
     rank = pieces["down"].shape[0]
     alpha = float(pieces["alpha"]) if "alpha" in pieces else settings.get("lora_alpha")
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
