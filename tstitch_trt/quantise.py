@@ -31,6 +31,7 @@ from tstitch_engines.files import copy_component, temporary_directory
 from tstitch_engines.identity import model_digest
 from tstitch_engines.manifest import EngineRecord, Manifest, Member, Precision, Quantisation, QuantisationLoss
 from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.weights import WEIGHTS
 from tstitch_trt.plan import make_plan
 from tstitch_trt.recorder import needs_widening, widen_graph
 from tstitch_trt.trajectories import Trajectories, group_levels, pick_rows
@@ -251,7 +252,8 @@ class _Work:
             inputs=float32_specs(source.inputs),
             outputs=float32_specs(source.outputs),
             onnx=tuple(copy_component(file, staging, f"{name}/{file.name}") for file in graph.files),
-            check=None,  # that was of the other graph
+            check=None,  # that was of the other graph, and so was the map of its weights
+            files={purpose: part for purpose, part in source.files.items() if purpose != WEIGHTS},
             engines=(),
         )
         model = graph.files[0]
@@ -324,7 +326,7 @@ class _Work:
 
         old = self._bundle.manifest
         replaced = old.members[name]
-        others = {**old.members, name: msgspec.structs.replace(replaced, onnx=(), engines=())}
+        others = {**old.members, name: msgspec.structs.replace(replaced, onnx=(), engines=(), files=member.files)}
         for part in msgspec.structs.replace(old, members=others).components():
             if copy_component(self._bundle.path(part), staging, part.path) != part:
                 raise BadBundle(

@@ -31,6 +31,7 @@ from tstitch_engines.manifest import (
     Quality,
 )
 from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.weights import WEIGHTS
 from tstitch_export.compatibility import Agreement, agree
 from tstitch_export.families.base import Scalar
 from tstitch_export.options import split_options, typed
@@ -41,7 +42,7 @@ __all__ = ["build", "versions_of"]
 
 _log = logging.getLogger(__name__)
 
-_EXPORT_SCHEMA: Final = 2  # part of every export's cache key: raise it when exporter or graph work changes
+_EXPORT_SCHEMA: Final = 3  # part of every export's cache key: raise it when exporter or graph work changes
 _DEFAULT_PROFILE: Final = Range(1, 8, 16)
 
 
@@ -216,7 +217,7 @@ class _Builder:
             check, versions = plan.shipped.member.check, plan.shipped.versions
             _log.info("%s: reused the shipped ONNX graph", plan.what)
         else:
-            from tstitch_export.exporter import export_onnx
+            from tstitch_export.exporter import WEIGHT_MAP, export_onnx
 
             def make(folder: Path) -> dict[str, object]:
                 found = export_onnx(
@@ -226,7 +227,9 @@ class _Builder:
                     folder=folder,
                     progress=lambda phase, share: self.report(f"export, {phase}", 0.6 * share),
                 )
-                written = plan.family.assets(plan.inspection, folder)
+                written = dict(plan.family.assets(plan.inspection, folder))
+                if (folder / WEIGHT_MAP).exists():
+                    written[WEIGHTS] = folder / WEIGHT_MAP
                 return {
                     "what": what,
                     "assets": {purpose: path.name for purpose, path in written.items()},

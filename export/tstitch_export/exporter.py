@@ -19,13 +19,14 @@ from tstitch_engines.spec import parse_dimension
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
 from tstitch_export.needs import need, need_torch
 from tstitch_export.onnx_graph import retyped_to_float32, tidy, validate
+from tstitch_export.weight_map import write_weight_map
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
-__all__ = ["GRAPH", "OPSET", "PROGRAM", "check_graph", "export_onnx", "export_program"]
+__all__ = ["GRAPH", "OPSET", "PROGRAM", "WEIGHT_MAP", "check_graph", "export_onnx", "export_program"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 OPSET: Final[dict[Precision, int]] = {"fp32": 20, "fp16": 23, "bf16": 23}
 GRAPH: Final = "model.onnx"
 PROGRAM: Final = "model.pt2"
+WEIGHT_MAP: Final = "weights.json"
 _INLINE_LIMIT: Final = 32 << 20  # bytes of weights above which they go into a file beside the graph
 _MAX_BATCH: Final = 65535
 
@@ -49,6 +51,8 @@ def export_onnx(
     family: Family, inspection: Inspection, *, precision: Precision, folder: Path, progress: Progress
 ) -> ExportCheck:
     """Writes ``model.onnx`` (and ``model.onnx.data`` when the weights are large) into ``folder`` and checks it.
+
+    Where the family knows LoRAs, also ``weights.json``, the map of its weights (``tstitch_engines.weights``).
 
     Raises ``BuildFailed`` when the export fails or computes something else than PyTorch.
     """
@@ -79,6 +83,8 @@ def export_onnx(
     progress("check", 0.7)
     with _explained("validating the export of", inspection), quiet():
         validate(path, inputs=inputs, outputs=outputs)
+        if (target := family.lora_target(inspection)) is not None:
+            write_weight_map(path, model, target, folder / WEIGHT_MAP)
     del model  # tracing moved it to its precision, and two of a full-size model may be more than there is memory
     check = check_graph(path, family, inspection, precision)
     progress("check", 1.0)

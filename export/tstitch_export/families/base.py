@@ -14,7 +14,7 @@ from tstitch_engines.spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["TORCH_NAMES", "Dim", "Family", "Inspection", "LoraUse", "Role", "Scalar"]
+__all__ = ["TORCH_NAMES", "Dim", "Family", "Inspection", "LoraTarget", "LoraUse", "Role", "Scalar"]
 
 Scalar = int | float | bool | str
 Role = Literal["member", "text_encoder", "vae_decoder", "vae_encoder", "controlnet"]
@@ -37,6 +37,19 @@ class LoraUse:
 
     path: Path
     weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTarget:
+    """What LoRAs may name of a network: the ``part`` of the pipeline it is, the ``shapes`` of its state dict.
+
+    ``aliases`` are other spellings of the module names; ``prefix`` is where those modules are in the loaded model.
+    """
+
+    part: str
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    prefix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +108,10 @@ class Family(ABC):
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         """Raises ``BadCheckpoint`` saying what the file looks like when it is no checkpoint of this family."""
 
+    def holds(self, shapes: Mapping[str, tuple[int, ...]], part: str) -> bool:
+        """Whether the single file of a whole pipeline with these tensors has this network, as its ``part``."""
+        return False
+
     @abstractmethod
     def load(self, inspection: Inspection) -> nn.Module:
         """The model in float32 and eval mode, with the member signature. Raises ``BadCheckpoint``."""
@@ -117,6 +134,10 @@ class Family(ABC):
     def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
         """The dynamic dimensions besides ``B`` by name: ``H`` and ``W`` of the latent, ``T`` tokens."""
         return {}
+
+    def lora_target(self, inspection: Inspection) -> LoraTarget | None:
+        """What LoRAs may change; ``None`` where this family knows no LoRAs."""
+        return None
 
     def assets(self, inspection: Inspection, folder: Path) -> Mapping[str, Path]:
         """Writes the files that are needed at run time besides the model, by purpose (``tokenizer``)."""

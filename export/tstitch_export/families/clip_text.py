@@ -15,7 +15,7 @@ from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
 from tstitch_engines.manifest import Precision
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint import read_checkpoint
-from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, Role, Scalar
+from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, LoraTarget, Role, Scalar
 from tstitch_export.families.clip_text_layout import PREFIXES, Piece, Shapes, find_tower, name_pieces, take
 from tstitch_export.families.folder import describe_folder, read_json, weights_file
 from tstitch_export.families.lora import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
@@ -90,6 +90,9 @@ class ClipTextFamily(Family):
             loras=loras,
         )
 
+    def holds(self, shapes: Shapes, part: str) -> bool:
+        return part in PREFIXES and find_tower(shapes, part) is not None
+
     def load(self, inspection: Inspection) -> nn.Module:
         torch = need_torch("exporting a text encoder")
         from tstitch_export.families.clip_text_model import ClipText
@@ -144,6 +147,11 @@ class ClipTextFamily(Family):
         ids = torch.where(place < lengths, words, torch.where(place == lengths, eos, pad))
         ids[:, 0] = bos
         return (ids,)
+
+    def lora_target(self, inspection: Inspection) -> LoraTarget:
+        pieces, stored = _pieces(inspection)
+        shapes = {name: piece.shape(stored) for name, piece in pieces.items()}
+        return LoraTarget(part=str(inspection.config["part"]), shapes=shapes, aliases=_aliases(shapes))
 
     def assets(self, inspection: Inspection, folder: Path) -> Mapping[str, Path]:
         path = folder / "tokenizer.json"

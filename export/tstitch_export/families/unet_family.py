@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.manifest import Precision, TextInputs
 from tstitch_engines.spec import TensorSpec
-from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Scalar
+from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, LoraTarget, Scalar
 from tstitch_export.families.lora import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
 from tstitch_export.families.unet_config import CLASS, Kind, UNetConfig, published_name
 from tstitch_export.families.unet_layout import module_names
@@ -158,6 +158,12 @@ class UNetFamily(Family):
     ) -> tuple[Tensor, ...]:
         found = sizes or {name: dim.native for name, dim in self.dims(inspection).items()}
         return random_inputs(self.inputs(inspection, "fp32"), {**found, "B": batch}, seed)
+
+    def lora_target(self, inspection: Inspection) -> LoraTarget:
+        assert isinstance(inspection, UNetInspection)
+        shapes = read_unet(inspection.path).shapes
+        aliases = _aliases(shapes, UNetConfig(inspection.unet))
+        return LoraTarget(part="unet", shapes=shapes, aliases=aliases, prefix="unet.")
 
     def _expect_kind(self, path: Path, config: UNetConfig) -> None:
         if config.kind == self.kind:
