@@ -33,10 +33,12 @@ from tstitch_engines.manifest import (
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_engines.weights import WEIGHTS
 from tstitch_export.compatibility import Agreement, agree
+from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.options import split_options, typed
-from tstitch_export.planning import NetworkPlan, Sizes, in_latents, plan_member, plan_parts, precision_of
+from tstitch_export.planning import NetworkPlan, part_names, plan_member, plan_parts, precision_of
 from tstitch_export.recipe import Recipe, check_member_name, load_recipe
+from tstitch_export.sizes import sizes_of
 
 __all__ = ["build", "versions_of"]
 
@@ -66,11 +68,12 @@ def build(
     """Builds the bundle ``output`` and returns its manifest.
 
     ``members`` gives checkpoints by member name, in place of or in addition to the recipe's own; ``parts`` folders of
-    text encoders, VAE and ControlNet, in place of those in the members' pipeline folders. ``precision`` is one for all
-    (but VAEs, which stay fp32) or one by name (fp32 where none is given). ``profile`` is the batch range of the
-    engines; with guidance one image takes two places. ``height`` and ``width`` are ranges in pixels, ``tokens`` of
-    prompts; the models' native size and prompts of up to 231 tokens where they are ``None``. ``options`` holds the
-    backend's options, and ``NAME.OPTION`` for the family of a member or part.
+    text encoders, VAE and ControlNet, in place of those in the members' pipelines; a member's own text encoder is
+    called ``MEMBER_text_encoder``. ``precision`` is one for all (but VAEs, which stay fp32) or one by name (fp32 where
+    none is given). ``profile`` is the batch range of the engines; with guidance one image takes two places. ``height``
+    and ``width`` are ranges in pixels, ``tokens`` of prompts; the last member's native size and prompts of up to 231
+    tokens where they are ``None``. ``options`` holds the backend's options, and ``NAME.OPTION`` for the family of a
+    member or part.
 
     What did not change is reused: exports and engines come from the cache or from the bundle that is replaced, and
     engines that bundle has for other backends or machines are kept where the ONNX is the same. An interrupted build
@@ -87,7 +90,7 @@ def build(
     for name in given:
         check_member_name(name)
     names = [*spec.members, *(name for name in given if name not in spec.members)]
-    known = [*names, *spec.parts]
+    known = [*names, *part_names(spec, names)]
     common, own = split_options(options or {}, known)
     settings = typed(common, opened.options, what=f"backend {backend!r}")
     compiler = Compiler.of(
@@ -95,20 +98,18 @@ def build(
     )
     if "controlnet" in beside:
         for name in names:
-            own[name] = {"controlled": True, **own[name]}
+            described = spec.members.get(name) or spec.other_members
+            if described is not None and "controlled" in open_family(described.family).options:
+                own[name] = {"controlled": True, **own[name]}
     plans = [
         plan_member(name, spec, base, given.get(name), own[name], precision_of(name, known, precision, None))
         for name in names
     ]
-    more = plan_parts(spec, plans, beside, own, precision, known)
+    more, left_out = plan_parts(spec, plans, beside, own, precision)
     agreement = agree(spec, plans, more)
+    agreement = replace(agreement, notes=(*left_out, *agreement.notes))
     factor = agreement.decoder.factor
-    sizes = Sizes(
-        batch=profile,
-        height=in_latents(height, factor, "height"),
-        width=in_latents(width, factor, "width"),
-        tokens=tokens,
-    )
+    sizes = sizes_of(plans, agreement.latent, factor, batch=profile, height=height, width=width, tokens=tokens)
     profiles = {plan.name: plan.profile(sizes) for plan in (*plans, *more.values())}
     for note in agreement.notes:
         _log.info("%s", note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,28 +11,28 @@ from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
 from tstitch_engines.files import hash_file
 from tstitch_engines.manifest import Precision, Source
 from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families import Family, Inspection, open_family
 from tstitch_export.families.base import TORCH_NAMES, Scalar
 from tstitch_export.options import typed
-from tstitch_export.recipe import PARTS, MemberRecipe, PartRecipe, Recipe
+from tstitch_export.recipe import PARTS, TEXT_ENCODERS, MemberRecipe, PartRecipe, Recipe
 from tstitch_export.shipped import ShippedMember, read_shipped
+from tstitch_export.sizes import Sizes
 
-__all__ = ["NetworkPlan", "Sizes", "in_latents", "plan_member", "plan_part", "plan_parts", "precision_of"]
+__all__ = [
+    "NetworkPlan",
+    "part_names",
+    "part_of",
+    "plan_member",
+    "plan_part",
+    "plan_parts",
+    "precision_of",
+]
 
 _MOST_TOKENS: Final = 3 * 77  # of prompts longer than the encoders' 77, which go through them in chunks
 # The VAE in half precision loses pictures (SDXL's overflows), and it is one call of a whole trajectory.
 _FP32_PARTS: Final = ("vae_decoder", "vae_encoder")
 _PART_BATCH: Final = {"vae_decoder": Range(1, 1, 1), "vae_encoder": Range(1, 1, 1)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Ranges of the engines' dimensions; ``None``: the model's native size. ``height``, ``width``: of the latent."""
-
-    batch: Range
-    height: Range | None = None
-    width: Range | None = None
-    tokens: Range | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +66,7 @@ class NetworkPlan:
         elif self.family.role == "text_encoder":
             batch = Range(1, min(2, sizes.batch.max), sizes.batch.max)
         dims = {"B": batch}
-        asked = {"H": sizes.height, "W": sizes.width, "T": sizes.tokens}
+        asked: dict[str, Range | None] = {"H": sizes.height, "W": sizes.width, "T": sizes.tokens}
         for name, dim in self.family.dims(self.inspection).items():
             found = asked[name]
             if found is None:
@@ -85,19 +85,6 @@ _SIDES: Final = {"H": "latent heights", "W": "latent widths", "T": "prompt lengt
 _PER_LATENT: Final = "latent elements times the decoder's factor, 8 for Stable Diffusion"
 
 
-def in_latents(pixels: Range | None, factor: int, side: str) -> Range | None:
-    """A range of pixels as latent elements. Raises ``BadInput`` for one that is no multiple of ``factor``."""
-    if pixels is None:
-        return None
-    for size in (pixels.min, pixels.opt, pixels.max):
-        if size % factor:
-            raise BadInput(
-                f"{side} {pixels}: {size} is not a multiple of {factor} pixels, one latent element",
-                hint=f"e.g. {size // factor * factor or factor} or {-(-size // factor) * factor}",
-            )
-    return Range(pixels.min // factor, pixels.opt // factor, pixels.max // factor)
-
-
 def precision_of(
     name: str, names: Iterable[str], precision: Precision | Mapping[str, Precision], default: Precision | None
 ) -> Precision:
@@ -107,7 +94,7 @@ def precision_of(
     """
     if isinstance(precision, str):
         chosen = precision
-        if name in PARTS and default is not None:
+        if part_of(name) in PARTS and default is not None:
             chosen = default
         elif name in _FP32_PARTS:
             chosen = "fp32"
@@ -162,9 +149,14 @@ def plan_member(
 def plan_part(
     name: str, recipe: PartRecipe, path: Path, options: Mapping[str, Scalar], precision: Precision
 ) -> NetworkPlan:
-    """Like ``plan_member`` for a part. Raises ``BadCheckpoint``."""
+    """Like ``plan_member`` for a part, also a member's own (``small_text_encoder``). Raises ``BadCheckpoint``."""
     family = open_family(recipe.family)
-    inspection = _inspect(family, path, {**recipe.options, **options}, f"part {name!r}")
+    chosen = {**recipe.options, **options}
+    part = part_of(name)
+    whole = path.is_file() or (path / "model_index.json").is_file() or (path / part).is_dir()
+    if "part" in family.options and whole:
+        chosen.setdefault("part", part)
+    inspection = _inspect(family, path, chosen, f"part {name!r}")
     return NetworkPlan(
         name=name,
         recipe=recipe,
@@ -176,47 +168,89 @@ def plan_part(
     )
 
 
+def part_of(name: str) -> str:
+    """``small_text_encoder`` -> ``text_encoder``; the recipe's parts are themselves."""
+    return next((part for part in TEXT_ENCODERS if name.endswith(f"_{part}")), name)
+
+
+def part_names(spec: Recipe, members: Iterable[str]) -> list[str]:
+    """The parts that a bundle of ``members`` may have: the recipe's, and a text encoder of each member's own."""
+    own = [f"{member}_{part}" for member in members for part in TEXT_ENCODERS if part in spec.parts]
+    return [*spec.parts, *own]
+
+
 def plan_parts(
     spec: Recipe,
-    members: Iterable[NetworkPlan],
+    members: Sequence[NetworkPlan],
     given: Mapping[str, Path],
     options: Mapping[str, Mapping[str, Scalar]],
     precision: Precision | Mapping[str, Precision],
-    names: Iterable[str],
-) -> dict[str, NetworkPlan]:
-    """The recipe's parts that are at hand: given by path, or in a member's pipeline folder, the last member's first.
+) -> tuple[dict[str, NetworkPlan], tuple[str, ...]]:
+    """The parts that are at hand: given by path, or in what the members are given as, the last member's first.
 
-    A member whose own pipeline has another text encoder keeps it, as a part called ``MEMBER_text_encoder``.
+    A pipeline folder has them beside the denoiser, a single file of a whole pipeline within. A member whose own has
+    another text encoder keeps it, as a part called ``MEMBER_text_encoder``. With it come notes of what was left out.
     """
+    names = part_names(spec, [plan.name for plan in members])
+    known = [*(plan.name for plan in members), *names]
     for name in given:
-        if name not in spec.parts:
-            raise unknown_name(f"part of recipe {spec.name!r}", name, spec.parts)
-    members = list(members)
+        if name not in names:
+            raise unknown_name(f"part of recipe {spec.name!r}", name, names)
     found: dict[str, NetworkPlan] = {}
-    for name, recipe in spec.parts.items():
-        chosen = precision_of(name, names, precision, recipe.precision)
+    notes: list[str] = []
+    for part, recipe in spec.parts.items():
+        chosen = _part_precision(part, known, precision, recipe.precision, members)
 
-        def plan(path: Path, key: str, of: str = name, made: Precision = chosen) -> NetworkPlan:
-            return plan_part(key, spec.parts[of], path, options.get(of, {}), made)
+        def plan(path: Path, key: str, recipe: PartRecipe = recipe, chosen: Precision = chosen) -> NetworkPlan:
+            named = chosen if isinstance(precision, str) else precision.get(key, chosen)
+            return plan_part(key, recipe, path, options.get(key, {}), named)
 
-        folders = {} if recipe.subfolder is None else _folders(members, recipe.subfolder)
-        if name in given:
-            found[name] = plan(given[name], name)
-            continue
-        for member, folder in folders.items():
-            own = plan(folder, name)
-            if name not in found:
-                found[name] = own
-            elif own.family.role == "text_encoder" and _digests(own) != _digests(found[name]):
-                key = f"{member}_{name}"
-                found[key] = plan(folder, key)
-    return found
+        if part in given:
+            found[part] = plan(given[part], part)
+        for member in reversed(members):
+            key = f"{member.name}_{part}"
+            if key in given:
+                found[key] = plan(given[key], key)
+                continue
+            path = None if part in given else _inside(member, recipe, part)
+            if path is None:
+                continue
+            try:
+                own = plan(path, part)
+            except BadCheckpoint as error:
+                if path.is_dir():
+                    raise
+                notes.append(f"the {part} in {path.name} is left out: {error.message} ({error.hint})")
+                continue
+            if part not in found:
+                found[part] = own
+            elif part in TEXT_ENCODERS and _digests(own) != _digests(found[part]):
+                found[key] = plan(path, key)
+    return found, tuple(notes)
 
 
-def _folders(members: list[NetworkPlan], subfolder: str) -> dict[str, Path]:
-    """By member, the last first: its pipeline's folder of this part."""
-    wanted = {member.name: member.given / subfolder for member in reversed(members)}
-    return {name: folder for name, folder in wanted.items() if (folder / "config.json").is_file()}
+def _inside(member: NetworkPlan, recipe: PartRecipe, part: str) -> Path | None:
+    """Where the pipeline that the member was given as has this part; ``None`` where it has none."""
+    if member.given.is_file():
+        family = open_family(recipe.family)
+        return member.given if family.holds(read_checkpoint(member.given).shapes, part) else None
+    if recipe.subfolder is None or not (member.given / recipe.subfolder / "config.json").is_file():
+        return None
+    return member.given / recipe.subfolder
+
+
+def _part_precision(
+    part: str,
+    known: Sequence[str],
+    precision: Precision | Mapping[str, Precision],
+    default: Precision | None,
+    members: Sequence[NetworkPlan],
+) -> Precision:
+    """A ControlNet has its members' precision where nothing is said of it: residuals reach them without a cast."""
+    steered = {plan.precision for plan in members if plan.inspection.controlled}
+    if part == "controlnet" and default is None and len(steered) == 1:
+        (default,) = steered
+    return precision_of(part, known, precision, default)
 
 
 def _digests(plan: NetworkPlan) -> list[str]:

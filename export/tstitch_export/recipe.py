@@ -23,10 +23,20 @@ from tstitch_engines.manifest import (
 )
 from tstitch_engines.spec import Range
 
-__all__ = ["PARTS", "MemberRecipe", "PartRecipe", "QualityRecipe", "Recipe", "load_recipe", "recipe_names", "template"]
+__all__ = [
+    "PARTS",
+    "TEXT_ENCODERS",
+    "MemberRecipe",
+    "PartRecipe",
+    "QualityRecipe",
+    "Recipe",
+    "load_recipe",
+    "recipe_names",
+    "template",
+]
 
-# The parts a bundle may have; those that end in _2 are SDXL's second text encoder
-PARTS: Final = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder", "controlnet")
+TEXT_ENCODERS: Final = ("text_encoder", "text_encoder_2")  # the second is SDXL's
+PARTS: Final = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder", "controlnet")
 _TEMPLATE: Final = "template"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -185,4 +195,9 @@ def check_member_name(name: str) -> None:
         raise BadInput(
             f"member name {name!r} is not allowed; a name is a small letter, then up to 31 of a-z, 0-9, _ and -",
             hint=f"e.g. {close or 'small'}",
+        )
+    if name.endswith(PARTS):
+        raise BadInput(
+            f"member name {name!r} is not allowed: parts are called so",
+            hint="call it small, base, large or refiner; a part is given with --part NAME=FOLDER",
         )

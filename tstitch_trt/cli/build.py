@@ -223,7 +223,7 @@ def _recompile(
     from tstitch_engines.bundle import open_bundle
     from tstitch_engines.recompile import recompile
     from tstitch_export.options import typed
-    from tstitch_export.planning import in_latents
+    from tstitch_export.sizes import in_latents
 
     settings = typed(options, open_backend(backend).options, what=f"backend {backend!r}") if options else None
     bundle = open_bundle(source, engines=False)

@@ -19,8 +19,9 @@ _PREDICTIONS: Final[dict[str, Parametrisation]] = {"epsilon": "eps", "v_predicti
 # What diffusers takes where a config leaves a key out: (beta_schedule, beta_start, beta_end)
 _BETAS: Final = ("linear", 1e-4, 0.02)
 _CLASS_BETAS: Final = dict.fromkeys(("LCMScheduler", "TCDScheduler"), ("scaled_linear", 0.00085, 0.012))
-# class of the VAE -> its default scaling factor
-_SCALING: Final = {"AutoencoderKL": 0.18215, "VQModel": 0.18215, "AutoencoderTiny": 1.0}
+# Class of the VAE -> its default scaling factor. That of an AutoencoderTiny says nothing of the denoiser's latent,
+# which it was trained to take as it is.
+_SCALING: Final = {"AutoencoderKL": 0.18215, "VQModel": 0.18215}
 
 
 @dataclass(frozen=True, kw_only=True)

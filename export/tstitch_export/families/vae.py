@@ -83,6 +83,9 @@ class _VaeFamily(Family):
             packages=("diffusers",),
         )
 
+    def holds(self, shapes: Mapping[str, tuple[int, ...]], part: str) -> bool:
+        return any(name.startswith(PREFIX) for name in shapes)
+
     def load(self, inspection: Inspection) -> nn.Module:
         model = _load(inspection)
         return self._half(model.float(), inspection.config).eval().requires_grad_(False)
