@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
+from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
 from tstitch_engines.manifest import EngineIdentity, Network
@@ -42,6 +43,20 @@ class Engine(ABC):
 
     warmups: int = 1
     """How often ``enqueue`` runs on newly bound buffers before it has set up all it needs and can be recorded."""
+
+    refit_names: Literal["initialiser", "parameter"] | None = None
+    """What ``refit`` calls weights: initialisers of the ONNX graph, or parameters of the exported program.
+
+    ``None``: its weights can't be replaced, ``refit_obstacle`` says why and what would help.
+    """
+
+    refit_obstacle: tuple[str, str] = (
+        "its backend can't replace the weights of a loaded engine",
+        "build with the LoRA fused: tstitch-trt build ... --lora NAME=FILE; or build for --backend torch",
+    )
+
+    refit_keeps_recordings: bool = False
+    """Whether a recorded ``enqueue`` uses the new weights: they go where the old ones were."""
 
     jit_ms: float = 0.0
     """Milliseconds that ``bind`` has spent so far on compiling for this machine; no part of any ``enqueue``."""
@@ -86,6 +101,22 @@ class Engine(ABC):
     @abstractmethod
     def enqueue(self) -> None:
         """Runs the engine once on the bound buffers in the device's stream order. Raises ``FailedWork``."""
+
+    def refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
+        """Replaces weights. Waits for the device before and after; bound buffers stay bound.
+
+        ``weights``: values by name (``refit_names``), in the shape and type that the engine has them in (bfloat16 as
+        its bits). ``others``: the present values of all others, for an engine that wants some of them again. Both may
+        compute a value when it is asked for. Raises ``BadInput`` where ``refit_names`` is ``None``, and ``BadEngine``
+        or ``FailedWork`` when the engine refuses; what it computes with then is not known until a later call succeeds.
+        """
+        if self.refit_names is None:
+            raise BadInput(self.refit_obstacle[0], hint=self.refit_obstacle[1])
+        self._refit(weights, others)
+
+    def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
+        """Of engines that have ``refit_names``."""
+        raise NotImplementedError
 
     def scratch(self) -> Mapping[int, int]:
         """Device memory for activations as far as the engine plans it itself: address -> bytes.

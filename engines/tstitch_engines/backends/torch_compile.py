@@ -102,6 +102,7 @@ def compile_program(
     options = {
         **inductor.list_mode_options(MODES[mode]),
         "triton.cudagraphs": False,
+        "freezing": False,  # it copies the weights, which may be replaced later (Engine.refit)
         # Baked into the code, so it has to be part of the cache's key.
         "cpp.threads": threads or torch.get_num_threads(),
     }

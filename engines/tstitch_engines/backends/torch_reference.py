@@ -20,6 +20,8 @@ from tstitch_engines.quiet import quiet
 from tstitch_engines.spec import storage_dtype
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from tstitch_engines.device import Buffer, Device
     from tstitch_engines.manifest import EngineIdentity, Network
     from tstitch_engines.spec import ShapeProfile, TensorSpec
@@ -150,6 +152,8 @@ class _TorchEngine(Engine):
     on another stream. Not run on a GPU.
     """
 
+    refit_names = "parameter"
+    refit_keeps_recordings = True
     warmups = 3  # as torch.cuda.make_graphed_callables does: libraries choose algorithms and workspaces
 
     def __init__(
@@ -210,6 +214,29 @@ class _TorchEngine(Engine):
                 f"PyTorch failed while running a member: {_first_line(error)}",
                 hint="check the free memory: a smaller batch needs less",
             ) from error
+
+    def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
+        """Into the parameters in place: compiled code and recordings hold their addresses."""
+        torch = self._torch
+        parameters = dict(self._module.named_parameters())
+        self._device.synchronize()
+        for name, values in weights.items():
+            parameter = parameters.get(name)
+            if parameter is None:
+                raise BadEngine(f"the exported program has no parameter {name}", hint=_REBUILD)
+            given = torch.from_numpy(values)
+            if parameter.dtype == torch.bfloat16:
+                given = given.view(torch.bfloat16)
+            if (given.shape, given.dtype) != (parameter.shape, parameter.dtype):
+                raise BadEngine(
+                    f"{name} is {parameter.dtype}{list(parameter.shape)} in the exported program, "
+                    f"given is {given.dtype}{list(given.shape)}",
+                    hint=_REBUILD,
+                )
+            with torch.no_grad():
+                parameter.copy_(given)
+        if self._stream is not None:  # the copies are on PyTorch's stream
+            torch.cuda.synchronize(self._stream.device)
 
     def _eager(self, *tensors: Any) -> None:
         count = len(self.outputs)

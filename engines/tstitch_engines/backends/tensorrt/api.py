@@ -26,6 +26,7 @@ __all__ = [
     "PlanRuntime",
     "RuntimeCache",
     "RuntimeConfig",
+    "WeightRefitter",
     "has",
 ]
 
@@ -165,8 +166,21 @@ class PlanRuntime(Protocol):
     def get_engine_validity(self, header: bytes) -> tuple[Any, int]: ...
 
 
+class WeightValues(Protocol):
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
 class WeightRefitter(Protocol):
     def refit_cuda_engine(self) -> bool: ...
+    def get_all_weights(self) -> list[str]: ...
+    def get_missing_weights(self) -> list[str]: ...
+    def get_weights_prototype(self, name: str) -> WeightValues: ...
+    def set_named_weights(self, name: str, weights: WeightValues) -> bool: ...
 
 
 class OnnxRefitter(Protocol):
@@ -202,6 +216,7 @@ class Library(Protocol):
     def OnnxParser(self, network: Network, logger: Any) -> Parser: ...  # noqa: N802
     def Runtime(self, logger: Any) -> PlanRuntime: ...  # noqa: N802
     def Refitter(self, engine: CudaEngine, logger: Any) -> WeightRefitter: ...  # noqa: N802
+    def Weights(self, kind: Any, address: int, count: int) -> WeightValues: ...  # noqa: N802
     def OnnxParserRefitter(self, refitter: WeightRefitter, logger: Any) -> OnnxRefitter: ...  # noqa: N802
 
 
@@ -224,6 +239,7 @@ CLASSES: Final[Mapping[str, type]] = {
     "IRuntimeConfig": RuntimeConfig,
     "IRuntimeCache": RuntimeCache,
     "Refitter": WeightRefitter,
+    "Weights": WeightValues,
     "OnnxParserRefitter": OnnxRefitter,
 }
 

@@ -19,11 +19,14 @@ from tstitch_engines.backends.tensorrt.library import Messages, logger_of
 from tstitch_engines.backends.tensorrt.network import DTYPES
 from tstitch_engines.backends.tensorrt.plan import rebuild
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
+from tstitch_engines.backends.tensorrt.refit import refit
 from tstitch_engines.backends.tensorrt.scratch import Scratch, shared_scratch
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from tstitch_engines.cuda_device import CudaDevice
     from tstitch_engines.device import Buffer
     from tstitch_engines.manifest import EngineIdentity, Network
@@ -92,6 +95,13 @@ class TensorRtEngine(Engine):
             self._kernels: KernelCache | None = None
             self._runtime_cache: Any = None
             self._how = self._context_settings(identity, messages)
+        if identity.options.get("refit"):
+            self.refit_names = "initialiser"
+        else:
+            self.refit_obstacle = (
+                f"its engine {path.name} was compiled without the option refit",
+                f"{rebuild(flavour)} --option refit=true",
+            )
         self._scratch = Scratch(device) if identity.options.get("private-scratch") else shared_scratch(device)
         self._scratch.reserve(self._engine.device_memory_size_v2)
         self._contexts: dict[tuple[object, ...], _Ready] = {}
@@ -252,6 +262,21 @@ class TensorRtEngine(Engine):
                 f"{self._flavour.title} could not start {self._name}",
                 hint="run again with logging.getLogger('tstitch_engines').setLevel('DEBUG') to see what it says",
             )
+
+    def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
+        self._device.synchronize()
+        with self._listener.listen() as messages:
+            refit(
+                self._library,
+                self._logger,
+                self._engine,
+                weights,
+                others,
+                what=f"the engine {self._name}",
+                fix=f"{rebuild(self._flavour)} --option refit=true, or with the LoRA fused (--lora NAME=FILE)",
+                messages=messages,
+            )
+        self._device.synchronize()
 
     def scratch(self) -> Mapping[int, int]:
         blocks = [self._scratch.block(), *(ready.scratch for ready in self._contexts.values())]
