@@ -20,6 +20,7 @@ from tstitch_engines.backends.base import Engine
 from tstitch_engines.device import Device, Graph, NotCaptured
 from tstitch_engines.errors import unknown_name
 from tstitch_engines.rows import FLAG_STORE, ROW, ROW_FIELDS
+from tstitch_trt.control import CONTROLNET
 from tstitch_trt.lanes import LaneArena
 from tstitch_trt.limits import Sizes
 
@@ -169,6 +170,20 @@ class StepGraphs:
             self._call_by_call(kind, "a replay on other data differed from a plain run")
             return
         self._steps[kind] = graph
+
+    def forget(self, network: str) -> None:
+        """Drops what was recorded with this member or the ControlNet: its kinds are recorded again when they come."""
+        self._device.synchronize()
+
+        def holds(kind: Kind) -> bool:
+            return kind.member == network or (network == CONTROLNET and kind.control is not None)
+
+        for key in [key for key in self._segments if holds(key[0])]:
+            self._segments.pop(key).close()
+        for kind in [kind for kind in self._steps if holds(kind)]:
+            graph = self._steps.pop(kind)
+            if graph is not None:
+                graph.close()
 
     def _call_by_call(self, kind: Kind, why: str) -> None:
         self._plain[str(kind)] = why

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class StepEvent:
 class Result:
     """``images`` uint8 ``[N,H,W,C]``, ``None`` when not decoded; ``labels`` or ``prompts``: what each was asked to be.
 
+    ``loras``: those that were in the engines by ``Runtime.swap_lora``, ``{"large": "style.safetensors:0.8"}``.
+
     ``total_ms`` is the time of the trajectories alone, without decoding: the sum of ``timings``.
     """
 
@@ -69,6 +71,7 @@ class Result:
     timings: tuple[SegmentTiming, ...]
     _device_latents: Any = None
     prompts: tuple[str, ...] = ()
+    loras: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def latents(self) -> NDArray[np.float32]:

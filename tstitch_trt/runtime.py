@@ -20,6 +20,7 @@ from tstitch_trt.chunks import Gathered, UnderWay, Walk
 from tstitch_trt.codec import Codec
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState
+from tstitch_trt.lora import Loras
 from tstitch_trt.parts import Part
 from tstitch_trt.pictures import Tile
 from tstitch_trt.plan import Plan, make_plan
@@ -27,6 +28,7 @@ from tstitch_trt.request import Request, host_array
 from tstitch_trt.result import Result, StepEvent
 from tstitch_trt.starting import check_start_wishes, start_step
 from tstitch_trt.stepper import Stepper
+from tstitch_trt.swapping import LoraSwapping
 from tstitch_trt.text import TextEncoders
 from tstitch_trt.wishes import PictureWishes, Wishes, asked_steps, split_wishes
 
@@ -37,7 +39,7 @@ Output = Literal["host", "device"]
 OUTPUTS: Final = ("host", "device")
 
 
-class Runtime:
+class Runtime(LoraSwapping):
     """Loaded engines of one bundle on one device. Made by ``tstitch_trt.load``.
 
     One request at a time: a second call from another thread while one runs raises ``BadInput``. Use it as a context
@@ -68,6 +70,7 @@ class Runtime:
         }
         self._texts = TextEncoders.of(bundle, self._parts)
         self._codec = Codec(bundle.manifest, self._parts)
+        self._loras = Loras(bundle, backend_name, self._engines, self._stepper.forget)
         self._results: Buffer | None = None
         self._busy = threading.Lock()
 
@@ -190,6 +193,7 @@ class Runtime:
         plan = self.plan(**settings)
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
+        self._loras.check()
         with self._alone():  # prompts and pictures are encoded here
             request = self._request(pictures, plan, start)
         return self._walk(request, plan, decode=decode, events=events, output=output)
@@ -260,6 +264,7 @@ class Runtime:
             tuple(found.timings),
             None if kept is None else self.device.share(kept),
             prompts=request.prompts,
+            loras=self._loras.said(),
         )
 
     def _result_buffer(self, shape: tuple[int, ...]) -> Buffer:

@@ -65,6 +65,10 @@ class Stepper:
     def graph_state(self) -> GraphState:
         return self._graphs.state()
 
+    def forget(self, network: str) -> None:
+        """Records the steps that run ``network`` again, when they next come: its engine was changed."""
+        self._graphs.forget(network)
+
     def lanes_for(self, count: int, limit: int, *, guided: bool) -> int:
         """How many lanes run for ``count`` of at most ``limit``.
 
