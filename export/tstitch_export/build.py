@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -15,15 +14,11 @@ import msgspec
 from tstitch_engines.backends import Progress, open_backend
 from tstitch_engines.bundle import Bundle, is_bundle, open_bundle, write_bundle
 from tstitch_engines.cache import Cache
-from tstitch_engines.compiling import Compiler, from_cache
+from tstitch_engines.compiling import Compiler
 from tstitch_engines.errors import BadBundle
-from tstitch_engines.files import copy_component
-from tstitch_engines.identity import digest
 from tstitch_engines.manifest import (
     SCHEMA,
-    Component,
     Defaults,
-    ExportCheck,
     Manifest,
     Member,
     Network,
@@ -31,20 +26,18 @@ from tstitch_engines.manifest import (
     Quality,
 )
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_engines.weights import WEIGHTS
-from tstitch_export.compatibility import Agreement, agree
-from tstitch_export.families import open_family
+from tstitch_export.bundle_plan import BundlePlan, plan_bundle
+from tstitch_export.compatibility import Agreement
+from tstitch_export.exports import copy_into, exported_network, exported_program, versions_of
 from tstitch_export.families.base import Scalar
-from tstitch_export.options import split_options, typed
-from tstitch_export.planning import NetworkPlan, part_names, plan_member, plan_parts, precision_of
-from tstitch_export.recipe import Recipe, check_member_name, load_recipe
-from tstitch_export.sizes import sizes_of
+from tstitch_export.options import typed
+from tstitch_export.planning import NetworkPlan
+from tstitch_export.recipe import Recipe
 
 __all__ = ["build", "versions_of"]
 
 _log = logging.getLogger(__name__)
 
-_EXPORT_SCHEMA: Final = 3  # part of every export's cache key: raise it when exporter or graph work changes
 _DEFAULT_PROFILE: Final = Range(1, 8, 16)
 
 
@@ -84,42 +77,18 @@ def build(
     or the disk is full, ``Unavailable`` when a library is missing.
     """
     report = progress or (lambda phase, share: None)
-    spec, base = load_recipe(recipe)
     opened = open_backend(backend)
-    given, beside = dict(members or {}), dict(parts or {})
-    for name in given:
-        check_member_name(name)
-    names = [*spec.members, *(name for name in given if name not in spec.members)]
-    known = [*names, *part_names(spec, names)]
-    common, own = split_options(options or {}, known)
-    settings = typed(common, opened.options, what=f"backend {backend!r}")
+    plan = plan_bundle(recipe, members=members or {}, parts=parts or {}, precision=precision, options=options or {})
+    settings = typed(plan.options, opened.options, what=f"backend {backend!r}")
     compiler = Compiler.of(
         opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache(fresh=fresh)
     )
-    if "controlnet" in beside:
-        for name in names:
-            described = spec.members.get(name) or spec.other_members
-            if described is not None and "controlled" in open_family(described.family).options:
-                own[name] = {"controlled": True, **own[name]}
-    plans = [
-        plan_member(name, spec, base, given.get(name), own[name], precision_of(name, known, precision, None))
-        for name in names
-    ]
-    more, left_out = plan_parts(spec, plans, beside, own, precision)
-    agreement = agree(spec, plans, more)
-    agreement = replace(agreement, notes=(*left_out, *agreement.notes))
-    factor = agreement.decoder.factor
-    sizes = sizes_of(plans, agreement.latent, factor, batch=profile, height=height, width=width, tokens=tokens)
-    profiles = {plan.name: plan.profile(sizes) for plan in (*plans, *more.values())}
-    for note in agreement.notes:
+    sizes = plan.sizes(batch=profile, height=height, width=width, tokens=tokens)
+    profiles = {network.name: network.profile(sizes) for network in plan.networks}
+    for note in plan.agreement.notes:
         _log.info("%s", note)
     builder = _Builder(compiler=compiler, profiles=profiles, previous=_previous(output), report=report)
-    return write_bundle(
-        output,
-        lambda staging: builder.fill(
-            staging, plans, list(more.values()), spec, base, agreement, Path(str(recipe)).name
-        ),
-    ).manifest
+    return write_bundle(output, lambda staging: builder.fill(staging, plan, Path(str(recipe)).name)).manifest
 
 
 def _previous(output: Path) -> Bundle | None:
@@ -132,17 +101,6 @@ def _previous(output: Path) -> Bundle | None:
         return None
 
 
-def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
-    """The installed versions of these packages, without importing them; those that are missing are left out."""
-    found: dict[str, str] = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Builder:
     compiler: Compiler
@@ -150,23 +108,16 @@ class _Builder:
     previous: Bundle | None
     report: Progress
 
-    def fill(
-        self,
-        staging: Path,
-        members: list[NetworkPlan],
-        parts: list[NetworkPlan],
-        spec: Recipe,
-        base: Path,
-        agreement: Agreement,
-        recipe: str,
-    ) -> Manifest:
+    def fill(self, staging: Path, plan: BundlePlan, recipe: str) -> Manifest:
+        """``recipe`` is the name or path that was given."""
+        spec, agreement = plan.recipe, plan.agreement
         versions = versions_of(("tstitch-trt",))
         made: dict[str, Network] = {}
-        for index, plan in enumerate((*members, *parts)):
-            part = replace(self, report=self._share(plan.name, index, len(members) + len(parts)))
-            network, used = part.export(plan, staging)
+        for index, planned in enumerate(plan.networks):
+            part = replace(self, report=self._share(planned.name, index, len(plan.networks)))
+            network, used = part.export(planned, staging)
             versions |= used
-            made[plan.name] = part.compiled(plan, network, staging)
+            made[planned.name] = part.compiled(planned, network, staging)
         versions[self.compiler.backend.name] = self.compiler.backend.version()
         if self.previous is not None:
             backends = {record.identity.backend for network in made.values() for record in network.engines}
@@ -175,8 +126,8 @@ class _Builder:
         quality = None
         if spec.quality is not None:
             quality = Quality(
-                network=_copy(base / spec.quality.network, staging, "quality"),
-                reference=_copy(base / spec.quality.reference, staging, "quality"),
+                network=copy_into(plan.base / spec.quality.network, staging, "quality"),
+                reference=copy_into(plan.base / spec.quality.reference, staging, "quality"),
             )
         self.report("done", 1.0)
         return Manifest(
@@ -189,8 +140,8 @@ class _Builder:
             conditioning=spec.conditioning,
             defaults=_defaults(spec, agreement),
             decoder=agreement.decoder,
-            members={plan.name: _member(plan, made[plan.name], agreement) for plan in members},
-            parts={plan.name: made[plan.name] for plan in parts},
+            members={member.name: _member(member, made[member.name], agreement) for member in plan.members},
+            parts={name: made[name] for name in plan.parts},
             quality=quality,
             notes=agreement.notes,
         )
@@ -210,96 +161,20 @@ class _Builder:
         self.report(f"compile, {phase}", 0.6 + 0.4 * share)
 
     def export(self, plan: NetworkPlan, staging: Path) -> tuple[Network, dict[str, str]]:
-        """The network's ONNX and run-time files in the bundle: shipped, from the cache, or exported now."""
-        assets: dict[str, Path] = {}
-        if plan.shipped is not None:
-            assert plan.folder is not None, "a shipped member has its folder"
-            files = [plan.folder / part.path for part in plan.shipped.member.onnx]
-            check, versions = plan.shipped.member.check, plan.shipped.versions
-            _log.info("%s: reused the shipped ONNX graph", plan.what)
-        else:
-            from tstitch_export.exporter import WEIGHT_MAP, export_onnx
+        def report(phase: str, share: float) -> None:
+            self.report(phase, 0.6 * share)
 
-            def make(folder: Path) -> dict[str, object]:
-                found = export_onnx(
-                    plan.family,
-                    plan.inspection,
-                    precision=plan.precision,
-                    folder=folder,
-                    progress=lambda phase, share: self.report(f"export, {phase}", 0.6 * share),
-                )
-                written = dict(plan.family.assets(plan.inspection, folder))
-                if (folder / WEIGHT_MAP).exists():
-                    written[WEIGHTS] = folder / WEIGHT_MAP
-                return {
-                    "what": what,
-                    "assets": {purpose: path.name for purpose, path in written.items()},
-                    "check": msgspec.to_builtins(found),
-                    "versions": versions_of(plan.inspection.libraries),
-                }
-
-            what = f"{plan.what}: {plan.precision} ONNX"
-            entry = from_cache(self.compiler.cache, self._export_key(plan, "onnx"), make, what)
-            assets = {purpose: entry.files[name] for purpose, name in entry.info["assets"].items()}
-            graph = {name: path for name, path in entry.files.items() if path not in assets.values()}
-            files = sorted(graph.values(), key=lambda file: file.suffix != ".onnx")
-            check = msgspec.convert(entry.info["check"], ExportCheck)
-            versions = dict(entry.info["versions"])
-        network = Network(
-            family=plan.family.name,
-            precision=plan.precision,
-            inputs=plan.family.inputs(plan.inspection, plan.precision),
-            outputs=plan.family.outputs(plan.inspection, plan.precision),
-            onnx=tuple(_copy(file, staging, plan.name) for file in files),
-            sources=plan.sources,
-            check=check,
-            config=dict(plan.inspection.config),
-            multiples={
-                name: dim.multiple for name, dim in plan.family.dims(plan.inspection).items() if dim.multiple > 1
-            },
-            files={purpose: _copy(path, staging, plan.name) for purpose, path in assets.items()},
-        )
-        return network, versions
+        return exported_network(plan, staging, cache=self.compiler.cache, report=report)
 
     def model(self, plan: NetworkPlan, network: Network, staging: Path) -> Path:
+        """What the backend compiles."""
         if self.compiler.backend.model_kind == "onnx":
             return staging / network.onnx[0].path
-        from tstitch_export.exporter import PROGRAM, export_program
 
-        def make(folder: Path) -> dict[str, object]:
-            export_program(
-                plan.family,
-                plan.inspection,
-                precision=plan.precision,
-                output=folder / PROGRAM,
-                progress=lambda phase, share: self.report(f"export, {phase}", 0.6 + 0.2 * share),
-            )
-            return {"what": what}
+        def report(phase: str, share: float) -> None:
+            self.report(phase, 0.6 + 0.2 * share)
 
-        what = f"{plan.what}: exported program"
-        key = self._export_key(plan, "exported-program")
-        return from_cache(self.compiler.cache, key, make, what).files[PROGRAM]
-
-    def _export_key(self, plan: NetworkPlan, kind: str) -> str:
-        from tstitch_export.exporter import OPSET
-
-        return digest(
-            {
-                "schema": _EXPORT_SCHEMA,
-                "kind": kind,
-                "family": plan.family.name,
-                "layout": plan.inspection.layout,
-                "config": dict(plan.inspection.config),
-                "sources": [source.sha256 for source in plan.sources],
-                "precision": plan.precision,
-                "opset": OPSET[plan.precision],
-                "versions": versions_of(plan.inspection.libraries),
-            }
-        )
-
-
-def _copy(source: Path, staging: Path, folder: str) -> Component:
-    return copy_component(source, staging, f"{folder}/{source.name}")
+        return exported_program(plan, cache=self.compiler.cache, report=report)
 
 
 def _defaults(spec: Recipe, agreement: Agreement) -> Defaults:
