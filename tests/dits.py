@@ -66,7 +66,7 @@ def published_state(**changes: int) -> dict[str, Any]:
     return dict(published_model(**changes).state_dict())
 
 
-def diffusers_folder(folder: Path, *, heads: int = 2, layers: int = 2, size: int = 8) -> Any:
+def diffusers_folder(folder: Path, *, heads: int = 2, layers: int = 2, size: int = 8, classes: int = 5) -> Any:
     """Saves a random ``DiTTransformer2DModel`` to ``folder`` and returns it."""
     import torch
     from diffusers import DiTTransformer2DModel
@@ -80,7 +80,7 @@ def diffusers_folder(folder: Path, *, heads: int = 2, layers: int = 2, size: int
         num_layers=layers,
         sample_size=size,
         patch_size=2,
-        num_embeds_ada_norm=5,
+        num_embeds_ada_norm=classes,
     )
     with torch.no_grad():
         for parameter in model.parameters():
