@@ -6,24 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_pipelines import sd_pipeline
 from tiny_families import unet_folder
-from tiny_pipelines import pipeline_folder
 
 
 @pytest.fixture(scope="session")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pipeline ``large`` and the bare UNet ``small``."""
     folder = tmp_path_factory.mktemp("sd")
-    pipeline_folder(folder / "large")
+    sd_pipeline(folder / "large")
     unet_folder(folder / "small", "bksdm", part=None, seed=5)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the pipelines ``large`` (SDXL) and ``refiner`` and the bare UNet ``small`` (SSD-1B)."""
-    folder = tmp_path_factory.mktemp("sdxl")
-    pipeline_folder(folder / "large", "sdxl", solver="euler")
-    pipeline_folder(folder / "refiner", "refiner", solver="euler", seed=6)
-    unet_folder(folder / "small", "ssd1b", part=None, seed=5)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 
 import tstitch_trt
+from diffusers_pipelines import relative, settings_of
 from tiny_families import clip_vocabulary
-from tiny_pipelines import PIXELS, load_parts, noise, picture, relative, scheduler, stitched
+from tiny_pipelines import PIXELS, noise, picture, scheduler, stitched
 from tstitch_engines.errors import Unavailable
-from tstitch_engines.scheduler_config import read_scheduler
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt import Runtime
+
+# diffusers hands numpy its tensors in a way that newer versions of numpy warn of
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 STEPS = 6
 ASKED: dict[str, Any] = {"prompt": ["a photo of a cat", "the horse on mars"], "negative_prompt": "blurry ugly"}
@@ -47,14 +51,18 @@ def unets(sd: Path) -> dict[str, Any]:
     }
 
 
-def pipeline(sd: Path, solver: str = "pndm", cls: str | None = None, **parts: Any) -> Any:
-    return load_parts(sd / "large", "sd", scheduler(solver), cls, **parts)
+def pipeline(sd: Path, solver: str = "pndm", cls: str = "StableDiffusionPipeline", **parts: Any) -> Any:
+    import diffusers
+
+    pipe = getattr(diffusers, cls).from_pretrained(
+        sd / "large", scheduler=scheduler(solver), safety_checker=None, **parts
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def ours(name: str) -> dict[str, Any]:
-    """The keywords that stand for one of diffusers' schedulers."""
-    found = read_scheduler(dict(scheduler(name).config))
-    return {"solver": found.solver, "spacing": found.spacing, "solver_options": dict(found.options)}
+def ours(solver: str) -> Mapping[str, Any]:
+    return settings_of(scheduler(solver))
 
 
 def theirs(pipe: Any, *, latents: Any = None, output: str = "latent", **asked: Any) -> np.ndarray:
@@ -64,7 +72,7 @@ def theirs(pipe: Any, *, latents: Any = None, output: str = "latent", **asked: A
     if given["guidance_scale"] > 1 and isinstance(given.get("negative_prompt"), str):
         given["negative_prompt"] = [given["negative_prompt"]] * len(given["prompt"])
     found = pipe(**given, latents=None if latents is None else torch.from_numpy(latents)).images
-    return np.asarray(found)
+    return found if output == "np" else found.numpy()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
@@ -74,7 +82,9 @@ def test_one_member_alone_is_its_own_pipeline(
 ) -> None:
     x = noise(2)
     pipe = pipeline(sd, solver, unet=unets["small" if fraction else "large"])
-    result = runtime.sample(**ASKED, steps=STEPS, guidance=5.0, latents=x, fraction=fraction, decode=False, **ours(solver))
+    result = runtime.sample(
+        **ASKED, steps=STEPS, guidance=5.0, latents=x, fraction=fraction, decode=False, **ours(solver)
+    )
     assert relative(result.latents, theirs(pipe, latents=x)) < 1e-3
 
 
@@ -109,14 +119,18 @@ def test_pictures_are_those_of_diffusers(runtime: Runtime, sd: Path) -> None:
 def test_guidance_is_rescaled_as_in_diffusers(runtime: Runtime, sd: Path) -> None:
     x = noise(2, seed=2)
     want = theirs(pipeline(sd, "ddim"), latents=x, guidance_rescale=0.7)
-    got = runtime.sample(**ASKED, steps=STEPS, guidance=5.0, guidance_rescale=0.7, latents=x, fraction=0.0, decode=False,
-                         **ours("ddim"))  # fmt: skip
+    got = runtime.sample(**ASKED, steps=STEPS, guidance=5.0, guidance_rescale=0.7, latents=x, fraction=0.0,
+                         decode=False, **ours("ddim"))  # fmt: skip
     assert relative(got.latents, want) < 1e-3
 
 
-@pytest.mark.parametrize(("solver", "strength"), [("pndm", 0.5), ("ddim", 0.7), ("euler", 0.5), ("dpmpp-2m", 0.5)])
+@pytest.mark.parametrize(("solver", "strength"), [("ddim", 0.7), ("euler", 0.5), ("dpmpp-2m", 0.5), ("unipc", 0.5)])
 def test_a_picture_is_drawn_over_as_img2img(runtime: Runtime, sd: Path, solver: str, strength: float) -> None:
-    """Both start from one latent: the encoder's own draw is another test."""
+    """Both start from one latent: the encoder's own draw is another test.
+
+    PNDM is left out: entered in the middle, diffusers takes the first step twice as at the start, but reads on one
+    timestep further for it, and ends a step short of the picture.
+    """
     import torch
 
     pipe = pipeline(sd, solver, "StableDiffusionImg2ImgPipeline")
@@ -125,8 +139,8 @@ def test_a_picture_is_drawn_over_as_img2img(runtime: Runtime, sd: Path, solver: 
         module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img"
         patch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.from_numpy(z))
         want = pipe(
-            **{**ASKED, "negative_prompt": [ASKED["negative_prompt"]] * 2}, image=torch.from_numpy(clean), strength=strength,
-            num_inference_steps=STEPS, guidance_scale=5.0, output_type="latent",
+            **{**ASKED, "negative_prompt": [ASKED["negative_prompt"]] * 2}, image=torch.from_numpy(clean),
+            strength=strength, num_inference_steps=STEPS, guidance_scale=5.0, output_type="latent",
         ).images.numpy()  # fmt: skip
     got = runtime.sample(**ASKED, image=clean, latents=z, strength=strength, steps=STEPS, guidance=5.0, fraction=0.0,
                          decode=False, **ours(solver))  # fmt: skip
@@ -143,11 +157,11 @@ def test_an_encoded_picture_is_that_of_diffusers(runtime: Runtime, sd: Path) -> 
     encoder = runtime._codec.encoder
     assert encoder is not None
     mean, std = encoder.encode(pixels.numpy())
-    assert relative(mean, theirs.mean * pipe.vae.config.scaling_factor) < 1e-4
-    assert relative(std, theirs.std * pipe.vae.config.scaling_factor) < 1e-4
+    assert relative(mean, theirs.mean.numpy() * pipe.vae.config.scaling_factor) < 1e-4
+    assert relative(std, theirs.std.numpy() * pipe.vae.config.scaling_factor) < 1e-4
 
 
-@pytest.mark.parametrize(("solver", "strength"), [("ddim", 1.0), ("pndm", 0.6)])
+@pytest.mark.parametrize(("solver", "strength"), [("ddim", 1.0), ("ddim", 0.6), ("pndm", 1.0), ("euler", 0.6)])
 def test_what_lies_outside_the_mask_stays_as_in_inpainting(
     runtime: Runtime, sd: Path, solver: str, strength: float
 ) -> None:
