@@ -9,6 +9,7 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._loras import lora_texts
 
 if TYPE_CHECKING:
     from tstitch_engines.backends import Progress
@@ -194,7 +195,7 @@ def command(
                 profile=profile or Range(1, 8, 16),
                 **ranges,
                 device=device,
-                options={**chosen, **_loras(loras)},
+                options={**chosen, **{f"{name}.lora": text for name, text in lora_texts(loras).items()}},
                 fresh=fresh,
                 progress=report,
             )
@@ -251,17 +252,6 @@ def _list(as_json: bool) -> None:
         print_json([{"name": r.name, "members": list(r.members), "description": r.description} for r in recipes])
         return
     print_table(("recipe", "members", "description"), [(r.name, ", ".join(r.members), r.description) for r in recipes])
-
-
-def _loras(given: tuple[str, ...]) -> dict[str, str]:
-    """``NAME=FILE[:WEIGHT]`` as the family option ``NAME.lora``, a list of them where a name comes more than once."""
-    found: dict[str, list[str]] = {}
-    for text in given:
-        name, equals, file = text.partition("=")
-        if not (equals and name and file):
-            raise BadInput(f"--lora {text!r} is not NAME=FILE[:WEIGHT]", hint="e.g. --lora large=style.safetensors:0.8")
-        found.setdefault(name, []).append(file)
-    return {f"{name}.lora": ",".join(files) for name, files in found.items()}
 
 
 def _precision(texts: tuple[str, ...]) -> Precision | dict[str, Precision]:

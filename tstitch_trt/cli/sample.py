@@ -10,6 +10,7 @@ import click
 from tstitch_engines.errors import BadInput
 from tstitch_engines.rows import ROW
 from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._loras import lora_texts
 from tstitch_trt.cli._pictures import picture_options, picture_settings, picture_wishes
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
@@ -35,6 +36,7 @@ tstitch-trt sample sd15.bundle --prompt "a red fox" --prompt "a bear" -n 8 --fra
 tstitch-trt sample sd15.bundle --prompt "an oil painting" --image photo.jpg --resize --strength 0.6 -o painting.png
 tstitch-trt sample sd15.bundle --prompt "a clear sky" --image photo.png --mask sky.png -o clear.png
 tstitch-trt sample sd15.bundle --prompt "a house" --control edges.png --control-scale 0.8 -o house.png
+tstitch-trt sample sd15.bundle --backend torch --prompt "a fox" --lora large=style.safetensors:0.8 -o styled.png
 tstitch-trt sample sdxl.bundle --prompt-embeds prompt.npz --latents-out latents.npy
 """
 DEFAULT_LABELS = 10
@@ -63,6 +65,13 @@ DEFAULT_LABELS = 10
 )
 @click.option("--guidance-interval", metavar="FIRST:STOP", help="Guide only the steps FIRST to STOP - 1.")
 @click.option("--guided-channels", type=click.IntRange(1), metavar="K", help="Guide the first K channels only.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="NAME=FILE[:WEIGHT]",
+    help="A LoRA for a member or text encoder, of engines that can be refitted (backend torch). May be repeated.",
+)
 @click.option("--latents-in", type=click.Path(path_type=Path), metavar="FILE.npy", help="Start from these latents.")
 @click.option("--latents-out", type=click.Path(path_type=Path), metavar="FILE.npy", help="Write the final latents.")
 @click.option(
@@ -81,6 +90,7 @@ def command(
     count: int | None,
     seed: int,
     seeds: str | None,
+    loras: tuple[str, ...],
     latents_in: Path | None,
     latents_out: Path | None,
     output: Path | None,
@@ -108,6 +118,7 @@ def command(
             f"--fraction {trajectory['fraction']} and --schedule {trajectory['schedule']!r} both say which member runs",
             hint="give one of them",
         )
+    swapped = lora_texts(loras)
     interval = None if guidance_interval is None else parse_interval(guidance_interval)
     own_seeds = None if seeds is None else parse_numbers(seeds, what="seed", example="--seeds 1,2,5-9")
     if latents_out is not None:
@@ -132,6 +143,8 @@ def command(
             wishes |= {"labels": wanted, "n": None}
         elif labels is not None:
             wishes["labels"] = []  # refused with its reason
+        for name, text in swapped.items():
+            runtime.swap_lora(name, text)
         with progress("sampling", 1, counted="steps") as bar:
             result = runtime.sample(
                 seed=seed,
@@ -150,6 +163,8 @@ def command(
 
     where = {"device": device, "backend": runtime.backend_name}
     document = {**_describe(bundle, manifest, result, where), **settings}
+    if result.loras:
+        document["loras"] = dict(result.loras)
     each = document.pop("images")
     files: list[Path] = []
     if latents_out is not None:

@@ -1,0 +1,261 @@
+"""LoRAs put into loaded engines equal LoRAs fused when the bundle is built, and leave nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import tstitch_trt
+from tiny_families import clip_text_folder, lora_file, unet_folder
+from tstitch_engines.backends import open_backend
+from tstitch_engines.bundle import open_bundle
+from tstitch_engines.device import open_device
+from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, TStitchError, Unavailable, UnknownName
+from tstitch_engines.spec import Range
+from tstitch_export.build import build
+from tstitch_export.exporter import export_program
+from tstitch_export.families import open_family
+from tstitch_trt import Runtime
+from tstitch_trt.lora import Loras
+
+_RECIPE = """
+name = "one"
+description = "One tiny UNet."
+[latent]
+channels = 4
+height = 8
+width = 8
+scaling = 0.18215
+[noise]
+kind = "scaled-linear"
+steps = 1000
+beta_start = 0.00085
+beta_end = 0.012
+[conditioning]
+kind = "text"
+[defaults]
+solver = "ddim"
+steps = 3
+spacing = "leading"
+guidance = 1.0
+schedule = "large"
+[decoder]
+kind = "none"
+factor = 8
+[members.large]
+family = "unet-sd"
+parametrisation = "eps"
+[parts.text_encoder]
+family = "clip-text"
+subfolder = "text_encoder"
+"""
+_ONE_BLOCK: dict[str, Any] = {
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+
+
+class Made(NamedTuple):
+    folder: Path
+    unet: Any
+    text: Any
+
+    def build(self, *, backend: str) -> Path:
+        output = self.folder / "plain.bundle"
+        members, one = {"large": self.folder / "pipeline"}, Range(1, 1, 1)
+        build(self.folder / "one.toml", members=members, output=output, backend=backend, profile=one)
+        return output
+
+    def fused(self, network: str, family: str, loras: str) -> Runtime:
+        """The bundle with an engine that is made as a build with these LoRAs makes it, without its ONNX."""
+        opened = open_family(family)
+        inspection = opened.inspect(self.folder / "pipeline", {"lora": loras})
+        program = self.folder / f"{network}.pt2"
+        export_program(opened, inspection, precision="fp32", output=program, progress=lambda phase, share: None)
+        bundle, device, backend = open_bundle(self.folder / "plain.bundle"), open_device("cpu"), open_backend("torch")
+        engines = {
+            name: backend.load(
+                program if name == network else bundle.path(each.engines[0].files[0]),
+                member=each, identity=each.engines[0].identity, device=device, threads=1,
+            )
+            for name, each in bundle.manifest.networks().items()
+        }  # fmt: skip
+        return Runtime(bundle, device, "torch", engines, 0.0)
+
+    def lora(self, name: str, **settings: Any) -> Path:
+        return lora_file(self.folder / name, self.unet, **settings)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "one.toml").write_text(_RECIPE)
+    unet = unet_folder(folder / "pipeline", "sd", **_ONE_BLOCK)
+    text = clip_text_folder(folder / "pipeline", layers=2)
+    made = Made(folder, unet, text)
+    made.build(backend="torch")
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(made: Made) -> Iterator[Runtime]:
+    with tstitch_trt.load(made.folder / "plain.bundle", threads=1) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def runtime(loaded: Runtime) -> Iterator[Runtime]:
+    yield loaded
+    loaded.restore()
+
+
+def drawn(runtime: Runtime, **more: Any) -> Any:
+    embeds = np.random.default_rng(0).standard_normal((1, 77, 32)).astype(np.float32)
+    return runtime.sample(prompt_embeds=embeds, seed=1, **more)
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return bool(np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max())
+
+
+def test_several_equal_the_bundle_with_them_fused(made: Made, runtime: Runtime) -> None:
+    first, second = made.lora("first.safetensors", rank=2, seed=1), made.lora("second.safetensors", style="peft")
+    with made.fused("large", "unet-sd", f"{first}:0.5,{second}") as other:
+        want = drawn(other).latents
+    before = drawn(runtime).latents
+    assert not close(before, want), "they have an effect"
+    runtime.swap_lora("large", f"{first}:0.5,{second}")
+    result = drawn(runtime)
+    assert close(result.latents, want)
+    assert result.loras == runtime.loras == {"large": "first.safetensors:0.5,second.safetensors:1"}
+    # The same, said otherwise, and in place of another: nothing of that is left.
+    runtime.swap_lora("large", made.lora("third.safetensors", seed=9))
+    assert not close(drawn(runtime).latents, want)
+    runtime.swap_lora("large", [(first, 0.5), second])
+    assert np.array_equal(drawn(runtime).latents, result.latents)
+    runtime.restore("large")
+    again = drawn(runtime)
+    assert np.array_equal(again.latents, before)
+    assert again.loras == {}
+
+
+def test_for_the_time_of_a_block(made: Made, runtime: Runtime) -> None:
+    style, other = made.lora("style.safetensors"), made.lora("other.safetensors", style="processors", seed=8)
+    before = drawn(runtime).latents
+    runtime.swap_lora("large", f"{other}:0.3")
+    with_other = drawn(runtime).latents
+    with runtime.lora("large", style) as same:
+        assert same is runtime
+        assert runtime.loras == {"large": "style.safetensors:1"}
+        assert not close(drawn(runtime).latents, with_other)
+    assert np.array_equal(drawn(runtime).latents, with_other)
+    with pytest.raises(BadInput, match="prompt"), runtime.lora("large", style):
+        runtime.sample(labels=[0])
+    assert np.array_equal(drawn(runtime).latents, with_other)
+    runtime.restore()
+    assert np.array_equal(drawn(runtime).latents, before)
+
+
+def test_the_text_encoder_s_part(made: Made, runtime: Runtime) -> None:
+    both = made.lora("both.safetensors", text=made.text)
+
+    def read(runtime: Runtime) -> np.ndarray:
+        return runtime.sample(prompt="a photo of an astronaut", seed=1).latents
+
+    with made.fused("text_encoder", "clip-text", f"{both}:0.7") as other:
+        want = read(other)
+    before = read(runtime)
+    with runtime.lora("text_encoder", f"{both}:0.7"):
+        assert close(read(runtime), want)
+        assert not close(before, want)
+    assert np.array_equal(read(runtime), before)
+
+
+def test_what_is_refused_changes_nothing(made: Made, runtime: Runtime, tmp_path: Path) -> None:
+    runtime.swap_lora("large", made.lora("kept.safetensors"))
+    before = drawn(runtime).latents
+    wide = unet_folder(tmp_path, "sd", **{**_ONE_BLOCK, "block_out_channels": (64,)})
+    cases: list[tuple[str, Any, type[TStitchError], str]] = [
+        ("large", lora_file(tmp_path / "wide.safetensors", wide), BadCheckpoint, "is a LoRA for another model"),
+        ("large", tmp_path / "none.safetensors", BadInput, "does not exist"),
+        ("large", "", BadInput, "no LoRA is given"),
+        ("large", [(made.lora("style.safetensors"), float("nan"))], BadInput, "has the weight nan"),
+        ("large", f"{made.lora('style.safetensors')}:1e39", BadCheckpoint, "can't hold"),
+        ("big", made.lora("style.safetensors"), UnknownName, "unknown network 'big'"),
+    ]
+    for name, files, kind, words in cases:
+        with np.errstate(over="ignore"), pytest.raises(kind, match=words):
+            runtime.swap_lora(name, files)
+        assert runtime.loras == {"large": "kept.safetensors:1"}
+        assert np.array_equal(drawn(runtime).latents, before)
+
+
+def test_an_engine_that_fails_half_way(made: Made, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is put back; where that fails too nothing is drawn from weights that nobody knows."""
+    before = drawn(runtime).latents
+    engine: Any = runtime._engines["large"]
+    real, failures = engine._refit, [1]
+
+    def half(weights: Any, others: Any) -> None:
+        if failures:
+            failures.pop()
+            some = dict(list(weights.items())[: len(weights) // 2])
+            real(some, others)
+            raise FailedWork("out of memory", hint="none")
+        real(weights, others)
+
+    monkeypatch.setattr(engine, "_refit", half)
+    style = made.lora("style.safetensors")
+    with pytest.raises(FailedWork, match="out of memory"):
+        runtime.swap_lora("large", style)
+    assert runtime.loras == {}
+    assert np.array_equal(drawn(runtime).latents, before)
+    failures += [1, 1]
+    with pytest.raises(FailedWork, match="out of memory"):
+        runtime.swap_lora("large", style)
+    with pytest.raises(FailedWork, match=r"the weights of 'large' are not known .*out of memory"):
+        drawn(runtime)
+    runtime.restore("large")
+    assert np.array_equal(drawn(runtime).latents, before)
+
+
+def test_not_while_sampling(made: Made, runtime: Runtime) -> None:
+    style = made.lora("style.safetensors")
+    embeds = np.zeros((1, 77, 32), np.float32)
+    walk = runtime.iterate(prompt_embeds=embeds, seed=1)
+    next(walk)
+    for call in (lambda: runtime.swap_lora("large", style), lambda: runtime.restore("large")):
+        with pytest.raises(BadInput, match="already sampling"):
+            call()
+    walk.close()
+    thread = threading.Thread(target=lambda: runtime.swap_lora("large", style))
+    thread.start()
+    thread.join()
+    assert runtime.loras == {"large": "style.safetensors:1"}
+
+
+def test_where_engines_can_t(made: Made) -> None:
+    style = made.lora("style.safetensors")
+    bundle = made.build(backend="onnxruntime")
+    with (
+        tstitch_trt.load(bundle, backend="onnxruntime") as runtime,
+        pytest.raises(BadInput, match=r"'large' runs on onnxruntime and can't be given a LoRA now") as refused,
+    ):
+        runtime.swap_lora("large", style)
+    assert "--lora" in refused.value.hint
+    assert "--backend torch" in refused.value.hint
+
+
+def test_a_bundle_without_a_map(made: Made, runtime: Runtime) -> None:
+    bundle = open_bundle(made.folder / "plain.bundle")
+    assert set(bundle.manifest.members["large"].files) == {"weights"}
+    bundle.manifest.members["large"].files.clear()
+    loras = Loras(bundle, "torch", runtime._engines, lambda name: None)
+    with pytest.raises(Unavailable, match="has no map of the weights of 'large'"):
+        loras.swap("large", made.lora("style.safetensors"))
