@@ -19,7 +19,7 @@ from tiny import TinyPair
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.backends.torch_compile import mode_of
 from tstitch_engines.device import open_device
-from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, UnknownName
+from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, Unavailable, UnknownName
 from tstitch_engines.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.quiet import quiet
 from tstitch_engines.spec import Range, ShapeProfile
@@ -168,6 +168,20 @@ def test_a_compiled_member(engines: Engines) -> None:
         torch.set_num_threads(threads)
     assert compiled.jit_ms == spent
     assert memory[1] - memory[0] < 4 << 20
+
+    # Other weights are taken without compiling again; wrong ones are refused.
+    rng = np.random.default_rng(9)
+    new = {"mix.weight": rng.standard_normal((256, 256), dtype=np.float32)}
+    plain = others[0]
+    for engine in (compiled, plain):
+        engine.refit(new, {})
+    got, want = three.run(), Call(plain, 3).bind().run()
+    assert np.abs(got - first[3]).max() > 0.1
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert compiled.jit_ms == spent
+    for wrong in ({"mix.weight": np.zeros((2, 2), np.float32)}, {"nothing": np.zeros(2, np.float32)}):
+        with pytest.raises(BadEngine, match=next(iter(wrong))):
+            compiled.refit(wrong, {})
 
     # Another engine of the same program finds the code in our cache: nothing new is written into it.
     cache = Path(os.environ["TSTITCH_TRT_CACHE"]) / "torch-inductor"

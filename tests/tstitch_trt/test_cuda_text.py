@@ -126,3 +126,16 @@ def test_between_first_and_last_step_there_are_launches_only(load: Callable[...,
     assert cost(14) - cost(4) == {"graph launch": 10}
     assert cost(4)["alloc"] == 0
     assert machine.recorded == recorded
+
+
+@pytest.mark.parametrize("graph", ["step", "segment"])
+def test_steps_are_recorded_again_after_a_network_was_changed(load: Callable[..., Runtime], graph: str) -> None:
+    gpu = load(graph=graph)
+    asked: dict[str, Any] = {"prompt": "a red fox", "control": IMAGE, "schedule": "plain:0.5,steered", "steps": 4}
+    want = gpu.sample(**asked).latents
+    assert gpu.graphs().recorded == 2
+    for changed, left in (("plain", 1), ("text_encoder", 2), ("controlnet", 1), ("steered", 1)):
+        gpu._stepper.forget(changed)
+        assert gpu.graphs().recorded == left, changed
+        assert np.array_equal(gpu.sample(**asked).latents, want)
+        assert gpu.graphs().recorded == 2

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 import tstitch_trt
+from command import Command, refused
 from tiny_families import clip_text_folder, lora_file, unet_folder
-from tstitch_engines.backends import open_backend
+from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle import open_bundle
 from tstitch_engines.device import open_device
 from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, TStitchError, Unavailable, UnknownName
@@ -240,16 +243,81 @@ def test_not_while_sampling(made: Made, runtime: Runtime) -> None:
     assert runtime.loras == {"large": "style.safetensors:1"}
 
 
+class Initialisers(Engine):
+    """Takes weights as TensorRT does, by the names in the graph, and keeps them."""
+
+    refit_names = "initialiser"
+
+    def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
+        self.given, self.others = {name: values.copy() for name, values in weights.items()}, others
+
+    def _bind(self, buffers: Any, batch: int) -> None: ...
+    def enqueue(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_weights_by_their_names_in_the_graph(made: Made) -> None:
+    """What an engine is given is the graph of a build with the LoRA fused, in place of the bundle's."""
+    import onnx
+
+    bundle = open_bundle(made.folder / "plain.bundle")
+    network = bundle.manifest.members["large"]
+    engine = Initialisers(network.inputs, network.outputs, network.engines[0].identity.profile)
+    changed: list[str] = []
+    loras = Loras(bundle, "a stand-in", {"large": engine}, changed.append)
+    style = made.lora("style.safetensors")
+    loras.swap("large", f"{style}:0.5")
+    graph = onnx.load(bundle.path(network.onnx[0])).graph
+    before = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    family = open_family("unet-sd")
+    inspection = family.inspect(made.folder / "pipeline", {"lora": f"{style}:0.5"})
+    fused = [parameter.numpy() for parameter in family.load(inspection).parameters()]
+    layers = sum(name.endswith("lora_down.weight") for name in load_file(style))
+    assert len(engine.given) == layers
+    renamed = 0
+    for name, values in engine.given.items():
+        assert values.shape == before[name].shape
+        assert not np.array_equal(values, before[name])
+        same = [p for p in fused if p.shape == values.shape and np.allclose(p, values, rtol=0, atol=1e-6)]
+        turned = [p for p in fused if p.ndim == 2 and p.T.shape == values.shape and np.allclose(p.T, values, atol=1e-6)]
+        assert same or turned, name
+        renamed += not same
+    assert renamed > 5
+    assert all(np.array_equal(engine.others[name], before[name]) for name in before if name in engine.others)
+    assert set(before) - set(engine.others) == set()
+    given = set(engine.given)
+    loras.restore("large")
+    assert set(engine.given) == given
+    assert all(np.array_equal(values, before[name]) for name, values in engine.given.items())
+    assert changed == ["large", "large"]
+
+
+def test_the_command_line(made: Made, runtime: Runtime, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    style, other = made.lora("style.safetensors"), made.lora("other.safetensors", seed=3)
+    text = "a photo of a horse"
+    with runtime.lora("large", f"{style}:0.5,{other}"):
+        want = runtime.sample(prompt=text, seed=4).latents
+    run, latents = Command(capfd), tmp_path / "latents.npy"
+    words = ["sample", made.folder / "plain.bundle", "--backend", "torch", "--prompt", text, "--seed", 4]
+    words += ["--latents-out", latents]
+    done = run(*words, "--lora", f"large={style}:0.5", "--lora", f"large={other}", "--json")
+    assert done.code == 0, done.err
+    assert done.json["loras"] == {"large": "style.safetensors:0.5,other.safetensors:1"}
+    assert close(np.load(latents), want)
+    refused(run(*words, "--lora", str(style)), "is not NAME=FILE[:WEIGHT]")
+    refused(run(*words, "--lora", f"big={style}"), "unknown network 'big'")
+
+
 def test_where_engines_can_t(made: Made) -> None:
     style = made.lora("style.safetensors")
     bundle = made.build(backend="onnxruntime")
     with (
         tstitch_trt.load(bundle, backend="onnxruntime") as runtime,
-        pytest.raises(BadInput, match=r"'large' runs on onnxruntime and can't be given a LoRA now") as refused,
+        pytest.raises(BadInput, match=r"'large' runs on onnxruntime and can't be given a LoRA now") as raised,
     ):
         runtime.swap_lora("large", style)
-    assert "--lora" in refused.value.hint
-    assert "--backend torch" in refused.value.hint
+    assert "--lora" in raised.value.hint
+    assert "--backend torch" in raised.value.hint
 
 
 def test_a_bundle_without_a_map(made: Made, runtime: Runtime) -> None:
