@@ -29,12 +29,29 @@ class Codec:
         A VAE's engine runs in the order of the device's work, behind the steps that are enqueued already: it may share
         their activation memory.
         """
+        return to_pixels(self.images(latents, tile=tile))
+
+    def images(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.float32]:
+        """Like ``decode``, as float32 ``[N,3,H,W]`` in about [-1, 1]."""
         manifest = self._manifest
         if manifest.decoder.kind == "pixel":
-            return to_pixels(latents / np.float32(manifest.latent.scaling) + np.float32(manifest.latent.shift))
+            found = latents / np.float32(manifest.latent.scaling) + np.float32(manifest.latent.shift)
+            return np.asarray(found, np.float32)
         if self._decoder is None:
             raise Unavailable(
                 f"the bundle {manifest.name!r} has no decoder: it gives latents, not pictures",
                 hint="write the latents (--latents-out FILE.npy, or sample(decode=False)) and decode them yourself",
             )
-        return self._decoder.decode(latents, tile=tile)
+        return self._decoder.images(latents, tile=tile)
+
+    def encode(self, pictures: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
+
+        Raises ``Unavailable`` without an encoder.
+        """
+        if self.encoder is None:
+            raise Unavailable(
+                f"the bundle {self._manifest.name!r} has no picture encoder",
+                hint="build it from a whole pipeline folder, or with --part vae_encoder=FOLDER",
+            )
+        return self.encoder.encode(pictures)

@@ -24,10 +24,13 @@ def control_values(
     manifest: Manifest,
     names: Sequence[str],
     wishes: PictureWishes,
-    control: NDArray[np.uint8],
+    control: NDArray[np.float32],
     networks: Mapping[str, Mapping[str, Values]],
 ) -> dict[str, Values]:
-    """What the ControlNet is given: the picture, and the text inputs of the first member that it steers."""
+    """What the ControlNet is given: the picture, and the text inputs of the first member that it steers.
+
+    ``control``: float32 ``[N,3,H,W]`` in [0, 1].
+    """
     if CONTROLNET not in manifest.parts:
         raise Unavailable(
             f"the bundle {manifest.name!r} has no ControlNet, so it can't follow a control picture",
@@ -46,6 +49,6 @@ def control_values(
     scale = wishes.get("control_scale")
     return {
         **{key: values for key, values in networks[steered[0]].items() if key in inputs},
-        "control": Values(control.astype(np.float32).transpose(0, 3, 1, 2) / 255),
+        "control": Values(control),
         "control_scale": Values(np.array([1.0 if scale is None else scale], np.float32)),
     }

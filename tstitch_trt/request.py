@@ -18,7 +18,7 @@ from tstitch_trt.limits import Limits
 from tstitch_trt.plan import Plan
 from tstitch_trt.prompts import Texts, as_texts, check_text_wishes, text_count, text_values
 from tstitch_trt.rows import reads_before
-from tstitch_trt.starting import Encoder, Start, as_pictures, check_start_wishes, make_start, read_image
+from tstitch_trt.starting import Encoder, Start, check_start_wishes, make_start, read_control, read_image
 from tstitch_trt.wishes import PictureWishes
 
 __all__ = ["Request", "host_array"]
@@ -71,7 +71,7 @@ class Request:
         latents: Any = wishes.get("latents")
         channels = 3 if manifest.decoder.kind != "pixel" else manifest.latent.channels
         pictures = read_image(wishes.get("image"), channels)
-        control = None if wishes.get("control") is None else as_pictures(wishes["control"], what="control", channels=3)
+        control = read_control(wishes.get("control"))
         size = _size(manifest, limits, wishes, pictures, control)
         labels, count = _count(manifest, wishes, latents, 1 if pictures is None else len(pictures))
         seeds = _seeds(wishes, count)
@@ -187,7 +187,7 @@ def _size(
     limits: Limits,
     wishes: PictureWishes,
     pictures: NDArray[Any] | None,
-    control: NDArray[np.uint8] | None,
+    control: NDArray[np.float32] | None,
 ) -> tuple[int, int]:
     """Height and width of the latent: as asked for, else those of what was given, else the bundle's own."""
     factor = manifest.decoder.factor
@@ -197,7 +197,7 @@ def _size(
         rows, columns = pictures.shape[2:] if of_latents else pictures.shape[1:3]
         found["image"] = (rows * factor, columns * factor) if of_latents else (rows, columns)
     if control is not None:
-        found["control"] = (control.shape[1], control.shape[2])
+        found["control"] = (control.shape[2], control.shape[3])
     height, width = wishes.get("height"), wishes.get("width")
     latents: Any = wishes.get("latents")
     if found:
@@ -232,7 +232,7 @@ def _conditioning(
     texts: Texts | None,
     size: tuple[int, int],
     picture: Start | None,
-    control: NDArray[np.uint8] | None,
+    control: NDArray[np.float32] | None,
 ) -> Conditioning:
     names = list(dict.fromkeys(plan.schedule.names))
     factor = manifest.decoder.factor

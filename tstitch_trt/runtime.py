@@ -284,6 +284,17 @@ class Runtime(LoraSwapping):
         """
         return self._codec.decode(latents, tile=tile)
 
+    def images(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.float32]:
+        """Like ``decode``, as float32 ``[N,C,H,W]`` in about [-1, 1], neither clamped nor rounded."""
+        return self._codec.images(latents, tile=tile)
+
+    def encode(self, pictures: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
+
+        Raises ``Unavailable`` without an encoder.
+        """
+        return self._codec.encode(pictures)
+
     # --- measurement
 
     def time_member(

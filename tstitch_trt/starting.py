@@ -22,6 +22,7 @@ __all__ = [
     "check_start_wishes",
     "make_start",
     "noise_of",
+    "read_control",
     "read_image",
     "start_step",
 ]
@@ -61,7 +62,7 @@ class Start:
 def check_start_wishes(wishes: PictureWishes) -> None:
     """Raises ``BadInput`` for wishes that need a picture and have none, and for two beginnings at once."""
     if wishes.get("image") is None:
-        for name in ("strength", "mask"):
+        for name in ("strength", "mask", "masked_image"):
             if wishes.get(name) is not None:
                 raise BadInput(f"{name} was given without a picture", hint="add the picture: image= (--image FILE)")
         return
@@ -190,6 +191,19 @@ def read_image(image: Any, channels: int) -> NDArray[Any] | None:
     return as_pictures(array, what="image", channels=channels)
 
 
+def read_control(control: Any) -> Array | None:
+    """Control pictures, uint8 ``[N,H,W,3]`` or float ``[N,3,H,W]`` in [0, 1], as the latter. Raises ``BadInput``."""
+    if control is None:
+        return None
+    array = np.asarray(control)
+    if array.dtype.kind == "f" and array.ndim == 4 and array.shape[1] == 3:
+        if not (array.size and array.min() >= 0 and array.max() <= 1):
+            raise BadInput("control is floats that are not all from 0 to 1", hint="scale it: black is 0 and white is 1")
+        return np.ascontiguousarray(array, np.float32)
+    pixels = as_pictures(array, what="control", channels=3)
+    return np.ascontiguousarray(pixels.astype(np.float32).transpose(0, 3, 1, 2) / 255)
+
+
 def make_start(
     manifest: Manifest,
     encoder: Encoder | None,
@@ -217,13 +231,15 @@ def make_start(
     else:
         clean = _encode(manifest, encoder, pictures, seeds)
     inpainting = any(member.inpaints for member in manifest.members.values())
+    if wishes.get("masked_image") is not None and not (inpainting and masks is not None):
+        raise BadInput(
+            "masked_image was given, and " + ("no mask" if inpainting else "no member of this bundle takes it"),
+            hint="add mask="
+            if inpainting
+            else "leave it out: the picture outside the mask is put back after each step",
+        )
     if masks is not None and inpainting:
-        if pictures.dtype.kind == "f":
-            raise BadInput(
-                "image is latents, and a member that paints into a picture needs the picture itself",
-                hint="give image= as uint8 [N,H,W,3]",
-            )
-        outside = _encode(manifest, encoder, pictures, seeds, outside=masks)
+        outside = _outside(manifest, encoder, wishes, pictures, seeds, masks, shape)
     small = None
     if masks is not None:  # every factor-th pixel, as torch's "nearest"
         small = masks[np.arange(len(seeds)) % len(masks), :, ::factor, ::factor]
@@ -234,3 +250,31 @@ def make_start(
     else:
         raise BadInput("latents on the device can't be mixed with a picture", hint="pass them as a numpy array")
     return Start(clean, noise, small, outside)
+
+
+def _outside(
+    manifest: Manifest,
+    encoder: Encoder | None,
+    wishes: PictureWishes,
+    pictures: NDArray[Any],
+    seeds: tuple[int, ...],
+    masks: Array,
+    shape: tuple[int, ...],
+) -> Array:
+    """The latents of the pictures with what is painted anew greyed out: as given, or encoded."""
+    given = wishes.get("masked_image")
+    if given is not None:
+        found = np.asarray(given)
+        if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1:] != shape or not np.isfinite(found).all():
+            raise BadInput(
+                f"masked_image is {found.dtype}{list(found.shape)}; needed are finite latents, float32 "
+                f"[N, {', '.join(map(str, shape))}]",
+                hint="encode the picture with grey where it is painted anew, or leave it out and give image= as uint8",
+            )
+        return np.ascontiguousarray(found[np.arange(len(seeds)) % len(found)], np.float32)
+    if pictures.dtype.kind == "f":
+        raise BadInput(
+            "image is latents, and a member that paints into a picture needs the picture itself",
+            hint="give image= as uint8 [N,H,W,3], or masked_image= too: latents with grey where it is painted anew",
+        )
+    return _encode(manifest, encoder, pictures, seeds, outside=masks)

@@ -37,7 +37,9 @@ class PictureWishes(TypedDict, total=False):
     ``image``: pictures to start from, uint8 ``[H,W,3]`` or ``[N,H,W,3]``, or latents, float ``[N,C,H,W]``. They are
     encoded, noised to the step that ``strength`` says and drawn again from there: 1 runs all steps, 0.5 the later half.
     ``mask``: what of them to paint anew, ``[H,W]`` or ``[N,H,W]``, true or above half white; the rest stays.
-    ``control``: pictures for the ControlNet, uint8 as ``image``, and ``control_scale``, how much it has to say.
+    ``masked_image``: for members that are told what lies outside the mask, where ``image`` is latents: those of the
+    picture with grey inside the mask. ``control``: pictures for the ControlNet, uint8 as ``image`` or float
+    ``[N,3,H,W]`` in 0..1, and ``control_scale``, how much it has to say.
     """
 
     labels: int | Sequence[int] | None
@@ -62,6 +64,7 @@ class PictureWishes(TypedDict, total=False):
     image: Any
     strength: float | None
     mask: Any
+    masked_image: Any
     control: Any
     control_scale: float | None
 
