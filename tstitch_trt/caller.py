@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.device import Buffer, Device
-from tstitch_engines.spec import storage_dtype
+from tstitch_engines.spec import TensorSpec, parse_dimension, storage_dtype
 
-__all__ = ["Arrays", "Caller", "Error", "measure_error", "narrow", "widen"]
+__all__ = ["Arrays", "Caller", "Error", "measure_error", "narrow", "sizes_of", "widen"]
 
 Arrays = Mapping[str, NDArray[Any]]  # by tensor name; floating-point ones in float32, whatever the engine wants
 
@@ -35,30 +35,42 @@ def widen(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     return values.astype(np.float32) if values.dtype.kind == "f" else values
 
 
+def sizes_of(specs: Iterable[TensorSpec], arrays: Arrays) -> dict[str, int]:
+    """The size of every named dimension, the batch among them, as the arrays have it."""
+    found: dict[str, int] = {}
+    for spec in specs:
+        for dim, size in zip(spec.shape, arrays[spec.name].shape, strict=True):
+            if isinstance(dim, str):
+                factor, name, part = parse_dimension(dim)
+                if part == 1:  # a part is rounded up and tells nothing
+                    found.setdefault(name, size // factor)
+    return found
+
+
 class Caller:
-    """One engine with buffers of its own, one set for each batch size."""
+    """One engine with buffers of its own, one set for each batch and size."""
 
     def __init__(self, engine: Engine, device: Device) -> None:
         self.engine = engine
         self._device = device
-        self._buffers: dict[int, dict[str, Buffer]] = {}
+        self._buffers: dict[tuple[tuple[str, int], ...], dict[str, Buffer]] = {}
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs the engine once. The outputs are set to NaN before, so that one it does not write can't go unseen."""
         engine, device = self.engine, self._device
-        batch = len(inputs[engine.inputs[0].name])
-        buffers = self._buffers.get(batch)
+        sizes = sizes_of(engine.inputs, inputs)
+        key = tuple(sorted(sizes.items()))
+        buffers = self._buffers.get(key)
         if buffers is None:
-            sizes = {"B": batch}
             specs = (*engine.inputs, *engine.outputs)
             buffers = {spec.name: device.empty(spec.resolve(sizes), spec.dtype) for spec in specs}
-            self._buffers[batch] = buffers
+            self._buffers[key] = buffers
         for spec in engine.inputs:
             device.upload(buffers[spec.name], narrow(inputs[spec.name], spec.dtype))
         for spec in engine.outputs:
             buffer = buffers[spec.name]
             device.upload(buffer, narrow(np.full(buffer.shape, np.nan, np.float32), spec.dtype))
-        engine.bind(buffers, batch=batch)
+        engine.bind(buffers, batch=sizes["B"], sizes=sizes)
         engine.enqueue()
         device.synchronize()
         return {spec.name: widen(device.download(buffers[spec.name]), spec.dtype) for spec in engine.outputs}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tstitch_engines.bundle import Bundle
-    from tstitch_engines.manifest import Member
+    from tstitch_engines.manifest import Network
     from tstitch_trt.plan import Plan
 
 __all__ = ["EagerTorch", "checkpoint_module", "dit_weights", "need_eager", "torch_module"]
@@ -145,31 +145,52 @@ def dit_weights(model: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, ND
     return found
 
 
-def checkpoint_module(name: str, member: Member, path: Path) -> Any:
-    """The checkpoint that the member ``name`` was made from as a PyTorch module, float32, as its family loads it.
+def checkpoint_module(name: str, network: Network, path: Path, word: str = "member") -> Any:
+    """The checkpoint that the network ``name`` was made from as a PyTorch module, float32, as its family loads it.
 
-    Needs torch, and what the family needs. Raises ``BadCheckpoint`` for another file than the one recorded.
+    ``word``: ``member`` or ``part``. Needs torch, and what the family needs. Raises ``BadCheckpoint`` for another file
+    than the one recorded.
     """
     from tstitch_engines.files import hash_file
     from tstitch_export.families import open_family
 
-    family = open_family(member.family)
+    family = open_family(network.family)
+    if network.config.get("lora"):
+        raise Unavailable(
+            f"{word} {name!r} holds LoRAs ({network.config['lora']}): the checkpoint alone is another model",
+            hint=f"leave out --{word} {name}=...; ONNX Runtime is compared with all the same",
+        )
     # a member's config says `heads` where the option is called `num_heads`
     known = {
-        option: member.config.get(option, member.config.get(option.removeprefix("num_"))) for option in family.options
+        option: network.config.get(option, network.config.get(option.removeprefix("num_"))) for option in family.options
     }
+    given = {option: value for option, value in known.items() if value is not None}
     if not path.exists():
-        raise BadCheckpoint(f"{path} does not exist", hint=f"check the path of --member {name}=CHECKPOINT")
-    try:
-        inspection = family.inspect(path, {})
-    except BadCheckpoint:  # it does not tell everything itself
-        inspection = family.inspect(path, {option: value for option, value in known.items() if value is not None})
+        raise BadCheckpoint(f"{path} does not exist", hint=f"check the path of --{word} {name}=CHECKPOINT")
+    found = []
+    problem: BadCheckpoint | BadInput | None = None
+    for options in ({}, given):  # a checkpoint may not tell everything itself, or not be asked what it tells
+        try:
+            found.append(family.inspect(path, options))
+        except (BadCheckpoint, BadInput) as error:
+            problem = error
+    if not found:
+        assert problem is not None, "no inspection and no error"
+        raise problem
+    same = [one for one in found if dict(one.config) == network.config]
+    inspection = (same or found)[-1]
     got = [hash_file(file)[0] for file in inspection.files]
-    if got != [source.sha256 for source in member.sources]:
-        want = ", ".join(f"{source.name} (sha256 {source.sha256[:16]})" for source in member.sources)
+    if got != [source.sha256 for source in network.sources]:
+        want = ", ".join(f"{source.name} (sha256 {source.sha256[:16]})" for source in network.sources)
         raise BadCheckpoint(
-            f"{path} (sha256 {', '.join(each[:16] for each in got)}) is not what member {name!r} was made from: {want}",
-            hint=f"give the checkpoint that the bundle was built from: --member {name}=CHECKPOINT",
+            f"{path} (sha256 {', '.join(each[:16] for each in got)}) is not what {word} {name!r} was made from: {want}",
+            hint=f"give the checkpoint that the bundle was built from: --{word} {name}=CHECKPOINT",
+        )
+    if not same:
+        raise BadCheckpoint(
+            f"{path} was exported with options that it does not tell: {word} {name!r} is {network.config}, and the "
+            f"checkpoint says {dict(inspection.config)}",
+            hint=f"leave out --{word} {name}=...; ONNX Runtime is compared with all the same",
         )
     return family.load(inspection)
 
@@ -185,21 +206,25 @@ def need_eager() -> None:
         ) from None
 
 
-def torch_module(name: str, member: Member, files: list[Path]) -> Any:
-    """The member ``name`` as a PyTorch module, float32, with the weights of its ONNX ``files``.
+def torch_module(name: str, network: Network, files: list[Path], word: str = "member") -> Any:
+    """The network ``name`` as a PyTorch module, float32, with the weights of its ONNX ``files``.
 
-    Raises ``Unavailable`` for a member of another family than DiT in its published layout. Needs torch and onnx.
+    ``word``: ``member`` or ``part``. Raises ``Unavailable`` for another family than DiT in its published layout. Needs
+    torch and onnx.
     """
-    if member.quantisation is not None:
+    from tstitch_engines.manifest import Member
+
+    if isinstance(network, Member) and network.quantisation is not None:
         raise Unavailable(
-            f"member {name!r} is quantised to {member.precision}, which has no PyTorch module",
+            f"member {name!r} is quantised to {network.precision}, which has no PyTorch module",
             hint="compare the bundle that it was made from; in bench leave --against out",
         )
-    if member.family != "dit" or not member.config.keys() >= _PUBLISHED:
+    if network.family != "dit" or not network.config.keys() >= _PUBLISHED:
         raise Unavailable(
-            f"no PyTorch module can be made for member {name!r} of family {member.family!r} from its ONNX alone; "
+            f"no PyTorch module can be made for {word} {name!r} of family {network.family!r} from its ONNX alone; "
             "known: dit in its published layout",
-            hint=f"verify with the checkpoint: --member {name}=CHECKPOINT; in bench leave --against out",
+            hint=f"verify with the checkpoint: --{word} {name}=CHECKPOINT"
+            + ("; in bench leave --against out" if word == "member" else ""),
         )
     import torch
 
@@ -207,7 +232,7 @@ def torch_module(name: str, member: Member, files: list[Path]) -> Any:
     from tstitch_export.families.dit_layout import expected_shapes
     from tstitch_export.families.dit_model import DiT
 
-    said = member.config
+    said = network.config
     config = DiTConfig(
         depth=int(said["depth"]),
         width=int(said["width"]),

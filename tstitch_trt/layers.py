@@ -56,18 +56,18 @@ class _Layer(NamedTuple):
 def compare_layers(
     bundle: Bundle, name: str, records: Sequence[EngineRecord], inputs: Arrays, limit: float, folder: Path
 ) -> list[LayerCheck]:
-    """Compares what can be looked into of one member: the graphs of ONNX Runtime's engines with the ONNX they were
+    """Compares what can be looked into of one network: the graphs of ONNX Runtime's engines with the ONNX they were
     compiled from, and an fp16 graph with its float32 twin. Other engines are closed: of those nothing can be told.
 
-    ``inputs`` are float32 and integers, rounded to the member's precision. Raises ``Unavailable`` without onnx.
+    ``inputs`` are float32 and integers, rounded to the network's precision. Raises ``Unavailable`` without onnx.
     """
     try:
         import onnx  # noqa: F401
     except ImportError as error:
         raise Unavailable(f"--layers needs onnx: {error}", hint='run: pip install "tstitch-trt[export]"') from None
-    member = bundle.manifest.members[name]
-    graph = bundle.path(member.onnx[0])
-    feeds = {spec.name: inputs[spec.name].astype(_FLOATS.get(spec.dtype, np.int64)) for spec in member.inputs}
+    network = bundle.manifest.networks()[name]
+    graph = bundle.path(network.onnx[0])
+    feeds = {spec.name: inputs[spec.name].astype(_FLOATS.get(spec.dtype, np.int64)) for spec in network.inputs}
     found: list[LayerCheck] = []
 
     def note(compared: str, reason: str) -> None:
@@ -78,14 +78,14 @@ def compare_layers(
         compared = f"its {identity.backend} engine with its ONNX"
         if identity.backend != "onnxruntime":
             note(compared, f"{identity.backend} engines do not show their layers")
-        elif member.precision == "bf16":
+        elif network.precision == "bf16":
             note(compared, "ONNX Runtime has no bfloat16 kernels on the CPU")
         elif identity.arch.startswith("sm_"):
             note(compared, f"the engine is for a GPU ({identity.arch}) and holds its operators only")
         else:
             engine = bundle.path(record.files[0])
             found.append(first_difference(name, compared, (graph, feeds), (engine, feeds), limit))
-    if member.precision == "fp16":
+    if network.precision == "fp16":
         from tstitch_export.onnx_graph import retyped_to_float32
 
         twin = folder / f"{name}-float32.onnx"

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.device import Buffer, Device
-from tstitch_engines.manifest import Member
-from tstitch_engines.spec import TensorSpec
+from tstitch_engines.manifest import Member, Network
+from tstitch_engines.spec import ShapeProfile, TensorSpec
 from tstitch_trt.caller import Arrays, widen
 
-__all__ = ["Recorder", "needs_widening", "widen_graph", "widened"]
+__all__ = ["AnyNetwork", "Recorder", "needs_widening", "widen_graph", "widened"]
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 _NARROW: Final = "bfloat16"  # what ONNX Runtime has no kernels for on the CPU
 
 
 class Recorder(Engine):
-    """An engine that notes its inputs before it runs."""
+    """An engine that notes its inputs before it runs. ``profile``: a part of the engine's own, to be kept to."""
 
-    def __init__(self, engine: Engine, device: Device, calls: list[Arrays]) -> None:
-        super().__init__(engine.inputs, engine.outputs, engine.profile)
+    def __init__(
+        self, engine: Engine, device: Device, calls: list[Arrays], profile: ShapeProfile | None = None
+    ) -> None:
+        super().__init__(engine.inputs, engine.outputs, engine.profile if profile is None else profile)
         self._engine = engine
         self._device = device
         self._calls = calls
         self._buffers: Mapping[str, Buffer] = {}
 
     def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
-        self._engine.bind(buffers, batch=batch)
+        self._engine.bind(buffers, batch=batch, sizes=self.sizes)
         self._buffers = buffers
 
     def enqueue(self) -> None:
@@ -42,23 +46,23 @@ class Recorder(Engine):
         self._buffers = {}
 
 
-def needs_widening(member: Member) -> bool:
-    """Whether the member, or what of it is not quantised, computes in bfloat16."""
-    made = member.quantisation
-    return member.precision == "bf16" or (made is not None and made.high_precision == "bf16")
+def needs_widening(network: Network) -> bool:
+    """Whether the network, or what of it is not quantised, computes in bfloat16."""
+    made = network.quantisation if isinstance(network, Member) else None
+    return network.precision == "bf16" or (made is not None and made.high_precision == "bf16")
 
 
-def widened(member: Member) -> Member:
-    """``member`` with float32 in place of bfloat16."""
+def widened(network: AnyNetwork) -> AnyNetwork:
+    """``network`` with float32 in place of bfloat16."""
 
     def wide(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         return tuple(
             msgspec.structs.replace(spec, dtype="float32") if spec.dtype == _NARROW else spec for spec in specs
         )
 
-    precision = "fp32" if member.precision == "bf16" else member.precision
+    precision = "fp32" if network.precision == "bf16" else network.precision
     return msgspec.structs.replace(
-        member, precision=precision, inputs=wide(member.inputs), outputs=wide(member.outputs)
+        network, precision=precision, inputs=wide(network.inputs), outputs=wide(network.outputs)
     )
 
 

@@ -1,4 +1,4 @@
-"""What engines are verified against, and on what: the members' own ONNX and PyTorch, random and recorded inputs."""
+"""What engines are verified against, and on what: the networks' own ONNX and PyTorch, random and recorded inputs."""
 
 from __future__ import annotations
 
@@ -14,147 +14,133 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle
 from tstitch_engines.device import Device, open_device
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, Manifest, Member
+from tstitch_engines.errors import OutOfProfile, Unavailable
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, Member, Network
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.caller import Arrays, Caller, narrow, widen
-from tstitch_trt.recorder import Recorder, needs_widening, widen_graph, widened
-from tstitch_trt.runtime import Runtime
+from tstitch_trt.random_inputs import random_inputs
+from tstitch_trt.recorder import AnyNetwork, needs_widening, widen_graph, widened
+from tstitch_trt.recordings import Recordings
 
 __all__ = ["References"]
 
-_STEPS: Final = 8  # of the recorded trajectory, at least
-_IMAGES: Final = 2
-_GUIDANCE: Final = 1.5  # of the recorded trajectory where the bundle's own is off
+_ANY: Final = Range(1, 1, 1 << 30)  # ONNX Runtime takes any size that the graph does
 
 
 class References:
     """The reference results of one bundle.
 
-    ONNX Runtime runs every member's own graph on the CPU without any optimisation. It has no bfloat16 kernels there: a
+    ONNX Runtime runs every network's own graph on the CPU without any optimisation. It has no bfloat16 kernels there: a
     bf16 graph is widened to float32 first, weights and all. PyTorch runs the family's module in float32 on the weights
-    of the graph. Inputs are always rounded to the member's precision, so that both sides get the same values.
+    of the graph, or of a checkpoint. Inputs are always rounded to the network's precision, so that both sides get the
+    same values. A graph is loaded when it is first needed.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         *,
-        largest: int,
         samples: int,
         seed: int,
         threads: int,
         folder: Path,
         checkpoints: Mapping[str, Path] | None = None,
     ) -> None:
-        """``largest`` batch that will be asked for; ``folder`` takes widened graphs and must outlive this object.
-
-        Records the trajectory. Raises ``Unavailable`` without ONNX Runtime, ``NotFinite`` when the members' own graphs
-        give NaN.
-        """
+        """``folder`` takes widened graphs and must outlive this object. Raises ``Unavailable`` without ONNX Runtime."""
         self._bundle = bundle
+        self._networks: dict[str, Network] = bundle.manifest.networks()
         self._checkpoints = dict(checkpoints or {})
         self._samples = samples
         self._seed = seed
+        self._threads = threads
+        self._folder = folder
         self._device: Device = open_device("cpu")
+        self._backend = open_backend("onnxruntime")
+        self.version = self._backend.version()
         self._models: dict[str, Any] = {}
-        backend = open_backend("onnxruntime")
-        self.version = backend.version()
-        profile = ShapeProfile({"B": Range(1, max(largest, 2 * _IMAGES), max(largest, 2 * _IMAGES))})
         self._engines: dict[str, Engine] = {}
-        members: dict[str, Member] = {}
-        try:
-            for name, member in bundle.manifest.members.items():
-                model, wide = bundle.path(member.onnx[0]), member
-                if needs_widening(member):
-                    wide = widened(member)
-                    model = widen_graph(model, folder / f"{name}.onnx")
-                identity = EngineIdentity(
-                    schema=SCHEMA,
-                    backend=backend.name,
-                    backend_version=self.version,
-                    onnx_sha256="",
-                    precision=wide.precision,
-                    profile=profile,
-                    arch=backend.arch("cpu"),
-                )
-                members[name] = wide
-                self._engines[name] = backend.load(
-                    model, member=wide, identity=identity, device=self._device, threads=threads
-                )
-            self._callers = {name: Caller(engine, self._device) for name, engine in self._engines.items()}
-            self._pool = self._record(msgspec.structs.replace(bundle.manifest, members=members))
-        except BaseException:
-            self.close()
-            raise
+        self._callers: dict[str, Caller] = {}
+        manifest = msgspec.structs.replace(
+            bundle.manifest,
+            members={name: _wide(member) for name, member in bundle.manifest.members.items()},
+            parts={name: _wide(part) for name, part in bundle.manifest.parts.items()},
+        )
+        self._wide = manifest.networks()
+        self._recordings = Recordings(bundle, manifest, self._engine, self._device, samples=samples, seed=seed)
+        self.left_out: dict[str, str] = {}  # networks without recorded inputs, and why
 
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()
-        self._engines, self._models = {}, {}
+        self._engines, self._callers, self._models = {}, {}, {}
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            network, model = self._networks[name], self._bundle.path(self._networks[name].onnx[0])
+            if needs_widening(network):
+                model = widen_graph(model, self._folder / f"{name}.onnx")
+            dims = sorted({dim for spec in (*network.inputs, *network.outputs) for dim in spec.dims})
+            identity = EngineIdentity(
+                schema=SCHEMA,
+                backend=self._backend.name,
+                backend_version=self.version,
+                onnx_sha256="",
+                precision=self._wide[name].precision,
+                profile=ShapeProfile(dict.fromkeys(dims, _ANY)),
+                arch=self._backend.arch("cpu"),
+            )
+            self._engines[name] = self._backend.load(
+                model, member=self._wide[name], identity=identity, device=self._device, threads=self._threads
+            )
+        return self._engines[name]
 
     # --- inputs
 
-    def random(self, name: str, batch: int) -> list[Arrays]:
-        """Unit Gaussian samples, timesteps and labels drawn evenly, the null class among them."""
-        manifest = self._bundle.manifest
-        member, conditioning = manifest.members[name], manifest.conditioning
-        found: list[Arrays] = []
-        for index in range(self._calls(batch)):
-            rng = np.random.default_rng([self._seed, batch, index])
-            labels = [*range(conditioning.classes), *([] if conditioning.null is None else [conditioning.null])]
-            values: dict[str, NDArray[Any]] = {}
-            for spec in member.inputs:
-                shape = spec.resolve({"B": batch})
-                if spec.name == "timestep":
-                    values[spec.name] = (rng.random(shape) * (manifest.noise.steps - 1)).astype(np.float32)
-                elif spec.name == "labels":
-                    values[spec.name] = rng.choice(labels, shape).astype(np.int64)
-                else:
-                    values[spec.name] = rng.standard_normal(shape, np.float32)
-            found.append(_rounded(values, member))
-        return found
+    def random(self, name: str, sizes: Mapping[str, int]) -> list[Arrays]:
+        """See ``random_inputs``. ``sizes``: of all dimensions of the network, ``B`` among them."""
+        order = [sizes[dim] for dim in sorted(sizes)]
+        return [
+            self._rounded(
+                name,
+                random_inputs(self._bundle.manifest, name, sizes, np.random.default_rng([self._seed, *order, index])),
+            )
+            for index in range(self._samples)
+        ]
 
-    def trajectory(self, name: str, batch: int) -> list[Arrays]:
-        """Recorded inputs; the rows of each batch, and the batches together, are spread over all noise levels."""
-        rows, count = len(self._pool["timestep"]), self._calls(batch)
+    def trajectory(self, name: str, batch: int, size: tuple[int, int] | None = None) -> list[Arrays]:
+        """Recorded inputs; the rows of each batch, and the batches together, are spread over all noise levels.
+
+        ``size``: height and width of the latent, by default the bundle's own. At most as many batches as hold every
+        recorded row. None, and an entry of ``left_out``, where no trajectory gives such inputs. Raises ``NotFinite``
+        when the bundle's own graphs give NaN.
+        """
+        latent = self._bundle.manifest.latent
+        try:
+            pool = self._recordings.rows(name, size or (latent.height, latent.width))
+        except (Unavailable, OutOfProfile) as reason:
+            self.left_out[name] = f"{reason.message} ({reason.hint})"
+            return []
+        rows = len(next(iter(pool.values())))
+        count = min(self._samples, -(-rows // batch))
         found: list[Arrays] = []
         for index in range(count):
             chosen = (np.arange(batch) * count + index) * rows // (batch * count)
-            picked = {key: values[chosen] for key, values in self._pool.items()}
-            found.append(_rounded(picked, self._bundle.manifest.members[name]))
+            found.append(self._rounded(name, {key: values[chosen] for key, values in pool.items()}))
         return found
 
-    def _calls(self, batch: int) -> int:
-        """At most as many as hold every recorded row."""
-        return min(self._samples, -(-len(self._pool["timestep"]) // batch))
-
-    def _record(self, manifest: Manifest) -> dict[str, NDArray[Any]]:
-        """The inputs of every call of one trajectory, call after call: ``sample [R,C,H,W]``, ``timestep [R]``..."""
-        calls: list[Arrays] = []
-        recorders = {name: Recorder(engine, self._device, calls) for name, engine in self._engines.items()}
-        runtime = Runtime(Bundle(self._bundle.root, manifest), self._device, "onnxruntime", recorders, 0.0)
-        steps = min(max(_STEPS, self._samples), manifest.noise.steps)
-        names = tuple(manifest.members)
-        guidance = 1.0
-        if manifest.conditioning.null is not None:
-            guidance = _GUIDANCE if manifest.defaults.guidance == 1 else manifest.defaults.guidance
-        runtime.sample(
-            labels=[i % manifest.conditioning.classes for i in range(_IMAGES)],
-            seed=self._seed,
-            steps=steps,
-            schedule=[names[i * len(names) // steps] for i in range(steps)],
-            guidance=guidance,
-            decode=False,
-        )
-        return {key: np.concatenate([call[key] for call in calls]) for key in calls[0]}
+    def _rounded(self, name: str, values: Arrays) -> Arrays:
+        specs = self._networks[name].inputs
+        return {spec.name: widen(narrow(values[spec.name], spec.dtype), spec.dtype) for spec in specs}
 
     # --- results
 
     def onnx(self, name: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        if name not in self._callers:
+            self._callers[name] = Caller(self._engine(name), self._device)
         return self._callers[name](inputs)
 
     def torch_version(self, name: str) -> str:
-        """PyTorch's version. Raises ``Unavailable`` when the member can't be run in PyTorch."""
+        """PyTorch's version. Raises ``Unavailable`` when the network can't be run in PyTorch."""
         self._module(name)
         import torch
 
@@ -164,23 +150,29 @@ class References:
         module = self._module(name)
         import torch
 
-        member = self._bundle.manifest.members[name]
+        network = self._networks[name]
         with torch.inference_mode():
-            output = module(*(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in member.inputs))
-        return {member.outputs[0].name: output.numpy()}
+            found = module(*(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in network.inputs))
+        outputs = found if isinstance(found, (tuple, list)) else (found,)
+        return {spec.name: output.numpy() for spec, output in zip(network.outputs, outputs, strict=True)}
 
     def _module(self, name: str) -> Any:
         if name not in self._models:
             from tstitch_trt.eager import checkpoint_module, need_eager, torch_module
 
             need_eager()
-            member = self._bundle.manifest.members[name]
-            if name in self._checkpoints and member.quantisation is None:
-                self._models[name] = checkpoint_module(name, member, self._checkpoints[name])
+            network = self._networks[name]
+            quantised = isinstance(network, Member) and network.quantisation is not None
+            if name in self._checkpoints and not quantised:
+                self._models[name] = checkpoint_module(name, network, self._checkpoints[name], self._word(name))
             else:
-                self._models[name] = torch_module(name, member, [self._bundle.path(part) for part in member.onnx])
+                files = [self._bundle.path(part) for part in network.onnx]
+                self._models[name] = torch_module(name, network, files, self._word(name))
         return self._models[name]
 
+    def _word(self, name: str) -> str:
+        return "member" if name in self._bundle.manifest.members else "part"
 
-def _rounded(values: Arrays, member: Member) -> Arrays:
-    return {spec.name: widen(narrow(values[spec.name], spec.dtype), spec.dtype) for spec in member.inputs}
+
+def _wide(network: AnyNetwork) -> AnyNetwork:
+    return widened(network) if needs_widening(network) else network

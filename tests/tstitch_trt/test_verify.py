@@ -374,7 +374,7 @@ def test_recorded_inputs_are_those_of_the_trajectory_at_all_noise_levels(tiny_pa
             levels.append(row[ROW["T"]])
             before = event.latents()
         np.testing.assert_array_equal(before, zero.latents)
-    references = References(open_bundle(tiny_pair.bundle), largest=32, samples=1, seed=3, threads=0, folder=tmp_path)
+    references = References(open_bundle(tiny_pair.bundle), samples=1, seed=3, threads=0, folder=tmp_path)
     (everything,) = references.trajectory("large", 32)  # 8 steps x 2 images x 2 halves
     references.close()
     np.testing.assert_array_equal(everything["timestep"], np.repeat(np.float32(levels), 4))

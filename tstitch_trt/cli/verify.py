@@ -22,6 +22,7 @@ tstitch-trt verify fashion.bundle
 tstitch-trt verify fashion.bundle --backend tensorrt-rtx --device cuda:1 --samples 16
 tstitch-trt verify fashion.bundle --members large --layers
 tstitch-trt verify dit.bundle --member small=DiT-S --member large=DiT-XL
+tstitch-trt verify sd.bundle --members large,vae_decoder --member large=SD15 --part vae_decoder=SD15
 tstitch-trt verify fashion.bundle --json
 """
 
@@ -29,7 +30,7 @@ tstitch-trt verify fashion.bundle --json
 @click.command("verify", cls=Command, examples=EXAMPLES)
 @bundle_argument
 @click.option("--backend", metavar="NAME", help="Engines of this backend only.")
-@click.option("--members", metavar="A,B", help="Engines of these members only.")
+@click.option("--members", metavar="A,B", help="Engines of these members and parts only.")
 @click.option(
     "--samples",
     type=click.IntRange(1),
@@ -52,6 +53,13 @@ tstitch-trt verify fashion.bundle --json
     metavar="NAME=CHECKPOINT",
     help="What a member was made from, for PyTorch to run. Published DiTs need none. May be repeated.",
 )
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    metavar="NAME=CHECKPOINT",
+    help="What a part (text_encoder, vae_decoder...) was made from, for PyTorch to run. May be repeated.",
+)
 @rebuild_option
 @click.option("--layers", is_flag=True, help="Also name the first layer that differs, where layers can be seen.")
 @click.option(
@@ -70,6 +78,7 @@ def command(
     samples: int,
     device: str,
     checkpoints: tuple[str, ...],
+    parts: tuple[str, ...],
     rebuild: bool,
     layers: bool,
     threads: int,
@@ -78,9 +87,12 @@ def command(
     """Compare every engine of BUNDLE with ONNX Runtime and PyTorch.
 
     Inputs are random ones, and those of a short trajectory of the bundle over all noise levels with guidance on, at the
-    smallest, tuned and largest batch. An engine that can't run here is listed as not checked, with the reason; its
-    identity and its plan's header are checked anyway. Exit code 1 when an engine fails. With --rebuild, engines of
-    every backend that runs here are first compiled again where they don't fit.
+    smallest, tuned and largest batch, and where engines take several sizes at the smallest and largest too. Parts
+    (text encoders, VAE, ControlNet) are checked as members are, on what a prompt and its picture give them.
+
+    An engine that can't run here is listed as not checked, with the reason; its identity and its plan's header are
+    checked anyway. Exit code 1 when an engine fails. With --rebuild, engines of every backend that runs here are first
+    compiled again where they don't fit.
     """
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.parsing import parse_pairs
@@ -89,6 +101,7 @@ def command(
 
     names = None if members is None else [part.strip() for part in members.split(",") if part.strip()]
     sources = parse_pairs(checkpoints, option="--member", value="CHECKPOINT")
+    sources |= parse_pairs(parts, option="--part", value="CHECKPOINT")
     with progress("verifying", 1, logs=("tstitch_engines", "tstitch_trt") if rebuild else ()) as bar:
         result = verify(
             bundle,
@@ -108,7 +121,7 @@ def command(
         _print(result)
     failed = result.of("failed")
     if failed:
-        listed = "; ".join(f"the {c.backend} engine of member {c.member!r}: {c.reason}" for c in failed)
+        listed = "; ".join(f"the {c.backend} engine of {c.kind} {c.member!r}: {c.reason}" for c in failed)
         from tstitch_engines.bundle import open_bundle
         from tstitch_engines.identity import for_gpu
 
@@ -126,13 +139,16 @@ def command(
 def _print(result: Verification) -> None:
     from tstitch_trt.cli._text import print_table
 
-    references = ", ".join(f"{name} {version}" for name, version in result.references.items())
+    left_out = {name: text for name, text in result.references.items() if text.startswith("left out")}
+    references = ", ".join(f"{name} {text}" for name, text in result.references.items() if name not in left_out)
     click.echo(f"{result.bundle}: {len(result.engines)} engines" + (f", against {references}" if references else ""))
+    for name, text in left_out.items():
+        click.echo(f"  {name} {text}")
     for check in result.engines:
         click.echo()
         click.echo(
-            f"member {check.member}: {check.backend} {check.backend_version} for {check.arch}, {check.precision}, "
-            f"identity {check.identity[:16]}: {check.status}"
+            f"{check.kind} {check.member}: {check.backend} {check.backend_version} for {check.arch}, "
+            f"{check.precision}, identity {check.identity[:16]}: {check.status}"
         )
         if check.plan is not None:
             click.echo(f"  {'plan':<10} {check.plan}")
@@ -141,12 +157,13 @@ def _print(result: Verification) -> None:
         if check.comparisons:
             click.echo(f"  {'limit':<10} {check.limit:.0e}: {check.limit_reason}")
             print_table(
-                ("against", "inputs", "batch", "tensor", "max abs", "max rel", "rel L2", "result"),
+                ("against", "inputs", "batch", "sizes", "tensor", "max abs", "max rel", "rel L2", "result"),
                 [_row(c) for c in check.comparisons],
             )
     for layer in result.layers:
         click.echo()
-        click.echo(f"member {layer.member}, {layer.compared}: {layer.tensors} tensors, limit {layer.limit:.0e}")
+        kind = next(check.kind for check in result.engines if check.member == layer.member)
+        click.echo(f"{kind} {layer.member}, {layer.compared}: {layer.tensors} tensors, limit {layer.limit:.0e}")
         if layer.first is not None:
             first = layer.first
             click.echo(
@@ -158,7 +175,9 @@ def _print(result: Verification) -> None:
 
 
 def _row(c: Comparison) -> tuple[str, ...]:
-    return (c.against, c.inputs, str(c.batch), c.tensor, *_figures(c.error), "passed" if c.passed else "FAILED")
+    sizes = " ".join(f"{name}={size}" for name, size in c.sizes.items())
+    result = "passed" if c.passed else "FAILED"
+    return (c.against, c.inputs, str(c.batch), sizes or "fixed", c.tensor, *_figures(c.error), result)
 
 
 def _figures(error: Error) -> tuple[str, str, str]:
