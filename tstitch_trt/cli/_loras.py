@@ -1,4 +1,4 @@
-"""``--lora NAME=FILE[:WEIGHT]``, which may be repeated: of ``build``, and of ``sample`` where engines can be refitted."""
+"""``--lora NAME=FILE[:WEIGHT]``, which may be repeated: of ``build``, and of ``sample`` for engines that can refit."""
 
 from __future__ import annotations
 

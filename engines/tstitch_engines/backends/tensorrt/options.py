@@ -26,7 +26,7 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = MappingProxyType(
         "timing-cache": (str, "a file that keeps kernel timings for the next build"),
         "hardware-compatible": (str, "none, ampere+ or same (compute capability): other GPUs that run the engine"),
         "version-compatible": (bool, "the engine also runs on newer versions of the library (default: false)"),
-        "refit": (bool, "the weights can be replaced later (default: false)"),
+        "refit": (bool, "the weights can be replaced later: LoRAs at run time (default: false)"),
         "strip-weights": (bool, "leave the weights out; they are read from the ONNX on loading (default: false)"),
         "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
         "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
