@@ -61,7 +61,7 @@ class Loras:
         self._changed = changed
         self._weights: dict[str, Weights] = {}
         self._active: dict[str, _Active] = {}
-        self._lost: dict[str, str] = {}
+        self._lost: dict[str, tuple[str, tuple[str, ...]]] = {}  # why, and the weights that may be anything
 
     def said(self) -> dict[str, str]:
         """The LoRAs in use by network: ``{"large": "style.safetensors:0.8"}``."""
@@ -69,7 +69,7 @@ class Loras:
 
     def check(self) -> None:
         """Raises ``FailedWork`` where an engine's weights are not known, after a swap and its undoing both failed."""
-        for name, why in self._lost.items():
+        for name, (why, _) in self._lost.items():
             raise FailedWork(
                 f"the weights of {name!r} are not known since a LoRA could not be put in: {why}",
                 hint=f"call restore({name!r}), or close the runtime and load the bundle again",
@@ -140,9 +140,8 @@ class Loras:
     def _put(self, name: str, wanted: _Active) -> None:
         """Engine and record agree afterwards, whatever happens."""
         engine, before = self._refittable(name), self._active.get(name, _NONE)
-        keys = [*dict.fromkeys((*wanted.deltas, *before.deltas))]
-        if name in self._lost:  # anything may be in it
-            keys = [key for key, weight in self._open(name).map.weights.items() if weight.initialiser is not None]
+        _, lost = self._lost.get(name, ("", ()))
+        keys = [*dict.fromkeys((*wanted.deltas, *before.deltas, *lost))]
         if keys:
             self._refit(name, engine, keys, wanted, before)
         self._lost.pop(name, None)
@@ -162,8 +161,9 @@ class Loras:
             try:
                 engine.refit(_Values.of(name, weights, engine, keys, before), others)
             except Exception as second:
-                self._lost[name] = (str(second).splitlines() or [type(second).__name__])[0]
-                _log.error("%s: its weights are not known any more: %s", name, self._lost[name])
+                why = (str(second).splitlines() or [type(second).__name__])[0]
+                self._lost[name] = (why, tuple(keys))
+                _log.error("%s: its weights are not known any more: %s", name, why)
             raise
 
 
