@@ -18,7 +18,7 @@ import msgspec
 from tstitch_engines.decode import DecodeError, convert
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_engines.files import exchange, hash_file, remove_stale, sync_directory, temporary_directory, write_durably
-from tstitch_engines.manifest import SCHEMA, Component, Manifest, Member
+from tstitch_engines.manifest import SCHEMA, Component, Manifest, Member, Network
 
 __all__ = ["MANIFEST", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
 
@@ -62,8 +62,16 @@ def rebuild_command(manifest: Manifest | None, root: Path) -> str:
     if manifest is not None:
         for name, member in manifest.members.items():
             if member.sources and not member.sources[0].shipped:
-                # a folder's files are FOLDER/FILE
-                words += ["--member", f"{name}={member.sources[0].name.partition('/')[0]}"]
+                words += ["--member", f"{name}={_given(member)}"]
+        checkpoints = {_given(member) for member in manifest.members.values()}
+        for name, part in manifest.parts.items():
+            if (given := _given(part)) and given not in checkpoints:  # else it is found in that pipeline again
+                words += ["--part", f"{name}={given}"]
+        for name, network in manifest.networks().items():
+            made = network.quantisation if isinstance(network, Member) else None
+            precision = made.source_precision if made else network.precision
+            if precision != "fp32":
+                words += ["--precision", f"{name}={precision}"]
     quantised = {n: m for n, m in manifest.members.items() if m.quantisation is not None} if manifest else {}
     if not quantised:
         return shlex.join((*words, "-o", str(root)))
@@ -74,6 +82,11 @@ def rebuild_command(manifest: Manifest | None, root: Path) -> str:
         commands.append(shlex.join(_quantise_words(place, name, member, target)))
         place = target
     return " && ".join(commands)
+
+
+def _given(network: Network) -> str:
+    """The last part of the path that was given at build time: a folder's files are ``FOLDER/FILE``."""
+    return network.sources[0].name.partition("/")[0] if network.sources else ""
 
 
 def _quantise_words(source: str, name: str, member: Member, target: str) -> list[str]:

@@ -14,7 +14,7 @@ from tstitch_engines.bundle import Bundle
 from tstitch_engines.cache import Cache, Entry
 from tstitch_engines.files import copy_component
 from tstitch_engines.identity import digest, model_digest
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Member, Network
 from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["Compiler", "from_cache", "keep_record"]
@@ -70,7 +70,7 @@ class Compiler:
         """
         backend, identity = self.backend, self.identity(member)
         key = digest(identity)
-        what = f"member {name}: {backend.name} engine"
+        what = f"{'member' if isinstance(member, Member) else 'part'} {name}: {backend.name} engine"
         old = previous.manifest.networks().get(name) if previous is not None and not self.cache.fresh else None
         for record in old.engines if old is not None else ():
             if record.identity == identity and keep_record(previous, record, staging):

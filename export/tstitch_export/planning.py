@@ -139,7 +139,7 @@ def plan_member(
         family=family,
         inspection=inspection,
         precision=precision,
-        sources=_sources(inspection, path, shipped=given is None),
+        sources=_sources(inspection, path, path.name, shipped=given is None),
         given=path,
         shipped=read_shipped(base / str(part.shipped)) if use_shipped else None,
         folder=(base / part.shipped).parent if part.shipped else base,
@@ -147,9 +147,12 @@ def plan_member(
 
 
 def plan_part(
-    name: str, recipe: PartRecipe, path: Path, options: Mapping[str, Scalar], precision: Precision
+    name: str, recipe: PartRecipe, path: Path, options: Mapping[str, Scalar], precision: Precision, shown: str
 ) -> NetworkPlan:
-    """Like ``plan_member`` for a part, also a member's own (``small_text_encoder``). Raises ``BadCheckpoint``."""
+    """Like ``plan_member`` for a part, also a member's own (``small_text_encoder``). Raises ``BadCheckpoint``.
+
+    ``shown`` is what the manifest calls its source.
+    """
     family = open_family(recipe.family)
     chosen = {**recipe.options, **options}
     part = part_of(name)
@@ -163,7 +166,7 @@ def plan_part(
         family=family,
         inspection=inspection,
         precision=precision,
-        sources=_sources(inspection, path, shipped=False),
+        sources=_sources(inspection, path, shown, shipped=False),
         given=path,
     )
 
@@ -201,22 +204,26 @@ def plan_parts(
     for part, recipe in spec.parts.items():
         chosen = _part_precision(part, known, precision, recipe.precision, members)
 
-        def plan(path: Path, key: str, recipe: PartRecipe = recipe, chosen: Precision = chosen) -> NetworkPlan:
-            named = chosen if isinstance(precision, str) else precision.get(key, chosen)
-            return plan_part(key, recipe, path, options.get(key, {}), named)
+        def plan(
+            path: Path, key: str, shown: str, part: str = part, recipe: PartRecipe = recipe, made: Precision = chosen
+        ) -> NetworkPlan:
+            named = made if isinstance(precision, str) else precision.get(key, made)
+            own = {**(_inherited(options.get(part, {}), path) if key != part else {}), **options.get(key, {})}
+            return plan_part(key, recipe, path, own, named, shown)
 
         if part in given:
-            found[part] = plan(given[part], part)
+            found[part] = plan(given[part], part, given[part].name)
         for member in reversed(members):
             key = f"{member.name}_{part}"
             if key in given:
-                found[key] = plan(given[key], key)
+                found[key] = plan(given[key], key, given[key].name)
                 continue
             path = None if part in given else _inside(member, recipe, part)
             if path is None:
                 continue
+            shown = "/".join((member.given.name, *path.relative_to(member.given).parts))
             try:
-                own = plan(path, part)
+                own = plan(path, part, shown)
             except BadCheckpoint as error:
                 if path.is_dir():
                     raise
@@ -225,7 +232,7 @@ def plan_parts(
             if part not in found:
                 found[part] = own
             elif part in TEXT_ENCODERS and _digests(own) != _digests(found[part]):
-                found[key] = plan(path, key)
+                found[key] = plan(path, key, shown)
     return found, tuple(notes)
 
 
@@ -237,6 +244,12 @@ def _inside(member: NetworkPlan, recipe: PartRecipe, part: str) -> Path | None:
     if recipe.subfolder is None or not (member.given / recipe.subfolder / "config.json").is_file():
         return None
     return member.given / recipe.subfolder
+
+
+def _inherited(options: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
+    """What is said of a text encoder and holds for a member's own too: a folder has a tokenizer, a LoRA is for one."""
+    others = ("lora", "tokenizer") if path.is_dir() else ("lora",)
+    return {key: value for key, value in options.items() if key not in others}
 
 
 def _part_precision(
@@ -264,11 +277,11 @@ def _inspect(family: Family, path: Path, options: Mapping[str, Scalar], what: st
         raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
 
 
-def _sources(inspection: Inspection, path: Path, *, shipped: bool) -> tuple[Source, ...]:
+def _sources(inspection: Inspection, path: Path, shown: str, *, shipped: bool) -> tuple[Source, ...]:
     try:
         return tuple(
             Source(
-                name=path.name if len(inspection.files) == 1 else f"{path.name}/{file.name}",
+                name=shown if len(inspection.files) == 1 else f"{shown}/{file.name}",
                 sha256=found[0],
                 bytes=found[1],
                 shipped=shipped,

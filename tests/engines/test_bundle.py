@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -186,3 +186,16 @@ def test_rebuild_command_names_given_checkpoints_only() -> None:
     shipped = msgspec.structs.replace(member(), sources=(Source(name="s", sha256="", bytes=1, shipped=True),))
     words = rebuild_command(manifest({"a": given, "b": folder, "c": shipped}, recipe="dit-256"), Path("x.bundle"))
     assert words == "tstitch-trt build dit-256 --member 'a=S 1.pt' --member b=XL -o x.bundle"
+
+
+def test_rebuild_command_names_parts_that_were_given_and_precisions() -> None:
+    def of(name: str, precision: Literal["fp32", "fp16"] = "fp32") -> Any:
+        return msgspec.structs.replace(member(), precision=precision, sources=(Source(name=name, sha256="", bytes=1),))
+
+    found = manifest({"a": of("SD/config.json", "fp16")}, recipe="mine")
+    parts = {"vae_decoder": of("SD/vae/config.json"), "controlnet": of("canny/config.json", "fp16")}
+    words = rebuild_command(msgspec.structs.replace(found, parts=parts), Path("x.bundle"))
+    assert words == (
+        "tstitch-trt build mine --member a=SD --part controlnet=canny --precision a=fp16 --precision controlnet=fp16 "
+        "-o x.bundle"
+    )

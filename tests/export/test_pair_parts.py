@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tiny_checkpoints import MEMBER, SD, pieces, planned, said, text_recipe
+from tiny_checkpoints import MEMBER, SD, pieces, planned, said, single_file, text_recipe
 from tiny_families import clip_text_folder, controlnet_folder, unet_folder
 from tstitch_engines.manifest import TextInputs
 
@@ -115,3 +116,47 @@ def test_a_controlnet_leaves_other_families_alone(sd: Path, tmp_path: Path) -> N
     controlnet_folder(tmp_path / "control")
     with pytest.raises(Exception, match="differ in their conditioning"):
         planned(recipe, members={"small": tmp_path / "dit", "large": sd}, parts={"controlnet": tmp_path / "control"})
+
+
+def test_parts_within_a_single_file(recipe: Path, tmp_path: Path) -> None:
+    """A text encoder there has no tokenizer beside it: without one it is left out."""
+    file = single_file(tmp_path / "sd.safetensors")
+    both = {"small": file, "large": file}
+    plan = planned(recipe, members=both)
+    assert {name: part.given for name, part in plan.parts.items()} == {"vae_decoder": file, "vae_encoder": file}
+    said(plan, "the text_encoder in sd.safetensors is left out", "no tokenizer", "--option text_encoder.tokenizer=DIR")
+    said(plan, "member 'small' has no text_encoder: it takes prompt_embeds [N,T,768]")
+    assert plan.agreement.latent.scaling == 0.18215
+    tokenizer = {"text_encoder.tokenizer": str(tmp_path / "parts/tokenizer")}
+    plan = planned(recipe, members=both, options=tokenizer)
+    assert set(plan.parts) == {"text_encoder", "vae_decoder", "vae_encoder"}
+    assert not any("text_encoder" in note for note in plan.agreement.notes)
+    assert plan.parts["text_encoder"].inspection.layout == "single-file"
+
+
+def test_a_single_file_of_a_unet_alone(recipe: Path, tmp_path: Path) -> None:
+    file = single_file(tmp_path / "unet.safetensors", text=False, vae=False)
+    plan = planned(recipe, members={"small": file, "large": file})
+    assert not plan.parts
+    assert not any("left out" in note for note in plan.agreement.notes)
+
+
+def test_two_single_files_keep_their_own_text_encoders(recipe: Path, tmp_path: Path) -> None:
+    """One tokenizer serves both; a LoRA is for the one that it was given for."""
+    files = [single_file(tmp_path / name / "sd.safetensors") for name in ("a", "b")]
+    state = load_file(files[0])
+    state["cond_stage_model.transformer.text_model.final_layer_norm.bias"] += 1
+    save_file(state, files[0])
+    tokenizer = {"text_encoder.tokenizer": str(tmp_path / "a/parts/tokenizer")}
+    plan = planned(recipe, members={"small": files[0], "large": files[1]}, options=tokenizer)
+    assert (plan.parts["small_text_encoder"].given, plan.parts["text_encoder"].given) == (files[0], files[1])
+
+
+def test_an_autoencoder_that_can_not_be_read_is_left_out_of_a_single_file(recipe: Path, tmp_path: Path) -> None:
+    file = single_file(tmp_path / "sd.safetensors", text=False)
+    state = load_file(file)
+    del state["first_stage_model.encoder.conv_in.weight"]
+    save_file(state, file)
+    plan = planned(recipe, members={"small": file, "large": file})
+    said(plan, "the vae_decoder in sd.safetensors is left out", "lacks first_stage_model.encoder.conv_in.weight")
+    assert plan.agreement.decoder.kind == "none"

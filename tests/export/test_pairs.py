@@ -208,7 +208,8 @@ def test_the_scheduler_file_is_read_as_diffusers_writes_it(recipe: Path, sd: Pat
     folder = shutil.copytree(sd, tmp_path / "unipc")
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     settings = {"solver_order": 2, **{key: config[key] for key in ("beta_schedule", "beta_start", "beta_end")}}
-    UniPCMultistepScheduler(**settings).save_pretrained(folder / "scheduler")
+    made: Any = UniPCMultistepScheduler
+    made(**settings).save_pretrained(folder / "scheduler")
     plan = planned(recipe, members={"small": sd, "large": folder})
     assert plan.agreement.scheduler is not None
     assert plan.agreement.scheduler.solver == "unipc"

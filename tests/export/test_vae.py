@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tiny_checkpoints import original_vae
 from tiny_families import vae_folder
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.exporter import export_onnx
@@ -128,37 +129,11 @@ def test_folders_of_before_diffusers_0_12(tmp_path: Path) -> None:
     assert_close(DECODER.load(DECODER.inspect(tmp_path, {}))(latent).numpy(), want)
 
 
-def original_state(model: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """diffusers' tensors in the names of latent diffusion's own code."""
-    levels = len(model.config.block_out_channels)
-    out = {}
-    for name, tensor in model.state_dict().items():
-        parts = name.split(".")
-        if "attentions" in parts:
-            last = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[parts[4]]
-            tensor = tensor if last == "norm" or parts[-1] == "bias" else tensor[:, :, None, None]
-            name = f"{parts[0]}.mid.attn_1.{last}.{parts[-1]}"
-        elif "mid_block" in parts:
-            name = f"{parts[0]}.mid.block_{int(parts[3]) + 1}." + ".".join(parts[4:])
-        elif parts[1] in ("down_blocks", "up_blocks"):
-            down = parts[1] == "down_blocks"
-            level = int(parts[2]) if down else levels - 1 - int(parts[2])
-            head = f"{parts[0]}.{'down' if down else 'up'}.{level}"
-            if parts[3] == "resnets":
-                name = f"{head}.block.{parts[4]}." + ".".join(parts[5:]).replace("conv_shortcut", "nin_shortcut")
-            else:
-                name = f"{head}.{'down' if down else 'up'}sample." + ".".join(parts[5:])
-        elif parts[1] == "conv_norm_out":
-            name = f"{parts[0]}.norm_out.{parts[-1]}"
-        out[prefix + name] = tensor.clone().contiguous()
-    return out
-
-
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 @pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
 def test_single_files(tmp_path: Path, kind: str, prefix: str) -> None:
     model = vae_folder(tmp_path / "vae", kind, block_out_channels=(32, 64, 96), layers_per_block=2)
-    state = original_state(model, prefix)
+    state = original_vae(model, prefix)
     if prefix:
         state["model.diffusion_model.out.2.bias"] = torch.zeros(4)
         state["conditioner.embedders.0.x"] = torch.zeros(1)

@@ -86,7 +86,7 @@ def _print(bundle: Bundle) -> None:
         ),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("quality", "network and reference statistics" if manifest.quality else "none"),
-        ("notes", "; ".join(manifest.notes)),
+        *(("note", note) for note in manifest.notes),
         ("files", f"{len(files)}, {size(sum(part.bytes for part in files))}, all verified"),
     ):
         if text:

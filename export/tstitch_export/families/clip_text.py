@@ -233,7 +233,7 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
     if "tokenizer" not in options:
         raise BadCheckpoint(
             f"{path.name} is a single file and holds no tokenizer",
-            hint="give a tokenizer folder (vocab.json and merges.txt): --option text_encoder.tokenizer=DIR",
+            hint=f"give a tokenizer folder (vocab.json and merges.txt): --option {part}.tokenizer=DIR",
         )
     pieces = {name: piece.shape(shapes) for name, piece in name_pieces(shapes, prefix=prefix, is_open=is_open).items()}
     try:
@@ -314,7 +314,7 @@ def _find_tokenizer(path: Path, part: str, options: Mapping[str, Scalar]) -> Cli
     if not folder.is_dir():
         raise BadCheckpoint(
             f"the text encoder {path} has no tokenizer: {folder} does not exist",
-            hint="give its folder (vocab.json and merges.txt): --option text_encoder.tokenizer=DIR",
+            hint=f"give its folder (vocab.json and merges.txt): --option {part}.tokenizer=DIR",
         )
     return read_tokenizer(folder)
 
