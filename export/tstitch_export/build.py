@@ -78,8 +78,15 @@ def build(
     """
     report = progress or (lambda phase, share: None)
     opened = open_backend(backend)
-    plan = plan_bundle(recipe, members=members or {}, parts=parts or {}, precision=precision, options=options or {})
-    settings = typed(plan.options, opened.options, what=f"backend {backend!r}")
+    plan = plan_bundle(
+        recipe,
+        members=members or {},
+        parts=parts or {},
+        precision=precision,
+        options=options or {},
+        check=lambda common: typed(common, opened.options, what=f"backend {backend!r}"),
+    )
+    settings = plan.options
     compiler = Compiler.of(
         opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache(fresh=fresh)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,10 +48,11 @@ def plan_bundle(
     parts: Mapping[str, Path],
     precision: Precision | Mapping[str, Precision],
     options: Mapping[str, Scalar],
+    check: Callable[[dict[str, Scalar]], dict[str, Scalar]] = dict,
 ) -> BundlePlan:
     """The arguments are those of ``build``. Reads what checkpoints say of themselves, no weights; no torch is needed.
 
-    Raises ``BadInput`` and its kinds.
+    ``check`` types the options that are no network's own, before any checkpoint is read. Raises ``BadInput`` and its kinds.
     """
     spec, base = load_recipe(recipe)
     for name in members:
@@ -59,6 +60,7 @@ def plan_bundle(
     names = [*spec.members, *(name for name in members if name not in spec.members)]
     known = [*names, *part_names(spec, names)]
     common, own = split_options(options, known)
+    settings = check(common)
     if "controlnet" in parts:
         for name in names:
             described = spec.members.get(name) or spec.other_members
@@ -76,5 +78,5 @@ def plan_bundle(
         members=plans,
         parts=beside,
         agreement=replace(agreement, notes=(*left_out, *agreement.notes)),
-        options=common,
+        options=settings,
     )
