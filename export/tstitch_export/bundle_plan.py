@@ -52,7 +52,9 @@ def plan_bundle(
 ) -> BundlePlan:
     """The arguments are those of ``build``. Reads what checkpoints say of themselves, no weights; no torch is needed.
 
-    ``check`` types the options that are no network's own, before any checkpoint is read. Raises ``BadInput`` and its kinds.
+    ``check`` types the options that are no network's own, before any checkpoint is read.
+
+    Raises ``BadInput`` and its kinds.
     """
     spec, base = load_recipe(recipe)
     for name in members:
