@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -20,7 +20,6 @@ from tstitch_engines.backends.base import Engine
 from tstitch_engines.device import Device, Graph, NotCaptured
 from tstitch_engines.errors import unknown_name
 from tstitch_engines.rows import FLAG_STORE, ROW, ROW_FIELDS
-from tstitch_trt.control import CONTROLNET
 from tstitch_trt.lanes import LaneArena
 from tstitch_trt.limits import Sizes
 
@@ -171,23 +170,22 @@ class StepGraphs:
             return
         self._steps[kind] = graph
 
-    def forget(self, network: str) -> None:
-        """Drops what was recorded with this member or the ControlNet: its kinds are recorded again when they come."""
+    def drop(self, kinds: Collection[Kind]) -> None:
+        """Closes what was recorded of these kinds: they are recorded again when they come back. Waits."""
+        if not kinds:
+            return
         self._device.synchronize()
-
-        def holds(kind: Kind) -> bool:
-            return kind.member == network or (network == CONTROLNET and kind.control is not None)
-
-        for key in [key for key in self._segments if holds(key[0])]:
+        for key in [key for key in self._segments if key[0] in kinds]:
             self._segments.pop(key).close()
-        for kind in [kind for kind in self._steps if holds(kind)]:
-            graph = self._steps.pop(kind)
+        for kind in kinds:
+            graph = self._steps.pop(kind, None)
             if graph is not None:
                 graph.close()
 
     def _call_by_call(self, kind: Kind, why: str) -> None:
+        if self._plain.get(str(kind)) != why:  # it may have made room for others and come back
+            _logger.warning("%s runs call by call: %s", kind, why)
         self._plain[str(kind)] = why
-        _logger.warning("%s runs call by call: %s", kind, why)
 
     def _rehearse(self, seeds: list[int], step: int) -> None:
         """Lanes in the middle of a made-up trajectory, so that nothing of a request is touched by trying."""

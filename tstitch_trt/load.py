@@ -31,6 +31,7 @@ def load(
     graph: GraphMode = "auto",
     stream: Any = None,
     rebuild: bool = False,
+    overlap: bool = True,
     progress: Progress | None = None,
 ) -> Runtime:
     """Loads all members and parts of a bundle and returns the runtime that samples from them.
@@ -43,6 +44,9 @@ def load(
     row with one launch, ``off`` runs call by call; ``auto`` is ``step`` where the device has graphs and ``off`` where
     it has none. ``stream`` (CUDA): a stream to work on, an object with ``__cuda_stream__`` or an integer handle, not a
     default stream; its owner keeps it alive. ``sample`` returns when its work is done either way.
+
+    ``overlap`` (CUDA): the VAE's decoder works on a stream and in activation memory of its own, so that it makes
+    pictures while the steps of the next images run. Without it there is one block of memory for all, and one order.
 
     ``rebuild``: engines that are missing, damaged or don't fit this machine and these versions are compiled again from
     the bundle's own ONNX with the options and profile they had, and the bundle is replaced in one step. ``progress``
@@ -73,6 +77,7 @@ def load(
     chosen = {network: choose(opened, network, library, place.name) for network in networks}
     for network, record in chosen.items():
         check_wishes(opened, network, record, library, place.name, wishes)
+    decoding = place.beside() if overlap and "vae_decoder" in chosen else place
     engines: dict[str, Engine] = {}
     try:
         for network, record in chosen.items():
@@ -80,11 +85,11 @@ def load(
                 opened.path(record.files[0]),
                 member=networks[network],
                 identity=record.identity,
-                device=place,
+                device=decoding if network == "vae_decoder" else place,
                 threads=threads or 0,
             )
     except BaseException:
         for engine in engines.values():
             engine.close()
         raise
-    return Runtime(opened, place, name, engines, 1e3 * (perf_counter() - started), graph=graph)
+    return Runtime(opened, place, name, engines, 1e3 * (perf_counter() - started), graph=graph, decoding=decoding)

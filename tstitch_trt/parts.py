@@ -5,8 +5,9 @@ They run once per request and not once per step, so that their inputs and output
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.caller import Arrays, narrow, widen
 
 __all__ = ["Part"]
+
+_SIZES: Final = 32
 
 
 class Part:
@@ -35,6 +38,7 @@ class Part:
         self._engine = engine
         self._device = device
         self._slab: Slab | None = None
+        self._recent: OrderedDict[tuple[tuple[str, int], ...], None] = OrderedDict()  # sizes, the oldest first
 
     @property
     def profile(self) -> ShapeProfile:
@@ -82,8 +86,19 @@ class Part:
             device.upload(buffers[spec.name], narrow(np.concatenate([values, spare]), spec.dtype))
         engine.bind(buffers, batch=batch, sizes=sizes)
         engine.enqueue()
+        self._remember(every)
         found = {spec.name: device.download(buffers[spec.name]) for spec in engine.outputs}
         return {spec.name: widen(found[spec.name], spec.dtype)[:rows] for spec in engine.outputs}
+
+    def _remember(self, sizes: Mapping[str, int]) -> None:
+        """Keeps what the engine has set up for the last ``_SIZES`` sizes only."""
+        key = tuple(sorted(sizes.items()))
+        self._recent[key] = None
+        self._recent.move_to_end(key)
+        if len(self._recent) > _SIZES:
+            oldest = dict(self._recent.popitem(last=False)[0])
+            self._device.synchronize()
+            self._engine.release(self._buffers(oldest), sizes=oldest)
 
     def _bucket(self, rows: int) -> int:
         """``rows`` rounded up to a power of two within the profile: every other batch is a context of its own."""

@@ -45,11 +45,14 @@ class _Half:
             if side < allowed.min or (tile == "off" and length > allowed.max):
                 raise self._outside(word, length, allowed)
             sides.append(side)
-        tiles = tiles_of(size, (sides[0], sides[1]))
+        return tiles_of(size, (sides[0], sides[1]))
+
+    def check(self, size: tuple[int, int], tile: Tile) -> None:
+        """Raises ``OutOfProfile`` and ``BadInput`` as working on latents of this size would; says so if in tiles."""
+        tiles = self._tiles(size, tile)
         if len(tiles) > 1:
             f = self.factor
             _log.info("%s: %d tiles of %dx%d pixels", self._part.name, len(tiles), f * tiles.width, f * tiles.height)
-        return tiles
 
     def _asked(self, tile: int, allowed: Range) -> int:
         side, rest = divmod(tile, self.factor)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle
@@ -17,15 +17,16 @@ from tstitch_engines.device import Buffer, Device
 from tstitch_engines.errors import BadInput, Cancelled, unknown_name
 from tstitch_engines.manifest import Manifest
 from tstitch_trt.chunks import Gathered, UnderWay, Walk
-from tstitch_trt.codec import Codec
+from tstitch_trt.codec import Codec, Picturing
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState
 from tstitch_trt.lora import Loras
+from tstitch_trt.measuring import Measuring
 from tstitch_trt.parts import Part
 from tstitch_trt.pictures import Tile
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.request import Request, host_array
-from tstitch_trt.result import Result, StepEvent
+from tstitch_trt.result import Decode, Result, StepEvent
 from tstitch_trt.starting import check_start_wishes, start_step
 from tstitch_trt.stepper import Stepper
 from tstitch_trt.swapping import LoraSwapping
@@ -39,7 +40,7 @@ Output = Literal["host", "device"]
 OUTPUTS: Final = ("host", "device")
 
 
-class Runtime(LoraSwapping):
+class Runtime(LoraSwapping, Measuring, Picturing):
     """Loaded engines of one bundle on one device. Made by ``tstitch_trt.load``.
 
     One request at a time: a second call from another thread while one runs raises ``BadInput``. Use it as a context
@@ -55,7 +56,9 @@ class Runtime(LoraSwapping):
         load_ms: float,
         *,
         graph: GraphMode = "auto",
+        decoding: Device | None = None,
     ) -> None:
+        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device`` (``Device.beside``)."""
         self.bundle = bundle
         self.device = device
         self.backend_name = backend_name
@@ -64,7 +67,7 @@ class Runtime(LoraSwapping):
         stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
         self._stepper = Stepper(bundle.manifest, device, stepped, graph)
         self._parts = {
-            name: Part(name, network, engines[name], device)
+            name: Part(name, network, engines[name], decoding if decoding and name == "vae_decoder" else device)
             for name, network in bundle.manifest.parts.items()
             if name in engines and name != CONTROLNET
         }
@@ -93,11 +96,15 @@ class Runtime(LoraSwapping):
     def memory(self) -> dict[str, int]:
         """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations``, ``results`` and ``parts io``.
 
-        ``activations`` are those that the members' engines plan themselves (TensorRT: one block for all, parts too).
-        ``parts io``: of text encoders and VAE, where there are any. What a library allocates on its own, and the
-        weights, are not in it.
+        ``activations`` are those that engines plan themselves (TensorRT: one block for all that run one after another,
+        and one for the VAE's decoder, which runs beside them). ``parts io``: of text encoders and VAE, where there are
+        any. What a library allocates on its own, and the weights, are not in it.
         """
-        found = {**self._stepper.memory(), "results": 0 if self._results is None else self._results.nbytes}
+        scratch: dict[int, int] = {}
+        for engine in self._engines.values():
+            scratch |= engine.scratch()
+        found = {**self._stepper.memory(), "activations": sum(scratch.values())}
+        found["results"] = 0 if self._results is None else self._results.nbytes
         return {**found, "parts io": sum(part.nbytes for part in self._parts.values())} if self._parts else found
 
     def jit_ms(self) -> dict[str, float]:
@@ -138,6 +145,7 @@ class Runtime(LoraSwapping):
         callback: Callback | None = None,
         decode: bool | None = None,
         output: Output = "host",
+        tile: Tile = "auto",
         **wishes: Unpack[Wishes],
     ) -> Result:
         """Draws images.
@@ -148,12 +156,13 @@ class Runtime(LoraSwapping):
         returning ``False``.
 
         ``decode``: whether to make pictures; by default where the bundle has a decoder. ``output="device"`` leaves the
-        latents on the device, as ``Result.device_latents``, and makes no pictures.
+        latents on the device, as ``Result.device_latents``, and makes no pictures. ``tile``: how the VAE takes them,
+        and those to start from (``tstitch_trt.pictures.Tile``).
 
         Images larger in number than the engines' batch profile run in chunks. Raises ``BadInput`` and its kinds for a
         request that can't be right, ``NotFinite`` with step and member, ``Cancelled``.
         """
-        walk = self._start(wishes, decode=decode, output=output, events=callback is not None)
+        walk = self._start(wishes, decode=decode, output=output, tile=tile, events=callback is not None)
         while True:
             try:
                 event = next(walk)
@@ -168,13 +177,18 @@ class Runtime(LoraSwapping):
                 )
 
     def iterate(
-        self, *, decode: bool | None = None, output: Output = "host", **wishes: Unpack[Wishes]
+        self,
+        *,
+        decode: bool | None = None,
+        output: Output = "host",
+        tile: Tile = "auto",
+        **wishes: Unpack[Wishes],
     ) -> Generator[StepEvent, None, Result]:
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel."""
-        return self._start(wishes, decode=decode, output=output, events=True)
+        return self._start(wishes, decode=decode, output=output, tile=tile, events=True)
 
     def _start(
-        self, wishes: Wishes, *, decode: bool | None, output: Output, events: bool
+        self, wishes: Wishes, *, decode: bool | None, output: Output, tile: Tile, events: bool
     ) -> Generator[StepEvent, None, Result]:
         """Checks all that can be checked before anything runs."""
         if output not in OUTPUTS:
@@ -194,11 +208,15 @@ class Runtime(LoraSwapping):
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
         self._loras.check()
+        self._codec.check(tile)
         with self._alone():  # prompts and pictures are encoded here
-            request = self._request(pictures, plan, start)
-        return self._walk(request, plan, decode=decode, events=events, output=output)
+            request = self._request(pictures, plan, start, tile)
+        if decode:
+            self._codec.check(tile, request.size)
+        decoder = partial(self.decode, tile=tile) if decode else None
+        return self._walk(request, plan, decode=decoder, events=events, output=output)
 
-    def _request(self, pictures: PictureWishes, plan: Plan, start: int) -> Request:
+    def _request(self, pictures: PictureWishes, plan: Plan, start: int, tile: Tile) -> Request:
         latents = pictures.get("latents")
         if latents is not None:
             borrowed = self.device.borrow(latents)
@@ -210,15 +228,15 @@ class Runtime(LoraSwapping):
             pictures,
             start=start,
             texts=self._texts,
-            encoder=self._codec.encoder,
+            encoder=self._codec.encoding(tile),
         )
         request.check_start(plan)
         return request
 
     def _walk(
-        self, request: Request, plan: Plan, *, decode: bool, events: bool, output: Output
+        self, request: Request, plan: Plan, *, decode: Decode | None, events: bool, output: Output
     ) -> Generator[StepEvent, None, Result]:
-        walk = Walk(self._stepper, self.device, request, plan, decode=self.decode, events=events)
+        walk = Walk(self._stepper, self.device, request, plan, decode=decode or self.decode, events=events)
         with self._alone():
             return (yield from self._chunks(walk, request, plan, decode=decode, output=output))
 
@@ -237,12 +255,12 @@ class Runtime(LoraSwapping):
             self._busy.release()
 
     def _chunks(
-        self, walk: Walk, request: Request, plan: Plan, *, decode: bool, output: Output
+        self, walk: Walk, request: Request, plan: Plan, *, decode: Decode | None, output: Output
     ) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
         shape = (request.n, self.manifest.latent.channels, *request.size)
         kept = self._result_buffer(shape) if output == "device" else None
-        found = Gathered(walk, None if kept is not None else shape, self.decode if decode else None)
+        found = Gathered(walk, None if kept is not None else shape, decode)
         before: UnderWay | None = None
         for chunk in walk.chunks():
             keep = None
@@ -274,41 +292,3 @@ class Runtime(LoraSwapping):
             self._results = None  # free the old one first
             self._results = self.device.empty((nbytes,), "uint8")
         return self.device.view(self._results, 0, shape, "float32")
-
-    # --- pictures
-
-    def decode(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.uint8]:
-        """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder.
-
-        ``tile``: see ``tstitch_trt.pictures.Tile``.
-        """
-        return self._codec.decode(latents, tile=tile)
-
-    def images(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.float32]:
-        """Like ``decode``, as float32 ``[N,C,H,W]`` in about [-1, 1], neither clamped nor rounded."""
-        return self._codec.images(latents, tile=tile)
-
-    def encode(self, pictures: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
-
-        Raises ``Unavailable`` without an encoder.
-        """
-        return self._codec.encode(pictures)
-
-    # --- measurement
-
-    def time_member(
-        self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
-    ) -> list[float]:
-        """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes, one waited-for call at a time."""
-        return self._stepper.time_engine(name, batch, guided=guided, repeats=repeats, warmup=warmup)
-
-    def time_step_kernels(
-        self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
-    ) -> list[float]:
-        """Milliseconds of ``repeats`` pairs of ``prepare`` and ``advance`` on ``batch`` lanes (first member's types).
-
-        Overwrites the arena.
-        """
-        rows = self.plan(schedule=self.members[0], guidance=1.0).rows.astype(np.float32)
-        return self._stepper.time_kernels(rows, batch, guided=guided, repeats=repeats, warmup=warmup)

@@ -69,6 +69,10 @@ class IoSlices:
             self._bound[name, lanes, guided, sizes] = found
         return found
 
+    def forget(self, name: str, lanes: int, guided: bool, sizes: Sizes) -> None:
+        """Lets go of the views; the memory they look at stays."""
+        self._bound.pop((name, lanes, guided, sizes), None)
+
     def fill(self, part: Part, bound: Mapping[str, Bound]) -> None:
         """Writes conditioning into the buffers of each network; a slice that two of them share is written once."""
         written: set[int] = set()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device import Device
 from tstitch_engines.manifest import Manifest
-from tstitch_engines.spec import storage_dtype
 from tstitch_trt.conditioning import Conditioning, stand_in
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState, Kind, StepGraphs
@@ -22,7 +22,11 @@ from tstitch_trt.slices import Bound, IoSlices
 if TYPE_CHECKING:
     from tstitch_engines.backends.base import Engine
 
-__all__ = ["Stepper"]
+__all__ = ["KINDS", "Stepper"]
+
+KINDS: Final = 32  # of step that are kept: each has a graph, and engines a context for its size
+
+_log = logging.getLogger(__name__)
 
 
 class Stepper:
@@ -53,21 +57,20 @@ class Stepper:
         self._io = IoSlices(manifest, device, self.limits)
         self._holds: dict[str, Bound] = {}  # what each engine was bound to last
         self._graphs = StepGraphs(device, self.arena, graph)
+        self._recent: OrderedDict[Kind, None] = OrderedDict()  # the kinds that are set up, the oldest first
+        self._said = False
         self.shape(*self.limits.native_or_largest())
 
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose. ``activations``: the scratch that the engines plan themselves, shared blocks once."""
-        scratch: dict[int, int] = {}
-        for engine in self._engines.values():
-            scratch |= engine.scratch()
-        return {"arena": self.arena.nbytes, "engine io": self._io.nbytes, "activations": sum(scratch.values())}
+        """Bytes by purpose."""
+        return {"arena": self.arena.nbytes, "engine io": self._io.nbytes}
 
     def graph_state(self) -> GraphState:
         return self._graphs.state()
 
     def forget(self, network: str) -> None:
         """Records the steps that run ``network`` again, when they next come: its engine was changed."""
-        self._graphs.forget(network)
+        self._graphs.drop([kind for kind in self._recent if network in _networks(kind)])
 
     def lanes_for(self, count: int, limit: int, *, guided: bool) -> int:
         """How many lanes run for ``count`` of at most ``limit``.
@@ -120,15 +123,42 @@ class Stepper:
     # --- stepping
 
     def ready(self, kinds: Iterable[Kind]) -> None:
-        """Records the steps of these kinds that were not recorded before, which overwrites lanes and conditioning."""
+        """Records the steps of these kinds that were not recorded before, which overwrites lanes and conditioning.
+
+        Of all kinds the last ``KINDS`` are kept. One that was longest not asked for makes room: its graphs and what
+        its engines hold for its size (TensorRT: an execution context) are let go of, and made again if it comes back.
+        """
+        kinds = list(kinds)
+        for kind in kinds:
+            self._recent[kind] = None
+            self._recent.move_to_end(kind)
+        self._make_room(max(KINDS, len(kinds)))
         for kind in kinds:
             if self._graphs.lacks(kind):
                 engines = [self._engines[name] for name in _networks(kind)]
 
                 def condition(variant: int, kind: Kind = kind) -> None:
-                    self._stand_in(kind, variant)
+                    self.stand_in(kind, variant)
 
                 self._graphs.record(kind, engines, self._work(kind), condition)
+
+    def _make_room(self, most: int) -> None:
+        gone = [self._recent.popitem(last=False)[0] for _ in range(len(self._recent) - most)]
+        if not gone:
+            return
+        if self._device.graphs and not self._said:  # on the host nothing is set up that takes long
+            self._said = True
+            _log.warning("more than %d kinds of step (member, lanes, size...): the oldest are set up again", most)
+        self._device.synchronize()
+        self._graphs.drop(gone)
+        used = {key for kind in self._recent for key in _bindings(kind)}
+        for name, lanes, guided, sizes in {key for kind in gone for key in _bindings(kind)} - used:
+            bound = self._io.bound(name, lanes, guided, sizes)
+            dims = {**dict(sizes), "B": lanes * (2 if guided else 1)}
+            self._engines[name].release(bound.all, sizes=dims)
+            self._io.forget(name, lanes, guided, sizes)
+            if self._holds.get(name) is bound:
+                del self._holds[name]
 
     def stepping(self, kind: Kind) -> Callable[[], None]:
         """What does one step of ``kind``, again and again until another kind of the same member is asked for.
@@ -199,7 +229,10 @@ class Stepper:
         part = conditioning.part(start, stop, lanes, guided=guided)
         self._io.fill({name: part[name] for name in bound}, bound)
 
-    def _stand_in(self, kind: Kind, variant: int) -> None:
+    def engine(self, name: str) -> Engine:
+        return self._engines[name]
+
+    def stand_in(self, kind: Kind, variant: int) -> None:
         """Made-up conditioning for a kind."""
         for name, sizes in _networks(kind).items():
             bound = self._io.bound(name, kind.lanes, kind.guided, sizes)
@@ -219,54 +252,12 @@ class Stepper:
         self._io.close()
         self._engines, self._holds = {}, {}
 
-    # --- measurement: both overwrite what the buffers hold
-
-    def time_engine(self, name: str, lanes: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
-        """Milliseconds of ``repeats`` bare engine calls, each waited for, on the bundle's own latents."""
-        self.shape(*self.limits.native_or_largest())
-        sizes = self.sizes(name, self.limits.usual_tokens(name))
-        self._stand_in(Kind(name, lanes, guided, False, sizes), 0)
-        self.bind(name, lanes, guided, sizes)
-        engine = self._engines[name]
-        for _ in range(warmup):
-            engine.enqueue()
-        self._device.synchronize()
-        times = []
-        for _ in range(repeats):
-            start = perf_counter()
-            engine.enqueue()
-            self._device.synchronize()
-            times.append(1e3 * (perf_counter() - start))
-        return times
-
-    def time_kernels(
-        self, rows: NDArray[np.float32], lanes: int, *, guided: bool, repeats: int, warmup: int
-    ) -> list[float]:
-        """Milliseconds of ``repeats`` pairs of ``prepare`` and ``advance``, each waited for, over the table ``rows``.
-
-        The buffers are those of the first member.
-        """
-        self.shape(*self.limits.native_or_largest())
-        name = self.members[0]
-        bound = self.bind(name, lanes, guided, self.sizes(name, self.limits.usual_tokens(name)))
-        output = bound.model_output
-        assert output is not None, "members have a model_output"
-        self._device.upload(output, np.zeros(output.shape, storage_dtype(output.dtype)))
-        self.arena.start(rows, [0] * lanes, step=0, scale=1.0, latents=None)
-        kernels, times = self.arena.kernels, []
-        for index in range(warmup + repeats):
-            if index % len(rows) == 0:  # stay inside the table
-                self._device.upload(self.arena.step, np.zeros(self.arena.slots, np.int32))
-                self._device.synchronize()
-            start = perf_counter()
-            kernels.prepare(bound.active, bound.sample, bound.timestep, guided=guided)
-            kernels.advance(bound.active, output, guided=guided, rescale=False)
-            self._device.synchronize()
-            if index >= warmup:
-                times.append(1e3 * (perf_counter() - start))
-        return times
-
 
 def _networks(kind: Kind) -> dict[str, Sizes]:
     """What a step of ``kind`` runs, each with its sizes."""
     return {kind.member: kind.sizes, **({} if kind.control is None else {CONTROLNET: kind.control})}
+
+
+def _bindings(kind: Kind) -> list[tuple[str, int, bool, Sizes]]:
+    """What its engines are bound to."""
+    return [(name, kind.lanes, kind.guided, sizes) for name, sizes in _networks(kind).items()]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tstitch_engines.cuda_graph import CudaGraph, capture
 from tstitch_engines.cuda_interop import CudaArray, borrow, foreign_stream
 from tstitch_engines.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
+from tstitch_engines.cuda_stopwatch import CudaStopwatch
 from tstitch_engines.device import ALIGNMENT, Buffer, Stopwatch
 from tstitch_engines.errors import BadInput, FailedWork, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
@@ -85,6 +86,12 @@ class CudaDevice:
     def activate(self) -> None:
         """Makes the device's context current on the calling thread."""
         self._device.set_current()
+
+    def beside(self) -> CudaDevice:
+        """See ``Device``. Calls of both are counted together."""
+        other = CudaDevice(self.index)
+        other.calls = self.calls
+        return other
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         """See ``Device``. Raises ``FailedWork`` when the GPU's memory does not suffice."""
@@ -233,7 +240,7 @@ class CudaDevice:
         enqueue_scaled_copy(self, target, source, scale)
 
     def stopwatch(self) -> Stopwatch:
-        return _CudaStopwatch(self._stream)
+        return CudaStopwatch(self._stream)
 
     def _memcpy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
         kinds = self._runtime.cudaMemcpyKind
@@ -245,23 +252,6 @@ class CudaDevice:
             raise FailedWork(
                 f"{self.name}: a copy failed: {text}", hint="run with CUDA_LAUNCH_BLOCKING=1 to find where"
             )
-
-
-class _CudaStopwatch:
-    def __init__(self, stream: Any) -> None:
-        from cuda.core import EventOptions
-
-        self._stream = stream
-        self._options = EventOptions(timing_enabled=True)
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        self._marks.append(self._stream.record(options=self._options))
-
-    def milliseconds(self) -> list[float]:
-        if self._marks:
-            self._marks[-1].sync()
-        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
 
 
 def cuda_bindings(index: int) -> Any:

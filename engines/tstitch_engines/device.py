@@ -96,6 +96,13 @@ class Device(Protocol):
     def activate(self) -> None:
         """Makes the device usable on the calling thread."""
 
+    def beside(self) -> Device:
+        """The same device for work that runs beside this object's: nothing orders the two but what the host waits for.
+
+        On CUDA another object with a stream of its own, and so with scratch memory of its own for the engines loaded on
+        it; on the host, where all work is done in its call, this one.
+        """
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Allocates, aligned to ``ALIGNMENT``; the contents are undefined."""
 

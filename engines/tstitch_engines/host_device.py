@@ -54,6 +54,9 @@ class HostDevice:
     def activate(self) -> None:
         return
 
+    def beside(self) -> HostDevice:
+        return self
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
         self.calls["alloc"] += 1
         return HostBuffer(shape, dtype)

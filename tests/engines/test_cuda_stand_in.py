@@ -61,6 +61,22 @@ def test_memory_is_used_again(cuda: CudaDevice, machine: Machine) -> None:
     assert len(machine.memory) == held
 
 
+def test_work_beside_waits_for_nothing_of_the_other(cuda: CudaDevice, machine: Machine) -> None:
+    other = cuda.beside()
+    assert other.name == cuda.name
+    assert other.stream_handle != cuda.stream_handle
+    done: list[int] = []
+    machine.submit(cuda.stream_handle, lambda: done.append(1))
+    buffer, values = other.empty((100,), "float32"), np.arange(100, dtype=np.float32)
+    other.upload(buffer, values)
+    np.testing.assert_array_equal(other.download(buffer), values)
+    assert done == []
+    assert cuda.calls["download"] == 1  # counted together
+    cuda.synchronize()
+    assert done == [1]
+    assert HostDevice().beside().name == "cpu"
+
+
 def test_step_kernels_over_late_streams(cuda: CudaDevice) -> None:
     for ours, theirs in zip(
         *(run(device, "float32", "float32", (4, 5, 7), guided=True) for device in (cuda, HostDevice())), strict=True

@@ -61,6 +61,24 @@ def test_every_set_of_buffers_keeps_its_context(tmp_path: Path) -> None:
         engine.bind(buffers(place, 5), batch=5)
 
 
+def test_a_context_is_let_go_of_and_made_again(tmp_path: Path) -> None:
+    stand, place = Stand(RTX), Place()
+    engine = opened(stand, place, tmp_path)
+    first, second = buffers(place, 2), buffers(place, 2)
+    engine.bind(first, batch=2)
+    engine.bind(second, batch=2)
+    engine.release(first, sizes={"B": 2})
+    stand.calls.clear()
+    engine.bind(second, batch=2)
+    assert stand.calls == []  # the other one stays
+    engine.bind(first, batch=2)
+    assert sum(call[0] == "set_optimization_profile_async" for call in stand.calls) == 1
+    engine.release(first, sizes={"B": 2})
+    engine.release(first, sizes={"B": 2})  # there is none any more
+    with pytest.raises(BadInput, match="no buffers"):
+        engine.enqueue()
+
+
 def test_engines_share_one_block_of_the_largest_size(tmp_path: Path) -> None:
     place = Place()
     engines = [

@@ -121,6 +121,17 @@ def test_what_is_asked_for_must_fit_the_bundle(run: Command, bundle: Path, tiny_
     refused(run("sample", bundle, "--prompt", "a fox", "--resize"), "--resize was given without a picture")
     refused(run("sample", bundle, "--prompt", "a fox", "--strength", 0.5), "strength was given without a picture")
     refused(run("sample", tiny_pair.bundle, "--prompt", "a fox", "--threads", 1), "it understands no text")
+    refused(run("sample", bundle, "--prompt", "a fox", "--tile", "big"), "--tile 'big'", "auto, off")
+    refused(run("sample", bundle, "--prompt", "a fox", "--tile", 20), "tiles of 20 pixels", "in steps of 8")
+
+
+def test_tiles_by_option(run: Command, bundle: Path, tmp_path: Path) -> None:
+    """The VAE of this bundle treats every element alone: tiles give the very picture."""
+    for name, tile in (("whole", "off"), ("tiles", 32)):
+        asked = ("--prompt", "a fox", "--size", "96x64", "--tile", tile, "--threads", 1, "-o", tmp_path / f"{name}.png")
+        outcome = run("sample", bundle, *asked)
+        assert outcome.code == 0, outcome.err
+    np.testing.assert_array_equal(shown(tmp_path / "tiles.png"), shown(tmp_path / "whole.png"))
 
 
 def test_inspect_shows_parts_sizes_and_conditioning(run: Command, bundle: Path) -> None:

@@ -18,6 +18,7 @@ from tstitch_engines.host_kernels import normal
 from tstitch_engines.rows import INITIAL_NOISE_STEP, ROW
 from tstitch_trt import Runtime
 from tstitch_trt.starting import ENCODER_NOISE_STEP
+from tstitch_trt.stepper import Stepper
 
 STEPS = 6
 
@@ -248,3 +249,38 @@ def test_pictures_of_class_bundles_start_from_their_pixels(tiny_pair: TinyPair) 
         assert close(again.latents, same.latents)
         with pytest.raises(Unavailable, match="no ControlNet"):
             classes.sample(labels=[1], control=picture(size=(8, 8)), steps=2)
+
+
+def test_tiles_are_as_asked_for_and_checked_before_anything_runs(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This VAE treats every element alone, so that tiles give the very picture."""
+    asked: dict[str, Any] = {"prompt": "a fox", "steps": 2, "schedule": "plain", "height": 64, "width": 96}
+    with caplog.at_level("INFO"):
+        whole = runtime.sample(**asked).images
+        assert "tiles" not in caplog.text
+        tiled = runtime.sample(**asked, tile=32).images
+    assert "vae_decoder: 12 tiles of 32x32 pixels" in caplog.text
+    assert whole is not None
+    assert tiled is not None
+    np.testing.assert_array_equal(tiled, whole)
+    last = list(runtime.iterate(**asked, tile=48))[-1].preview()
+    assert np.abs(last.astype(int) - whole.astype(int)).max() <= 1
+    (from_tiles, from_whole) = (
+        runtime.sample(**{**asked, "height": None, "width": None}, image=picture(), tile=tile).latents
+        for tile in (32, "auto")  # type: ignore[arg-type]
+    )
+    np.testing.assert_allclose(from_tiles, from_whole, rtol=1e-5, atol=1e-5)
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("a step ran")
+
+    monkeypatch.setattr(Stepper, "stepping", never)
+    for tile, words in ((0, "tile = 0"), (True, "tile = True"), ("on", "tile = 'on'"), (4096, "tiles of 4096 pixels")):
+        with pytest.raises(BadInput, match=words):
+            runtime.sample(**asked, tile=tile)  # type: ignore[arg-type]
+
+
+def test_tiles_ask_for_a_vae(tiny_pair: TinyPair) -> None:
+    with tstitch_trt.load(tiny_pair.bundle) as runtime, pytest.raises(BadInput, match="has no VAE"):
+        runtime.sample(labels=[1], steps=2, tile=64)

@@ -13,7 +13,7 @@ from tstitch_engines.errors import BadInput, unknown_name
 if TYPE_CHECKING:
     from tstitch_engines.manifest import Manifest
 
-__all__ = ["EMBEDDINGS", "picture_options", "picture_settings", "picture_wishes"]
+__all__ = ["EMBEDDINGS", "picture_options", "picture_settings", "picture_wishes", "tile_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +35,7 @@ def picture_options(function: F) -> F:
             "--strength", type=float, metavar="S", help="Share of the steps run from --image. [0.8; 1 with --mask]"
         ),
         click.option("--image", type=file, metavar="FILE", help="A picture to start from."),
+        click.option("--tile", metavar="auto|off|PIXELS", help="How the VAE takes pictures: whole or in tiles. [auto]"),
         click.option("--size", metavar="WxH", help="Width and height in pixels. [the bundle's own, or --image's]"),
         click.option(
             "--prompt-embeds",
@@ -79,6 +80,15 @@ def picture_wishes(manifest: Manifest, options: dict[str, Any]) -> dict[str, Any
     if (control := files["control"]) is not None:
         wishes["control"] = read_picture(control, size=target, resize=resize, what="--control")
     return {name: value for name, value in wishes.items() if value is not None}
+
+
+def tile_of(text: str | None) -> Any:
+    """``--tile`` as the keyword of ``Runtime.sample``, ``auto`` where it is not given. Raises ``BadInput``."""
+    if text is None or text in ("auto", "off"):
+        return text or "auto"
+    if not text.isdigit():
+        raise BadInput(f"--tile {text!r}; allowed are auto, off and a number of pixels", hint="e.g. --tile 512")
+    return int(text)
 
 
 def picture_settings(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tstitch_engines.errors import BadInput
 from tstitch_engines.rows import ROW
 from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._loras import lora_texts
-from tstitch_trt.cli._pictures import picture_options, picture_settings, picture_wishes
+from tstitch_trt.cli._pictures import picture_options, picture_settings, picture_wishes, tile_of
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def command(
     if output is not None:
         kind_of(output)
     settings = picture_settings(trajectory)
+    tile = tile_of(trajectory.pop("tile"))
     start: NDArray[np.float32] | None = None if latents_in is None else load_array(latents_in, option="--latents-in")
 
     runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
@@ -152,6 +153,7 @@ def command(
                 latents=start,
                 guidance_interval=interval,
                 decode=target is not None,
+                tile=tile,
                 callback=lambda e: bar.update(
                     done=(e.chunk - 1) * e.steps + e.step, total=e.chunks * e.steps, text=f"sampling on {e.member}"
                 ),

@@ -98,6 +98,14 @@ class Engine(ABC):
     def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
         """Takes checked buffers; ``self.sizes`` has the size of every dynamic dimension, ``B`` included."""
 
+    def release(self, buffers: Mapping[str, Buffer], *, sizes: Mapping[str, int]) -> None:
+        """Lets go of what it has set up for these buffers at ``sizes`` (``B`` among them), as they were bound.
+
+        Nothing that was recorded with them may run again, and the device must have finished what was enqueued. Another
+        ``bind`` sets it up anew.
+        """
+        return
+
     @abstractmethod
     def enqueue(self) -> None:
         """Runs the engine once on the bound buffers in the device's stream order. Raises ``FailedWork``."""

@@ -17,7 +17,7 @@ from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path, gpu_and_driver
 from tstitch_engines.backends.tensorrt.library import Messages, logger_of
 from tstitch_engines.backends.tensorrt.network import DTYPES
-from tstitch_engines.backends.tensorrt.plan import rebuild
+from tstitch_engines.backends.tensorrt.plan import DIAGNOSES, rebuild
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
 from tstitch_engines.backends.tensorrt.refit import refit
 from tstitch_engines.backends.tensorrt.scratch import Scratch, shared_scratch
@@ -34,20 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["TensorRtEngine"]
 
 _log = logging.getLogger(__name__)
-
-# EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again)
-_DIAGNOSES: dict[str, tuple[str, str | None]] = {
-    "VERSION_MISMATCH": ("it was compiled by another version", None),
-    "UNSUPPORTED_CC": ("it is for other GPUs", None),
-    "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old", "update the NVIDIA driver"),
-    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old", "pip install -U cuda-core, or update CUDA"),
-    "INSUFFICIENT_GPU_MEMORY": (
-        "the GPU has too little memory",
-        "build again with smaller sizes, --batch MIN:OPT:MAX, or use a larger GPU",
-    ),
-    "MALFORMED_ENGINE": ("the file is damaged", None),
-    "CUDA_ERROR": ("CUDA does not start", "tstitch-trt doctor says what is missing"),
-}
 
 
 class _Ready(NamedTuple):
@@ -122,7 +108,7 @@ class TensorRtEngine(Engine):
             diagnosis = named[0] if named else None
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            what, fix = _DIAGNOSES[diagnosis] if diagnosis else ("it refuses it", None)
+            what, fix = DIAGNOSES[diagnosis] if diagnosis else ("it refuses it", None)
             raise BadEngine(
                 f"{self._flavour.title} {self._library.__version__} can't load the engine {path.name}: {what} "
                 f"({messages.reason()})",
@@ -212,7 +198,7 @@ class TensorRtEngine(Engine):
 
     def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
         """Allocates and waits the first time these buffers are met."""
-        key = (*sorted(self.sizes.items()), *(buffers[spec.name].ptr for spec in (*self.inputs, *self.outputs)))
+        key = self._key(buffers, self.sizes)
         if key not in self._contexts:
             with self._listener.listen() as messages:
                 self._contexts[key] = self._ready(buffers, messages)
@@ -220,6 +206,15 @@ class TensorRtEngine(Engine):
         self.capturable = not self._streamed
         if self.capturable and has(self._library, "IExecutionContext.is_stream_capturable"):
             self.capturable = self._bound.context.is_stream_capturable(self._stream)
+
+    def _key(self, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]) -> tuple[object, ...]:
+        return (*sorted(sizes.items()), *(buffers[spec.name].ptr for spec in (*self.inputs, *self.outputs)))
+
+    def release(self, buffers: Mapping[str, Buffer], *, sizes: Mapping[str, int]) -> None:
+        dims = {name: sizes.get(name, allowed.min) for name, allowed in self.profile.dims.items()}
+        gone = self._contexts.pop(self._key(buffers, dims), None)
+        if gone is not None and gone is self._bound:
+            self._bound = None
 
     def _ready(self, buffers: Mapping[str, Buffer], messages: Messages) -> _Ready:
         context = self._new_context(messages)

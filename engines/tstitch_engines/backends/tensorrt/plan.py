@@ -1,14 +1,29 @@
-"""Checks of a plan file that need neither the library nor a GPU."""
+"""Checks of a plan file that need neither the library nor a GPU, and what the library's own say in words."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, parse_plan_header
 from tstitch_engines.errors import BadEngine
 
-__all__ = ["check_plan", "rebuild"]
+__all__ = ["DIAGNOSES", "check_plan", "rebuild"]
+
+# EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again)
+DIAGNOSES: Final[dict[str, tuple[str, str | None]]] = {
+    "VERSION_MISMATCH": ("it was compiled by another version", None),
+    "UNSUPPORTED_CC": ("it is for other GPUs", None),
+    "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old", "update the NVIDIA driver"),
+    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old", "pip install -U cuda-core, or update CUDA"),
+    "INSUFFICIENT_GPU_MEMORY": (
+        "the GPU has too little memory",
+        "build again with smaller sizes, --batch MIN:OPT:MAX, or use a larger GPU",
+    ),
+    "MALFORMED_ENGINE": ("the file is damaged", None),
+    "CUDA_ERROR": ("CUDA does not start", "tstitch-trt doctor says what is missing"),
+}
 
 
 def rebuild(flavour: Flavour, *, device: str = "cuda") -> str:
