@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
-from tstitch_trt.cli import COMMANDS
+from tstitch_export.recipe import load_recipe, recipe_names
+from tstitch_trt.cli import COMMANDS, cli
 from tstitch_trt.solvers import SOLVERS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -48,9 +50,36 @@ def test_the_python_example_runs(folder: Path) -> None:
         assert image.size == (280, 28)
 
 
+# Need checkpoints that are not here: these lines are held against the options alone.
+PUBLISHED = [name for name in recipe_names() if name != "fashion"]
+BUNDLES = ["sd.bundle", "sdxl.bundle", "refined.bundle"]
+
+
+def lines() -> list[str]:
+    found = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in found if line.startswith("tstitch-trt ")]
+
+
+def of_published(line: str) -> bool:
+    return any(name in line for name in (*PUBLISHED, *BUNDLES))
+
+
 def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("tstitch-trt ") and "dit-256" not in line]
+    return [line for line in lines() if not of_published(line)]
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if of_published(line)])
+def test_commands_over_published_checkpoints_parse(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, name, *words = shlex.split(line)
+    monkeypatch.chdir(folder)
+    assert isinstance(cli, click.Group)
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    with command.make_context(name, words) as context:
+        if name == "build":
+            recipe, _ = load_recipe(context.params["source"])
+            assert {text.partition("=")[0] for text in context.params["members"]} == recipe.members.keys()
+            assert {text.partition("=")[0] for text in context.params["parts"]} <= recipe.parts.keys()
 
 
 @pytest.mark.parametrize("line", commands())
@@ -86,3 +115,24 @@ def test_the_loss_of_8_bits_is_what_was_measured() -> None:
 def test_the_pictures_exist() -> None:
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) + re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
         assert (Path(__file__).parent.parent / path).is_file(), path
+
+
+def test_the_full_size_builds_are_what_was_measured() -> None:
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "build-unets.json"
+    parts = json.loads(results.read_bytes())["parts"]
+    section = README.partition("### Stable Diffusion")[2].partition("\n### ")[0]
+    rows = re.findall(r"^\| .* \| (\d+)M \| (\d+) s \| (\d+) s \| ([\d.]+) and ([\d.]+) GiB \|$", section, re.MULTILINE)
+    for row, name in zip(rows, ("bksdm-tiny", "sd15", "ssd1b"), strict=True):
+        half, full = parts[f"{name}-fp16"], parts[f"{name}-fp32"]
+        times = [f"{half[phase]['work_seconds']:.0f}" for phase in ("export", "tensorrt-rtx")]
+        most = [max(phase["peak_bytes"] for phase in part.values() if "peak_bytes" in phase) for part in (half, full)]
+        assert list(row) == [
+            f"{half['weights']['parameters'] / 1e6:.0f}", *times, *(f"{peak / 2**30:.1f}" for peak in most),
+        ]  # fmt: skip
+
+
+def test_every_family_is_documented() -> None:
+    from tstitch_export.families import FAMILIES
+
+    for name in FAMILIES:
+        assert f"`{name}`" in README, name
