@@ -33,7 +33,7 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpmpp-2m karras": ("DPMSolverMultistepScheduler", {**_OFFSET, "use_karras_sigmas": True}),
     "unipc": ("UniPCMultistepScheduler", _OFFSET),
     "turbo": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "lcm": ("LCMScheduler", {"original_inference_steps": 50, "set_alpha_to_one": True}),
+    "lcm": ("LCMScheduler", {"original_inference_steps": 50, "steps_offset": 1}),
 }
 
 

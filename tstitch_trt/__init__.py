@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from tstitch_engines.errors import TStitchError
+from tstitch_trt.accelerate import accelerate
 from tstitch_trt.load import load
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.result import Result, SegmentTiming, StepEvent
@@ -29,6 +30,7 @@ __all__ = [
     "StepEvent",
     "TStitchError",
     "__version__",
+    "accelerate",
     "load",
     "make_plan",
 ]

@@ -38,7 +38,7 @@ def runtime(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
         height=sides,
         width=sides,
     )
-    return tstitch_trt.load(output)
+    return tstitch_trt.load(output, threads=1)
 
 
 @pytest.fixture(scope="module")
