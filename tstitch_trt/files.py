@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from tstitch_engines.errors import BadInput
 
-__all__ = ["atomic_file", "load_array", "require_parent", "save_array", "write_text"]
+__all__ = ["atomic_file", "load_array", "read_lines", "require_parent", "save_array", "write_text"]
 
 
 @contextmanager
@@ -35,6 +35,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def read_lines(path: Path, *, option: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises ``BadInput``."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read as text: {error}"
+        raise BadInput(f"{option} {path} {problem}", hint="give a UTF-8 text file with one entry a line") from None
+    if not any(lines):
+        raise BadInput(f"{option} {path} has no entry", hint="write one entry a line")
+    return [line for line in lines if line]
 
 
 def save_array(path: Path, array: Any) -> None:

@@ -1,7 +1,7 @@
 """A bundle with one member in 8 bits: calibrated on its real inputs at all noise levels, and what that costs measured.
 
-1. The bundle is walked on ONNX Runtime over the schedules, with guidance, for several seeds and labels; the member's
-   inputs are recorded. Rows are picked so that every noise level has an equal share.
+1. The bundle is walked on ONNX Runtime over the schedules, with guidance, for several seeds and labels or prompts; the
+   member's inputs are recorded. Rows are picked so that every noise level has an equal share.
 2. Its graph gets Q/DQ nodes whose ranges are those of the rows (``tstitch_export.quantise``).
 3. Source and quantised graph are compared on inputs recorded from other seeds, by noise level, and the final latents
    of whole trajectories with and without quantisation.
@@ -10,9 +10,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -24,45 +23,22 @@ from numpy.typing import NDArray
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle, open_bundle, write_bundle
-from tstitch_engines.cache import Cache
-from tstitch_engines.compiling import Compiler
-from tstitch_engines.errors import BadBundle, BadInput, BadSchedule, BuildFailed, Unavailable, unknown_name
+from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
 from tstitch_engines.files import copy_component, temporary_directory
 from tstitch_engines.identity import model_digest
-from tstitch_engines.manifest import EngineRecord, Manifest, Member, Precision, Quantisation, QuantisationLoss
-from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
 from tstitch_engines.weights import WEIGHTS
-from tstitch_trt.plan import make_plan
-from tstitch_trt.recorder import needs_widening, widen_graph
+from tstitch_trt.calibration import Calibration, plan_calibration
+from tstitch_trt.loss import loss_of, relative
+from tstitch_trt.quantised_bundle import assemble
+from tstitch_trt.recorder import widen_graph
 from tstitch_trt.trajectories import Trajectories, group_levels, pick_rows
 
 __all__ = ["quantise"]
 
-_log = logging.getLogger(__name__)
-
-_GUIDANCE: Final = 1.5  # of the trajectories where the bundle's own is off
-_IMAGES: Final = 4  # trajectories to calibrate on, at least
-_HELD_OUT: Final = 4  # trajectories to measure on
 _GROUPS: Final = 10  # of noise levels in the report, at most
-_SEED_STRIDE: Final = 1 << 20  # between the seeds that are calibrated and those that are measured on
-
-_PROFILE: Final = ShapeProfile({"B": Range(1, 8, 16)})  # of the engine where the member had none
 
 Report = Callable[[float, str], object]  # share done in 0..1, what is being done
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Walk:
-    """The trajectories, everything about them decided. ``default``: the schedule of the final comparison."""
-
-    schedules: tuple[str, ...]
-    settings: dict[str, Any]  # keywords of `make_plan`
-    steps: int
-    solver: str
-    guidance: float
-    seeds: tuple[int, ...]
-    held_out: tuple[int, ...]
-    default: str
 
 
 def quantise(
@@ -80,6 +56,7 @@ def quantise(
     calibration: str = "max",
     high_precision: str = "fp16",
     keep: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     threads: int = 0,
     report: Report = lambda share, text: None,
 ) -> Manifest:
@@ -89,6 +66,7 @@ def quantise(
     the member runs. ``schedules``: those it is calibrated for, by default the member alone, which is every noise level,
     and the bundle's own. ``steps``, ``solver``, ``guidance``: of the trajectories, by default the bundle's (guidance
     1.5 where that is off and there is a null class). ``calibration``: ``max`` or, for int8, ``entropy``.
+    ``prompts``: what a text bundle draws meanwhile, in turn; without them some that are made up, of many kinds.
     ``high_precision``: what the other layers compute in. ``keep``: layers to leave in it, by name or pattern.
 
     The same settings give the same graph. ``output`` appears whole or not at all. Raises ``BadInput`` and its kinds
@@ -121,56 +99,9 @@ def quantise(
     source = manifest.members[member]
     check_quantisable(member, source, opened.path(source.onnx[0]))
     wanted = {"steps": steps, "solver": solver, "guidance": guidance}
-    walk = _walk(manifest, member, schedules, wanted, samples=samples, seed=seed)
+    walk = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
     ask = _Ask(mode, calibration, high_precision, tuple(keep), samples, seed)
     return write_bundle(place, _Work(opened, member, ask, walk, threads, report).fill).manifest
-
-
-def _walk(
-    manifest: Manifest, name: str, schedules: Sequence[str], wanted: Mapping[str, Any], *, samples: int, seed: int
-) -> _Walk:
-    """Raises ``BadSchedule`` for a schedule that the member is not in, and what ``make_plan`` raises."""
-    if manifest.conditioning.kind != "class":
-        raise Unavailable(
-            f"the bundle is conditioned on {manifest.conditioning.kind}; trajectories to calibrate on are walked for "
-            "class-conditional bundles",
-            hint="quantise a bundle with labels, such as the built-in pair",
-        )
-    settings = {key: value for key, value in wanted.items() if value is not None}
-    if "guidance" not in settings and manifest.defaults.guidance == 1 and manifest.conditioning.guidable:
-        settings["guidance"] = _GUIDANCE
-    default = manifest.defaults.schedule if len(manifest.members) > 1 else name
-    plans = {text: make_plan(manifest, schedule=text, **settings) for text in dict.fromkeys(schedules)}
-    for text, plan in plans.items():
-        if name not in plan.schedule.names:
-            raise BadSchedule(
-                f"member {name!r} runs at none of the {plan.steps} steps of {text!r} ({plan.schedule})",
-                hint=f"give a schedule that it is in, e.g. --schedule {name}",
-            )
-    if not plans:
-        plans[name] = make_plan(manifest, schedule=name, **settings)
-        try:
-            plan = make_plan(manifest, schedule=default, **settings)
-        except BadSchedule:  # for another number of steps
-            plan = plans[name]
-        if name in plan.schedule.names and set(plan.schedule.names) != {name}:
-            plans[default] = plan
-    first = next(iter(plans.values()))
-    rows = sum(
-        (1 + guided) for p in plans.values() for n, guided in zip(p.schedule.names, p.guided, strict=True) if n == name
-    )
-    images = max(_IMAGES, math.ceil(samples / rows))
-    base = seed * 2 * _SEED_STRIDE
-    return _Walk(
-        schedules=tuple(plans),
-        settings=settings,
-        steps=first.steps,
-        solver=first.solver.name,
-        guidance=float(settings.get("guidance", manifest.defaults.guidance)),
-        seeds=tuple(range(base, base + images)),
-        held_out=tuple(range(base + _SEED_STRIDE, base + _SEED_STRIDE + _HELD_OUT)),
-        default=default if default in plans else next(iter(plans)),
-    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +117,7 @@ class _Ask:
 
 
 class _Work:
-    def __init__(self, bundle: Bundle, name: str, ask: _Ask, walk: _Walk, threads: int, report: Report) -> None:
+    def __init__(self, bundle: Bundle, name: str, ask: _Ask, walk: Calibration, threads: int, report: Report) -> None:
         self._bundle = bundle
         self._name = name
         self._ask = ask
@@ -218,14 +149,20 @@ class _Work:
         with temporary_directory(staging, ".work-") as folder:
             self._phase("compiling the members", 0.0, 0.05)
             walks = Trajectories(
-                self._bundle, settings=self._walk.settings, folder=folder, threads=self._threads, tick=self._tick
+                self._bundle,
+                settings=self._walk.settings,
+                folder=folder,
+                threads=self._threads,
+                tick=self._tick,
+                names=self._walk.names,
+                prompts=self._walk.prompts,
             )
             try:
                 member = self._quantised(walks, folder, staging)
             finally:
                 walks.close()
         self._phase("writing the bundle", 0.95, 1.0)
-        return self._assemble(staging, name, member)
+        return assemble(self._bundle, staging, name, member)
 
     def _quantised(self, walks: Trajectories, folder: Path, staging: Path) -> Member:
         from tstitch_export.quantise import float32_specs, quantise_graph
@@ -283,6 +220,7 @@ class _Work:
             latents=latents,
             latents_seeds=walk.held_out,
             latents_schedule=walk.default,
+            prompts=walk.prompts,
         )
         return msgspec.structs.replace(member, quantisation=record)
 
@@ -309,7 +247,7 @@ class _Work:
                 else "give more --samples, or keep layers out: --keep 'blocks.0.*'",
             )
         return tuple(
-            _loss_of(rows["timestep"][part], got[part], want[part]) for part in group_levels(rows["timestep"], _GROUPS)
+            loss_of(rows["timestep"][part], got[part], want[part]) for part in group_levels(rows["timestep"], _GROUPS)
         )
 
     def _latents(self, walks: Trajectories, member: Member, engine: Engine) -> tuple[float, ...]:
@@ -318,64 +256,4 @@ class _Work:
         self._phase("comparing final latents", 0.85, 0.95, 2 * self._walk.steps * walks.chunks(len(seeds)))
         want = walks.latents(schedule, seeds, {})
         got = walks.latents(schedule, seeds, {self._name: (member, engine)})
-        return tuple(_relative(a, b) for a, b in zip(got, want, strict=True))
-
-    def _assemble(self, staging: Path, name: str, member: Member) -> Manifest:
-        """Every other file as it was, and an ONNX Runtime engine of the quantised member."""
-        from tstitch_export.build import versions_of
-
-        old = self._bundle.manifest
-        replaced = old.members[name]
-        others = {**old.members, name: msgspec.structs.replace(replaced, onnx=(), engines=(), files=member.files)}
-        for part in msgspec.structs.replace(old, members=others).components():
-            if copy_component(self._bundle.path(part), staging, part.path) != part:
-                raise BadBundle(
-                    f"{self._bundle.path(part)} was altered meanwhile",
-                    hint=f"build it again: {self._bundle.rebuild_command}",
-                )
-        backend = open_backend("onnxruntime")
-        records: tuple[EngineRecord, ...] = ()
-        if not needs_widening(member):
-            engines = [e for e in replaced.engines if e.identity.backend == backend.name] or [*replaced.engines]
-            profile = engines[0].identity.profile if engines else _PROFILE
-            compiler = Compiler.of(backend, device="cpu", profile=profile, settings={}, cache=Cache())
-            records = (
-                compiler.engine(
-                    name,
-                    member,
-                    lambda: staging / member.onnx[0].path,
-                    staging,
-                    previous=None,
-                    report=lambda phase, share: None,
-                ),
-            )
-        else:
-            _log.warning("member %s has bfloat16 layers, so no ONNX Runtime engine: the CPU has no kernels", name)
-        have = {record.identity.backend for record in records}
-        for other in dict.fromkeys(e.identity.backend for e in replaced.engines):
-            if other not in have:
-                _log.warning(
-                    "member %s has no %s engine yet: tstitch-trt build BUNDLE --backend %s", name, other, other
-                )
-        members = {**old.members, name: msgspec.structs.replace(member, engines=records)}
-        versions = old.versions | versions_of(("tstitch-trt", "nvidia-modelopt")) | {backend.name: backend.version()}
-        return msgspec.structs.replace(old, members=members, versions=versions)
-
-
-def _loss_of(timesteps: NDArray[np.float32], got: NDArray[np.float32], want: NDArray[np.float32]) -> QuantisationLoss:
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, want))
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines = np.where(lengths > 0, (a * b).sum(1) / np.where(lengths > 0, lengths, 1), 1.0)
-    return QuantisationLoss(
-        timesteps=(float(timesteps.max()), float(timesteps.min())),
-        rows=len(a),
-        rel_l2=_relative(got, want),
-        cosine=float(cosines.min()),
-        max_abs=float(abs(a - b).max()),
-    )
-
-
-def _relative(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
-    """Norm of the difference over norm of ``want``, in float64."""
-    reference = want.astype(np.float64)
-    return float(np.linalg.norm(got.astype(np.float64) - reference) / (np.linalg.norm(reference) or 1.0))
+        return tuple(relative(a, b) for a, b in zip(got, want, strict=True))

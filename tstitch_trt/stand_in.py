@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,27 @@ from tstitch_engines.manifest import Manifest
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.plan import Plan
 
-__all__ = ["stand_in_pictures", "stand_in_wishes"]
+__all__ = ["PROMPTS", "stand_in_pictures", "stand_in_wishes"]
+
+PROMPTS: Final = (
+    "a photograph of a red fox in the snow",
+    "an oil painting of a harbour at dusk",
+    "a portrait of an old sailor, studio lighting, highly detailed",
+    "a bowl of oranges on a wooden table, soft light",
+    "a city street at night in the rain, neon signs, reflections",
+    "a watercolour of mountains behind a lake",
+    "a small robot reading a book in a library, digital art",
+    "an aerial view of a river delta",
+    "a cat asleep on a window sill",
+    "a castle on a cliff, fantasy illustration, dramatic sky",
+    "a macro photograph of a bee on a sunflower",
+    "a minimalist poster with geometric shapes in blue and yellow",
+    "a crowd at a market, street photography, black and white",
+    "an astronaut on a beach",
+    "the interior of a cathedral, wide angle",
+    "a plate of sushi",
+)
+"""Of many kinds and lengths, for trajectories that are to be like those that users draw."""
 
 
 def stand_in_wishes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,55 +14,86 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle import Bundle
 from tstitch_engines.device import Device, open_device
-from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, Manifest, Member
+from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, Manifest, Member, Network
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.caller import Arrays, Caller
-from tstitch_trt.recorder import Recorder, needs_widening, widen_graph, widened
+from tstitch_trt.recorder import AnyNetwork, Recorder, needs_widening, widen_graph, widened
 from tstitch_trt.runtime import Runtime
+from tstitch_trt.stand_in import stand_in_pictures
 
-__all__ = ["Trajectories", "group_levels", "pick_rows"]
+__all__ = ["Trajectories", "group_levels", "needed_parts", "pick_rows"]
 
+_TOKENS: Final = Range(1, 77, 1 << 12)
 _BATCH: Final = 16  # rows per engine call: half as many images where guidance is on
 
 Rows = dict[str, NDArray[Any]]  # inputs by name, one row per image and half
 
 
 class Trajectories:
-    """All members of a bundle on ONNX Runtime's CPU provider, compiled from the bundle's ONNX into ``folder``."""
+    """Members of a bundle on ONNX Runtime's CPU provider, compiled from the bundle's ONNX into ``folder``.
+
+    With the text encoders that they need, and a picture encoder if one of them paints into pictures.
+    """
 
     def __init__(
-        self, bundle: Bundle, *, settings: dict[str, Any], folder: Path, threads: int, tick: Callable[[], None]
+        self,
+        bundle: Bundle,
+        *,
+        settings: dict[str, Any],
+        folder: Path,
+        threads: int,
+        tick: Callable[[], None],
+        names: Iterable[str] | None = None,
+        prompts: Sequence[str] = (),
     ) -> None:
-        """``settings``: keywords of ``make_plan`` that all trajectories share. ``tick`` is called after every step."""
+        """``settings``: keywords of ``make_plan`` that all trajectories share. ``tick`` is called after every step.
+
+        ``names``: the members that run, by default all. ``prompts``: of a text bundle; image ``seed`` is of prompt
+        ``seed % len(prompts)``.
+        """
         self._bundle = bundle
+        self._prompts = tuple(prompts)
         self._settings = settings
         self._folder = folder
         self._threads = threads
         self._tick = tick
         self._device: Device = open_device("cpu")
         self._engines: dict[str, Engine] = {}
-        members: dict[str, Member] = {}
+        manifest = bundle.manifest
+        self._names = tuple(manifest.members if names is None else names)
+        members, parts = dict(manifest.members), dict(manifest.parts)
         try:
-            for name, member in bundle.manifest.members.items():
-                model, members[name] = bundle.path(member.onnx[0]), member
-                if needs_widening(member):
-                    model, members[name] = widen_graph(model, folder / f"{name}-wide.onnx"), widened(member)
-                self._engines[name] = self.compiled(f"{name}-source", model, members[name])
+            for name in self._names:
+                members[name] = self._compile(name, members[name])
+            for name in needed_parts(manifest, self._names):
+                parts[name] = self._compile(name, parts[name])
         except BaseException:
             self.close()
             raise
-        self._manifest: Manifest = msgspec.structs.replace(bundle.manifest, members=members)
+        self._manifest: Manifest = msgspec.structs.replace(manifest, members=members, parts=parts)
+
+    def _compile(self, name: str, network: AnyNetwork) -> AnyNetwork:
+        """Its engine is made; what it is of comes back: the network, widened where it must be."""
+        model = self._bundle.path(network.onnx[0])
+        if needs_widening(network):
+            model, network = widen_graph(model, self._folder / f"{name}-wide.onnx"), widened(network)
+        self._engines[name] = self.compiled(f"{name}-source", model, network)
+        return network
 
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()
         self._engines = {}
 
-    def compiled(self, tag: str, model: Path, member: Member) -> Engine:
-        """``model`` as an engine of ONNX Runtime."""
+    def compiled(self, tag: str, model: Path, member: Network) -> Engine:
+        """``model`` as an engine of ONNX Runtime, for the bundle's own size."""
         backend = open_backend("onnxruntime")
-        profile = ShapeProfile({"B": Range(1, _BATCH, _BATCH)})
+        latent = self._bundle.manifest.latent
+        ranges = {"B": Range(1, _BATCH, _BATCH), "T": _TOKENS}
+        ranges |= {side: Range(size, size, size) for side, size in (("H", latent.height), ("W", latent.width))}
+        dims = {name for spec in (*member.inputs, *member.outputs) for name in spec.dims}
+        profile = ShapeProfile({name: ranges[name] for name in sorted(dims)})
         identity = EngineIdentity(
             schema=SCHEMA,
             backend=backend.name,
@@ -116,9 +147,8 @@ class Trajectories:
         return np.concatenate([part[used.outputs[0].name] for part in parts])
 
     def _sample(self, runtime: Runtime, schedule: str, seeds: Sequence[int]) -> Any:
-        classes = self._manifest.conditioning.classes
         return runtime.sample(
-            labels=[seed % classes for seed in seeds],
+            **self._wishes(seeds),
             seeds=list(seeds),
             schedule=schedule,
             decode=False,
@@ -126,10 +156,44 @@ class Trajectories:
             **self._settings,
         )
 
+    def _wishes(self, seeds: Sequence[int]) -> dict[str, Any]:
+        manifest = self._manifest
+        if manifest.conditioning.kind == "class":
+            return {"labels": [seed % manifest.conditioning.classes for seed in seeds]}
+        wishes: dict[str, Any] = {"prompt": [self._prompts[seed % len(self._prompts)] for seed in seeds]}
+        if any(manifest.members[name].inpaints for name in self._names):
+            sides = (manifest.latent.height, manifest.latent.width)
+            height, width = (side * manifest.decoder.factor for side in sides)
+            mask = np.zeros((height, width), np.bool_)
+            mask[:, : width // 2] = True
+            wishes |= {"image": stand_in_pictures(len(seeds), height, width), "mask": mask, "strength": 1.0}
+        return wishes
+
     def _runtime(self, other: dict[str, Engine], manifest: Manifest | None = None) -> Runtime:
         """On engines that outlive it: it is not closed, its buffers go with it."""
         bundle = Bundle(self._bundle.root, manifest or self._manifest)
         return Runtime(bundle, self._device, "onnxruntime", {**self._engines, **other}, 0.0)
+
+
+def needed_parts(manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """The parts without which the members ``names`` can't be walked from prompts. Raises ``Unavailable``."""
+    members = [manifest.members[name] for name in names]
+    needed: dict[str, str] = {}
+    for member in members:
+        if member.text is not None:
+            needed |= dict.fromkeys((*member.text.hidden, *filter(None, [member.text.pooled])), "read prompts")
+            if not member.text.hidden:
+                needed["text encoder"] = "read prompts"
+        if member.inpaints:
+            needed["vae_encoder"] = "take a picture to paint into"
+    for part, purpose in needed.items():
+        if part not in manifest.parts:
+            raise Unavailable(
+                f"the bundle {manifest.name!r} has no {part}, so it can't {purpose}; trajectories to calibrate on "
+                "start there",
+                hint="build it from a whole pipeline folder and quantise that",
+            )
+    return [part for part in manifest.parts if part in needed]
 
 
 def pick_rows(timesteps: NDArray[np.float32], count: int, *, seed: int) -> NDArray[np.int64]:

@@ -210,7 +210,8 @@ class Quantisation(_Record, frozen=True, kw_only=True):
     ``layers`` are in 8 bits, ``kept`` were kept out on request, all others compute in ``high_precision``. ``rows``
     recorded inputs of trajectories over ``schedules`` set the ranges; they span ``timesteps`` (noisiest, cleanest).
     ``loss`` is by noise level, noisiest first. ``latents``: relative L2 between the final latents of whole trajectories
-    over ``latents_schedule``, with and without quantisation, one for each of ``latents_seeds``.
+    over ``latents_schedule``, with and without quantisation, one for each of ``latents_seeds``. ``prompts``: of text
+    bundles; trajectory ``seed`` had prompt ``seed % len``.
     """
 
     method: str
@@ -230,6 +231,7 @@ class Quantisation(_Record, frozen=True, kw_only=True):
     latents: tuple[float, ...]
     latents_seeds: tuple[int, ...]
     latents_schedule: str
+    prompts: tuple[str, ...] = ()
 
 
 class Member(Network, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -67,7 +68,7 @@ def _quantise(request: Request) -> None:
         calibration_eps=["cpu"],
         output_path=request.output,
         high_precision_dtype=request.high_precision,
-        nodes_to_quantize=list(request.nodes),
+        nodes_to_quantize=[f"{re.escape(node)}$" for node in request.nodes],  # patterns, matched at the start of names
         use_external_data_format=request.external,
         # What to quantise is decided already: no further search for attention or thin products.
         disable_mha_qdq=True,

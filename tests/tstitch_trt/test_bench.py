@@ -14,6 +14,7 @@ from PIL import Image
 
 import tstitch_trt
 from command import Command
+from hand_made_parts import World
 from networks import means_network
 from tiny import TinyPair
 from tstitch_engines.errors import BadInput
@@ -206,3 +207,11 @@ def test_the_quality_benchmark_writes_its_curve_and_goes_on_where_it_stopped(
     assert "| small-first | 40% |" in more.stdout
     with Image.open(results / "quality.png") as image:
         assert image.size[0] > 1000
+
+
+def test_members_that_paint_are_given_a_picture(tmp_path: Path) -> None:
+    with tstitch_trt.load(World().bundle(tmp_path), threads=1) as runtime:
+        found = measure(runtime, fractions=(0.0, 0.5), batch=2, repeats=1, warmup=0, steps=4, guidance=2.0)
+    assert [trajectory.members for trajectory in found.trajectories] == [{"painter": 4}, {"plain": 2, "painter": 2}]
+    assert {(member.name, member.guided) for member in found.members} >= {("painter", True), ("plain", True)}
+    assert all(trajectory.ms > 0 for trajectory in found.trajectories)

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 import tstitch_trt
 from command import Command, refused
 from tiny import TinyPair
-from tstitch_engines.bundle import MANIFEST, Bundle, open_bundle
-from tstitch_engines.errors import BadInput
+from tstitch_engines.bundle import MANIFEST, open_bundle
 from tstitch_engines.manifest import Manifest, Quantisation
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
@@ -337,16 +336,6 @@ def test_without_modelopt(tiny_pair: TinyPair, tmp_path: Path, run: Command, mon
     )
     outcome = run("quantise", tiny_pair.bundle, "--member", "large", "--mode", "int8", "-o", tmp_path / "new.bundle")
     refused(outcome, "nvidia-modelopt", 'pip install "tstitch-trt[cpu,quant]"')
-
-
-def test_a_bundle_that_is_not_conditioned_on_classes(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    opened = open_bundle(tiny_pair.bundle)
-    text = msgspec.structs.replace(opened.manifest.conditioning, kind="text")
-    bundle = Bundle(opened.root, msgspec.structs.replace(opened.manifest, conditioning=text))
-    if find_spec("modelopt") is None:
-        pytest.skip("nvidia-modelopt is not installed")
-    with pytest.raises(BadInput, match="conditioned on text"):
-        quantise(bundle, member="large", mode="int8", output=tmp_path / "new.bundle")
 
 
 @needs_modelopt

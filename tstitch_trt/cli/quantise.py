@@ -20,6 +20,7 @@ tstitch-trt quantise fashion.bundle --member large --mode int8 -o fashion-int8.b
 tstitch-trt quantise fashion.bundle --member large --mode fp8 -o fashion-fp8.bundle
 tstitch-trt quantise fashion.bundle --member large --mode int8 --keep 'blocks.0.*' -o fashion-int8.bundle --json
 tstitch-trt quantise fashion.bundle --member large --mode int8 --schedule small:0.4,large -o fashion-int8.bundle
+tstitch-trt quantise sd15.bundle --member large --mode int8 --prompts prompts.txt --samples 512 -o sd15-int8.bundle
 """
 
 
@@ -67,6 +68,10 @@ tstitch-trt quantise fashion.bundle --member large --mode int8 --schedule small:
     metavar="LAYER",
     help="A layer to leave in high precision, by name or pattern ('blocks.0.*'). May be repeated.",
 )
+@click.option("--prompt", multiple=True, metavar="TEXT", help="What a text bundle draws meanwhile. May be repeated.")
+@click.option(
+    "--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE", help="More of them, one a line."
+)
 @click.option("--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads, 0 = all cores.")
 @json_option
 @traceback_option
@@ -84,20 +89,24 @@ def command(
     calibration: str,
     high_precision: str,
     keep: tuple[str, ...],
+    prompt: tuple[str, ...],
+    prompts_file: Path | None,
     threads: int,
     as_json: bool,
 ) -> None:
     """Quantise one member of BUNDLE to 8 bits, as a new bundle, and report what that costs.
 
-    The bundle is walked with guidance for several seeds and labels, and the member's own inputs at every noise level
-    set the ranges of its activations. Quantised are the matrix products of its blocks; embedders, modulation, the
-    attention's own products, first and last layer stay in high precision. The loss is measured on other seeds, by noise
-    level, and kept in the manifest. Needs the extra "quant" (nvidia-modelopt).
+    The bundle is walked with guidance for several seeds and labels or prompts (made up where none are given), and the
+    member's own inputs at every noise level set the ranges of its activations. Quantised are the matrix products of its
+    blocks; embedders, modulation, the attention's own products, convolutions, first and last layer stay in high
+    precision. The loss is measured on other seeds, by noise level, and kept in the manifest. Needs the extra "quant"
+    (nvidia-modelopt).
 
     The new bundle has an ONNX Runtime engine of the member. Others are compiled from it: tstitch-trt build DIR
     --backend tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
     """
     from tstitch_trt.cli._text import print_json
+    from tstitch_trt.files import read_lines
     from tstitch_trt.progress import progress
     from tstitch_trt.quantise import quantise
 
@@ -116,6 +125,7 @@ def command(
             calibration=calibration,
             high_precision=high_precision,
             keep=keep,
+            prompts=[*prompt, *([] if prompts_file is None else read_lines(prompts_file, option="--prompts"))],
             threads=threads,
             report=lambda share, text: bar.update(done=share, text=text),
         )
