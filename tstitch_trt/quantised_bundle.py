@@ -50,6 +50,7 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
                 member,
                 lambda: staging / member.onnx[0].path,
                 staging,
+                kind="member",
                 previous=None,
                 report=lambda phase, share: None,
             ),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 from tstitch_engines.backends import Backend, Progress
 from tstitch_engines.backends.base import Option
@@ -14,7 +15,7 @@ from tstitch_engines.bundle import Bundle
 from tstitch_engines.cache import Cache, Entry
 from tstitch_engines.files import copy_component
 from tstitch_engines.identity import digest, model_digest
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Member, Network
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
 from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["Compiler", "from_cache", "keep_record"]
@@ -60,17 +61,18 @@ class Compiler:
         model: Callable[[], Path],
         staging: Path,
         *,
+        kind: Literal["member", "part"],
         previous: Bundle | None,
         report: Progress,
     ) -> EngineRecord:
-        """The engine of ``member`` in the bundle being made at ``staging``.
+        """The engine of ``member`` in the bundle being made at ``staging``; messages call it a ``kind``.
 
         ``model`` gives what the backend compiles and is called only when it has to. ``previous``: the bundle that is
         replaced. Raises what ``Backend.compile`` raises.
         """
         backend, identity = self.backend, self.identity(member)
         key = digest(identity)
-        what = f"{'member' if isinstance(member, Member) else 'part'} {name}: {backend.name} engine"
+        what = f"{kind} {name}: {backend.name} engine"
         old = previous.manifest.networks().get(name) if previous is not None and not self.cache.fresh else None
         for record in old.engines if old is not None else ():
             if record.identity == identity and keep_record(previous, record, staging):

@@ -164,6 +164,7 @@ class _Work:
             network,
             lambda: staging / network.onnx[0].path,
             staging,
+            kind="member" if name in self._bundle.manifest.members else "part",
             previous=self._bundle,
             report=lambda phase, share: self._report(f"{name}: {phase}", (index + share) / count),
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -124,7 +124,9 @@ class _Builder:
             part = replace(self, report=self._share(planned.name, index, len(plan.networks)))
             network, used = part.export(planned, staging)
             versions |= used
-            made[planned.name] = part.compiled(planned, network, staging)
+            made[planned.name] = part.compiled(
+                planned, network, staging, "part" if planned.name in plan.parts else "member"
+            )
         versions[self.compiler.backend.name] = self.compiler.backend.version()
         if self.previous is not None:
             backends = {record.identity.backend for network in made.values() for record in network.engines}
@@ -153,11 +155,13 @@ class _Builder:
             notes=agreement.notes,
         )
 
-    def compiled(self, plan: NetworkPlan, network: Network, staging: Path) -> Network:
+    def compiled(self, plan: NetworkPlan, network: Network, staging: Path, kind: Literal["member", "part"]) -> Network:
         """``network`` with its engine, and those that the old bundle has for other backends."""
         compiler = replace(self.compiler, profile=self.profiles[plan.name])
         model = partial(self.model, plan, network, staging)
-        engine = compiler.engine(plan.name, network, model, staging, previous=self.previous, report=self.compiling)
+        engine = compiler.engine(
+            plan.name, network, model, staging, kind=kind, previous=self.previous, report=self.compiling
+        )
         engines = compiler.beside(plan.name, network, engine, staging, previous=self.previous)
         return msgspec.structs.replace(network, engines=engines)
 
