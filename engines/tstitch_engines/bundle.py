@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +21,13 @@ from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_engines.files import exchange, hash_file, remove_stale, sync_directory, temporary_directory, write_durably
 from tstitch_engines.manifest import SCHEMA, Component, Manifest, Member, Network
 
-__all__ = ["MANIFEST", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
+__all__ = ["MANIFEST", "STUDIES", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
 
 _log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STUDIES = "studies"
+"""Folder of what was measured of the bundle (``tstitch_trt.study``): survives a rebuild, is not in the manifest."""
 
 
 class Bundle:
@@ -210,6 +213,8 @@ def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
         remove_stale(output.parent, prefix)
         with _terminate_as_exception(), temporary_directory(output.parent, prefix) as staging:
             manifest = fill(staging)
+            if (output / STUDIES).is_dir():
+                shutil.copytree(output / STUDIES, staging / STUDIES)
             write_durably(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
             for directory in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
                 sync_directory(directory)

@@ -1,0 +1,275 @@
+"""What is measured of a bundle and kept with it: cost, divergence, quality, and the choice between schedules.
+
+Every record names the weights it was measured on (``weights``: sha256 of each member's ONNX model) and the command that
+made it, so that a record of other weights is found out and never used silently. Times are milliseconds; points in time
+are ISO 8601 in UTC.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from tstitch_trt.machine import Machine
+
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "LOWER_IS_BETTER",
+    "METRICS",
+    "STUDY_SCHEMA",
+    "Calibration",
+    "Check",
+    "Divergence",
+    "DivergenceStep",
+    "Evaluation",
+    "Measure",
+    "OrderTrial",
+    "Overhead",
+    "Point",
+    "Search",
+    "SearchPoint",
+    "Setting",
+    "StepCost",
+    "Study",
+]
+
+STUDY_SCHEMA: Final = 1
+
+LOWER_IS_BETTER: Final = ("fid", "kid", "lpips", "latent_error")
+HIGHER_IS_BETTER: Final = ("precision", "recall", "accuracy", "psnr", "clip")
+METRICS: Final = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Study(_Record, frozen=True, kw_only=True):
+    """What all studies say of themselves. ``made``: when. ``command``: what makes it again."""
+
+    schema: Annotated[int, msgspec.Meta(ge=1)] = STUDY_SCHEMA
+    bundle: str
+    weights: dict[str, str]
+    machine: Machine
+    command: str
+    made: str
+
+
+class Setting(_Record, frozen=True, kw_only=True):
+    """One way to draw: everything that ``make_plan`` needs, resolved.
+
+    ``schedule`` is the canonical text (``small:20,large:30``) of ``rows`` rows of the step table (one more than
+    ``steps`` for ``pndm``). ``members``: rows by member. ``plan``: further keywords of ``make_plan``.
+    """
+
+    schedule: str
+    members: dict[str, int]
+    steps: int
+    rows: int
+    solver: str
+    guidance: float
+    plan: dict[str, Any] = {}
+
+
+# --- cost: tstitch-trt calibrate
+
+
+class StepCost(_Record, frozen=True, kw_only=True):
+    """One step (prepare, engine, advance) of a member on ``batch`` images, whose latents are ``height`` x ``width``.
+
+    ``guided``: both halves run, ``2 batch`` rows. ``ms`` is the median over ``blocks`` means, with the 10th and 90th
+    percentile.
+    """
+
+    member: str
+    guided: bool
+    batch: int
+    height: int
+    width: int
+    ms: float
+    p10_ms: float
+    p90_ms: float
+    blocks: int
+
+
+class Overhead(_Record, frozen=True, kw_only=True):
+    """What a trajectory costs beside its steps: ``ms`` once, and ``switch_ms`` for each change of the member."""
+
+    batch: int
+    height: int
+    width: int
+    ms: float
+    switch_ms: float = 0.0
+
+
+class Check(_Record, frozen=True, kw_only=True):
+    """One random schedule that the model was not fitted on, predicted and measured (median over ``repeats``)."""
+
+    schedule: str
+    steps: int
+    guidance: float
+    batch: int
+    height: int
+    width: int
+    predicted_ms: float
+    measured_ms: float
+    repeats: int
+
+    @property
+    def error(self) -> float:
+        """Signed relative error of the prediction."""
+        return self.predicted_ms / self.measured_ms - 1
+
+
+class Calibration(Study, frozen=True, kw_only=True):
+    """``time = sum of member steps + overhead`` on one machine, device, backend and number of threads.
+
+    ``engines``: the digest of the identity of each member's engine. ``upper_ratio``: the 95th percentile of measured
+    over predicted time of single runs; a budget is compared with ``predicted x upper_ratio``.
+    """
+
+    backend: str
+    device: str
+    threads: int
+    graph: str
+    engines: dict[str, str]
+    steps: tuple[StepCost, ...]
+    overheads: tuple[Overhead, ...]
+    checks: tuple[Check, ...]
+    median_error: float
+    worst_error: float
+    upper_ratio: float
+
+
+# --- divergence: tstitch-trt profile
+
+
+class DivergenceStep(_Record, frozen=True, kw_only=True):
+    """How far a member's denoised estimate is from the reference member's, at a state of the reference's trajectory.
+
+    ``cosine`` and ``rel_l2`` (norm of the difference over norm of the reference's) are medians over the seeds, with the
+    10th and 90th percentile of ``rel_l2``.
+    """
+
+    step: int
+    timestep: float
+    sigma: float
+    cosine: float
+    rel_l2: float
+    p10: float
+    p90: float
+
+
+class OrderTrial(_Record, frozen=True, kw_only=True):
+    """A schedule that was really run: relative L2 of its final latents from those of the reference alone.
+
+    ``order``: ``small-first``, ``large-first``, ``large-small-large``... ``latent_error``: median over the seeds.
+    """
+
+    order: str
+    schedule: str
+    latent_error: float
+    p10: float
+    p90: float
+
+
+class Divergence(Study, frozen=True, kw_only=True):
+    """``members``: each member's divergence from ``reference``, step by step. ``suggested``: a schedule, and why."""
+
+    reference: str
+    steps: int
+    solver: str
+    guidance: float
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...] = ()
+    members: dict[str, tuple[DivergenceStep, ...]]
+    orders: tuple[OrderTrial, ...]
+    order: str
+    suggested: str
+    reason: str
+
+
+# --- quality: tstitch-trt evaluate
+
+
+class Measure(_Record, frozen=True, kw_only=True):
+    """A metric's value with a bootstrap interval: ``low`` and ``high`` at ``level`` (0.95), ``std`` over resamples."""
+
+    value: float
+    low: float
+    high: float
+    std: float
+
+
+class Point(_Record, frozen=True, kw_only=True):
+    """What one setting gave. ``measures``: by metric (``METRICS``). ``ms``: the whole trajectory of one batch of
+    ``batch`` images, median of the batches drawn (0: not timed). ``samples_file``: the ``.npz`` of the pictures."""
+
+    setting: Setting
+    samples: int
+    measures: dict[str, Measure]
+    batch: int = 0
+    ms: float = 0.0
+    samples_file: str = ""
+
+
+class Evaluation(Study, frozen=True, kw_only=True):
+    """``features``: the network, ``reference``: the real images (name, sha256 and count of each).
+
+    ``baseline``: the setting that paired metrics compare with (the last member alone). ``notes``: warnings, such as
+    too few samples for the features.
+    """
+
+    samples: int
+    seed: int
+    prompts: tuple[str, ...] = ()
+    metrics: tuple[str, ...]
+    features: dict[str, str | int]
+    reference: dict[str, str | int]
+    level: float
+    resamples: int
+    baseline: Setting | None = None
+    points: tuple[Point, ...]
+    notes: tuple[str, ...] = ()
+
+
+# --- choice: tstitch-trt search
+
+
+class SearchPoint(_Record, frozen=True, kw_only=True):
+    """``cost_ms``: predicted by the calibration for the search's batch. ``front``: no other is cheaper and as good.
+
+    ``samples``: how many it was judged on before it was dropped (``dropped``) or the search ended. ``kind``: the family
+    it belongs to, e.g. ``two members``, ``large-small-large``, ``fewer steps``.
+    """
+
+    kind: str
+    setting: Setting
+    cost_ms: float
+    quality: Measure
+    samples: int
+    dropped: bool
+    front: bool
+
+
+class Search(Study, frozen=True, kw_only=True):
+    """The Pareto set of cost and ``metric``. ``calibration``: the digest of the one that predicted the costs."""
+
+    metric: str
+    batch: int
+    samples: int
+    seed: int
+    prompts: tuple[str, ...] = ()
+    calibration: str
+    points: tuple[SearchPoint, ...]
+    notes: tuple[str, ...] = ()
+
+
+StudyKind = Literal["calibration", "divergence", "evaluation", "search"]
+KINDS: Final[dict[StudyKind, type[Study]]] = {
+    "calibration": Calibration,
+    "divergence": Divergence,
+    "evaluation": Evaluation,
+    "search": Search,
+}

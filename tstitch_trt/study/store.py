@@ -1,0 +1,95 @@
+"""Studies in a bundle: one JSON file each under ``studies/``, written whole or not at all.
+
+They are no part of what the manifest vouches for: deleting them costs only the time to measure again. ``write_bundle``
+takes them along when a bundle is replaced; a study of other weights is then reported as stale where it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from tstitch_engines.bundle import STUDIES, Bundle
+from tstitch_engines.decode import DecodeError, convert
+from tstitch_engines.errors import BadBundle, BuildFailed
+from tstitch_engines.identity import digest, model_digest
+from tstitch_engines.manifest import Manifest
+from tstitch_trt.files import atomic_file
+from tstitch_trt.study.records import KINDS, STUDY_SCHEMA, Study
+
+__all__ = ["differing_weights", "load_studies", "now", "save_study", "study_digest", "weights_of"]
+
+_log = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=Study)
+
+
+def now() -> str:
+    """The present in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def weights_of(manifest: Manifest) -> dict[str, str]:
+    """The sha256 of each member's ONNX model, by member."""
+    return {name: model_digest(member.onnx) for name, member in manifest.members.items()}
+
+
+def differing_weights(manifest: Manifest, study: Study) -> list[str]:
+    """The members of which the study saw other weights, or that only one of the two knows."""
+    here = weights_of(manifest)
+    return [name for name in {**study.weights, **here} if study.weights.get(name) != here.get(name)]
+
+
+def study_digest(study: Study) -> str:
+    return digest(study)
+
+
+def save_study(bundle: Bundle, study: Study, *, key: str = "") -> Path:
+    """Writes ``study`` into the bundle, in place of the one of the same kind and ``key``. Returns the file.
+
+    Raises ``BuildFailed`` where the bundle can't be written.
+    """
+    kind = next(name for name, record in KINDS.items() if type(study) is record)
+    place = bundle.root / STUDIES / f"{kind}{f'-{key}' if key else ''}.json"
+    try:
+        place.parent.mkdir(exist_ok=True)
+        with atomic_file(place) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(study), indent=2) + b"\n")
+    except OSError as error:
+        raise BuildFailed(
+            f"{place} can't be written: {error}", hint="make the bundle writable, or measure on a copy of it"
+        ) from error
+    return place
+
+
+def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
+    """All studies of a kind in the bundle, the newest first, of whatever weights and machine.
+
+    Raises ``BadBundle`` for a file that is damaged or of a newer version.
+    """
+    kind = next(name for name, known in KINDS.items() if known is record)
+    folder = bundle.root / STUDIES
+    files = [folder / f"{kind}.json", *sorted(folder.glob(f"{kind}-*.json"))] if folder.is_dir() else []
+    found = [_read(path, record) for path in files if path.is_file()]
+    return sorted(found, key=lambda study: study.made, reverse=True)
+
+
+def _read(path: Path, record: type[S]) -> S:
+    fix = f"measure it again, or remove it: rm {path}"
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadBundle(f"{path} is damaged: {error}", hint=fix) from None
+    schema = data.get("schema") if isinstance(data, Mapping) else None
+    if schema != STUDY_SCHEMA:
+        raise BadBundle(f"{path} has schema version {schema!r}; this version reads {STUDY_SCHEMA}", hint=fix)
+    try:
+        return convert(data, record, word="field")
+    except DecodeError as error:
+        raise BadBundle(f"{path}: {error.message}", hint=fix) from None
