@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 import tstitch_trt
 from gpubench.cases import CONTENDERS, DitCase
 from gpubench.ceilings import copy_rate, matmul_rate, synchronize
+from gpubench.diffusers_walk import DiffusersWalk, diffusers_schedulers
 from gpubench.flops import dit_work
-from gpubench.models import SETTINGS, build_bundle, plan_manifest
+from gpubench.models import SETTINGS, build_bundle, plan_manifest, random_pair
 from gpubench.ours import OurWalk
 from gpubench.record import Context, Entry, NotRun, Part, spread_of
 from gpubench.trace import traced
-from gpubench.walks import DiffusersWalk, TorchWalk, error_of, initial_noise, labels_of
+from gpubench.walks import TorchWalk, error_of, initial_noise, labels_of
 from tstitch_engines.backends import open_backend
 from tstitch_engines.errors import FailedWork
 from tstitch_trt.plan import Plan, make_plan
@@ -108,7 +109,7 @@ def _reference(
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     chosen = _checked(case)
-    walk = TorchWalk(case, "fp32", context.device)
+    walk = TorchWalk(random_pair(case, "fp32", context.device))
     walk.prepare(noise[chosen], [labels[i] for i in chosen])
     found = {str(f): walk.walk(plan).cpu().numpy() for f, plan in plans.items()}
     norms = {f: float(np.sqrt(np.mean(np.square(latents)))) for f, latents in found.items()}
@@ -173,11 +174,13 @@ def _baseline(
 ) -> None:
     with _memory(context, entry):
         start = time.perf_counter()
-        walk = (
-            DiffusersWalk(case, case.precision, context.device)
-            if name == "diffusers"
-            else TorchWalk(case, case.precision, context.device, compiled=name == "torch-compile")
-        )
+        pair = random_pair(case, case.precision, context.device)
+        walk: DiffusersWalk | TorchWalk
+        if name == "diffusers":
+            schedulers = diffusers_schedulers(plan_manifest(case), solver="ddim", spacing="leading")
+            walk = DiffusersWalk(pair, schedulers)
+        else:
+            walk = TorchWalk(pair, compiled=name == "torch-compile")
         walk.prepare(noise, labels)
         latents = {f: walk.walk(plan).cpu().numpy() for f, plan in plans.items()}
         entry["first_walks_ms"] = 1e3 * (time.perf_counter() - start)

@@ -9,9 +9,10 @@ from typing import Any
 from gpubench.cases import GUIDANCE, GUIDED_CHANNELS, MODELS, DitCase
 from gpubench.flops import CHANNELS, LABELS
 from gpubench.record import Context
+from gpubench.walks import TORCH_DTYPES, Pair
 from tstitch_engines.manifest import Conditioning, Decoder, Defaults, Latent, Manifest, Member, NoiseScheduleSpec
 
-__all__ = ["SETTINGS", "build_bundle", "plan_manifest", "random_dit"]
+__all__ = ["SETTINGS", "build_bundle", "plan_manifest", "random_dit", "random_pair"]
 
 # `leading` are the timesteps of diffusers' DDIM, so that its own scheduler can be one of the contenders.
 SETTINGS: dict[str, Any] = {
@@ -62,6 +63,24 @@ def random_dit(model: str, pixels: int) -> Any:
                 scale = parameter[0].numel() ** -0.5
             parameter.normal_(0.0, scale, generator=generator)
     return module.eval().requires_grad_(False)
+
+
+def random_pair(case: DitCase, precision: str, device: str) -> Pair:
+    import torch
+
+    dtype = getattr(torch, TORCH_DTYPES[precision])
+    return Pair(
+        models={
+            name: random_dit(model, case.pixels).to(device=device, dtype=dtype)
+            for name, model in (("small", case.small), ("large", case.large))
+        },
+        device=device,
+        precision=precision,
+        channels=CHANNELS,
+        null=LABELS - 1,
+        guidance=GUIDANCE,
+        guided_channels=GUIDED_CHANNELS,
+    )
 
 
 def plan_manifest(case: DitCase) -> Manifest:

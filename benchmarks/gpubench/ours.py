@@ -15,6 +15,7 @@ from gpubench.cases import DitCase
 from gpubench.models import SETTINGS
 from gpubench.record import Entry, spread_of
 from gpubench.trace import traced
+from gpubench.walks import RuntimeWalk
 from tstitch_engines.device import NotCaptured
 from tstitch_trt.conditioning import Conditioning, class_values
 from tstitch_trt.graphs import Kind
@@ -24,37 +25,16 @@ from tstitch_trt.runtime import Runtime
 __all__ = ["OurWalk"]
 
 
-class OurWalk:
+class OurWalk(RuntimeWalk):
     """Reaches into the runtime's stepper for what users never need: engines replayed alone, steps without a request."""
 
     def __init__(self, runtime: Runtime, case: DitCase, noise: NDArray[np.float32], labels: list[int]) -> None:
-        self.runtime = runtime
+        super().__init__(runtime, noise, labels, steps=case.steps, **SETTINGS)
         self.device = runtime.device
         self.case = case
         self._stepper = runtime._stepper
-        self._labels = labels
         values = {"labels": class_values(runtime.manifest, labels)}
         self._conditioning = Conditioning(dict.fromkeys(runtime.members, values))
-        self._noise: Any = noise
-        if self.device.name != "cpu":  # as the baselines have it: on the device already
-            import torch
-
-            self._noise = torch.from_numpy(noise).to(self.device.name)
-
-    def walk(self, fraction: float, *, output: str = "device") -> Any:
-        return self.runtime.sample(
-            labels=self._labels,
-            latents=self._noise,
-            decode=False,
-            output=output,  # type: ignore[arg-type]
-            steps=self.case.steps,
-            fraction=fraction,
-            **SETTINGS,
-        )
-
-    def latents(self, fraction: float) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self.walk(fraction, output="host").latents
-        return found
 
     # --- times
 

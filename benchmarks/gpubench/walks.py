@@ -1,127 +1,185 @@
-"""The baselines: the same plan walked by PyTorch, eager or compiled, and by diffusers' own scheduler."""
+"""Who walks a plan: PyTorch, eager or compiled, and this package. (diffusers: ``diffusers_walk.py``.)
+
+All are given the same modules or their exports, the same noise and the same labels. ``benchmarks/gpu.py`` walks DiTs
+with random weights, ``benchmarks/peers.py`` the members of a bundle.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpubench.cases import GUIDANCE, GUIDED_CHANNELS, DitCase
-from gpubench.models import random_dit
-from gpubench.record import NotRun
+from gpubench.cases import DitCase
+from tstitch_engines.errors import BadInput
 from tstitch_engines.rows import ROW
 from tstitch_trt.plan import Plan
+from tstitch_trt.runtime import Runtime
 
-__all__ = ["TORCH_DTYPES", "DiffusersWalk", "TorchWalk", "error_of", "initial_noise", "labels_of"]
+__all__ = ["TORCH_DTYPES", "Pair", "RuntimeWalk", "TorchWalk", "error_of", "initial_noise", "labels_of"]
 
 TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_LEFT_OUT: Final = ("E", "F", "Y", "S", "RESCALE")  # columns of a row that the loop has no term for
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pair:
+    """The modules of a pair, and how what they say is guided; ``guidance`` 1 is none.
+
+    ``null``: the class of the unconditional half. ``channels``: of the latent, ``guided_channels`` of them guided.
+    """
+
+    models: Mapping[str, Any]
+    device: str
+    precision: str
+    channels: int
+    null: int | None = None
+    guidance: float = 1.0
+    guided_channels: int
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance != 1
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return getattr(torch, TORCH_DTYPES[self.precision])
+
+    def classes(self, labels: list[int]) -> Any:
+        """int64 on the device: ``[B]``, or ``[2B]`` with the null class for the second half."""
+        import torch
+
+        classes = torch.tensor(labels, dtype=torch.int64, device=self.device)
+        return torch.cat([classes, torch.full_like(classes, self.null or 0)]) if self.guided else classes
+
+    def output_of(self, model: Any, sample: Any, timestep: Any, classes: Any) -> Any:
+        """What the solver is given, float32: without the learned variance, and guided."""
+        import torch
+
+        output = model(sample, timestep, classes)[:, : self.channels].float()
+        if not self.guided:
+            return output
+        conditional, unconditional = output.chunk(2)
+        k = self.guided_channels
+        mixed = unconditional[:, :k] + self.guidance * (conditional[:, :k] - unconditional[:, :k])
+        return mixed if k == self.channels else torch.cat([mixed, conditional[:, k:]], dim=1)
 
 
 class TorchWalk:
     """The plain loop, written to be fast: latents float32 on the device, no wait inside, coefficients from the plan.
 
-    ``compiled``: the whole step (both halves, guidance, update) through ``torch.compile`` with ``max-autotune``, which
-    on CUDA records CUDA graphs; its coefficients are then read from a table on the device.
+    ``compiled``: the whole step (both halves, guidance, update) through ``torch.compile``: with ``max-autotune`` on
+    CUDA, where that records CUDA graphs, and with ``default`` on the CPU. Its coefficients are read from a table on the
+    device. Plans of solvers that draw noise, or remember more than one estimate, are refused.
     """
 
-    def __init__(self, case: DitCase, precision: str, device: str, *, compiled: bool = False) -> None:
+    def __init__(self, pair: Pair, *, compiled: bool = False) -> None:
         import torch
 
         self._torch = torch
-        self._case = case
-        self._device = device
+        self._pair = pair
         self._compiled = compiled
-        dtype = getattr(torch, TORCH_DTYPES[precision])
-        self._models = {
-            name: random_dit(model, case.pixels).to(device=device, dtype=dtype)
-            for name, model in (("small", case.small), ("large", case.large))
-        }
-        self._steps: dict[str, Callable[..., Any]] = {}
-        for name, model in self._models.items():
-            step = _step_of(torch, model, dtype)
+        self._single: dict[str, Callable[..., Any]] = {}
+        self._double: dict[str, Callable[..., Any]] = {}  # of solvers that remember the estimate before
+        for name, model in pair.models.items():
+            steps = _steps_of(torch, pair, model)
             if compiled:
-                mode = "max-autotune" if device != "cpu" else "default"
-                step = torch.compile(step, mode=mode, fullgraph=True, dynamic=False)
-            self._steps[name] = step
+                mode = "max-autotune" if pair.device != "cpu" else "default"
+                steps = tuple(torch.compile(step, mode=mode, fullgraph=True, dynamic=False) for step in steps)
+            self._single[name], self._double[name] = steps
 
     def prepare(self, noise: NDArray[np.float32], labels: list[int]) -> None:
         """Puts what a request brings onto the device; not timed."""
-        torch = self._torch
-        self._noise = torch.from_numpy(noise).to(self._device)
-        classes = torch.tensor(labels, dtype=torch.int64, device=self._device)
-        self._both = torch.cat([classes, torch.full_like(classes, 1000)])
-        self._times = torch.empty(2 * len(labels), dtype=torch.float32, device=self._device)
+        self._noise = self._torch.from_numpy(noise).to(self._pair.device)
+        self._classes = self._pair.classes(labels)
 
     def walk(self, plan: Plan) -> Any:
         """The final latents on the device. Does not wait."""
         torch = self._torch
-        columns = [ROW[name] for name in ("T", "P", "Q", "A", "B")]
-        rows = plan.rows[:, columns]
-        if self._compiled:
-            table = torch.from_numpy(rows.astype(np.float32)).to(self._device)
-            coefficients = [table[i].unbind() for i in range(len(rows))]
-        else:
-            coefficients = [tuple(row) for row in rows.tolist()]
+        double = bool(plan.rows[:, ROW["C"]].any())
         with torch.inference_mode():
             x = self._noise * plan.init_scale
-            for name, (t, p, q, a, b) in zip(plan.schedule.names, coefficients, strict=True):
+            estimate = torch.zeros_like(x) if double else None
+            for name, row in zip(plan.schedule.names, self._coefficients(plan, double), strict=True):
                 if self._compiled:
                     torch.compiler.cudagraph_mark_step_begin()
-                x = self._steps[name](x, t, p, q, a, b, self._both)
+                if double:
+                    x, estimate = self._double[name](x, estimate, self._classes, *row)
+                else:
+                    x = self._single[name](x, self._classes, *row)
             return x.clone() if self._compiled else x  # a recorded graph's output is overwritten by its next run
 
+    def _coefficients(self, plan: Plan, double: bool) -> list[tuple[Any, ...]]:
+        if plan.rows[:, [ROW[name] for name in _LEFT_OUT]].any() or (plan.rows[:, ROW["C_IN"]] != 1).any():
+            raise BadInput(
+                f"the plain loop can't walk a plan of the solver {plan.table.solver.name!r}; "
+                "allowed are solvers that neither scale nor draw noise and remember one estimate",
+                hint="use --solver ddim or dpmpp-2m",
+            )
+        columns = [ROW[name] for name in ("T", "P", "Q", "A", "B", *(("C",) if double else ()))]
+        rows = plan.rows[:, columns]
+        if not self._compiled:
+            return [tuple(row) for row in rows.tolist()]
+        table = self._torch.from_numpy(rows.astype(np.float32)).to(self._pair.device)
+        return [table[i].unbind() for i in range(len(rows))]
 
-def _step_of(torch: Any, model: Any, dtype: Any) -> Callable[..., Any]:
-    def step(x: Any, t: Any, p: Any, q: Any, a: Any, b: Any, both: Any) -> Any:
+
+def _steps_of(torch: Any, pair: Pair, model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    dtype, guided = pair.dtype, pair.guided
+
+    def estimate(x: Any, classes: Any, t: Any, p: Any, q: Any) -> Any:
         sample = x.to(dtype)
-        sample = torch.cat([sample, sample])
+        if guided:
+            sample = torch.cat([sample, sample])
         timestep = (
             t.expand(sample.shape[0])
             if isinstance(t, torch.Tensor)
             else torch.full((sample.shape[0],), t, device=x.device)
         )
-        output = model(sample, timestep, both)[:, : x.shape[1]].float()
-        conditional, unconditional = output.chunk(2)
-        k = GUIDED_CHANNELS
-        mixed = unconditional[:, :k] + GUIDANCE * (conditional[:, :k] - unconditional[:, :k])
-        output = torch.cat([mixed, conditional[:, k:]], dim=1)
-        return a * x + b * (p * x + q * output)
+        return p * x + q * pair.output_of(model, sample, timestep, classes)
 
-    return step
+    def single(x: Any, classes: Any, t: Any, p: Any, q: Any, a: Any, b: Any) -> Any:
+        return a * x + b * estimate(x, classes, t, p, q)
+
+    def double(x: Any, before: Any, classes: Any, t: Any, p: Any, q: Any, a: Any, b: Any, c: Any) -> Any:
+        now = estimate(x, classes, t, p, q)
+        return a * x + b * now + c * before, now
+
+    return single, double
 
 
-class DiffusersWalk(TorchWalk):
-    """The loop of diffusers' pipelines around its ``DDIMScheduler``; the denoiser is the same module, run eagerly."""
+class RuntimeWalk:
+    """This package: one request to a loaded runtime. ``settings``: those of ``Runtime.plan`` without the fraction."""
 
-    def __init__(self, case: DitCase, precision: str, device: str) -> None:
-        try:
-            import diffusers
-        except ImportError as error:
-            raise NotRun(f"diffusers is not installed ({error})") from None
-        super().__init__(case, precision, device)
-        self._dtype = getattr(self._torch, TORCH_DTYPES[precision])
-        scheduler: Any = diffusers.DDIMScheduler
-        self._scheduler = scheduler(
-            beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="leading"
+    def __init__(self, runtime: Runtime, noise: NDArray[np.float32], labels: list[int], **settings: Any) -> None:
+        self.runtime = runtime
+        self.settings = settings
+        self._labels = labels
+        self._noise: Any = noise
+        if runtime.device.name != "cpu":  # as the baselines have it: on the device already
+            import torch
+
+            self._noise = torch.from_numpy(noise).to(runtime.device.name)
+
+    def walk(self, fraction: float, *, output: str = "device") -> Any:
+        return self.runtime.sample(
+            labels=self._labels,
+            latents=self._noise,
+            decode=False,
+            output=output,  # type: ignore[arg-type]
+            fraction=fraction,
+            **self.settings,
         )
 
-    def walk(self, plan: Plan) -> Any:
-        torch, scheduler = self._torch, self._scheduler
-        scheduler.set_timesteps(plan.steps, device=self._device)
-        k = GUIDED_CHANNELS
-        with torch.inference_mode():
-            x = self._noise * scheduler.init_noise_sigma
-            for name, t in zip(plan.schedule.names, scheduler.timesteps, strict=True):
-                sample = scheduler.scale_model_input(torch.cat([x, x]), t).to(self._dtype)
-                output = self._models[name](sample, t.float().expand(sample.shape[0]), self._both)
-                output = output[:, : x.shape[1]].float()
-                conditional, unconditional = output.chunk(2)
-                mixed = unconditional[:, :k] + GUIDANCE * (conditional[:, :k] - unconditional[:, :k])
-                x = scheduler.step(torch.cat([mixed, conditional[:, k:]], dim=1), t, x).prev_sample
-            return x
+    def latents(self, fraction: float) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self.walk(fraction, output="host").latents
+        return found
 
 
 def initial_noise(case: DitCase) -> NDArray[np.float32]:
