@@ -88,11 +88,14 @@ class TorchWalk:
         self._single: dict[str, Callable[..., Any]] = {}
         self._double: dict[str, Callable[..., Any]] = {}  # of solvers that remember the estimate before
         for name, model in pair.models.items():
-            steps = _steps_of(torch, pair, model)
-            if compiled:
-                mode = "max-autotune" if pair.device != "cpu" else "default"
-                steps = tuple(torch.compile(step, mode=mode, fullgraph=True, dynamic=False) for step in steps)
-            self._single[name], self._double[name] = steps
+            self._single[name], self._double[name] = (
+                self._compile(step) if compiled else step for step in _steps_of(torch, pair, model)
+            )
+
+    def _compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        mode = "default" if self._pair.device == "cpu" else "max-autotune"
+        made: Callable[..., Any] = self._torch.compile(step, mode=mode, fullgraph=True, dynamic=False)
+        return made
 
     def prepare(self, noise: NDArray[np.float32], labels: list[int]) -> None:
         """Puts what a request brings onto the device; not timed."""
