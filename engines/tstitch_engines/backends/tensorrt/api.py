@@ -1,8 +1,8 @@
 """The part of TensorRT's Python API that is used, as types: mypy lets nothing else through.
 
 The names of the protocols' members are held against the real bindings of every supported version by a test. Those in
-``PROBED`` are missing in some of them and are looked for with ``has`` before use. (``tensorrt-stubs`` can't do this:
-its 10.13 stubs have syntax errors, and they know neither TensorRT-RTX nor 11.)
+``PROBED`` are missing in some of them and are looked for with ``has`` before use. Signatures are held against the type
+stubs of TensorRT 10.13 by another; there are none for 11 and TensorRT-RTX.
 
 Failures come back as ``False``, ``None`` or -1, not as exceptions: every such result is checked where it is got.
 """
@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
+from tstitch_engines.backends.tensorrt import enums
+
 __all__ = [
     "CLASSES",
-    "ENUMS",
     "PROBED",
+    "AttentionOutput",
     "Config",
     "Context",
     "CudaEngine",
@@ -188,29 +190,26 @@ class OnnxRefitter(Protocol):
 
 
 class Library(Protocol):
-    """The module itself. Enumerations are ``Any``: their integers differ between versions, ``ENUMS`` has their names.
-
-    The three classes at the end are made to be inherited from.
-    """
+    """The module itself. What is ``Any`` is inherited from or put in a layer's place; so is the logger."""
 
     __version__: str
-    NetworkDefinitionCreationFlag: Any
-    BuilderFlag: Any
-    MemoryPoolType: Any
-    HardwareCompatibilityLevel: Any
-    TilingOptimizationLevel: Any
-    ComputeCapability: Any
-    LayerType: Any
-    DataType: Any
-    TensorIOMode: Any
-    ExecutionContextAllocationStrategy: Any
-    DynamicShapesKernelSpecializationStrategy: Any
-    CudaGraphStrategy: Any
-    EngineInvalidityDiagnostics: Any
-    IAttentionOutputLayer: Any
-    ILogger: Any
+    NetworkDefinitionCreationFlag: enums.CreationFlags
+    BuilderFlag: enums.BuilderFlags
+    MemoryPoolType: enums.MemoryPools
+    HardwareCompatibilityLevel: enums.HardwareLevels
+    TilingOptimizationLevel: enums.TilingLevels
+    ComputeCapability: enums.ComputeCapabilities
+    LayerType: enums.LayerTypes
+    DataType: enums.DataTypes
+    TensorIOMode: enums.TensorModes
+    ExecutionContextAllocationStrategy: enums.AllocationStrategies
+    DynamicShapesKernelSpecializationStrategy: enums.SpecialisationStrategies
+    CudaGraphStrategy: enums.GraphStrategies
+    EngineInvalidityDiagnostics: enums.Invalidities
+    ILogger: enums.Severities
     IProgressMonitor: Any
     IStreamWriter: Any
+    IAttentionOutputLayer: Any
 
     def Builder(self, logger: Any) -> NetworkBuilder: ...  # noqa: N802 - TensorRT's names
     def OnnxParser(self, network: Network, logger: Any) -> Parser: ...  # noqa: N802
@@ -241,38 +240,6 @@ CLASSES: Final[Mapping[str, type]] = {
     "Refitter": WeightRefitter,
     "Weights": WeightValues,
     "OnnxParserRefitter": OnnxRefitter,
-}
-
-# enumeration -> the members that are used
-ENUMS: Final[Mapping[str, tuple[str, ...]]] = {
-    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-    "BuilderFlag": (
-        "REFIT",
-        "REFIT_IDENTICAL",
-        "STRIP_PLAN",
-        "VERSION_COMPATIBLE",
-        "WEIGHT_STREAMING",
-        "REQUIRE_USER_ALLOCATION",
-    ),
-    "ILogger": ("INTERNAL_ERROR", "ERROR", "WARNING"),
-    "MemoryPoolType": ("WORKSPACE",),
-    "HardwareCompatibilityLevel": ("AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"),
-    "TilingOptimizationLevel": ("NONE", "FAST", "MODERATE", "FULL"),
-    "LayerType": ("ATTENTION_OUTPUT",),
-    "DataType": ("FLOAT", "HALF", "BF16", "INT64", "INT32", "UINT8", "BOOL"),
-    "TensorIOMode": ("INPUT",),
-    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
-    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
-    "CudaGraphStrategy": ("DISABLED",),
-    "EngineInvalidityDiagnostics": (
-        "VERSION_MISMATCH",
-        "UNSUPPORTED_CC",
-        "OLD_CUDA_DRIVER",
-        "OLD_CUDA_RUNTIME",
-        "INSUFFICIENT_GPU_MEMORY",
-        "MALFORMED_ENGINE",
-        "CUDA_ERROR",
-    ),
 }
 
 # What at least one supported version lacks; of a class that is lacking, its members go without saying

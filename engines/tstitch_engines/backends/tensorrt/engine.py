@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.backends.tensorrt.api import ENUMS, Context, CudaEngine, Library, RuntimeConfig, has
+from tstitch_engines.backends.tensorrt.api import Context, CudaEngine, Library, RuntimeConfig, has
+from tstitch_engines.backends.tensorrt.enums import Invalidities, declared
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path, gpu_and_driver
 from tstitch_engines.backends.tensorrt.library import Messages, logger_of
@@ -104,7 +105,7 @@ class TensorRtEngine(Engine):
         if has(self._library, "Runtime.get_engine_validity"):
             flags = int(runtime.get_engine_validity(plan[:HEADER_BYTES])[1])
             kinds = self._library.EngineInvalidityDiagnostics
-            named = [name for name in ENUMS["EngineInvalidityDiagnostics"] if flags & int(getattr(kinds, name))]
+            named = [name for name in declared(Invalidities) if flags & int(getattr(kinds, name))]
             diagnosis = named[0] if named else None
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:

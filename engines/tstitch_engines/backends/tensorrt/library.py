@@ -110,9 +110,9 @@ def logger_of(library: Library) -> tuple[Any, Listener]:
             listener = Listener()
             base: Any = library.ILogger
             levels = {
-                base.INTERNAL_ERROR: logging.ERROR,
-                base.ERROR: logging.ERROR,
-                base.WARNING: logging.WARNING,
+                library.ILogger.INTERNAL_ERROR: logging.ERROR,
+                library.ILogger.ERROR: logging.ERROR,
+                library.ILogger.WARNING: logging.WARNING,
             }
 
             class Logger(base):  # type: ignore[misc]

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, Parser, has
+from tstitch_engines.backends.tensorrt.api import (
+    AttentionOutput,
+    Config,
+    Library,
+    Network,
+    NetworkBuilder,
+    Parser,
+    has,
+)
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.library import Messages
 from tstitch_engines.errors import BuildFailed
@@ -110,11 +118,10 @@ def settle_attention(library: Library, network: Network) -> int:
         return 0
     required = 0
     for index in range(network.num_layers):
-        layer: Any = network.get_layer(index)
+        layer = network.get_layer(index)
         if layer.type != library.LayerType.ATTENTION_OUTPUT:
             continue
-        layer.__class__ = library.IAttentionOutputLayer  # the bindings give out the base class
-        attention = layer.attention
+        attention = _as_attention(library, layer).attention
         query = attention.get_input(0)
         head = int(tuple(query.shape)[-1])
         half = query.dtype in (library.DataType.HALF, library.DataType.BF16)
@@ -122,6 +129,12 @@ def settle_attention(library: Library, network: Network) -> int:
         attention.decomposable = not fused
         required += fused
     return required
+
+
+def _as_attention(library: Library, layer: Any) -> AttentionOutput:
+    layer.__class__ = library.IAttentionOutputLayer  # the bindings give out the base class
+    output: AttentionOutput = layer
+    return output
 
 
 def add_profile(

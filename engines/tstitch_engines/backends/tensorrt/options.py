@@ -14,7 +14,17 @@ from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadInput, unknown_name
 
-__all__ = ["DEFAULT_LIST", "OPTIONS", "BuildOptions", "capabilities", "list_arch", "require_float8", "resolve"]
+__all__ = [
+    "DEFAULT_LIST",
+    "HARDWARE",
+    "OPTIONS",
+    "TILING",
+    "BuildOptions",
+    "capabilities",
+    "list_arch",
+    "require_float8",
+    "resolve",
+]
 
 Option = str | int | float | bool
 
@@ -39,8 +49,9 @@ UNRECORDED: Final = frozenset({"timing-cache"})
 DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs
 
 _FLOAT8: Final = 89  # Ada; 75, 80 and 86 have no float8 products
-_HARDWARE: Final = {"none": None, "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
-_TILING: Final = {"none": "NONE", "fast": "FAST", "moderate": "MODERATE", "full": "FULL"}
+# our words -> TensorRT's names
+HARDWARE: Final = {"none": None, "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+TILING: Final = {"none": "NONE", "fast": "FAST", "moderate": "MODERATE", "full": "FULL"}
 
 
 class BuildOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,9 +87,9 @@ def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], d
     chosen = BuildOptions(
         workspace=_number(options, "workspace", 1, 1 << 24),
         optimisation_level=level,
-        tiling=_word(options, "tiling", _TILING),
+        tiling=_word(options, "tiling", TILING),
         timing_cache=str(Path(str(options["timing-cache"])).resolve()) if "timing-cache" in options else None,
-        hardware=_word(options, "hardware-compatible", _HARDWARE),
+        hardware=_word(options, "hardware-compatible", HARDWARE),
         version_compatible=bool(options.get("version-compatible", False)),
         refit=bool(options.get("refit", False)),
         strip_weights=bool(options.get("strip-weights", False)),

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 
 import msgspec
 
-from tstitch_engines.backends.tensorrt.api import Config, Library, NetworkBuilder, TimingCache, has
+from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, TimingCache, has
 from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
 from tstitch_engines.backends.tensorrt.library import Messages, logger_of, open_library
 from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
@@ -207,7 +207,7 @@ def _keep_timings(config: Config, timings: TimingCache | None, request: Request)
 def _write(
     library: Library,
     builder: NetworkBuilder,
-    network: Any,
+    network: Network,
     config: Config,
     request: Request,
     messages: Messages,
