@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from tstitch_engines.files import hash_file, remove_stale, sync_directory, temporary_directory, write_durably
+from tstitch_engines.files import hash_file, hold, remove_stale, sync_directory, temporary_directory, write_durably
 from tstitch_engines.manifest import Component
 
 __all__ = ["Cache", "Entry", "Stored", "default_root"]
@@ -50,12 +52,22 @@ class Stored(NamedTuple):
 
 
 class Entry:
-    """A verified entry: ``files`` maps the names given to ``put`` to paths, ``info`` is what was stored with them."""
+    """A verified entry: ``files`` maps the names given to ``put`` to paths, ``info`` is what was stored with them.
 
-    def __init__(self, root: Path, record: _Record) -> None:
+    It is not pruned before the end of its ``with`` block, or before it is forgotten.
+    """
+
+    def __init__(self, root: Path, record: _Record, handle: int) -> None:
         self.files = {part.path: root / part.path for part in record.files}
         self.components = record.files
         self.info = record.info
+        self.close = weakref.finalize(self, os.close, handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def default_root() -> Path:
@@ -74,6 +86,7 @@ class Cache:
         self.root = (root or default_root()) / _LAYOUT
         self.fresh = fresh
         self._made: set[str] = set()
+        self._kept: list[Entry] = []
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or ``None``. Every file is read and its sha256 compared: a damaged entry is a miss."""
@@ -81,22 +94,45 @@ class Cache:
             return None
         folder = self._folder(key)
         try:
-            record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
-            if record.key != key:
-                raise ValueError(f"it is the entry of {record.key}")
-            for part in record.files:
-                if hash_file(folder / part.path) != (part.sha256, part.bytes):
-                    raise ValueError(f"{part.path} was altered")
-        except FileNotFoundError as error:
-            if folder.is_dir():
-                _log.warning("cache entry %s is damaged and is built again: %s", folder, error)
+            entry = self._open(key)
+        except FileNotFoundError:
             return None
         except (OSError, ValueError, msgspec.DecodeError) as error:
             _log.warning("cache entry %s is damaged and is built again: %s", folder, error)
             return None
+        for part in entry.components:
+            try:
+                whole = hash_file(folder / part.path) == (part.sha256, part.bytes)
+            except OSError:
+                whole = False
+            if not whole:
+                entry.close()
+                _log.warning("cache entry %s is damaged and is built again: %s was altered", folder, part.path)
+                return None
         with suppress(OSError):  # a cache that may only be read
             os.utime(folder / _RECORD)  # what `prune` goes by
-        return Entry(folder, record)
+        return entry
+
+    def keep(self, entry: Entry) -> Entry:
+        """``entry``, held for as long as this object lives."""
+        self._kept.append(entry)
+        return entry
+
+    def _open(self, key: str) -> Entry:
+        """The entry of ``key`` as its record has it. Raises ``FileNotFoundError`` only when nothing is there."""
+        folder = self._folder(key)
+        handle = hold(folder)
+        try:
+            record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
+            if record.key != key:
+                raise ValueError(f"it is the entry of {record.key}")
+        except FileNotFoundError as error:
+            os.close(handle)
+            raise ValueError(f"it has no {_RECORD}") from error
+        except BaseException:
+            os.close(handle)
+            raise
+        return Entry(folder, record, handle)
 
     def stored(self) -> list[Stored]:
         """All entries, the one used last first. Their files are not read; a damaged record is left out."""
@@ -114,16 +150,16 @@ class Cache:
         """Removes entries not used for ``older_than`` seconds, and of the others, those used last kept first, what
         does not fit in ``max_bytes``; returns what was removed. With neither: everything, also what is damaged.
 
-        Each goes in one step, so that no other process finds half an entry; one that is copying from it at that
-        moment fails and can be run again.
+        Each goes in one step, so that no other process finds half an entry; what one has open stays.
         """
         remove_stale(self.root, _STAGING)
         everything = max_bytes is None and older_than is None
         now, total, removed = time.time(), 0, []
         for entry in self.stored():
             old = older_than is not None and now - entry.used > older_than
-            if everything or old or (max_bytes is not None and total + entry.bytes > max_bytes):
-                self._remove(self._folder(entry.key))
+            if (everything or old or (max_bytes is not None and total + entry.bytes > max_bytes)) and self._remove(
+                self._folder(entry.key)
+            ):
                 removed.append(entry)
             else:
                 total += entry.bytes
@@ -135,7 +171,23 @@ class Cache:
                 folder.rmdir()
         return removed
 
-    def _remove(self, folder: Path) -> None:
+    def _remove(self, folder: Path) -> bool:
+        """``False``, and nothing done, when someone has it open or was faster."""
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._put_aside(folder)
+        except BlockingIOError:
+            _log.info("cache entry %s is in use and stays", folder)
+            return False
+        finally:
+            os.close(handle)
+        return True
+
+    def _put_aside(self, folder: Path) -> None:
         with temporary_directory(self.root, _STAGING) as aside:
             folder.rename(aside / folder.name)
 
@@ -143,8 +195,18 @@ class Cache:
         """Makes the entry of ``key``: ``build`` writes the files into an empty folder and returns ``info`` (JSON data).
 
         Nothing is stored when ``build`` raises. When another process stored the same key meanwhile, its entry stays
-        and is returned. Raises what ``build`` raises, and ``OSError`` when the cache can't be written.
+        and is returned. One that is pruned at once is made again. A ``fresh`` one takes the place of an old one even
+        while another process copies that; its build then fails and can be run again. Raises what ``build`` raises, and
+        ``OSError`` when the cache can't be written.
         """
+        while True:
+            if (theirs := self._store(key, build)) is not None:
+                return theirs
+            with suppress(FileNotFoundError):
+                return self._open(key)
+
+    def _store(self, key: str, build: Callable[[Path], dict[str, Any]]) -> Entry | None:
+        """Makes the entry; another process's, where that was faster."""
         folder = self._folder(key)
         remove_stale(self.root, _STAGING)
         with temporary_directory(self.root, _STAGING) as staging:
@@ -156,24 +218,36 @@ class Cache:
             record = _Record(key=key, files=tuple(files), info=info)
             write_durably(staging / _RECORD, msgspec.json.encode(record))
             sync_directory(staging)
-            folder.parent.mkdir(parents=True, exist_ok=True)
             if self.fresh and folder.exists():
-                self._remove(folder)
+                self._put_aside(folder)
             self._made.add(key)
             try:
-                staging.rename(folder)
+                _rename(staging, folder)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 if (theirs := self.get(key)) is not None:
                     return theirs
                 shutil.rmtree(folder, ignore_errors=True)
-                staging.rename(folder)
+                _rename(staging, folder)
             sync_directory(folder.parent)
-        return Entry(folder, record)
+        return None
 
     def _folder(self, key: str) -> Path:
         return self.root / key[:2] / key
+
+
+def _rename(staging: Path, folder: Path) -> None:
+    """Makes the folder around ``folder`` as often as it is pruned before the rename."""
+    while True:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            staging.rename(folder)
+        except FileNotFoundError:
+            if not staging.exists():
+                raise
+        else:
+            return
 
 
 def _sync_file(path: Path) -> None:

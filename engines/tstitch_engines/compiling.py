@@ -102,10 +102,10 @@ class Compiler:
                 "seconds": perf_counter() - started,
             }
 
-        entry = from_cache(self.cache, key, make, what)
-        files = tuple(
-            copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
-        )
+        with from_cache(self.cache, key, make, what) as entry:
+            files = tuple(
+                copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
+            )
         return EngineRecord(files=files, identity=identity)
 
     def beside(

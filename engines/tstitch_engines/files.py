@@ -19,6 +19,7 @@ __all__ = [
     "copy_component",
     "exchange",
     "hash_file",
+    "hold",
     "remove_stale",
     "sync_directory",
     "temporary_directory",
@@ -75,6 +76,23 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def hold(path: Path) -> int:
+    """A handle of the directory ``path`` under a shared lock, until it is closed. Raises ``FileNotFoundError``.
+
+    Waits for whoever has it alone at the moment.
+    """
+    while True:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # another one lies there meanwhile
+
+
 @contextmanager
 def temporary_directory(parent: Path, prefix: str) -> Iterator[Path]:
     """A fresh directory in ``parent``, removed at the end unless it was renamed away.
@@ -85,12 +103,15 @@ def temporary_directory(parent: Path, prefix: str) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        path.chmod(0o755)  # mkdtemp makes it private; a bundle is as readable as any other output
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            path.chmod(0o755)  # mkdtemp makes it private; a bundle is as readable as any other output
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # another process took it for stale
         fcntl.flock(handle, fcntl.LOCK_EX)
         if path.is_dir() and os.path.samestat(os.fstat(handle), path.stat()):
             break
-        os.close(handle)  # another process took it for stale between mkdtemp and flock
+        os.close(handle)  # the same, a moment later
     try:
         yield path
     finally:

@@ -57,7 +57,7 @@ def exported_network(
             }
 
         what = f"{plan.what}: {plan.precision} ONNX"
-        entry = from_cache(cache, _key(plan, "onnx"), make, what)
+        entry = cache.keep(from_cache(cache, _key(plan, "onnx"), make, what))
         assets = {purpose: entry.files[name] for purpose, name in entry.info["assets"].items()}
         graph = {name: path for name, path in entry.files.items() if path not in assets.values()}
         files = sorted(graph.values(), key=lambda file: file.suffix != ".onnx")
@@ -93,7 +93,7 @@ def exported_program(plan: NetworkPlan, *, cache: Cache, report: Progress) -> Pa
         return {"what": what}
 
     what = f"{plan.what}: exported program"
-    return from_cache(cache, _key(plan, "exported-program"), make, what).files[PROGRAM]
+    return cache.keep(from_cache(cache, _key(plan, "exported-program"), make, what)).files[PROGRAM]
 
 
 def copy_into(source: Path, staging: Path, folder: str) -> Component:

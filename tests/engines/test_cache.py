@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from tstitch_engines.cache import Cache, default_root
+from tstitch_engines.compiling import from_cache
+from tstitch_engines.files import copy_component
 
 KEY = "ab" * 32
 
@@ -153,8 +155,8 @@ def filled(tmp_path: Path) -> Cache:
     """Three entries of 10, 20 and 30 bytes, used one, two and three days ago."""
     cache = Cache(tmp_path)
     for days, letter in enumerate("abc", start=1):
-        made = cache.put(letter * 64, writes(bytes(10 * days)))
-        record = made.files["engine"].with_name("entry.json")
+        with cache.put(letter * 64, writes(bytes(10 * days))) as made:
+            record = made.files["engine"].with_name("entry.json")
         when = time.time() - 86400 * days
         os.utime(record, (when, when))
     return cache
@@ -216,3 +218,50 @@ def test_clearing_removes_damaged_and_half_made_entries_but_none_that_is_being_m
     cache.put("d" * 64, make)
     assert [entry.key[0] for entry in cache.stored()] == ["d"]
     assert [path.name for path in cache.root.iterdir()] == ["dd"]
+
+
+def test_what_is_in_use_stays_until_it_is_no_longer(tmp_path: Path) -> None:
+    cache = filled(tmp_path)
+    with cache.get("a" * 64) as entry:  # type: ignore[union-attr]  # it is there
+        assert [gone.key[0] for gone in Cache(tmp_path).prune()] == ["b", "c"]
+        assert [gone.key[0] for gone in Cache(tmp_path).prune(max_bytes=0)] == []
+        assert entry.files["engine"].read_bytes() == bytes(10)
+    kept = Cache(tmp_path)
+    kept.keep(kept.put("d" * 64, writes(b"engine")))
+    assert [gone.key[0] for gone in cache.prune()] == ["a"]
+    del kept
+    assert [gone.key[0] for gone in cache.prune()] == ["d"]
+
+
+def test_a_build_never_fails_because_another_process_clears_the_cache(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from tstitch_engines.cache import Cache\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    Cache(pathlib.Path(sys.argv[1])).prune()\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    made = 0
+
+    def make(folder: Path) -> dict[str, Any]:
+        nonlocal made
+        made += 1
+        (folder / "engine").write_bytes(b"engine" * 10_000)
+        return {}
+
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        index, deadline = 0, time.monotonic() + 120
+        while (made < 4 or index < 20) and time.monotonic() < deadline:
+            index += 1
+            with from_cache(Cache(tmp_path), KEY, make, "engine") as entry:
+                copied = copy_component(entry.files["engine"], tmp_path / "copies", str(index))
+            assert copied.bytes == 60_000
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
+    assert made > 1, "nothing was cleared meanwhile"

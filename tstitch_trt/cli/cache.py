@@ -79,7 +79,7 @@ def list_command(as_json: bool) -> None:
 @json_option
 @traceback_option
 def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -> None:
-    """Remove what was not used for long, or what does not fit."""
+    """Remove what was not used for long, or what does not fit. What a build is using stays."""
     from tstitch_engines.cache import Cache
     from tstitch_trt.parsing import parse_age, parse_size
 
@@ -97,7 +97,7 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
 @json_option
 @traceback_option
 def clear_command(as_json: bool) -> None:
-    """Remove everything, damaged and half-made entries too."""
+    """Remove everything, damaged and half-made entries too, but not what a build is using."""
     from tstitch_engines.cache import Cache
 
     _say(Cache().prune(), as_json)
