@@ -45,6 +45,9 @@ class Place:
     def synchronize(self) -> None:
         return
 
+    def free_memory(self) -> int:
+        return 3 << 20
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         buffer = self._host.empty(shape, dtype)
         self.allocated.append(buffer.nbytes)
@@ -57,10 +60,12 @@ class Stand:
     def __init__(self, flavour: Flavour, scratch: int = 4096, batch: Range = PROFILE.dims["B"]) -> None:
         self.refuse: set[str] = set()
         self.calls: list[tuple[Any, ...]] = []
+        self.says = ""  # the library's own words when it refuses a plan
         self.scratch = scratch
         self.kernels = b"compiled"
         self.given: list[bytes] = []
         self.settings: Any = None
+        self.invalid: str | None = None  # what is said of every plan's header
         member, _ = shipped_small()
         specs = {spec.name: spec for spec in (*member.inputs, *member.outputs)}
         stand = self
@@ -134,15 +139,19 @@ class Stand:
 
         class Runtime:
             def __init__(self, logger: Any) -> None:
-                return
+                self.logger = logger
 
-            def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine:
-                return ICudaEngine()
+            def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+                if "deserialize_cuda_engine" not in stand.refuse:
+                    return ICudaEngine()
+                if stand.says:
+                    self.logger.log(ILogger.ERROR, stand.says)
+                return None
 
             if flavour is RTX:
 
                 def get_engine_validity(self, header: bytes) -> tuple[str, int]:
-                    return "VALID", 0
+                    return ("VALID", 0) if stand.invalid is None else ("INVALID", 1 << flags.index(stand.invalid))
 
         flags = ("VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME",
                  "INSUFFICIENT_GPU_MEMORY", "MALFORMED_ENGINE", "CUDA_ERROR")  # fmt: skip

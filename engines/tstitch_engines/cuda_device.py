@@ -31,6 +31,7 @@ from tstitch_engines.spec import itemsize, storage_dtype
 __all__ = ["CudaDevice", "compute_capability", "cuda_bindings"]
 
 OLDEST_ARCH: Final = (7, 5)  # engines/src/cuda.cmake compiles for nothing older
+_INSUFFICIENT_DRIVER: Final = 35  # cudaErrorInsufficientDriver
 BESIDE: Final = 1 << 16  # bytes from which on an upload is worth two events to keep it out of the work's way
 
 
@@ -107,11 +108,15 @@ class CudaDevice:
         except Exception as error:  # cuda.core's CUDAError is private and carries the CUDA name in its text only
             if "OUT_OF_MEMORY" not in str(error):
                 raise
-            free = int(self._runtime.cudaMemGetInfo()[1])
+            free = self.free_memory()
             raise FailedWork(
                 f"{self.name} has no room for {what}: {nbytes / 2**20:.1f} MiB, of {free / 2**20:.1f} MiB free",
                 hint="use a smaller batch, or free memory that other programs hold (nvidia-smi lists them)",
             ) from error
+
+    def free_memory(self) -> int:
+        """Bytes of the GPU's memory that nobody holds; what pools keep for later counts as held."""
+        return int(self._runtime.cudaMemGetInfo()[1])
 
     def view(self, block: Buffer, offset: int, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         view = CudaBuffer(block, block.ptr + offset, shape, dtype)
@@ -269,15 +274,28 @@ def cuda_bindings(index: int) -> Any:
         ) from error
     code, count = runtime.cudaGetDeviceCount()
     if int(code) != 0:
-        text = runtime.cudaGetErrorString(code)[1].decode()
-        raise Unavailable(
-            f"cuda:{index} can't be used: {text} (CUDA error {int(code)})",
-            hint="install the NVIDIA driver (nvidia-smi must list the GPU), or use --device cpu",
-        )
+        raise _no_cuda(runtime, index, code)
     if index >= count:
         names = ", ".join(f"cuda:{i}" for i in range(count)) or "none"
         raise Unavailable(f"there is no GPU cuda:{index}; this machine has {names}", hint="use one of those, or cpu")
     return runtime
+
+
+def _no_cuda(runtime: Any, index: int, code: Any) -> Unavailable:
+    """An old driver and none at all are the same error to CUDA; only the driver's version, 0 for none, tells."""
+    text = runtime.cudaGetErrorString(code)[1].decode()
+    hint = "install the NVIDIA driver (nvidia-smi must list the GPU), or use --device cpu"
+    has, wants = (int(get()[1]) for get in (runtime.cudaDriverGetVersion, runtime.cudaRuntimeGetVersion))
+    if int(code) == _INSUFFICIENT_DRIVER and has == 0:
+        text = "there is no NVIDIA driver"
+    elif int(code) == _INSUFFICIENT_DRIVER:
+        text = f"the NVIDIA driver is for CUDA {_version(has)}, and cuda-bindings here wants {_version(wants)}"
+        hint = f"update the NVIDIA driver, or pip install 'cuda-core[cu{has // 1000}]' in place of cu{wants // 1000}"
+    return Unavailable(f"cuda:{index} can't be used: {text} (CUDA error {int(code)})", hint=hint)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def compute_capability(index: int) -> tuple[int, int]:

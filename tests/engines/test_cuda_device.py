@@ -32,9 +32,16 @@ KERNELS = {
 }
 
 
-def install_fake_cuda(monkeypatch: pytest.MonkeyPatch, code: int, count: int | None, text: str = "") -> None:
+def install_fake_cuda(
+    monkeypatch: pytest.MonkeyPatch, code: int, count: int | None, text: str = "", driver: int = 0
+) -> None:
     """Stands in for NVIDIA's libraries: a ``cudaGetDeviceCount`` that answers as the real one does on such machines."""
-    runtime = SimpleNamespace(cudaGetDeviceCount=lambda: (code, count), cudaGetErrorString=lambda _: (0, text.encode()))
+    runtime = SimpleNamespace(
+        cudaGetDeviceCount=lambda: (code, count),
+        cudaGetErrorString=lambda _: (0, text.encode()),
+        cudaDriverGetVersion=lambda: (0, driver),
+        cudaRuntimeGetVersion=lambda: (0, 13050),
+    )
     names = ("cuda", "cuda.core", "cuda.bindings")
     modules = {name: ModuleType(name) for name in names}
     for module in modules.values():
@@ -54,9 +61,24 @@ def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake_cuda(monkeypatch, 35, None, "CUDA driver version is insufficient for CUDA runtime version")
-    with pytest.raises(Unavailable, match=r"cuda:1 can't be used: CUDA driver version is insufficient.*error 35") as e:
+    with pytest.raises(Unavailable, match=r"cuda:1 can't be used: there is no NVIDIA driver \(CUDA error 35") as e:
         open_device("cuda:1")
-    assert "NVIDIA driver" in e.value.hint
+    assert "install the NVIDIA driver" in e.value.hint
+
+
+def test_with_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake_cuda(monkeypatch, 35, None, "CUDA driver version is insufficient for CUDA runtime version", 12040)
+    words = r"the NVIDIA driver is for CUDA 12\.4, and cuda-bindings here wants 13\.5 \(CUDA error 35"
+    with pytest.raises(Unavailable, match=words) as e:
+        open_device("cuda:1")
+    assert "update the NVIDIA driver" in e.value.hint
+    assert "cuda-core[cu12]" in e.value.hint
+
+
+def test_with_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake_cuda(monkeypatch, 802, None, "system not yet initialized", 13000)
+    with pytest.raises(Unavailable, match=r"cuda:0 can't be used: system not yet initialized \(CUDA error 802"):
+        open_device("cuda")
 
 
 @pytest.mark.parametrize(("count", "listed"), [(0, "none"), (2, "cuda:0, cuda:1")])
@@ -71,7 +93,8 @@ def test_with_the_real_cuda_core_and_no_driver() -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     if int(runtime.cudaGetDeviceCount()[0]) == 0:
         pytest.skip("this machine has a CUDA driver")
-    with pytest.raises(Unavailable, match=r"cuda:0 can't be used: .+ \(CUDA error \d+\)"):
+    words = "there is no NVIDIA driver|the NVIDIA driver is for CUDA"
+    with pytest.raises(Unavailable, match=rf"cuda:0 can't be used: ({words}).* \(CUDA error 35\)"):
         open_device("cuda")
 
 
@@ -90,6 +113,7 @@ def test_the_real_libraries_have_what_is_used() -> None:
         core.ObjectCode: "from_fatbin get_kernel",
         StridedMemoryView: "from_any_interface from_buffer __dlpack__ ptr shape strides dtype device_id",
         runtime: "cudaGetDeviceCount cudaGetErrorString cudaGetLastError cudaMemGetInfo cudaMemcpyAsync "
+        "cudaDriverGetVersion cudaRuntimeGetVersion "
         "cudaStreamBeginCapture cudaStreamEndCapture cudaGraphGetNodes cudaGraphNodeGetType cudaGraphInstantiate "
         "cudaGraphUpload cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy cudaGraphMemcpyNodeGetParams "
         "cudaPointerGetAttributes",

@@ -14,7 +14,7 @@ from cuda_stand_in import Machine, install
 from step_runs import run
 from tstitch_engines.cuda_device import BESIDE, CudaDevice
 from tstitch_engines.device import NotCaptured, open_device
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, FailedWork
 from tstitch_engines.host_device import HostDevice
 from tstitch_engines.slab import Slab
 
@@ -59,6 +59,19 @@ def test_memory_is_used_again(cuda: CudaDevice, machine: Machine) -> None:
         cuda.upload(buffer, values)
         cuda.download_later(buffer).get()
     assert len(machine.memory) == held
+
+
+def test_too_little_memory_is_said_in_bytes(cuda: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(nbytes: int, stream: object) -> None:
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: The API call failed because it was unable to allocate memory")
+
+    monkeypatch.setattr(cuda._device, "allocate", full)
+    with pytest.raises(FailedWork, match=r"no room for float32\[256, 1024\]: 1.0 MiB, of 1024.0 MiB free") as caught:
+        cuda.empty((256, 1024), "float32")
+    assert "smaller batch" in caught.value.hint
+    monkeypatch.setattr(cuda._device, "allocate", lambda nbytes, stream: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cuda.empty((4,), "float32")
 
 
 def test_work_beside_waits_for_nothing_of_the_other(cuda: CudaDevice, machine: Machine) -> None:

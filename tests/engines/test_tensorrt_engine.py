@@ -96,7 +96,7 @@ def test_engines_share_one_block_of_the_largest_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        ("create_execution_context", FailedWork, "makes no execution context"),
+        ("create_execution_context", FailedWork, r"makes no execution context .*cuda:0 has 3.0 MiB free"),
         ("set_optimization_profile_async", FailedWork, "refuses its profile"),
         ("set_input_shape", FailedWork, r"refuses sample of shape \[2, 1, 28, 28\]"),
         ("infer_shapes", FailedWork, "does not know the shapes of labels"),
@@ -113,6 +113,32 @@ def test_a_refusal_while_binding(call: str, kind: type[Exception], words: str, t
         engine.bind(buffers(place, 2), batch=2)
     with pytest.raises(BadInput, match="no buffers"):
         engine.enqueue()
+
+
+@pytest.mark.parametrize(
+    ("flavour", "invalid", "says", "kind", "words", "hint"),
+    [
+        (RTX, "VERSION_MISMATCH", "", BadEngine, "it was compiled by another version", "compile it again"),
+        (RTX, "UNSUPPORTED_CC", "", BadEngine, "it is for other GPUs", "compile it again"),
+        (RTX, "OLD_CUDA_DRIVER", "", BadEngine, "the NVIDIA driver is too old", "update the NVIDIA driver"),
+        (RTX, "OLD_CUDA_RUNTIME", "", BadEngine, "the CUDA runtime is too old", "cuda-core"),
+        (RTX, "MALFORMED_ENGINE", "", BadEngine, "the file is damaged", "compile it again"),
+        (RTX, "CUDA_ERROR", "", BadEngine, "CUDA does not start", "tstitch-trt doctor"),
+        (RTX, None, "magic tag does not match", BadEngine, "it refuses it .*magic tag", "compile it again"),
+        (RTX, "INSUFFICIENT_GPU_MEMORY", "", FailedWork, "no room for the weights of .*, of 3.0 MiB", "nvidia-smi"),
+        (TENSORRT, None, "Error Code 2: OutOfMemory (Requested size was 7 bytes.)", FailedWork,
+         r"small.plan: 0.0 MiB, of 3.0 MiB free \(.*was 7 bytes", "weight-streaming"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_is_refused_on_loading(
+    flavour: Flavour, invalid: str | None, says: str, kind: type[Exception], words: str, hint: str, tmp_path: Path
+) -> None:
+    stand = Stand(flavour)
+    stand.refuse.add("deserialize_cuda_engine")
+    stand.invalid, stand.says = invalid, says
+    with pytest.raises(kind, match=words) as caught:
+        opened(stand, Place(), tmp_path, flavour)
+    assert hint in str(getattr(caught.value, "hint", ""))
 
 
 def test_a_refusal_while_running(tmp_path: Path) -> None:

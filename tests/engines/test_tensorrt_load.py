@@ -269,6 +269,13 @@ def test_tensorrt_s_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen.refit
     assert chosen.strip_weights
     assert resolve(TENSORRT, open_library(RTX), {}, "cuda").max_aux_streams == 0
+    monkeypatch.setattr(open_library(RTX), "__version__", "11.3.0.42")  # its REFIT may lose a bias
+    with pytest.raises(BadInput, match=r"TensorRT 11.3.0.42 may drop the bias of a matrix product .* with refit") as e:
+        resolve(TENSORRT, open_library(RTX), {"refit": True}, "cuda")
+    assert "!=11.3" in e.value.hint
+    assert resolve(TENSORRT, open_library(RTX), {"strip-weights": True}, "cuda").strip_weights
+    monkeypatch.setattr(open_library(RTX), "__version__", "11.4.0.106")
+    assert resolve(TENSORRT, open_library(RTX), {"refit": True}, "cuda").refit
     with pytest.raises(BadInput, match="optimisation-level is 6; allowed is a whole number from 0 to 5"):
         resolve(TENSORRT, open_library(RTX), {"optimisation-level": 6}, "cuda")
     with pytest.raises(BadInput, match=r"hardware-compatible.*'ampere'.*none, ampere\+, same"):

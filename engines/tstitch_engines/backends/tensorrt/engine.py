@@ -108,6 +108,8 @@ class TensorRtEngine(Engine):
             named = [name for name in declared(Invalidities) if flags & int(getattr(kinds, name))]
             diagnosis = named[0] if named else None
         engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None and (diagnosis == "INSUFFICIENT_GPU_MEMORY" or messages.of_memory()):
+            raise self._no_room(f"the weights of the engine {path.name}", len(plan), messages)
         if engine is None:
             what, fix = DIAGNOSES[diagnosis] if diagnosis else ("it refuses it", None)
             raise BadEngine(
@@ -190,9 +192,20 @@ class TensorRtEngine(Engine):
         self._runtime_cache = cache
 
     def _unusable(self, what: str, messages: Messages) -> FailedWork:
+        free = self._device.free_memory()
         return FailedWork(
-            f"{self._flavour.title} {self._library.__version__} {what} for {self._name}: {messages.reason()}",
+            f"{self._flavour.title} {self._library.__version__} {what} for {self._name}: {messages.reason()} "
+            f"({self._device.name} has {free / 2**20:.1f} MiB free)",
             hint="check the GPU's free memory (nvidia-smi); a smaller --batch at build needs less",
+        )
+
+    def _no_room(self, what: str, nbytes: int, messages: Messages) -> FailedWork:
+        free = self._device.free_memory()
+        return FailedWork(
+            f"{self._device.name} has no room for {what}: {nbytes / 2**20:.1f} MiB, of {free / 2**20:.1f} MiB free "
+            f"({messages.reason()})",
+            hint="free memory that other programs hold (nvidia-smi lists them), use a larger GPU, or build again with "
+            "--option weight-streaming=true",
         )
 
     # --- running

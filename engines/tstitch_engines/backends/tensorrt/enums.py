@@ -33,6 +33,7 @@ class CreationFlags(Protocol):
 
 
 class BuilderFlags(Protocol):
+    TF32: Any
     REFIT: Any
     REFIT_IDENTICAL: Any
     STRIP_PLAN: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 # Said of every input of type int64, and once more for each error that is a missing driver.
 _NOISE: Final = ("has Int64 binding", "catchCudaError")
+_OUT_OF_MEMORY: Final = re.compile("out ?of ?memory", re.IGNORECASE)
 _KEPT: Final = 200
 
 
@@ -59,6 +61,10 @@ class Messages:
         kept = self.errors if level >= logging.ERROR else self.warnings if level == logging.WARNING else None
         if kept is not None and len(kept) < _KEPT and text not in kept:
             kept.append(text)
+
+    def of_memory(self) -> bool:
+        """Whether an error is a lack of memory."""
+        return any(_OUT_OF_MEMORY.search(text) for text in self.errors)
 
     def reason(self) -> str:
         """The errors as one line."""

@@ -40,6 +40,7 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = MappingProxyType(
         "strip-weights": (bool, "leave the weights out; they are read from the ONNX on loading (default: false)"),
         "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
         "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
+        "tf32": (bool, "round the factors of float32 products to 11 bits, which is faster (default: false)"),
         "max-aux-streams": (int, "streams of its own an engine may use (default: 0)"),
         "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),
     }
@@ -48,6 +49,7 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = MappingProxyType(
 UNRECORDED: Final = frozenset({"timing-cache"})
 DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs
 
+_LOSES_BIASES: Final = "11.3."  # named in the documentation of 11.3; nothing else than the version tells
 _FLOAT8: Final = 89  # Ada; 75, 80 and 86 have no float8 products
 # our words -> TensorRT's names
 HARDWARE: Final = {"none": None, "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
@@ -69,6 +71,7 @@ class BuildOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     refit: bool = False
     strip_weights: bool = False
     weight_streaming: bool = False
+    tf32: bool = False
     capabilities: tuple[int, ...] = ()
     max_aux_streams: int | None = 0
 
@@ -94,6 +97,7 @@ def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], d
         refit=bool(options.get("refit", False)),
         strip_weights=bool(options.get("strip-weights", False)),
         weight_streaming=bool(options.get("weight-streaming", False)),
+        tf32=bool(options.get("tf32", False)),
         capabilities=capabilities(flavour, library, options, device),
         max_aux_streams=None if "max-aux-streams" in flavour.refused else aux or 0,
     )
@@ -167,7 +171,7 @@ def require_float8(flavour: Flavour, arch: str) -> None:
 
 
 def _require(flavour: Flavour, library: Library, options: BuildOptions) -> None:
-    """Refuses what this version of the library does not have."""
+    """Refuses what this version of the library does not have, or does wrong."""
     lacking = None
     if options.tiling is not None and not has(library, "IBuilderConfig.tiling_optimization_level"):
         lacking = "tiling"
@@ -179,6 +183,13 @@ def _require(flavour: Flavour, library: Library, options: BuildOptions) -> None:
         raise BadInput(
             f"{flavour.title} {library.__version__} has no {lacking}",
             hint=f"leave it out, or pip install -U tstitch-trt[{flavour.extra}]",
+        )
+    if options.refit and library.__version__.startswith(_LOSES_BIASES):
+        raise BadInput(
+            f"{flavour.title} {library.__version__} may drop the bias of a matrix product from an engine that is built "
+            "with refit (a known issue of 11.3), so its pictures could be wrong",
+            hint="pip install 'tensorrt-cu13!=11.3.*,>=10.13,<12', or leave out --option refit; strip-weights alone is "
+            "not affected",
         )
 
 

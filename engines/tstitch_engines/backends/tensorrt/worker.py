@@ -16,7 +16,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import msgspec
 
@@ -26,6 +26,9 @@ from tstitch_engines.backends.tensorrt.library import Messages, logger_of, open_
 from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
 from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
 from tstitch_engines.errors import BuildFailed, TStitchError
+
+if TYPE_CHECKING:
+    from tstitch_engines.cuda_device import CudaDevice
 
 __all__ = ["compile_engine", "main"]
 
@@ -113,10 +116,11 @@ def compile_engine(request: Request, channel: Channel) -> int:
     library = open_library(flavour)
     logger, listener = logger_of(library)
     listener.forward = lambda level, text: channel.send(Said(level, text))
+    device = None
     if request.gpu is not None:
         from tstitch_engines.cuda_device import CudaDevice
 
-        CudaDevice(request.gpu)  # makes it the current one
+        device = CudaDevice(request.gpu)  # makes it the current one
     with listener.listen() as messages:
         model = Path(request.model)
         builder, network, parser = parse(
@@ -132,7 +136,7 @@ def compile_engine(request: Request, channel: Channel) -> int:
         size = _write(library, builder, network, config, request, messages)
         del parser  # held the weights
         if size is None:
-            raise _failed(flavour, library, request, messages, fused)
+            raise _failed(flavour, library, request, messages, fused, device)
         if any(_INCONSISTENT in text for text in messages.warnings):
             # It still makes an engine, one that runs at no other size than the first.
             raise BuildFailed(
@@ -164,6 +168,8 @@ def _configure(
         config.set_flag(flags.WEIGHT_STREAMING)
     elif has(library, "BuilderFlag.REQUIRE_USER_ALLOCATION"):
         config.set_flag(flags.REQUIRE_USER_ALLOCATION)  # an engine that can be captured, or an error
+    if not options.tf32:
+        config.clear_flag(flags.TF32)  # float32 is float32, as with the other backends
     if options.strip_weights:
         config.set_flag(flags.STRIP_PLAN)
     if options.refit:
@@ -242,8 +248,12 @@ def _write(
         return file.tell() if made else None
 
 
-def _failed(flavour: Flavour, library: Library, request: Request, messages: Messages, fused: int) -> BuildFailed:
+def _failed(
+    flavour: Flavour, library: Library, request: Request, messages: Messages, fused: int, device: CudaDevice | None
+) -> BuildFailed:
     reason = messages.reason()
+    if device is not None and messages.of_memory():  # the library says how much it asked for
+        reason += f" ({device.name} has {device.free_memory() / 2**20:.1f} MiB free)"
     if "not supported by a dedicated kernel" in reason:
         hint = "export up to opset 22, where attention is MatMul and Softmax, or build with --precision fp32"
     elif "workspace" in reason.lower() and request.options.workspace is not None:
