@@ -259,6 +259,7 @@ def test_a_build_never_fails_because_another_process_clears_the_cache(tmp_path: 
             with from_cache(Cache(tmp_path), KEY, make, "engine") as entry:
                 copied = copy_component(entry.files["engine"], tmp_path / "copies", str(index))
             assert copied.bytes == 60_000
+            time.sleep(0.01)  # for the other one, which removes nothing while it is in use
     finally:
         child.kill()
         child.wait()
