@@ -227,7 +227,7 @@ def _child(args: argparse.Namespace, given: list[str]) -> int:
 
 def _work(context: Context, name: str) -> tuple[Callable[[Context, Part], None], dict[str, object]]:
     """What the part does, and the settings under which what it measured before still counts."""
-    from gpubench import ceilings, commands, dit, kernels, rtx, soak
+    from gpubench import ceilings, commands, dit, kernels, rtx, segments, soak
 
     for case in dit_cases(smoke=context.smoke):
         if case.name == name:
@@ -237,6 +237,7 @@ def _work(context: Context, name: str) -> tuple[Callable[[Context, Part], None],
         "sanitizer": commands.sanitizer_part,
         "rtx": rtx.rtx_part,
         "ceilings": ceilings.ceiling_parts,
+        "segments": segments.segments_part,
         "soak": soak.soak_part,
         "kernels": kernels.kernel_part,
         "train": commands.train_part,

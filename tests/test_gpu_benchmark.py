@@ -38,7 +38,9 @@ CONTENDERS = ("torch-eager", "ours:onnxruntime", "diffusers")
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gpu") / "out"
-    done = run(out, "--smoke", "--parts", f"ceilings,kernels,sanitizer,{CASE}", "--contenders", ",".join(CONTENDERS))
+    done = run(
+        out, "--smoke", "--parts", f"ceilings,kernels,sanitizer,segments,{CASE}", "--contenders", ",".join(CONTENDERS)
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -60,6 +62,17 @@ def test_smoke_measures_every_contender_and_finds_them_equal(smoke: Path) -> Non
     assert "torch-compile" in part["left_out"]
 
 
+def test_segments_are_compared_with_steps_before_they_are_timed(smoke: Path) -> None:
+    part = record(smoke, "segments")
+    assert part["status"] == "done", part
+    assert list(part["entries"]) == ["onnxruntime b1"]  # of the contenders that were chosen
+    entry = part["entries"]["onnxruntime b1"]
+    assert [row["fraction"] for row in entry["trajectories"]] == [0.0, 0.5]
+    assert all(row["step_ms"]["median"] > 0 and row["segment_ms"]["median"] > 0 for row in entry["trajectories"])
+    assert not entry["graphs"]
+    assert "- onnxruntime b1, fraction 0.5: " in (smoke / "report.md").read_text()
+
+
 def test_what_needs_a_gpu_says_so(smoke: Path) -> None:
     part = record(smoke, "sanitizer")
     assert part["status"] == "not run"
@@ -70,7 +83,7 @@ def test_the_report_claims_nothing_of_a_smoke_run(smoke: Path) -> None:
     text = (smoke / "report.md").read_text()
     assert "nothing here is a measurement" in text
     goals = text.partition("## Goals")[2].partition("## Parts")[0].strip().splitlines()[2:]
-    assert len(goals) == 10
+    assert len(goals) == 12
     assert all(line.endswith("| not measured |  |") for line in goals)
     assert f"| {CASE} | done |" in text
 

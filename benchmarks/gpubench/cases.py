@@ -84,4 +84,15 @@ def dit_cases(*, smoke: bool) -> tuple[DitCase, ...]:
 def part_names(*, smoke: bool) -> tuple[str, ...]:
     cases = [case.name for case in dit_cases(smoke=smoke)]
     first = len(cases) if smoke else 4  # S and XL at 256 px, batch 8 and 1, in both precisions
-    return ("tests", "sanitizer", "rtx", "ceilings", *cases[:first], "soak", "kernels", *cases[first:], "train")
+    return (
+        "tests",
+        "sanitizer",
+        "rtx",
+        "ceilings",
+        *cases[:first],
+        "segments",
+        "soak",
+        "kernels",
+        *cases[first:],
+        "train",
+    )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpubench.cases import CONTENDERS
 from gpubench.record import Context, Entry, NotRun, Part
 from tstitch_engines.errors import FailedWork
 
@@ -22,18 +23,34 @@ __all__ = ["sanitizer_part", "tests_part", "train_part"]
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = "tests/engines/test_cuda_device.py"
+_BACKENDS = tuple(name.removeprefix("ours:") for name in CONTENDERS if name.startswith("ours:"))
 
 
 def tests_part(context: Context, part: Part) -> None:
-    """Every test marked ``gpu``. Without a GPU they skip themselves; what is left is that they are collected."""
-    chosen = [KERNEL_TESTS] if context.smoke else []
+    """Every test marked ``gpu``, a file and backend at a time. Without a GPU they are collected and skip themselves."""
+    for name, tests in _groups([KERNEL_TESTS] if context.smoke else []).items():
 
-    def work(entry: Entry) -> Entry:
-        return _pytest(context, entry, [], chosen)
+        def work(entry: Entry, tests: list[str] = tests) -> Entry:
+            return _pytest(context, entry, [], tests)
 
-    part.attempt("pytest", work)
+        part.attempt(name, work, reserve=0 if context.smoke else 150)
     if not context.cuda:
         raise NotRun("no CUDA device (the tests skipped themselves)")
+
+
+def _groups(paths: list[str]) -> dict[str, list[str]]:
+    """The tests by their file and the backend that their parameters begin with. Raises ``FailedWork``."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--collect-only", "-q", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if "::" in line and not done.returncode:
+            parameters = line.partition("[")[2]
+            backend = max((name for name in _BACKENDS if parameters.startswith(name)), key=len, default="")
+            found.setdefault(f"{Path(line.partition('::')[0]).stem} {backend}".strip(), []).append(line)
+    if not found:
+        raise FailedWork(f"pytest collects no tests: {done.stdout[-1000:]}{done.stderr[-1000:]}", hint="run it by hand")
+    return found
 
 
 def sanitizer_part(context: Context, part: Part) -> None:

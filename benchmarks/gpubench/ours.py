@@ -115,6 +115,7 @@ class OurWalk(RuntimeWalk):
         plan = self.runtime.plan(steps=self.case.steps, fraction=0.0, **SETTINGS)
         arena, lanes = self._stepper.arena, self.case.batch
         bound = self._stepper.bind(self.runtime.members[0], lanes, True)
+        assert bound.model_output is not None, "a member has one"
         rows = np.resize(plan.rows, (min(pairs, arena.table_rows), plan.rows.shape[1])).astype(np.float32)
         times = []
         for _ in range(5):
