@@ -66,7 +66,7 @@ def thinned(features: NDArray[np.float32]) -> NDArray[np.float32]:
     """At most ``MOST`` rows, in equal distances."""
     if len(features) <= MOST:
         return features
-    return features[np.linspace(0, len(features) - 1, MOST).round().astype(int)]
+    return np.asarray(features[np.linspace(0, len(features) - 1, MOST).round().astype(int)])
 
 
 def read_reference(path: Path, network: Looking, *, picture: tuple[int, int, int] | None) -> Reference:
@@ -78,9 +78,10 @@ def read_reference(path: Path, network: Looking, *, picture: tuple[int, int, int
         raise BadInput(f"the reference {path} does not exist", hint=_HOW)
     sha256 = hash_file(path)[0]
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ValueError("it holds one array; a reference is a .npz")
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one array; a reference is a .npz")
+        with loaded as archive:
             names = set(archive.files)
             statistics = _statistics(archive, names)
             features = np.asarray(archive["features"], np.float32) if "features" in names else None
