@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,15 +79,15 @@ def read_reference(path: Path, network: Looking, *, picture: tuple[int, int, int
         raise BadInput(f"the reference {path} does not exist", hint=_HOW)
     sha256 = hash_file(path)[0]
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds one array; a reference is a .npz")
-        with loaded as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds one array; a reference is a .npz")
             names = set(archive.files)
             statistics = _statistics(archive, names)
             features = np.asarray(archive["features"], np.float32) if "features" in names else None
             pictures = archive["arr_0"] if "arr_0" in names else None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise BadInput(f"the reference {path} can't be read: {error}", hint=_HOW) from None
     if pictures is not None:
         features = _features_of(path, pictures, network, picture)
