@@ -348,6 +348,9 @@ def test_the_command_prints_a_table_and_draws(place: Path, tmp_path: Path, capfd
         (["--reference", "none.npz"], ["none.npz does not exist"]),
         (["--lpips", "none.pt", "--metrics", "lpips"], ["none.pt does not exist"]),
         (["--plot", "plot.jpg"], [".png"]),
+        (["--lpips", "net.pt", "--metrics", "fid"], ["--lpips was given", "none of the metrics fid"]),
+        (["--reference", "real.npz", "--metrics", "psnr"], ["--reference was given"]),
+        (["--features-option", "size=3"], ["without --features"]),
     ],
 )
 def test_bad_input(place: Path, args: list[str], parts: list[str], capfd: pytest.CaptureFixture[str]) -> None:

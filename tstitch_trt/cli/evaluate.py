@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +149,7 @@ def command(
     with runtime:
         manifest = runtime.manifest
         names = _list(metrics) if metrics else _usual_metrics(manifest, features, reference, lpips, clip)
+        _check_used(names, reference=reference, features=features, lpips=lpips, clip=clip, options=features_options)
         scorer = Scorer.of(
             runtime.bundle,
             names,
@@ -161,7 +164,7 @@ def command(
         settings = _settings(manifest, fractions, orders, schedules, steps, solver, guidance)
         for note in scorer.notes(samples):
             log(f"note: {note}")
-        with progress("drawing", len(settings) * samples, counted="pictures") as bar:
+        with _resumable(), progress("drawing", len(settings) * samples, counted="pictures") as bar:
             found = evaluate(
                 runtime,
                 scorer,
@@ -196,6 +199,49 @@ def command(
             f"\n{claim.solver}, {claim.steps} steps: up to {claim.fraction:.0%} of the steps on {members[0]!r} "
             f"({claim.schedule}) fid stays within {members[-1]!r}'s interval, at most {claim.large.high:.3f}: "
             f"{claim.value:.3f}{faster}"
+        )
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    from tstitch_trt.progress import log
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        log("the same command goes on from here")
+        raise
+
+
+def _check_used(
+    metrics: list[str],
+    *,
+    reference: Path | None,
+    features: Path | None,
+    lpips: Path | None,
+    clip: Path | None,
+    options: tuple[str, ...],
+) -> None:
+    """Raises ``BadInput`` for what was given and would not be heeded."""
+    from tstitch_engines.errors import BadInput
+
+    real = {"fid", "kid", "precision", "recall"}
+    needs = {
+        "--reference": (reference, real),
+        "--features": (features, real | {"accuracy"}),
+        "--lpips": (lpips, {"lpips"}),
+        "--clip": (clip, {"clip"}),
+    }
+    for option, (given, served) in needs.items():
+        if given is not None and not served & set(metrics):
+            raise BadInput(
+                f"{option} was given, and none of the metrics {', '.join(metrics)} needs it",
+                hint=f"leave it out, or add to --metrics: {', '.join(sorted(served))}",
+            )
+    if options and features is None:
+        raise BadInput(
+            f"--features-option {options[0]} was given without --features",
+            hint="the bundle's own network needs none",
         )
 
 

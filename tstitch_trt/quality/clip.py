@@ -20,7 +20,6 @@ from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.files import hash_file
 from tstitch_engines.identity import digest
 from tstitch_trt.quality.loading import open_network
-from tstitch_trt.quality.network import resized
 
 __all__ = ["Clip"]
 
@@ -67,18 +66,23 @@ class Clip:
 
 
 def normalised(images_NHWC: NDArray[np.uint8], size: int) -> Floats:
-    """Float32 ``[N,3,size,size]``: shorter side resized (bicubic), middle cut out, CLIP's mean and deviation."""
-    pictures = images_NHWC.transpose(0, 3, 1, 2).astype(np.float32)
-    height, width = pictures.shape[2:]
+    """Float32 ``[N,3,size,size]``: shorter side resized (bicubic), middle cut out, CLIP's mean and deviation.
+
+    On bytes, as the pictures were that it was trained on.
+    """
+    from PIL import Image
+
+    height, width = images_NHWC.shape[1:3]
     scale = size / min(height, width)
-    tall, wide = max(size, round(height * scale)), max(size, round(width * scale))
-    pictures = np.clip(np.rint(resized(pictures, (tall, wide))), 0, 255)  # its pictures were bytes
+    tall, wide = max(size, int(height * scale)), max(size, int(width * scale))
     top, left = (tall - size) // 2, (wide - size) // 2
-    pictures = pictures[:, :, top : top + size, left : left + size]
-    if pictures.shape[1] == 1:
-        pictures = pictures.repeat(3, axis=1)
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (_MEAN, _STD))
-    return np.ascontiguousarray((pictures / np.float32(255) - mean) / std)
+    found = np.empty((len(images_NHWC), size, size, 3), np.float32)
+    for index, pixels in enumerate(images_NHWC):
+        picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+        resized = picture.resize((wide, tall), Image.Resampling.BICUBIC)
+        found[index] = np.asarray(resized.crop((left, top, left + size, top + size)))
+    mean, std = (np.array(values, np.float32) for values in (_MEAN, _STD))
+    return np.ascontiguousarray(((found / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
 
 
 class _Transformers:
@@ -94,13 +98,14 @@ class _Transformers:
         if kind != "clip":
             raise BadInput(f"--clip {folder} holds a model of type {kind!r}; allowed is clip", hint="give a CLIP model")
         try:
-            self._model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise BadInput(
                 f"--clip {folder} can't be loaded: {str(error).splitlines()[0]}",
                 hint="it needs config.json, the weights and the tokenizer's files",
             ) from None
+        self._model = model.eval()
         self.size = int(self._model.config.vision_config.image_size)
         self._tokens = int(self._model.config.text_config.max_position_embeddings)
 
