@@ -336,6 +336,40 @@ def test_the_command_prints_a_table_and_draws(place: Path, tmp_path: Path, capfd
     shutil.rmtree(place / "studies")
 
 
+def test_a_bundle_from_before_there_were_features(
+    tiny_pair: TinyPair, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its reference has statistics alone: what can be measured is, and the rest is named."""
+    old = scored_bundle(tiny_pair, tmp_path, features=False)
+    args = [
+        "evaluate",
+        old,
+        *["--steps", "2", "--samples", "8", "--threads", "1", "--resamples", "5", "--time", "0", "--fractions", "0"],
+    ]
+    outcome = Command(capfd)(*args, "--work", tmp_path / "work", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["metrics"] == ["fid", "latent_error", "accuracy", "psnr"]
+    assert "kid, precision and recall are left out: reference.npz" in outcome.err
+    refused(Command(capfd)(*args, "--metrics", "kid"), "kid needs the features of real pictures", "--reference")
+
+
+def test_the_built_in_pair_has_all_that_metrics_of_real_pictures_need(
+    fashion_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "fashion.bundle"
+    shutil.copytree(fashion_bundle, place)
+    args = [
+        "evaluate",
+        place,
+        *["--steps", "2", "--samples", "12", "--threads", "1", "--resamples", "5", "--time", "0", "--fractions", "0,1"],
+    ]
+    outcome = Command(capfd)(*args, "--orders", "small-first", "--guidance", "1", "--work", tmp_path / "work", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [point["setting"]["schedule"] for point in outcome.json["points"]] == ["large:2", "small:2"]
+    assert set(outcome.json["points"][1]["measures"]) == set(ALL)
+    assert outcome.json["reference"]["count"] == 10_000
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

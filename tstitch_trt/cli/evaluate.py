@@ -15,6 +15,7 @@ from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
+    from tstitch_engines.bundle import Bundle
     from tstitch_engines.manifest import Manifest
     from tstitch_trt.graphs import GraphMode
     from tstitch_trt.study.records import Evaluation, Setting
@@ -148,7 +149,7 @@ def command(
     runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
     with runtime:
         manifest = runtime.manifest
-        names = _list(metrics) if metrics else _usual_metrics(manifest, features, reference, lpips, clip)
+        names = _list(metrics) if metrics else _usual_metrics(runtime.bundle, features, reference, lpips, clip)
         _check_used(names, reference=reference, features=features, lpips=lpips, clip=clip, options=features_options)
         scorer = Scorer.of(
             runtime.bundle,
@@ -250,12 +251,22 @@ def _list(text: str) -> list[str]:
 
 
 def _usual_metrics(
-    manifest: Manifest, features: Path | None, reference: Path | None, lpips: Path | None, clip: Path | None
+    bundle: Bundle, features: Path | None, reference: Path | None, lpips: Path | None, clip: Path | None
 ) -> list[str]:
     """What can be measured with what there is."""
-    found = []
-    if features is not None or manifest.quality is not None:
-        found += ["fid", "kid", "precision", "recall"]
+    from tstitch_trt.progress import log
+    from tstitch_trt.quality.reference import knows_pictures
+
+    manifest, found = bundle.manifest, []
+    real = reference
+    if real is None and manifest.quality is not None and features is None:
+        real = bundle.path(manifest.quality.reference)
+    if real is not None and (features is not None or manifest.quality is not None):
+        found.append("fid")
+        if knows_pictures(real) or not real.is_file():  # a missing one is refused where it is read
+            found += ["kid", "precision", "recall"]
+        else:
+            log(f"note: kid, precision and recall are left out: {real.name} has statistics alone, no single pictures")
     if manifest.quality is not None:
         found.append("accuracy")
     if lpips is not None:

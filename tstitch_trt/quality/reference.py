@@ -21,7 +21,7 @@ from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.files import hash_file
 from tstitch_trt.quality.gaussian import Gaussian, frechet_distance, gaussian_of
 
-__all__ = ["MOST", "Looking", "Reference", "read_reference", "thinned"]
+__all__ = ["MOST", "Looking", "Reference", "knows_pictures", "read_reference", "thinned"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +61,15 @@ class Reference:
                 hint=f"give real pictures: --reference FILE.npz ({_HOW}); or build the bundle again",
             )
         return thinned(self.features)
+
+
+def knows_pictures(path: Path) -> bool:
+    """Whether a reference has pictures or features one by one; ``False`` for what can't be read."""
+    try:
+        with path.open("rb") as file:
+            return bool({"arr_0", "features"} & set(np.load(file, allow_pickle=False).files))
+    except (OSError, ValueError, EOFError, BadZipFile, AttributeError):
+        return False
 
 
 def thinned(features: NDArray[np.float32]) -> NDArray[np.float32]:
