@@ -174,6 +174,26 @@ def test_a_reference_of_pictures_is_looked_at_by_the_network(tmp_path: Path) -> 
     np.testing.assert_allclose(found.need_features("kid"), network.look(IMAGES)[0])
 
 
+def test_the_features_of_a_reference_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block, so that no picture is looked at twice; another network begins anew."""
+    monkeypatch.setattr("tstitch_trt.quality.reference._BLOCK", 2)
+    network = FeatureNetwork(script(tmp_path, Means()))
+    np.savez(tmp_path / "real.npz", IMAGES)
+    wanted: dict[str, Any] = {"picture": (6, 4, 3), "cache": tmp_path / "cache"}
+    first = read_reference(tmp_path / "real.npz", network, **wanted)
+    blocks = sorted((tmp_path / "cache").rglob("*.npy"))
+    assert len(blocks) == 3
+    times = [block.stat().st_mtime_ns for block in blocks[:2]]
+    blocks[2].unlink()
+    again = read_reference(tmp_path / "real.npz", network, **wanted)
+    np.testing.assert_array_equal(again.need_features("kid"), first.need_features("kid"))
+    np.testing.assert_array_equal(first.need_features("kid"), network.look(IMAGES)[0])
+    assert [block.stat().st_mtime_ns for block in blocks[:2]] == times
+    other = FeatureNetwork(tmp_path / "net.pt", options=NetworkOptions(range="0:1"))
+    read_reference(tmp_path / "real.npz", other, **wanted)
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6
+
+
 def test_statistics_beside_pictures_are_used_where_they_are_of_this_network(tmp_path: Path) -> None:
     network = FeatureNetwork(script(tmp_path, Means()))
     many = np.random.default_rng(1).integers(0, 256, (300, 6, 4, 3), np.uint8)

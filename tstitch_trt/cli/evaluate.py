@@ -151,6 +151,7 @@ def command(
         manifest = runtime.manifest
         names = _list(metrics) if metrics else _usual_metrics(runtime.bundle, features, reference, lpips, clip)
         _check_used(names, reference=reference, features=features, lpips=lpips, clip=clip, options=features_options)
+        place = work or default_root() / "evaluate"
         scorer = Scorer.of(
             runtime.bundle,
             names,
@@ -160,6 +161,7 @@ def command(
             lpips=lpips,
             clip=clip,
             threads=threads or 0,
+            cache=place / "references",
         )
         request = Request(samples, seed, prompts_for(manifest, texts))
         settings = _settings(manifest, fractions, orders, schedules, steps, solver, guidance)
@@ -171,7 +173,7 @@ def command(
                 scorer,
                 settings,
                 request,
-                work=work or default_root() / "evaluate",
+                work=place,
                 npz=npz,
                 rounds=rounds,
                 batch=batch,
@@ -180,8 +182,8 @@ def command(
                 command=shlex.join(["tstitch-trt", *sys.argv[1:]]),
                 report=lambda done, total, text: bar.update(done=done, total=total, text=text),
             )
-        place = save_study(runtime.bundle, found, key=found.key)
-    log(f"record: {place}")
+        record = save_study(runtime.bundle, found, key=found.key)
+    log(f"record: {record}")
     members = tuple(manifest.members)
     if plot is not None:
         from tstitch_trt.study.plot import plot_evaluation

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.files import hash_file
+from tstitch_engines.identity import digest
+from tstitch_trt.files import load_array, save_array
 from tstitch_trt.quality.gaussian import Gaussian, frechet_distance, gaussian_of
 
 __all__ = ["MOST", "Looking", "Reference", "knows_pictures", "read_reference", "thinned"]
@@ -26,6 +28,7 @@ __all__ = ["MOST", "Looking", "Reference", "knows_pictures", "read_reference", "
 _log = logging.getLogger(__name__)
 
 MOST: Final = 10_000  # features that all pairs are taken of (kernel distance, precision, recall)
+_BLOCK: Final = 256  # pictures of a reference that are looked at between two saves
 _SAME: Final = 0.3  # of the total variance: thousands of pictures are nearer to their whole, two networks farther
 _HOW: Final = "numpy.savez(FILE, pictures) of uint8 [N,H,W,C] makes a reference, as do the evaluators of ADM"
 
@@ -34,6 +37,9 @@ class Looking(Protocol):
     """A feature network."""
 
     name: str
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
 
     def look(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]: ...
 
@@ -79,9 +85,12 @@ def thinned(features: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(features[np.linspace(0, len(features) - 1, MOST).round().astype(int)])
 
 
-def read_reference(path: Path, network: Looking, *, picture: tuple[int, int, int] | None) -> Reference:
+def read_reference(
+    path: Path, network: Looking, *, picture: tuple[int, int, int] | None, cache: Path | None = None
+) -> Reference:
     """``path`` in the features of ``network``. ``picture``: height, width and channels that pictures must have.
 
+    ``cache``: a folder in which the features of pictures are kept, block by block: a large network takes its time.
     Raises ``BadInput`` for a file that is no reference, and for one of other pictures or of another network.
     """
     if not path.is_file():
@@ -99,7 +108,9 @@ def read_reference(path: Path, network: Looking, *, picture: tuple[int, int, int
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise BadInput(f"the reference {path} can't be read: {error}", hint=_HOW) from None
     if pictures is not None:
-        features = _features_of(path, pictures, network, picture)
+        features = _features_of(
+            path, pictures, network, picture, cache and cache / digest([network.identity, sha256])[:20]
+        )
     if features is None and statistics is None:
         raise BadInput(
             f"the reference {path.name} holds {', '.join(sorted(names)) or 'nothing'}; allowed are arr_0, mu and "
@@ -138,7 +149,7 @@ def _statistics(archive: Mapping[str, Any], names: set[str]) -> Gaussian | None:
 
 
 def _features_of(
-    path: Path, pictures: NDArray[Any], network: Looking, picture: tuple[int, int, int] | None
+    path: Path, pictures: NDArray[Any], network: Looking, picture: tuple[int, int, int] | None, cache: Path | None
 ) -> NDArray[np.float32]:
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or len(pictures) < 2:
         raise BadInput(
@@ -152,4 +163,15 @@ def _features_of(
             f"the reference {path.name} has pictures of {have} (height, width, channels); the bundle draws {want}",
             hint="a distance between pictures of two sizes means nothing: use real pictures of the bundle's own size",
         )
-    return network.look(pictures)[0]
+    if cache is None:
+        return network.look(pictures)[0]
+    cache.mkdir(parents=True, exist_ok=True)
+    blocks = []
+    for start in range(0, len(pictures), _BLOCK):
+        kept, part = cache / f"{start:07d}.npy", pictures[start : start + _BLOCK]
+        found = load_array(kept, option="cached features") if kept.is_file() else None
+        if found is None or len(found) != len(part):
+            found = network.look(part)[0]
+            save_array(kept, found)
+        blocks.append(found)
+    return np.concatenate(blocks)

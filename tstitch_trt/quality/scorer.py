@@ -107,12 +107,14 @@ class Scorer:
         lpips: Path | None = None,
         clip: Path | None = None,
         threads: int = 0,
+        cache: Path | None = None,
     ) -> Scorer:
         """The scorer of an open bundle.
 
         ``reference``: real pictures or their statistics (``tstitch_trt.quality.reference``), by default the bundle's
         own. ``features``: a feature network with its ``options`` (``tstitch_trt.quality.network``), by default the
         bundle's own. ``lpips``, ``clip``: networks that these two metrics need. ``threads``: 0 for all cores.
+        ``cache``: a folder that keeps the features of a reference's pictures from one time to the next.
 
         Raises ``UnknownName`` for an unknown metric and ``Unavailable`` for one that lacks what it needs.
         """
@@ -146,7 +148,7 @@ class Scorer:
                     hint="give one with --features FILE and real pictures with --reference FILE.npz, or measure "
                     "without: --metrics psnr,latent_error",
                 )
-            found = _reference(bundle, network, reference, own=features is None)
+            found = _reference(bundle, network, reference, own=features is None, cache=cache)
         if "accuracy" in metrics and judge is None:
             raise Unavailable(
                 f"accuracy needs a classifier: the bundle {manifest.name!r} has none, and --features no output logits",
@@ -368,7 +370,9 @@ class Scorer:
         return notes
 
 
-def _reference(bundle: Bundle, network: FeatureNetwork, path: Path | None, *, own: bool) -> Reference:
+def _reference(
+    bundle: Bundle, network: FeatureNetwork, path: Path | None, *, own: bool, cache: Path | None
+) -> Reference:
     manifest = bundle.manifest
     if path is None:
         if manifest.quality is None or not own:
@@ -378,7 +382,7 @@ def _reference(bundle: Bundle, network: FeatureNetwork, path: Path | None, *, ow
             )
         found = read_reference(bundle.path(manifest.quality.reference), network, picture=None)
     else:
-        found = read_reference(path, network, picture=picture_shape(manifest))
+        found = read_reference(path, network, picture=picture_shape(manifest), cache=cache)
     width = _width(network, picture_shape(manifest))
     if width != found.width:
         raise BadInput(
