@@ -34,7 +34,7 @@ def fit(trajectories: Sequence[tuple[Kinds, float]]) -> Fit:
     """``trajectories``: the kinds of the steps of each, and its milliseconds. Raises ``FailedWork`` for times that do
     not tell the kinds apart."""
     kinds = list(dict.fromkeys(kind for run, _ in trajectories for kind in run))
-    times = np.array([ms for _, ms in trajectories])
+    times = np.array([ms for _, ms in trajectories], np.float64)
     matrix = np.array([[1.0, switches_of(run), *(Counter(run)[kind] for kind in kinds)] for run, _ in trajectories])
     free = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
     while True:
@@ -56,5 +56,5 @@ def fit(trajectories: Sequence[tuple[Kinds, float]]) -> Fit:
 
 
 def _solve(matrix: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:
-    solution: NDArray[np.float64] = np.linalg.lstsq(matrix / times[:, None], np.ones_like(times), rcond=None)[0]
-    return solution
+    solution = np.linalg.lstsq(matrix / times[:, None], np.ones_like(times), rcond=None)[0]
+    return np.asarray(solution, np.float64)

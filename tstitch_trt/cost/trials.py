@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tstitch_trt.plan import Plan
     from tstitch_trt.runtime import Runtime
 
-__all__ = ["Bucket", "Trial", "check_trials", "fit_trials", "kind_trials", "rough_trials", "scale_of"]
+__all__ = ["Bucket", "Trial", "check_trials", "fit_trials", "in_turn", "kind_trials", "rough_trials", "scale_of"]
 
 BLOCK_MS: Final = 200.0  # a trajectory of one member alone is about so long
 MOST_STEPS: Final = 50
@@ -111,10 +111,14 @@ def fit_trials(runtime: Runtime, bucket: Bucket, rough: Iterable[Trial]) -> list
     for scale in _scales(runtime, bucket):
         turn = sum(cost[kind] for kind in cost if kind[1] == (scale != 1)) or sum(cost.values())
         count = min(most, max(4, math.ceil(BLOCK_MS / turn) * len(runtime.members)))
-        rows = runtime.plan(schedule=runtime.members[0], steps=count).steps  # pndm has one more than steps
-        names = list(islice(cycle(runtime.members), rows))
-        found.append(Trial.of(runtime, bucket, schedule=names, steps=count, guidance=scale))
+        found.append(in_turn(runtime, bucket, runtime.members, count, guidance=scale))
     return found
+
+
+def in_turn(runtime: Runtime, bucket: Bucket, names: Sequence[str], steps: int, **settings: Any) -> Trial:
+    """Members that go round, another at each step."""
+    rows = runtime.plan(schedule=names[0], steps=steps).steps  # pndm has one more than steps
+    return Trial.of(runtime, bucket, schedule=list(islice(cycle(names), rows)), steps=steps, **settings)
 
 
 def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, seed: int) -> list[Trial]:
