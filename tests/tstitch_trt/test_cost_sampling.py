@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,13 +84,10 @@ def test_it_is_chosen_before_anything_runs_and_the_same_by_each_way(runtime: Run
     chosen = runtime.within_budget(3.2e5, labels=[1], n=2)
     assert (chosen.schedule, chosen.interpolated) == ("small:1,large:3", True)
     walk = runtime.iterate(labels=[1], n=2, latency_budget_ms=3.2e5)
-    events = []
-    while True:
-        try:
-            events.append(next(walk).member)
-        except StopIteration as stop:
-            assert stop.value.budget == chosen
-            break
+    events = [next(walk).member for _ in range(4)]
+    with pytest.raises(StopIteration) as end:
+        next(walk)
+    assert end.value.value.budget == chosen
     assert events == ["small", "large", "large", "large"]
 
 
@@ -188,3 +187,24 @@ def test_bench_measures_what_is_chosen(runtime: Runtime, bundle: Bundle, capfd: 
     assert "search: fid 20" in outcome.out
     told = Command(capfd)("bench", bundle.root, *args, "--json")
     assert [t["budget"]["met"] for t in told.json["trajectories"]] == [2, 2]
+
+
+def test_the_budget_benchmark_goes_on_where_it_stopped(bundle: Bundle, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "budget.py"
+
+    def run(runs: int) -> subprocess.CompletedProcess[str]:
+        args = ["--runs", str(runs), "--steps", "4", "--threads", "1", "--most", "3"]
+        folders = ["--out", tmp_path / "budget.json", "--scratch", tmp_path / "scratch"]
+        return subprocess.run([sys.executable, script, bundle.root, *args, *folders], capture_output=True, text=True)
+
+    first = run(2)
+    assert first.returncode == 0, first.stderr
+    before = json.loads((tmp_path / "budget.json").read_text())["each"]
+    more = run(4)
+    assert more.returncode == 0, more.stderr
+    assert "going on after 2 of 4 runs" in more.stderr
+    assert "4 of 4 budgets met" in more.stdout
+    said = json.loads((tmp_path / "budget.json").read_text())
+    assert said["each"][:2] == before
+    assert (said["runs"], said["met"]) == (4, 4)  # of a machine that is calibrated as a hundred times slower
+    assert all(each["upper_ms"] <= each["budget_ms"] and 1 <= each["images"] <= 3 for each in said["each"])

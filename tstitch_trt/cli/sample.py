@@ -213,7 +213,7 @@ def command(
     if result.budget is not None:
         over = result.total_ms - result.budget.budget_ms
         met = "met" if over <= 0 else f"missed by {over:.1f} ms"
-        log(f"the budget of {result.budget.budget_ms:g} ms is {met}: {result.total_ms:.1f} ms")
+        log(f"the budget of {result.budget.budget_ms:.10g} ms is {met}: {result.total_ms:.1f} ms")
     for path in (target, latents_out):
         if path is not None:
             click.echo(path)

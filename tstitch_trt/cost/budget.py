@@ -64,7 +64,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         told = {"rule": "T-Stitch's rule, small member first"}.get(self.source, f"the {self.source} of {self.made}")
         near = " (interpolated)" if self.interpolated else ""
         return (
-            f"budget {self.budget_ms:g} ms: {self.schedule} ({self.solver}, {self.steps} steps), predicted "
+            f"budget {self.budget_ms:.10g} ms: {self.schedule} ({self.solver}, {self.steps} steps), predicted "
             f"{self.predicted_ms:.1f} ms, at most {self.upper_ms:.1f} ms; by {told}: {self.metric} "
             f"{self.quality:.4g}{near}"
         )
@@ -144,11 +144,12 @@ class Costs:
                 return self._budget(budget_ms, images, size, source, best, notes)
         cheapest = min((one for _, priced in table for one in priced), key=lambda one: one.upper_ms)
         nearest = math.ceil(round(10 * cheapest.upper_ms, 6)) / 10
+        least = f"{nearest:.1f}".removesuffix(".0")
         plan = cheapest.candidate.plan
         raise BadInput(
-            f"no known schedule draws {images} images within {budget_ms:g} ms; the cheapest, {plan.schedule.text} "
+            f"no known schedule draws {images} images within {budget_ms:.10g} ms; the cheapest, {plan.schedule.text} "
             f"({plan.solver.name}), takes {cheapest.predicted_ms:.1f} ms, and up to {cheapest.upper_ms:.1f} ms",
-            hint=f"the nearest feasible budget is --budget-ms {nearest:g} (latency_budget_ms={nearest:g}); "
+            hint=f"the nearest feasible budget is --budget-ms {least} (latency_budget_ms={least}); "
             "fewer --steps or images take less",
         )
 
