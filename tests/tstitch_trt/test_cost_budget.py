@@ -102,15 +102,17 @@ def test_the_choice_is_that_of_trying_all(metric: str, sign: int) -> None:
         value = 18 + (20 - 18) * k / 5 if k < 5 else 20 + (60 - 20) * (k - 5) / 5
         if k != 5:
             known[f"small:{k},large:{10 - k}"] = ({**base, "schedule": f"small:{k},large:{10 - k}"}, value)
+    plans = [(make_plan(made, **keywords), keywords["schedule"], value) for keywords, value in known.values()]
+    chooser = Costs(made, costs(), [study])
     for images, budget_ms in itertools.product((1, 8, 20), (15, 24, 40, 66, 90, 130, 400)):
         fitting = []
-        for keywords, value in known.values():
-            ms = 1.1 * predict_ms(costs(), make_plan(made, **keywords), batch=images)
+        for plan, schedule, value in plans:
+            ms = 1.1 * predict_ms(costs(), plan, batch=images)
             if ms <= budget_ms:
-                fitting.append((sign * value, -ms, keywords["schedule"]))
+                fitting.append((sign * value, -ms, schedule))
         if not fitting:
             continue
-        got = Costs(made, costs(), [study]).choose(budget_ms, images=images, settings={})
+        got = chooser.choose(budget_ms, images=images)
         goodness, ms, schedule = max(fitting)
         assert (got.schedule, got.source, got.metric) == (schedule, "search", metric)
         assert sign * got.quality == pytest.approx(goodness)
@@ -139,7 +141,7 @@ def test_what_the_request_fixes_must_be_as_it_was_measured() -> None:
     study = search(weights=weights_of(MANIFEST), points=points)
     assert choose(100, study).settings["eta"] == 0.5  # left open: the best
     assert choose(100, study, steps=20).quality == 8
-    assert choose(100, study, steps=20, rounding="paper", history="keep").quality == 8  # as by default
+    assert choose(100, study, steps=20, rounding="floor", history="keep").quality == 8  # as by default
     for other in ({"guidance": 3.0}, {"steps": 7}, {"solver": "euler"}, {"history": "reset"}, {"spacing": "linspace"}):
         got = choose(1000, study, **other)
         (name, value) = next(iter(other.items()))

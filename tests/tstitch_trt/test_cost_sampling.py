@@ -16,12 +16,13 @@ from PIL import Image
 
 import tstitch_trt
 from command import Command, refused
+from hand_made_parts import World
 from studies import calibration, overhead, search, search_point, step_cost
 from tiny import TinyPair
 from tstitch_engines.bundle import Bundle, open_bundle
 from tstitch_engines.errors import BadInput, NotCalibrated
 from tstitch_trt.bench import measure
-from tstitch_trt.cost import Conditions
+from tstitch_trt.cost import Conditions, current_calibration, predict_ms
 from tstitch_trt.cost.conditions import engine_digests
 from tstitch_trt.outputs import METADATA_KEY
 from tstitch_trt.runtime import Runtime
@@ -208,3 +209,32 @@ def test_the_budget_benchmark_goes_on_where_it_stopped(bundle: Bundle, tmp_path:
     assert said["each"][:2] == before
     assert (said["runs"], said["met"]) == (4, 4)  # of a machine that is calibrated as a hundred times slower
     assert all(each["upper_ms"] <= each["budget_ms"] and 1 <= each["images"] <= 3 for each in said["each"])
+
+
+def test_sizes_text_and_pictures_to_start_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A bundle of text with dynamic sizes, whose last member paints into pictures."""
+    made = World().bundle(tmp_path)
+    sizes = ("--batch", "1,2", "--size", "64x64,96x64", "--repeats", 1, "--checks", 2, "--threads", 1)
+    outcome = Command(capfd)("calibrate", made.root, *sizes, "--json")
+    assert outcome.code == 0, outcome.err
+    kinds = {(c["member"], c["guided"], c["batch"], c["width"], c["height"]) for c in outcome.json["steps"]}
+    assert kinds == {
+        (name, guided, batch, width, 8)
+        for name in ("plain", "steered", "painter")
+        for guided in (False, True)
+        for batch in (1, 2)
+        for width in (8, 12)
+    }
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    mask = np.zeros((64, 96), np.bool_)
+    mask[:, :50] = True
+    with tstitch_trt.load(made, threads=1) as runtime:
+        asked: dict[str, Any] = {"prompt": "a fox", "image": picture, "mask": mask, "strength": 0.5, "n": 2}
+        result = runtime.sample(**asked, latency_budget_ms=1e9, decode=False)
+        chosen = result.budget
+        assert chosen is not None
+        assert (chosen.schedule, chosen.images, chosen.size) == ("painter:6", 2, (8, 12))
+        cost = current_calibration(runtime)
+        assert chosen.predicted_ms == pytest.approx(predict_ms(cost, result.plan, batch=2, size=(8, 12), start=3))
+        with pytest.raises(BadInput, match=r"10x8 .* were not calibrated; measured are 8x8, 12x8"):
+            runtime.within_budget(1e9, prompt="a fox", height=64, width=80)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -30,7 +30,9 @@ __all__ = ["Budget", "Costs", "check_budget", "warm_up"]
 _log = logging.getLogger(__name__)
 
 _ROUNDING: Final = 1 + 1e-9  # a budget that was printed is met by what it was printed for
-_TABLES: Final = 32  # kinds of request whose candidates are kept
+_KEPT: Final = 32  # kinds of request whose candidates are kept
+
+V = TypeVar("V")
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +110,8 @@ class Costs:
         self.calibration = calibration
         self._studies = tuple(studies)
         self.seen = seen
-        self._tables: dict[str, tuple[list[tuple[Source, list[_Priced]]], tuple[str, ...]]] = {}
+        self._sources: dict[str, tuple[list[Source], tuple[str, ...]]] = {}  # by settings: plans take the time
+        self._tables: dict[str, list[tuple[Source, list[_Priced]]]] = {}
 
     @staticmethod
     def of(runtime: Runtime, known: Costs | None = None) -> Costs:
@@ -136,12 +139,13 @@ class Costs:
         for. Raises ``BadInput`` where nothing fits, naming the cheapest schedule and its time.
         """
         check_budget(budget_ms)
-        table, notes = self._table(images, size, dict(settings or {}), start)
+        fixed = dict(settings or {})
+        table = self._table(images, size, fixed, start)
         for source, priced in table:
             within = [one for one in priced if one.upper_ms <= budget_ms * _ROUNDING]
             if within:
                 best = max(within, key=lambda one: (source.goodness(one.candidate.quality), -one.upper_ms))
-                return self._budget(budget_ms, images, size, source, best, notes)
+                return self._budget(budget_ms, images, size, source, best, self._offers(fixed)[1])
         cheapest = min((one for _, priced in table for one in priced), key=lambda one: one.upper_ms)
         nearest = math.ceil(round(10 * cheapest.upper_ms, 6)) / 10
         least = f"{nearest:.1f}".removesuffix(".0")
@@ -183,18 +187,25 @@ class Costs:
             notes=notes,
         )
 
-    def _table(
-        self, images: int, size: tuple[int, int] | None, settings: dict[str, Any], start: Callable[[int], int]
-    ) -> tuple[list[tuple[Source, list[_Priced]]], tuple[str, ...]]:
-        """Every source with its candidates and what they cost, kept for the next request of the kind."""
-        usual = self._manifest.defaults.steps
-        key = repr((images, size, sorted(settings.items(), key=lambda item: item[0]), start(1000 * usual)))
-        if key not in self._tables:
+    def _offers(self, settings: dict[str, Any]) -> tuple[list[Source], tuple[str, ...]]:
+        """The sources for requests with ``settings``, and what was not used, which is said once."""
+        key = _key(settings)
+        if key not in self._sources:
             found, notes = sources(self._manifest, self._studies, settings)
             for note in notes:
                 _log.warning("%s", note)
+            _remember(self._sources, key, (found, notes))
+        return self._sources[key]
+
+    def _table(
+        self, images: int, size: tuple[int, int] | None, settings: dict[str, Any], start: Callable[[int], int]
+    ) -> list[tuple[Source, list[_Priced]]]:
+        """Every source with its candidates and what they cost."""
+        usual = self._manifest.defaults.steps
+        key = repr((images, size, _key(settings), start(1000 * usual)))
+        if key not in self._tables:
             table = []
-            for source in found:
+            for source in self._offers(settings)[0]:
                 priced = []
                 for candidate in source.candidates:
                     try:
@@ -206,10 +217,19 @@ class Costs:
                     ms = predict_ms(self.calibration, candidate.plan, batch=images, size=size, start=first)
                     priced.append(_Priced(candidate, ms, ms * self.calibration.upper_ratio))
                 table.append((source, priced))
-            if len(self._tables) >= _TABLES:
-                del self._tables[next(iter(self._tables))]
-            self._tables[key] = (table, notes)
+            _remember(self._tables, key, table)
         return self._tables[key]
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return repr(sorted(settings.items(), key=lambda item: item[0]))
+
+
+def _remember(known: dict[str, V], key: str, value: V) -> None:
+    """Keeps the newest ``_KEPT``."""
+    if len(known) >= _KEPT:
+        del known[next(iter(known))]
+    known[key] = value
 
 
 def _state(bundle: Bundle) -> object:

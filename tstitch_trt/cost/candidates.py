@@ -114,8 +114,8 @@ def _name(study: Study) -> SourceName:
 
 
 def _asked(manifest: Manifest, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a request has to be as it was measured."""
-    return {"guidance": manifest.defaults.guidance, **{k: v for k, v in said.items() if k != "start"}}
+    """What of a request has to be as it was measured: how fractions become steps is no part of it, there are none."""
+    return {"guidance": manifest.defaults.guidance, **{k: v for k, v in said.items() if k not in ("start", "rounding")}}
 
 
 def _source(manifest: Manifest, study: Study, said: Mapping[str, Any]) -> Source:
