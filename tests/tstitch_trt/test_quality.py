@@ -71,7 +71,7 @@ def test_the_meter_feeds_images_in_minus_one_to_one(tmp_path: Path) -> None:
     network, reference = means_network(tmp_path, channels=2)
     meter = QualityMeter(network, reference)
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 2), np.uint8)
-    features, logits = meter.look(images, batch=3)
+    features, logits = meter.look(images)
     want = (images / 127.5 - 1).mean((1, 2))
     np.testing.assert_allclose(features, want, atol=1e-6)
     score = meter.score(features, logits, want.argmax(1))

@@ -1,0 +1,161 @@
+"""A network file as something to call: ONNX (``.onnx``) by ONNX Runtime, else TorchScript by PyTorch, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from tstitch_engines.errors import BadInput, Unavailable
+
+__all__ = ["Net", "open_network"]
+
+_DTYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(uint8)": "uint8",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+
+
+class Net(Protocol):
+    """``inputs``, ``outputs``: names, as far as they are known. ``dtype``, ``channels`` (0: any) and ``size`` (height,
+    width; ``None``: any) are those of the first input. ``keywords``: further arguments of a ``scripted`` network."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dtype: str
+    channels: int
+    size: tuple[int, int] | None
+    keywords: frozenset[str]
+    scripted: bool
+
+    def run(self, arrays: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """All outputs by name (by number where they have none) for the inputs in order."""
+
+
+def open_network(path: Path, *, threads: int, what: str) -> Net:
+    """Raises ``BadInput`` for a file that is neither, ``Unavailable`` for a missing library."""
+    if not path.is_file():
+        raise BadInput(f"the {what} {path} does not exist", hint="give a .onnx or TorchScript file")
+    return _Onnx.open(path, threads, what) if path.suffix == ".onnx" else _Script.open(path, threads, what)
+
+
+@dataclass
+class _Onnx:
+    session: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dtype: str
+    channels: int
+    size: tuple[int, int] | None
+    keywords: frozenset[str] = frozenset()
+    scripted: bool = False
+
+    @staticmethod
+    def open(path: Path, threads: int, what: str) -> _Onnx:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise Unavailable(
+                f"a {what} in ONNX needs ONNX Runtime, which is not installed",
+                hint='run: pip install "tstitch-trt[cpu]"',
+            ) from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own classes have no common base
+            raise BadInput(
+                f"the {what} {path} can't be read as ONNX: {str(error).splitlines()[0]}", hint="export it again"
+            ) from None
+        takes = session.get_inputs()
+        shape = list(takes[0].shape) if takes else []
+        if not takes or takes[0].type not in _DTYPES:
+            raise BadInput(
+                f"the {what} {path.name} takes {[(i.name, i.type) for i in takes]}; allowed first is one of "
+                f"{', '.join(_DTYPES)}",
+                hint="export it with a float32 input",
+            )
+        sides = tuple(s if isinstance(s, int) else 0 for s in shape[1:]) if len(shape) == 4 else (0, 0, 0)
+        return _Onnx(
+            session,
+            tuple(i.name for i in takes),
+            tuple(o.name for o in session.get_outputs()),
+            _DTYPES[takes[0].type],
+            sides[0],
+            (sides[1], sides[2]) if sides[1] and sides[2] else None,
+        )
+
+    def run(self, arrays: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            found = self.session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        except Exception as error:
+            raise _refused(error, arrays) from None
+        return dict(zip(self.outputs, found, strict=True))
+
+
+@dataclass
+class _Script:
+    module: Any
+    threads: int
+    inputs: tuple[str, ...]
+    keywords: frozenset[str]
+    outputs: tuple[str, ...] = ()
+    dtype: str = "float32"
+    channels: int = 0
+    size: tuple[int, int] | None = None
+    scripted: bool = True
+
+    @staticmethod
+    def open(path: Path, threads: int, what: str) -> _Script:
+        try:
+            import torch
+        except ImportError:
+            raise Unavailable(
+                f"a {what} in TorchScript needs PyTorch, which is not installed",
+                hint='run: pip install "tstitch-trt[export]", or give the network as .onnx',
+            ) from None
+        try:
+            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError) as error:
+            raise BadInput(
+                f"the {what} {path} can't be read as TorchScript: {str(error).splitlines()[0]}",
+                hint="a file of weights alone is no network: load it in its own package and save "
+                "torch.jit.trace(module, example) or an ONNX export",
+            ) from None
+        module.eval()
+        names = [argument.name for argument in module.forward.schema.arguments if argument.name != "self"]
+        return _Script(module, threads, tuple(names), frozenset(names[1:]))
+
+    def run(self, arrays: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        import torch
+
+        before = torch.get_num_threads()
+        try:
+            if self.threads:
+                torch.set_num_threads(self.threads)
+            with torch.inference_mode():
+                found = self.module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), **keywords)
+        except RuntimeError as error:
+            raise _refused(error, arrays) from None
+        finally:
+            torch.set_num_threads(before)
+        if isinstance(found, torch.Tensor):
+            found = [found]
+        named = found if isinstance(found, Mapping) else {str(index): value for index, value in enumerate(found)}
+        return {name: value.float().numpy() for name, value in named.items()}
+
+
+def _refused(error: Exception, arrays: Sequence[Any]) -> BadInput:
+    lines = str(error).strip().splitlines()
+    given = ", ".join(f"{array.dtype}{list(array.shape)}" for array in arrays)
+    return BadInput(
+        f"the network refuses {given}: {lines[-1] if lines else type(error).__name__}",
+        hint="say how it is to be called: its size, range and channels",
+    )
