@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tstitch_trt.machine import describe_machine
+from tstitch_trt.splitting import Splitting
 from tstitch_trt.study.records import Calibration, Measure, Overhead, Search, SearchPoint, Setting, StepCost
 
-__all__ = ["calibration", "search"]
+__all__ = ["calibration", "overhead", "search", "step_cost"]
 
 _WEIGHTS = {"small": "s" * 64, "large": "l" * 64}
 
@@ -22,11 +23,19 @@ def _said(weights: dict[str, str] | None) -> dict[str, Any]:
     }
 
 
-def calibration(*, weights: dict[str, str] | None = None, **changes: Any) -> Calibration:
-    steps = tuple(
-        StepCost(member=name, guided=guided, batch=8, height=8, width=8, ms=ms, p10_ms=ms, p90_ms=ms, blocks=3)
-        for name, guided, ms in (("small", False, 1.0), ("large", False, 10.0))
+def step_cost(member: str, batch: int, ms: float, *, guided: bool = False, size: tuple[int, int] = (8, 8)) -> StepCost:
+    height, width = size
+    return StepCost(
+        member=member, guided=guided, batch=batch, height=height, width=width, ms=ms, p10_ms=ms, p90_ms=ms, blocks=3
     )
+
+
+def overhead(batch: int, ms: float, *, switch: float = 0.0, size: tuple[int, int] = (8, 8)) -> Overhead:
+    return Overhead(batch=batch, height=size[0], width=size[1], ms=ms, switch_ms=switch)
+
+
+def calibration(*, weights: dict[str, str] | None = None, **changes: Any) -> Calibration:
+    steps = tuple(step_cost(name, 8, ms) for name, ms in (("small", 1.0), ("large", 10.0)))
     fields: dict[str, Any] = {
         **_said(weights),
         "backend": "onnxruntime",
@@ -34,8 +43,10 @@ def calibration(*, weights: dict[str, str] | None = None, **changes: Any) -> Cal
         "threads": 1,
         "graph": "off",
         "engines": {"small": "a" * 64, "large": "b" * 64},
+        "splitting": Splitting(floor=1, limit=16),
+        "repeats": 3,
         "steps": steps,
-        "overheads": (Overhead(batch=8, height=8, width=8, ms=0.5),),
+        "overheads": (overhead(8, 0.5),),
         "checks": (),
         "median_error": 0.01,
         "worst_error": 0.02,

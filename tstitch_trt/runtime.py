@@ -20,6 +20,7 @@ from tstitch_trt.chunks import Gathered, UnderWay, Walk
 from tstitch_trt.codec import Codec, Picturing
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState
+from tstitch_trt.limits import Limits
 from tstitch_trt.lora import Loras
 from tstitch_trt.measuring import Measuring
 from tstitch_trt.parts import Part
@@ -27,6 +28,7 @@ from tstitch_trt.pictures import Tile
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.request import Request, host_array
 from tstitch_trt.result import Decode, Result, StepEvent
+from tstitch_trt.splitting import Splitting
 from tstitch_trt.starting import check_start_wishes, start_step
 from tstitch_trt.stepper import Stepper
 from tstitch_trt.swapping import LoraSwapping
@@ -57,12 +59,17 @@ class Runtime(LoraSwapping, Measuring, Picturing):
         *,
         graph: GraphMode = "auto",
         decoding: Device | None = None,
+        threads: int = 0,
     ) -> None:
-        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device`` (``Device.beside``)."""
+        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device`` (``Device.beside``).
+
+        ``threads``: CPU threads that the engines were loaded with, 0 for all cores.
+        """
         self.bundle = bundle
         self.device = device
         self.backend_name = backend_name
         self.load_ms = load_ms
+        self.threads = threads
         self._engines = dict(engines)
         stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
         self._stepper = Stepper(bundle.manifest, device, stepped, graph)
@@ -87,6 +94,16 @@ class Runtime(LoraSwapping, Measuring, Picturing):
     def batch_limit(self) -> int:
         """Images per engine call when unguided; half of it when guided."""
         return self._stepper.batch_limit
+
+    @property
+    def splitting(self) -> Splitting:
+        """How the images of a request become chunks, each of one engine call."""
+        return self._stepper.splitting
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes that all members can run."""
+        return self._stepper.limits
 
     @property
     def members(self) -> tuple[str, ...]:
