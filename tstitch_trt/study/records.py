@@ -233,9 +233,13 @@ class Evaluation(Study, frozen=True, kw_only=True):
     """``features``: the network, ``reference``: the real images (name, sha256 and count of each).
 
     ``baseline``: the setting that paired metrics compare with (the last member alone). ``notes``: warnings, such as
-    too few samples for the features.
+    too few samples for the features. ``key``: what of it makes it another evaluation and not more of the same one.
     """
 
+    key: str = ""
+    backend: str = ""
+    device: str = ""
+    threads: int = 0
     samples: int
     seed: int
     prompts: tuple[str, ...] = ()

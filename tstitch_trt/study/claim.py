@@ -1,0 +1,66 @@
+"""What an evaluation says of T-Stitch: how many steps the small member may take before a metric shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from tstitch_trt.study.records import HIGHER_IS_BETTER, Evaluation, Measure, Point
+from tstitch_trt.study.settings import share_of
+
+__all__ = ["Claim", "claims_of"]
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """The largest ``fraction`` of the steps on the first member at which ``metric`` is within, or better than, the
+    interval of the last member alone (``large``). ``speedup``: of the whole trajectory, measured; 0 where not timed."""
+
+    metric: str
+    solver: str
+    steps: int
+    guidance: float
+    fraction: float
+    schedule: str
+    value: float
+    large: Measure
+    speedup: float
+
+
+def claims_of(evaluation: Evaluation, members: Sequence[str], metric: str = "fid") -> list[Claim]:
+    """One claim for each solver, step count and guidance with at least two points in T-Stitch's order.
+
+    ``members``: the bundle's, in its order.
+    """
+    families: dict[tuple[object, ...], dict[float, Point]] = {}
+    for point in evaluation.points:
+        share = share_of(point.setting, members, "small-first")
+        if share is not None and metric in point.measures:
+            setting = point.setting
+            family = (setting.solver, setting.steps, setting.guidance, msgspec.json.encode(setting.plan))
+            families.setdefault(family, {})[share] = point
+    return [_claim(metric, points) for points in families.values() if 0.0 in points and len(points) > 1]
+
+
+def _claim(metric: str, points: dict[float, Point]) -> Claim:
+    large = points[0.0]
+    bounds = large.measures[metric]
+
+    def within(point: Point) -> bool:
+        value = point.measures[metric].value
+        return value >= bounds.low if metric in HIGHER_IS_BETTER else value <= bounds.high
+
+    fraction = max(share for share, point in points.items() if within(point))
+    found = points[fraction]
+    timed = found.ms and large.ms and found.batch == large.batch
+    return Claim(
+        metric=metric,
+        solver=large.setting.solver,
+        steps=large.setting.steps,
+        guidance=large.setting.guidance,
+        fraction=fraction,
+        schedule=found.setting.schedule,
+        value=found.measures[metric].value,
+        large=bounds,
+        speedup=large.ms / found.ms if timed else 0.0,
+    )

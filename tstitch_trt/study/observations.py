@@ -1,0 +1,78 @@
+"""What was seen of drawn pictures, on disk, batch by batch: a study that is interrupted goes on from there.
+
+One folder per setting (and seed, weights and engines), one ``.npz`` per batch; a batch that is not whole is drawn again
+from its beginning, so that the numbers do not depend on where a study was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import FailedWork
+from tstitch_trt.files import atomic_file, write_text
+
+__all__ = ["Observations"]
+
+_log = logging.getLogger(__name__)
+
+
+class Observations:
+    """Of one setting. ``wanted``: arrays with one row per picture, by name, and a digest of what each came from."""
+
+    def __init__(self, folder: Path, wanted: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._keys = {name: f"{name}.{source[:16]}" for name, source in wanted.items()}
+
+    def lacking(self, start: int, count: int) -> list[str]:
+        """What of ``wanted`` is not known of the batch of ``count`` pictures that begins with picture ``start``."""
+        stored = self._read(start)
+        return [name for name, key in self._keys.items() if len(stored.get(key, ())) < count]
+
+    def add(self, start: int, seen: Mapping[str, NDArray[Any]]) -> None:
+        """Raises ``FailedWork`` where it can't be written."""
+        stored = self._read(start) | {self._keys[name]: array for name, array in seen.items()}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self._path(start)) as file:
+                np.savez(file, **stored)  # type: ignore[arg-type]
+        except OSError as error:
+            raise FailedWork(
+                f"{self._path(start)} can't be written: {error}", hint="keep unfinished work elsewhere: --work DIR"
+            ) from error
+
+    def seen(self, start: int, count: int) -> dict[str, NDArray[Any]]:
+        """All of ``wanted`` of a batch."""
+        stored = self._read(start)
+        return {name: stored[key][:count] for name, key in self._keys.items()}
+
+    def times(self) -> list[float]:
+        """Milliseconds of the timed rounds so far."""
+        try:
+            return [float(ms) for ms in json.loads((self._folder / "times.json").read_text())]
+        except (OSError, ValueError):
+            return []
+
+    def add_time(self, ms: float) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._folder / "times.json", json.dumps([*self.times(), ms]))
+
+    def _path(self, start: int) -> Path:
+        return self._folder / f"{start:07d}.npz"
+
+    def _read(self, start: int) -> dict[str, NDArray[Any]]:
+        path = self._path(start)
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, EOFError) as error:
+            _log.warning("%s is damaged and is drawn again: %s", path, error)
+            return {}

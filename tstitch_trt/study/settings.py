@@ -1,0 +1,122 @@
+"""The settings of a study: schedules, step counts and solvers as resolved ``Setting`` records, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, Final
+
+from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.manifest import Manifest
+from tstitch_trt.plan import Plan, make_plan
+from tstitch_trt.study.records import Setting
+
+__all__ = ["ORDERS", "baseline_of", "fraction_settings", "plan_of", "schedule_text", "setting_of", "share_of"]
+
+ORDERS: Final = ("small-first", "large-first")
+
+
+def schedule_text(plan: Plan) -> str:
+    """The plan's schedule as counts, ``small:20,large:30``, with the guidance scale where the schedule gives one."""
+    schedule = plan.schedule
+    scales = schedule.guidance or (None,) * len(schedule)
+    runs = [(key, len(list(run))) for key, run in groupby(zip(schedule.names, scales, strict=True))]
+    return ",".join(f"{name}:{count}" + ("" if g is None else f":g={g:g}") for (name, g), count in runs)
+
+
+def setting_of(
+    manifest: Manifest,
+    *,
+    schedule: str,
+    steps: int,
+    solver: str | None = None,
+    guidance: float | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Setting:
+    """The setting of a request; what is ``None`` comes from the bundle's defaults. ``more``: for ``make_plan``.
+
+    Raises ``BadInput`` and its kinds for one that can't be.
+    """
+    scale = manifest.defaults.guidance if guidance is None else guidance
+    plan = make_plan(manifest, schedule=schedule, steps=steps, solver=solver, guidance=scale, **(more or {}))
+    names = plan.schedule.names
+    return Setting(
+        schedule=schedule_text(plan),
+        members={name: names.count(name) for name in dict.fromkeys(names)},
+        steps=steps,
+        rows=plan.steps,
+        solver=plan.solver.name,
+        guidance=scale,
+        plan=dict(more or {}),
+    )
+
+
+def plan_of(manifest: Manifest, setting: Setting) -> Plan:
+    return make_plan(manifest, **wishes_of(setting))
+
+
+def wishes_of(setting: Setting) -> dict[str, Any]:
+    """The keywords of ``make_plan`` and ``Runtime.sample``."""
+    return {
+        "schedule": setting.schedule,
+        "steps": setting.steps,
+        "solver": setting.solver,
+        "guidance": setting.guidance,
+        **setting.plan,
+    }
+
+
+def baseline_of(manifest: Manifest, setting: Setting) -> Setting:
+    """The last member alone in the same steps, by the same solver."""
+    return setting_of(
+        manifest,
+        schedule=list(manifest.members)[-1],
+        steps=setting.steps,
+        solver=setting.solver,
+        guidance=setting.guidance,
+        more=setting.plan,
+    )
+
+
+def fraction_settings(
+    manifest: Manifest,
+    fractions: Sequence[float],
+    orders: Sequence[str],
+    *,
+    steps: int,
+    solver: str | None = None,
+    guidance: float | None = None,
+) -> list[Setting]:
+    """The first member for each fraction of the rows (rounded as the paper does) and the last for the others.
+
+    ``orders``: ``small-first`` is T-Stitch's; ``large-first`` the reverse. Raises ``BadInput`` for one member.
+    """
+    names = list(manifest.members)
+    for order in orders:
+        if order not in ORDERS:
+            raise unknown_name("order", order, ORDERS)
+    if len(names) < 2 and fractions:
+        raise BadInput(
+            f"fractions need two members, the bundle has {names}", hint="name schedules instead: --schedule TEXT"
+        )
+    small, large = names[0], names[-1]
+    wanted = {"steps": steps, "solver": solver, "guidance": guidance}
+    rows = setting_of(manifest, schedule=large, **wanted).rows if fractions else 0  # type: ignore[arg-type]
+    found = []
+    for order in orders:
+        for fraction in fractions:
+            count = round(round(fraction * rows, 9))
+            runs = [(small, count), (large, rows - count)]
+            text = ",".join(f"{name}:{n}" for name, n in (runs if order == "small-first" else runs[::-1]) if n)
+            found.append(setting_of(manifest, schedule=text, **wanted))  # type: ignore[arg-type]
+    return found
+
+
+def share_of(setting: Setting, members: Sequence[str], order: str) -> float | None:
+    """The first member's share of the rows of a schedule in this order (one member alone is in both), else ``None``."""
+    small, large = members[0], members[-1]
+    runs = [part.split(":")[0] for part in setting.schedule.split(",")]
+    wanted = [small, large] if order == "small-first" else [large, small]
+    if runs not in (wanted, [small], [large]):
+        return None
+    return setting.members.get(small, 0) / setting.rows
