@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -171,6 +171,7 @@ def test_the_reference_may_be_any_member(runtime: Runtime) -> None:
 # --- orders and the knee
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(4, 60), st.data())
 def test_every_order_has_as_many_small_steps(steps: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, steps))
@@ -271,7 +272,7 @@ def test_prompts_and_members_of_other_conventions(texts: Bundle) -> None:
 
 
 def test_bad_input(runtime: Runtime, tiny_pair: TinyPair) -> None:
-    for settings, kind, words in (
+    for changes, kind, words in (
         ({"samples": 1}, BadInput, "1 samples"),
         ({"steps": 3}, BadInput, "3 steps are too few"),
         ({"reference": "larg"}, UnknownName, "larg"),
@@ -280,7 +281,7 @@ def test_bad_input(runtime: Runtime, tiny_pair: TinyPair) -> None:
         ({"prompts": ["a fox"]}, BadInput, "draws classes, not texts"),
     ):
         with pytest.raises(kind) as caught:
-            profile(runtime, **settings)  # type: ignore[arg-type]
+            profile(runtime, **changes)  # type: ignore[arg-type]
         assert words in caught.value.message
         assert caught.value.hint
     with tstitch_trt.load(tiny_pair.alone("large"), threads=1) as alone, pytest.raises(BadInput, match="one member"):

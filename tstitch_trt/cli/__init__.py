@@ -33,6 +33,7 @@ COMMANDS = {
     "inspect": "Show what a bundle holds: members, specs, engine identities, hashes, sources.",
     "verify": "Compare every engine of a bundle with ONNX Runtime and PyTorch.",
     "evaluate": "Measure how good the pictures of a bundle are over a list of schedules.",
+    "search": "Find the schedules, step counts and solvers that are worth their time.",
     "cache": "List the cache of exports and engines, prune it or clear it.",
     "quantise": "Quantise one member of a bundle to int8 or fp8 and report what that costs.",
     "doctor": "Show what this machine can build and run, and how to mend what it can't.",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def command(
                 solver=chosen,
                 guidance=guidance,
                 prompts=texts,
-                command=_again(bundle, prompts, click.get_current_context().params),
+                command=command_line(click.get_current_context()),
                 report=lambda share, text: bar.update(done=share, text=text),
             )
         place = save_study(runtime.bundle, study)
@@ -107,19 +107,6 @@ def command(
         print_json(study)
     else:
         _print(study)
-
-
-def _again(bundle: Path, prompts: Path | None, params: dict[str, object]) -> str:
-    """The command line that makes the study again: what was asked for, without what has no bearing on the result."""
-    import shlex
-
-    words = ["tstitch-trt", "profile", str(bundle)]
-    for name in ("reference_member", "samples", "seed", "steps", "solver", "guidance", "device", "backend"):
-        if params[name] is not None:
-            words += [f"--{name.replace('_', '-')}", str(params[name])]
-    if prompts is not None:
-        words += ["--prompts", str(prompts)]
-    return shlex.join(words)
 
 
 def _print(study: Divergence) -> None:
