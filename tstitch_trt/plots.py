@@ -35,14 +35,14 @@ def check_plot(path: Path, *, option: str = "--plot") -> None:
 
 
 @contextmanager
-def figure(path: Path, *, columns: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> Iterator[Any]:
-    """The axes of a new figure (an array of them for several columns), written to ``path`` when the block ends."""
+def figure(path: Path, *, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> Iterator[Any]:
+    """The axes of a new figure (an array of them for several), written to ``path`` when the block ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(made)
-    yield made.subplots(1, columns)
+    yield made.subplots(rows, columns)
     with atomic_file(path) as file:
         made.savefig(file, format="png", dpi=150)
 

@@ -112,13 +112,16 @@ def train_part(context: Context, part: Part) -> None:
         build("fashion", members={m: runs / m / "ema.safetensors" for m in ("large", "small")}, output=bundle,
               device=context.device, options={"small.num_heads": 2, "large.num_heads": 3})  # fmt: skip
         out = context.out / "quality"
-        command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(bundle), "--device", context.device]
-        command += ["--out", str(out), "--scratch", str(context.scratch / "quality")]
-        command += ["--samples", "2", "--steps", "2", "--repeats", "1"] if context.smoke else []
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tstitch_trt.cli", "evaluate", str(bundle), "--device", context.device]
+        command += ["--guidance", "1", "--plot", str(out / "quality.png"), "--work", str(context.scratch / "quality")]
+        command += ["--samples", "8", "--steps", "2", "--time", "1"] if context.smoke else []
         done = _run(context, command, entry)
         if done.returncode:
             raise FailedWork(f"exit code {done.returncode}: {done.stdout[-2000:]}", hint="see the record")
-        return {"table": done.stdout[-4000:]}
+        for record in (bundle / "studies").glob("evaluation-*.json"):
+            shutil.copy(record, out)
+        return {"table": done.stdout[-8000:]}
 
     part.attempt("quality", quality, reserve=120)
 

@@ -228,6 +228,10 @@ def test_the_quality_network_tells_the_test_split_it_was_measured_on(fashion: Bu
         assert np.linalg.eigvalsh(reference["covariance"]).min() > -1e-9
         assert int(reference["count"]) == 10_000
         assert float(reference["accuracy"]) >= 0.92
+        single = reference["features"].astype(np.float64)
+        assert single.shape == (10_000, 64)
+        np.testing.assert_allclose(single.mean(0), reference["mean"], atol=1e-3)
+        np.testing.assert_allclose(np.cov(single.T), reference["covariance"], atol=1e-2)
     session = onnxruntime.InferenceSession(str(fashion.path(quality.network)), providers=["CPUExecutionProvider"])
     features, logits = session.run(["features", "logits"], {"images": np.zeros((3, 1, 28, 28), np.float32)})
     assert features.shape == (3, 64)

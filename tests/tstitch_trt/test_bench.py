@@ -1,10 +1,7 @@
-"""Measuring, and drawing many stitch points at once: what is computed, never how fast."""
+"""Measuring: what is computed, never how fast."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +12,9 @@ from PIL import Image
 import tstitch_trt
 from command import Command
 from hand_made_parts import World
-from networks import means_network
 from tiny import TinyPair
 from tstitch_engines.errors import BadInput
-from tstitch_engines.spec import Range
-from tstitch_export.build import build
 from tstitch_trt.bench import measure, spread
-from tstitch_trt.curve import draw_points, stitch_points
 from tstitch_trt.eager import EagerTorch, dit_weights
 from tstitch_trt.runtime import Runtime
 
@@ -131,82 +124,6 @@ def test_bench_command_prints_tables(tiny_pair: TinyPair, capfd: pytest.CaptureF
     assert outcome.code == 0, outcome.err
     for part in ("predicted", "overhead", "small:0.5,large", "peak memory"):
         assert part in outcome.out
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_shared_drawing_is_bit_for_bit_a_direct_run(runtime: Runtime, guidance: float) -> None:
-    """Eleven images over a batch limit of 8: several chunks, the last one partly filled."""
-    points = stitch_points((0.0, 0.25, 0.5, 1.0), 8, small="small", large="large")
-    assert [p.schedule for p in points[:2]] == ["small:0,large:8", "small:2,large:6"]
-    labels, seeds = [i % 10 for i in range(11)], list(range(100, 111))
-    drawn = dict(draw_points(runtime, points, labels=labels, seeds=seeds, solver="ddim", guidance=guidance))
-    assert set(drawn) == set(points)
-    for point in points:
-        direct = runtime.sample(
-            labels=labels, seeds=seeds, steps=8, schedule=point.schedule, solver="ddim", guidance=guidance
-        )
-        np.testing.assert_array_equal(drawn[point], direct.latents, err_msg=point.schedule)
-
-
-def test_shared_drawing_refuses_solvers_that_remember_more(runtime: Runtime) -> None:
-    points = stitch_points((0.5,), 8, small="small", large="large")
-    with pytest.raises(BadInput, match="single-step"):
-        list(draw_points(runtime, points, labels=[0], seeds=[0], solver="dpmpp-2m"))
-
-
-def quality_benchmark(bundle: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).parents[2] / "benchmarks" / "quality.py"
-    args = [
-        "--steps",
-        "10",
-        "--repeats",
-        "1",
-        "--threads",
-        "1",
-        "--out",
-        out / "results",
-        "--scratch",
-        out / "scratch",
-        *more,
-    ]
-    return subprocess.run([sys.executable, script, bundle, *args], capture_output=True, text=True)
-
-
-@pytest.fixture
-def scored_bundle(tiny_pair: TinyPair, tmp_path: Path) -> Path:
-    """The tiny pair with a quality network."""
-    network, reference = means_network(tmp_path, channels=4)
-    recipe = tmp_path / "scored.toml"
-    quality = f'[quality]\nnetwork = "{network.name}"\nreference = "{reference.name}"\n'
-    recipe.write_text(tiny_pair.recipe("small", "large").read_text() + quality)
-    members = {name: tiny_pair.checkpoint(name) for name in ("small", "large")}
-    build(recipe, members=members, output=tmp_path / "scored.bundle", profile=Range(1, 4, 8))
-    return tmp_path / "scored.bundle"
-
-
-def test_the_quality_benchmark_writes_its_curve_and_goes_on_where_it_stopped(
-    scored_bundle: Path, tmp_path: Path
-) -> None:
-    first = quality_benchmark(scored_bundle, tmp_path, "--samples", "10")
-    assert first.returncode == 0, first.stderr
-    more = quality_benchmark(scored_bundle, tmp_path, "--samples", "30")
-    assert more.returncode == 0, more.stderr
-    assert "going on after 220 of 660 images" in more.stderr
-    fresh = quality_benchmark(scored_bundle, tmp_path / "fresh", "--samples", "30")
-    assert fresh.returncode == 0, fresh.stderr
-    results = tmp_path / "results"
-    said = json.loads((results / "quality.json").read_text())
-    again = json.loads((tmp_path / "fresh" / "results" / "quality.json").read_text())
-    assert said["samples"] == 30
-    assert [p["frechet"] for p in said["points"]] == pytest.approx([p["frechet"] for p in again["points"]], rel=1e-4)
-    by_point = {(p["order"], p["fraction"]): p for p in said["points"]}
-    assert len(by_point) == 22
-    assert by_point["large-first", 0.3]["schedule"] == "large:7,small:3"
-    for end in (0.0, 1.0):  # both orders are the same run there
-        assert by_point["small-first", end]["frechet"] == by_point["large-first", end]["frechet"]
-    assert "| small-first | 40% |" in more.stdout
-    with Image.open(results / "quality.png") as image:
-        assert image.size[0] > 1000
 
 
 def test_members_that_paint_are_given_a_picture(tmp_path: Path) -> None:

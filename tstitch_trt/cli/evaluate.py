@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
+    from tstitch_engines.bundle import Bundle
     from tstitch_engines.manifest import Manifest
     from tstitch_trt.graphs import GraphMode
     from tstitch_trt.study.records import Evaluation, Setting
@@ -146,7 +149,8 @@ def command(
     runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
     with runtime:
         manifest = runtime.manifest
-        names = _list(metrics) if metrics else _usual_metrics(manifest, features, reference, lpips, clip)
+        names = _list(metrics) if metrics else _usual_metrics(runtime.bundle, features, reference, lpips, clip)
+        _check_used(names, reference=reference, features=features, lpips=lpips, clip=clip, options=features_options)
         scorer = Scorer.of(
             runtime.bundle,
             names,
@@ -161,7 +165,7 @@ def command(
         settings = _settings(manifest, fractions, orders, schedules, steps, solver, guidance)
         for note in scorer.notes(samples):
             log(f"note: {note}")
-        with progress("drawing", len(settings) * samples, counted="pictures") as bar:
+        with _resumable(), progress("drawing", len(settings) * samples, counted="pictures") as bar:
             found = evaluate(
                 runtime,
                 scorer,
@@ -199,17 +203,70 @@ def command(
         )
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    from tstitch_trt.progress import log
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        log("the same command goes on from here")
+        raise
+
+
+def _check_used(
+    metrics: list[str],
+    *,
+    reference: Path | None,
+    features: Path | None,
+    lpips: Path | None,
+    clip: Path | None,
+    options: tuple[str, ...],
+) -> None:
+    """Raises ``BadInput`` for what was given and would not be heeded."""
+    from tstitch_engines.errors import BadInput
+
+    real = {"fid", "kid", "precision", "recall"}
+    needs = {
+        "--reference": (reference, real),
+        "--features": (features, real | {"accuracy"}),
+        "--lpips": (lpips, {"lpips"}),
+        "--clip": (clip, {"clip"}),
+    }
+    for option, (given, served) in needs.items():
+        if given is not None and not served & set(metrics):
+            raise BadInput(
+                f"{option} was given, and none of the metrics {', '.join(metrics)} needs it",
+                hint=f"leave it out, or add to --metrics: {', '.join(sorted(served))}",
+            )
+    if options and features is None:
+        raise BadInput(
+            f"--features-option {options[0]} was given without --features",
+            hint="the bundle's own network needs none",
+        )
+
+
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _usual_metrics(
-    manifest: Manifest, features: Path | None, reference: Path | None, lpips: Path | None, clip: Path | None
+    bundle: Bundle, features: Path | None, reference: Path | None, lpips: Path | None, clip: Path | None
 ) -> list[str]:
     """What can be measured with what there is."""
-    found = []
-    if features is not None or manifest.quality is not None:
-        found += ["fid", "kid", "precision", "recall"]
+    from tstitch_trt.progress import log
+    from tstitch_trt.quality.reference import knows_pictures
+
+    manifest, found = bundle.manifest, []
+    real = reference
+    if real is None and manifest.quality is not None and features is None:
+        real = bundle.path(manifest.quality.reference)
+    if real is not None and (features is not None or manifest.quality is not None):
+        found.append("fid")
+        if knows_pictures(real) or not real.is_file():  # a missing one is refused where it is read
+            found += ["kid", "precision", "recall"]
+        else:
+            log(f"note: kid, precision and recall are left out: {real.name} has statistics alone, no single pictures")
     if manifest.quality is not None:
         found.append("accuracy")
     if lpips is not None:

@@ -17,13 +17,17 @@ from tstitch_engines.errors import BadInput
 __all__ = ["KernelTo", "kernel", "kernel_distance"]
 
 Doubles = NDArray[np.float64]
-_ROWS = 1024  # of a kernel matrix at once
+_ROWS = 256  # of a kernel matrix at once
 
 
 def kernel(x: NDArray[Any], y: NDArray[Any]) -> Doubles:
     """``(x.y / F + 1)^3`` of all pairs of features ``[N,F]`` and ``[M,F]``, float64 ``[N,M]``."""
-    product = x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1
-    return np.asarray(product * product * product)
+    base = x.astype(np.float64, copy=False) @ y.astype(np.float64, copy=False).T
+    base /= x.shape[1]
+    base += 1
+    found = base * base
+    found *= base
+    return np.asarray(found)
 
 
 def kernel_distance(x: NDArray[Any], y: NDArray[Any]) -> float:

@@ -17,7 +17,7 @@ from tstitch_engines.errors import BadInput
 __all__ = ["NEIGHBOURS", "Manifold", "recall_halves", "squared_distances"]
 
 NEIGHBOURS: Final = 3  # as in the paper
-_ROWS = 1024
+_ROWS = 256  # of a matrix of distances at once
 
 Floats = NDArray[np.float32]
 
@@ -35,7 +35,11 @@ def squared_distances(x: NDArray[Any], y: NDArray[Any]) -> Floats:
     found = np.empty((len(a), len(b)), np.float32)
     for start in range(0, len(a), _ROWS):
         part = a[start : start + _ROWS]
-        found[start : start + _ROWS] = np.clip((part * part).sum(1)[:, None] + lengths - 2 * part @ b.T, 0, None)
+        product = part @ b.T
+        product *= -2
+        product += lengths
+        product += (part * part).sum(1)[:, None]
+        found[start : start + _ROWS] = np.maximum(product, 0, out=product)
     return found
 
 
@@ -90,4 +94,5 @@ def _radii(distances: Floats, neighbours: int, start: int = 0) -> Floats:
     nearest = distances.copy()
     rows = np.arange(len(nearest))
     nearest[rows, start + rows] = np.inf
-    return np.asarray(np.partition(nearest, neighbours - 1, axis=1)[:, neighbours - 1])
+    nearest.partition(neighbours - 1, axis=1)
+    return nearest[:, neighbours - 1].copy()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.files import hash_file
 from tstitch_trt.quality.gaussian import Gaussian, frechet_distance, gaussian_of
 
-__all__ = ["MOST", "Looking", "Reference", "read_reference", "thinned"]
+__all__ = ["MOST", "Looking", "Reference", "knows_pictures", "read_reference", "thinned"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +63,20 @@ class Reference:
         return thinned(self.features)
 
 
+def knows_pictures(path: Path) -> bool:
+    """Whether a reference has pictures or features one by one; ``False`` for what can't be read."""
+    try:
+        with path.open("rb") as file:
+            return bool({"arr_0", "features"} & set(np.load(file, allow_pickle=False).files))
+    except (OSError, ValueError, EOFError, BadZipFile, AttributeError):
+        return False
+
+
 def thinned(features: NDArray[np.float32]) -> NDArray[np.float32]:
     """At most ``MOST`` rows, in equal distances."""
     if len(features) <= MOST:
         return features
-    return features[np.linspace(0, len(features) - 1, MOST).round().astype(int)]
+    return np.asarray(features[np.linspace(0, len(features) - 1, MOST).round().astype(int)])
 
 
 def read_reference(path: Path, network: Looking, *, picture: tuple[int, int, int] | None) -> Reference:
@@ -78,14 +88,15 @@ def read_reference(path: Path, network: Looking, *, picture: tuple[int, int, int
         raise BadInput(f"the reference {path} does not exist", hint=_HOW)
     sha256 = hash_file(path)[0]
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
                 raise ValueError("it holds one array; a reference is a .npz")
             names = set(archive.files)
             statistics = _statistics(archive, names)
             features = np.asarray(archive["features"], np.float32) if "features" in names else None
             pictures = archive["arr_0"] if "arr_0" in names else None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise BadInput(f"the reference {path} can't be read: {error}", hint=_HOW) from None
     if pictures is not None:
         features = _features_of(path, pictures, network, picture)

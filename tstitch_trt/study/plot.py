@@ -14,6 +14,7 @@ from tstitch_trt.study.settings import ORDERS, share_of
 
 __all__ = ["plot_evaluation"]
 
+_COLUMNS = 4
 _AXES = {"fid": "Fréchet distance", "kid": "kernel distance", "psnr": "PSNR, dB", "latent_error": "latent error"}
 
 
@@ -21,13 +22,17 @@ def plot_evaluation(path: Path, evaluation: Evaluation, members: Sequence[str]) 
     """A row of panels against the first member's share, one per metric, and one of the first metric against time."""
     metrics = [name for name in evaluation.metrics if any(name in point.measures for point in evaluation.points)]
     timed = [point for point in evaluation.points if point.ms]
-    columns = max(1, len(metrics) + bool(timed))
-    with figure(path, columns=columns, size=(4.6 * columns, 4.2)) as made:
-        axes = np.atleast_1d(made)
+    panels = max(1, len(metrics) + bool(timed))
+    columns = min(panels, _COLUMNS)
+    rows = -(-panels // columns)
+    with figure(path, rows=rows, columns=columns, size=(4.8 * columns, 3.9 * rows)) as made:
+        axes = list(np.ravel(made))
         for axis, metric in zip(axes, metrics, strict=False):
             _draw(axis, evaluation.points, members, metric, timed=False)
         if timed and metrics:
-            _draw(axes[-1], timed, members, metrics[0], timed=True)
+            _draw(axes[panels - 1], timed, members, metrics[0], timed=True)
+        for axis in axes[panels:]:
+            axis.set_visible(False)
         axes[0].set_title(f"{evaluation.bundle}: {evaluation.samples} samples")
 
 
