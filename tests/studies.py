@@ -6,9 +6,31 @@ from typing import Any
 
 from tstitch_trt.machine import describe_machine
 from tstitch_trt.splitting import Splitting
-from tstitch_trt.study.records import Calibration, Measure, Overhead, Search, SearchPoint, Setting, StepCost
+from tstitch_trt.study.records import (
+    Calibration,
+    Divergence,
+    Evaluation,
+    Measure,
+    OrderTrial,
+    Overhead,
+    Point,
+    Search,
+    SearchPoint,
+    Setting,
+    StepCost,
+)
 
-__all__ = ["calibration", "overhead", "search", "step_cost"]
+__all__ = [
+    "calibration",
+    "divergence",
+    "evaluation",
+    "measure",
+    "overhead",
+    "search",
+    "search_point",
+    "setting",
+    "step_cost",
+]
 
 _WEIGHTS = {"small": "s" * 64, "large": "l" * 64}
 
@@ -55,22 +77,35 @@ def calibration(*, weights: dict[str, str] | None = None, **changes: Any) -> Cal
     return Calibration(**(fields | changes))
 
 
-def search(*, weights: dict[str, str] | None = None, **changes: Any) -> Search:
-    def point(small: int, large: int, cost: float, quality: float, *, front: bool = True) -> SearchPoint:
-        members = {name: count for name, count in (("small", small), ("large", large)) if count}
-        setting = Setting(
-            schedule=",".join(f"{name}:{count}" for name, count in members.items()),
-            members=members,
-            steps=small + large,
-            rows=small + large,
-            solver="ddim",
-            guidance=1.0,
-        )
-        measure = Measure(value=quality, low=quality - 1, high=quality + 1, std=0.5)
-        return SearchPoint(
-            kind="two members", setting=setting, cost_ms=cost, quality=measure, samples=64, dropped=False, front=front
-        )
+def setting(schedule: str, *, solver: str = "ddim", guidance: float = 1.0, **plan: Any) -> Setting:
+    """``schedule`` by counts, ``small:4,large:6``."""
+    parts = [part.split(":") for part in schedule.split(",")]
+    members: dict[str, int] = {}
+    for name, count in parts:
+        members[name] = members.get(name, 0) + int(count)
+    rows = sum(members.values())
+    return Setting(
+        schedule=schedule, members=members, steps=rows, rows=rows, solver=solver, guidance=guidance, plan=plan
+    )
 
+
+def measure(value: float) -> Measure:
+    return Measure(value=value, low=value - 1, high=value + 1, std=0.5)
+
+
+def search_point(schedule: str, quality: float, *, dropped: bool = False, **more: Any) -> SearchPoint:
+    return SearchPoint(
+        kind="two members",
+        setting=setting(schedule, **more),
+        cost_ms=1.0,
+        quality=measure(quality),
+        samples=64,
+        dropped=dropped,
+        front=not dropped,
+    )
+
+
+def search(*, weights: dict[str, str] | None = None, **changes: Any) -> Search:
     fields: dict[str, Any] = {
         **_said(weights),
         "metric": "fid",
@@ -78,6 +113,56 @@ def search(*, weights: dict[str, str] | None = None, **changes: Any) -> Search:
         "samples": 64,
         "seed": 0,
         "calibration": "c" * 64,
-        "points": (point(10, 0, 10.5, 60.0), point(4, 6, 64.5, 20.0), point(0, 10, 100.5, 18.0)),
+        "points": (
+            search_point("small:10", 60.0),
+            search_point("small:4,large:6", 20.0),
+            search_point("large:10", 18.0),
+        ),
     }
     return Search(**(fields | changes))
+
+
+def evaluation(
+    points: dict[str, dict[str, float]], *, weights: dict[str, str] | None = None, **more: Any
+) -> Evaluation:
+    """``points``: measures by schedule. ``more``: of every point's ``setting``."""
+    metrics = tuple(dict.fromkeys(name for measures in points.values() for name in measures))
+    return Evaluation(
+        **_said(weights),
+        samples=64,
+        seed=0,
+        metrics=metrics,
+        features={"name": "test"},
+        reference={"name": "test"},
+        level=0.95,
+        resamples=10,
+        points=tuple(
+            Point(
+                setting=setting(schedule, **more),
+                samples=64,
+                measures={name: measure(value) for name, value in measures.items()},
+            )
+            for schedule, measures in points.items()
+        ),
+    )
+
+
+def divergence(trials: dict[str, float], *, weights: dict[str, str] | None = None, **changes: Any) -> Divergence:
+    """``trials``: the error of the final latents by schedule."""
+    fields: dict[str, Any] = {
+        **_said(weights),
+        "reference": "large",
+        "steps": 10,
+        "solver": "ddim",
+        "guidance": 1.0,
+        "seeds": (0, 1),
+        "members": {},
+        "orders": tuple(
+            OrderTrial(order="small-first", schedule=schedule, latent_error=error, p10=error, p90=error)
+            for schedule, error in trials.items()
+        ),
+        "order": "small-first",
+        "suggested": "small:4,large:6",
+        "reason": "test",
+    }
+    return Divergence(**(fields | changes))

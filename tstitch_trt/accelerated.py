@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_engines.rows import ROW
 from tstitch_engines.scheduler_config import Scheduler, read_scheduler
+from tstitch_trt.budgeting import chosen_settings
 from tstitch_trt.pipeline_inputs import (
     arrays,
     control_picture,
@@ -109,18 +110,38 @@ class AcceleratedPipeline:
     ) -> None:
         self.close()
 
-    def __call__(self, *args: Any, fraction: float | None = None, schedule: str | None = None, **keywords: Any) -> Any:
-        """Draws pictures; arguments and result are those of the pipeline. Raises ``BadInput`` and its kinds."""
+    def __call__(
+        self,
+        *args: Any,
+        fraction: float | None = None,
+        schedule: str | None = None,
+        latency_budget_ms: float | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """Draws pictures; arguments and result are those of the pipeline. Raises ``BadInput`` and its kinds.
+
+        ``latency_budget_ms``: the best schedule whose steps take at most so long (``Runtime.within_budget``), in place
+        of ``fraction`` or ``schedule``. The bundle is calibrated by ``tstitch-trt calibrate`` on
+        ``runtime.bundle.root``, or ``tstitch_trt.cost.calibrate``.
+        """
         import torch
 
         a = self._arguments(args, keywords)
         self._interrupt = False
         with torch.no_grad():
-            settings = self._settings(a, fraction, schedule)
+            settings = self._settings(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
             given = self._texts(a)
             count = given["n"]
             height, width = self._size(a)
             given |= self._pictures(a, count, height, width)
+            if latency_budget_ms is not None:
+                if a.denoising_start is not None or a.denoising_end is not None:
+                    raise BadInput(
+                        "latency_budget_ms was given beside denoising_start or denoising_end: a budget is for a whole "
+                        "trajectory",
+                        hint="leave out one of them, or give schedule=",
+                    )
+                settings = chosen_settings(settings, self.runtime.within_budget(latency_budget_ms, **given, **settings))
             plan = self.runtime.plan(**settings)
             if a.denoising_start is not None:
                 given |= self._state(given, plan, a.denoising_start)
@@ -136,7 +157,8 @@ class AcceleratedPipeline:
         known = [name for name in self._signature.parameters if name not in ("self", "kwargs")]
         for name in keywords:
             if name not in known:
-                raise unknown_name(f"argument of {type(self.pipe).__name__}", name, [*known, "fraction", "schedule"])
+                ours = ("fraction", "schedule", "latency_budget_ms")
+                raise unknown_name(f"argument of {type(self.pipe).__name__}", name, [*known, *ours])
         try:
             bound = self._signature.bind(self.pipe, *args, **keywords)
         except TypeError as error:
@@ -169,8 +191,10 @@ class AcceleratedPipeline:
             raise BadInput("give either prompt or prompt_embeds", hint='e.g. prompt="a red fox"')
         return a
 
-    def _settings(self, a: SimpleNamespace, fraction: float | None, schedule: str | None) -> dict[str, Any]:
-        """The keywords of a plan: the pipeline's scheduler as it is now."""
+    def _settings(
+        self, a: SimpleNamespace, fraction: float | None, schedule: str | None, usual: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The keywords of a plan: the pipeline's scheduler as it is now. ``usual``: without fraction and schedule."""
         found = self._scheduler()
         settings: dict[str, Any] = {"solver": found.solver, "solver_options": dict(found.options)}
         if a.timesteps is not None:
@@ -183,7 +207,7 @@ class AcceleratedPipeline:
         if found.solver == "ddim" and a.eta:
             settings["eta"] = a.eta
         asked = {"fraction": fraction, "schedule": schedule}
-        settings |= {key: value for key, value in asked.items() if value is not None} or self._chosen
+        settings |= {key: value for key, value in asked.items() if value is not None} or dict(usual)
         guided = a.guidance_scale > 1 or any(m.guidance_embedding for m in self.runtime.manifest.members.values())
         settings["guidance"] = float(a.guidance_scale) if guided else 1.0
         settings["guidance_rescale"] = a.guidance_rescale or 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from diffusers_pipelines import relative, sdxl_pipeline
 from tiny_families import controlnet_folder, unet_folder
 from tiny_pipelines import PIXELS, noise, picture, scheduler
 from tstitch_engines.errors import BadInput, BadSchedule, PairMismatch, UnknownName
+from tstitch_trt.cost import Conditions, calibrate
+from tstitch_trt.study.store import save_study
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -282,6 +285,21 @@ def test_the_bundle_is_used_again_until_the_weights_change(
             fast(pipeline(sd), sd, cache, fresh=True)
 
 
+def test_a_budget_chooses_the_schedule(accelerated: Any) -> None:
+    runtime = accelerated.runtime
+    found = calibrate(runtime, batches=[1, 2], repeats=1, checks=1)
+    save_study(runtime.bundle, found, key=Conditions.of(found).key)
+    for budget_ms, schedule in ((1e9, "large"), (None, "small")):
+        if budget_ms is None:  # as little as there is
+            with pytest.raises(BadInput, match="the cheapest, small:") as caught:
+                accelerated(**SD, generator=seeded(3), latency_budget_ms=1e-3)
+            budget_ms = float(re.findall(r"latency_budget_ms=([0-9.e+]+)\)", caught.value.hint)[0])
+        asked = {**SD, "output_type": "latent", "return_dict": False}
+        got = accelerated(**asked, generator=seeded(3), latency_budget_ms=budget_ms)[0]
+        want = accelerated(**asked, generator=seeded(3), schedule=schedule)[0]
+        np.testing.assert_array_equal(got.numpy(), want.numpy())
+
+
 # --- refusals
 
 
@@ -302,6 +320,7 @@ def test_the_bundle_is_used_again_until_the_weights_change(
             "changed the latents after step 0",
         ),
         ({"fraction": 0.5, "schedule": "small:2,large"}, "both fraction"),
+        ({"fraction": 0.5, "latency_budget_ms": 100.0}, "fraction 0.5 is given beside a budget"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

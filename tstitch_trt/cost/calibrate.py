@@ -1,9 +1,9 @@
 """Measuring what trajectories cost on this machine, and how well the model predicts others.
 
 Everything is timed as the runtime serves any request: whole trajectories through ``Runtime.sample``. In every round
-each trajectory runs once, those that the model is fitted on among those that check it and in a new order, so that a
-machine that is busy or changes its clock for a while slows both alike. The model is fitted to medians over the rounds,
-and a check compares its prediction with the median of a schedule that it was not fitted on.
+each trajectory runs once (short ones a few times), those that the model is fitted on among those that check it and in a
+new order, so that a machine that is busy or changes its clock for a while slows both alike. The model is fitted to
+medians over the rounds, and a check compares its prediction with the median of a schedule that it was not fitted on.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def calibrate(
         for done, trial in enumerate(trials):
             share = 0.1 + 0.9 * (index + done / len(trials)) / rounds
             report(share, f"round {index + 1} of {rounds}: {trial.bucket.batch} images")
-            taken = trial.run(runtime)
-            if index:
-                trial.times.append(taken)
+            trial.turn(runtime, keep=index > 0)
     report(1.0, "done")
     models = {
         bucket: fit([(trial.kinds, statistics.median(trial.times)) for trial in trials])
@@ -161,7 +159,7 @@ def _checked(calibration: Calibration, trials: Sequence[Trial]) -> Calibration:
     for trial in trials:
         size = trial.bucket.size
         predicted = predict_ms(calibration, trial.plan, batch=trial.bucket.batch, size=size)
-        ratios += [taken / predicted for taken in trial.times]
+        ratios += [taken / predicted for taken in trial.firsts]
         checks.append(
             Check(
                 schedule=trial.settings["schedule"],

@@ -2,7 +2,9 @@
 
     time of a chunk = overhead + switches x switch cost + sum over the kinds of steps of (steps x step cost)
 
-A least squares fit of the medians, each weighted by one over itself, so that errors are relative, as they are reported.
+A least squares fit of the medians. Errors are relative, as they are reported, and those of long trajectories weigh
+more: the noise of ``n`` independent steps is ``sqrt(n)`` times that of one, so each is weighted by ``sqrt(n)`` over its
+time.
 Overhead and switch cost are not negative: where the fit would make one so, it is 0 and the others are fitted again.
 """
 
@@ -34,11 +36,11 @@ def fit(trajectories: Sequence[tuple[Kinds, float]]) -> Fit:
     """``trajectories``: the kinds of the steps of each, and its milliseconds. Raises ``FailedWork`` for times that do
     not tell the kinds apart."""
     kinds = list(dict.fromkeys(kind for run, _ in trajectories for kind in run))
-    times = np.array([ms for _, ms in trajectories])
+    times = np.array([ms for _, ms in trajectories], np.float64)
     matrix = np.array([[1.0, switches_of(run), *(Counter(run)[kind] for kind in kinds)] for run, _ in trajectories])
     free = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
     while True:
-        found = _solve(matrix[:, free], times)
+        found = _solve(matrix[:, free], times, np.sqrt([len(run) for run, _ in trajectories]) / times)
         negative = [(value, column) for value, column in zip(found, free, strict=True) if column < 2 and value < 0]
         if not negative:
             break
@@ -55,6 +57,8 @@ def fit(trajectories: Sequence[tuple[Kinds, float]]) -> Fit:
     return Fit(float(values[0]), float(values[1]), steps)
 
 
-def _solve(matrix: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:
-    solution: NDArray[np.float64] = np.linalg.lstsq(matrix / times[:, None], np.ones_like(times), rcond=None)[0]
-    return solution
+def _solve(
+    matrix: NDArray[np.float64], times: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    solution = np.linalg.lstsq(matrix * weights[:, None], times * weights, rcond=None)[0]
+    return np.asarray(solution, np.float64)

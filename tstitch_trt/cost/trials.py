@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle, groupby, islice
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_trt.cost.predict import Kinds, kinds_of
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from tstitch_trt.plan import Plan
     from tstitch_trt.runtime import Runtime
 
-__all__ = ["Bucket", "Trial", "check_trials", "fit_trials", "kind_trials", "rough_trials", "scale_of"]
+__all__ = ["Bucket", "Trial", "check_trials", "fit_trials", "in_turn", "kind_trials", "rough_trials", "scale_of"]
 
 BLOCK_MS: Final = 200.0  # a trajectory of one member alone is about so long
+TURN_MS: Final = 50.0  # shorter ones run a few times in a row
+MOST_RUNS: Final = 8
 MOST_STEPS: Final = 50
 _SHORT: Final = 2
 
@@ -34,13 +36,17 @@ class Bucket:
 
 @dataclass(eq=False)
 class Trial:
-    """A trajectory to run again and again. ``settings``: keywords of ``make_plan``. ``times``: its milliseconds."""
+    """A trajectory to run again and again. ``settings``: keywords of ``make_plan``.
+
+    ``times``: milliseconds of all its runs, ``firsts`` of the first run of each turn: as that of a single request.
+    """
 
     bucket: Bucket
     settings: Mapping[str, Any]
     plan: Plan
     wishes: dict[str, Any]
     times: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
 
     @staticmethod
     def of(runtime: Runtime, bucket: Bucket, **settings: Any) -> Trial:
@@ -59,6 +65,14 @@ class Trial:
     def alone(self) -> bool:
         """Whether one kind of step runs all the way."""
         return len(set(self.kinds)) == 1
+
+    def turn(self, runtime: Runtime, *, keep: bool) -> None:
+        """Runs it once, or, where that takes less than ``TURN_MS``, a few times."""
+        taken = [self.run(runtime)]
+        taken += [self.run(runtime) for _ in range(min(MOST_RUNS, int(TURN_MS / taken[0])) - 1)]
+        if keep:
+            self.times += taken
+            self.firsts.append(taken[0])
 
     def run(self, runtime: Runtime) -> float:
         """Milliseconds of one run, by the runtime as it serves any request."""
@@ -111,10 +125,14 @@ def fit_trials(runtime: Runtime, bucket: Bucket, rough: Iterable[Trial]) -> list
     for scale in _scales(runtime, bucket):
         turn = sum(cost[kind] for kind in cost if kind[1] == (scale != 1)) or sum(cost.values())
         count = min(most, max(4, math.ceil(BLOCK_MS / turn) * len(runtime.members)))
-        rows = runtime.plan(schedule=runtime.members[0], steps=count).steps  # pndm has one more than steps
-        names = list(islice(cycle(runtime.members), rows))
-        found.append(Trial.of(runtime, bucket, schedule=names, steps=count, guidance=scale))
+        found.append(in_turn(runtime, bucket, runtime.members, count, guidance=scale))
     return found
+
+
+def in_turn(runtime: Runtime, bucket: Bucket, names: Sequence[str], steps: int, **settings: Any) -> Trial:
+    """Members that go round, another at each step."""
+    rows = runtime.plan(schedule=names[0], steps=steps).steps  # pndm has one more than steps
+    return Trial.of(runtime, bucket, schedule=list(islice(cycle(names), rows)), steps=steps, **settings)
 
 
 def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, seed: int) -> list[Trial]:
@@ -130,7 +148,9 @@ def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, see
         rows = runtime.plan(schedule=runtime.members[0], steps=steps).steps
         cuts = sorted(rng.sample(range(1, rows), min(rng.randint(0, 3), rows - 1)))
         counts = [stop - start for start, stop in zip([0, *cuts], [*cuts, rows], strict=True)]
-        schedule = ",".join(f"{rng.choice(runtime.members)}:{length}" for length in counts)
+        names = [rng.choice(runtime.members) for _ in counts]
+        rows_of = [name for name, length in zip(names, counts, strict=True) for _ in range(length)]
+        schedule = ",".join(f"{name}:{len(list(run))}" for name, run in groupby(rows_of))
         settings: dict[str, Any] = {"guidance": rng.choice(_scales(runtime, bucket))}
         embedded = any(member.guidance_embedding for member in runtime.manifest.members.values())
         if settings["guidance"] != 1 and not embedded and rng.random() < 1 / 3:
