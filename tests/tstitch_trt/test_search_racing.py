@@ -116,6 +116,7 @@ def test_rounds_double_and_end_with_all_samples(samples: int, chunk: int) -> Non
 # --- candidates
 
 TWO = manifest()
+EVERY, _ = candidates(TWO, steps=[4, 10], solvers=["ddim"], guidance=1.0)
 THREE = manifest({name: member() for name in ("small", "base", "large")})
 
 
@@ -153,7 +154,7 @@ def test_three_members() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 60), st.integers(0, 50))
 def test_a_sample_of_the_candidates_keeps_the_reference(trials: int, seed: int) -> None:
-    every, _ = candidates(TWO, steps=[4, 10], solvers=["ddim"], guidance=1.0)
+    every = EVERY
     found = chosen(every, trials, seed=seed)
     assert found[0] is every[0]
     assert len(found) == min(trials, len(every))
