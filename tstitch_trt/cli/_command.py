@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["Command", "json_option", "traceback_option"]
+__all__ = ["Command", "command_line", "json_option", "traceback_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,3 +34,27 @@ def traceback_option(function: F) -> F:
 
 def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")(function)
+
+
+_OF_THE_OUTPUT = ("as_json", "plot", "output", "rebuild")
+
+
+def command_line(context: click.Context) -> str:
+    """The command that makes a result again: what was said, without what has no bearing on the result."""
+    import shlex
+
+    words = ["tstitch-trt", str(context.command.name)]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is None or source.name.startswith("DEFAULT") or name in _OF_THE_OUTPUT:
+            continue
+        value = context.params[name]
+        for one in value if parameter.multiple else [value]:
+            if isinstance(parameter, click.Argument):
+                words.append(str(one))
+            elif isinstance(parameter, click.Option) and parameter.is_flag:
+                words += [parameter.opts[-1]] if one else []
+            else:
+                words += [parameter.opts[-1], str(one)]
+    return shlex.join(words)

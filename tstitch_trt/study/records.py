@@ -177,10 +177,12 @@ class DivergenceStep(_Record, frozen=True, kw_only=True):
 class OrderTrial(_Record, frozen=True, kw_only=True):
     """A schedule that was really run: relative L2 of its final latents from those of the reference alone.
 
-    ``order``: ``small-first``, ``large-first``, ``large-small-large``... ``latent_error``: median over the seeds.
+    ``order``: ``small-first``, ``large-first``, ``large-small-large``... ``share`` of the steps on the small member.
+    ``latent_error``: median over the seeds.
     """
 
     order: str
+    share: float = 0.0
     schedule: str
     latent_error: float
     p10: float
