@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 EXAMPLES = """
-tstitch-trt calibrate fashion.bundle
 tstitch-trt search fashion.bundle
 tstitch-trt search fashion.bundle --steps 10,20,50 --solvers ddim,dpmpp-2m --samples 2000 --plot search.png
 tstitch-trt search fashion.bundle --metric latent_error --samples 64 --trials 12 --budget-minutes 5 --json
