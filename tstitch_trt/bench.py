@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle, islice
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
@@ -189,14 +190,16 @@ def measure(
         (fraction, {**settings, **({"fraction": fraction} if only is None else {"schedule": only})}, None)
         for fraction in fractions
     ]
-    usual = runtime.plan(**settings)
-    size = _batch(runtime, batch, guided=any(usual.guided))
-    for budget_ms in budgets:
-        asked = stand_in_wishes(runtime.manifest, runtime.backend_name, usual, size)
-        chosen = runtime.within_budget(budget_ms, **asked, **settings)
-        names = runtime.plan(**chosen.settings).schedule.names
-        points.append((names.count(runtime.members[0]) / len(names), chosen.settings, chosen))
     plans = [runtime.plan(**request) for _, request, _ in points]
+    every = _all_members(runtime, settings) if budgets else None
+    size = _batch(runtime, batch, guided=any(any(plan.guided) for plan in [*plans, *([every] if every else [])]))
+    if every is not None:
+        asked = stand_in_wishes(runtime.manifest, runtime.backend_name, every, size)
+        for budget_ms in budgets:
+            chosen = runtime.within_budget(budget_ms, **asked, **settings)
+            plans.append(runtime.plan(**chosen.settings))
+            names = plans[-1].schedule.names
+            points.append((names.count(runtime.members[0]) / len(names), chosen.settings, chosen))
     runs = [
         _Trajectory(runtime, fraction, request, plan, size, budget)
         for (fraction, request, budget), plan in zip(points, plans, strict=True)
@@ -375,6 +378,12 @@ def _batch(runtime: Runtime, batch: int | None, *, guided: bool) -> int:
             hint=f"pass --batch {max(limit, 1)}, or build again with --batch 1:{size}:{size * (2 if guided else 1)}",
         )
     return size
+
+
+def _all_members(runtime: Runtime, settings: dict[str, Any]) -> Plan:
+    """A plan in which every member has a step, as far as there are steps: what it asks for, any choice may."""
+    rows = runtime.plan(**settings, schedule=runtime.members[0]).steps
+    return runtime.plan(**settings, schedule=list(islice(cycle(runtime.members), rows)))
 
 
 def _members(runtime: Runtime, runs: list[_Trajectory], batch: int, *, repeats: int) -> tuple[MemberTiming, ...]:
