@@ -72,8 +72,8 @@ def keywords_of(setting: Setting) -> dict[str, Any]:
 
 def said_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the keywords of ``make_plan`` that say something else than its defaults."""
-    nothing = {name: (None, {}, default) for name, default in _usual().items()}
-    return {name: value for name, value in settings.items() if value not in nothing.get(name, (None,))}
+    usual = _usual()
+    return {name: value for name, value in settings.items() if value not in (None, {}, usual.get(name))}
 
 
 @cache
