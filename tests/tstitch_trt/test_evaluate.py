@@ -185,6 +185,15 @@ def test_a_scorer_for_a_search(place: Path) -> None:
     assert Scorer.of(open_bundle(place), metric="psnr").better(30.0, 20.0)
 
 
+def test_psnr_of_pairs_that_are_mostly_equal_has_a_finite_interval() -> None:
+    scorer = Scorer(("psnr",))
+    measure = scorer.measure({"squared_error": np.array([0.0] * 7 + [2.0])})
+    assert measure.value == pytest.approx(10 * np.log10(255**2 / 0.25))
+    assert np.isfinite([measure.low, measure.high, measure.std]).all()
+    assert measure.low <= measure.value <= measure.high
+    assert scorer.measures({"squared_error": np.zeros(8)}) == {}
+
+
 @pytest.mark.parametrize(
     ("metrics", "words", "hint"),
     [

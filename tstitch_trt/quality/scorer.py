@@ -314,7 +314,8 @@ class Scorer:
         if mean == 0:
             return Measure(value=np.inf, low=np.inf, high=np.inf, std=0.0)
         counts = bootstrap_counts(len(errors), resamples)
-        means = np.maximum(counts @ errors / len(errors), np.finfo(np.float64).tiny)
+        least = errors[errors > 0].min() / len(errors)  # a resample of equal pairs alone would be infinite
+        means = np.maximum(counts @ errors / len(errors), least)
         return interval(float(decibels(mean)), decibels(means), level=level)
 
     @cached_property
