@@ -27,11 +27,21 @@ from tstitch_trt.graphs import GraphState
 from tstitch_trt.machine import Machine, describe_machine, peak_memory
 
 if TYPE_CHECKING:
+    from tstitch_trt.cost.budget import Budget
     from tstitch_trt.plan import Plan
     from tstitch_trt.runtime import Runtime
 from tstitch_trt.stand_in import stand_in_wishes
 
-__all__ = ["Baseline", "BaselineTiming", "Bench", "MemberTiming", "TrajectoryTiming", "measure", "spread"]
+__all__ = [
+    "Baseline",
+    "BaselineTiming",
+    "Bench",
+    "BudgetTiming",
+    "MemberTiming",
+    "TrajectoryTiming",
+    "measure",
+    "spread",
+]
 
 FORMULA = "predicted_ms = sum over the steps of step_ms of the member (guided or not) that runs at that step"
 
@@ -54,6 +64,22 @@ class MemberTiming(msgspec.Struct, frozen=True, kw_only=True):
     blocks: int
 
 
+class BudgetTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """How the choice of a trajectory for a budget fared: ``met`` in so many of ``runs``. See ``cost.budget.Budget``."""
+
+    budget_ms: float
+    predicted_ms: float
+    upper_ms: float
+    steps: int
+    solver: str
+    source: str
+    metric: str
+    quality: float
+    interpolated: bool
+    met: int
+    runs: int
+
+
 class TrajectoryTiming(msgspec.Struct, frozen=True, kw_only=True):
     fraction: float
     schedule: str
@@ -66,6 +92,7 @@ class TrajectoryTiming(msgspec.Struct, frozen=True, kw_only=True):
     bare_ms: float
     overhead: float
     images_per_second: float
+    budget: BudgetTiming | None = None
 
 
 class BaselineTiming(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +165,7 @@ def measure(
     runtime: Runtime,
     *,
     fractions: Sequence[float],
+    budgets: Sequence[float] = (),
     batch: int | None = None,
     repeats: int = 5,
     warmup: int = 1,
@@ -148,19 +176,30 @@ def measure(
 ) -> Bench:
     """Measures ``runtime`` at each fraction; ``settings`` are those of ``Runtime.plan``.
 
+    And the schedule that is chosen for each of ``budgets``, milliseconds of a trajectory of the whole batch
+    (``Runtime.within_budget``).
+
     Raises ``OutOfProfile`` for a batch that one engine call can't hold: split batches would be measured as if they
     were one. Raises ``BadInput`` when the baseline's latents differ from ours.
     """
     only = runtime.members[0] if len(runtime.members) == 1 else None
-    points = [
-        (fraction, {**settings, **({"fraction": fraction} if only is None else {"schedule": only})})
-        for fraction in (fractions if only is None else (0.0,))  # one member has nothing to stitch
+    if only is not None and fractions:
+        fractions = (0.0,)  # one member has nothing to stitch
+    points: list[tuple[float, dict[str, Any], Budget | None]] = [
+        (fraction, {**settings, **({"fraction": fraction} if only is None else {"schedule": only})}, None)
+        for fraction in fractions
     ]
-    plans = [runtime.plan(**request) for _, request in points]
-    size = _batch(runtime, batch, guided=any(any(plan.guided) for plan in plans))
+    usual = runtime.plan(**settings)
+    size = _batch(runtime, batch, guided=any(usual.guided))
+    for budget_ms in budgets:
+        asked = stand_in_wishes(runtime.manifest, runtime.backend_name, usual, size)
+        chosen = runtime.within_budget(budget_ms, **asked, **settings)
+        names = runtime.plan(**chosen.settings).schedule.names
+        points.append((names.count(runtime.members[0]) / len(names), chosen.settings, chosen))
+    plans = [runtime.plan(**request) for _, request, _ in points]
     runs = [
-        _Trajectory(runtime, fraction, request, plan, size)
-        for (fraction, request), plan in zip(points, plans, strict=True)
+        _Trajectory(runtime, fraction, request, plan, size, budget)
+        for (fraction, request, budget), plan in zip(points, plans, strict=True)
     ]
     differences: list[float] = []
     if baseline is not None:
@@ -214,11 +253,20 @@ def measure(
 class _Trajectory:
     """One fraction's plan and what was measured of it, one entry per round."""
 
-    def __init__(self, runtime: Runtime, fraction: float, request: dict[str, Any], plan: Plan, batch: int) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        fraction: float,
+        request: dict[str, Any],
+        plan: Plan,
+        batch: int,
+        budget: Budget | None = None,
+    ) -> None:
         self.runtime = runtime
         self.fraction = fraction
         self.request = request
         self.plan = plan
+        self.budget = budget
         self.batch = batch
         self.asked = stand_in_wishes(runtime.manifest, runtime.backend_name, plan, batch)
         self.labels: list[int] = self.asked.get("labels", [])  # a baseline draws classes
@@ -287,6 +335,22 @@ class _Trajectory:
             bare_ms=statistics.median(self.bare),
             overhead=statistics.median(t / b for t, b in zip(self.times, self.bare, strict=True)),
             images_per_second=1e3 * self.batch / ms,
+            budget=None if self.budget is None else self._outcome(self.budget),
+        )
+
+    def _outcome(self, budget: Budget) -> BudgetTiming:
+        return BudgetTiming(
+            budget_ms=budget.budget_ms,
+            predicted_ms=budget.predicted_ms,
+            upper_ms=budget.upper_ms,
+            steps=budget.steps,
+            solver=budget.solver,
+            source=budget.source,
+            metric=budget.metric,
+            quality=budget.quality,
+            interpolated=budget.interpolated,
+            met=sum(taken <= budget.budget_ms for taken in self.times),
+            runs=len(self.times),
         )
 
     def against(self, difference: float) -> BaselineTiming:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device import Buffer, Device, Download, Stopwatch
-from tstitch_engines.errors import NotFinite, OutOfProfile
+from tstitch_engines.errors import NotFinite
 from tstitch_engines.rows import FLAG_STORE, HISTORY, ROW
 from tstitch_trt.graphs import Kind
 from tstitch_trt.plan import Plan
@@ -61,7 +61,8 @@ class Walk:
         self._decode = decode
         self._events = events
         self._guided = any(plan.guided)
-        self._limit = self._lanes_limit()
+        self._splitting = stepper.splitting
+        self._counts = self._splitting.chunks(request.n, guided=self._guided)
         # A member that paints into a picture is given the picture; for any other the picture is put back.
         self._blends = {
             name: request.picture is not None and request.picture.mask is not None and not member.inpaints
@@ -75,14 +76,16 @@ class Walk:
             self._rows[:, ROW["FLAGS"]] = flags.astype(np.float32)
 
     def chunks(self) -> list[Chunk]:
-        starts = range(0, self._request.n, self._limit)
-        ends = (min(start + self._limit, self._request.n) for start in starts)
-        return [Chunk(start, stop, i, len(starts)) for i, (start, stop) in enumerate(zip(starts, ends, strict=True))]
+        ends = list(accumulate(self._counts))
+        return [
+            Chunk(stop - count, stop, index, len(ends))
+            for index, (count, stop) in enumerate(zip(self._counts, ends, strict=True))
+        ]
 
     def run(self, chunk: Chunk, keep: Buffer | None) -> Generator[StepEvent, None, UnderWay]:
         """Enqueues all steps. The latents go to the buffer ``keep`` on the device, or without one to the host."""
         plan, request, stepper = self._plan, self._request, self._stepper
-        lanes = self._lanes(chunk.count)
+        lanes = self._splitting.lanes(chunk.count, guided=plan.guided)
         stepper.shape(*request.size)
         made = {
             (name, guided): stepper.kind(
@@ -166,29 +169,7 @@ class Walk:
         timings = [SegmentTiming(name, steps, ms) for (name, steps), ms in zip(done.segments, times, strict=True)]
         return None if done.latents is None else done.latents.get(), timings
 
-    # --- limits and errors
-
-    def _lanes_limit(self) -> int:
-        limit = self._stepper.batch_limit
-        if not self._guided:
-            return limit
-        if limit < 2:
-            raise OutOfProfile(
-                f"guidance runs two halves per image, and the engines' largest batch is {limit}",
-                hint="pass guidance=1 (--guidance 1), or build again with --batch 1:8:16",
-            )
-        return limit // 2
-
-    def _lanes(self, count: int) -> int:
-        """Lanes to run for ``count`` images: more where the profile's smallest batch or the graphs ask for it."""
-        floor = self._stepper.batch_floor if not all(self._plan.guided) else -(-self._stepper.batch_floor // 2)
-        if floor > self._limit:
-            raise OutOfProfile(
-                f"the engines' batch profile {self._stepper.batch_floor}..{self._stepper.batch_limit} has no room for "
-                "both guided and unguided steps",
-                hint="build again with --batch 1:8:16",
-            )
-        return self._stepper.lanes_for(max(count, floor), self._limit, guided=self._guided)
+    # --- errors
 
     def _raise_fault(self, fault: NDArray[np.int32], chunk: Chunk) -> None:
         bad = [lane for lane in range(chunk.count) if fault[lane] >= 0]

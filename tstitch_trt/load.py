@@ -92,4 +92,5 @@ def load(
         for engine in engines.values():
             engine.close()
         raise
-    return Runtime(opened, place, name, engines, 1e3 * (perf_counter() - started), graph=graph, decoding=decoding)
+    load_ms = 1e3 * (perf_counter() - started)
+    return Runtime(opened, place, name, engines, load_ms, graph=graph, decoding=decoding, threads=threads or 0)

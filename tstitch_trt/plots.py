@@ -12,8 +12,9 @@ from tstitch_trt.files import atomic_file, require_parent
 
 if TYPE_CHECKING:
     from tstitch_trt.bench import Bench
+    from tstitch_trt.study.records import Calibration
 
-__all__ = ["check_plot", "figure", "plot_bench"]
+__all__ = ["check_plot", "figure", "plot_bench", "plot_calibration"]
 
 
 def check_plot(path: Path, *, option: str = "--plot") -> None:
@@ -63,3 +64,36 @@ def plot_bench(path: Path, bench: Bench) -> None:
         axes.set_title(f"{bench.bundle}: {bench.steps} steps, {bench.backend} on {bench.device}")
         axes.grid(alpha=0.3)
         axes.legend()
+
+
+def plot_calibration(path: Path, calibration: Calibration) -> None:
+    """Step cost against the batch, and measured against predicted time of the checks with their errors."""
+    with figure(path, columns=2, size=(10.4, 4.2)) as (left, right):
+        curves = dict.fromkeys((cost.member, cost.guided, cost.width, cost.height) for cost in calibration.steps)
+        several = len({curve[2:] for curve in curves}) > 1
+        for name, guided, width, height in curves:
+            own = sorted(
+                (cost.batch, cost.ms, cost.p10_ms, cost.p90_ms)
+                for cost in calibration.steps
+                if (cost.member, cost.guided, cost.width, cost.height) == (name, guided, width, height)
+            )
+            batches, middle, low, high = zip(*own, strict=True)
+            label = f"{name}{', guided' if guided else ''}{f', {width}x{height}' if several else ''}"
+            (line,) = left.plot(batches, middle, marker="o", label=label)
+            left.fill_between(batches, low, high, alpha=0.2, color=line.get_color())
+        left.set_xlabel("images per engine call")
+        left.set_ylabel("ms per step")
+        left.set_ylim(bottom=0)
+        predicted = [check.predicted_ms for check in calibration.checks]
+        right.plot(predicted, [100 * check.error for check in calibration.checks], "o")
+        right.axhline(0, color="black", linewidth=0.8)
+        right.set_xscale("log")
+        right.set_xlabel("predicted ms of a random schedule")
+        right.set_ylabel("error of the prediction, %")
+        right.set_title(
+            f"median {100 * calibration.median_error:.1f} %, worst {100 * calibration.worst_error:.1f} %", fontsize=10
+        )
+        left.set_title(f"{calibration.bundle}: {calibration.backend} on {calibration.device}", fontsize=10)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        left.legend()

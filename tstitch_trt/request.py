@@ -21,7 +21,7 @@ from tstitch_trt.rows import reads_before
 from tstitch_trt.starting import Encoder, Start, check_start_wishes, make_start, read_control, read_image
 from tstitch_trt.wishes import PictureWishes
 
-__all__ = ["Request", "host_array"]
+__all__ = ["Request", "extent", "host_array"]
 
 _SEED_LIMIT = 2**64
 
@@ -136,6 +136,21 @@ def host_array(array: Any) -> NDArray[np.generic]:
 
 
 # --- how many, and which
+
+
+def extent(manifest: Manifest, limits: Limits, wishes: PictureWishes) -> tuple[int, tuple[int, int]]:
+    """How many images a request is for, and height and width of their latents. Raises as ``Request.make`` does.
+
+    Reads shapes only: nothing is encoded.
+    """
+    latents: Any = wishes.get("latents")
+    if latents is not None and not hasattr(latents, "shape"):
+        wishes = {**wishes, "latents": host_array(latents)}
+        latents = wishes["latents"]
+    channels = 3 if manifest.decoder.kind != "pixel" else manifest.latent.channels
+    pictures = read_image(wishes.get("image"), channels)
+    size = _size(manifest, limits, wishes, pictures, read_control(wishes.get("control")))
+    return _count(manifest, wishes, latents, 1 if pictures is None else len(pictures))[1], size
 
 
 def _count(manifest: Manifest, wishes: PictureWishes, latents: Any, pictures: int) -> tuple[tuple[int, ...], int]:

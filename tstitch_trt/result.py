@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan import Plan
 from tstitch_trt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from tstitch_trt.cost.budget import Budget
 
 __all__ = ["Decode", "Result", "SegmentTiming", "StepEvent"]
 
@@ -60,6 +63,8 @@ class Result:
 
     ``loras``: those that were in the engines by ``Runtime.swap_lora``, ``{"large": "style.safetensors:0.8"}``.
 
+    ``budget``: how the schedule was chosen, where a latency budget was given.
+
     ``total_ms`` is the time of the trajectories alone, without decoding: the sum of ``timings``.
     """
 
@@ -72,6 +77,7 @@ class Result:
     _device_latents: Any = None
     prompts: tuple[str, ...] = ()
     loras: Mapping[str, str] = field(default_factory=dict)
+    budget: Budget | None = None
 
     @property
     def latents(self) -> NDArray[np.float32]:

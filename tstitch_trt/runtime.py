@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 
 import numpy as np
 
@@ -16,10 +16,12 @@ from tstitch_engines.bundle import Bundle
 from tstitch_engines.device import Buffer, Device
 from tstitch_engines.errors import BadInput, Cancelled, unknown_name
 from tstitch_engines.manifest import Manifest
+from tstitch_trt.budgeting import Budgeting, chosen_settings
 from tstitch_trt.chunks import Gathered, UnderWay, Walk
 from tstitch_trt.codec import Codec, Picturing
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState
+from tstitch_trt.limits import Limits
 from tstitch_trt.lora import Loras
 from tstitch_trt.measuring import Measuring
 from tstitch_trt.parts import Part
@@ -27,11 +29,15 @@ from tstitch_trt.pictures import Tile
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.request import Request, host_array
 from tstitch_trt.result import Decode, Result, StepEvent
+from tstitch_trt.splitting import Splitting
 from tstitch_trt.starting import check_start_wishes, start_step
 from tstitch_trt.stepper import Stepper
 from tstitch_trt.swapping import LoraSwapping
 from tstitch_trt.text import TextEncoders
 from tstitch_trt.wishes import PictureWishes, Wishes, asked_steps, split_wishes
+
+if TYPE_CHECKING:
+    from tstitch_trt.cost.budget import Budget
 
 __all__ = ["Runtime"]
 
@@ -40,7 +46,7 @@ Output = Literal["host", "device"]
 OUTPUTS: Final = ("host", "device")
 
 
-class Runtime(LoraSwapping, Measuring, Picturing):
+class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
     """Loaded engines of one bundle on one device. Made by ``tstitch_trt.load``.
 
     One request at a time: a second call from another thread while one runs raises ``BadInput``. Use it as a context
@@ -57,12 +63,17 @@ class Runtime(LoraSwapping, Measuring, Picturing):
         *,
         graph: GraphMode = "auto",
         decoding: Device | None = None,
+        threads: int = 0,
     ) -> None:
-        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device`` (``Device.beside``)."""
+        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device`` (``Device.beside``).
+
+        ``threads``: CPU threads that the engines were loaded with, 0 for all cores.
+        """
         self.bundle = bundle
         self.device = device
         self.backend_name = backend_name
         self.load_ms = load_ms
+        self.threads = threads
         self._engines = dict(engines)
         stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
         self._stepper = Stepper(bundle.manifest, device, stepped, graph)
@@ -87,6 +98,16 @@ class Runtime(LoraSwapping, Measuring, Picturing):
     def batch_limit(self) -> int:
         """Images per engine call when unguided; half of it when guided."""
         return self._stepper.batch_limit
+
+    @property
+    def splitting(self) -> Splitting:
+        """How the images of a request become chunks, each of one engine call."""
+        return self._stepper.splitting
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes that all members can run."""
+        return self._stepper.limits
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -146,6 +167,7 @@ class Runtime(LoraSwapping, Measuring, Picturing):
         decode: bool | None = None,
         output: Output = "host",
         tile: Tile = "auto",
+        latency_budget_ms: float | None = None,
         **wishes: Unpack[Wishes],
     ) -> Result:
         """Draws images.
@@ -159,10 +181,15 @@ class Runtime(LoraSwapping, Measuring, Picturing):
         latents on the device, as ``Result.device_latents``, and makes no pictures. ``tile``: how the VAE takes them,
         and those to start from (``tstitch_trt.pictures.Tile``).
 
+        ``latency_budget_ms``: the best schedule whose trajectories take at most so long, in place of ``schedule`` or
+        ``fraction`` (``within_budget``); ``Result.budget`` says what was chosen and why.
+
         Images larger in number than the engines' batch profile run in chunks. Raises ``BadInput`` and its kinds for a
         request that can't be right, ``NotFinite`` with step and member, ``Cancelled``.
         """
-        walk = self._start(wishes, decode=decode, output=output, tile=tile, events=callback is not None)
+        walk = self._start(
+            wishes, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
+        )
         while True:
             try:
                 event = next(walk)
@@ -182,13 +209,21 @@ class Runtime(LoraSwapping, Measuring, Picturing):
         decode: bool | None = None,
         output: Output = "host",
         tile: Tile = "auto",
+        latency_budget_ms: float | None = None,
         **wishes: Unpack[Wishes],
     ) -> Generator[StepEvent, None, Result]:
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel."""
-        return self._start(wishes, decode=decode, output=output, tile=tile, events=True)
+        return self._start(wishes, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
 
     def _start(
-        self, wishes: Wishes, *, decode: bool | None, output: Output, tile: Tile, events: bool
+        self,
+        wishes: Wishes,
+        *,
+        decode: bool | None,
+        output: Output,
+        tile: Tile,
+        events: bool,
+        within: float | None,
     ) -> Generator[StepEvent, None, Result]:
         """Checks all that can be checked before anything runs."""
         if output not in OUTPUTS:
@@ -200,6 +235,9 @@ class Runtime(LoraSwapping, Measuring, Picturing):
             )
         pictures, settings = split_wishes(wishes)
         check_start_wishes(pictures)
+        budget = None if within is None else self.within_budget(within, **wishes)
+        if budget is not None:
+            settings = chosen_settings(settings, budget)
         start = pictures.get("start_step", 0)
         if pictures.get("image") is not None:
             start = start_step(pictures, asked_steps(self.manifest, settings))
@@ -214,7 +252,7 @@ class Runtime(LoraSwapping, Measuring, Picturing):
         if decode:
             self._codec.check(tile, request.size)
         decoder = partial(self.decode, tile=tile) if decode else None
-        return self._walk(request, plan, decode=decoder, events=events, output=output)
+        return self._walk(request, plan, decode=decoder, events=events, output=output, budget=budget)
 
     def _request(self, pictures: PictureWishes, plan: Plan, start: int, tile: Tile) -> Request:
         latents = pictures.get("latents")
@@ -234,11 +272,18 @@ class Runtime(LoraSwapping, Measuring, Picturing):
         return request
 
     def _walk(
-        self, request: Request, plan: Plan, *, decode: Decode | None, events: bool, output: Output
+        self,
+        request: Request,
+        plan: Plan,
+        *,
+        decode: Decode | None,
+        events: bool,
+        output: Output,
+        budget: Budget | None,
     ) -> Generator[StepEvent, None, Result]:
         walk = Walk(self._stepper, self.device, request, plan, decode=decode or self.decode, events=events)
         with self._alone():
-            return (yield from self._chunks(walk, request, plan, decode=decode, output=output))
+            return (yield from self._chunks(walk, request, plan, decode=decode, output=output, budget=budget))
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -255,7 +300,14 @@ class Runtime(LoraSwapping, Measuring, Picturing):
             self._busy.release()
 
     def _chunks(
-        self, walk: Walk, request: Request, plan: Plan, *, decode: Decode | None, output: Output
+        self,
+        walk: Walk,
+        request: Request,
+        plan: Plan,
+        *,
+        decode: Decode | None,
+        output: Output,
+        budget: Budget | None,
     ) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
         shape = (request.n, self.manifest.latent.channels, *request.size)
@@ -283,6 +335,7 @@ class Runtime(LoraSwapping, Measuring, Picturing):
             None if kept is None else self.device.share(kept),
             prompts=request.prompts,
             loras=self._loras.said(),
+            budget=budget,
         )
 
     def _result_buffer(self, shape: tuple[int, ...]) -> Buffer:

@@ -18,6 +18,7 @@ from tstitch_trt.graphs import GraphMode, GraphState, Kind, StepGraphs
 from tstitch_trt.lanes import LaneArena
 from tstitch_trt.limits import Limits, Sizes, network_sizes
 from tstitch_trt.slices import Bound, IoSlices
+from tstitch_trt.splitting import Splitting
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.base import Engine
@@ -45,7 +46,6 @@ class Stepper:
         self.members = tuple(name for name in engines if name in manifest.members)
         self.limits = Limits.of(manifest, {name: engine.profile for name, engine in engines.items()})
         self.batch_floor, self.batch_limit = self.limits.batch.min, self.limits.batch.max
-        self._tuned = {self._engines[name].profile.dims["B"].opt for name in self.members}
         self.arena = LaneArena(
             device,
             slots=self.batch_limit,
@@ -72,16 +72,15 @@ class Stepper:
         """Records the steps that run ``network`` again, when they next come: its engine was changed."""
         self._graphs.drop([kind for kind in self._recent if network in _networks(kind)])
 
-    def lanes_for(self, count: int, limit: int, *, guided: bool) -> int:
-        """How many lanes run for ``count`` of at most ``limit``.
-
-        Without graphs just those. With graphs one of a few sizes, so that graphs stay few: a power of two, what the
-        engines are tuned for, or ``limit``. Nothing reads a spare lane.
-        """
-        if self._graphs.mode == "off":
-            return count
-        sizes = {limit, *(tuned // (2 if guided else 1) for tuned in self._tuned), *(1 << i for i in range(31))}
-        return min(size for size in sizes if count <= size <= limit)
+    @property
+    def splitting(self) -> Splitting:
+        """How images become chunks and lanes."""
+        return Splitting(
+            floor=self.batch_floor,
+            limit=self.batch_limit,
+            tuned=tuple(sorted({self._engines[name].profile.dims["B"].opt for name in self.members})),
+            rounded=self._graphs.mode != "off",
+        )
 
     # --- sizes
 

@@ -9,6 +9,7 @@
     │   ├── BadEngine            an engine file that is truncated, altered or not for this machine
     │   ├── PairMismatch         members that can't share one latent
     │   ├── OutOfProfile         a size outside what the engine was built for
+    │   ├── NotCalibrated        no calibration of these engines on this machine
     │   └── Unavailable          a library, device or feature that this machine lacks
     └── FailedWork               the request was fine, carrying it out failed             exit code 1
         ├── BuildFailed          an export or a compilation
@@ -33,6 +34,7 @@ __all__ = [
     "BuildFailed",
     "Cancelled",
     "FailedWork",
+    "NotCalibrated",
     "NotFinite",
     "OutOfProfile",
     "PairMismatch",
@@ -96,6 +98,10 @@ class PairMismatch(BadInput):
 
 
 class OutOfProfile(BadInput):
+    pass
+
+
+class NotCalibrated(BadInput):
     pass
 
 

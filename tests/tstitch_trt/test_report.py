@@ -20,7 +20,8 @@ from PIL import Image
 import tstitch_trt
 from browser import browser_page, pixels
 from command import Command, Outcome, refused
-from studies import calibration, check, divergence, evaluation, evaluation_point, search
+from report_studies import check, divergence, evaluation, evaluation_point
+from studies import calibration, search
 from tiny import TinyPair
 from tstitch_engines.bundle import Bundle, open_bundle
 from tstitch_engines.manifest import Manifest

@@ -28,6 +28,7 @@ COMMANDS = {
     "build": "Turn a recipe and its checkpoints into a bundle of compiled engines.",
     "sample": "Draw images from a bundle.",
     "bench": "Measure engines, step kernels and stitched trajectories of a bundle.",
+    "calibrate": "Measure what sampling costs on this machine, for --budget-ms and search.",
     "inspect": "Show what a bundle holds: members, specs, engine identities, hashes, sources.",
     "verify": "Compare every engine of a bundle with ONNX Runtime and PyTorch.",
     "cache": "List the cache of exports and engines, prune it or clear it.",

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from tstitch_trt.graphs import GraphMode
     from tstitch_trt.runtime import Runtime
 
-__all__ = ["bundle_argument", "load_runtime", "rebuild_option", "runtime_options", "step_options"]
+__all__ = [
+    "budget_option",
+    "bundle_argument",
+    "load_runtime",
+    "parse_budgets",
+    "rebuild_option",
+    "runtime_options",
+    "step_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,6 +79,27 @@ def load_runtime(
             rebuild=True,
             progress=lambda phase, share: bar.update(done=share, text=phase),
         )
+
+
+def budget_option(text: str) -> Callable[[F], F]:
+    """``--budget-ms``, with ``text`` for its help."""
+    return click.option("--budget-ms", metavar="MS", help=text)
+
+
+def parse_budgets(text: str | None) -> tuple[float, ...]:
+    """``"200,500"`` -> milliseconds. Raises ``BadInput``."""
+    from tstitch_engines.errors import BadInput
+    from tstitch_trt.cost.budget import check_budget
+
+    if text is None:
+        return ()
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise BadInput(f"--budget-ms {text!r} is no number of milliseconds", hint="e.g. --budget-ms 500") from None
+    for budget in found:
+        check_budget(budget)
+    return found
 
 
 def step_options(function: F) -> F:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
+from tstitch_trt.cli._sampling import (
+    budget_option,
+    bundle_argument,
+    load_runtime,
+    parse_budgets,
+    runtime_options,
+    step_options,
+)
 
 if TYPE_CHECKING:
     from tstitch_trt.bench import Bench
@@ -20,6 +27,7 @@ EXAMPLES = """
 tstitch-trt bench fashion.bundle
 tstitch-trt bench fashion.bundle --fractions 0:1:0.1 --steps 50 --batch 8 --plot latency.png
 tstitch-trt bench fashion.bundle --fractions 0,0.4,1 --repeats 9 --json
+tstitch-trt bench fashion.bundle --budget-ms 200,400 --repeats 20
 tstitch-trt bench fashion.bundle --fractions 0 --steps 20 --against torch
 """
 
@@ -28,11 +36,10 @@ tstitch-trt bench fashion.bundle --fractions 0 --steps 20 --against torch
 @bundle_argument
 @click.option(
     "--fractions",
-    default="0:1:0.25",
-    show_default=True,
     metavar="LIST",
-    help="START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member.",
+    help="START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member. [0:1:0.25]",
 )
+@budget_option("Measure what is chosen for budgets, e.g. 200,500, and how often they are met (after: calibrate).")
 @step_options
 @click.option("--batch", type=click.IntRange(1), metavar="B", help="Images per trajectory, in one engine call. [8]")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Measured rounds.")
@@ -44,7 +51,8 @@ tstitch-trt bench fashion.bundle --fractions 0 --steps 20 --against torch
 @traceback_option
 def command(
     bundle: Path,
-    fractions: str,
+    fractions: str | None,
+    budget_ms: str | None,
     batch: int | None,
     repeats: int,
     warmup: int,
@@ -68,7 +76,8 @@ def command(
     from tstitch_trt.plots import check_plot, plot_bench
     from tstitch_trt.progress import log, progress
 
-    points = parse_fractions(fractions)
+    budgets = parse_budgets(budget_ms)
+    points = parse_fractions(fractions or "0:1:0.25") if fractions or not budgets else ()
     if plot is not None:
         check_plot(plot)
 
@@ -83,6 +92,7 @@ def command(
             result = measure(
                 runtime,
                 fractions=points,
+                budgets=budgets,
                 batch=batch,
                 repeats=repeats,
                 warmup=warmup,
@@ -137,6 +147,24 @@ def _print(bench: Bench) -> None:
             for t in bench.trajectories
         ],
     )
+    if any(t.budget for t in bench.trajectories):
+        click.echo()
+        print_table(
+            ("budget ms", "schedule", "chosen by", "predicted", "at most", "measured", "met"),
+            [
+                (
+                    f"{t.budget.budget_ms:g}",
+                    f"{t.schedule} ({t.budget.solver}, {t.budget.steps} steps)",
+                    f"{t.budget.source}: {t.budget.metric} {t.budget.quality:.4g}",
+                    f"{t.budget.predicted_ms:.1f}",
+                    f"{t.budget.upper_ms:.1f}",
+                    f"{t.ms:.1f}",
+                    f"{t.budget.met} of {t.budget.runs}",
+                )
+                for t in bench.trajectories
+                if t.budget is not None
+            ],
+        )
     if bench.against is not None:
         click.echo()
         print_table(

@@ -12,7 +12,14 @@ from tstitch_engines.rows import ROW
 from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._loras import lora_texts
 from tstitch_trt.cli._pictures import picture_options, picture_settings, picture_wishes, tile_of
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
+from tstitch_trt.cli._sampling import (
+    budget_option,
+    bundle_argument,
+    load_runtime,
+    parse_budgets,
+    runtime_options,
+    step_options,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +36,7 @@ tstitch-trt sample fashion.bundle --labels 0-9 -o grid.png
 tstitch-trt sample fashion.bundle --labels 0-9 -n 40 --fraction 0.4 --guidance 1.5 --seed 7 -o grid.png
 tstitch-trt sample fashion.bundle --labels Bag,Sneaker --schedule small:20,large:30 --steps 50 -o bags
 tstitch-trt sample fashion.bundle --labels 0-9 -n 100 --steps 20 -o samples.npz --json
+tstitch-trt sample fashion.bundle --labels 0-9 --budget-ms 500 -o grid.png
 tstitch-trt sample fashion.bundle --labels 3,5 --latents-out latents.npy -o pair.png
 tstitch-trt sample fashion.bundle --labels 3,5 --fraction 1 --latents-in latents.npy -o again.png
 tstitch-trt sample sd15.bundle --prompt "a red fox in the snow" --negative blurry --size 768x512 -o fox.png
@@ -54,6 +62,7 @@ DEFAULT_LABELS = 10
 @click.option(
     "--rounding", default="paper", show_default=True, metavar="RULE", help="paper, floor, timestep or timestep-strict."
 )
+@budget_option("The best schedule whose steps take at most so long, for all images (after: tstitch-trt calibrate).")
 @step_options
 @click.option("--spacing", metavar="NAME", help="Where the steps lie: leading, linspace, trailing or dit.")
 @click.option("--sigmas", metavar="NAME", help="Spacing in sigma instead: karras or exponential.")
@@ -95,6 +104,7 @@ def command(
     latents_out: Path | None,
     output: Path | None,
     guidance_interval: str | None,
+    budget_ms: str | None,
     device: str,
     backend: str | None,
     threads: int | None,
@@ -108,6 +118,9 @@ def command(
     Without --labels a class bundle draws one image of every class (of the first ten where there are more). All options
     that are left out take the bundle's defaults. The settings are kept in the PNG files.
     """
+    import msgspec
+
+    from tstitch_trt.cost.budget import warm_up
     from tstitch_trt.files import load_array, require_parent, save_array
     from tstitch_trt.outputs import kind_of, write_images
     from tstitch_trt.parsing import parse_interval, parse_numbers
@@ -118,6 +131,9 @@ def command(
             f"--fraction {trajectory['fraction']} and --schedule {trajectory['schedule']!r} both say which member runs",
             hint="give one of them",
         )
+    budgets = parse_budgets(budget_ms)
+    if len(budgets) > 1:
+        raise BadInput(f"--budget-ms {budget_ms!r} are {len(budgets)} budgets; allowed is one", hint="--budget-ms 500")
     swapped = lora_texts(loras)
     interval = None if guidance_interval is None else parse_interval(guidance_interval)
     own_seeds = None if seeds is None else parse_numbers(seeds, what="seed", example="--seeds 1,2,5-9")
@@ -146,25 +162,35 @@ def command(
             wishes["labels"] = []  # refused with its reason
         for name, text in swapped.items():
             runtime.swap_lora(name, text)
+        asked = {
+            **trajectory,
+            **wishes,
+            "seed": seed,
+            "seeds": own_seeds,
+            "latents": start,
+            "guidance_interval": interval,
+        }
+        if budgets:
+            budget = runtime.within_budget(budgets[0], **asked)
+            log(str(budget))
+            warm_up(runtime, budget)
         with progress("sampling", 1, counted="steps") as bar:
             result = runtime.sample(
-                seed=seed,
-                seeds=own_seeds,
-                latents=start,
-                guidance_interval=interval,
                 decode=target is not None,
                 tile=tile,
                 callback=lambda e: bar.update(
                     done=(e.chunk - 1) * e.steps + e.step, total=e.chunks * e.steps, text=f"sampling on {e.member}"
                 ),
-                **trajectory,
-                **wishes,
+                latency_budget_ms=budgets[0] if budgets else None,
+                **asked,
             )
     finally:
         runtime.close()
 
     where = {"device": device, "backend": runtime.backend_name}
     document = {**_describe(bundle, manifest, result, where), **settings}
+    if result.budget is not None:
+        document["budget"] = {**msgspec.to_builtins(result.budget), "met": result.total_ms <= result.budget.budget_ms}
     if result.loras:
         document["loras"] = dict(result.loras)
     each = document.pop("images")
@@ -184,6 +210,10 @@ def command(
         f"{result.total_ms / 1e3:.2f} s ({result.total_ms / len(result.seeds):.1f} ms per image): "
         + ", ".join(f"{part.member} {part.steps} steps {part.ms:.0f} ms" for part in result.timings)
     )
+    if result.budget is not None:
+        over = result.total_ms - result.budget.budget_ms
+        met = "met" if over <= 0 else f"missed by {over:.1f} ms"
+        log(f"the budget of {result.budget.budget_ms:g} ms is {met}: {result.total_ms:.1f} ms")
     for path in (target, latents_out):
         if path is not None:
             click.echo(path)

@@ -257,7 +257,7 @@ def _calibration(study: Calibration, name: str, newest: bool) -> Markup:
             paragraph("time = sum of the members' steps + overhead", class_="formula"),
             tag("div", drawn, tables, class_="pair") if drawn else tables,
             paragraph(
-                f"A budget is compared with the prediction × {study.upper_ratio:.3f}, the 95th percentile of measured "
+                f"A budget is compared with the prediction × {study.upper_ratio:.3f}, the 98th percentile of measured "
                 "over predicted time of single runs.",
                 class_="note",
             ),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from tstitch_trt.machine import Machine
+from tstitch_trt.splitting import Splitting
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -78,8 +79,8 @@ class Setting(_Record, frozen=True, kw_only=True):
 class StepCost(_Record, frozen=True, kw_only=True):
     """One step (prepare, engine, advance) of a member on ``batch`` images, whose latents are ``height`` x ``width``.
 
-    ``guided``: both halves run, ``2 batch`` rows. ``ms`` is the median over ``blocks`` means, with the 10th and 90th
-    percentile.
+    ``guided``: both halves run, ``2 batch`` rows. ``ms`` is fitted to the medians of trajectories; the 10th and 90th
+    percentile are those of ``blocks`` trajectories of this member alone, per step.
     """
 
     member: str
@@ -94,7 +95,10 @@ class StepCost(_Record, frozen=True, kw_only=True):
 
 
 class Overhead(_Record, frozen=True, kw_only=True):
-    """What a trajectory costs beside its steps: ``ms`` once, and ``switch_ms`` for each change of the member."""
+    """What a chunk of ``batch`` images costs beside its steps.
+
+    ``ms`` once, and ``switch_ms`` for each change of the member, or from guided to unguided steps or back.
+    """
 
     batch: int
     height: int
@@ -104,11 +108,15 @@ class Overhead(_Record, frozen=True, kw_only=True):
 
 
 class Check(_Record, frozen=True, kw_only=True):
-    """One random schedule that the model was not fitted on, predicted and measured (median over ``repeats``)."""
+    """One random schedule that the model was not fitted on, predicted and measured (median over ``repeats``).
+
+    ``guidance_interval``: only the steps ``start <= i < stop`` were guided.
+    """
 
     schedule: str
     steps: int
     guidance: float
+    guidance_interval: tuple[int, int] | None = None
     batch: int
     height: int
     width: int
@@ -125,8 +133,10 @@ class Check(_Record, frozen=True, kw_only=True):
 class Calibration(Study, frozen=True, kw_only=True):
     """``time = sum of member steps + overhead`` on one machine, device, backend and number of threads.
 
-    ``engines``: the digest of the identity of each member's engine. ``upper_ratio``: the 95th percentile of measured
-    over predicted time of single runs; a budget is compared with ``predicted x upper_ratio``.
+    ``threads``: 0 is all cores. ``graph``: the mode in use (``off``, ``step``, ``segment``). ``engines``: the digest of
+    the identity of each member's engine. ``splitting``: how a request becomes chunks. ``seed``: of the checks.
+    ``median_error`` and ``worst_error``: of the checks, without sign. ``upper_ratio``: the 98th percentile of measured
+    over predicted time of their single runs; a budget is compared with ``predicted x upper_ratio``.
     """
 
     backend: str
@@ -134,6 +144,9 @@ class Calibration(Study, frozen=True, kw_only=True):
     threads: int
     graph: str
     engines: dict[str, str]
+    splitting: Splitting
+    repeats: int
+    seed: int = 0
     steps: tuple[StepCost, ...]
     overheads: tuple[Overhead, ...]
     checks: tuple[Check, ...]

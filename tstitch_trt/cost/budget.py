@@ -1,0 +1,219 @@
+"""The best schedule within a latency budget: cost by this machine's calibration, quality by the bundle's studies."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from tstitch_engines.bundle import STUDIES
+from tstitch_engines.errors import BadInput
+from tstitch_trt.cost.candidates import Candidate, Source, SourceName, sources
+from tstitch_trt.cost.conditions import current_calibration
+from tstitch_trt.cost.predict import predict_ms
+from tstitch_trt.cost.trials import Bucket, in_turn
+from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Search, Study
+from tstitch_trt.study.store import load_studies
+from tstitch_trt.wishes import asked_steps
+
+if TYPE_CHECKING:
+    from tstitch_engines.bundle import Bundle
+    from tstitch_engines.manifest import Manifest
+    from tstitch_trt.runtime import Runtime
+
+__all__ = ["Budget", "Costs", "check_budget", "warm_up"]
+
+_log = logging.getLogger(__name__)
+
+_ROUNDING: Final = 1 + 1e-9  # a budget that was printed is met by what it was printed for
+_TABLES: Final = 32  # kinds of request whose candidates are kept
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """What was chosen for a budget, and why.
+
+    ``predicted_ms``: the median to expect of ``Result.total_ms`` for ``images`` images; ``upper_ms`` what 98 of 100
+    runs stay under, which is compared with ``budget_ms``. ``size``: height and width of the latents. ``settings``:
+    keywords of ``make_plan``, ``schedule``, ``steps`` and ``solver`` among them. ``source``: the study of ``made`` that
+    knows the quality, or T-Stitch's rule; ``interpolated``: its ``metric`` was measured of schedules on both sides of
+    it. ``calibration``: when it was made. ``notes``: which studies were not used, and why.
+    """
+
+    budget_ms: float
+    predicted_ms: float
+    upper_ms: float
+    images: int
+    size: tuple[int, int]
+    schedule: str
+    steps: int
+    solver: str
+    settings: dict[str, Any]
+    source: SourceName
+    made: str
+    metric: str
+    quality: float
+    interpolated: bool
+    calibration: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        told = {"rule": "T-Stitch's rule, small member first"}.get(self.source, f"the {self.source} of {self.made}")
+        near = " (interpolated)" if self.interpolated else ""
+        return (
+            f"budget {self.budget_ms:g} ms: {self.schedule} ({self.solver}, {self.steps} steps), predicted "
+            f"{self.predicted_ms:.1f} ms, at most {self.upper_ms:.1f} ms; by {told}: {self.metric} "
+            f"{self.quality:.4g}{near}"
+        )
+
+
+@dataclass(frozen=True)
+class _Priced:
+    candidate: Candidate
+    predicted_ms: float
+    upper_ms: float
+
+
+def warm_up(runtime: Runtime, budget: Budget) -> None:
+    """Runs a step of each kind that ``budget`` chose, once: a network's first run at a new size takes longer.
+
+    What was calibrated is a runtime that has run before, as a server's has.
+    """
+    plan = runtime.plan(**budget.settings)
+    guided = any(plan.guided)
+    names = list(dict.fromkeys(plan.schedule.names))
+    for images in dict.fromkeys(runtime.splitting.chunks(budget.images, guided=guided)):
+        bucket = Bucket(images, budget.size, guided)
+        in_turn(runtime, bucket, names, len(names), guidance=budget.settings.get("guidance")).run(runtime)
+
+
+def check_budget(budget_ms: float) -> None:
+    """Raises ``BadInput`` for what is no time."""
+    if isinstance(budget_ms, bool) or not isinstance(budget_ms, (int, float)) or not 0 < budget_ms < math.inf:
+        raise BadInput(
+            f"a latency budget of {budget_ms!r} ms; allowed are finite numbers above 0",
+            hint="e.g. --budget-ms 500 (latency_budget_ms=500)",
+        )
+
+
+class Costs:
+    """What is known of cost and quality of a bundle's schedules under the conditions of one calibration."""
+
+    def __init__(self, manifest: Manifest, calibration: Calibration, studies: Sequence[Study], seen: object = None):
+        """``studies``: searches, evaluations and divergences, of whatever weights. ``seen``: their state on disk."""
+        self._manifest = manifest
+        self.calibration = calibration
+        self._studies = tuple(studies)
+        self.seen = seen
+        self._tables: dict[str, tuple[list[tuple[Source, list[_Priced]]], tuple[str, ...]]] = {}
+
+    @staticmethod
+    def of(runtime: Runtime, known: Costs | None = None) -> Costs:
+        """Those of ``runtime``; ``known`` where nothing has changed on disk. Raises ``NotCalibrated``."""
+        seen = _state(runtime.bundle)
+        if known is not None and known.seen == seen:
+            return known
+        calibration = current_calibration(runtime)
+        studies = [s for kind in (Search, Evaluation, Divergence) for s in load_studies(runtime.bundle, kind)]
+        return Costs(runtime.manifest, calibration, studies, seen)
+
+    def choose(
+        self,
+        budget_ms: float,
+        *,
+        images: int,
+        size: tuple[int, int] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        start: Callable[[int], int] = lambda steps: 0,
+    ) -> Budget:
+        """The best schedule whose predicted time, with the spread of single runs, is at most ``budget_ms``.
+
+        Of equally good ones the cheapest. ``size``: height and width of the latent. ``settings``: keywords of
+        ``make_plan`` that the request fixes, without a schedule. ``start``: the first step to run, by the steps asked
+        for. Raises ``BadInput`` where nothing fits, naming the cheapest schedule and its time.
+        """
+        check_budget(budget_ms)
+        table, notes = self._table(images, size, dict(settings or {}), start)
+        for source, priced in table:
+            within = [one for one in priced if one.upper_ms <= budget_ms * _ROUNDING]
+            if within:
+                best = max(within, key=lambda one: (source.goodness(one.candidate.quality), -one.upper_ms))
+                return self._budget(budget_ms, images, size, source, best, notes)
+        cheapest = min((one for _, priced in table for one in priced), key=lambda one: one.upper_ms)
+        nearest = math.ceil(round(10 * cheapest.upper_ms, 6)) / 10
+        plan = cheapest.candidate.plan
+        raise BadInput(
+            f"no known schedule draws {images} images within {budget_ms:g} ms; the cheapest, {plan.schedule.text} "
+            f"({plan.solver.name}), takes {cheapest.predicted_ms:.1f} ms, and up to {cheapest.upper_ms:.1f} ms",
+            hint=f"the nearest feasible budget is --budget-ms {nearest:g} (latency_budget_ms={nearest:g}); "
+            "fewer --steps or images take less",
+        )
+
+    def _budget(
+        self,
+        budget_ms: float,
+        images: int,
+        size: tuple[int, int] | None,
+        source: Source,
+        best: _Priced,
+        notes: tuple[str, ...],
+    ) -> Budget:
+        plan = best.candidate.plan
+        first = self.calibration.steps[0]
+        return Budget(
+            budget_ms=float(budget_ms),
+            predicted_ms=best.predicted_ms,
+            upper_ms=best.upper_ms,
+            images=images,
+            size=size or (first.height, first.width),
+            schedule=plan.schedule.text,
+            steps=asked_steps(self._manifest, best.candidate.keywords),
+            solver=plan.solver.name,
+            settings=dict(best.candidate.keywords),
+            source=source.name,
+            made=source.made,
+            metric=source.metric,
+            quality=best.candidate.quality,
+            interpolated=best.candidate.interpolated,
+            calibration=self.calibration.made,
+            notes=notes,
+        )
+
+    def _table(
+        self, images: int, size: tuple[int, int] | None, settings: dict[str, Any], start: Callable[[int], int]
+    ) -> tuple[list[tuple[Source, list[_Priced]]], tuple[str, ...]]:
+        """Every source with its candidates and what they cost, kept for the next request of the kind."""
+        usual = self._manifest.defaults.steps
+        key = repr((images, size, sorted(settings.items(), key=lambda item: item[0]), start(1000 * usual)))
+        if key not in self._tables:
+            found, notes = sources(self._manifest, self._studies, settings)
+            for note in notes:
+                _log.warning("%s", note)
+            table = []
+            for source in found:
+                priced = []
+                for candidate in source.candidates:
+                    try:
+                        first = start(asked_steps(self._manifest, candidate.keywords))
+                    except BadInput:  # the strength leaves no step of so few
+                        if source.name == "rule":
+                            raise
+                        continue
+                    ms = predict_ms(self.calibration, candidate.plan, batch=images, size=size, start=first)
+                    priced.append(_Priced(candidate, ms, ms * self.calibration.upper_ratio))
+                table.append((source, priced))
+            if len(self._tables) >= _TABLES:
+                del self._tables[next(iter(self._tables))]
+            self._tables[key] = (table, notes)
+        return self._tables[key]
+
+
+def _state(bundle: Bundle) -> object:
+    """What changes when a study is written or removed."""
+    folder = bundle.root / STUDIES
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json")))
