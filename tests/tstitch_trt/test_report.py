@@ -20,15 +20,16 @@ from PIL import Image
 import tstitch_trt
 from browser import browser_page, pixels
 from command import Command, Outcome, refused
+from manifests import manifest, member
 from report_studies import check, divergence, evaluation, evaluation_point
 from studies import calibration, search
-from tiny import TinyPair
 from tstitch_engines.bundle import Bundle, open_bundle
-from tstitch_engines.manifest import Manifest
+from tstitch_engines.manifest import Conditioning, Decoder, Manifest
 from tstitch_trt.report.finding import finding
 from tstitch_trt.report.gather import Studies, evaluation_of, gather
 from tstitch_trt.report.markup import tag
 from tstitch_trt.report.page import Page, render
+from tstitch_trt.report.samples import undrawable
 from tstitch_trt.report.words import ms
 from tstitch_trt.study.records import Study
 from tstitch_trt.study.store import save_study, weights_of
@@ -187,23 +188,25 @@ def test_samples_are_those_of_the_runtime_at_each_fraction(report: Path, measure
                 np.testing.assert_array_equal(np.asarray(image), wanted[..., 0])
 
 
-def test_a_bundle_without_studies_says_what_measures_it(run: Command, tiny_pair: TinyPair, tmp_path: Path) -> None:
+def test_a_bundle_without_studies_says_what_measures_it(run: Command, fashion_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "r.html"
-    outcome: Outcome = run("report", tiny_pair.bundle, "-o", output, "--steps", 2, "--fractions", "0,1", "--json")
+    outcome: Outcome = run(
+        "report", fashion_bundle, "-o", output, "--steps", 2, "--fractions", "0,1", "--labels", "0,9", "--json"
+    )
     assert outcome.code == 0, outcome.err
-    assert outcome.json["images"] == 20
+    assert outcome.json["images"] == 4
     assert outcome.json["bytes"] == output.stat().st_size
     page = Parsed(output.read_text())
     assert [a["id"] for a in page.of("section")] == SECTIONS
     assert_self_contained(page)
     assert not page.of("svg")
     for name in ("evaluate", "search", "profile", "calibrate"):
-        assert f"tstitch-trt {name} {tiny_pair.bundle}" in page.text
+        assert f"tstitch-trt {name} {fashion_bundle}" in page.text
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
 
 
-def test_bad_input_is_refused_before_anything_is_drawn(run: Command, tiny_pair: TinyPair, tmp_path: Path) -> None:
-    bundle, page = tiny_pair.bundle, tmp_path / "r.html"
+def test_bad_input_is_refused_before_anything_is_drawn(run: Command, fashion_bundle: Path, tmp_path: Path) -> None:
+    bundle, page = fashion_bundle, tmp_path / "r.html"
     refused(run("report", bundle, "-o", tmp_path / "r.pdf"), "r.pdf", "r.html")
     refused(run("report", bundle, "-o", tmp_path / "no" / "r.html"), "does not exist", "mkdir")
     refused(run("report", bundle, "-o", page, "--fractions", "0,2"), "fraction 2", "outside 0 to 1")
@@ -213,30 +216,38 @@ def test_bad_input_is_refused_before_anything_is_drawn(run: Command, tiny_pair: 
     assert not list(tmp_path.iterdir())
 
 
-def test_what_can_not_be_drawn_leaves_the_page_before(run: Command, tiny_pair: TinyPair, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_page_before(
+    run: Command, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "r.html"
     page.write_text("before")
-    outcome = run("report", tiny_pair.broken_large(), "-o", page, "--labels", "1", "--steps", 2)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    outcome = run("report", measured, "-o", page, "--no-samples")
     assert outcome.code == 1
-    assert "NaN or infinity" in outcome.err
+    assert "No space left" in outcome.err
     assert page.read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_bundle_of_one_member_is_reported_without_samples(run: Command, tiny_pair: TinyPair, tmp_path: Path) -> None:
-    output = tmp_path / "r.html"
-    assert run("report", tiny_pair.alone("large"), "-o", output).code == 0
-    page = Parsed(output.read_text())
-    assert "one member (large): there is nothing to stitch" in page.text
-    assert not page.of("img")
+def test_what_can_not_be_drawn_from_labels_or_prompts_is_said() -> None:
+    assert undrawable(manifest()) is None
+    assert "one member (large)" in (undrawable(manifest({"large": member()})) or "")
+    assert "no decoder" in (undrawable(manifest(decoder=Decoder(kind="none"))) or "")
+    assert "no text encoder" in (undrawable(manifest(conditioning=Conditioning(kind="text"))) or "")
+    paints = msgspec.structs.replace(member(), inpaints=True)
+    assert "paints" in (undrawable(manifest({"small": member(), "large": paints})) or "")
 
 
 # --- what it says
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_pair: TinyPair) -> Bundle:
-    return open_bundle(tiny_pair.bundle)
+def fashion(fashion_bundle: Path) -> Bundle:
+    return open_bundle(fashion_bundle)
 
 
 def studies_of(bundle: Bundle, **changes: Any) -> Studies:
@@ -250,17 +261,17 @@ def studies_of(bundle: Bundle, **changes: Any) -> Studies:
     return Studies(**(fields | changes))
 
 
-def test_texts_of_manifests_and_studies_are_never_markup(tiny: Bundle) -> None:
-    manifest: Manifest = msgspec.structs.replace(tiny.manifest, name=EVIL, recipe=EVIL, notes=(EVIL,))
-    weights = weights_of(tiny.manifest)
+def test_texts_of_manifests_and_studies_are_never_markup(fashion: Bundle) -> None:
+    spoilt: Manifest = msgspec.structs.replace(fashion.manifest, name=EVIL, recipe=EVIL, notes=(EVIL,))
+    weights = weights_of(fashion.manifest)
     evil = {"command": EVIL, "weights": weights}
     studies = studies_of(
-        tiny,
+        fashion,
         evaluations=(evaluation(**evil, prompts=(EVIL,), notes=(EVIL,), features={"name": EVIL}),),
         divergences=(divergence(**evil, reason=EVIL, suggested=EVIL, order=EVIL, reference=EVIL),),
         stale=((search(command=EVIL), (EVIL,)),),
     )
-    page = page_of(Bundle(tiny.root, manifest), studies, path=EVIL, command=EVIL, reason=EVIL)
+    page = page_of(Bundle(fashion.root, spoilt), studies, path=EVIL, command=EVIL, reason=EVIL)
     assert_self_contained(page)
     assert page.text.count(EVIL) > 12
 
@@ -270,10 +281,8 @@ def test_escaping_is_by_construction() -> None:
     assert tag("b", tag("i", "&"), None) == "<b><i>&amp;</i></b>"
 
 
-def test_stale_studies_are_listed_and_not_used(tiny: Bundle, tmp_path: Path) -> None:
-    root = tmp_path / "a.bundle"
-    shutil.copytree(tiny.root, root)
-    bundle = Bundle(root, tiny.manifest)
+def test_stale_studies_are_listed_and_not_used(fashion: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path, fashion.manifest)
     weights = weights_of(bundle.manifest)
     save_study(bundle, calibration(weights=weights))
     save_study(bundle, evaluation(weights={**weights, "large": "0" * 64}, command="tstitch-trt evaluate old.bundle"))
@@ -288,8 +297,8 @@ def test_stale_studies_are_listed_and_not_used(tiny: Bundle, tmp_path: Path) -> 
     assert "18.20" not in page.text  # its distance at 40 %
 
 
-def test_the_largest_share_within_the_interval_and_its_speed(tiny: Bundle) -> None:
-    study = evaluation(weights=weights_of(tiny.manifest))
+def test_the_largest_share_within_the_interval_and_its_speed(fashion: Bundle) -> None:
+    study = evaluation(weights=weights_of(fashion.manifest))
     found = finding(study, "fid", first="small", last="large")
     assert found is not None
     assert found.share == 0.4  # 18.2 is within 18.54, 60 is not
@@ -297,7 +306,7 @@ def test_the_largest_share_within_the_interval_and_its_speed(tiny: Bundle) -> No
     better = finding(study, "precision", first="small", last="large")
     assert better is not None
     assert better.share == 0.4  # 0.79 is above 0.776
-    page = page_of(tiny, studies_of(tiny))
+    page = page_of(fashion, studies_of(fashion))
     assert "40% of the steps on small with Fréchet distance no worse than large alone" in page.text
     assert "1.56× faster there: 8.06 ms per image instead of 12.6" in page.text
 
@@ -316,16 +325,16 @@ def test_evaluations_of_equal_conditions_are_joined_and_others_are_not() -> None
     assert evaluation_of([few], "kid") is None
 
 
-def test_points_without_a_time_are_in_the_table_only(tiny: Bundle) -> None:
-    untimed = evaluation(weights=weights_of(tiny.manifest), points=(evaluation_point(4, 6, 0.0, fid=18.25),))
-    page = page_of(tiny, Studies(evaluations=(untimed,)))
+def test_points_without_a_time_are_in_the_table_only(fashion: Bundle) -> None:
+    untimed = evaluation(weights=weights_of(fashion.manifest), points=(evaluation_point(4, 6, 0.0, fid=18.25),))
+    page = page_of(fashion, Studies(evaluations=(untimed,)))
     assert not page.of("svg")
     assert "Fréchet distance: no point was timed" in page.text
     assert "18.25 [17.70, 18.80]" in page.text
 
 
-def test_plots_follow_the_page_and_say_their_points(tiny: Bundle) -> None:
-    page = page_of(tiny, studies_of(tiny))
+def test_plots_follow_the_page_and_say_their_points(fashion: Bundle) -> None:
+    page = page_of(fashion, studies_of(fashion))
     assert "small:4,large:6, 10 ddim steps: 8.06 ms per image, Fréchet distance 18.20 [17.65, 18.75]" in page.text
     assert "small:2,large:8, 10 steps, batch 8: predicted 82.0 ms, measured 80.0 ms (+2.5%)" in page.text
     styles = " ".join(a.get("style") or "" for _, a in page.elements)

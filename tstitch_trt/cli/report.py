@@ -146,6 +146,7 @@ def _asked(
 ) -> tuple[dict[str, Any] | None, str]:
     """The keywords of ``Runtime.sample`` for the columns, or ``None`` and why there are none. Raises ``BadInput``."""
     from tstitch_trt.parsing import parse_labels
+    from tstitch_trt.report.samples import undrawable
 
     conditioning = manifest.conditioning
     if conditioning.kind == "class" and prompts:
@@ -153,23 +154,17 @@ def _asked(
     if conditioning.kind == "text" and labels is not None:
         raise BadInput(f"--labels {labels!r}: this bundle draws from text", hint='write --prompt "a red fox"')
     wanted: dict[str, Any]
+    if (reason := undrawable(manifest)) is not None:
+        return None, reason
     if conditioning.kind == "class":
         shown = f"0-{min(conditioning.classes, 10) - 1}" if labels is None else labels
         wanted = {"labels": parse_labels(shown, classes=conditioning.classes, names=conditioning.names)}
-    elif not any(name.startswith("text_encoder") for name in manifest.parts):
-        return None, "The bundle has no text encoder, so a report can't draw from prompts."
     else:
         known = studies.prompts()
         texts = list(prompts) or list(known[:_MOST_PROMPTS])
         if not texts:
             return None, "No prompt was given (--prompt TEXT), and no study has any."
         wanted = {"prompt": texts}
-    if manifest.decoder.kind == "none":
-        return None, "The bundle has no decoder: it gives latents and no pictures."
-    if len(manifest.members) < 2:
-        return None, f"The bundle has one member ({next(iter(manifest.members))}): there is nothing to stitch."
-    if any(member.inpaints for member in manifest.members.values()):
-        return None, "A member paints into pictures, which a report has none of."
     return wanted, ""
 
 

@@ -32,11 +32,19 @@ def share_of(setting: Setting, member: str) -> float:
 
 
 def quality_figure(
-    name: str, evaluation: Evaluation, metric: str, *, first: str, last: str, wide: bool = True
+    name: str,
+    evaluation: Evaluation,
+    metric: str,
+    *,
+    first: str,
+    last: str,
+    wide: bool = True,
+    chosen: Point | None = None,
 ) -> Markup | None:
     """``metric`` against the milliseconds per image, with intervals: one line per family of settings.
 
-    The band is the interval of ``last`` alone at its most steps. ``None`` where no point was timed.
+    The band is the interval of ``last`` alone at its most steps. ``chosen`` is ringed. ``None`` where no point was
+    timed.
     """
     timed = [point for point in evaluation.points if metric in point.measures and point.ms and point.batch]
     if not timed:
@@ -73,6 +81,8 @@ def quality_figure(
                 made.point(across, measure.value, text, color=colour, marker=marker, zorder=4)
                 short = f"{share_of(point.setting, first):.0%}" if stitched else f"{point.setting.steps} steps"
                 notes.append((across, measure.value, short, stitched))
+        if chosen is not None and chosen.ms and chosen.batch:
+            _ring(made, chosen.ms / chosen.batch, chosen.measures[metric].value, chosen.setting)
         batches = sorted({point.batch for point in timed})
         axes.set_xlabel(f"ms per image, batch of {' or '.join(map(str, batches))}")
         axes.set_ylabel(metric_axis(metric))
@@ -120,17 +130,7 @@ def search_figure(name: str, search: Search, *, chosen: SearchPoint | None = Non
                 capsize=2.5,
             )
         if chosen is not None:
-            made.point(
-                chosen.cost_ms,
-                chosen.quality.value,
-                f"chosen: {chosen.setting.schedule}",
-                color=INK,
-                markerfacecolor="none",
-                markersize=13,
-                markeredgewidth=1.6,
-                label="chosen",
-                zorder=5,
-            )
+            _ring(made, chosen.cost_ms, chosen.quality.value, chosen.setting)
         axes.set_xlabel(f"predicted ms for a batch of {search.batch}")
         axes.set_ylabel(metric_axis(search.metric))
         axes.margins(x=0.06, y=0.12)
@@ -248,6 +248,11 @@ def _end_of(setting: Setting, family: Setting) -> bool:
         and (setting.steps, setting.solver, setting.guidance) == (family.steps, family.solver, family.guidance)
         and setting.plan == family.plan
     )
+
+
+def _ring(made: Drawing, x: float, y: float, setting: Setting) -> None:
+    style = {"color": INK, "markerfacecolor": "none", "markersize": 13, "markeredgewidth": 1.6}
+    made.point(x, y, f"chosen: {setting.schedule}, {setting.steps} steps", **style, label="chosen", zorder=5)
 
 
 def _write(made: Drawing, notes: Sequence[tuple[float, float, str, bool]]) -> None:

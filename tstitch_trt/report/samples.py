@@ -11,10 +11,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.manifest import Manifest
 from tstitch_trt.result import Result
 from tstitch_trt.runtime import Runtime
 
-__all__ = ["LARGEST", "Row", "Samples", "draw_samples", "png_url"]
+__all__ = ["LARGEST", "Row", "Samples", "draw_samples", "png_url", "undrawable"]
 
 LARGEST: Final = 256  # pixels a side; larger pictures are made smaller, or a page of them would not be read
 
@@ -78,6 +79,19 @@ def draw_samples(
         drawn.plan.solver.name,
         float(runtime.manifest.defaults.guidance if guidance is None else guidance),
     )
+
+
+def undrawable(manifest: Manifest) -> str | None:
+    """Why no pictures at several fractions can be drawn from labels or prompts alone, or ``None`` if they can."""
+    if manifest.conditioning.kind == "text" and not any(name.startswith("text_encoder") for name in manifest.parts):
+        return "The bundle has no text encoder: it draws from embeddings, and not from prompts."
+    if manifest.decoder.kind == "none":
+        return "The bundle has no decoder: it gives latents and no pictures."
+    if len(manifest.members) < 2:
+        return f"The bundle has one member ({next(iter(manifest.members))}): there is nothing to stitch."
+    if any(member.inpaints for member in manifest.members.values()):
+        return "A member paints into pictures, of which there are none here."
+    return None
 
 
 def png_url(image_HWC: NDArray[np.uint8]) -> tuple[str, int, int]:
