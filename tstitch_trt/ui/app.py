@@ -170,7 +170,7 @@ def _shown(gr: Any) -> Iterator[None]:
         yield
     except TStitchError as error:
         text = f"{html.escape(error.message)}<br><b>hint:</b> {html.escape(error.hint)}"
-        raise gr.Error(text, title="This can't be drawn", duration=None, print_exception=False) from None
+        raise gr.Error(text, duration=None, print_exception=False) from None
 
 
 def _plain(text: str) -> str:
