@@ -36,6 +36,8 @@ COMMANDS = {
     "search": "Find the schedules, step counts and solvers that are worth their time.",
     "cache": "List the cache of exports and engines, prune it or clear it.",
     "quantise": "Quantise one member of a bundle to int8 or fp8 and report what that costs.",
+    "ui": "Draw in the browser at any stitch point, beside what was measured.",
+    "report": "Write one page of what is known of a bundle: samples, studies, machines, commands.",
     "doctor": "Show what this machine can build and run, and how to mend what it can't.",
 }
 

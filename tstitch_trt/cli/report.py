@@ -1,0 +1,182 @@
+"""``tstitch-trt report``: one page of what is known of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
+
+if TYPE_CHECKING:
+    from tstitch_engines.manifest import Manifest
+    from tstitch_trt.graphs import GraphMode
+    from tstitch_trt.report.gather import Studies
+    from tstitch_trt.report.samples import Samples
+
+__all__ = ["command"]
+
+EXAMPLES = """
+tstitch-trt report fashion.bundle -o report.html
+tstitch-trt report fashion.bundle -o bags.html --fractions 0,0.4,1 --labels Bag,Sneaker --seed 7 --steps 20
+tstitch-trt report sd15.bundle -o fox.html --prompt "a red fox in the snow" --prompt "a bear" --fractions 0:1:0.5
+tstitch-trt report sd15.bundle -o studies.html --no-samples
+"""
+_MOST_PROMPTS = 6
+
+
+@click.command("report", cls=Command, examples=EXAMPLES)
+@bundle_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    metavar="FILE.html",
+    help="The page.",
+)
+@click.option(
+    "--fractions",
+    default="0:1:0.25",
+    show_default=True,
+    metavar="LIST",
+    help="Rows of samples: START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member.",
+)
+@click.option("--labels", metavar="LIST", help="Columns: classes, e.g. 3,5,0-9 or Bag. [the first ten]")
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="A column of a text bundle. [those of the studies]"
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Seed of all columns.")
+@click.option("--no-samples", is_flag=True, help="Draw nothing: the studies alone.")
+@step_options
+@runtime_options
+@json_option
+@traceback_option
+def command(
+    bundle: Path,
+    output: Path,
+    fractions: str,
+    labels: str | None,
+    prompts: tuple[str, ...],
+    seed: int,
+    no_samples: bool,
+    device: str,
+    backend: str | None,
+    threads: int | None,
+    graph: GraphMode,
+    rebuild: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Write one self-contained page about BUNDLE: samples by fraction, and all that was measured of it.
+
+    The samples are drawn now, the same seeds in every row. Time and quality, divergence, order, cost and the search
+    come from the studies in the bundle (calibrate, profile, evaluate, search); what was not measured is said with its
+    command. The page loads nothing and needs no JavaScript. Plots need matplotlib: pip install "tstitch-trt[plot]".
+    """
+    from tstitch_engines.bundle import open_bundle
+    from tstitch_trt.cli._said import said_command
+    from tstitch_trt.files import require_parent, write_text
+    from tstitch_trt.machine import describe_machine
+    from tstitch_trt.parsing import parse_fractions
+    from tstitch_trt.progress import log
+    from tstitch_trt.report.gather import gather, word_of
+    from tstitch_trt.report.page import Page, render
+    from tstitch_trt.report.svg import require_matplotlib
+    from tstitch_trt.study.store import now
+
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise BadInput(
+            f"-o {str(output)!r} is no .html file; the report is one page",
+            hint=f"write -o {output.with_suffix('.html')}",
+        )
+    require_parent(output, option="-o")
+    points = parse_fractions(fractions)
+    opened = open_bundle(bundle, verify="size" if no_samples else "full", engines=not rebuild and not no_samples)
+    studies = gather(opened)
+    if studies.used():
+        require_matplotlib()
+    asked, reason = _asked(opened.manifest, studies, labels, prompts)
+    samples = None
+    if no_samples:
+        reason = "No samples were drawn for this page (--no-samples)."
+    elif asked is not None:
+        runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
+        try:
+            opened = runtime.bundle
+            samples = _draw(runtime, points, {**asked, "seed": seed}, settings)
+        finally:
+            runtime.close()
+    made = now()
+    page = Page(
+        str(bundle), studies, samples, reason, said_command(click.get_current_context()), made, describe_machine()
+    )
+    text = render(opened, page)
+    write_text(output, text)
+    for study, differing in studies.stale:
+        log(
+            f"stale, not used: {type(study).__name__.lower()} of {study.made} (other weights of {', '.join(differing)})"
+        )
+    if as_json:
+        from tstitch_trt.cli._text import print_json
+
+        print_json(
+            {
+                "report": str(output),
+                "bytes": len(text.encode()),
+                "bundle": str(bundle),
+                "made": made,
+                "images": 0 if samples is None else len(samples.rows) * len(samples.asked),
+                "studies": [{"study": word_of(s), "made": s.made} for s in studies.used()],
+                "stale": [
+                    {"study": word_of(s), "made": s.made, "members": list(differing)} for s, differing in studies.stale
+                ],
+            }
+        )
+        return
+    click.echo(output)
+
+
+def _asked(
+    manifest: Manifest, studies: Studies, labels: str | None, prompts: tuple[str, ...]
+) -> tuple[dict[str, Any] | None, str]:
+    """The keywords of ``Runtime.sample`` for the columns, or ``None`` and why there are none. Raises ``BadInput``."""
+    from tstitch_trt.parsing import parse_labels
+    from tstitch_trt.report.samples import undrawable
+
+    conditioning = manifest.conditioning
+    if conditioning.kind == "class" and prompts:
+        raise BadInput(f"--prompt {prompts[0]!r}: this bundle draws classes", hint="name them: --labels 0-9")
+    if conditioning.kind == "text" and labels is not None:
+        raise BadInput(f"--labels {labels!r}: this bundle draws from text", hint='write --prompt "a red fox"')
+    wanted: dict[str, Any]
+    if (reason := undrawable(manifest)) is not None:
+        return None, reason
+    if conditioning.kind == "class":
+        shown = f"0-{min(conditioning.classes, 10) - 1}" if labels is None else labels
+        wanted = {"labels": parse_labels(shown, classes=conditioning.classes, names=conditioning.names)}
+    else:
+        known = studies.prompts()
+        texts = list(prompts) or list(known[:_MOST_PROMPTS])
+        if not texts:
+            return None, "No prompt was given (--prompt TEXT), and no study has any."
+        wanted = {"prompt": texts}
+    return wanted, ""
+
+
+def _draw(runtime: Any, points: tuple[float, ...], pictures: dict[str, Any], settings: dict[str, Any]) -> Samples:
+    from tstitch_trt.progress import progress
+    from tstitch_trt.report.samples import draw_samples
+
+    with progress("drawing", 1) as bar:
+        return draw_samples(
+            runtime,
+            fractions=points,
+            pictures=pictures,
+            settings=settings,
+            report=lambda share, text: bar.update(done=share, text=text),
+        )

@@ -1,0 +1,109 @@
+"""The studies of a bundle as a report needs them: those of its weights, and apart from them those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import msgspec
+
+from tstitch_engines.bundle import Bundle
+from tstitch_trt.study.records import METRICS, Calibration, Divergence, Evaluation, Point, Search, Study
+from tstitch_trt.study.store import differing_weights, load_studies
+
+__all__ = ["Studies", "evaluation_of", "gather", "metrics_of", "word_of"]
+
+S = TypeVar("S", bound=Study)
+
+_WORDS: dict[type[Study], str] = {
+    Calibration: "calibration",
+    Divergence: "divergence",
+    Evaluation: "evaluation",
+    Search: "search",
+}
+
+
+@dataclass(frozen=True)
+class Studies:
+    """The newest first. ``stale``: of other weights, with the members that differ; nothing of them is used."""
+
+    calibrations: tuple[Calibration, ...] = ()
+    divergences: tuple[Divergence, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    searches: tuple[Search, ...] = ()
+    stale: tuple[tuple[Study, tuple[str, ...]], ...] = ()
+
+    def used(self) -> tuple[Study, ...]:
+        """All that are of the bundle's weights."""
+        return (*self.calibrations, *self.divergences, *self.evaluations, *self.searches)
+
+    def prompts(self) -> tuple[str, ...]:
+        """All texts that were measured with, each once."""
+        found = [text for evaluation in self.evaluations for text in evaluation.prompts]
+        found += [text for divergence in self.divergences for text in divergence.prompts]
+        found += [text for search in self.searches for text in search.prompts]
+        return tuple(dict.fromkeys(found))
+
+
+def gather(bundle: Bundle) -> Studies:
+    """All studies in the bundle. Raises ``BadBundle`` for a damaged one."""
+    stale: list[tuple[Study, tuple[str, ...]]] = []
+
+    def current(record: type[S]) -> tuple[S, ...]:
+        kept = []
+        for study in load_studies(bundle, record):
+            if differing := differing_weights(bundle.manifest, study):
+                stale.append((study, tuple(differing)))
+            else:
+                kept.append(study)
+        return tuple(kept)
+
+    calibrations, divergences = current(Calibration), current(Divergence)
+    evaluations, searches = current(Evaluation), current(Search)
+    return Studies(calibrations, divergences, evaluations, searches, tuple(stale))
+
+
+def word_of(study: Study) -> str:
+    """What a study is called in a sentence."""
+    return _WORDS[type(study)]
+
+
+def metrics_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The metrics that any point was measured in, in the order of ``METRICS``."""
+    points = chain.from_iterable(evaluation.points for evaluation in evaluations)
+    found = {metric for point in points for metric in point.measures}
+    return [metric for metric in METRICS if metric in found]
+
+
+def evaluation_of(evaluations: Sequence[Evaluation], metric: str) -> Evaluation | None:
+    """The newest evaluation with ``metric``, joined by what others of the same conditions measured beside it.
+
+    Conditions: number of samples, seed, prompts, features, reference, interval, machine. Values measured under others
+    (fewer samples, other features) can't be compared and are not mixed.
+    """
+    with_metric = [e for e in evaluations if any(metric in point.measures for point in e.points)]
+    if not with_metric:
+        return None
+    newest = with_metric[0]
+    points: dict[tuple[bytes, int], Point] = {}
+    for evaluation in with_metric:
+        if _conditions(evaluation) == _conditions(newest):
+            for point in evaluation.points:
+                if metric in point.measures:
+                    points.setdefault((msgspec.json.encode(point.setting), point.batch), point)
+    return msgspec.structs.replace(newest, points=tuple(points.values()))
+
+
+def _conditions(evaluation: Evaluation) -> tuple[object, ...]:
+    machine = evaluation.machine
+    return (
+        evaluation.samples,
+        evaluation.seed,
+        evaluation.prompts,
+        evaluation.features,
+        evaluation.reference,
+        evaluation.level,
+        (machine.processor, machine.cores, machine.gpus),
+    )

@@ -1,0 +1,78 @@
+"""What the page draws: one request at several fractions, with the time per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_trt.plan import Plan
+from tstitch_trt.result import StepEvent
+from tstitch_trt.runtime import Runtime
+
+__all__ = ["Asked", "Drawn", "draw", "enlarged", "warm_up"]
+
+_SMALLEST: Final = 224  # pixels a side; smaller pictures are enlarged for the page, pixel by pixel
+
+
+@dataclass(frozen=True)
+class Asked:
+    """``pictures``: keywords of ``Runtime.sample`` for what to draw. The rest as ``make_plan`` takes it."""
+
+    pictures: Mapping[str, Any]
+    seed: int
+    steps: int
+    solver: str
+    guidance: float
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        return {"steps": self.steps, "solver": self.solver, "guidance": self.guidance, **self.plan}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image per seed at one fraction, uint8 ``[N,H,W,C]``; ``ms``: per image, without decoding."""
+
+    fraction: float
+    plan: Plan
+    images: NDArray[np.uint8]
+    ms: float
+
+    @property
+    def caption(self) -> str:
+        names = self.plan.schedule.names
+        members = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+        return f"{self.fraction:.0%}: {members}, {self.ms:,.0f} ms per image"
+
+
+def draw(
+    runtime: Runtime, asked: Asked, fractions: Sequence[float], report: Callable[[float, str], object]
+) -> Iterator[Drawn]:
+    """Each fraction in turn, in the order given. ``report`` gets the share done. Raises what ``sample`` raises."""
+    plans = [runtime.plan(fraction=fraction, **asked.settings()) for fraction in fractions]
+    for index, (fraction, plan) in enumerate(zip(fractions, plans, strict=True)):
+
+        def tell(event: StepEvent, index: int = index, fraction: float = fraction) -> None:
+            done = (event.chunk - 1 + event.step / event.steps) / event.chunks
+            report((index + done) / len(fractions), f"{fraction:.0%}, step {event.step} on {event.member}")
+
+        drawn = runtime.sample(**asked.pictures, seed=asked.seed, fraction=fraction, callback=tell, **asked.settings())
+        assert drawn.images is not None, "bundles without a decoder are refused before"
+        yield Drawn(fraction, plan, drawn.images, drawn.total_ms / len(drawn.images))
+
+
+def warm_up(runtime: Runtime, pictures: Mapping[str, Any], guidance: float) -> None:
+    """Runs every member that a fraction goes between once: the first runs of an engine are slow."""
+    for fraction in (0.0, 1.0):
+        runtime.sample(**pictures, steps=1, fraction=fraction, guidance=guidance, decode=fraction == 0)
+
+
+def enlarged(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``[H,W,3]``, with whole pixels repeated where it is small."""
+    factor = max(1, _SMALLEST // max(image_HWC.shape[:2]))
+    rgb = image_HWC if image_HWC.shape[2] == 3 else image_HWC[:, :, :1].repeat(3, axis=2)
+    return np.ascontiguousarray(rgb.repeat(factor, axis=0).repeat(factor, axis=1))
