@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -39,15 +39,15 @@ def json_option(function: F) -> F:
 _OF_THE_OUTPUT = ("as_json", "plot", "output", "rebuild")
 
 
-def command_line(context: click.Context) -> str:
-    """The command that makes a result again: what was said, without what has no bearing on the result."""
+def command_line(context: click.Context, *, without: Sequence[str] = _OF_THE_OUTPUT) -> str:
+    """The command that makes a result again: what was said, but for the parameters ``without``."""
     import shlex
 
     words = ["tstitch-trt", str(context.command.name)]
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
-        if source is None or source.name.startswith("DEFAULT") or name in _OF_THE_OUTPUT:
+        if source is None or source.name.startswith("DEFAULT") or name in without:
             continue
         value = context.params[name]
         for one in value if parameter.multiple else [value]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
@@ -179,7 +177,7 @@ def command(
                 batch=batch,
                 resamples=resamples,
                 threads=threads or 0,
-                command=shlex.join(["tstitch-trt", *sys.argv[1:]]),
+                command=command_line(click.get_current_context()),
                 report=lambda done, total, text: bar.update(done=done, total=total, text=text),
             )
         record = save_study(runtime.bundle, found, key=found.key)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ def command(
     command. The page loads nothing and needs no JavaScript. Plots need matplotlib: pip install "tstitch-trt[plot]".
     """
     from tstitch_engines.bundle import open_bundle
-    from tstitch_trt.cli._said import said_command
     from tstitch_trt.files import require_parent, write_text
     from tstitch_trt.machine import describe_machine
     from tstitch_trt.parsing import parse_fractions
@@ -112,9 +111,8 @@ def command(
         finally:
             runtime.close()
     made = now()
-    page = Page(
-        str(bundle), studies, samples, reason, said_command(click.get_current_context()), made, describe_machine()
-    )
+    said = command_line(click.get_current_context(), without=("as_json",))
+    page = Page(str(bundle), studies, samples, reason, said, made, describe_machine())
     text = render(opened, page)
     write_text(output, text)
     for study, differing in studies.stale:

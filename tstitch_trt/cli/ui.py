@@ -60,8 +60,9 @@ def command(
     free = _free(host, port)
     with tempfile.TemporaryDirectory(prefix="tstitch-ui-") as temporary, ExitStack() as stack:
         gradio = import_gradio(temporary=temporary)
-        options = {"device": device, "backend": backend, "threads": threads}
-        runtime = stack.enter_context(load_runtime(bundle, **options, graph=graph, rebuild=rebuild))
+        runtime = stack.enter_context(
+            load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
+        )
         manifest = runtime.manifest
         if (reason := undrawable(manifest)) is not None:
             raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
