@@ -170,6 +170,16 @@ def test_the_bias_said_is_what_more_samples_take_away(runtime: Runtime) -> None:
     assert np.mean(biases) == pytest.approx(np.mean(excess) - truth, rel=0.6)
 
 
+def test_classes_that_go_round_do_not_count_as_bias(runtime: Runtime) -> None:
+    """Every second sample of labels 0, 1, 0, 1... is of one class, which is no small sample of both."""
+    scorer = Scorer.of(runtime.bundle, "fid", threads=1)
+    rng = np.random.default_rng(0)
+    classes = np.arange(400) % 2
+    features = (rng.standard_normal((400, 4)) + 20 * classes[:, None]).astype(np.float32)
+    shuffled = features[rng.permutation(400)]
+    assert scorer.bias(features) == pytest.approx(scorer.bias(shuffled), abs=20)  # about 400 if taken by turns
+
+
 # --- scorer
 
 
