@@ -33,7 +33,7 @@ def pipeline(sd: Path, solver: str = "pndm", cls: str = "StableDiffusionPipeline
     return pipe
 
 
-def fast(pipe: Any, sd: Path, cache: Path, **more: Any) -> Any:
+def fast(pipe: Any, sd: Path, cache: Path | None, **more: Any) -> Any:
     """``pipe`` with the small UNet in ``sd``, for pictures of 64 x 64 pixels."""
     import tstitch_trt
 
