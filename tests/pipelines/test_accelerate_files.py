@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accelerating import SD, fast, pipeline
+from accelerating import LIMIT, SD, fast, pipeline, seeded
+from diffusers_pipelines import relative
+from tiny_checkpoints import single_file
 from tiny_families import original_unet
 from tiny_pipelines import scheduler
 from tstitch_engines.errors import BadCheckpoint, BadInput, BadSchedule, PairMismatch, UnknownName
@@ -91,6 +93,38 @@ def test_bundles_are_listed_and_pruned_with_the_cache(
 
 
 # --- the small one
+
+
+def test_small_is_a_single_file(sd: Path, cache: Path, tmp_path: Path) -> None:
+    """A bare one follows the pipeline's conventions: here it predicts v, which nothing in the file says."""
+    pipe = pipeline(sd, "ddim")
+    pipe.scheduler = scheduler("ddim", prediction_type="v_prediction")
+    text = {"cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2, "norm_num_groups": 32}
+    file = single_file(tmp_path / "sd.safetensors", text=False, vae=False)
+    from diffusers import UNet2DConditionModel
+
+    module = UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet")
+    assert {key: module.config[key] for key in text} == text
+    pipe.unet = module
+    embeds = [torch.randn(1, 77, 768, generator=seeded(n)) for n in (1, 2)]
+    asked = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "num_inference_steps": 4}
+    want = pipe(**asked, generator=seeded(1), output_type="latent").images
+    with fast(pipe, sd, cache, small=file) as made:
+        members = made.runtime.manifest.members
+        assert {member.parametrisation for member in members.values()} == {"v"}
+        got = made(**asked, generator=seeded(1), output_type="latent", fraction=1.0).images
+    assert relative(got.numpy(), want.numpy()) < LIMIT
+
+
+def test_small_is_a_single_file_that_says_v(sd: Path, cache: Path, tmp_path: Path) -> None:
+    file = single_file(tmp_path / "sd.safetensors", text=False, vae=False)
+    save_file({**load_file(file), "v_pred": torch.zeros(0)}, file)
+    from diffusers import UNet2DConditionModel
+
+    pipe = pipeline(sd, "ddim", unet=UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet"))
+    with fast(pipe, sd, cache, small=file) as made:
+        found = {name: member.parametrisation for name, member in made.runtime.manifest.members.items()}
+    assert found == {"small": "v", "large": "eps"}
 
 
 def test_a_compiled_unet_is_the_module_within(built: None, never: None, sd: Path, cache: Path) -> None:

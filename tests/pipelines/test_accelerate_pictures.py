@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from accelerating import SD, equal, fast, mask, pictures, pipeline
-from tiny_families import unet_folder, vae_folder
+from accelerating import LIMIT, SD, equal, fast, mask, pictures, pipeline, seeded
+from diffusers_pipelines import relative
+from tiny_families import controlnet_folder, unet_folder, vae_folder
 from tiny_pipelines import noise
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, PairMismatch
 
 pytestmark = [
     # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
@@ -81,3 +82,37 @@ def test_inpainting(sd: Path, cache: Path, channels: int, asked: dict[str, Any])
                 made(**SD, **given, strength=0.5)
             with pytest.raises(BadInput, match="mask_image is missing"):
                 made(**SD, **{**given, "mask_image": None})
+
+
+def test_control(sd: Path, cache: Path, tmp_path: Path) -> None:
+    pipe = pipeline(sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=controlnet_folder(tmp_path / "c"))
+    asked = {"image": pictures(3)[0], "controlnet_conditioning_scale": 0.7}
+    with fast(pipe, sd, cache, small=pipe.unet) as made:  # one export for both members
+        held = equal(pipe, made, fraction=0.4, **asked)
+        asked["controlnet_conditioning_scale"] = 0.0
+        free = made(**SD, **asked, generator=seeded(1), output_type="latent").images
+        assert relative(free.numpy(), held) > 10 * LIMIT
+        with pytest.raises(BadInput, match="the control picture is missing"):
+            made(**SD)
+        with pytest.raises(BadInput, match="control_guidance_end was given, which compiled engines can't honour"):
+            made(**SD, **asked, control_guidance_end=0.5)
+    from diffusers import StableDiffusionControlNetImg2ImgPipeline
+
+    other = StableDiffusionControlNetImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    with fast(other, sd, cache, small=other.unet) as made:
+        equal(other, made, image=pictures(1, 2), control_image=pictures(3, 4), strength=0.7)
+
+
+def test_a_small_unet_that_the_controlnet_does_not_fit(sd: Path, cache: Path, tmp_path: Path) -> None:
+    """BK-SDM has fewer blocks than a ControlNet gives residuals for: its steps run without, where that is said."""
+    pipe = pipeline(sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=controlnet_folder(tmp_path / "c"))
+    small = unet_folder(tmp_path / "deep", "sd", part=None, seed=6, layers_per_block=2)
+    with pytest.raises(PairMismatch, match="can't control member 'small'"):
+        fast(pipe, sd, cache, small=small)
+    with fast(pipe, sd, cache, small=small, options={"small.controlled": False}) as made:
+        equal(pipe, made, image=pictures(3)[0])
+        alone = made(**SD, image=pictures(3)[0], generator=seeded(1), output_type="latent", fraction=1.0).images
+    free = pipeline(sd, "ddim", unet=small)
+    want = free(**SD, generator=seeded(1), output_type="latent").images
+    assert relative(alone.numpy(), want.numpy()) < LIMIT
