@@ -116,5 +116,6 @@ def bundle(recipe: str, folder: Path, **arguments: Any) -> Path:
 def settings_of(scheduler: Any) -> Mapping[str, Any]:
     """What ``runtime.sample`` is told so that it steps as this diffusers scheduler."""
     found = read_scheduler(json.loads(scheduler.to_json_string()))
-    spacing = {} if "sigmas" in found.options else {"spacing": found.spacing}
+    own = "sigmas" in found.options or found.solver == "lcm"  # they say themselves where the steps lie
+    spacing = {} if own else {"spacing": found.spacing}
     return {"solver": found.solver, "solver_options": dict(found.options), **spacing}

@@ -15,6 +15,7 @@ __all__ = [
     "clip_vocabulary",
     "controlnet_folder",
     "lora_file",
+    "original_control",
     "original_unet",
     "unet_folder",
     "vae_folder",
@@ -221,6 +222,21 @@ def original_unet(module: Any) -> dict[str, Any]:
 
     originals = module_names(UNetConfig(dict(module.config)))
     return {PREFIX + _original(key, originals): tensor for key, tensor in module.state_dict().items()}
+
+
+def original_control(module: Any, prefix: str = "control_model.") -> dict[str, Any]:
+    """The ControlNet's tensors as single-file checkpoints hold them."""
+    from tstitch_export.families.unet_config import UNetConfig
+    from tstitch_export.families.unet_layout import down_names
+
+    config = dict(module.config)
+    originals = down_names(UNetConfig(config))
+    hints = len(config["conditioning_embedding_out_channels"])
+    parts = ["conv_in", *(f"blocks.{n}" for n in range(2 * hints - 2)), "conv_out"]
+    originals |= {f"controlnet_cond_embedding.{part}": f"input_hint_block.{2 * n}" for n, part in enumerate(parts)}
+    originals |= {f"controlnet_down_blocks.{n}": f"zero_convs.{n}.0" for n in range(len(module.controlnet_down_blocks))}
+    originals["controlnet_mid_block"] = "middle_block_out.0"
+    return {prefix + _original(key, originals): tensor for key, tensor in module.state_dict().items()}
 
 
 def lora_file(

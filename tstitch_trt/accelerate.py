@@ -8,15 +8,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle import Bundle, is_bundle, open_bundle
-from tstitch_engines.cache import default_root
-from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable, unknown_name
+from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable
 from tstitch_engines.files import remove_stale, temporary_directory
 from tstitch_engines.identity import digest
 from tstitch_engines.spec import Range
-from tstitch_trt.accelerated import KINDS, AcceleratedPipeline
+from tstitch_trt.accelerated import AcceleratedPipeline
+from tstitch_trt.kept_bundles import kept_root, touch
 from tstitch_trt.load import load
-from tstitch_trt.pipeline_files import TRAINED, check_weights, module_hash, path_hash, save_large, save_small
+from tstitch_trt.pipeline_files import TRAINED, check_weights, module_hash, path_hash, plain, save_large, save_small
+from tstitch_trt.pipeline_kinds import kind_of
+from tstitch_trt.pipeline_text import check_text
 
 if TYPE_CHECKING:
     from tstitch_engines.manifest import Precision
@@ -25,7 +28,7 @@ __all__ = ["accelerate"]
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA: Final = 1  # part of every bundle's key
+_SCHEMA: Final = 2  # part of every bundle's key
 _STAGING: Final = "saving-"
 _PRECISIONS: Final[Mapping[str, Precision]] = {
     "torch.float32": "fp32",
@@ -61,44 +64,50 @@ def accelerate(
         image = fast("an astronaut riding a horse", fraction=0.5).images[0]
 
     ``pipe``: a Stable Diffusion or Stable Diffusion XL pipeline for text to image, image to image or inpainting, also
-    with a ControlNet. What is loaded counts and not where it came from: fused LoRAs and trained weights are in it.
-    ``small``: the path of a pipeline, of a UNet's folder or of a single file, or a loaded UNet of diffusers. A bare
-    UNet is taken to follow the pipeline's conventions.
+    with a ControlNet, or a latent consistency one. What is loaded counts and not where it came from: fused LoRAs and
+    trained weights are in it. ``small``: the path of a pipeline, of a UNet's folder or of a single file, or a loaded
+    UNet of diffusers. One that says nothing of its conventions is taken to follow the pipeline's. Both read the
+    pipeline's text encoders, so a small pipeline with others is refused.
 
     The denoisers, the VAE and the ControlNet become engines; prompts are read by the pipeline's own text encoders, so
     that all that these can do works as before. Noise comes from ``generator`` as the pipeline draws it, and the
     scheduler is ``pipe.scheduler`` at the time of each call: equal seeds give the pipeline's own pictures at
     ``fraction=0``. Solvers that add noise in every step draw that noise themselves, from seeds out of ``generator``.
 
-    ``schedule`` or ``fraction`` (0.4 of the steps where neither is given) are those of calls that say nothing else.
-    ``backend``, ``device`` (the pipeline's), ``precision`` (the pipeline's) and ``options`` as in ``tstitch-trt
-    build``. ``batch``: images that run together, twice as many with guidance; ``height`` and ``width`` in pixels, by
-    default the model's own size only. Each is a number, ``"MIN:OPT:MAX"`` or a ``Range``.
+    ``schedule`` or ``fraction`` (0.4 of the steps where neither is given) are those of calls that say nothing else;
+    the members are called ``small`` and ``large``. ``backend``, ``device`` (the pipeline's), ``precision`` (the
+    pipeline's) and ``options`` as in ``tstitch-trt build``: ``options={"small.controlled": False}`` lets a small UNet
+    that the ControlNet does not fit run without it. ``batch``: images that run together, twice as many with guidance;
+    ``height`` and ``width`` in pixels, by default the model's own size only. Each is a number, ``"MIN:OPT:MAX"`` or a
+    ``Range``.
 
-    The bundle is kept in the folder ``cache`` (by default in tstitch-trt's cache) under the hash of all weights and
-    options, and used again when they are the same; ``fresh`` builds it again. ``progress`` gets phase and share done;
-    without it a bar shows them on a terminal.
+    The bundle is kept in the folder ``cache`` (by default in tstitch-trt's cache, where ``tstitch-trt cache`` shows
+    and prunes it) under the hash of all weights and options, and used again when they are the same; ``fresh`` builds
+    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal.
 
     Raises ``BadInput`` and its kinds for a pipeline or a pair that can't be accelerated, before anything is built.
     """
-    kind = _kind(pipe)
+    kind = kind_of(pipe)
     if schedule is not None and fraction is not None:
         raise BadSchedule("both schedule and fraction are given", hint="a fraction is a short schedule: give one")
+    open_backend(backend)
     small = Path(small) if isinstance(small, str | Path) else small
     _check_small(small)
     for name in ("unet", "vae", "controlnet"):
         if getattr(pipe, name, None) is not None:
-            check_weights(getattr(pipe, name), f"the pipeline's {name}")
+            check_weights(plain(getattr(pipe, name)), f"the pipeline's {name}")
+    if isinstance(small, Path):
+        check_text(small, pipe)
     settings: dict[str, Any] = {
         "backend": backend,
-        "device": device or str(pipe.device),
+        "device": device or str(pipe._execution_device),  # that of offloaded pipelines too
         "precision": precision or _precision(pipe),
         "profile": _range(batch, "batch"),
         "height": _range(height, "height"),
         "width": _range(width, "width"),
         "options": dict(options or {}),
     }
-    root = default_root() / "pipelines" if cache is None else Path(cache)
+    root = kept_root() if cache is None else Path(cache)
     output = root / f"{_key(pipe, small, kind.recipe, settings)}.bundle"
     runtime = None
     if not fresh and is_bundle(output):
@@ -109,19 +118,9 @@ def accelerate(
     if runtime is None:
         _build(pipe, small, kind.recipe, settings, output, fresh, progress)
         runtime = load(_bundle(output), device=settings["device"], backend=backend, threads=threads)
+    touch(output)
     chosen = {"schedule": schedule} if schedule is not None else {"fraction": 0.4 if fraction is None else fraction}
     return AcceleratedPipeline(pipe, runtime, chosen)
-
-
-def _kind(pipe: Any) -> Any:
-    name = type(pipe).__name__
-    if name not in KINDS:
-        raise unknown_name("diffusers pipeline", name, KINDS)
-    control = getattr(pipe, "controlnet", None)
-    if control is not None and type(control).__name__ != "ControlNetModel":
-        raise BadInput(f"the pipeline has a {type(control).__name__}; allowed is one ControlNetModel",
-                       hint="give the pipeline a single ControlNet")  # fmt: skip
-    return KINDS[name]
 
 
 def _check_small(small: Any) -> None:
@@ -131,7 +130,11 @@ def _check_small(small: Any) -> None:
                 f"small = {small} does not exist",
                 hint="give the path of a pipeline, a UNet's folder or a single file, or a loaded UNet2DConditionModel",
             )
+        from tstitch_export.families.unet_source import read_unet
+
+        read_unet(small)
         return
+    small = plain(small)
     if type(small).__name__ != "UNet2DConditionModel":
         raise BadInput(
             f"small is a {type(small).__name__}; allowed is a path or a UNet2DConditionModel",
@@ -162,9 +165,9 @@ def _key(pipe: Any, small: Any, recipe: str, settings: Mapping[str, Any]) -> str
         {
             "schema": _SCHEMA,
             "recipe": recipe,
-            "small": path_hash(small) if isinstance(small, Path) else module_hash(small),
+            "small": path_hash(small) if isinstance(small, Path) else module_hash(plain(small)),
             "parts": {
-                name: module_hash(part)
+                name: module_hash(plain(part))
                 for name in ("unet", "vae", "controlnet")
                 if (part := getattr(pipe, name, None)) is not None
             },

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.errors import BadInput
 from tstitch_engines.rows import ROW
 from tstitch_engines.scheduler_config import Scheduler, read_scheduler
 from tstitch_trt.budgeting import chosen_settings
+from tstitch_trt.pipeline_arguments import own_size, read_arguments
 from tstitch_trt.pipeline_inputs import (
     arrays,
     control_picture,
@@ -22,68 +21,44 @@ from tstitch_trt.pipeline_inputs import (
     latent_tensor,
     mask_and_picture,
     step_noise_seeds,
+    tiled,
     unit_noise,
 )
+from tstitch_trt.pipeline_kinds import kind_of
+from tstitch_trt.pipeline_outputs import call_back, pipeline_output
+from tstitch_trt.plan import Plan
 from tstitch_trt.runtime import Runtime
 
-__all__ = ["KINDS", "AcceleratedPipeline", "Kind"]
+__all__ = ["AcceleratedPipeline"]
 
-OUTPUTS: Final = ("pil", "np", "pt", "latent")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """A pipeline class: the recipe of its pairs, whether ``image`` is what it starts from, where control is given."""
-
-    recipe: str
-    starts: bool = False
-    masked: bool = False
-    control: str | None = None
-
-    @property
-    def xl(self) -> bool:
-        return self.recipe.startswith("sdxl")
-
-
-def _kinds() -> dict[str, Kind]:
-    found: dict[str, Kind] = {}
-    for name, recipe in (("StableDiffusion", "sd15-bksdm-tiny"), ("StableDiffusionXL", "sdxl-ssd1b")):
-        found[f"{name}Pipeline"] = Kind(recipe=recipe)
-        found[f"{name}Img2ImgPipeline"] = Kind(recipe=recipe, starts=True)
-        found[f"{name}InpaintPipeline"] = Kind(recipe=recipe, starts=True, masked=True)
-        found[f"{name}ControlNetPipeline"] = Kind(recipe=recipe, control="image")
-        found[f"{name}ControlNetImg2ImgPipeline"] = Kind(recipe=recipe, starts=True, control="control_image")
-    return found
-
-
-KINDS: Final[Mapping[str, Kind]] = _kinds()
-
-# The arguments of diffusers' pipelines that are heeded; any other may only have its default.
-_HEEDED: Final = (
-    "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "image", "mask_image", "masked_image_latents",
-    "control_image", "height", "width", "strength", "num_inference_steps", "timesteps", "denoising_start",
-    "denoising_end", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta", "generator", "latents",
-    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
-    "output_type", "return_dict", "original_size", "crops_coords_top_left", "target_size", "aesthetic_score",
-    "negative_aesthetic_score", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
-    "controlnet_conditioning_scale"
-)  # fmt: skip
+# What of the pipeline a callback may ask for, beside its components
+_SHOWN: Final = ("components", "config", "device", "dtype", "vae_scale_factor", "image_processor", "mask_processor",
+                 "control_image_processor", "encode_prompt")  # fmt: skip
 
 
 class AcceleratedPipeline:
     """Called like ``pipe``, and with ``fraction`` or ``schedule`` besides. Made by ``tstitch_trt.accelerate``.
 
     An argument that engines can't honour is a ``BadInput`` that names it. ``pipe`` keeps text encoders, scheduler and
-    processors; ``runtime`` has the engines. Use it as a context manager, or call ``close``.
+    processors, and its components are shown here too, for callbacks; ``runtime`` has the engines. Use it as a context
+    manager, or call ``close``.
     """
+
+    # Nothing else can be set: what a callback writes into a pipeline (``_guidance_scale``) would have no effect here.
+    __slots__ = ("__weakref__", "_chosen", "_interrupt", "_kind", "_steps", "pipe", "runtime")
 
     def __init__(self, pipe: Any, runtime: Runtime, chosen: Mapping[str, Any]) -> None:
         self.pipe = pipe
         self.runtime = runtime
-        self._kind = KINDS[type(pipe).__name__]
+        self._kind = kind_of(pipe)
         self._chosen = dict(chosen)
-        self._signature = inspect.signature(type(pipe).__call__)
         self._interrupt = False
+        self._steps = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "pipe" and (name in _SHOWN or name in self.pipe.components):
+            return getattr(self.pipe, name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; the pipeline it was made from is its pipe")
 
     @property
     def scheduler(self) -> Any:
@@ -98,6 +73,11 @@ class AcceleratedPipeline:
     def interrupt(self) -> bool:
         """Set ``_interrupt`` in a callback, as with diffusers, to end with the latents of that step."""
         return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running call, or of the last one."""
+        return self._steps
 
     def close(self) -> None:
         self.runtime.close()
@@ -126,70 +106,41 @@ class AcceleratedPipeline:
         """
         import torch
 
-        a = self._arguments(args, keywords)
+        a = read_arguments(self.pipe, self._kind, args, keywords)
         self._interrupt = False
-        with torch.no_grad():
-            settings = self._settings(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
-            given = self._texts(a)
-            count = given["n"]
-            height, width = self._size(a)
-            given |= self._pictures(a, count, height, width)
-            if latency_budget_ms is not None:
-                if a.denoising_start is not None or a.denoising_end is not None:
-                    raise BadInput(
-                        "latency_budget_ms was given beside denoising_start or denoising_end: a budget is for a whole "
-                        "trajectory",
-                        hint="leave out one of them, or give schedule=",
-                    )
-                settings = chosen_settings(settings, self.runtime.within_budget(latency_budget_ms, **given, **settings))
-            plan = self.runtime.plan(**settings)
-            if a.denoising_start is not None:
-                given |= self._state(given, plan, a.denoising_start)
-            if plan.rows[:, ROW["S"]].any():
-                given["seeds"] = step_noise_seeds(a.generator, count)
-            found = self._run(a, given, settings, self._stop(a, plan))
-            return self._result(a, found)
+        try:
+            with torch.no_grad():
+                settings = self._settings(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
+                given = self._texts(a)
+                count = given["n"]
+                given |= self._pictures(a, count, *own_size(self.pipe, self._kind, a))
+                if latency_budget_ms is not None:
+                    settings = self._within(latency_budget_ms, a, given, settings)
+                plan = self.runtime.plan(**settings)
+                if a.denoising_start is not None:
+                    given |= self._state(given, plan, a.denoising_start)
+                elif a.timesteps is not None and not self._kind.starts:
+                    given["latents"] = given["latents"] * self._more_noise(plan)
+                if plan.rows[:, ROW["S"]].any():
+                    given["seeds"] = step_noise_seeds(a.generator, count)
+                found = self._run(a, given, settings, self._stop(a, plan))
+                return pipeline_output(self.pipe, self.runtime, found, a, xl=self._kind.xl)
+        finally:
+            self.pipe.maybe_free_model_hooks()  # where it offloads its text encoders
 
     # --- what is asked for
 
-    def _arguments(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> SimpleNamespace:
-        """Every argument of the pipeline, with its default where nothing is said."""
-        known = [name for name in self._signature.parameters if name not in ("self", "kwargs")]
-        for name in keywords:
-            if name not in known:
-                ours = ("fraction", "schedule", "latency_budget_ms")
-                raise unknown_name(f"argument of {type(self.pipe).__name__}", name, [*known, *ours])
-        try:
-            bound = self._signature.bind(self.pipe, *args, **keywords)
-        except TypeError as error:
+    def _within(
+        self, budget_ms: float, a: SimpleNamespace, given: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """``settings`` with the schedule that the budget allows."""
+        if a.denoising_start is not None or a.denoising_end is not None:
             raise BadInput(
-                f"the arguments do not fit {type(self.pipe).__name__}: {error}", hint="use keywords"
-            ) from None
-        bound.apply_defaults()
-        values = dict.fromkeys(_HEEDED)
-        for name in known:
-            value, default = bound.arguments[name], self._signature.parameters[name].default
-            if name not in _HEEDED and not _same(value, default):
-                raise BadInput(
-                    f"{name} was given, which compiled engines can't honour; allowed is {default!r}",
-                    hint="leave it out, or call the pipeline itself: accelerated.pipe(...)",
-                )
-            values[name] = value
-        a = SimpleNamespace(**values)
-        if a.output_type not in OUTPUTS:
-            raise unknown_name("output_type", str(a.output_type), OUTPUTS)
-        inputs = a.callback_on_step_end_tensor_inputs
-        if a.callback_on_step_end is not None:
-            inputs = getattr(a.callback_on_step_end, "tensor_inputs", inputs)
-        if a.callback_on_step_end is not None and set(inputs) - {"latents"}:
-            raise BadInput(
-                f"callback_on_step_end_tensor_inputs is {list(inputs)}; allowed is ['latents']: the others are in "
-                "the engines' memory",
-                hint="leave it out",
+                "latency_budget_ms was given beside denoising_start or denoising_end: a budget is for a whole "
+                "trajectory",
+                hint="leave out one of them, or give schedule=",
             )
-        if (a.prompt is None) == (a.prompt_embeds is None):
-            raise BadInput("give either prompt or prompt_embeds", hint='e.g. prompt="a red fox"')
-        return a
+        return chosen_settings(settings, self.runtime.within_budget(budget_ms, **given, **settings))
 
     def _settings(
         self, a: SimpleNamespace, fraction: float | None, schedule: str | None, usual: Mapping[str, Any]
@@ -206,12 +157,20 @@ class AcceleratedPipeline:
                 settings["spacing"] = found.spacing
         if found.solver == "ddim" and a.eta:
             settings["eta"] = a.eta
+        if a.original_inference_steps is not None:
+            settings["solver_options"]["original_steps"] = a.original_inference_steps
         asked = {"fraction": fraction, "schedule": schedule}
         settings |= {key: value for key, value in asked.items() if value is not None} or dict(usual)
-        guided = a.guidance_scale > 1 or any(m.guidance_embedding for m in self.runtime.manifest.members.values())
-        settings["guidance"] = float(a.guidance_scale) if guided else 1.0
+        embedded = any(member.guidance_embedding for member in self.runtime.manifest.members.values())
+        settings["guidance"] = float(a.guidance_scale) if embedded or self._guided(a) else 1.0
         settings["guidance_rescale"] = a.guidance_rescale or 0.0
         return settings
+
+    def _guided(self, a: SimpleNamespace) -> bool:
+        """Whether some steps have a second half, which a member that is told the scale does not run."""
+        members = self.runtime.manifest.members.values()
+        told = all(member.guidance_embedding for member in members)
+        return bool(a.guidance_scale > 1) and not told and not self._kind.distilled
 
     def _scheduler(self) -> Scheduler:
         """Raises ``BadInput`` for one that can't be honoured or that was made for other noise than the bundle."""
@@ -226,10 +185,18 @@ class AcceleratedPipeline:
             )
         return found
 
+    def _more_noise(self, plan: Plan) -> np.float32:
+        """The first state of explicit timesteps over the plan's, which does not know their scheduler's spacing.
+
+        ``leading`` starts below the noisiest timestep, where signal has its share too (diffusers' init_noise_sigma).
+        """
+        in_sigma = plan.init_scale != 1  # and not in a space where noise is the state
+        leads = in_sigma and self._scheduler().spacing == "leading"
+        return np.float32(np.hypot(1.0, plan.init_scale) / plan.init_scale if leads else 1.0)
+
     def _texts(self, a: SimpleNamespace) -> dict[str, Any]:
         """Embeddings by the pipeline's own text encoders, and how many pictures there are."""
-        members = self.runtime.manifest.members.values()
-        guided = a.guidance_scale > 1 and not all(member.guidance_embedding for member in members)
+        guided = self._guided(a)
         keywords = {
             "device": self.pipe._execution_device,
             "num_images_per_prompt": a.num_images_per_prompt,
@@ -261,17 +228,6 @@ class AcceleratedPipeline:
                 )
         return {key: value for key, value in found.items() if value is not None}
 
-    def _size(self, a: SimpleNamespace) -> tuple[int | None, int | None]:
-        """Height and width in pixels as the pipeline finds them; ``None``: those of the pictures it is given."""
-        if (self._kind.starts and not self._kind.masked) or self._kind.control == "image":
-            return a.height, a.width
-        side = self.pipe.unet.config.sample_size
-        own = [side, side] if isinstance(side, int) else list(side)
-        factor = self.pipe.vae_scale_factor
-        if not self._kind.xl and not (a.height and a.width):
-            return own[0] * factor, own[1] * factor
-        return a.height or own[0] * factor, a.width or own[1] * factor
-
     def _pictures(self, a: SimpleNamespace, count: int, height: int | None, width: int | None) -> dict[str, Any]:
         """The noise, and the pictures to start from and to follow, drawn from ``generator`` in diffusers' order."""
         pipe, kind = self.pipe, self._kind
@@ -282,8 +238,6 @@ class AcceleratedPipeline:
             if not kind.starts:
                 height, width = control.shape[2:]
         if kind.starts:
-            if a.image is None:
-                raise BadInput("image is missing", hint=f"{type(pipe).__name__} starts from a picture: image=...")
             picture = pipe.image_processor.preprocess(a.image, height=height, width=width).float()
             if kind.masked and a.denoising_start is not None:
                 raise BadInput("denoising_start was given beside a mask", hint="use strength")
@@ -302,51 +256,57 @@ class AcceleratedPipeline:
     def _start(
         self, a: SimpleNamespace, picture: Any, count: int, height: int | None, width: int | None
     ) -> dict[str, Any]:
+        """``picture``: float ``[K,3,H,W]`` in [-1, 1], or latents."""
         pipe, kind = self.pipe, self._kind
-        if a.denoising_start is not None:  # latents in the middle of a trajectory
-            if picture.shape[1] != self.runtime.manifest.latent.channels:
-                raise BadInput("denoising_start was given with a picture", hint="give image= latents")
-            return {"latents": latent_tensor(picture)}
-        if a.latents is not None and not kind.masked:
-            raise BadInput("latents were given beside image", hint="give latents as image=, or noise by generator=")
-        large = self.runtime.manifest.members["large"]
-        pure = kind.masked and a.strength == 1  # nothing of the picture is in the noise
-        needed = not (kind.masked and large.inpaints and pure)
+        members = self.runtime.manifest.members
         known = picture.shape[1] == self.runtime.manifest.latent.channels
-        clean = None
-        if known:
-            clean = latent_tensor(picture)
-        elif needed:
-            clean = encoded(self.runtime, pipe, picture, a.generator, count)
+        upcast = kind.xl and bool(pipe.vae.config.get("force_upcast"))
+        if a.denoising_start is not None:  # latents in the middle of a trajectory
+            if not known:
+                raise BadInput("denoising_start was given with a picture", hint="give image= latents")
+            return {"latents": tiled(latent_tensor(picture), count)}
+        if a.latents is not None and (not kind.masked or a.strength != 1):
+            raise BadInput("latents were given beside image", hint="give latents as image=, or noise by generator=")
         if height is None or width is None:
             scale = pipe.vae_scale_factor if known else 1
             height, width = picture.shape[2] * scale, picture.shape[3] * scale
         shape = self._latent_shape(count, height, width)
+        if known:
+            clean = tiled(latent_tensor(picture), count)
+        elif kind.masked and members["large"].inpaints and a.strength == 1:  # nothing of the picture is in the noise
+            clean = np.zeros(shape, np.float32)
+        else:  # with a mask as many draws as pictures, whoever draws them
+            each = count if isinstance(a.generator, list) and not kind.masked else None
+            clean = tiled(encoded(self.runtime, pipe, picture, a.generator, count=each, upcast=upcast), count)
         drawn = latent_tensor(a.latents) if a.latents is not None else unit_noise(pipe, shape, a.generator)
-        image = np.zeros(shape, np.float32) if clean is None else np.repeat(clean, -(-count // len(clean)), 0)[:count]
-        found: dict[str, Any] = {"image": image, "latents": drawn, "strength": a.strength}
-        if kind.masked:
-            mask, outside = mask_and_picture(pipe, a.mask_image, picture, height, width)
-            found["mask"] = mask
-            if any(member.inpaints for member in self.runtime.manifest.members.values()):
-                if a.masked_image_latents is not None:
-                    found["masked_image"] = latent_tensor(a.masked_image_latents)
-                else:
-                    found["masked_image"] = encoded(self.runtime, pipe, outside, a.generator, count)
-        return found
+        found: dict[str, Any] = {"image": clean, "latents": drawn, "strength": a.strength}
+        if not kind.masked:
+            return found
+        mask, outside = mask_and_picture(pipe, a.mask_image, picture, height, width)
+        found["mask"] = tiled(mask, count, "masks")
+        if not any(member.inpaints for member in members.values()):
+            return found
+        if a.masked_image_latents is not None:
+            return {**found, "masked_image": tiled(latent_tensor(a.masked_image_latents), count)}
+        if known:
+            raise BadInput(
+                "image is latents, and a UNet that paints into a picture needs the picture itself",
+                hint="give masked_image_latents= too: those of the picture with grey where it is painted anew",
+            )
+        return {**found, "masked_image": encoded(self.runtime, pipe, outside, a.generator, upcast=upcast)}
 
     # --- carrying it out
 
-    def _cut(self, share: float, what: str, plan: Any) -> int:
+    def _cut(self, share: float, what: str, plan: Plan) -> int:
         """How many steps have a timestep before the share of the trajectory, as diffusers rounds it."""
         if not 0 < share < 1:
             raise BadInput(f"{what} is {share}; allowed is between 0 and 1", hint="e.g. 0.8")
         train = self.runtime.manifest.noise.steps
         return int(np.count_nonzero(plan.table.t >= round(train - share * train)))
 
-    def _stop(self, a: SimpleNamespace, plan: Any) -> int | None:
+    def _stop(self, a: SimpleNamespace, plan: Plan) -> int | None:
         """The number of steps after which ``denoising_end`` ends; ``None``: after the last one."""
-        if a.denoising_end is None:
+        if a.denoising_end is None or a.denoising_end == 1:
             return None
         if a.denoising_start is not None and a.denoising_start >= a.denoising_end:
             raise BadInput(
@@ -358,12 +318,11 @@ class AcceleratedPipeline:
             raise BadInput(f"denoising_end {a.denoising_end} leaves no step", hint="use a larger one, or more steps")
         return None if stop == plan.steps else stop
 
-    def _state(self, given: Mapping[str, Any], plan: Any, share: float) -> dict[str, Any]:
+    def _state(self, given: Mapping[str, Any], plan: Plan, share: float) -> dict[str, Any]:
         start = self._cut(share, "denoising_start", plan)
         if start >= plan.steps:
             raise BadInput(f"denoising_start {share} leaves no step", hint="use a smaller one, or more steps")
-        latents = given["latents"]
-        return {"latents": np.repeat(latents, -(-given["n"] // len(latents)), 0)[: given["n"]], "start_step": start}
+        return {"latents": given["latents"], "start_step": start}
 
     def _run(
         self, a: SimpleNamespace, given: Mapping[str, Any], settings: Mapping[str, Any], stop: int | None
@@ -382,8 +341,15 @@ class AcceleratedPipeline:
                         "is one",
                         hint='accelerate with a larger batch, e.g. batch="1:4:32", or ask for fewer',
                     )
+                if done == 0:
+                    self._steps = (event.steps if stop is None else stop) - event.step + 1
+                    if self._steps < 1:
+                        raise BadInput(
+                            f"denoising_end {a.denoising_end} lies before the first step of strength {a.strength}",
+                            hint="use larger ones",
+                        )
                 if callback is not None:
-                    self._call_back(callback, done, event)
+                    call_back(self, callback, done, event)
                 done += 1
                 if event.step == stop or self._interrupt:
                     return np.array(event.latents())
@@ -392,51 +358,3 @@ class AcceleratedPipeline:
             return found
         finally:
             walk.close()
-
-    def _call_back(self, callback: Any, step: int, event: Any) -> None:
-        import torch
-
-        whole = float(event.timestep).is_integer()
-        t = torch.tensor(int(event.timestep) if whole else event.timestep)
-        latents = torch.from_numpy(np.array(event.latents()))
-        shown = latents.clone()
-        answer = callback(self, step, t, {"latents": shown}) or {}
-        if not torch.equal(shown, latents) or answer.get("latents", shown) is not shown:
-            raise BadInput(
-                f"callback_on_step_end changed the latents after step {step}, which compiled engines can't honour",
-                hint="only look at them there, or call the pipeline itself: accelerated.pipe(...)",
-            )
-
-    def _result(self, a: SimpleNamespace, latents: NDArray[np.float32]) -> Any:
-        """As the pipeline's own: safety checker, watermark and conversion are its."""
-        import torch
-
-        pipe, flags = self.pipe, None
-        device = pipe._execution_device
-        if a.output_type == "latent":
-            image = torch.from_numpy(latents).to(device, pipe.unet.dtype)
-        else:
-            image = torch.from_numpy(self.runtime.images(latents)).to(device)
-            if not self._kind.xl:
-                image, flags = pipe.run_safety_checker(image, device, pipe.unet.dtype)
-        if self._kind.xl:
-            from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
-
-            if a.output_type != "latent" and pipe.watermark is not None:
-                image = pipe.watermark.apply_watermark(image)
-            shown = pipe.image_processor.postprocess(image, output_type=a.output_type)
-            return StableDiffusionXLPipelineOutput(images=shown) if a.return_dict else (shown,)
-        from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
-
-        plain = [True] * len(image) if flags is None else [not flag for flag in flags]
-        shown = pipe.image_processor.postprocess(image, output_type=a.output_type, do_denormalize=plain)
-        if not a.return_dict:
-            return shown, flags
-        return StableDiffusionPipelineOutput(images=shown, nsfw_content_detected=flags)
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Whether nothing is asked for by this value."""
-    if value is default or value is None or (isinstance(value, Mapping) and not value):
-        return True
-    return isinstance(value, bool | int | float | str | tuple | list) and value == default

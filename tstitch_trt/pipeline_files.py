@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from tstitch_engines.errors import BadInput, PairMismatch
+from tstitch_engines.errors import BadInput
 from tstitch_engines.files import hash_file
 
-__all__ = ["check_weights", "module_hash", "path_hash", "save_large", "save_small"]
+__all__ = ["check_weights", "module_hash", "path_hash", "plain", "save_large", "save_small"]
 
 # The keys of a scheduler's configuration that say how the model was trained; the others can be changed at any call
 TRAINED: Final = (
@@ -23,6 +23,11 @@ TRAINED: Final = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
+
+
+def plain(module: Any) -> Any:
+    """The module itself where it was wrapped by ``torch.compile``."""
+    return getattr(module, "_orig_mod", module)
 
 
 def check_weights(module: Any, what: str) -> None:
@@ -38,6 +43,14 @@ def check_weights(module: Any, what: str) -> None:
             f"{what} has parameters without values (sequential offloading moves them away)",
             hint="load the pipeline without enable_sequential_cpu_offload",
         )
+    packed = next((name for name, value in module.named_parameters() if not value.is_floating_point()), None)
+    if packed is not None:
+        raise BadInput(
+            f"{what} is quantised: {packed} holds {dict(module.named_parameters())[packed].dtype}",
+            hint="load it in float32, float16 or bfloat16; tstitch-trt quantise makes 8 bit members of a bundle",
+        )
+    if any(getattr(part, "padding_mode", "zeros") != "zeros" for part in module.modules()):
+        raise BadInput(f"{what} pads with something else than zeros", hint="undo it: engines are built from weights")
     if adapters := sorted(kind for kind in kinds if "IPAdapter" in kind):
         raise BadInput(f"{what} has an IP-Adapter ({adapters[0]})", hint="take it away: pipe.unload_ip_adapter()")
     if any(getattr(part, "b1", None) is not None for part in module.modules()):
@@ -82,13 +95,13 @@ def save_large(pipe: Any, folder: Path) -> dict[str, Path]:
     """Writes denoiser, VAE and scheduler of ``pipe`` as a pipeline folder; returns the paths of other parts."""
     folder.mkdir()
     for name in ("unet", "vae"):
-        _save(getattr(pipe, name), folder / name)
+        _save(plain(getattr(pipe, name)), folder / name)
     pipe.scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(dict(pipe.config), default=str))
     if getattr(pipe, "controlnet", None) is None:
         return {}
     controlnet = folder.parent / "controlnet"
-    _save(pipe.controlnet, controlnet)
+    _save(plain(pipe.controlnet), controlnet)
     return {"controlnet": controlnet}
 
 
@@ -101,55 +114,43 @@ def _save(module: Any, folder: Path) -> None:
 
 
 def save_small(small: Any, pipe: Any, large: Path, folder: Path) -> Path:
-    """A path that the small member can be built from.
+    """A pipeline folder that the small member can be built from.
 
-    A module or a bare UNet folder says nothing of its conventions: it gets those of ``pipe``. Of a whole pipeline the
-    UNet and its conventions are taken. Raises ``PairMismatch`` for one that reads text in its own way.
+    A module, a bare UNet folder or a single file says nothing of its conventions, but that some files are marked as
+    predicting v: it gets those of ``pipe``. Of a whole pipeline the UNet and its conventions are taken.
     """
-    if isinstance(small, Path) and small.is_file():
-        return small
     folder.mkdir()
-    (folder / "vae").symlink_to(large / "vae", target_is_directory=True)
+    whole = isinstance(small, Path) and (small / "unet").is_dir()
     if not isinstance(small, Path):
-        _save(small, folder / "unet")
-    elif (small / "unet").is_dir():
-        _check_text(small, pipe)
-        for name in ("unet", "scheduler"):
-            if (small / name).is_dir():
-                (folder / name).symlink_to(small.resolve() / name, target_is_directory=True)
-        if (small / "vae").is_dir():
-            (folder / "vae").unlink()
-            (folder / "vae").symlink_to(small.resolve() / "vae", target_is_directory=True)
+        _save(plain(small), folder / "unet")
+    elif small.is_file():
+        _save_single(small, large / "scheduler", folder)
     else:
-        (folder / "unet").symlink_to(small.resolve(), target_is_directory=True)
-    if not (folder / "scheduler").is_dir():
-        (folder / "scheduler").symlink_to(large / "scheduler", target_is_directory=True)
+        (folder / "unet").symlink_to((small / "unet" if whole else small).resolve(), target_is_directory=True)
+    for name in ("scheduler", "vae"):
+        if not (folder / name).is_dir():
+            own = whole and (small / name).is_dir()
+            (folder / name).symlink_to((small if own else large).resolve() / name, target_is_directory=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": type(pipe).__name__}))
     return folder
 
 
-def _check_text(small: Path, pipe: Any) -> None:
-    """The pipeline's text encoders serve both members."""
-    import torch
+def _save_single(file: Path, scheduler: Path, folder: Path) -> None:
+    """The UNet of a single file as diffusers would save it; where the file states v, the scheduler says so."""
+    from safetensors.torch import save_file
 
-    for name in ("text_encoder", "text_encoder_2"):
-        own = getattr(pipe, name, None)
-        if own is None or not (small / name / "config.json").is_file():
-            continue
-        theirs = type(own).from_pretrained(small / name, torch_dtype=own.dtype)
-        mine, other = _plain(own.state_dict()), _plain(theirs.state_dict())
-        if mine.keys() != other.keys() or any(not torch.equal(mine[key].cpu(), other[key].cpu()) for key in mine):
-            raise PairMismatch(
-                f"the small pipeline {small.name} has another {name} than the pipeline it is to accelerate",
-                hint="build the pair with tstitch-trt build, which gives each member its own; or give the small "
-                "UNet alone where it was trained with the pipeline's text encoder",
-            )
+    from tstitch_export.families.unet_config import CLASS
+    from tstitch_export.families.unet_source import read_state, read_unet
 
-
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Without LoRA layers, and without what is no weight."""
-    return {
-        key.replace(".base_layer", ""): tensor
-        for key, tensor in state.items()
-        if ".lora_" not in key and tensor.is_floating_point()
-    }
+    source = read_unet(file)
+    unet = folder / "unet"
+    unet.mkdir()
+    (unet / "config.json").write_text(json.dumps({"_class_name": CLASS, **source.config}, indent=2) + "\n")
+    state = read_state(source.layout, source.weights, source.config)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, unet / "diffusion_pytorch_model.safetensors")
+    if source.facts.parametrisation == "v":
+        (folder / "scheduler").mkdir()
+        config = json.loads((scheduler / "scheduler_config.json").read_text())
+        (folder / "scheduler/scheduler_config.json").write_text(
+            json.dumps({**config, "prediction_type": "v_prediction"}, indent=2)
+        )

@@ -18,6 +18,7 @@ __all__ = [
     "latent_tensor",
     "mask_and_picture",
     "step_noise_seeds",
+    "tiled",
     "unit_noise",
 ]
 
@@ -44,34 +45,47 @@ def unit_noise(pipe: Any, shape: Sequence[int], generator: Any) -> Array:
     )
 
 
-def encoded(runtime: Runtime, pipe: Any, pictures: Any, generator: Any, count: int) -> Array:
+def encoded(
+    runtime: Runtime, pipe: Any, pictures: Any, generator: Any, *, count: int | None = None, upcast: bool = False
+) -> Array:
     """Pictures, a tensor ``[K,3,H,W]`` in [-1, 1], as latents drawn from what the encoder says of them.
 
-    One draw for each picture, but one for each of ``count`` where every one has its own generator.
+    One draw for each picture; with ``count`` one for each of so many, picture ``i % K`` for the i-th. Where each has
+    its own generator the i-th draws by the i-th. ``upcast``: the pipeline encodes in float32 whatever its VAE's type.
+    An encoder that says one thing alone (tiny autoencoders) draws nothing, so that the generator stays where it was.
     """
+    import torch
     from diffusers.utils.torch_utils import randn_tensor
 
-    _check_generators(generator, count)
     mean, std = runtime.encode(latent_tensor(pictures))
-    if isinstance(generator, list):
-        rows = np.arange(count) % len(mean)
-        mean, std = mean[rows], std[rows]
-    drawn = randn_tensor(mean.shape, generator=generator, device=pipe._execution_device, dtype=pipe.vae.dtype)
+    if count is not None:
+        mean, std = tiled(mean, count), tiled(std, count)
+    if not std.any():
+        return mean
+    each = generator[: len(mean)] if isinstance(generator, list) else generator
+    dtype = torch.float32 if upcast else pipe.vae.dtype
+    drawn = randn_tensor(mean.shape, generator=each, device=pipe._execution_device, dtype=dtype)
     return np.asarray(mean + std * latent_tensor(drawn), np.float32)
+
+
+def tiled(rows: Array, count: int, what: str = "images") -> Array:
+    """``count`` rows, the i-th ``i % K`` of the ``K`` given. Raises ``BadInput`` where they do not come out even."""
+    if count % len(rows):
+        raise BadInput(
+            f"{len(rows)} {what} for {count} pictures; allowed is one, or a number that divides {count}",
+            hint=f"give one of the {what} for each picture",
+        )
+    return np.concatenate([rows] * (count // len(rows)))
 
 
 def control_picture(pipe: Any, image: Any, height: int | None, width: int | None, repeats: int) -> Array:
     """The control pictures float32 ``[N,3,H,W]`` in [0, 1]."""
-    if image is None:
-        raise BadInput("the control picture is missing", hint="give the ControlNet its picture: (control_)image=...")
     found = latent_tensor(pipe.control_image_processor.preprocess(image, height=height, width=width))
     return found if len(found) == 1 else np.repeat(found, repeats, axis=0)
 
 
 def mask_and_picture(pipe: Any, mask: Any, picture: Any, height: int, width: int) -> tuple[Array, Any]:
     """The mask ``[N,H,W]`` of 0 and 1, and the picture with grey inside it."""
-    if mask is None:
-        raise BadInput("mask_image is missing", hint="it is what to paint anew: mask_image=...")
     found = pipe.mask_processor.preprocess(mask, height=height, width=width)
     outside = picture * (found < 0.5) if picture.shape[1] == 3 else picture
     return latent_tensor(found)[:, 0], outside

@@ -1,7 +1,8 @@
 """Checkpoints as published: names and shapes first, tensors on demand, and never any code.
 
 ``.safetensors`` headers are read without torch. ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` go through
-``torch.load(weights_only=True)``, which refuses a pickle that would run code.
+``torch.load(weights_only=True)``, which refuses a pickle that would run code. An index (``*.index.json``, as
+transformers and diffusers write it) stands for the shards that it lists.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ from tstitch_export.needs import need_torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PICKLED", "Checkpoint", "SafetensorsEntry", "read_checkpoint", "read_safetensors_header"]
+__all__ = ["PICKLED", "Checkpoint", "SafetensorsEntry", "read_checkpoint", "read_index", "read_safetensors_header"]
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("ema", "model", "state_dict")  # in this order: published DiT training states hold both ema and model
@@ -43,13 +44,23 @@ class SafetensorsEntry(NamedTuple):
 class Checkpoint:
     """A state dict by ``path``: ``shapes`` at once, ``tensors()`` when they are needed."""
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Tensor] | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        stored: Mapping[str, Tensor] | None,
+        shards: Sequence[Checkpoint] = (),
+    ) -> None:
+        """``shards``: the files that hold its tensors, where it is an index."""
         self.path = path
         self.shapes = dict(shapes)
         self._stored = stored
+        self._shards = tuple(shards)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors as stored (mapped from the file where the format allows it)."""
+        if self._shards:
+            return {name: tensor for shard in self._shards for name, tensor in shard.tensors().items()}
         if self._stored is not None:
             return dict(self._stored)
         need_torch(f"the checkpoint {self.path.name}")
@@ -66,6 +77,8 @@ class Checkpoint:
 
         The file is mapped, so that it may be deleted or replaced before they are read.
         """
+        if self._shards:
+            return {name: read for shard in self._shards for name, read in shard.arrays().items()}
         if self._stored is None:
             entries = {_plain(key): entry for key, entry in read_safetensors_header(self.path).items()}
             if all(entry.dtype in _FLOATS for entry in entries.values()):
@@ -84,6 +97,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"checkpoint {path} does not exist" if not path.exists() else f"checkpoint {path} is not a file",
             hint="give --member NAME=CHECKPOINT a .safetensors, .pt or .pth file or a diffusers folder",
         )
+    if path.name.endswith(".json") and ".index." in path.name:
+        return _sharded(path)
     if path.suffix == ".safetensors":
         entries = read_safetensors_header(path)
         return Checkpoint(path, {_plain(name): entry.shape for name, entry in entries.items()}, None)
@@ -94,6 +109,41 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     stored = _unwrap(path, _load_pickled(path))
     return Checkpoint(path, {name: tuple(tensor.shape) for name, tensor in stored.items()}, stored)
+
+
+def read_index(path: Path) -> tuple[Path, ...]:
+    """The files that the index ``path`` lists, all beside it. Raises ``BadCheckpoint``."""
+    names = sorted(set(_weight_map(path).values()))
+    for name in names:
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise BadCheckpoint(
+                f"{path.name} names {name}, which is not beside it in {path.parent}",
+                hint="download or copy all its files",
+            )
+    return tuple(path.parent / name for name in names)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found = {str(name): str(file) for name, file in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = {}
+    if not found:
+        raise BadCheckpoint(f"{path} lists no files (no weight_map)", hint="download or copy it again")
+    return found
+
+
+def _sharded(path: Path) -> Checkpoint:
+    shards = [read_checkpoint(part) for part in read_index(path)]
+    shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
+    missing = [name for name in map(_plain, _weight_map(path)) if name not in shapes]
+    if missing:
+        raise BadCheckpoint(
+            f"{path.name} lists {missing[0]}, which none of its files holds (of {len(missing)} such tensors)",
+            hint="download or copy the index and all its files from one model",
+        )
+    return Checkpoint(path, shapes, None, shards)
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:

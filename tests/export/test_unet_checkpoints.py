@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dits import diffusers_folder, sparse_safetensors
-from tiny_families import clip_text_folder, controlnet_folder, original_unet, unet_folder
+from tiny_families import clip_text_folder, controlnet_folder, original_control, original_unet, unet_folder
 from tstitch_engines.errors import BadCheckpoint, PairMismatch
 from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_export.build import build
@@ -119,7 +119,7 @@ def test_shards_and_half_precision_variants_are_the_same_weights(pipeline: Path,
     index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     found = SD.inspect(folder, {})
-    assert [file.name for file in found.files] == ["config.json", f"{WEIGHTS}.index.json", *parts]
+    assert [file.name for file in found.files] == ["config.json", *parts, f"{WEIGHTS}.index.json"]
     got = state_of(found)
     assert got.keys() == want.keys()
     assert all(torch.equal(got[key], want[key]) for key in want)
@@ -159,6 +159,34 @@ def test_single_files_in_the_original_layout(name: str, tmp_path: Path) -> None:
     inputs = family.example(found, batch=2, seed=3, sizes={"H": 8, "W": 6, "T": 5})
     with torch.no_grad():
         assert torch.equal(family.load(found)(*inputs), family.load(folder)(*inputs))
+
+
+@pytest.mark.parametrize("layout", ["original", "bare original", "within a pipeline", "diffusers"])
+@pytest.mark.parametrize("name", ["sd", "sd2", "sdxl", "refiner"])
+def test_single_files_of_controlnets(name: str, layout: str, tmp_path: Path) -> None:
+    """The same network as its folder; the original names are those that diffusers' own conversion takes."""
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    changes = dict(ORIGINALS[name])
+    module = controlnet_folder(tmp_path / "folder", changes.pop("kind", name), norm_num_groups=32, **changes)
+    stored = original_control(module, "" if layout == "bare original" else "control_model.")
+    state = module.state_dict()
+    if layout == "original":
+        theirs = convert_controlnet_checkpoint(dict(stored), dict(module.config))
+        told = {key for key in state if not key.startswith("add_embedding.")}  # which it does not know
+        assert theirs.keys() == told
+        assert all(torch.equal(theirs[key], state[key]) for key in told)
+    if layout == "within a pipeline":
+        stored |= {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1), "alphas_cumprod": torch.zeros(3)}
+    save_file(state if layout == "diffusers" else stored, tmp_path / "control.safetensors")
+    family = open_family("controlnet")
+    found, folder = family.inspect(tmp_path / "control.safetensors", {}), family.inspect(tmp_path / "folder", {})
+    assert (found.layout, found.files) == ("single-file", (tmp_path / "control.safetensors",))
+    assert (found.config, found.text, found.latent) == (folder.config, folder.text, folder.latent)
+    inputs = family.example(found, batch=2, seed=3, sizes={"H": 8, "W": 6, "T": 5})
+    with torch.no_grad():
+        for got, want in zip(family.load(found)(*inputs), family.load(folder)(*inputs), strict=True):
+            assert torch.equal(got, want)
 
 
 def test_published_architectures_by_name() -> None:
@@ -231,9 +259,8 @@ def test_other_things_on_disk(pipeline: Path, tmp_path: Path) -> None:
     assert str(pipeline / "unet") in caught.value.hint
     with pytest.raises(BadCheckpoint, match="looks like a UNet2DConditionModel"):
         open_family("controlnet").inspect(pipeline / "unet", {})
-    with pytest.raises(BadCheckpoint, match="is a single file") as caught:
+    with pytest.raises(BadCheckpoint, match="is no ControlNet: it looks like a UNet"):
         open_family("controlnet").inspect(pipeline / "unet" / WEIGHTS, {})
-    assert "from_single_file" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -251,6 +278,28 @@ def test_single_files_of_something_else(names: list[str], words: str, tmp_path: 
     path = sparse_safetensors(tmp_path / "x.safetensors", dict.fromkeys(names, (4, 4)))
     with pytest.raises(BadCheckpoint, match=f"no Stable Diffusion checkpoint: it looks like .*{words}"):
         SD.inspect(path, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_controlnet": (1,)}, "is a Control-LoRA"),
+        ({"control_model.zero_convs.0.0.weight": None}, "is no ControlNet: it looks like a ControlNet"),
+        ({"control_model.input_blocks.2.0.op.weight": None}, "a tensor that no known ControlNet has"),
+        ({"control_model.motion.weight": (4, 4)}, "a tensor that no known ControlNet has: motion.weight"),
+        ({"control_model.label_emb.0.0.weight": (32, 2048)}, "a ControlNet of an unknown kind: it takes an embedded"),
+        ({"control_model.input_hint_block.0.weight": (8, 4, 3, 3)}, "conditioning_channels = 4"),
+    ],
+)
+def test_single_files_with_a_strange_controlnet(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    module = controlnet_folder(tmp_path, "sd", cross_attention_dim=768, attention_head_dim=8)
+    shapes = {key: tuple(tensor.shape) for key, tensor in original_control(module).items()}
+    for key, shape in changes.items():
+        shapes.pop(key, None)
+        shapes |= {} if shape is None else {key: shape}
+    path = sparse_safetensors(tmp_path / "x.safetensors", shapes)
+    with pytest.raises(BadCheckpoint, match=words):
+        open_family("controlnet").inspect(path, {})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One Stable Diffusion pair for all tests here; exports are shared through the session's cache."""
+"""One Stable Diffusion and one SDXL pair for all tests here; exports are shared through the session's cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_pipelines import sd_pipeline
+from diffusers_pipelines import sd_pipeline, sdxl_pipeline
 from tiny_families import unet_folder
 
 
@@ -17,3 +17,18 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sd_pipeline(folder / "large")
     unet_folder(folder / "small", "bksdm", part=None, seed=5)
     return folder
+
+
+@pytest.fixture(scope="session")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of SDXL; ``small`` is pruned as SSD-1B."""
+    folder = tmp_path_factory.mktemp("xl")
+    sdxl_pipeline(folder / "large")
+    unet_folder(folder / "small", "ssd1b", part=None, seed=len("ssd1b"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where accelerated pipelines keep their bundles."""
+    return tmp_path_factory.mktemp("bundles")

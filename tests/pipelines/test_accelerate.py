@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,58 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tstitch_trt
-from diffusers_pipelines import relative, sdxl_pipeline
-from tiny_families import controlnet_folder, unet_folder
-from tiny_pipelines import PIXELS, noise, picture, scheduler
-from tstitch_engines.errors import BadInput, BadSchedule, PairMismatch, UnknownName
+from accelerating import SD, fast, pipeline, seeded
+from diffusers_pipelines import relative
+from tiny_pipelines import PIXELS, noise, scheduler, stitched
+from tstitch_engines.errors import BadInput
 from tstitch_trt.cost import Conditions, calibrate
 from tstitch_trt.study.store import save_study
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-Folder = Path
-SD: dict[str, Any] = {
-    "prompt": ["a photo of a cat", "the horse on mars"],
-    "negative_prompt": ["blurry", "ugly"],
-    "num_inference_steps": 6,
-    "guidance_scale": 5.0,
-}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bundles")
-
-
-def pipeline(sd: Path, solver: str = "pndm", cls: str = "StableDiffusionPipeline", **parts: Any) -> Any:
-    import diffusers
-
-    pipe = getattr(diffusers, cls).from_pretrained(
-        sd / "large", scheduler=scheduler(solver), safety_checker=None, **parts
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def fast(pipe: Any, sd: Path, cache: Path, **more: Any) -> Any:
-    asked = {
-        "small": sd / "small",
-        "cache": cache,
-        "batch": "1:2:4",
-        "height": PIXELS,
-        "width": PIXELS,
-        "threads": 1,
-        **more,
-    }
-    return tstitch_trt.accelerate(pipe, **asked)
-
-
-def seeded(seed: int) -> Any:
-    import torch
-
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +62,23 @@ def test_the_small_one_alone_is_the_pipeline_with_its_unet(accelerated: Any, sd:
     np.testing.assert_array_equal(both.numpy(), named.numpy())  # 0.4 of PNDM's 7 evaluations
 
 
+@pytest.mark.parametrize("solver", ["pndm", "dpmpp-2m"])
+def test_stitched_is_a_loop_over_both_modules(accelerated: Any, sd: Path, solver: str) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    accelerated.scheduler = scheduler(solver)
+    pipe, x = accelerated.pipe, noise(2)
+    small = UNet2DConditionModel.from_pretrained(sd / "small")
+    c, u = pipe.encode_prompt(SD["prompt"], "cpu", 1, True, SD["negative_prompt"])
+    rows = 6 + (solver == "pndm")
+    order = [small if i < round(0.4 * rows) else pipe.unet for i in range(rows)]
+    halves = {"encoder_hidden_states": u}, {"encoder_hidden_states": c}
+    want = stitched(scheduler(solver), order, x, 6, 5.0, lambda unet: halves)
+    got = accelerated(**SD, latents=torch.from_numpy(x), output_type="latent").images  # 0.4 where nothing is said
+    assert relative(got.numpy(), want) < 1e-3
+
+
 @pytest.mark.parametrize(
     "asked",
     [
@@ -114,6 +87,7 @@ def test_the_small_one_alone_is_the_pipeline_with_its_unet(accelerated: Any, sd:
         {"guidance_rescale": 0.6},
         {"latents": 5},
         {"generator": [4, 9]},
+        {"timesteps": [901, 701, 401, 101], "num_inference_steps": None, "solver": "euler"},
     ],
     ids=lambda asked: ", ".join(asked),
 )
@@ -121,6 +95,7 @@ def test_arguments_mean_what_they_mean_to_the_pipeline(accelerated: Any, asked: 
     import torch
 
     given = {**SD, "generator": 3, "output_type": "latent", **asked}
+    accelerated.scheduler = scheduler(given.pop("solver", "pndm"))
 
     def again() -> dict[str, Any]:
         seeds = given["generator"]
@@ -136,6 +111,7 @@ def test_arguments_mean_what_they_mean_to_the_pipeline(accelerated: Any, asked: 
 def test_embeddings_and_pil_and_tuples(accelerated: Any) -> None:
     pipe = accelerated.pipe
     c, u = pipe.encode_prompt(SD["prompt"], "cpu", 1, True, SD["negative_prompt"])
+    c, u = c.repeat(1, 2, 1), u.repeat(1, 2, 1)  # of two windows, as tools for long prompts make them
     embeds = {"prompt_embeds": c, "negative_prompt_embeds": u, "num_inference_steps": 4, "return_dict": False}
     want, got = pipe(**embeds, generator=seeded(0)), accelerated(**embeds, generator=seeded(0), fraction=0.0)
     assert got[1] is want[1] is None
@@ -165,124 +141,25 @@ def test_callbacks_see_each_step_and_may_end_it(accelerated: Any) -> None:
         assert all(relative(a[2], b[2]) < 1e-3 for a, b in zip(ours, theirs, strict=True))
 
 
-# --- other pipelines
+def test_callbacks_may_look_at_the_pipeline_and_change_nothing(accelerated: Any) -> None:
+    seen: list[Any] = []
 
+    def look(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append((pipe.num_timesteps, pipe.vae.config.scaling_factor, pipe.scheduler))
+        return {}
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_image_to_image(accelerated: Any, sd: Path, cache: Path, strength: float) -> None:
-    from PIL import Image
+    accelerated.scheduler = scheduler("ddim")
+    accelerated(**SD, callback_on_step_end=look, output_type="latent")
+    assert seen == [(6, 0.18215, accelerated.pipe.scheduler)] * 6
 
-    pipe = pipeline(sd, "ddim", "StableDiffusionImg2ImgPipeline")
-    asked = {**SD, "image": [Image.fromarray(picture(n)) for n in (1, 2)], "strength": strength}
-    want = pipe(**asked, generator=seeded(1), output_type="latent").images
-    with fast(pipe, sd, cache) as made:
-        got = made(**asked, generator=seeded(1), output_type="latent", fraction=0.0).images
-        assert relative(got.numpy(), want.numpy()) < 1e-3
-    assert len(list(cache.glob("*.bundle"))) == 1  # one bundle serves both pipelines
+    def cut(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 0.0
+        return {}
 
-
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("channels", [4, 9])
-def test_inpainting(sd: Path, cache: Path, channels: int, strength: float) -> None:
-    from diffusers import UNet2DConditionModel
-    from PIL import Image
-
-    more = {}
-    if channels == 9:
-        folder = cache.parent / "inpainting"
-        if not folder.exists():
-            unet_folder(folder, "sd", part=None, seed=8, in_channels=9)
-        more["unet"] = UNet2DConditionModel.from_pretrained(folder)
-    pipe = pipeline(sd, "ddim", "StableDiffusionInpaintPipeline", **more)
-    mask = np.zeros((PIXELS, PIXELS), np.uint8)
-    mask[16:40, 8:56] = 255
-    asked = {**SD, "prompt": SD["prompt"][:1], "negative_prompt": ["ugly"], "height": PIXELS, "width": PIXELS}
-    asked |= {"image": Image.fromarray(picture(1)), "mask_image": Image.fromarray(mask), "strength": strength}
-    want = pipe(**asked, generator=seeded(1), output_type="latent").images
-    with fast(pipe, sd, cache) as made:
-        got = made(**asked, generator=seeded(1), output_type="latent", fraction=0.0).images
-    assert relative(got.numpy(), want.numpy()) < 1e-3
-
-
-def test_control(sd: Path, cache: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    pipe = pipeline(sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=controlnet_folder(tmp_path / "c"))
-    asked = {**SD, "image": Image.fromarray(picture(3)), "controlnet_conditioning_scale": 0.7}
-    want = pipe(**asked, generator=seeded(1), output_type="latent").images
-    with fast(pipe, sd, cache, small=pipe.unet) as made:  # one export for both members
-        got = made(**asked, generator=seeded(1), output_type="latent", fraction=0.4).images
-        assert relative(got.numpy(), want.numpy()) < 1e-3
-        free = made(**{**asked, "controlnet_conditioning_scale": 0.0}, generator=seeded(1), output_type="latent").images
-        assert relative(free.numpy(), want.numpy()) > 1e-2
-
-
-def test_a_distilled_member_is_told_its_guidance(sd: Path, cache: Path, tmp_path: Path) -> None:
-    """LCM: four steps, the scale as ``timestep_cond``, one half. The noise between steps is ours, so one step is shown
-    to be equal, and more to be drawn by the generator's seed."""
-    unet = unet_folder(tmp_path / "lcm", "sd", part=None, seed=9, time_cond_proj_dim=16)
-    pipe = pipeline(sd, "lcm", unet=unet)
-    asked = {**SD, "negative_prompt": None, "guidance_scale": 6.0, "output_type": "latent"}
-    with fast(pipe, sd, cache, small=unet) as made:
-        one = {**asked, "num_inference_steps": 1}
-        want = pipe(**one, generator=seeded(1)).images
-        assert relative(made(**one, generator=seeded(1)).images.numpy(), want.numpy()) < 1e-3
-        four = {**asked, "num_inference_steps": 4}
-        first, second, other = (made(**four, generator=seeded(s)).images.numpy() for s in (1, 1, 2))
-        np.testing.assert_array_equal(first, second)
-        assert relative(first, other) > 1e-2
-
-
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return sdxl_pipeline(tmp_path_factory.mktemp("xl") / "large")
-
-
-def test_sdxl(xl: Any, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    small = unet_folder(tmp_path_factory.mktemp("ssd1b"), "ssd1b", seed=len("ssd1b"))
-    asked = {**SD, "prompt_2": ["mars", "cinematic"], "crops_coords_top_left": (3, 4), "original_size": (100, 80)}
-    asked |= {"height": PIXELS, "width": PIXELS}
-    with tstitch_trt.accelerate(
-        xl, small=small, cache=cache, batch="1:2:4", height=PIXELS, width=PIXELS, threads=1
-    ) as made:
-        for more in ({}, {"denoising_end": 0.6}, {"negative_prompt": None}):
-            call = {**asked, "output_type": "latent", **more}
-            want = xl(**call, generator=seeded(1)).images
-            got = made(**call, generator=seeded(1), fraction=0.0).images
-            assert relative(got.numpy(), want.numpy()) < 1e-3
-        want = xl(**asked, generator=seeded(1), output_type="np").images
-        got = made(**asked, generator=seeded(1), output_type="np", fraction=0.0)
-        assert relative(got.images, want) < 1e-3
-        kept, xl.unet = xl.unet, small
-        try:
-            want = xl(**asked, generator=seeded(1), output_type="latent").images
-        finally:
-            xl.unet = kept
-        got = made(**asked, generator=seeded(1), output_type="latent", fraction=1.0).images
-        assert relative(got.numpy(), want.numpy()) < 1e-3
-
-
-# --- what is built, and when
-
-
-def test_the_bundle_is_used_again_until_the_weights_change(
-    accelerated: Any, sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = importlib.import_module("tstitch_export.build")
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("it is built again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "build", never)
-        fast(pipeline(sd, "euler"), sd, cache).close()  # another solver needs no other bundle
-        changed = pipeline(sd)
-        changed.unet.conv_out.weight.data.mul_(1.5)
-        for pipe, more in ((changed, {}), (pipeline(sd), {"batch": "1:2:2"})):
-            with pytest.raises(AssertionError, match="built again"):
-                fast(pipe, sd, cache, **more)
-        with pytest.raises(AssertionError, match="built again"):
-            fast(pipeline(sd), sd, cache, fresh=True)
+    with pytest.raises(AttributeError, match="_guidance_scale"):
+        accelerated(**SD, callback_on_step_end=cut)
+    with pytest.raises(AttributeError, match="has no 'load_lora_weights'; the pipeline it was made from is its pipe"):
+        _ = accelerated.load_lora_weights
 
 
 def test_a_budget_chooses_the_schedule(accelerated: Any) -> None:
@@ -321,6 +198,8 @@ def test_a_budget_chooses_the_schedule(accelerated: Any) -> None:
         ),
         ({"fraction": 0.5, "schedule": "small:2,large"}, "both fraction"),
         ({"fraction": 0.5, "latency_budget_ms": 100.0}, "fraction 0.5 is given beside a budget"),
+        ({"prompt": 5}, "StableDiffusionPipeline does not take this: `prompt` has to be of type"),
+        ({"height": 60, "width": 64}, "does not take this: `height` and `width` have to be divisible by 8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -334,32 +213,3 @@ def test_a_scheduler_for_other_noise_is_refused(accelerated: Any) -> None:
         accelerated.scheduler = scheduler("ddim", **changes)
         with pytest.raises(BadInput, match=what):
             accelerated(**SD)
-
-
-def test_pipelines_that_are_not_what_their_weights_say_are_refused(sd: Path, cache: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    pipe = pipeline(sd)
-    with pytest.raises(UnknownName, match="unknown diffusers pipeline 'DDIMScheduler'"):
-        fast(pipe.scheduler.from_config(scheduler("ddim").config) and scheduler("ddim"), sd, cache)
-    with pytest.raises(BadInput, match="does not exist"):
-        fast(pipe, sd, cache, small=tmp_path / "none")
-    with pytest.raises(BadInput, match="small is a AutoencoderKL"):
-        fast(pipe, sd, cache, small=pipe.vae)
-    with pytest.raises(BadSchedule, match="both"):
-        fast(pipe, sd, cache, fraction=0.5, schedule="small:0.5,large")
-    pipe.enable_freeu(0.9, 0.2, 1.5, 1.6)
-    with pytest.raises(BadInput, match="runs with FreeU"):
-        fast(pipe, sd, cache)
-    pipe.disable_freeu()
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), pipe.unet)
-    with pytest.raises(BadInput, match="has LoRA layers beside its weights"):
-        fast(pipe, sd, cache)
-
-
-def test_a_small_pipeline_with_its_own_text_encoder_is_refused(sd: Path, cache: Path, tmp_path: Path) -> None:
-    other = pipeline(sd)
-    next(other.text_encoder.parameters()).data.mul_(2)
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(PairMismatch, match="has another text_encoder"):
-        fast(pipeline(sd), sd, cache, small=tmp_path / "other")

@@ -1,4 +1,4 @@
-"""``tstitch-trt cache``: what the component cache holds, and making room in it."""
+"""``tstitch-trt cache``: what the component cache and accelerated pipelines hold, and making room in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class _Group(Command, click.Group):
 def command(context: click.Context) -> None:
     """Show or empty the cache of exports and engines (TSTITCH_TRT_CACHE, else the user's cache folder).
 
-    Bundles do not need it: it saves the time of building an unchanged part again. Without a subcommand: list.
+    Bundles do not need it: it saves the time of building an unchanged part again. The bundles that
+    tstitch_trt.accelerate made of pipelines are kept beside it and count too. Without a subcommand: list.
     """
     if context.invoked_subcommand is None:
         context.invoke(list_command, as_json=False)
@@ -50,9 +51,10 @@ def list_command(as_json: bool) -> None:
 
     from tstitch_engines.cache import Cache
     from tstitch_trt.cli._text import print_json, print_table, size
+    from tstitch_trt.kept_bundles import kept_bundles
 
     cache = Cache()
-    entries = cache.stored()
+    entries = sorted([*cache.stored(), *kept_bundles()], key=lambda entry: -entry.used)
     total = sum(entry.bytes for entry in entries)
     if as_json:
         listed = [
@@ -79,8 +81,12 @@ def list_command(as_json: bool) -> None:
 @json_option
 @traceback_option
 def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -> None:
-    """Remove what was not used for long, or what does not fit. What a build is using stays."""
+    """Remove what was not used for long, or what does not fit: pipelines' bundles before what they are made from.
+
+    What a build is using stays.
+    """
     from tstitch_engines.cache import Cache
+    from tstitch_trt.kept_bundles import prune_kept
     from tstitch_trt.parsing import parse_age, parse_size
 
     if max_size is None and older_than is None:
@@ -90,7 +96,10 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
         )
     limit = None if max_size is None else parse_size(max_size, option="--max-size")
     age = None if older_than is None else parse_age(older_than, option="--older-than")
-    _say(Cache().prune(max_bytes=limit, older_than=age), as_json)
+    cache = Cache()
+    removed = cache.prune(max_bytes=limit, older_than=age)
+    left = None if limit is None else limit - sum(entry.bytes for entry in cache.stored())
+    _say([*removed, *prune_kept(max_bytes=left, older_than=age)], as_json)
 
 
 @command.command("clear", cls=Command, examples="tstitch-trt cache clear")
@@ -99,8 +108,9 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
 def clear_command(as_json: bool) -> None:
     """Remove everything, damaged and half-made entries too, but not what a build is using."""
     from tstitch_engines.cache import Cache
+    from tstitch_trt.kept_bundles import prune_kept
 
-    _say(Cache().prune(), as_json)
+    _say([*Cache().prune(), *prune_kept()], as_json)
 
 
 def _say(removed: Sequence[Stored], as_json: bool) -> None:

@@ -17,7 +17,7 @@ from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, LoraTarget, Role, Scalar
 from tstitch_export.families.clip_text_layout import PREFIXES, Piece, Shapes, find_tower, name_pieces, take
-from tstitch_export.families.folder import describe_folder, read_json, weights_file
+from tstitch_export.families.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.families.lora import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
 from tstitch_export.needs import need_torch
 from tstitch_export.options import typed
@@ -85,7 +85,7 @@ class ClipTextFamily(Family):
         check_loras(loras, whole, model=path.name, part=str(config["part"]), aliases=_aliases(whole))
         return replace(
             found,
-            files=(*found.files[:-1], *(use.path for use in loras), found.files[-1]),
+            files=(*found.files[:1], *(use.path for use in loras), *found.files[1:]),  # the weights stay the last
             config={**config, "lora": describe_loras(loras)},
             loras=loras,
         )
@@ -196,7 +196,7 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
         layout="transformers",
         path=folder,
         part=part,
-        files=(folder / "config.json", weights),
+        files=(folder / "config.json", *files_of(weights)),
         tokenizer=_find_tokenizer(folder, part, options),
         options=options,
         hidden_state=-2 if "XL" in str(index.get("_class_name")) else -1,

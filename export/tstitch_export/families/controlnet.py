@@ -1,4 +1,4 @@
-"""Family ``controlnet``: diffusers ``ControlNetModel`` folders (arXiv 2302.05543) for Stable Diffusion and SDXL.
+"""Family ``controlnet``: ControlNets (arXiv 2302.05543) for Stable Diffusion and SDXL, in folders or single files.
 
 A copy of a UNet's way down that also sees a picture; what it gives is added to the UNet's own connections. Its
 residuals come out under the names a member takes them by, already times ``control_scale``.
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.manifest import Precision, TextInputs
 from tstitch_engines.spec import TensorSpec
+from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
+from tstitch_export.families.controlnet_layout import control_config, control_names
 from tstitch_export.families.unet_config import UNetConfig
 from tstitch_export.families.unet_family import latent_dims, random_inputs, residual_specs, residual_text, text_specs
 from tstitch_export.families.unet_sdxl import sdxl_text
-from tstitch_export.families.unet_source import read_diffusers, read_state
+from tstitch_export.families.unet_source import Source, read_diffusers
 from tstitch_export.needs import need, need_torch
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["ControlNetFamily", "residuals_fit"]
 
 _CLASS: Final = "ControlNetModel"
+_SINGLE: Final = "single-file"
 _NATIVE: Final = {"sd": 64, "sdxl": 128}  # a ControlNet does not state the size it was trained at
 
 
@@ -50,12 +53,7 @@ class ControlNetFamily(Family):
     options: Mapping[str, tuple[type, str]] = MappingProxyType({})
 
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> ControlNetInspection:
-        if path.is_file():
-            raise BadCheckpoint(
-                f"{path.name} is a single file; a ControlNet is read from a diffusers folder",
-                hint="convert it where you trust it: ControlNetModel.from_single_file(FILE).save_pretrained(DIR)",
-            )
-        source = read_diffusers(path, part="controlnet", kind=_CLASS)
+        source = _single(path) if path.is_file() else read_diffusers(path, part="controlnet", kind=_CLASS)
         config = UNetConfig(source.config)
         problem = _problem(config)
         if problem is not None:
@@ -96,8 +94,12 @@ class ControlNetFamily(Family):
         diffusers = need("diffusers", f"the ControlNet {inspection.path.name}")
         from tstitch_export.families.unet_model import ControlNet, assemble
 
-        state = read_state(inspection.layout, inspection.weights, inspection.controlnet)
-        model = assemble(getattr(diffusers, _CLASS), inspection.controlnet, state, name=inspection.path.name)
+        name = inspection.path.name
+        state = read_checkpoint(inspection.weights[-1]).tensors()
+        if inspection.layout == _SINGLE:
+            names = control_names(state, UNetConfig(inspection.controlnet), name=name)
+            state = {ours: state[key] for key, ours in names.items()}
+        model = assemble(getattr(diffusers, _CLASS), inspection.controlnet, state, name=name)
         return ControlNet(model, [spec.name for spec in self.inputs(inspection, "fp32")[2:]]).eval()
 
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
@@ -155,6 +157,19 @@ def residuals_fit(member: Inspection, controlnet: Inspection) -> dict[str, str] 
             return f"{member.path.name} takes {what} {left}, {controlnet.path.name} {right}"
     names = [*(f"down_residual_{index}" for index in range(len(taken) - 1)), "mid_residual"]
     return {name: name for name in names}
+
+
+def _single(path: Path) -> Source:
+    shapes = read_checkpoint(path).shapes
+    config = control_config(shapes, name=path.name)
+    return Source(
+        layout=_SINGLE,
+        path=path,
+        described=(),
+        weights=(path,),
+        config=config.raw,
+        shapes={ours: shapes[key] for key, ours in control_names(shapes, config, name=path.name).items()},
+    )
 
 
 def _problem(config: UNetConfig) -> str | None:

@@ -15,7 +15,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import Inspection
 from tstitch_export.families.dit_layout import looks_like, published_name
-from tstitch_export.families.folder import read_json
+from tstitch_export.families.folder import files_of, read_json, weights_file
 from tstitch_export.families.pipeline import read_pipeline
 from tstitch_export.needs import need
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["inspect", "load"]
 
 _CLASS: Final = "DiTTransformer2DModel"
-_WEIGHTS: Final = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_STEM: Final = "diffusion_pytorch_model"
 # diffusers' own defaults, for what a config.json leaves out
 _DEFAULTS: Final = {
     "num_attention_heads": 16,
@@ -47,12 +47,7 @@ def inspect(path: Path, heads: int | None) -> Inspection:
             f"{path.name}: num_heads is {heads}, its config.json says {values['num_attention_heads']}",
             hint="leave num_heads away for a diffusers folder",
         )
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise BadCheckpoint(
-            f"{folder} has no {' or '.join(_WEIGHTS)} (sharded weights are not supported)",
-            hint=f"save it in one file: {_CLASS}.from_pretrained(DIR).save_pretrained(DIR2, max_shard_size='100GB')",
-        )
+    weights = weights_file(folder, (_STEM,))
     width = values["num_attention_heads"] * values["attention_head_dim"]
     channels, patch, size = values["in_channels"], values["patch_size"], values["sample_size"]
     out_channels = config.get("out_channels") or channels
@@ -80,7 +75,7 @@ def inspect(path: Path, heads: int | None) -> Inspection:
         family="dit",
         layout="diffusers",
         path=folder,
-        files=(folder / "config.json", weights),
+        files=(folder / "config.json", *files_of(weights)),
         config={
             "model": published_name(values["num_layers"], width, patch),
             "depth": values["num_layers"],
@@ -114,7 +109,7 @@ def load(inspection: Inspection) -> nn.Module:
             out: Tensor = self.inner(sample, timestep=timestep, class_labels=labels, return_dict=False)[0]
             return out
 
-    config, weights = inspection.files
+    config, *_, weights = inspection.files
     known = {k: v for k, v in json.loads(config.read_text()).items() if not k.startswith("_")}
     model = diffusers.DiTTransformer2DModel.from_config(known)
     try:
@@ -139,7 +134,7 @@ def _read_config(path: Path, folder: Path) -> dict[str, Any]:
             what = "a folder without config.json"
         raise BadCheckpoint(
             f"{path} is no DiT: it looks like {what}",
-            hint=f"give the folder of a {_CLASS} (config.json and {_WEIGHTS[0]}), or a pipeline that has one",
+            hint=f"give the folder of a {_CLASS} (config.json and {_STEM}.safetensors), or a pipeline that has one",
         )
     kind = config.get("_class_name")
     legacy = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"  # before diffusers 0.30

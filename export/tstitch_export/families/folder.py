@@ -1,15 +1,19 @@
-"""Model folders as transformers and diffusers write them: ``config.json`` beside one file of weights."""
+"""Model folders as transformers and diffusers write them: ``config.json`` beside a file of weights, or several."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint import read_index
 
-__all__ = ["describe_folder", "read_json", "weights_file"]
+__all__ = ["describe_folder", "files_of", "read_json", "weights_file"]
+
+
+_ENDINGS: Final = ("safetensors", "bin")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -26,27 +30,28 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def weights_file(folder: Path, stems: Sequence[str]) -> Path:
-    """The weights in ``folder``: ``STEM.safetensors`` first, ``STEM.fp16.safetensors`` where there is no other.
+    """The weights in ``folder``, for ``read_checkpoint``: one file, or the index of several.
 
-    Raises ``BadCheckpoint`` where there are none, or only shards.
+    ``STEM.safetensors`` first, then ``STEM.safetensors.index.json``, then half-precision and other variants. Raises
+    ``BadCheckpoint`` where there are none.
     """
-    names = [
-        f"{stem}{variant}{suffix}"
-        for variant in ("", ".fp16", ".non_ema")
-        for suffix in (".safetensors", ".bin")
-        for stem in stems
-    ]
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is not None:
-        return found
-    shards = next(folder.glob("*.index*.json"), None)
+    whole = [f"{stem}.{ending}" for ending in _ENDINGS for stem in stems]
+    for variant in ("", ".fp16", ".non_ema"):
+        names = [f"{stem}{variant}.{ending}" for ending in _ENDINGS for stem in stems]
+        names += [f"{stem}.{ending}.index{variant}.json" for ending in _ENDINGS for stem in stems]
+        names += [f"{stem}{variant}.{ending}.index.json" for ending in _ENDINGS for stem in stems]
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is not None:
+            return found
     raise BadCheckpoint(
-        f"{folder} has no {names[0]} (nor {', '.join(names[1:3])})"
-        + (f"; {shards.name} says that the weights are in several files, which is not supported" if shards else ""),
-        hint="save the model in one file: model.save_pretrained(DIR, max_shard_size='100GB')"
-        if shards
-        else "download or copy the weights too",
+        f"{folder} has no {whole[0]} (nor {', '.join(whole[1:])}, nor an index of several files)",
+        hint="download or copy the weights too",
     )
+
+
+def files_of(weights: Path) -> tuple[Path, ...]:
+    """The files that ``weights`` stands for, itself the last: an index comes after what it lists."""
+    return (*read_index(weights), weights) if weights.suffix == ".json" else (weights,)
 
 
 def describe_folder(path: Path) -> str:

@@ -14,7 +14,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import Inspection
 from tstitch_export.families.dit_layout import looks_like
-from tstitch_export.families.folder import describe_folder, read_json, weights_file
+from tstitch_export.families.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.families.pipeline import read_pipeline
 from tstitch_export.needs import need
 
@@ -108,7 +108,8 @@ def load(inspection: Inspection) -> tuple[nn.Module, nn.Embedding | None]:
             out: Tensor = self.inner(sample, timestep, return_dict=False, **given)[0]
             return out
 
-    file, *tables, weights = inspection.files
+    file, *others, weights = inspection.files
+    tables = [other for other in others if other.parent.name == _EMBEDDER]  # others are shards of the weights
     known = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
     kind = getattr(diffusers, str(inspection.config["model"]))
     unet = UNet(assemble(kind, known, read_checkpoint(weights).tensors(), name=inspection.path.name))
@@ -129,7 +130,7 @@ def _classes(
                 f"{path.name} is a {_ADDED} without num_class_embeds: it draws without a class",
                 hint="members of this family are class-conditional",
             )
-        return (folder / "config.json", weights), own[0]
+        return (folder / "config.json", *files_of(weights)), own[0]
     beside = next((base / _EMBEDDER for base in (path, folder.parent) if (base / _EMBEDDER).is_dir()), None)
     if beside is None or own is not None:
         raise BadCheckpoint(
@@ -138,7 +139,7 @@ def _classes(
             + ": its context is text or something else",
             hint="for Stable Diffusion use family unet-sd; a class-conditional one has its table in class_embedder/",
         )
-    table = weights_file(beside, [_STEM, "model"])
+    table = files_of(weights_file(beside, [_STEM, "model"]))[0]
     found = read_checkpoint(table).shapes
     wanted = config.get("cross_attention_dim") or 1280
     shape = next(iter(found.values())) if len(found) == 1 else ()
@@ -148,7 +149,7 @@ def _classes(
             f"{table} holds {stated}; allowed is one table [labels, {wanted}]",
             hint="save the nn.Embedding's state dict",
         )
-    return (folder / "config.json", table, weights), shape[0]
+    return (folder / "config.json", table, *files_of(weights)), shape[0]
 
 
 def _size(path: Path, size: object) -> tuple[int, int]:

@@ -8,14 +8,14 @@ which leaves no trace, is what the published models have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.families.dit_layout import looks_like
 from tstitch_export.families.unet_config import UNetConfig
 
-__all__ = ["PREFIX", "config_from_shapes", "module_names", "rename", "unet_shapes"]
+__all__ = ["PREFIX", "config_from_shapes", "down_names", "module_names", "rename", "unet_shapes", "way_down"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -59,41 +59,45 @@ def config_from_shapes(shapes: Shapes, *, name: str) -> UNetConfig:
                 f"{name} looks like {what}, which was trained with EDM's noise (arXiv 2206.00364), not with betas",
                 hint="use Stable Diffusion or SDXL checkpoints that predict noise or v",
             )
-    reader = _Reader(inside, name)
-    return reader.config()
+    return _Reader(inside, name).config()
 
 
-def module_names(config: UNetConfig) -> dict[str, str]:
-    """diffusers' module names -> the original ones, for every module but those within transformers."""
+def way_down(shapes: Shapes, *, name: str) -> dict[str, Any]:
+    """The settings that a UNet shares with its ControlNet, from the tensors (without prefix) of either."""
+    return _Reader(shapes, name, "ControlNet").way_down()
+
+
+def down_names(config: UNetConfig) -> dict[str, str]:
+    """diffusers' module names -> the original ones, of the embeddings, the way down and the middle."""
     names = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
     }
     if config["addition_embed_type"] is not None:
         names |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
-    def resnet(ours: str, theirs: str) -> None:
-        names.update({f"{ours}.{part}": f"{theirs}.{original}" for part, original in _RESNET.items()})
-
     index, levels = 1, len(config.channels)
     for level, layers in enumerate(config.layers):
         for layer in range(layers):
-            resnet(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{index}.0")
+            names |= _resnet(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{index}.0")
             names[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{index}.1"
             index += 1
         if level < levels - 1:
             names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
             index += 1
-    resnet("mid_block.resnets.0", "middle_block.0")
+    names |= _resnet("mid_block.resnets.0", "middle_block.0")
     names["mid_block.attentions.0"] = "middle_block.1"
-    resnet("mid_block.resnets.1", "middle_block.2")
-    index = 0
+    return names | _resnet("mid_block.resnets.1", "middle_block.2")
+
+
+def module_names(config: UNetConfig) -> dict[str, str]:
+    """diffusers' module names -> the original ones, for every module but those within transformers."""
+    names = {**down_names(config), "conv_norm_out": "out.0", "conv_out": "out.2"}
+    index, levels = 0, len(config.channels)
     for level, (layers, kind) in enumerate(zip(reversed(config.layers), config["up_block_types"], strict=True)):
         for layer in range(layers + 1):
-            resnet(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{index}.0")
+            names |= _resnet(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{index}.0")
             names[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{index}.1"
             index += 1
         if level < levels - 1:
@@ -102,9 +106,18 @@ def module_names(config: UNetConfig) -> dict[str, str]:
     return names
 
 
-def rename(keys: Mapping[str, object], config: UNetConfig, *, name: str) -> dict[str, str]:
-    """Each key of the UNet (without prefix) -> diffusers' name. Raises ``BadCheckpoint`` for one that has none."""
-    theirs = {original: ours for ours, original in module_names(config).items()}
+def _resnet(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}.{part}": f"{theirs}.{original}" for part, original in _RESNET.items()}
+
+
+def rename(
+    keys: Iterable[str], names: Mapping[str, str], *, name: str, kind: str = "UNet", hint: str = _WHOLE
+) -> dict[str, str]:
+    """Each key (without prefix) -> diffusers' name, by ``names`` of modules (diffusers' -> the original ones).
+
+    Raises ``BadCheckpoint`` for one that has none.
+    """
+    theirs = {original: ours for ours, original in names.items()}
     found: dict[str, str] = {}
     for key in keys:
         parts = key.split(".")
@@ -114,34 +127,45 @@ def rename(keys: Mapping[str, object], config: UNetConfig, *, name: str) -> dict
                 found[key] = ".".join((ours, *parts[cut:]))
                 break
         else:
-            raise BadCheckpoint(f"{name} has a tensor that no known UNet has: {key}", hint=_WHOLE)
+            raise BadCheckpoint(f"{name} has a tensor that no known {kind} has: {key}", hint=hint)
     return found
 
 
 class _Reader:
     """Walks the numbered blocks of one checkpoint."""
 
-    def __init__(self, shapes: Shapes, name: str) -> None:
+    def __init__(self, shapes: Shapes, name: str, what: str = "UNet") -> None:
         self._shapes = shapes
         self._name = name
+        self._what = what
 
     def config(self) -> UNetConfig:
+        raw = self.way_down()
+        up = self._up(raw["layers_per_block"])
+        raw |= {
+            "sample_size": _NATIVE.get(raw["cross_attention_dim"], 64),
+            "out_channels": self._shapes["out.2.weight"][0],
+            "up_block_types": ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up],
+            "reverse_transformer_layers_per_block": [_one(level) for level in up],
+        }
+        config = UNetConfig(raw)
+        rename(self._shapes, module_names(config), name=self._name)
+        return config
+
+    def way_down(self) -> dict[str, Any]:
+        """What does not depend on the way up."""
         down, widths = self._down()
         middle = self._middle(down)
-        up = self._up([len(level) for level in down])
         context = self._context()
         shapes = self._shapes
         linear = any(key.endswith("proj_in.weight") and len(shape) == 2 for key, shape in shapes.items())
         if linear and any(width % _HEAD for width in widths):
             raise self._unknown(f"its levels have {widths} channels, which are no multiples of {_HEAD}")
         raw: dict[str, Any] = {
-            "sample_size": _NATIVE.get(context, 64),
             "in_channels": shapes["input_blocks.0.0.weight"][1],
-            "out_channels": shapes["out.2.weight"][0],
             "block_out_channels": widths,
             "layers_per_block": [len(level) for level in down],
             "down_block_types": ["CrossAttnDownBlock2D" if any(level) else "DownBlock2D" for level in down],
-            "up_block_types": ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up],
             "mid_block_type": ("UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D")
             if "middle_block.0.in_layers.0.weight" in shapes
             else None,
@@ -149,7 +173,6 @@ class _Reader:
             "use_linear_projection": linear,
             "attention_head_dim": [width // _HEAD for width in widths] if linear else _HEADS,
             "transformer_layers_per_block": [_one(level) for level in down],
-            "reverse_transformer_layers_per_block": [_one(level) for level in up],
         }
         if middle and not any(down[-1]):
             raw["transformer_layers_per_block"][-1] = middle
@@ -161,9 +184,7 @@ class _Reader:
                 "addition_time_embed_dim": _EMBEDDED,
                 "projection_class_embeddings_input_dim": label[1],
             }
-        config = UNetConfig(raw)
-        rename(shapes, config, name=self._name)
-        return config
+        return raw
 
     def _down(self) -> tuple[list[list[int]], list[int]]:
         """Transformer layers of every block by level, and the channels of each level."""
@@ -218,7 +239,7 @@ class _Reader:
         return widths.pop()
 
     def _unknown(self, reason: str) -> BadCheckpoint:
-        return BadCheckpoint(f"{self._name} holds a UNet of an unknown kind: {reason}", hint=_WHOLE)
+        return BadCheckpoint(f"{self._name} holds a {self._what} of an unknown kind: {reason}", hint=_WHOLE)
 
 
 def _one(level: list[int]) -> int | list[int]:

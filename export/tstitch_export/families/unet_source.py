@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.dit_layout import looks_like
-from tstitch_export.families.folder import describe_folder, read_json, weights_file
+from tstitch_export.families.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.families.pipeline import PipelineFacts, read_pipeline
 from tstitch_export.families.unet_config import CLASS, UNetConfig
-from tstitch_export.families.unet_layout import PREFIX, config_from_shapes, rename, unet_shapes
+from tstitch_export.families.unet_layout import PREFIX, config_from_shapes, module_names, rename, unet_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ def read_unet(path: Path) -> Source:
         )
     config = config_from_shapes(checkpoint.shapes, name=path.name)
     inside = unet_shapes(checkpoint.shapes)
-    names = rename(inside, config, name=path.name)
+    names = rename(inside, module_names(config), name=path.name)
     return Source(
         layout="original",
         path=path,
@@ -83,21 +83,18 @@ def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
             f"{path} has no {kind}: it looks like {what}",
             hint=f"give the folder of a {kind} (config.json and {_STEM}.safetensors), or a pipeline with {part}/",
         )
-    shards = _shards(folder)
-    weights = shards[1:] if shards else (weights_file(folder, (_STEM,)),)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weights:
-        shapes |= read_checkpoint(file).shapes
+    stored = weights_file(folder, (_STEM,))
+    shapes = read_checkpoint(stored).shapes
     if "conv_in.weight" not in shapes:
         raise BadCheckpoint(
-            f"{weights[0]} does not fit its config.json: it looks like {looks_like(shapes)}",
+            f"{stored} does not fit its config.json: it looks like {looks_like(shapes)}",
             hint="copy config.json and the weights from the same model",
         )
     return Source(
         layout="diffusers",
         path=folder,
-        described=(folder / "config.json", *shards[:1]),
-        weights=weights,
+        described=(folder / "config.json",),
+        weights=files_of(stored),
         config={key: value for key, value in config.items() if not key.startswith("_")},
         shapes=shapes,
         facts=read_pipeline(path) if folder != path else PipelineFacts(),
@@ -106,32 +103,9 @@ def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
 
 def read_state(layout: str, weights: tuple[Path, ...], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors under diffusers' names, as stored."""
-    state: dict[str, Tensor] = {}
-    for file in weights:
-        state |= read_checkpoint(file).tensors()
+    state = read_checkpoint(weights[-1]).tensors()
     if layout == "diffusers":
         return state
     inside = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)} or state
-    names = rename(inside, UNetConfig(config), name=weights[0].name)
+    names = rename(inside, module_names(UNetConfig(config)), name=weights[0].name)
     return {names[key]: tensor for key, tensor in inside.items()}
-
-
-def _shards(folder: Path) -> tuple[Path, ...]:
-    """The index of weights in several files and these files; nothing where one file holds them all."""
-    if any((folder / f"{_STEM}{suffix}").is_file() for suffix in (".safetensors", ".bin")):
-        return ()
-    names = (f"{_STEM}.safetensors.index.json", f"{_STEM}.bin.index.json", f"{_STEM}.safetensors.index.fp16.json",
-             f"{_STEM}.fp16.safetensors.index.json")  # fmt: skip
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        return ()
-    table = (read_json(file) or {}).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise BadCheckpoint(f"{file} lists no files (no weight_map)", hint="download or copy it again")
-    parts = sorted({str(name) for name in table.values()})
-    for part in parts:
-        if Path(part).name != part or not (folder / part).is_file():
-            raise BadCheckpoint(
-                f"{file.name} names {part}, which is not beside it in {folder}", hint="download or copy all its files"
-            )
-    return (file, *(folder / part for part in parts))

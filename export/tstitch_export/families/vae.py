@@ -19,7 +19,7 @@ from tstitch_engines.manifest import Precision
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
-from tstitch_export.families.folder import describe_folder, read_json, weights_file
+from tstitch_export.families.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.families.vae_layout import PREFIX, config_from_shapes, diffusers_names, diffusers_tensor, modern
 from tstitch_export.needs import need
 from tstitch_export.options import typed
@@ -52,7 +52,7 @@ class _VaeFamily(Family):
         else:
             folder = next((path / name for name in _FOLDERS if (path / name / "config.json").is_file()), path)
             config = _folder_config(path, folder)
-            files = (folder / "config.json", weights_file(folder, ("diffusion_pytorch_model",)))
+            files = (folder / "config.json", *files_of(weights_file(folder, ("diffusion_pytorch_model",))))
             layout = "diffusers"
         kind = _KINDS[config["_class_name"]]
         scaling = float(options.get("scaling", config.get("scaling_factor") or _SCALING[kind]))

@@ -1,0 +1,83 @@
+"""Every family on the backends that run without a GPU: their engines give what its module in PyTorch does.
+
+TensorRT-RTX, which only compiles there, is in ``test_tensorrt_families.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtx_families import CHECKPOINTS
+from tstitch_engines.backends import open_backend
+from tstitch_engines.device import open_device
+from tstitch_engines.manifest import SCHEMA, EngineIdentity, Network
+from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_export.exporter import GRAPH, PROGRAM, export_onnx, export_program
+from tstitch_export.families import FAMILIES, open_family
+from tstitch_trt.parts import Part
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_engines_equal_the_module(name: str, tmp_path: Path) -> None:
+    """With other sizes than the native ones, where they may vary."""
+    import torch
+
+    family = open_family(name)
+    given = list(CHECKPOINTS[name].values())[-1](tmp_path)
+    inspection = family.inspect(given.path, given.options)
+    sizes = {key: dim.native + dim.multiple for key, dim in family.dims(inspection).items()}
+    inputs = family.example(inspection, batch=3, seed=5, sizes=sizes or None)
+    with torch.no_grad():
+        found = family.load(inspection)(*inputs)
+    want = [tensor.numpy() for tensor in ((found,) if isinstance(found, torch.Tensor) else found)]
+    network = Network(
+        family=name,
+        precision="fp32",
+        inputs=family.inputs(inspection, "fp32"),
+        outputs=family.outputs(inspection, "fp32"),
+        onnx=(),
+        sources=(),
+        check=None,
+        config=dict(inspection.config),
+    )
+    profile = ShapeProfile({"B": Range(1, 2, 4), **{key: Range(size, size, size) for key, size in sizes.items()}})
+    arrays = {spec.name: value.numpy() for spec, value in zip(network.inputs, inputs, strict=True)}
+    for backend in (open_backend("onnxruntime"), open_backend("torch")):
+        folder = tmp_path / backend.name
+        folder.mkdir()
+        if backend.model_kind == "onnx":
+            export_onnx(family, inspection, precision="fp32", folder=folder, progress=lambda phase, share: None)
+        else:
+            export_program(
+                family, inspection, precision="fp32", output=folder / PROGRAM, progress=lambda phase, share: None
+            )
+        (path,) = backend.compile(
+            member=network,
+            model=folder / (GRAPH if backend.model_kind == "onnx" else PROGRAM),
+            profile=profile,
+            device="cpu",
+            options={},
+            output=folder / f"engine{backend.engine_suffix}",
+            progress=lambda phase, share: None,
+        )
+        identity = EngineIdentity(
+            schema=SCHEMA,
+            backend=backend.name,
+            backend_version=backend.version(),
+            onnx_sha256="",
+            precision="fp32",
+            profile=profile,
+            arch=backend.arch("cpu"),
+        )
+        device = open_device("cpu")
+        part = Part(
+            name, network, backend.load(path, member=network, identity=identity, device=device, threads=1), device
+        )
+        got = part(arrays, sizes)
+        for spec, wanted in zip(network.outputs, want, strict=True):
+            assert got[spec.name].shape == wanted.shape
+            assert np.abs(got[spec.name] - wanted).max() <= 1e-4 * np.abs(wanted).max(), f"{backend.name} {spec.name}"
+        part.close()

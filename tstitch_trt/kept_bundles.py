@@ -1,0 +1,71 @@
+"""The bundles that ``tstitch_trt.accelerate`` made and keeps beside the component cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from tstitch_engines.bundle import MANIFEST
+from tstitch_engines.cache import Stored, default_root
+from tstitch_engines.files import remove_stale, temporary_directory
+from tstitch_engines.manifest import Component
+
+__all__ = ["kept_bundles", "kept_root", "prune_kept", "touch"]
+
+_ENDING: Final = ".bundle"
+_STAGING: Final = "removing-"
+
+
+def kept_root() -> Path:
+    return default_root() / "pipelines"
+
+
+def touch(bundle: Path) -> None:
+    """Notes that it was used now, which is what pruning goes by."""
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(bundle / MANIFEST)
+
+
+def kept_bundles() -> list[Stored]:
+    """All of them, the one used last first, as the component cache lists its entries."""
+    found = [Stored(path.stem, used, _files(path), {"what": _what(path)}) for path, used in _bundles()]
+    return sorted(found, key=lambda entry: (-entry.used, entry.key))
+
+
+def prune_kept(*, max_bytes: int | None = None, older_than: float | None = None) -> list[Stored]:
+    """Like ``Cache.prune``: what was not used for ``older_than`` seconds, and what does not fit; with neither all."""
+    root = kept_root()
+    remove_stale(root, _STAGING)
+    everything = max_bytes is None and older_than is None
+    now, total, removed = time.time(), 0, []
+    for entry in kept_bundles():
+        old = older_than is not None and now - entry.used > older_than
+        if everything or old or (max_bytes is not None and total + entry.bytes > max_bytes):
+            with temporary_directory(root, _STAGING) as aside:
+                (root / f"{entry.key}{_ENDING}").rename(aside / entry.key)
+            removed.append(entry)
+        else:
+            total += entry.bytes
+    return removed
+
+
+def _bundles() -> Iterator[tuple[Path, float]]:
+    for path in kept_root().glob(f"*{_ENDING}"):
+        with suppress(OSError):  # not whole, or gone meanwhile
+            yield path, (path / MANIFEST).stat().st_mtime
+
+
+def _files(path: Path) -> tuple[Component, ...]:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return tuple(Component(path=str(f.relative_to(path)), sha256="", bytes=f.stat().st_size) for f in files)
+
+
+def _what(path: Path) -> str:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return f"accelerated pipeline: {json.loads((path / MANIFEST).read_text())['name']} bundle"
+    return "accelerated pipeline: damaged bundle"

@@ -1,0 +1,86 @@
+"""Whether a small pipeline reads text as the one that it is to accelerate: by equal text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.errors import PairMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["check_text"]
+
+_PARTS: Final = ("text_encoder", "text_encoder_2")
+
+
+def check_text(small: Path, pipe: Any) -> None:
+    """Raises ``PairMismatch`` where the pipeline ``small``, a folder or a single file, has another text encoder.
+
+    Weights that differ by the rounding to a shorter type are equal, and LoRA layers of the loaded one do not count.
+    A bare UNet has none.
+    """
+    for part in _PARTS:
+        own = getattr(pipe, part, None)
+        theirs = None if own is None else _stored(small, part)
+        if theirs is not None and not _equal(_loaded(own), theirs):
+            raise PairMismatch(
+                f"the small pipeline {small.name} has another {part} than the pipeline it is to accelerate",
+                hint="build the pair with tstitch-trt build, which gives each member its own; or give the small "
+                "UNet alone where it was trained with the pipeline's text encoder",
+            )
+
+
+def _stored(small: Path, part: str) -> dict[str, Tensor] | None:
+    """The text encoder's tensors by their names in ``ClipText``; ``None`` where there is none."""
+    from tstitch_export.checkpoint import read_checkpoint
+    from tstitch_export.families.clip_text_layout import find_tower
+    from tstitch_export.families.folder import weights_file
+
+    prefix, is_open = "", False
+    if small.is_file():
+        stored = read_checkpoint(small)
+        tower = find_tower(stored.shapes, part)
+        if tower is None:
+            return None
+        prefix, is_open = tower
+    elif (small / part / "config.json").is_file():
+        stored = read_checkpoint(weights_file(small / part, ("model", "pytorch_model")))
+    else:
+        return None
+    state = {key: tensor for key, tensor in stored.tensors().items() if key.startswith(prefix)}
+    return _named(state, prefix=prefix, is_open=is_open)
+
+
+def _loaded(module: Any) -> dict[str, Tensor]:
+    """Without LoRA layers, and without what is no weight."""
+    state = {
+        key.replace(".base_layer", ""): tensor
+        for key, tensor in module.state_dict().items()
+        if ".lora_" not in key and tensor.is_floating_point()
+    }
+    return _named(state)
+
+
+def _named(state: Mapping[str, Tensor], *, prefix: str = "", is_open: bool = False) -> dict[str, Tensor]:
+    from tstitch_export.families.clip_text_layout import name_pieces
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    pieces = name_pieces(shapes, prefix=prefix, is_open=is_open)
+    return {name: piece.tensor(state) for name, piece in pieces.items()}
+
+
+def _equal(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Files of whole pipelines also hold layers that the loaded encoder does not have, since nothing reads them."""
+    return own.keys() <= theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in own.items())
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    import torch
+
+    if left.shape != right.shape:
+        return False
+    left, right = left.detach().cpu(), right.cpu()
+    return torch.equal(left, right.to(left.dtype)) or torch.equal(left.to(right.dtype), right)
