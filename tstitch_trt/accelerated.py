@@ -131,7 +131,7 @@ class AcceleratedPipeline:
     # --- what is asked for
 
     def _within(
-        self, budget_ms: float, a: SimpleNamespace, given: Mapping[str, Any], settings: Mapping[str, Any]
+        self, budget_ms: float, a: SimpleNamespace, given: Mapping[str, Any], settings: dict[str, Any]
     ) -> dict[str, Any]:
         """``settings`` with the schedule that the budget allows."""
         if a.denoising_start is not None or a.denoising_end is not None:
@@ -325,7 +325,7 @@ class AcceleratedPipeline:
         return {"latents": given["latents"], "start_step": start}
 
     def _run(
-        self, a: SimpleNamespace, given: Mapping[str, Any], settings: Mapping[str, Any], stop: int | None
+        self, a: SimpleNamespace, given: Mapping[str, Any], settings: dict[str, Any], stop: int | None
     ) -> NDArray[np.float32]:
         callback = a.callback_on_step_end
         if callback is None and stop is None:
