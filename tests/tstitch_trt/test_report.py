@@ -325,6 +325,14 @@ def test_evaluations_of_equal_conditions_are_joined_and_others_are_not() -> None
     assert evaluation_of([few], "kid") is None
 
 
+def test_a_point_that_lacks_a_metric_is_in_the_table(fashion: Bundle) -> None:
+    """The large member alone has no PSNR: it is infinite."""
+    points = (evaluation_point(0, 10, 0.0, fid=18.0), evaluation_point(4, 6, 0.0, fid=18.25, psnr=32.5))
+    page = page_of(fashion, Studies(evaluations=(evaluation(weights=weights_of(fashion.manifest), points=points),)))
+    assert "0% large:10 10 – 18.00 [17.46, 18.54] –" in page.text
+    assert "40% small:4,large:6 10 – 18.25 [17.70, 18.80] 32.50" in page.text
+
+
 def test_points_without_a_time_are_in_the_table_only(fashion: Bundle) -> None:
     untimed = evaluation(weights=weights_of(fashion.manifest), points=(evaluation_point(4, 6, 0.0, fid=18.25),))
     page = page_of(fashion, Studies(evaluations=(untimed,)))

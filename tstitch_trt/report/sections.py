@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
+
 from tstitch_trt.report.figures import (
     checks_figure,
     divergence_figure,
@@ -79,7 +81,7 @@ def quality(context: Context) -> Markup:
     groups: dict[tuple[str, str], list[str]] = {}
     for metric, evaluation in zip(metrics, shown, strict=True):
         groups.setdefault((evaluation.made, evaluation.command), []).append(metric)
-    by_study = {(e.made, e.command): e for e in shown}
+    by_study = {key: _joined([e for e in shown if (e.made, e.command) == key]) for key in groups}
     for key, names in groups.items():
         parts += [_points(context, by_study[key], names), _said(by_study[key]), _notes(by_study[key].notes)]
     others = [e for e in found if (e.made, e.command) not in by_study]
@@ -89,6 +91,12 @@ def quality(context: Context) -> Markup:
     head, tail = figures[:1], figures[1:]
     small = tag("div", *tail, class_="pair") if tail else None
     return section("quality", "Time and quality", *head, small, *rest)
+
+
+def _joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """One study as several metrics see it: with every point that has any of them."""
+    points = {msgspec.json.encode(point.setting): point for found in evaluations for point in found.points}
+    return msgspec.structs.replace(evaluations[0], points=tuple(points.values()))
 
 
 def _points(context: Context, evaluation: Evaluation, metrics: Sequence[str]) -> Markup:
