@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -77,19 +78,19 @@ def _of_evaluation(evaluation: Evaluation, members: Sequence[str]) -> list[str]:
     ]
     points = evaluation.points
     most = max(point.setting.steps for point in points)
-    usual = points[0].setting
-    alike = [p for p in points if (p.setting.solver, p.setting.steps) == (usual.solver, usual.steps)]
+    ((solver, steps), _), *_ = Counter((p.setting.solver, p.setting.steps) for p in points).most_common(1)
+    alike = [p for p in points if (p.setting.solver, p.setting.steps) == (solver, steps)]
     shares = {order: _by_share(alike, members, order) for order in ("small-first", "large-first")}
     ordered = [p for order in shares.values() for p in order]
     for order, mine in shares.items():
         if len(mine) > 2:
-            parts += [f"### {order}, {usual.solver}, {usual.steps} steps\n", _table(mine, _share(members), members[0])]
+            parts += [f"### {order}, {solver}, {steps} steps\n", _table(mine, _share(members), members[0])]
     others = [p for p in alike if p not in ordered]
     if others:
         parts += ["### Other orders\n", _table(others, lambda p: f"`{_short(p)}`", "schedule")]
-    fewer = [p for p in points if set(p.setting.members) == {members[-1]} and p.setting.solver == usual.solver]
+    fewer = [p for p in points if set(p.setting.members) == {members[-1]} and p.setting.solver == solver]
     if len(fewer) > 2:
-        title = f"### {members[-1]} alone in fewer steps, {usual.solver}\n"
+        title = f"### {members[-1]} alone in fewer steps, {solver}\n"
         parts += [title, _table(sorted(fewer, key=lambda p: -p.setting.steps), lambda p: f"{p.setting.steps}", "steps")]
     rest = [p for p in points if len({q.setting.solver for q in points}) > 1 and p.setting.steps <= most]
     if rest:
