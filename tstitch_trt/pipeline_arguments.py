@@ -107,6 +107,9 @@ def _check_as_diffusers(pipe: Any, kind: Kind, a: SimpleNamespace) -> None:
     given = {**vars(a), "height": height, "width": width, "callback_on_step_end_tensor_inputs": None}
     if kind.control is not None:
         given["image"] = given[kind.control]
+        for name in ("control_guidance_start", "control_guidance_end"):  # the pipelines make lists of them before
+            if not isinstance(given.get(name), list):
+                given[name] = [given.get(name)]
     parameters = inspect.signature(pipe.check_inputs).parameters
     try:
         pipe.check_inputs(**{name: given.get(name) for name in parameters})
