@@ -112,6 +112,26 @@ def test_the_loss_of_8_bits_is_what_was_measured() -> None:
         assert re.findall(r"([\d.]+)%", row) == [f"{100 * x:.1f}" if x < 0.095 else f"{100 * x:.0f}" for x in figures]
 
 
+def test_the_quality_of_the_built_in_pair_is_what_was_measured() -> None:
+    """Each row of T-Stitch's table: the distances of both orders with their intervals."""
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "study"
+    studies = [json.loads(file.read_bytes()) for file in sorted(results.glob("evaluation-*.json"))]
+    (study,) = [study for study in studies if study["samples"] == 1000]
+    measured = {p["setting"]["schedule"]: p["measures"]["fid"] for p in study["points"] if p["setting"]["steps"] == 50}
+    section = README.partition("## The built-in pair")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+)% \| (\S+) \[(\S+), (\S+)\] .* (\S+) \[(\S+), (\S+)\] \|$", section, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(0, 101, 10))
+    for share, *figures in rows:
+        small = int(share) // 2
+        alone = "large:50" if small == 0 else "small:50"
+        for (first, then), got in (
+            ((f"small:{small}", f"large:{50 - small}"), figures[:3]),
+            ((f"large:{50 - small}", f"small:{small}"), figures[3:]),
+        ):
+            found = measured[alone if small in (0, 50) else f"{first},{then}"]
+            assert got == [f"{found[name]:.1f}" for name in ("value", "low", "high")]
+
+
 def test_the_pictures_exist() -> None:
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) + re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
         assert (Path(__file__).parent.parent / path).is_file(), path

@@ -50,6 +50,8 @@ def _draw(axis: Any, points: Sequence[Point], members: Sequence[str], metric: st
         if not timed or any(share is not None for _, share in shares):
             continue
         lines.setdefault(f"{family}, {setting.schedule}", []).append((point.ms, point))
+    if not timed and any(len(found) > 1 for found in lines.values()):  # one member alone at other step counts: no line
+        lines = {label: found for label, found in lines.items() if len(found) > 1}
     for label, found in lines.items():
         found.sort(key=lambda pair: pair[0])
         measures = [point.measures[metric] for _, point in found]
