@@ -137,14 +137,20 @@ class Cache:
     def stored(self) -> list[Stored]:
         """All entries, the one used last first. Their files are not read; a damaged record is left out."""
         found = []
-        for path in self.root.glob(f"*/*/{_RECORD}"):
+        for folder in self._folders():
+            path = folder / _RECORD
             try:
                 record = msgspec.json.decode(path.read_bytes(), type=_Record)
                 used = path.stat().st_mtime
             except (OSError, msgspec.DecodeError):
                 continue
-            found.append(Stored(path.parent.name, used, record.files, record.info))
+            found.append(Stored(folder.name, used, record.files, record.info))
         return sorted(found, key=lambda entry: (-entry.used, entry.key))
+
+    def _folders(self) -> list[Path]:
+        """Of all entries, whole or not, but not of what is being made or removed. Others may take them away meanwhile:
+        ``Path.glob`` fails then."""
+        return [folder for shard in _listed(self.root) if len(shard.name) == 2 for folder in _listed(shard)]
 
     def prune(self, *, max_bytes: int | None = None, older_than: float | None = None) -> list[Stored]:
         """Removes entries not used for ``older_than`` seconds, and of the others, those used last kept first, what
@@ -164,11 +170,12 @@ class Cache:
             else:
                 total += entry.bytes
         if everything:
-            for folder in self.root.glob("??/*"):
+            for folder in self._folders():
                 self._remove(folder)
-        for folder in self.root.glob("??"):
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+        for shard in _listed(self.root):
+            if len(shard.name) == 2:
+                with suppress(OSError):  # not empty
+                    shard.rmdir()
         return removed
 
     def _remove(self, folder: Path) -> bool:
@@ -261,3 +268,10 @@ def _sync_file(path: Path) -> None:
 def _component(path: Path) -> Component:
     sha256, size = hash_file(path)
     return Component(path=path.name, sha256=sha256, bytes=size)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
