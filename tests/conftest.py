@@ -47,13 +47,14 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
 
 
 @pytest.fixture(scope="session")
-def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in pair, built once from what the package ships."""
+def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The built-in pair, built once from what the package ships; who adds studies to it works on a copy."""
     from tstitch_export.build import build
 
     output = tmp_path_factory.mktemp("fashion") / "fashion.bundle"
     build("fashion", output=output)
-    return output
+    yield output
+    assert not (output / "studies").exists(), "a test wrote its studies into the bundle that all tests share"
 
 
 @pytest.fixture(scope="session")
