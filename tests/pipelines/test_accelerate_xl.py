@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from accelerating import LIMIT, SD, equal, fast, mask, pictures, pipeline, seeded
-from diffusers_pipelines import relative
-from tiny_families import unet_folder
-from tiny_pipelines import PIXELS
+from diffusers_pipelines import relative, sdxl_pipeline
+from tiny_families import controlnet_folder, unet_folder
+from tiny_pipelines import PIXELS, noise
 from tstitch_engines.errors import BadInput
 
 pytestmark = [
@@ -69,6 +69,35 @@ def test_sdxl_from_pictures(xl: Path, cache: Path) -> None:
     with fast(pipe, xl, cache) as made:
         for strength in (0.7, 0.9999, 1.0):
             equal(pipe, made, image=pictures(1)[0], mask_image=mask(), strength=strength, **SIDES)
+
+
+def test_sdxl_with_control(xl: Path, cache: Path, tmp_path: Path) -> None:
+    """SSD-1B follows SDXL's ControlNet."""
+    from diffusers import StableDiffusionXLControlNetImg2ImgPipeline
+
+    net = controlnet_folder(tmp_path / "c", "sdxl")
+    pipe = pipeline(xl, "euler", "StableDiffusionXLControlNetPipeline", controlnet=net)
+    with fast(pipe, xl, cache, small=pipe.unet) as made:
+        equal(pipe, made, image=pictures(3)[0], controlnet_conditioning_scale=0.6, fraction=0.4, **SIZES)
+    other = StableDiffusionXLControlNetImg2ImgPipeline(**pipe.components, add_watermarker=False)
+    other.set_progress_bar_config(disable=True)
+    with fast(other, xl, cache, small=other.unet) as made:
+        equal(other, made, image=pictures(1, 2), control_image=pictures(3, 4), strength=0.7)
+
+
+def test_a_refiner(cache: Path, tmp_path: Path) -> None:
+    refiner = sdxl_pipeline(tmp_path / "large", "refiner")
+    asked = {"image": pictures(1, 2), "aesthetic_score": 7.0, "negative_aesthetic_score": 1.5}
+    with fast(refiner, tmp_path, cache, small=refiner.unet) as made:
+        equal(refiner, made, strength=0.5, **asked)
+        import torch
+
+        asked["image"] = torch.from_numpy(noise(2, seed=3))
+        equal(refiner, made, denoising_start=0.6, **asked)
+        with pytest.raises(BadInput, match="denoising_start was given with a picture"):
+            made(**SD, image=pictures(1), denoising_start=0.6)
+        with pytest.raises(BadInput, match="with an aesthetic score allowed is"):
+            made(**SD, image=pictures(1), crops_coords_top_left=(1, 2))
 
 
 @pytest.mark.parametrize("cls", ["StableDiffusionPipeline", "LatentConsistencyModelPipeline"])
