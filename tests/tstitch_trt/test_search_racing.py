@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from manifests import manifest, member
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_trt.study.records import Measure
+from tstitch_trt.quality.resampling import Rated, rated
 from tstitch_trt.study.search_candidates import FRACTIONS, KINDS, candidates, chosen, usual_steps
 from tstitch_trt.study.search_racing import beaten, front, race, rounds
 from tstitch_trt.study.settings import plan_of
@@ -42,33 +43,45 @@ def test_what_is_not_in_the_front_is_beaten_by_what_is(field: list[tuple[float, 
         assert is_in or any(dominates(other, point, higher=higher) for other in best)
 
 
-def interval(value: float, reach: float) -> Measure:
-    return Measure(value=value, low=value - reach, high=value + reach, std=reach / 2)
+def scored(value: float, moves: NDArray[np.float64]) -> Rated:
+    return rated(value, value + moves)
 
 
 def test_only_a_cheaper_one_that_is_clearly_better_beats() -> None:
-    mine = interval(10.0, 1.0)
-    assert beaten(5.0, mine, [(4.0, interval(7.9, 1.0))])
-    assert beaten(5.0, mine, [(5.0, interval(7.9, 1.0))])
-    assert not beaten(5.0, mine, [(5.1, interval(1.0, 1.0))])  # it costs more
-    assert not beaten(5.0, mine, [(4.0, interval(8.1, 1.0))])  # the intervals meet
+    shared = np.array([-5.0, 5.0, -5.0, 5.0])  # of both: it moves them, and not their difference
+    own = np.array([1.0, -1.0, -1.0, 1.0])
+    one, other = shared + own, shared + own * [-1, -1, 1, 1]
+    reach = 3 * float((one - other).std(ddof=1))
+    assert 0 < reach < 3 * shared.std()
+    mine = scored(10.0, one)
+    near, clear = scored(10.1 - reach, other), scored(9.9 - reach, other)
+    assert clear.measure.high > mine.measure.low
+    assert beaten(5.0, mine, [(4.0, clear)])
+    assert beaten(5.0, mine, [(5.0, clear)])
+    assert not beaten(5.0, mine, [(5.1, clear)])  # it costs more
+    assert not beaten(5.0, mine, [(4.0, near)])
+    assert beaten(5.0, mine, [(4.0, near), (3.0, clear)])
     assert not beaten(5.0, mine, [(5.0, mine)])
-    assert beaten(5.0, mine, [(4.0, interval(12.1, 1.0))], higher=True)
-    assert not beaten(5.0, mine, [(4.0, interval(7.9, 1.0))], higher=True)
+    assert not beaten(5.0, mine, [(4.0, clear)], higher=True)
+    assert beaten(5.0, mine, [(4.0, scored(10.1 + reach, other))], higher=True)
+    assert not beaten(5.0, mine, [(4.0, scored(9.9 + reach, other))], higher=True)
 
 
 class Known:
-    """Candidates whose true value is known: the measure is within ``1 / n`` of it, and so says its interval."""
+    """Candidates whose true value is known: the value is within ``8 / n`` of it, and so say its resamples."""
 
     def __init__(self, truth: Mapping[int, float], seed: int) -> None:
         self.truth = truth
         self.rng = np.random.default_rng(seed)
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, keys: Sequence[int], count: int) -> dict[int, Measure]:
+    def __call__(self, keys: Sequence[int], count: int) -> dict[int, Rated]:
         self.asked += [(key, count) for key in keys]
         reach = 8.0 / count
-        return {key: interval(self.truth[key] + self.rng.uniform(-reach, reach), reach) for key in keys}
+        return {
+            key: scored(self.truth[key] + self.rng.uniform(-reach, reach), reach * self.rng.standard_normal(200))
+            for key in keys
+        }
 
 
 @settings(max_examples=50, deadline=None)

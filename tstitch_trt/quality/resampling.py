@@ -7,6 +7,7 @@ The interval is that of a metric *of this many samples*; it says nothing of the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from tstitch_trt.study.records import Measure
 
-__all__ = ["LEVEL", "RESAMPLES", "bootstrap_counts", "exact", "interval", "mean_measure", "median_measure"]
+__all__ = ["LEVEL", "RESAMPLES", "Rated", "bootstrap_counts", "interval", "rated", "rated_mean", "rated_median"]
 
 LEVEL: Final = 0.95
 RESAMPLES: Final = 200
@@ -41,20 +42,36 @@ def interval(value: float, resampled: NDArray[np.float64], *, level: float = LEV
     return Measure(value=value, low=value + float(low), high=value + float(high), std=std)
 
 
-def exact(value: float) -> Measure:
-    """A value that can't move."""
-    return Measure(value=value, low=value, high=value, std=0.0)
+@dataclass(frozen=True, eq=False)
+class Rated:
+    """A value, its interval and how far each resample lies from their mean, ``[R]``.
+
+    Points drawn from equal seeds are resampled alike: what they share moves both, and not their difference.
+    """
+
+    measure: Measure
+    moved: NDArray[np.float64]
+
+    def minus(self, other: Rated) -> tuple[float, float]:
+        """The difference of the values, and its standard deviation."""
+        difference = self.moved - other.moved
+        return self.measure.value - other.measure.value, float(difference.std(ddof=1))
 
 
-def mean_measure(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Measure:
+def rated(value: float, resampled: NDArray[np.float64], *, level: float = LEVEL) -> Rated:
+    """``value`` and its resamples ``[R]``, R >= 2."""
+    return Rated(interval(value, resampled, level=level), resampled - resampled.mean())
+
+
+def rated_mean(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Rated:
     """The mean of one value per sample, ``[N]``."""
     numbers = values.astype(np.float64)
     counts = bootstrap_counts(len(numbers), resamples, seed=seed)
-    return interval(float(numbers.mean()), counts @ numbers / len(numbers), level=level)
+    return rated(float(numbers.mean()), counts @ numbers / len(numbers), level=level)
 
 
-def median_measure(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Measure:
+def rated_median(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Rated:
     """The median of one value per sample, ``[N]``."""
     numbers = values.astype(np.float64)
     chosen = np.random.default_rng(seed).integers(0, len(numbers), (resamples, len(numbers)))
-    return interval(float(np.median(numbers)), np.median(numbers[chosen], axis=1), level=level)
+    return rated(float(np.median(numbers)), np.median(numbers[chosen], axis=1), level=level)

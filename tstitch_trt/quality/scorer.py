@@ -28,7 +28,7 @@ from tstitch_trt.quality.manifold import NEIGHBOURS, Manifold, recall_halves
 from tstitch_trt.quality.network import FeatureNetwork, NetworkOptions
 from tstitch_trt.quality.pairs import Lpips, decibels, latent_errors, squared_errors
 from tstitch_trt.quality.reference import MOST, Reference, read_reference, thinned
-from tstitch_trt.quality.resampling import LEVEL, RESAMPLES, bootstrap_counts, interval, mean_measure, median_measure
+from tstitch_trt.quality.resampling import LEVEL, RESAMPLES, Rated, bootstrap_counts, rated, rated_mean, rated_median
 from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Measure
 
 __all__ = ["PAIRED", "Drawn", "Scorer", "Seen", "check_metrics", "join"]
@@ -268,13 +268,20 @@ class Scorer:
         self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
     ) -> Measure:
         """The value and interval of ``metric`` (by default the first). Raises ``BadInput`` for too few samples."""
+        return self.rate(seen, metric, resamples=resamples, level=level).measure
+
+    def rate(self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL) -> Rated:
+        """The same with its resamples, to be compared with that of as many samples from the same seeds."""
         name = metric or self.metric
         if name not in self.metrics:
             raise unknown_name("metric", name, self.metrics)
         found = _MEASURES[name](self, seen[_OBSERVED[name]], resamples, level)
         if name in (*_SHARES, "fid", "lpips", "latent_error"):
             top = 1.0 if name in _SHARES else np.inf
-            found = Measure(value=found.value, low=max(found.low, 0.0), high=float(min(found.high, top)), std=found.std)
+            m = found.measure
+            found = Rated(
+                Measure(value=m.value, low=max(m.low, 0.0), high=float(min(m.high, top)), std=m.std), found.moved
+            )
         return found
 
     def measures(self, seen: Seen, *, resamples: int = RESAMPLES, level: float = LEVEL) -> dict[str, Measure]:
@@ -282,22 +289,22 @@ class Scorer:
         found = {name: self.measure(seen, name, resamples=resamples, level=level) for name in self.metrics}
         return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
 
-    def _fid(self, features: NDArray[np.float32], resamples: int, level: float) -> Measure:
+    def _fid(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
         width = features.shape[1]
         if width > _EASY_WIDTH:
             resamples = max(_LEAST_RESAMPLES, int(resamples * (_EASY_WIDTH / width) ** 2))
         counts = bootstrap_counts(len(features), resamples)
-        return interval(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts), level=level)
+        return rated(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts), level=level)
 
-    def _kid(self, features: NDArray[np.float32], resamples: int, level: float) -> Measure:
+    def _kid(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
         features = thinned(features)
         counts = bootstrap_counts(len(features), resamples)
-        return interval(self._kernel(features), self._kernel.resampled(features, counts), level=level)
+        return rated(self._kernel(features), self._kernel.resampled(features, counts), level=level)
 
-    def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Measure:
-        return mean_measure(self._manifold.holds(thinned(features)), resamples=resamples, level=level)
+    def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+        return rated_mean(self._manifold.holds(thinned(features)), resamples=resamples, level=level)
 
-    def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Measure:
+    def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
         features, real = thinned(features), self._real
         value = float(Manifold(features).holds(real).mean())
         if len(features) < 2 * (NEIGHBOURS + 1):
@@ -307,16 +314,16 @@ class Scorer:
                 hint="draw more: --samples",
             )
         halves = recall_halves(features, real, halves=min(resamples, _RECALL_HALVES), seed=0)
-        return interval(value, halves, level=level)
+        return rated(value, halves, level=level)
 
-    def _psnr(self, errors: NDArray[np.float64], resamples: int, level: float) -> Measure:
-        mean = mean_measure(errors, resamples=2, level=level).value
+    def _psnr(self, errors: NDArray[np.float64], resamples: int, level: float) -> Rated:
+        mean = float(errors.mean())
         if mean == 0:
-            return Measure(value=np.inf, low=np.inf, high=np.inf, std=0.0)
+            return Rated(Measure(value=np.inf, low=np.inf, high=np.inf, std=0.0), np.zeros(resamples))
         counts = bootstrap_counts(len(errors), resamples)
         least = errors[errors > 0].min() / len(errors)  # a resample of equal pairs alone would be infinite
         means = np.maximum(counts @ errors / len(errors), least)
-        return interval(float(decibels(mean)), decibels(means), level=level)
+        return rated(float(decibels(mean)), decibels(means), level=level)
 
     @cached_property
     def _frechet(self) -> FrechetTo:
@@ -425,14 +432,14 @@ def _open_clip(folder: Path, threads: int) -> Any:
     return Clip(folder, threads=threads)
 
 
-_MEASURES: Final[dict[str, Callable[[Scorer, Any, int, float], Measure]]] = {
+_MEASURES: Final[dict[str, Callable[[Scorer, Any, int, float], Rated]]] = {
     "fid": lambda scorer, found, n, level: scorer._fid(found, n, level),
     "kid": lambda scorer, found, n, level: scorer._kid(found, n, level),
     "precision": lambda scorer, found, n, level: scorer._precision(found, n, level),
     "recall": lambda scorer, found, n, level: scorer._recall(found, n, level),
     "psnr": lambda scorer, found, n, level: scorer._psnr(found, n, level),
-    "latent_error": lambda scorer, found, n, level: median_measure(found, resamples=n, level=level),
-    "accuracy": lambda scorer, found, n, level: mean_measure(found, resamples=n, level=level),
-    "lpips": lambda scorer, found, n, level: mean_measure(found, resamples=n, level=level),
-    "clip": lambda scorer, found, n, level: mean_measure(found, resamples=n, level=level),
+    "latent_error": lambda scorer, found, n, level: rated_median(found, resamples=n, level=level),
+    "accuracy": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
+    "lpips": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
+    "clip": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
 }

@@ -16,8 +16,9 @@ from tstitch_engines.manifest import Manifest
 from tstitch_trt.cost import current_calibration, predict_ms
 from tstitch_trt.machine import describe_machine
 from tstitch_trt.quality import Scorer, check_metrics
+from tstitch_trt.quality.resampling import Rated
 from tstitch_trt.study.evaluate import Request, prompts_for
-from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Measure, Search, SearchPoint
+from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchPoint
 from tstitch_trt.study.search_candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
 from tstitch_trt.study.search_draw import Samples
 from tstitch_trt.study.search_racing import Race, front, race, rounds
@@ -118,12 +119,12 @@ def search(
     counts = rounds(samples, drawing.chunk)
     by_key = {c.key: c for c in field}
 
-    def measure(keys: Sequence[str], count: int) -> Mapping[str, Measure] | None:
+    def measure(keys: Sequence[str], count: int) -> Mapping[str, Rated] | None:
         running = [by_key[key] for key in keys]
         work_done.round(len(running), count, counts)
         if not drawing.fill(running, count, whatever=count == counts[0]):
             return None
-        return {c.key: scorer.measure(drawing.seen(c, count)) for c in running}
+        return {c.key: scorer.rate(drawing.seen(c, count)) for c in running}
 
     higher = scorer.metric in HIGHER_IS_BETTER
     raced = race(costs, counts, measure, higher=higher)
@@ -152,14 +153,14 @@ def _points(
 ) -> tuple[SearchPoint, ...]:
     """The cheapest first. The front is that of the candidates with all samples."""
     finished = [c for c in field if not raced.standings[c.key].dropped]
-    inside = front([(costs[c.key], raced.standings[c.key].measure.value) for c in finished], higher=higher)
+    inside = front([(costs[c.key], raced.standings[c.key].rated.measure.value) for c in finished], higher=higher)
     best = {c.key for c, is_in in zip(finished, inside, strict=True) if is_in}
     points = [
         SearchPoint(
             kind=c.kind,
             setting=c.setting,
             cost_ms=costs[c.key],
-            quality=raced.standings[c.key].measure,
+            quality=raced.standings[c.key].rated.measure,
             samples=raced.standings[c.key].samples,
             dropped=raced.standings[c.key].dropped,
             front=c.key in best,

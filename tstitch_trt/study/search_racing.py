@@ -1,29 +1,32 @@
 """A race of candidates by cost and quality: those that are clearly beaten early are drawn no further.
 
-All start with few samples. One whose interval lies wholly on the worse side of another's that costs no more is out;
+All start with few samples. One that is worse than another that costs no more, by more than chance leaves open, is out;
 the samples of the others are doubled, until they are as many as were asked for (racing: Maron and Moore, "Hoeffding
-races", NIPS 1993). Values are compared between equal numbers of samples only, so that a metric that few samples bias
-is biased alike on both sides.
+races", NIPS 1993). Chance is three standard deviations of the difference, resampled for both alike: they share seeds,
+so most of what moves one moves the other (blocking: Moore and Lee, ICML 1994). Values are compared between equal
+numbers of samples only, so that a metric that few samples bias is biased alike on both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
-from tstitch_trt.study.records import Measure
+from tstitch_trt.quality.resampling import Rated
 
 __all__ = ["Race", "Standing", "beaten", "front", "race", "rounds"]
 
 K = TypeVar("K", bound=Hashable)
 
+_SURE: Final = 3.0  # standard deviations: there are many comparisons
+
 
 @dataclass(frozen=True)
 class Standing:
-    """The last ``measure`` of a candidate, of ``samples``. ``dropped``: before the end."""
+    """The last value of a candidate, of ``samples``. ``dropped``: before the end."""
 
-    measure: Measure
+    rated: Rated
     samples: int
     dropped: bool
 
@@ -61,31 +64,33 @@ def front(points: Sequence[tuple[float, float]], *, higher: bool = False) -> lis
     return inside
 
 
-def beaten(cost: float, measure: Measure, others: Sequence[tuple[float, Measure]], *, higher: bool = False) -> bool:
-    """Whether one of ``others`` costs no more and is better by more than both intervals leave open."""
-    return any(
-        other_cost <= cost and (other.low > measure.high if higher else other.high < measure.low)
-        for other_cost, other in others
-    )
+def beaten(cost: float, rated: Rated, others: Sequence[tuple[float, Rated]], *, higher: bool = False) -> bool:
+    """Whether one of ``others`` costs no more and is better by more than chance leaves open."""
+    for other_cost, other in others:
+        if other_cost <= cost and other is not rated:
+            gap, std = rated.minus(other)
+            if (-gap if higher else gap) > _SURE * std:
+                return True
+    return False
 
 
 def race(
     costs: Mapping[K, float],
     counts: Sequence[int],
-    measure: Callable[[Sequence[K], int], Mapping[K, Measure] | None],
+    rate: Callable[[Sequence[K], int], Mapping[K, Rated] | None],
     *,
     higher: bool = False,
 ) -> Race[K]:
-    """Measures the candidates ``costs`` round by round, with the numbers of samples ``counts``.
+    """Compares the candidates ``costs`` round by round, with the numbers of samples ``counts``.
 
-    ``measure``: of those still in the race, with so many samples; ``None`` where there is no time left for it, which
-    ends the race with the round before. The first round has to be measured.
+    ``rate``: the values of those still in the race, with so many samples; ``None`` where there is no time left for it,
+    which ends the race with the round before. The first round has to be measured.
     """
     running = list(costs)
     standings: dict[K, Standing] = {}
     done = 0
     for count in counts:
-        found = measure(running, count)
+        found = rate(running, count)
         if found is None:
             break
         done = count
