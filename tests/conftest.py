@@ -21,8 +21,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for all processes of a run (pytest-xdist): exports take most of the time, and equal ones are made once."""
     before = os.environ.get("TSTITCH_TRT_CACHE")
-    os.environ["TSTITCH_TRT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    os.environ["TSTITCH_TRT_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
     yield
     if before is None:
         del os.environ["TSTITCH_TRT_CACHE"]

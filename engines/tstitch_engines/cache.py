@@ -9,8 +9,8 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _RECORD = "entry.json"
 _LAYOUT = "v1"
 _STAGING = "building-"
+_LOCKS = "locks"
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -198,6 +199,24 @@ class Cache:
         with temporary_directory(self.root, _STAGING) as aside:
             folder.rename(aside / folder.name)
 
+    @contextmanager
+    def alone(self, key: str, waiting: Callable[[], object] = lambda: None) -> Iterator[bool]:
+        """In its block no other process is in a block of the same ``key``: what takes minutes is made once.
+
+        Gives whether there was one to wait for; ``waiting`` is called before that. A killed process lets go of it.
+        Where the cache can't be written there is no lock, as there is nothing to make.
+        """
+        path = self.root / _LOCKS / key
+        handle, waited = _locked(path, waiting)
+        try:
+            yield waited
+        finally:
+            if handle is not None:
+                with suppress(OSError):
+                    path.unlink()
+                    path.parent.rmdir()  # where it was the last
+                os.close(handle)
+
     def put(self, key: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
         """Makes the entry of ``key``: ``build`` writes the files into an empty folder and returns ``info`` (JSON data).
 
@@ -242,6 +261,34 @@ class Cache:
 
     def _folder(self, key: str) -> Path:
         return self.root / key[:2] / key
+
+
+def _locked(path: Path, waiting: Callable[[], object]) -> tuple[int | None, bool]:
+    """A handle of the file ``path``, locked, or ``None`` where there can't be one; and whether it had to wait."""
+    waited = False
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # the folder was removed with its last lock
+        except OSError:
+            return None, False
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waited:
+                    waiting()
+                    waited = True
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle, waited
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its owner removed it meanwhile
 
 
 def _rename(staging: Path, folder: Path) -> None:

@@ -150,10 +150,18 @@ def keep_record(previous: Bundle | None, record: EngineRecord, staging: Path) ->
 
 
 def from_cache(cache: Cache, key: str, make: Callable[[Path], dict[str, object]], what: str) -> Entry:
-    """The entry of ``key``, made when it is not there."""
+    """The entry of ``key``, made when it is not there; by one process, where several ask for it at once."""
     entry = cache.get(key)
-    if entry is not None:
-        _log.info("%s: reused from the cache", what)
-        return entry
-    _log.info("%s: building", what)
-    return cache.put(key, make)
+    if entry is None:
+
+        def waiting() -> None:
+            _log.info("%s: waiting for another process that is building it", what)
+
+        with cache.alone(key, waiting) as waited:
+            if waited:
+                entry = cache.get(key)
+            if entry is None:
+                _log.info("%s: building", what)
+                return cache.put(key, make)
+    _log.info("%s: reused from the cache", what)
+    return entry

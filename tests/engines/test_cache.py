@@ -137,6 +137,60 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
             child.stdout.close()
 
 
+_BUILDER = """
+import logging, os, sys, time
+from pathlib import Path
+from tstitch_engines.cache import Cache
+from tstitch_engines.compiling import from_cache
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+root, seconds = Path(sys.argv[1]), float(sys.argv[2])
+
+def make(folder):
+    with (root / "made").open("a") as made:
+        made.write("x")
+    print("making", flush=True)
+    time.sleep(seconds)
+    (folder / "engine").write_bytes(b"engine")
+    return {}
+
+from_cache(Cache(root), "ab" * 32, make, "the engine")
+print("done", flush=True)
+"""
+
+
+def _builder(root: Path, seconds: float) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", _BUILDER, str(root), str(seconds)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def _told(child: subprocess.Popen[str], line: str) -> None:
+    assert child.stdout is not None
+    assert any(line in told for told in iter(child.stdout.readline, ""))
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None:
+    first = _builder(tmp_path, 3)
+    _told(first, "making")
+    second = _builder(tmp_path, 0)
+    _told(second, "waiting for another process")
+    assert first.communicate(timeout=60)[0].endswith("done\n")
+    assert second.communicate(timeout=60)[0] == "the engine: reused from the cache\ndone\n"
+    assert (tmp_path / "made").read_text() == "x"
+    assert not (tmp_path / "v1" / "locks").exists()
+
+
+def test_who_waits_for_a_process_that_is_killed_builds_itself(tmp_path: Path) -> None:
+    first = _builder(tmp_path, 600)
+    _told(first, "making")
+    second = _builder(tmp_path, 0)
+    _told(second, "waiting for another process")
+    first.kill()
+    first.communicate(timeout=60)
+    assert second.communicate(timeout=60)[0].endswith("making\ndone\n")
+    assert (tmp_path / "made").read_text() == "xx"
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "mine"))
     assert default_root() == tmp_path / "mine"

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exports import graph_of, network_plan, onnx_of, program_of
 from rtx_families import CHECKPOINTS
 from tstitch_engines.backends import open_backend
 from tstitch_engines.device import open_device
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, Network
+from tstitch_engines.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.exporter import GRAPH, PROGRAM, export_onnx, export_program
 from tstitch_export.families import FAMILIES, open_family
 from tstitch_trt.parts import Part
 
@@ -26,41 +26,25 @@ def test_engines_equal_the_module(name: str, tmp_path: Path) -> None:
     import torch
 
     family = open_family(name)
-    given = list(CHECKPOINTS[name].values())[-1](tmp_path)
-    inspection = family.inspect(given.path, given.options)
+    given = next(iter(CHECKPOINTS[name].values()))(tmp_path)
+    plan = network_plan(name, given.path, given.options)
+    inspection = plan.inspection
     sizes = {key: dim.native + dim.multiple for key, dim in family.dims(inspection).items()}
     inputs = family.example(inspection, batch=3, seed=5, sizes=sizes or None)
     with torch.no_grad():
         found = family.load(inspection)(*inputs)
     want = [tensor.numpy() for tensor in ((found,) if isinstance(found, torch.Tensor) else found)]
-    network = Network(
-        family=name,
-        precision="fp32",
-        inputs=family.inputs(inspection, "fp32"),
-        outputs=family.outputs(inspection, "fp32"),
-        onnx=(),
-        sources=(),
-        check=None,
-        config=dict(inspection.config),
-    )
+    network = onnx_of(plan, tmp_path / "export")
     profile = ShapeProfile({"B": Range(1, 2, 4), **{key: Range(size, size, size) for key, size in sizes.items()}})
     arrays = {spec.name: value.numpy() for spec, value in zip(network.inputs, inputs, strict=True)}
     for backend in (open_backend("onnxruntime"), open_backend("torch")):
-        folder = tmp_path / backend.name
-        folder.mkdir()
-        if backend.model_kind == "onnx":
-            export_onnx(family, inspection, precision="fp32", folder=folder, progress=lambda phase, share: None)
-        else:
-            export_program(
-                family, inspection, precision="fp32", output=folder / PROGRAM, progress=lambda phase, share: None
-            )
         (path,) = backend.compile(
             member=network,
-            model=folder / (GRAPH if backend.model_kind == "onnx" else PROGRAM),
+            model=graph_of(network, tmp_path / "export") if backend.model_kind == "onnx" else program_of(plan),
             profile=profile,
             device="cpu",
             options={},
-            output=folder / f"engine{backend.engine_suffix}",
+            output=tmp_path / f"engine{backend.engine_suffix}",
             progress=lambda phase, share: None,
         )
         identity = EngineIdentity(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from exports import graph_of, network_plan, onnx_of
 from rtx_families import CHECKPOINTS
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, read_plan_header
@@ -13,11 +14,8 @@ from tstitch_engines.backends.tensorrt.flavour import RTX
 from tstitch_engines.backends.tensorrt.library import logger_of, open_library
 from tstitch_engines.backends.tensorrt.network import parse, settle_attention
 from tstitch_engines.bundle import open_bundle
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Component, Network, Precision
 from tstitch_engines.recompile import recompile
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.exporter import GRAPH, export_onnx
 from tstitch_export.families import FAMILIES, open_family
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
@@ -50,45 +48,29 @@ def test_a_tiny_network_of_every_family(name: str, layout: str, rtx: TensorRtBac
     """In half precision, where attention must be a fused kernel; VAEs as they are built, in float32."""
     family = open_family(name)
     given = CHECKPOINTS[name][layout](tmp_path)
-    inspection = family.inspect(given.path, given.options)
-    precision: Precision = "fp32" if family.role.startswith("vae") else "fp16"
-    folder = tmp_path / "export"
-    folder.mkdir()
-    check = export_onnx(family, inspection, precision=precision, folder=folder, progress=lambda phase, share: None)
-    parts = []
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != GRAPH):
-        sha256, size = hash_file(path)
-        parts.append(Component(path=path.name, sha256=sha256, bytes=size))
-    network = Network(
-        family=name,
-        precision=precision,
-        inputs=family.inputs(inspection, precision),
-        outputs=family.outputs(inspection, precision),
-        onnx=tuple(parts),
-        sources=(),
-        check=check,
-        config=dict(inspection.config),
-    )
+    plan = network_plan(name, given.path, given.options, "fp32" if family.role.startswith("vae") else "fp16")
+    network = onnx_of(plan, tmp_path / "export")
+    graph = graph_of(network, tmp_path / "export")
     dims = {"B": Range(1, 2, 4)}
-    for dim, known in family.dims(inspection).items():  # dynamic ones are to stay dynamic
+    for dim, known in family.dims(plan.inspection).items():  # dynamic ones are to stay dynamic
         dims[dim] = Range(known.native, known.native, known.native + known.multiple)
     seen: list[str] = []
-    (plan,) = rtx.compile(
+    (engine,) = rtx.compile(
         member=network,
-        model=folder / GRAPH,
+        model=graph,
         profile=ShapeProfile(dims),
         device="cpu",
         options={"compute-capabilities": "8.9,12.0"},
         output=tmp_path / "plan.rtx",
         progress=lambda phase, share: seen.append(phase),
     )
-    assert header_of(plan, rtx) == ((8, 9), (12, 0))
+    assert header_of(engine, rtx) == ((8, 9), (12, 0))
     assert "building engine" in seen
     library = open_library(RTX)
     logger, listener = logger_of(library)
     with listener.listen() as messages:
-        kept = parse(library, RTX, logger, messages, folder / GRAPH, name, (network.inputs, network.outputs))
-        attention = _attention_nodes(folder / GRAPH)
+        kept = parse(library, RTX, logger, messages, graph, name, (network.inputs, network.outputs))
+        attention = _attention_nodes(graph)
         assert settle_attention(library, kept[1]) == attention
         assert kept[1].num_inputs == len(network.inputs)
     assert attention or family.role.startswith("vae") or family.role == "controlnet"

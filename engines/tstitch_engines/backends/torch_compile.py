@@ -98,7 +98,7 @@ def compile_program(
 
     Raises ``BuildFailed`` when the compiler fails, ``Unavailable`` when it is not there.
     """
-    inductor = importlib.import_module("torch._inductor")  # `import torch` does not import it
+    inductor = _inductor()
     options = {
         **inductor.list_mode_options(MODES[mode]),
         "triton.cudagraphs": False,
@@ -118,6 +118,23 @@ def compile_program(
     except Exception as error:
         raise _explained(torch, error, what) from error
     return run
+
+
+def _inductor() -> Any:
+    """TorchInductor, which `import torch` does not import; on a thread that Ctrl-C does not reach.
+
+    A module of its own whose import is interrupted can't be imported again ("duplicate template name"), so that the
+    next compilation in this process would fail.
+    """
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # raised again below
+            importlib.import_module("torch._inductor.compile_fx")
+
+    loading = threading.Thread(target=load, name="import torch._inductor", daemon=True)
+    loading.start()
+    loading.join()
+    return importlib.import_module("torch._inductor")
 
 
 def _writing(torch: Any, module: Any, results: int, arguments: int) -> Any:
