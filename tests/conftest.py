@@ -19,6 +19,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What takes longest comes first, so that of two processes none waits long for the other at the end.
+_LONG = ("pipelines", "test_readme.py", "test_cpu_families.py", "test_tensorrt_families.py", "test_class_pairs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not {item.path.name, item.path.parent.name} & set(_LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One for all processes of a run (pytest-xdist): exports take most of the time, and equal ones are made once."""

@@ -1,7 +1,8 @@
 """A tiny checkpoint of every model family and layout: what the tests compile with TensorRT-RTX for real.
 
 A new family fails a test until it has an entry here: its name -> a name for each layout -> a function that writes a
-checkpoint with random weights into a folder and says where it is.
+checkpoint with random weights into a folder and says where it is. Of each family the first is tested always, the others
+with the slow tests.
 """
 
 from __future__ import annotations
@@ -70,20 +71,25 @@ def _clip_text(folder: Path) -> Tiny:
 
 
 def _unet(kind: str, **options: Any) -> Callable[[Path], Tiny]:
+    """With the seeds of other tests, so that equal ones are exported once."""
+
     def write(folder: Path) -> Tiny:
         from tiny_families import unet_folder
 
-        unet_folder(folder / "pipeline", kind)
+        unet_folder(folder / "pipeline", kind, seed=len(kind))
         return Tiny(folder / "pipeline", options)
 
     return write
 
 
-def _controlnet(folder: Path) -> Tiny:
-    from tiny_families import controlnet_folder
+def _controlnet(kind: str) -> Callable[[Path], Tiny]:
+    def write(folder: Path) -> Tiny:
+        from tiny_families import controlnet_folder
 
-    controlnet_folder(folder / "ControlNet", "sdxl")
-    return Tiny(folder / "ControlNet")
+        controlnet_folder(folder / "ControlNet", kind)
+        return Tiny(folder / "ControlNet")
+
+    return write
 
 
 def _vae(kind: str) -> Callable[[Path], Tiny]:
@@ -105,9 +111,9 @@ CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
         "added to the time": _ldm_diffusers("added"),
     },
     "clip-text": {"transformers": _clip_text},
-    "unet-sd": {"diffusers": _unet("sd")},
+    "unet-sd": {"pruned": _unet("bksdm"), "diffusers": _unet("sd")},
     "unet-sdxl": {"diffusers": _unet("sdxl"), "pruned and controlled": _unet("ssd1b", controlled=True)},
-    "controlnet": {"diffusers": _controlnet},
+    "controlnet": {"Stable Diffusion's": _controlnet("sd"), "SDXL's": _controlnet("sdxl")},
     "vae-decoder": {"kl": _vae("kl"), "tiny": _vae("tiny"), "vq": _vae("vq")},
     "vae-encoder": {"kl": _vae("kl"), "tiny": _vae("tiny")},
 }

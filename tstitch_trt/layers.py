@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle import Bundle
 from tstitch_engines.errors import FailedWork, Unavailable
 from tstitch_engines.manifest import EngineRecord
+from tstitch_engines.threads import default_threads
 from tstitch_trt.caller import Arrays, Error, measure_error
 
 __all__ = ["LayerCheck", "LayerDifference", "compare_layers", "first_difference"]
@@ -145,6 +146,7 @@ def _run(path: Path, feeds: dict[str, NDArray[Any]]) -> tuple[dict[str, NDArray[
     model.graph.output.extend(onnx.ValueInfoProto(name=layer.tensor) for layer in layers if layer.tensor not in have)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
+    settings.intra_op_num_threads = default_threads()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory(prefix="tstitch-layers-") as folder:
         opened = Path(folder) / "model.onnx"

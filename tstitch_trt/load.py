@@ -10,6 +10,7 @@ from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle import Bundle, open_bundle
 from tstitch_engines.device import open_device
 from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.threads import default_threads
 from tstitch_trt.choose import check_wishes, choose, default_backend
 from tstitch_trt.choose import rebuild as rebuild_engines
 from tstitch_trt.graphs import GraphMode, check_mode
@@ -37,8 +38,9 @@ def load(
     """Loads all members and parts of a bundle and returns the runtime that samples from them.
 
     ``device``: ``cpu``, ``cuda`` or ``cuda:N`` (CUDA: not run on a GPU). ``backend``: one the bundle has engines of;
-    by default the first it was built for. ``threads``: CPU threads of the engines, 0 (the default) for all cores; only
-    where they run on the CPU. ``verify``: ``full`` checks every file's sha256, ``size`` only sizes.
+    by default the first it was built for. ``threads``: CPU threads of the engines, 0 (the default) for
+    ``$OMP_NUM_THREADS`` or else all cores; only where they run on the CPU. ``verify``: ``full`` checks every file's
+    sha256, ``size`` only sizes.
 
     ``graph`` (CUDA): ``step`` records each kind of step once and replays it, ``segment`` replays all equal steps in a
     row with one launch, ``off`` runs call by call; ``auto`` is ``step`` where the device has graphs and ``off`` where
@@ -67,6 +69,7 @@ def load(
             f"graph = {graph}: the device {place.name} has no graphs; allowed there are auto and off",
             hint="leave out --graph (graph=...), or use --device cuda",
         )
+    used = threads or (default_threads() if place.name == "cpu" else 0)
     name = backend or default_backend(opened)
     library = open_backend(name)
     if rebuild:
@@ -86,11 +89,11 @@ def load(
                 member=networks[network],
                 identity=record.identity,
                 device=decoding if network == "vae_decoder" else place,
-                threads=threads or 0,
+                threads=used,
             )
     except BaseException:
         for engine in engines.values():
             engine.close()
         raise
     load_ms = 1e3 * (perf_counter() - started)
-    return Runtime(opened, place, name, engines, load_ms, graph=graph, decoding=decoding, threads=threads or 0)
+    return Runtime(opened, place, name, engines, load_ms, graph=graph, decoding=decoding, threads=used)

@@ -16,6 +16,7 @@ from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_engines.manifest import ExportCheck, Precision
 from tstitch_engines.quiet import quiet
 from tstitch_engines.spec import parse_dimension
+from tstitch_engines.threads import default_threads
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
 from tstitch_export.needs import need, need_torch
 from tstitch_export.onnx_graph import retyped_to_float32, tidy, validate
@@ -253,6 +254,7 @@ def _session(path: Path) -> Any:
     ort = need("onnxruntime", "checking an export against PyTorch", extra="cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = default_threads()
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -40,10 +40,14 @@ def test_every_family_has_a_checkpoint_to_compile() -> None:
     assert not FAMILIES.keys() - CHECKPOINTS.keys(), "give each a tiny checkpoint in tests/rtx_families.py"
 
 
-CASES = [(family, layout) for family in FAMILIES for layout in CHECKPOINTS.get(family, {})]
+CASES = [
+    pytest.param(family, layout, id=f"{family}-{layout}", marks=[pytest.mark.slow] if index else [])
+    for family in FAMILIES
+    for index, layout in enumerate(CHECKPOINTS.get(family, {}))
+]
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES, ids=[f"{family}-{layout}" for family, layout in CASES])
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_a_tiny_network_of_every_family(name: str, layout: str, rtx: TensorRtBackend, tmp_path: Path) -> None:
     """In half precision, where attention must be a fused kernel; VAEs as they are built, in float32."""
     family = open_family(name)

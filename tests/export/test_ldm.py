@@ -245,10 +245,12 @@ def test_an_unconditional_diffusers_unet_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "precision"),
     [
-        *(("original", precision) for precision in ("fp32", "fp16", "bf16")),
+        ("original", "fp16"),
         ("dynamic", "fp32"),
-        ("attended", "fp16"),
-        ("added", "bf16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("original", "fp32"), ("original", "bf16"), ("attended", "fp16"), ("added", "bf16"))
+        ),
     ],
 )
 def test_onnx_equals_the_module(tmp_path: Path, precision: Any, form: str) -> None:

@@ -12,12 +12,12 @@ import onnxruntime
 import pytest
 import torch
 
+from exports import graph_of, network_plan, onnx_of
 from tiny_families import controlnet_folder, unet_folder
 from tstitch_engines.backends import open_backend
 from tstitch_engines.manifest import Component, Network, Precision, TextInputs
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.exporter import export_onnx
-from tstitch_export.families import Family, Inspection, open_family
+from tstitch_export.families import Family, Inspection
 
 
 def ignore(phase: str, share: float) -> None:
@@ -48,11 +48,9 @@ class Exported:
 def exported(
     folder: Path, family: str, module: Any, options: dict[str, Any] | None = None, precision: Precision = "fp32"
 ) -> Exported:
-    opened = open_family(family)
-    inspection = opened.inspect(folder, options or {})
-    (folder / "out").mkdir()
-    export_onnx(opened, inspection, precision=precision, folder=folder / "out", progress=ignore)
-    return Exported(module, opened, inspection, folder / "out" / "model.onnx")
+    plan = network_plan(family, folder, options, precision)
+    network = onnx_of(plan, folder / "out")
+    return Exported(module, plan.family, plan.inspection, graph_of(network, folder / "out"))
 
 
 def compiled_by_rtx(found: Exported, folder: Path, precision: Precision = "fp32") -> Path:
@@ -143,7 +141,7 @@ def test_tensorrt_rtx_takes_it_in_float32_at_any_size(inpainting: Exported, tmp_
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_pruned_without_middle_block_predicting_v(precision: Precision, tmp_path: Path) -> None:
     """BK-SDM; in half precision its timestep embedding is computed in float32 all the same."""
-    module = unet_folder(tmp_path, "bksdm")
+    module = unet_folder(tmp_path, "bksdm", seed=len("bksdm"))
     found = exported(tmp_path, "unet-sd", module, precision=precision)
     given, got = found.run(dict(SIZES[1]), 7)
     with torch.no_grad():
@@ -151,10 +149,10 @@ def test_pruned_without_middle_block_predicting_v(precision: Precision, tmp_path
     close(got["model_output"], want, 1e-4 if precision == "fp32" else 1e-2)
 
 
-@pytest.mark.parametrize("kind", ["ssd1b", "refiner"])
+@pytest.mark.parametrize("kind", ["ssd1b", pytest.param("refiner", marks=pytest.mark.slow)])
 def test_sdxl(kind: str, tmp_path: Path) -> None:
     """SSD-1B's middle has no attention and its two ways differ in depth; the refiner takes five numbers."""
-    module = unet_folder(tmp_path, kind)
+    module = unet_folder(tmp_path, kind, seed=len(kind))
     found = exported(tmp_path, "unet-sdxl", module)
     assert found.inspection.text == (
         TextInputs(hidden=("text_encoder_2",), width=32, pooled="text_encoder_2", pooled_width=32, time_ids="aesthetic")

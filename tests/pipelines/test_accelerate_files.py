@@ -95,6 +95,7 @@ def test_bundles_are_listed_and_pruned_with_the_cache(
 # --- the small one
 
 
+@pytest.mark.slow
 def test_small_is_a_single_file(sd: Path, cache: Path, tmp_path: Path) -> None:
     """A bare one follows the pipeline's conventions: here it predicts v, which nothing in the file says."""
     pipe = pipeline(sd, "ddim")
@@ -116,6 +117,7 @@ def test_small_is_a_single_file(sd: Path, cache: Path, tmp_path: Path) -> None:
     assert relative(got.numpy(), want.numpy()) < LIMIT
 
 
+@pytest.mark.slow
 def test_small_is_a_single_file_that_says_v(sd: Path, cache: Path, tmp_path: Path) -> None:
     file = single_file(tmp_path / "sd.safetensors", text=False, vae=False)
     save_file({**load_file(file), "v_pred": torch.zeros(0)}, file)

@@ -71,6 +71,7 @@ def test_sdxl_from_pictures(xl: Path, cache: Path) -> None:
             equal(pipe, made, image=pictures(1)[0], mask_image=mask(), strength=strength, **SIDES)
 
 
+@pytest.mark.slow
 def test_sdxl_with_control(xl: Path, cache: Path, tmp_path: Path) -> None:
     """SSD-1B follows SDXL's ControlNet."""
     from diffusers import StableDiffusionXLControlNetImg2ImgPipeline
@@ -85,6 +86,7 @@ def test_sdxl_with_control(xl: Path, cache: Path, tmp_path: Path) -> None:
         equal(other, made, image=pictures(1, 2), control_image=pictures(3, 4), strength=0.7)
 
 
+@pytest.mark.slow
 def test_a_refiner(cache: Path, tmp_path: Path) -> None:
     refiner = sdxl_pipeline(tmp_path / "large", "refiner")
     asked = {"image": pictures(1, 2), "aesthetic_score": 7.0, "negative_aesthetic_score": 1.5}

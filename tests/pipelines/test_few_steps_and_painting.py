@@ -107,6 +107,7 @@ def test_latent_consistency_models(
     assert relative(other.latents, want) > 10 * LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("strength", [0.7, 1.0])
 def test_members_that_paint_into_a_picture(painting: Pair, sd: Path, strength: float, fraction: float) -> None:

@@ -97,6 +97,7 @@ def test_pictures(pair: Loaded) -> None:
     assert abs(got.images.astype(int) - np.rint(want * 255)).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [0.5, 0.8])
 def test_base_and_refiner(refined: Loaded, end: float) -> None:
     base, refiner, runtime = refined

@@ -17,7 +17,10 @@ from tstitch_trt.noise_schedule import NoiseSchedule
 LABELS, SEEDS, STEPS, GUIDANCE = [3, 7], [11, 5], 5, 2.5
 
 
-@pytest.fixture(scope="module", params=list(PAIRS))
+SLOW = {name: [pytest.mark.slow] if name in ("ldm-diffusers", "dit-uvit") else [] for name in PAIRS}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks) for name, marks in SLOW.items()])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ClassPair:
     return PAIRS[request.param](tmp_path_factory.mktemp(request.param))
 
@@ -65,7 +68,7 @@ def test_the_manifest_says_what_each_member_was_trained_with(pair: ClassPair) ->
         assert member.noise == (None if trained == manifest.noise else trained)
 
 
-@pytest.mark.parametrize("kind", ["ldm", "uvit"])
+@pytest.mark.parametrize("kind", [pytest.param("ldm", marks=pytest.mark.slow), "uvit"])
 def test_half_precision_stays_close(kind: str, tmp_path: Path) -> None:
     pair = PAIRS[kind](tmp_path)
     pair.build(tmp_path / "half.bundle", precision="fp16")
@@ -76,7 +79,7 @@ def test_half_precision_stays_close(kind: str, tmp_path: Path) -> None:
     assert np.linalg.norm(result.latents - want.latents) < 0.05 * np.linalg.norm(want.latents)
 
 
-@pytest.mark.parametrize("kind", ["ldm-diffusers", "uvit"])
+@pytest.mark.parametrize("kind", [pytest.param("ldm-diffusers", marks=pytest.mark.slow), "uvit"])
 def test_tensorrt_rtx_compiles_the_pair_at_two_precisions(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     manifest = PAIRS[kind](tmp_path).build(

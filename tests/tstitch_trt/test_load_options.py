@@ -47,6 +47,25 @@ def test_graphs_asked_for_where_there_are_none(run: Command, copy: Path, tmp_pat
     assert "graphs     off (the CPU has no graphs)" in run("inspect", copy).out
 
 
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("2,1", 2), ("", 0), ("many", 0), ("-1", 0), (None, 0)])
+def test_threads_are_by_default_those_of_openmp(
+    tiny_pair: TinyPair, said: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime starts that many less the caller's own for each engine."""
+    if said is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    before = len(list(Path("/proc/self/task").iterdir()))
+    with tstitch_trt.load(tiny_pair.bundle) as runtime:
+        assert runtime.threads == threads
+        started = len(list(Path("/proc/self/task").iterdir())) - before
+        if threads:
+            assert started == (threads - 1) * len(runtime.manifest.networks())
+    with tstitch_trt.load(tiny_pair.bundle, threads=1) as runtime:
+        assert runtime.threads == 1
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "tensorrt-rtx", "torch"])
 def test_threads_are_for_engines_on_the_cpu(name: str, copy: Path) -> None:
     """Whatever the backend: on a GPU no engine honours them."""

@@ -41,7 +41,10 @@ def runtime_options(function: F) -> F:
             help="Replay recorded CUDA graphs of a step, of all equal steps in a row, or none.",
         ),
         click.option(
-            "--threads", type=click.IntRange(0), metavar="N", help="CPU threads of engines on the CPU. [all cores]"
+            "--threads",
+            type=click.IntRange(0),
+            metavar="N",
+            help="CPU threads of engines on the CPU. [$OMP_NUM_THREADS, or all cores]",
         ),
         click.option(
             "--backend", metavar="NAME", help="Backend whose engine to load (default: the one the bundle has)."

@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.threads import default_threads
 
 __all__ = ["Net", "open_network"]
 
@@ -66,7 +67,7 @@ class _Onnx:
                 hint='run: pip install "tstitch-trt[cpu]"',
             ) from None
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or default_threads()
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -201,4 +201,7 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
-        """Loads a file made by ``compile``. ``threads`` 0 means all cores. Raises ``BadEngine`` for a damaged file."""
+        """Loads a file made by ``compile``; ``threads`` 0 means ``default_threads()``.
+
+        Raises ``BadEngine`` for a damaged file.
+        """

@@ -13,6 +13,7 @@ from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
 from tstitch_engines.quiet import quiet
+from tstitch_engines.threads import default_threads
 
 if TYPE_CHECKING:
     from tstitch_engines.device import Buffer, Device
@@ -175,7 +176,7 @@ class OnnxRuntimeBackend(Backend):
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         settings = self._session_options()
-        settings.intra_op_num_threads = threads
+        settings.intra_op_num_threads = threads or default_threads()
         settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done already
         stream = getattr(device, "stream_handle", None)
         if stream is not None:
