@@ -124,7 +124,7 @@ def _print(found: Calibration) -> None:
     from tstitch_trt.cli._text import print_table
 
     threads = f"{found.threads} threads" if found.threads else "all threads"
-    click.echo(f"{found.bundle}: {found.backend} on {found.device}, {threads}, median of {found.repeats} rounds")
+    click.echo(f"{found.bundle}: {found.backend} on {found.device}, {threads}, {found.repeats} rounds")
     click.echo(f"{found.machine.processor}, {found.machine.cores} cores, load {found.machine.load:g}\n")
     print_table(
         ("member", "guided", "images", "latent", "step ms", "p10", "p90"),

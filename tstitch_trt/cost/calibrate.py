@@ -3,7 +3,8 @@
 Everything is timed as the runtime serves any request: whole trajectories through ``Runtime.sample``. In every round
 each trajectory runs once (short ones a few times), those that the model is fitted on among those that check it and in a
 new order, so that a machine that is busy or changes its clock for a while slows both alike. The model is fitted to
-medians over the rounds, and a check compares its prediction with the median of a schedule that it was not fitted on.
+means over the rounds, but for outliers, and a check compares its prediction with that of a schedule that it was not
+fitted on.
 """
 
 from __future__ import annotations
@@ -83,10 +84,7 @@ def calibrate(
             report(share, f"round {index + 1} of {rounds}: {trial.bucket.batch} images")
             trial.turn(runtime, keep=index > 0)
     report(1.0, "done")
-    models = {
-        bucket: fit([(trial.kinds, statistics.median(trial.times)) for trial in trials])
-        for bucket, trials in fitted.items()
-    }
+    models = {bucket: fit([(trial.kinds, trial.usual) for trial in trials]) for bucket, trials in fitted.items()}
     steps = tuple(cost for bucket, trials in fitted.items() for cost in _step_costs(bucket, models[bucket], trials))
     overheads = tuple(
         Overhead(batch=b.batch, height=b.size[0], width=b.size[1], ms=model.once, switch_ms=model.switch)
@@ -170,7 +168,7 @@ def _checked(calibration: Calibration, trials: Sequence[Trial]) -> Calibration:
                 height=size[0],
                 width=size[1],
                 predicted_ms=predicted,
-                measured_ms=statistics.median(trial.times),
+                measured_ms=trial.usual,
                 repeats=len(trial.times),
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, groupby, islice
@@ -38,7 +39,8 @@ class Bucket:
 class Trial:
     """A trajectory to run again and again. ``settings``: keywords of ``make_plan``.
 
-    ``times``: milliseconds of all its runs, ``firsts`` of the first run of each turn: as that of a single request.
+    ``times``: milliseconds of all its runs, ``firsts`` of the first run of each turn, as that of a single request, and
+    ``turns`` the median of each turn.
     """
 
     bucket: Bucket
@@ -47,6 +49,7 @@ class Trial:
     wishes: dict[str, Any]
     times: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
+    turns: list[float] = field(default_factory=list)
 
     @staticmethod
     def of(runtime: Runtime, bucket: Bucket, **settings: Any) -> Trial:
@@ -62,6 +65,17 @@ class Trial:
         return kinds_of(self.plan)
 
     @property
+    def usual(self) -> float:
+        """Milliseconds: the mean of its turns without the fastest and the slowest tenth.
+
+        A machine that is shared, or that changes its clock, often has two paces. The median of a few turns falls on the
+        one or the other, and two trajectories can't be compared by it; a mean without outliers has both.
+        """
+        turns = sorted(self.turns)
+        cut = len(turns) // 10
+        return statistics.fmean(turns[cut : len(turns) - cut])
+
+    @property
     def alone(self) -> bool:
         """Whether one kind of step runs all the way."""
         return len(set(self.kinds)) == 1
@@ -73,6 +87,7 @@ class Trial:
         if keep:
             self.times += taken
             self.firsts.append(taken[0])
+            self.turns.append(statistics.median(taken))
 
     def run(self, runtime: Runtime) -> float:
         """Milliseconds of one run, by the runtime as it serves any request."""
