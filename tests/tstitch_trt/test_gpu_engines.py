@@ -16,18 +16,26 @@ from tstitch_trt.verify import LIMITS, Verification, verify
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ("onnxruntime", "torch", "torch+compile", "tensorrt", "tensorrt-rtx")
+BACKENDS = (
+    "onnxruntime",
+    "onnxruntime+provider=tensorrt",
+    "torch",
+    "torch+compile=default",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 def checked(pair: TinyPair, backend: str, precision: Precision, device: str, output: Path) -> Verification:
     """Both members, compiled for ``device`` and run there at several batches on random and real inputs."""
     name, _, option = backend.partition("+")
+    key, _, value = option.partition("=")
     build(
         pair.recipe("small", "large"),
         members={member: pair.checkpoint(member) for member in ("small", "large")},
         output=output,
         backend=name,
-        options={option: "default"} if option else {},
+        options={key: value} if option else {},
         precision=precision,
         device=device,
         profile=Range(1, 4, 8),

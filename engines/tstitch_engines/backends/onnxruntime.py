@@ -1,4 +1,8 @@
-"""ONNX Runtime: the CPU provider, and the CUDA provider behind the same class. An engine is the optimised graph."""
+"""ONNX Runtime: the CPU provider, and the CUDA provider behind the same class. An engine is the optimised graph.
+
+Its TensorRT provider is a baseline for our own (``--option provider=tensorrt``; not run on a GPU). It compiles when the
+engine is loaded and keeps what it compiled in our cache.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
+from tstitch_engines.cache import default_root
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
 from tstitch_engines.quiet import quiet
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
     from tstitch_engines.manifest import EngineIdentity, Network
     from tstitch_engines.spec import ShapeProfile
 
-__all__ = ["OnnxRuntimeBackend", "copies_of"]
+__all__ = ["OnnxRuntimeBackend", "copies_of", "tensorrt_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ _ELEMENT: Final = {
     "bfloat16": 16,
 }
 _NOT_WRITTEN: Final = ("Failed to write", "Protobuf serialization failed")  # how it reports a full disk
+_PROVIDERS: Final = ("cuda", "tensorrt")
+_TENSORRT: Final = "TensorrtExecutionProvider"
 _LEVELS: Final = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC"}
 
 
@@ -53,7 +60,8 @@ class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     engine_suffix = ".ort.onnx"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
-        "graph-optimisation": (str, f"graph optimisation level: {', '.join(_LEVELS)} (default: all)")
+        "graph-optimisation": (str, f"graph optimisation level: {', '.join(_LEVELS)} (default: all)"),
+        "provider": (str, f"on a GPU: {', '.join(_PROVIDERS)} (default: cuda)"),
     }
 
     def __init__(self) -> None:
@@ -102,6 +110,14 @@ class OnnxRuntimeBackend(Backend):
             cuda |= {"user_compute_stream": str(stream), "use_ep_level_unified_stream": "1"}
         return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
+    def _need_tensorrt(self) -> None:
+        if _TENSORRT not in self._ort.get_available_providers():
+            raise Unavailable(
+                f"this ONNX Runtime {self.version()} has no TensorRT provider "
+                f"(it has: {', '.join(self._ort.get_available_providers())})",
+                hint='pip uninstall onnxruntime && pip install "tstitch-trt[gpu]", or leave out --option provider',
+            )
+
     def _find_cuda(self) -> None:
         """Loads CUDA's libraries from wheels, for a CUDA provider that can't find them on its own.
 
@@ -139,9 +155,20 @@ class OnnxRuntimeBackend(Backend):
         for name in options:
             if name not in self.options:
                 raise unknown_name("onnxruntime option", name, self.options)
-        level = str(options.get("graph-optimisation", "all"))
+        provider = str(options.get("provider", "cuda"))
+        if provider not in _PROVIDERS:
+            raise unknown_name("provider of ONNX Runtime", provider, _PROVIDERS)
+        if "provider" in options and parse_device(device)[0] == "cpu":
+            raise BadInput(
+                f"provider = {provider}: it runs on a GPU, and the engine is for the CPU",
+                hint="add --device cuda, or leave out --option provider",
+            )
+        # TensorRT reads ONNX's own operators: "extended" puts ONNX Runtime's in their place.
+        level = str(options.get("graph-optimisation", "basic" if provider == "tensorrt" else "all"))
         if level not in _LEVELS:
             raise unknown_name("graph optimisation level", level, _LEVELS)
+        if provider == "tensorrt":
+            self._need_tensorrt()
         providers = self._providers(device)
         settings = self._session_options()
         settings.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[level])
@@ -181,9 +208,20 @@ class OnnxRuntimeBackend(Backend):
         stream = getattr(device, "stream_handle", None)
         if stream is not None:
             settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `copies_of`
+        providers = self._providers(device.name, stream)
+        compiled = identity.options.get("provider") == "tensorrt"
+        if compiled:
+            self._need_tensorrt()
+            providers.insert(0, (_TENSORRT, tensorrt_options(member, identity, device.name, stream)))
         try:
-            session = self._session(path, settings, self._providers(device.name, stream))
+            session = self._session(path, settings, providers)
             self._expect_provider(session, device.name)
+            if compiled and _TENSORRT not in session.get_providers():
+                raise Unavailable(
+                    f"ONNX Runtime could not start its TensorRT provider on {device.name}",
+                    hint="it needs libnvinfer.so of the TensorRT that it was built for; or build without "
+                    "--option provider=tensorrt",
+                )
         except Unavailable:
             raise
         except Exception as error:
@@ -204,6 +242,29 @@ class OnnxRuntimeBackend(Backend):
                 f"ONNX Runtime could not start its CUDA provider on {device}",
                 hint="tstitch-trt doctor says which library is missing; or use --device cpu",
             )
+
+
+def tensorrt_options(
+    member: Network, identity: EngineIdentity, device: str, stream: int | None = None
+) -> dict[str, str]:
+    """The settings of ONNX Runtime's TensorRT provider for an engine: its profile, precision and where it caches."""
+    kept = default_root() / "onnxruntime-tensorrt"
+    found = {
+        "device_id": str(parse_device(device)[1]),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(kept),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(kept),
+        "trt_fp16_enable": str(int(member.precision == "fp16")),
+        "trt_bf16_enable": str(int(member.precision == "bf16")),
+    }
+    for end in ("min", "opt", "max"):
+        sizes = {name: getattr(known, end) for name, known in identity.profile.dims.items()}
+        shapes = (f"{spec.name}:{'x'.join(map(str, spec.resolve(sizes)))}" for spec in member.inputs)
+        found[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+    if stream is not None:
+        found |= {"has_user_compute_stream": "1", "user_compute_stream": str(stream)}
+    return found
 
 
 def copies_of(session: Any) -> list[str]:
@@ -251,6 +312,9 @@ class _OnnxRuntimeEngine(Engine):
         if crossings:
             self.capturable = False
             self.obstacle = f"{len(crossings)} nodes copy between host and device, e.g. {', '.join(crossings[:3])}"
+        if identity.options.get("provider") == "tensorrt":
+            self.capturable = False
+            self.obstacle = "ONNX Runtime's TensorRT provider is a baseline, which runs call by call"
         self._kind, self._index = parse_device(device.name)
         self._binding: Any = None
         self._buffers: dict[str, Buffer] = {}
