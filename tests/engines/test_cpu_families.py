@@ -20,7 +20,10 @@ from tstitch_export.families import FAMILIES, open_family
 from tstitch_trt.parts import Part
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# SDXL's UNet has no operator that Stable Diffusion's lacks
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "unet-sdxl" else []) for name in FAMILIES]
+)
 def test_engines_equal_the_module(name: str, tmp_path: Path) -> None:
     """With other sizes than the native ones, where they may vary."""
     import torch

@@ -132,6 +132,7 @@ def test_a_second_build_exports_nothing(trio: Trio, caplog: pytest.LogCaptureFix
     assert len(said(caplog, "reused from the cache")) == 10, "an export and an engine for each of the five networks"
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_goes_on_where_it_stopped(
     caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from tiny_pipelines import PIXELS, noise
 from tstitch_engines.errors import BadInput
 
 pytestmark = [
+    pytest.mark.slow,
     # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:You have passed:FutureWarning"),
@@ -71,7 +72,6 @@ def test_sdxl_from_pictures(xl: Path, cache: Path) -> None:
             equal(pipe, made, image=pictures(1)[0], mask_image=mask(), strength=strength, **SIDES)
 
 
-@pytest.mark.slow
 def test_sdxl_with_control(xl: Path, cache: Path, tmp_path: Path) -> None:
     """SSD-1B follows SDXL's ControlNet."""
     from diffusers import StableDiffusionXLControlNetImg2ImgPipeline
@@ -86,7 +86,6 @@ def test_sdxl_with_control(xl: Path, cache: Path, tmp_path: Path) -> None:
         equal(other, made, image=pictures(1, 2), control_image=pictures(3, 4), strength=0.7)
 
 
-@pytest.mark.slow
 def test_a_refiner(cache: Path, tmp_path: Path) -> None:
     refiner = sdxl_pipeline(tmp_path / "large", "refiner")
     asked = {"image": pictures(1, 2), "aesthetic_score": 7.0, "negative_aesthetic_score": 1.5}
