@@ -165,8 +165,9 @@ def test_the_bias_said_is_what_more_samples_take_away(runtime: Runtime) -> None:
     for _ in range(200):
         features = rng.standard_normal((40, 4)).astype(np.float32)
         biases.append(scorer.bias(features))
-        excess.append(scorer._fid(features, 2, 0.95).value)
-    truth = scorer._fid(rng.standard_normal((100_000, 4)).astype(np.float32), 2, 0.95).value
+        excess.append(scorer.measure({"features": features}, resamples=2).value)
+    many = rng.standard_normal((100_000, 4)).astype(np.float32)
+    truth = scorer.measure({"features": many}, resamples=2).value
     assert np.mean(biases) == pytest.approx(np.mean(excess) - truth, rel=0.6)
 
 
