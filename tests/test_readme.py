@@ -114,17 +114,24 @@ def test_the_loss_of_8_bits_is_what_was_measured() -> None:
 
 
 def test_the_quality_of_the_built_in_pair_is_what_was_measured() -> None:
-    """Each row of T-Stitch's table: the distances of both orders with their intervals."""
+    """Each row of T-Stitch's table: the distances of both orders with their intervals, time per image and speed-up."""
     results = Path(__file__).parent.parent / "benchmarks" / "results" / "study"
     studies = [json.loads(file.read_bytes()) for file in sorted(results.glob("evaluation-*.json"))]
     (study,) = [study for study in studies if study["samples"] == 1000]
-    measured = {p["setting"]["schedule"]: p["measures"]["fid"] for p in study["points"] if p["setting"]["steps"] == 50}
+    points = {p["setting"]["schedule"]: p for p in study["points"] if p["setting"]["steps"] == 50}
+    measured = {schedule: point["measures"]["fid"] for schedule, point in points.items()}
     section = README.partition("## The built-in pair")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (\d+)% \| (\S+) \[(\S+), (\S+)\] .* (\S+) \[(\S+), (\S+)\] \|$", section, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d+)% \| (\S+) \[(\S+), (\S+)\] .* (\S+) \| (\S+) \| (\S+) \[(\S+), (\S+)\] \|$", section, re.MULTILINE
+    )
     assert [int(row[0]) for row in rows] == list(range(0, 101, 10))
-    for share, *figures in rows:
+    for share, *first, each, speedup, value, low, high in rows:
+        figures = [*first, value, low, high]
         small = int(share) // 2
         alone = "large:50" if small == 0 else "small:50"
+        point = points[alone if small in (0, 50) else f"small:{small},large:{50 - small}"]
+        assert each == f"{point['ms'] / point['batch']:.0f}"
+        assert speedup == f"{points['large:50']['ms'] / point['ms']:.2f}"
         for (first, then), got in (
             ((f"small:{small}", f"large:{50 - small}"), figures[:3]),
             ((f"large:{50 - small}", f"small:{small}"), figures[3:]),
