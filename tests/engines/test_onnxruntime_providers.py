@@ -53,3 +53,5 @@ def test_what_tensorrt_is_told_of_an_engine(precision: str, flags: str) -> None:
     assert (told["device_id"], told["user_compute_stream"]) == ("1", "77")
     assert Path(told["trt_engine_cache_path"]).is_relative_to(default_root())
     assert "user_compute_stream" not in tensorrt_options(member(), identity, "cuda")
+    tuned = tensorrt_options(member(), msgspec.structs.replace(identity, onnx_sha256="other weights"), "cuda:1")
+    assert tuned["trt_engine_cache_path"] != told["trt_engine_cache_path"]

@@ -110,7 +110,7 @@ class Overhead(_Record, frozen=True, kw_only=True):
 class Check(_Record, frozen=True, kw_only=True):
     """One random schedule that the model was not fitted on, predicted and measured.
 
-    ``measured_ms``: the mean of ``repeats`` runs without the fastest and the slowest tenth.
+    ``measured_ms``: the mean over the rounds without the fastest and the slowest tenth; ``repeats`` runs in all.
 
     ``guidance_interval``: only the steps ``start <= i < stop`` were guided.
     """

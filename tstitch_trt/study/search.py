@@ -119,7 +119,7 @@ def search(
     counts = rounds(samples, drawing.chunk)
     by_key = {c.key: c for c in field}
 
-    def measure(keys: Sequence[str], count: int) -> Mapping[str, Rated] | None:
+    def rate(keys: Sequence[str], count: int) -> Mapping[str, Rated] | None:
         running = [by_key[key] for key in keys]
         work_done.round(len(running), count, counts)
         if not drawing.fill(running, count, whatever=count == counts[0]):
@@ -127,7 +127,7 @@ def search(
         return {c.key: scorer.rate(drawing.seen(c, count)) for c in running}
 
     higher = scorer.metric in HIGHER_IS_BETTER
-    raced = race(costs, counts, measure, higher=higher)
+    raced = race(costs, counts, rate, higher=higher)
     return Search(
         bundle=manifest.name,
         weights=weights_of(manifest),

@@ -67,7 +67,7 @@ def front(points: Sequence[tuple[float, float]], *, higher: bool = False) -> lis
 def beaten(cost: float, rated: Rated, others: Sequence[tuple[float, Rated]], *, higher: bool = False) -> bool:
     """Whether one of ``others`` costs no more and is better by more than chance leaves open."""
     for other_cost, other in others:
-        if other_cost <= cost and other is not rated:
+        if other_cost <= cost:
             gap, std = rated.minus(other)
             if (-gap if higher else gap) > _SURE * std:
                 return True

@@ -17,6 +17,7 @@ from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.cache import default_root
 from tstitch_engines.device import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.identity import digest
 from tstitch_engines.quiet import quiet
 from tstitch_engines.threads import default_threads
 
@@ -212,7 +213,9 @@ class OnnxRuntimeBackend(Backend):
         compiled = identity.options.get("provider") == "tensorrt"
         if compiled:
             self._need_tensorrt()
-            providers.insert(0, (_TENSORRT, tensorrt_options(member, identity, device.name, stream)))
+            settled = tensorrt_options(member, identity, device.name, stream)
+            Path(settled["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
+            providers.insert(0, (_TENSORRT, settled))
         try:
             session = self._session(path, settings, providers)
             self._expect_provider(session, device.name)
@@ -247,8 +250,12 @@ class OnnxRuntimeBackend(Backend):
 def tensorrt_options(
     member: Network, identity: EngineIdentity, device: str, stream: int | None = None
 ) -> dict[str, str]:
-    """The settings of ONNX Runtime's TensorRT provider for an engine: its profile, precision and where it caches."""
-    kept = default_root() / "onnxruntime-tensorrt"
+    """The settings of ONNX Runtime's TensorRT provider for an engine: its profile, precision and where it caches.
+
+    Each engine has a folder of its own: the provider finds what it compiled by names in the graph, which fine-tuned
+    members share.
+    """
+    kept = default_root() / "onnxruntime-tensorrt" / digest(identity)
     found = {
         "device_id": str(parse_device(device)[1]),
         "trt_engine_cache_enable": "1",
