@@ -87,7 +87,7 @@ def command(
         if against is not None:
             from tstitch_trt.eager import EagerTorch
 
-            baseline = EagerTorch.of(runtime.bundle, threads=threads or 0)
+            baseline = EagerTorch.of(runtime.bundle, threads=runtime.threads)
         with progress("warming up", 1) as bar:
             result = measure(
                 runtime,
@@ -96,7 +96,7 @@ def command(
                 batch=batch,
                 repeats=repeats,
                 warmup=warmup,
-                threads=threads or 0,
+                threads=runtime.threads,
                 baseline=baseline,
                 report=lambda share, text: bar.update(done=share, text=text),
                 **settings,

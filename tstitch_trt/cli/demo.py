@@ -40,7 +40,9 @@ tstitch-trt demo --bundle fashion.bundle --guidance 1.5 --json
 @click.option(
     "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Where the built bundle is kept. [user cache]"
 )
-@click.option("--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads, 0 = all cores.")
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads. [$OMP_NUM_THREADS, or all cores]"
+)
 @json_option
 @traceback_option
 def command(

@@ -158,7 +158,7 @@ def command(
             options=options,
             lpips=lpips,
             clip=clip,
-            threads=threads or 0,
+            threads=runtime.threads,
             cache=place / "references",
         )
         request = Request(samples, seed, prompts_for(manifest, texts))
@@ -176,7 +176,7 @@ def command(
                 rounds=rounds,
                 batch=batch,
                 resamples=resamples,
-                threads=threads or 0,
+                threads=runtime.threads,
                 command=command_line(click.get_current_context()),
                 report=lambda done, total, text: bar.update(done=done, total=total, text=text),
             )
