@@ -140,6 +140,29 @@ def test_the_quality_of_the_built_in_pair_is_what_was_measured() -> None:
             assert got == [f"{found[name]:.1f}" for name in ("value", "low", "high")]
 
 
+def test_cost_budgets_and_peers_are_what_was_measured() -> None:
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    section = " ".join(README.partition("## The built-in pair")[2].partition("\n## ")[0].split())
+    (file,) = (results / "study").glob("calibration-*.json")
+    cost, budget = json.loads(file.read_bytes()), json.loads((results / "budget.json").read_bytes())
+    assert (
+        f"a median error of {100 * cost['median_error']:.1f} % and a worst of {100 * cost['worst_error']:.0f} %"
+        in section
+    )
+    assert f"`calibrate --repeats {cost['repeats']} --checks {len(cost['checks'])}`" in section
+    assert budget["calibration"]["made"] == cost["made"]
+    assert f"{budget['met']} of {budget['runs']} random budgets were met" in section
+    peers = json.loads((results / "peers" / "peers.json").read_bytes())
+    slower = {c["name"]: [t["speedup_of_ours"] for t in c["trajectories"]] for c in peers["contenders"][1:]}
+    for name, words in (
+        ("torch-eager", "PyTorch eager takes"),
+        ("torch-compile", "`torch.compile`"),
+        ("diffusers", "a diffusers loop"),
+    ):
+        assert f"{words} {min(slower[name]):.2f} to {max(slower[name]):.2f}" in section
+    assert all(t["relative_difference"] < 2e-6 for c in peers["contenders"] for t in c["trajectories"])
+
+
 def test_the_pictures_exist() -> None:
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) + re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
         assert (Path(__file__).parent.parent / path).is_file(), path

@@ -20,7 +20,7 @@ from tstitch_export.families import FAMILIES, open_family
 from tstitch_trt.parts import Part
 
 
-# SDXL's UNet has no operator that Stable Diffusion's lacks
+# SDXL's UNet takes long; whole pipelines of it run on ONNX Runtime in tests/pipelines
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "unet-sdxl" else []) for name in FAMILIES]
 )
