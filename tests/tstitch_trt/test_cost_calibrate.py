@@ -20,7 +20,7 @@ from tstitch_engines.bundle import Bundle, open_bundle
 from tstitch_engines.errors import NotCalibrated, OutOfProfile
 from tstitch_trt.cost import Conditions, calibrate, current_calibration, default_batches, predict_ms
 from tstitch_trt.cost.conditions import engine_digests
-from tstitch_trt.cost.trials import Trial
+from tstitch_trt.cost.trials import Trial, visits_of
 from tstitch_trt.runtime import Runtime
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import load_studies, save_study, weights_of
@@ -80,6 +80,14 @@ def test_two_paces_do_not_make_the_usual_time_jump() -> None:
     assert np.mean(np.abs(means)) < 0.025
     assert np.mean(np.abs(medians)) > 3 * np.mean(np.abs(means))
     assert Trial(None, {}, None, {}, turns=[3.0, 1.0, 2.0]).usual == 2.0  # type: ignore[arg-type]
+
+
+def test_short_trajectories_have_several_turns_in_a_round() -> None:
+    visits = visits_of([4000.0, 50.0, 50.0, 400.0])
+    assert visits == [1, 12, 12, 3]
+    assert sum(visits_of([50.0] * 10)) == 15  # nothing is long: half as many turns again
+    assert visits_of([50.0, 90.0, 10000.0]) == [12, 12, 1]
+    assert visits_of([7.0]) == [1]
 
 
 def test_the_checks_are_compared_with_the_model(measured: Calibration, runtime: Runtime) -> None:

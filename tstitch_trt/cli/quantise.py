@@ -72,7 +72,9 @@ tstitch-trt quantise sd15.bundle --member large --mode int8 --prompts prompts.tx
 @click.option(
     "--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE", help="More of them, one a line."
 )
-@click.option("--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads, 0 = all cores.")
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads. [$OMP_NUM_THREADS, or all cores]"
+)
 @json_option
 @traceback_option
 def command(

@@ -67,7 +67,7 @@ tstitch-trt verify fashion.bundle --json
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="CPU threads of engines and references, 0 = all cores.",
+    help="CPU threads of engines and references. [$OMP_NUM_THREADS, or all cores]",
 )
 @json_option
 @traceback_option

@@ -1,9 +1,9 @@
 """Measuring what trajectories cost on this machine, and how well the model predicts others.
 
 Everything is timed as the runtime serves any request: whole trajectories through ``Runtime.sample``. In every round
-each trajectory runs once (short ones a few times), those that the model is fitted on among those that check it and in a
+each trajectory has its turn, short ones several, those that the model is fitted on among those that check it and in a
 new order, so that a machine that is busy or changes its clock for a while slows both alike. The model is fitted to
-means over the rounds, but for outliers, and a check compares its prediction with that of a schedule that it was not
+means over the turns, but for outliers, and a check compares its prediction with that of a schedule that it was not
 fitted on.
 """
 
@@ -21,7 +21,7 @@ from tstitch_trt.bench import spread
 from tstitch_trt.cost.conditions import engine_digests
 from tstitch_trt.cost.fit import Fit, fit
 from tstitch_trt.cost.predict import predict_ms
-from tstitch_trt.cost.trials import Bucket, Trial, check_trials, fit_trials, rough_trials
+from tstitch_trt.cost.trials import Bucket, Trial, check_trials, fit_trials, rough_trials, visits_of
 from tstitch_trt.machine import describe_machine
 from tstitch_trt.study.records import Calibration, Check, Overhead, StepCost
 from tstitch_trt.study.store import now, weights_of
@@ -67,25 +67,29 @@ def calibrate(
     """
     buckets = _buckets(runtime, batches, sizes)
     rough = {bucket: rough_trials(runtime, bucket) for bucket in buckets}
-    for number, (bucket, trials) in enumerate(rough.items()):
+    for number, (bucket, each) in enumerate(rough.items()):
         report(0.1 * number / len(rough), f"warming up, {bucket.batch} images")
-        for trial in trials:
+        for trial in each:
             trial.times += [trial.run(runtime) for _ in range(2)]
-    fitted = {bucket: fit_trials(runtime, bucket, trials) for bucket, trials in rough.items()}
+    fitted = {bucket: fit_trials(runtime, bucket, each) for bucket, each in rough.items()}
     checking = check_trials(runtime, buckets, checks, seed=seed)
     rounds = repeats + 1  # the first is not kept
     rng = random.Random(seed)  # noqa: S311 - an order, not a secret
+    trials = [*(trial for each in fitted.values() for trial in each), *checking]
+    visits = [1] * len(trials)
     for index in range(rounds):
-        trials = [*(trial for trials in fitted.values() for trial in trials), *checking]
-        rng.shuffle(trials)
-        trials.sort(key=lambda trial: buckets.index(trial.bucket))
-        for done, trial in enumerate(trials):
-            share = 0.1 + 0.9 * (index + done / len(trials)) / rounds
+        turns = [trial for trial, count in zip(trials, visits, strict=True) for _ in range(count)]
+        rng.shuffle(turns)
+        turns.sort(key=lambda trial: buckets.index(trial.bucket))
+        for done, trial in enumerate(turns):
+            share = 0.1 + 0.9 * (index + done / len(turns)) / rounds
             report(share, f"round {index + 1} of {rounds}: {trial.bucket.batch} images")
             trial.turn(runtime, keep=index > 0)
+        if index == 0:
+            visits = visits_of([trial.turn_ms for trial in trials])
     report(1.0, "done")
-    models = {bucket: fit([(trial.kinds, trial.usual) for trial in trials]) for bucket, trials in fitted.items()}
-    steps = tuple(cost for bucket, trials in fitted.items() for cost in _step_costs(bucket, models[bucket], trials))
+    models = {bucket: fit([(trial.kinds, trial.usual) for trial in each]) for bucket, each in fitted.items()}
+    steps = tuple(cost for bucket, each in fitted.items() for cost in _step_costs(bucket, models[bucket], each))
     overheads = tuple(
         Overhead(batch=b.batch, height=b.size[0], width=b.size[1], ms=model.once, switch_ms=model.switch)
         for b, model in models.items()

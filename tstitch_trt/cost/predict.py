@@ -62,8 +62,8 @@ def chunk_ms(calibration: Calibration, kinds: Kinds, lanes: int, size: tuple[int
             + ", ".join(f"{w}x{h}" for w, h in known),
             hint="measure them: tstitch-trt calibrate BUNDLE --size WIDTHxHEIGHT (in pixels)",
         )
-    once = _between([(over.batch, over.ms) for over in here], lanes, "the overhead")
-    switch = _between([(over.batch, over.switch_ms) for over in here], lanes, "the overhead")
+    once = _between([(over.batch, over.ms) for over in here], lanes, "the overhead was")
+    switch = _between([(over.batch, over.switch_ms) for over in here], lanes, "the overhead was")
     total = once + switch * switches_of(kinds)
     for (member, guided), steps in Counter(kinds).items():
         curve = [
@@ -71,7 +71,7 @@ def chunk_ms(calibration: Calibration, kinds: Kinds, lanes: int, size: tuple[int
             for cost in calibration.steps
             if (cost.member, cost.guided, cost.height, cost.width) == (member, guided, *size)
         ]
-        total += steps * _between(curve, lanes, f"{'guided' if guided else 'unguided'} steps of {member!r}")
+        total += steps * _between(curve, lanes, f"{'guided' if guided else 'unguided'} steps of {member!r} were")
     return total
 
 
@@ -82,8 +82,8 @@ def _between(curve: Iterable[tuple[int, float]], lanes: int, what: str) -> float
         if low <= lanes <= high:
             share = 0.0 if low == high else (lanes - low) / (high - low)
             return before + share * (after - before)
-    measured = f"at batch {', '.join(str(batch) for batch, _ in points)}" if points else "not at all"
+    measured = f"measured at batch {', '.join(str(batch) for batch, _ in points)}" if points else "not measured"
     raise BadInput(
-        f"{what} on {lanes} images are outside what was calibrated: measured {measured}",
+        f"{lanes} images at once are outside what was calibrated: {what} {measured}",
         hint=f"measure it: tstitch-trt calibrate BUNDLE --batch {','.join(map(str, sorted({*dict(points), lanes})))}",
     )

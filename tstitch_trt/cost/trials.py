@@ -17,11 +17,23 @@ if TYPE_CHECKING:
     from tstitch_trt.plan import Plan
     from tstitch_trt.runtime import Runtime
 
-__all__ = ["Bucket", "Trial", "check_trials", "fit_trials", "in_turn", "kind_trials", "rough_trials", "scale_of"]
+__all__ = [
+    "Bucket",
+    "Trial",
+    "check_trials",
+    "fit_trials",
+    "in_turn",
+    "kind_trials",
+    "rough_trials",
+    "scale_of",
+    "visits_of",
+]
 
 BLOCK_MS: Final = 200.0  # a trajectory of one member alone is about so long
 TURN_MS: Final = 50.0  # shorter ones run a few times in a row
 MOST_RUNS: Final = 8
+MOST_VISITS: Final = 12
+LONGER: Final = 1.5  # a round than one in which each trial has one turn
 MOST_STEPS: Final = 50
 _SHORT: Final = 2
 
@@ -40,7 +52,7 @@ class Trial:
     """A trajectory to run again and again. ``settings``: keywords of ``make_plan``.
 
     ``times``: milliseconds of all its runs, ``firsts`` of the first run of each turn, as that of a single request, and
-    ``turns`` the median of each turn.
+    ``turns`` the median of each turn. ``pace``: of one run, roughly.
     """
 
     bucket: Bucket
@@ -50,6 +62,7 @@ class Trial:
     times: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
     turns: list[float] = field(default_factory=list)
+    pace: float = 0.0
 
     @staticmethod
     def of(runtime: Runtime, bucket: Bucket, **settings: Any) -> Trial:
@@ -83,15 +96,44 @@ class Trial:
     def turn(self, runtime: Runtime, *, keep: bool) -> None:
         """Runs it once, or, where that takes less than ``TURN_MS``, a few times."""
         taken = [self.run(runtime)]
-        taken += [self.run(runtime) for _ in range(min(MOST_RUNS, int(TURN_MS / taken[0])) - 1)]
+        taken += [self.run(runtime) for _ in range(runs_of(taken[0]) - 1)]
         if keep:
             self.times += taken
             self.firsts.append(taken[0])
             self.turns.append(statistics.median(taken))
+        else:
+            self.pace = min(taken)
+
+    @property
+    def turn_ms(self) -> float:
+        """Milliseconds that a turn takes, by the last one that was not kept."""
+        return self.pace * runs_of(self.pace)
 
     def run(self, runtime: Runtime) -> float:
         """Milliseconds of one run, by the runtime as it serves any request."""
         return runtime.sample(**self.wishes, seed=0, decode=False, **self.settings).total_ms
+
+
+def runs_of(ms: float) -> int:
+    """How often a trajectory of so many milliseconds runs in a turn."""
+    return max(1, min(MOST_RUNS, int(TURN_MS / ms)))
+
+
+def visits_of(turn_ms: Sequence[float]) -> list[int]:
+    """How often each trial has its turn in a round, by the milliseconds that one takes.
+
+    A shared machine changes its pace every few seconds: what runs for 50 ms a round sees few of its paces, and its mean
+    is as far off. So all run about equally long, up to ``MOST_VISITS`` turns, as far as the round gets ``LONGER`` times
+    as long by it and no more.
+    """
+    visits, left = [1] * len(turn_ms), (LONGER - 1) * sum(turn_ms)
+    while True:
+        open_ones = [index for index, count in enumerate(visits) if count < MOST_VISITS]
+        least = min(open_ones, key=lambda index: visits[index] * turn_ms[index], default=None)
+        if least is None or turn_ms[least] > left:
+            return visits
+        visits[least] += 1
+        left -= turn_ms[least]
 
 
 def scale_of(runtime: Runtime) -> float:
