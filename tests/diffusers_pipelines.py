@@ -50,7 +50,7 @@ def sd_pipeline(folder: Path, **unet: Any) -> Any:
     torch.manual_seed(0)
     pipe = StableDiffusionPipeline(
         text_encoder=clip_text_folder(folder),
-        unet=unet_folder(folder, **{"kind": "sd", **unet}),
+        unet=unet_folder(folder, **{"kind": "one", **unet}),
         vae=_seeded_vae(folder / "vae"),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False),

@@ -135,7 +135,7 @@ _UNETS: dict[str, dict[str, Any]] = {
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 64,
         "attention_head_dim": (2, 4),
-        "transformer_layers_per_block": (1, 2),
+        "transformer_layers_per_block": (1, 1),
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -145,19 +145,27 @@ _UNETS: dict[str, dict[str, Any]] = {
 _UNETS["refiner"] = {**_UNETS["sdxl"], "cross_attention_dim": 32, "projection_class_embeddings_input_dim": 32 + 5 * 8}
 _UNETS["ssd1b"] = {
     **_UNETS["sdxl"],
-    "layers_per_block": 2,
     "mid_block_type": "UNetMidBlock2D",
-    "transformer_layers_per_block": (1, (2, 1)),
-    "reverse_transformer_layers_per_block": ((1, 2, 1), 1),
+    "transformer_layers_per_block": (1, (2,)),
+    "reverse_transformer_layers_per_block": ((1, 2), 1),
 }
 _UNETS["bksdm"] = {**_UNETS["sd"], "mid_block_type": None}
+# Stable Diffusion's of one level, and pruned: exported in a third of the time, for tests of what is around a UNet.
+_UNETS["one"] = {
+    **_UNETS["sd"],
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+_UNETS["least"] = {**_UNETS["one"], "mid_block_type": None}
 
 
 def unet_folder(pipeline: Path, kind: str = "sd", *, part: str | None = "unet", seed: int = 3, **changes: Any) -> Any:
-    """Writes a tiny UNet of this kind (sd, sdxl, refiner, ssd1b, bksdm) into ``pipeline/part``; returns the module.
+    """Writes a tiny UNet of this kind into ``pipeline/part`` and returns the module.
 
-    ``part=None`` writes a bare folder; ``changes`` are settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide
-    for Stable Diffusion and the refiner, 2 x 32 with a projection of 16 for SDXL.
+    ``kind``: sd, sdxl, refiner, ssd1b, bksdm, one, or least. ``part=None`` writes a bare folder; ``changes`` are
+    settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide for Stable Diffusion and the refiner, 2 x 32 with a
+    projection of 16 for SDXL.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -170,7 +178,7 @@ def unet_folder(pipeline: Path, kind: str = "sd", *, part: str | None = "unet", 
 
 
 def controlnet_folder(folder: Path, kind: str = "sd", *, seed: int = 4, **changes: Any) -> Any:
-    """Writes a tiny ControlNet for the UNets of this kind (sd, sdxl, ssd1b); returns the module."""
+    """Writes a tiny ControlNet for the UNets of this kind (sd, one, sdxl, ssd1b); returns the module."""
     import torch
     from diffusers import ControlNetModel
 

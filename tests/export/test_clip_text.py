@@ -49,7 +49,7 @@ def assert_close(got: Any, want: torch.Tensor, limit: float = 1e-4) -> None:
     assert np.linalg.norm(got - right) <= limit * np.linalg.norm(right)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("legacy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_stable_diffusion_1(tmp_path: Path, legacy: bool) -> None:
     model = clip_text_folder(tmp_path / "pipe", legacy=legacy)
     found = TEXT.inspect(tmp_path / "pipe/text_encoder", {})
@@ -60,7 +60,7 @@ def test_stable_diffusion_1(tmp_path: Path, legacy: bool) -> None:
         assert_close(hidden, model(ids(batch))[0])
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("legacy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sdxl(tmp_path: Path, legacy: bool) -> None:
     """Both encoders as the SDXL pipeline uses them: the state before the last, pooled from the second."""
     first = clip_text_folder(tmp_path / "pipe")

@@ -370,7 +370,8 @@ def test_residuals_of_pruned_members(tmp_path: Path) -> None:
     for kind in ("sd", "sdxl", "ssd1b"):
         controlnet_folder(tmp_path / f"control-{kind}", kind, layers_per_block=2)
         control[kind] = open_family("controlnet").inspect(tmp_path / f"control-{kind}", {})
-    unet_folder(tmp_path / "pruned", "ssd1b")
+    depths = {"transformer_layers_per_block": (1, (2, 1)), "reverse_transformer_layers_per_block": ((1, 2, 1), 1)}
+    unet_folder(tmp_path / "pruned", "ssd1b", layers_per_block=2, **depths)
     pruned = XL.inspect(tmp_path / "pruned", {"controlled": True})
     names = [*(f"down_residual_{index}" for index in range(6)), "mid_residual"]
     assert residuals_fit(pruned, control["sdxl"]) == {name: name for name in names}

@@ -64,7 +64,7 @@ def test_decoder(tmp_path: Path, kind: str, changes: Any) -> None:
         assert_close(image, model.decode(latent / scaling + shift).sample)
 
 
-@pytest.mark.parametrize("kind", ["kl", "tiny", "vq"])
+@pytest.mark.parametrize("kind", ["kl", pytest.param("tiny", marks=pytest.mark.slow), "vq"])
 def test_encoder(tmp_path: Path, kind: str) -> None:
     changes = {"shift_factor": 0.2} if kind == "kl" else {}
     model = vae_folder(tmp_path / "vae", kind, levels=2, **changes)
@@ -100,7 +100,7 @@ def test_vq_takes_the_nearest_entry(tmp_path: Path) -> None:
     assert_close(DECODER.load(DECODER.inspect(tmp_path, {}))(latent).numpy(), model.decode(latent / 0.5).sample)
 
 
-@pytest.mark.parametrize("family", [DECODER, ENCODER], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("family", [DECODER, pytest.param(ENCODER, marks=pytest.mark.slow)], ids=["decoder", "encoder"])
 def test_half_precision(tmp_path: Path, family: Any) -> None:
     """Inputs are float16, outputs float32: pictures are made from them on the host."""
     vae_folder(tmp_path / "vae", levels=1)

@@ -15,7 +15,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pipeline ``large`` and the bare UNet ``small``."""
     folder = tmp_path_factory.mktemp("sd")
     sd_pipeline(folder / "large")
-    unet_folder(folder / "small", "bksdm", part=None, seed=5)
+    unet_folder(folder / "small", "least", part=None, seed=5)
     return folder
 
 

@@ -70,7 +70,7 @@ def test_inpainting(sd: Path, cache: Path, channels: int, asked: dict[str, Any])
     if channels == 9:
         folder = cache.parent / "inpainting"
         if not folder.exists():
-            unet_folder(folder, "sd", part=None, seed=8, in_channels=9)
+            unet_folder(folder, "one", part=None, seed=8, in_channels=9)
         more["unet"] = UNet2DConditionModel.from_pretrained(folder)
     pipe = pipeline(sd, "ddim", "StableDiffusionInpaintPipeline", **more)
     given = {**asked, "image": pictures(1)[0], "mask_image": mask()}
@@ -86,7 +86,9 @@ def test_inpainting(sd: Path, cache: Path, channels: int, asked: dict[str, Any])
 
 
 def test_control(sd: Path, cache: Path, tmp_path: Path) -> None:
-    pipe = pipeline(sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=controlnet_folder(tmp_path / "c"))
+    pipe = pipeline(
+        sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=controlnet_folder(tmp_path / "c", "one")
+    )
     asked = {"image": pictures(3)[0], "controlnet_conditioning_scale": 0.7}
     with fast(pipe, sd, cache, small=pipe.unet) as made:  # one export for both members
         held = equal(pipe, made, fraction=0.4, **asked)
@@ -108,8 +110,10 @@ def test_control(sd: Path, cache: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_small_unet_that_the_controlnet_does_not_fit(sd: Path, cache: Path, tmp_path: Path) -> None:
     """It has more blocks than the ControlNet gives residuals for: its steps run without, where that is said."""
-    pipe = pipeline(sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=controlnet_folder(tmp_path / "c"))
-    unet_folder(tmp_path / "deep", "sd", part=None, seed=6, layers_per_block=2)
+    pipe = pipeline(
+        sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=controlnet_folder(tmp_path / "c", "one")
+    )
+    unet_folder(tmp_path / "deep", "one", part=None, seed=6, layers_per_block=2)
     small = tmp_path / "deep"
     with pytest.raises(PairMismatch, match="can't control member 'small'"):
         fast(pipe, sd, cache, small=small)

@@ -35,8 +35,8 @@ class Controlled:
 def controlled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controlled]:
     folder = tmp_path_factory.mktemp("controlled")
     pipe = sd_pipeline(folder / "large")
-    small = unet_folder(folder / "small", "bksdm", part=None, seed=5)
-    controlnet = controlnet_folder(folder / "controlnet", "sd")
+    small = unet_folder(folder / "small", "least", part=None, seed=5)
+    controlnet = controlnet_folder(folder / "controlnet", "one")
     made = bundle(
         "sd15-bksdm-tiny",
         folder,
@@ -86,7 +86,7 @@ def test_control_of_one_member_is_that_of_diffusers(controlled: Controlled, memb
 
 def test_a_lora_is_that_of_diffusers(tmp_path: Path) -> None:
     pipe = sd_pipeline(tmp_path / "large")
-    unet_folder(tmp_path / "small", "bksdm", part=None, seed=5)
+    unet_folder(tmp_path / "small", "least", part=None, seed=5)
     lora = lora_file(tmp_path / "style.safetensors", pipe.unet, style="peft")
     made = bundle(
         "sd15-bksdm-tiny",

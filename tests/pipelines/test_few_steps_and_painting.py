@@ -32,8 +32,8 @@ class Pair:
     def __init__(self, sd: Path, folder: Path, *, seed: int, **unet: Any) -> None:
         """``seed``: of the large one, as in the tests of accelerated pipelines, so that it is exported once. ``unet``:
         settings of both."""
-        self.small = unet_folder(folder / "small", "bksdm", part=None, seed=10, **unet)
-        self.large = unet_folder(folder / "large", "sd", part=None, seed=seed, **unet)
+        self.small = unet_folder(folder / "small", "least", part=None, seed=10, **unet)
+        self.large = unet_folder(folder / "large", "one", part=None, seed=seed, **unet)
         sides = Range(PIXELS, PIXELS, PIXELS)
         build(
             "sd15-bksdm-tiny",

@@ -14,7 +14,7 @@ from tstitch_trt.verify import verify
 
 
 def test_members_and_parts_equal_pytorch_on_their_checkpoints(sd: Path, tmp_path: Path) -> None:
-    controlnet_folder(tmp_path / "controlnet", "sd")
+    controlnet_folder(tmp_path / "controlnet", "one")
     made = bundle(
         "sd15-bksdm-tiny",
         tmp_path,

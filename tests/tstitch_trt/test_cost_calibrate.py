@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +19,7 @@ from tstitch_engines.bundle import Bundle, open_bundle
 from tstitch_engines.errors import NotCalibrated, OutOfProfile
 from tstitch_trt.cost import Conditions, calibrate, current_calibration, default_batches, predict_ms
 from tstitch_trt.cost.conditions import engine_digests
-from tstitch_trt.cost.trials import Trial, visits_of
+from tstitch_trt.cost.trials import visits_of
 from tstitch_trt.runtime import Runtime
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import load_studies, save_study, weights_of
@@ -64,22 +63,6 @@ def test_every_kind_of_step_is_measured_at_every_batch(measured: Calibration, ru
     assert measured.weights == weights_of(runtime.manifest)
     assert measured.splitting == runtime.splitting
     assert (measured.backend, measured.device, measured.threads, measured.graph) == ("onnxruntime", "cpu", 1, "off")
-
-
-def test_two_paces_do_not_make_the_usual_time_jump() -> None:
-    """A turn is fast or slow by a third at random, and one in thirty is far out: the mean is within its own spread, the
-    median is as often wrong by a sixth."""
-    rng = np.random.default_rng(0)
-    means, medians = [], []
-    for _ in range(200):
-        turns = 10 * rng.choice([1.0, 1.3], 30) * (1 + 0.01 * rng.standard_normal(30))
-        turns[rng.integers(30)] *= 5
-        trial = Trial(None, {}, None, {}, turns=list(turns))  # type: ignore[arg-type]
-        means.append(trial.usual / 11.5 - 1)
-        medians.append(np.median(turns) / 11.5 - 1)
-    assert np.mean(np.abs(means)) < 0.025
-    assert np.mean(np.abs(medians)) > 3 * np.mean(np.abs(means))
-    assert Trial(None, {}, None, {}, turns=[3.0, 1.0, 2.0]).usual == 2.0  # type: ignore[arg-type]
 
 
 def test_short_trajectories_have_several_turns_in_a_round() -> None:

@@ -57,11 +57,6 @@ parametrisation = "eps"
 family = "clip-text"
 subfolder = "text_encoder"
 """
-_ONE_BLOCK: dict[str, Any] = {
-    "block_out_channels": (32,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
 
 
 class Made(NamedTuple):
@@ -99,7 +94,7 @@ class Made(NamedTuple):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("lora")
     (folder / "one.toml").write_text(_RECIPE)
-    unet = unet_folder(folder / "pipeline", "sd", **_ONE_BLOCK)
+    unet = unet_folder(folder / "pipeline", "least")
     text = clip_text_folder(folder / "pipeline", layers=2)
     made = Made(folder, unet, text)
     made.build(backend="torch")
@@ -183,7 +178,7 @@ def test_the_text_encoder_s_part(made: Made, runtime: Runtime) -> None:
 def test_what_is_refused_changes_nothing(made: Made, runtime: Runtime, tmp_path: Path) -> None:
     runtime.swap_lora("large", made.lora("kept.safetensors"))
     before = drawn(runtime).latents
-    wide = unet_folder(tmp_path, "sd", **{**_ONE_BLOCK, "block_out_channels": (64,)})
+    wide = unet_folder(tmp_path, "least", block_out_channels=(64,))
     cases: list[tuple[str, Any, type[TStitchError], str]] = [
         ("large", lora_file(tmp_path / "wide.safetensors", wide), BadCheckpoint, "is a LoRA for another model"),
         ("large", tmp_path / "none.safetensors", BadInput, "does not exist"),

@@ -3,15 +3,15 @@
 Everything is timed as the runtime serves any request: whole trajectories through ``Runtime.sample``. In every round
 each trajectory has its turn, short ones several, those that the model is fitted on among those that check it and in a
 new order, so that a machine that is busy or changes its clock for a while slows both alike. The model is fitted to
-means over the turns, but for outliers, and a check compares its prediction with that of a schedule that it was not
-fitted on.
+what they take at the machine's usual pace (``tstitch_trt.cost.pace``), and a check compares its prediction with that of
+a schedule that it was not fitted on.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,6 +20,7 @@ from tstitch_engines.errors import OutOfProfile
 from tstitch_trt.bench import spread
 from tstitch_trt.cost.conditions import engine_digests
 from tstitch_trt.cost.fit import Fit, fit
+from tstitch_trt.cost.pace import usual_times
 from tstitch_trt.cost.predict import predict_ms
 from tstitch_trt.cost.trials import Bucket, Trial, check_trials, fit_trials, rough_trials, visits_of
 from tstitch_trt.machine import describe_machine
@@ -88,7 +89,8 @@ def calibrate(
         if index == 0:
             visits = visits_of([trial.turn_ms for trial in trials])
     report(1.0, "done")
-    models = {bucket: fit([(trial.kinds, trial.usual) for trial in each]) for bucket, each in fitted.items()}
+    usual = usual_times({trial: trial.turns for trial in trials})
+    models = {bucket: fit([(trial.kinds, usual[trial]) for trial in each]) for bucket, each in fitted.items()}
     steps = tuple(cost for bucket, each in fitted.items() for cost in _step_costs(bucket, models[bucket], each))
     overheads = tuple(
         Overhead(batch=b.batch, height=b.size[0], width=b.size[1], ms=model.once, switch_ms=model.switch)
@@ -116,7 +118,7 @@ def calibrate(
             worst_error=0.0,
             upper_ratio=1.0,
         ),
-        checking,
+        {trial: usual[trial] for trial in checking},
     )
 
 
@@ -153,12 +155,12 @@ def _step_costs(bucket: Bucket, model: Fit, trials: Sequence[Trial]) -> Iterator
         )
 
 
-def _checked(calibration: Calibration, trials: Sequence[Trial]) -> Calibration:
-    """With what the checks say of it."""
+def _checked(calibration: Calibration, usual: Mapping[Trial, float]) -> Calibration:
+    """With what the checks say of it. ``usual``: milliseconds of each."""
     import msgspec
 
     checks, ratios = [], []
-    for trial in trials:
+    for trial, ms in usual.items():
         size = trial.bucket.size
         predicted = predict_ms(calibration, trial.plan, batch=trial.bucket.batch, size=size)
         ratios += [taken / predicted for taken in trial.firsts]
@@ -172,7 +174,7 @@ def _checked(calibration: Calibration, trials: Sequence[Trial]) -> Calibration:
                 height=size[0],
                 width=size[1],
                 predicted_ms=predicted,
-                measured_ms=trial.usual,
+                measured_ms=ms,
                 repeats=len(trial.times),
             )
         )

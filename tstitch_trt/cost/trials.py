@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, groupby, islice
 from typing import TYPE_CHECKING, Any, Final
 
+from tstitch_trt.cost.pace import Turn
 from tstitch_trt.cost.predict import Kinds, kinds_of
 from tstitch_trt.stand_in import stand_in_wishes
 
@@ -52,7 +54,7 @@ class Trial:
     """A trajectory to run again and again. ``settings``: keywords of ``make_plan``.
 
     ``times``: milliseconds of all its runs, ``firsts`` of the first run of each turn, as that of a single request, and
-    ``turns`` the median of each turn. ``pace``: of one run, roughly.
+    ``turns`` the median of each turn and when it was. ``rough_ms``: of one run, from a turn that was not kept.
     """
 
     bucket: Bucket
@@ -61,8 +63,8 @@ class Trial:
     wishes: dict[str, Any]
     times: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
-    turns: list[float] = field(default_factory=list)
-    pace: float = 0.0
+    turns: list[Turn] = field(default_factory=list)
+    rough_ms: float = 0.0
 
     @staticmethod
     def of(runtime: Runtime, bucket: Bucket, **settings: Any) -> Trial:
@@ -78,36 +80,26 @@ class Trial:
         return kinds_of(self.plan)
 
     @property
-    def usual(self) -> float:
-        """Milliseconds: the mean of its turns without the fastest and the slowest tenth.
-
-        A machine that is shared, or that changes its clock, often has two paces. The median of a few turns falls on the
-        one or the other, and two trajectories can't be compared by it; a mean without outliers has both.
-        """
-        turns = sorted(self.turns)
-        cut = len(turns) // 10
-        return statistics.fmean(turns[cut : len(turns) - cut])
-
-    @property
     def alone(self) -> bool:
         """Whether one kind of step runs all the way."""
         return len(set(self.kinds)) == 1
 
     def turn(self, runtime: Runtime, *, keep: bool) -> None:
         """Runs it once, or, where that takes less than ``TURN_MS``, a few times."""
+        start = time.perf_counter()
         taken = [self.run(runtime)]
         taken += [self.run(runtime) for _ in range(runs_of(taken[0]) - 1)]
         if keep:
             self.times += taken
             self.firsts.append(taken[0])
-            self.turns.append(statistics.median(taken))
+            self.turns.append(Turn(start, time.perf_counter(), statistics.median(taken)))
         else:
-            self.pace = min(taken)
+            self.rough_ms = min(taken)
 
     @property
     def turn_ms(self) -> float:
-        """Milliseconds that a turn takes, by the last one that was not kept."""
-        return self.pace * runs_of(self.pace)
+        """Milliseconds that a turn takes, roughly."""
+        return self.rough_ms * runs_of(self.rough_ms)
 
     def run(self, runtime: Runtime) -> float:
         """Milliseconds of one run, by the runtime as it serves any request."""
