@@ -111,9 +111,13 @@ CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
         "added to the time": _ldm_diffusers("added"),
     },
     "clip-text": {"transformers": _clip_text},
-    "unet-sd": {"pruned": _unet("bksdm"), "diffusers": _unet("sd")},
+    "unet-sd": {"one level": _unet("one"), "pruned": _unet("bksdm"), "diffusers": _unet("sd")},
     "unet-sdxl": {"diffusers": _unet("sdxl"), "pruned and controlled": _unet("ssd1b", controlled=True)},
-    "controlnet": {"Stable Diffusion's": _controlnet("sd"), "SDXL's": _controlnet("sdxl")},
+    "controlnet": {
+        "one level": _controlnet("one"),
+        "Stable Diffusion's": _controlnet("sd"),
+        "SDXL's": _controlnet("sdxl"),
+    },
     "vae-decoder": {"kl": _vae("kl"), "tiny": _vae("tiny"), "vq": _vae("vq")},
     "vae-encoder": {"kl": _vae("kl"), "tiny": _vae("tiny")},
 }
