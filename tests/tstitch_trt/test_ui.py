@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import tstitch_trt
 from browser import Watched, browser_page, pixels
@@ -26,7 +27,7 @@ from tstitch_engines.errors import BadSchedule, UnknownName
 from tstitch_trt.report.gather import Studies
 from tstitch_trt.runtime import Runtime
 from tstitch_trt.study.store import save_study, weights_of
-from tstitch_trt.ui.draw import Asked, draw, enlarged
+from tstitch_trt.ui.draw import Asked, draw, enlarged, kept
 from tstitch_trt.ui.pareto import pareto
 
 
@@ -75,6 +76,18 @@ def test_small_pictures_are_enlarged_pixel_by_pixel() -> None:
     assert large.shape == (224, 224, 3)
     np.testing.assert_array_equal(large[::8, ::8, 1], image[..., 0])
     assert enlarged(np.zeros((512, 300, 3), np.uint8)).shape == (512, 300, 3)
+
+
+def test_a_picture_s_file_is_written_once(tmp_path: Path) -> None:
+    """The browser may be reading it when the next one is drawn."""
+    first, other = np.zeros((28, 28, 1), np.uint8), np.ones((28, 28, 1), np.uint8)
+    path = kept(first, tmp_path)
+    before = path.stat()
+    assert kept(first, tmp_path) == path
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert kept(other, tmp_path) != path
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), enlarged(first))
 
 
 # --- the plot

@@ -68,7 +68,7 @@ def command(
             raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
         pictures = {"labels": [0]} if manifest.conditioning.kind == "class" else {"prompt": ""}
         warm_up(runtime, pictures, manifest.defaults.guidance)
-        page = build_page(gradio, runtime, str(bundle))
+        page = build_page(gradio, runtime, str(bundle), temporary=Path(temporary))
         with serving(gradio, page, host=host, port=free) as address:
             click.echo(address)
             log("Ctrl-C stops it")

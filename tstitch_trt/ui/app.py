@@ -8,12 +8,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import TStitchError, Unavailable
 from tstitch_trt.report.gather import gather
 from tstitch_trt.solvers import SOLVERS
-from tstitch_trt.ui.draw import Asked, draw, enlarged
+from tstitch_trt.ui.draw import Asked, draw, kept
 from tstitch_trt.ui.pareto import pareto
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def import_gradio(*, temporary: str) -> Any:
     return gradio
 
 
-def build_page(gr: Any, runtime: Runtime, path: str) -> Any:
-    """The page over a loaded runtime, one request at a time. ``path``: the bundle as it was named."""
+def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
+    """The page over a loaded runtime, one request at a time. ``path``: the bundle as it was named; ``temporary``: where
+    pictures are kept, below the system's temporary folder."""
     manifest = runtime.manifest
     defaults, conditioning = manifest.defaults, manifest.conditioning
     first, last = runtime.members[0], runtime.members[-1]
@@ -68,7 +70,7 @@ def build_page(gr: Any, runtime: Runtime, path: str) -> Any:
         with _shown(gr):
             found = []
             for drawn in draw(runtime, asked(*request), wanted, lambda share, text: progress(share, desc=text)):
-                found += [(enlarged(image), drawn.caption) for image in drawn.images]
+                found += [(str(kept(image, temporary)), drawn.caption) for image in drawn.images]
                 yield found
 
     def plotted(fraction: float, *request: Any) -> str:

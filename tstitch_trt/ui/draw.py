@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_trt.files import atomic_file
 from tstitch_trt.plan import Plan
 from tstitch_trt.result import StepEvent
 from tstitch_trt.runtime import Runtime
 
-__all__ = ["Asked", "Drawn", "draw", "enlarged", "warm_up"]
+__all__ = ["Asked", "Drawn", "draw", "enlarged", "kept", "warm_up"]
 
 _SMALLEST: Final = 224  # pixels a side; smaller pictures are enlarged for the page, pixel by pixel
 
@@ -76,3 +79,18 @@ def enlarged(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     factor = max(1, _SMALLEST // max(image_HWC.shape[:2]))
     rgb = image_HWC if image_HWC.shape[2] == 3 else image_HWC[:, :, :1].repeat(3, axis=2)
     return np.ascontiguousarray(rgb.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def kept(image_HWC: NDArray[np.uint8], folder: Path) -> Path:
+    """The picture as the page shows it, as a PNG file in ``folder`` named by its pixels, which is written once.
+
+    Gradio would write the files of all pictures again whenever one is added, while the browser reads them.
+    """
+    from PIL import Image
+
+    shown = enlarged(image_HWC)
+    path = folder / f"{hashlib.sha256(repr(shown.shape).encode() + shown.tobytes()).hexdigest()[:32]}.png"
+    if not path.exists():
+        with atomic_file(path) as file:
+            Image.fromarray(shown).save(file, format="PNG")
+    return path
