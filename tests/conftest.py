@@ -20,12 +20,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# What takes longest comes first, so that of two processes none waits long for the other at the end.
-_LONG = ("pipelines", "test_readme.py", "test_cpu_families.py", "test_tensorrt_families.py", "test_class_pairs.py")
+# What takes longest comes first, so that of two processes none waits long for the other at the end; and the families,
+# which want the exports of the pipelines too, when those are made.
+_LONG = ("pipelines", "test_readme.py", "test_class_pairs.py", "test_tensorrt_families.py", "test_cpu_families.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not {item.path.name, item.path.parent.name} & set(_LONG))
+    def place(item: pytest.Item) -> int:
+        names = {item.path.name, item.path.parent.name}
+        return next((index for index, name in enumerate(_LONG) if name in names), len(_LONG))
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -112,7 +112,11 @@ CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Tiny]]] = {
     },
     "clip-text": {"transformers": _clip_text},
     "unet-sd": {"one level": _unet("one"), "pruned": _unet("bksdm"), "diffusers": _unet("sd")},
-    "unet-sdxl": {"diffusers": _unet("sdxl"), "pruned and controlled": _unet("ssd1b", controlled=True)},
+    "unet-sdxl": {
+        "one level": _unet("xl-one"),
+        "diffusers": _unet("sdxl"),
+        "pruned and controlled": _unet("ssd1b", controlled=True),
+    },
     "controlnet": {
         "one level": _controlnet("one"),
         "Stable Diffusion's": _controlnet("sd"),

@@ -158,14 +158,20 @@ _UNETS["one"] = {
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
 _UNETS["least"] = {**_UNETS["one"], "mid_block_type": None}
+_UNETS["xl-one"] = {
+    **_UNETS["sdxl"],
+    **{key: _UNETS["one"][key] for key in ("block_out_channels", "down_block_types", "up_block_types")},
+    "attention_head_dim": 2,
+    "transformer_layers_per_block": 1,
+}
 
 
 def unet_folder(pipeline: Path, kind: str = "sd", *, part: str | None = "unet", seed: int = 3, **changes: Any) -> Any:
     """Writes a tiny UNet of this kind into ``pipeline/part`` and returns the module.
 
-    ``kind``: sd, sdxl, refiner, ssd1b, bksdm, one, or least. ``part=None`` writes a bare folder; ``changes`` are
-    settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide for Stable Diffusion and the refiner, 2 x 32 with a
-    projection of 16 for SDXL.
+    ``kind``: sd, sdxl, refiner, ssd1b, bksdm, one, least, or xl-one. ``part=None`` writes a bare folder; ``changes``
+    are settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide for Stable Diffusion and the refiner, 2 x 32
+    with a projection of 16 for SDXL.
     """
     import torch
     from diffusers import UNet2DConditionModel

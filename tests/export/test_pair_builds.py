@@ -34,7 +34,7 @@ class Trio:
             vae={"levels": 2, "scaling_factor": 0.18215},
             scheduler=PNDM,
         )
-        self.pruned = pieces(folder / "pruned", "least", seed=7)
+        self.pruned = pieces(folder / "pruned", "least", seed=5)
         self.bundle = folder / "trio.bundle"
         self.manifest = self.build(self.bundle)
 

@@ -94,7 +94,7 @@ class Made(NamedTuple):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("lora")
     (folder / "one.toml").write_text(_RECIPE)
-    unet = unet_folder(folder / "pipeline", "least")
+    unet = unet_folder(folder / "pipeline", "least", seed=5)
     text = clip_text_folder(folder / "pipeline", layers=2)
     made = Made(folder, unet, text)
     made.build(backend="torch")
