@@ -151,7 +151,9 @@ def test_cost_budgets_and_peers_are_what_was_measured() -> None:
     )
     assert f"`calibrate --repeats {cost['repeats']} --checks {len(cost['checks'])}`" in section
     assert budget["calibration"]["made"] == cost["made"]
-    assert f"{budget['met']} of {budget['runs']} random budgets were met" in section
+    assert f"Single runs are not as regular, {100 * budget['median_error']:.0f} % off in the median" in section
+    used = f"{100 * budget['budget_used']:.0f} % of the budget"
+    assert f"{budget['met']} of {budget['runs']} random budgets were met, {used}" in section
     peers = json.loads((results / "peers" / "peers.json").read_bytes())
     slower = {c["name"]: [t["speedup_of_ours"] for t in c["trajectories"]] for c in peers["contenders"][1:]}
     for name, words in (

@@ -20,10 +20,7 @@ from tstitch_export.families import FAMILIES, open_family
 from tstitch_trt.parts import Part
 
 
-# SDXL's UNet takes long; whole pipelines of it run on ONNX Runtime in tests/pipelines
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "unet-sdxl" else []) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_engines_equal_the_module(name: str, tmp_path: Path) -> None:
     """With other sizes than the native ones, where they may vary."""
     import torch

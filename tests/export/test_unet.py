@@ -134,13 +134,13 @@ def test_its_facts(inpainting: Exported) -> None:
 
 
 def test_tensorrt_rtx_takes_it_in_float32_at_any_size(inpainting: Exported, tmp_path: Path) -> None:
-    """Half precision is in ``tests/engines/test_tensorrt_families.py``."""
+    """Half precision is in ``tests/engines/test_tensorrt_families.py``: of one level, of two with the slow tests."""
     assert compiled_by_rtx(inpainting, tmp_path).stat().st_size > 2_000_000
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_pruned_without_middle_block_predicting_v(precision: Precision, tmp_path: Path) -> None:
-    """BK-SDM; in half precision its timestep embedding is computed in float32 all the same."""
+    """As BK-SDM; in half precision its timestep embedding is computed in float32 all the same."""
     module = unet_folder(tmp_path, "least", seed=5)
     found = exported(tmp_path, "unet-sd", module, precision=precision)
     given, got = found.run(dict(SIZES[1]), 7)

@@ -43,6 +43,7 @@ def refined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_one_member_alone_is_its_pipeline(pair: Loaded, fraction: float, negative: str | None) -> None:
     small, large, runtime = pair
+    assert runtime.manifest.members["large"].multiples == {"H": 2, "W": 2}
     want = (large if fraction == 0 else small)(
         prompt=PROMPTS,
         negative_prompt=None if negative is None else [negative] * 2,

@@ -81,6 +81,7 @@ def test_an_outlier_does_not_count() -> None:
         {"a": [Turn(0, 1, 7.0)]},
         {"a": [Turn(0, 1, 7.0)], "b": [Turn(1, 2, 5.0)]},
         {"a": [Turn(5, 6, 7.0)], "b": [Turn(100, 101, 5.0), Turn(1, 2, 5.0)]},  # in any order, far from one another
+        {"a": [Turn(0, 1, 2.0), Turn(10, 11, 19.0)], "b": [Turn(30, 31, 5.0)]},  # the second is far out
     ],
 )
 def test_few_turns_are_what_they_are(turns: dict[str, list[Turn]]) -> None:

@@ -121,7 +121,6 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
                     columns=3,
                     height="auto",
                     object_fit="contain",
-                    format="png",
                     buttons=["download", "fullscreen"],
                     interactive=False,
                     elem_id="pictures",
