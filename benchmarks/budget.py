@@ -24,8 +24,8 @@ from typing import Any
 import msgspec
 
 import tstitch_trt
+from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, NotCalibrated, TStitchError
-from tstitch_engines.identity import digest
 from tstitch_trt.cost import Conditions, calibrate, current_calibration, predict_ms
 from tstitch_trt.cost.budget import warm_up
 from tstitch_trt.files import write_text

@@ -33,9 +33,9 @@ from typing import Any, Final
 import msgspec
 
 from tstitch_engines.backends import open_backend
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import Component, Network, Precision
 from tstitch_engines.errors import BadInput, TStitchError, unknown_name
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Component, Network, Precision
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.exporter import GRAPH, export_onnx
 from tstitch_export.families import Inspection, open_family

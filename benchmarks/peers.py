@@ -31,9 +31,9 @@ from gpubench.diffusers_walk import SOLVERS
 from gpubench.peers_report import markdown, plot
 from gpubench.walks import error_of
 
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.identity import digest, model_digest
 from tstitch_engines.errors import BadInput, FailedWork, TStitchError
-from tstitch_engines.identity import digest, model_digest
 from tstitch_trt.bench import spread
 from tstitch_trt.files import write_text
 from tstitch_trt.machine import describe_machine, package_version

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_trt.machine import describe_machine, package_version
 from tstitch_trt.quantise import quantise
 

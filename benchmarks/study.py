@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from tstitch_engines.bundle import STUDIES, Bundle, open_bundle
+from tstitch_engines.bundle.bundle import STUDIES, Bundle, open_bundle
 from tstitch_engines.errors import BadInput, TStitchError
 from tstitch_trt.files import write_text
 from tstitch_trt.progress import log

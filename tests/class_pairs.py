@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.manifest import Manifest, NoiseScheduleSpec
+from tstitch_engines.bundle.manifest import Manifest, NoiseScheduleSpec
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.families import open_family

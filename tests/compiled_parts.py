@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Backend
-from tstitch_engines.device import open_device
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, Network, Precision
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Network, Precision
+from tstitch_engines.device.open import open_device
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.exporter import GRAPH, export_onnx
 from tstitch_export.families import Family, Inspection

@@ -240,7 +240,7 @@ class _View:
 
 def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, fatbin: Path) -> Machine:
     """Puts the stand-in where ``import cuda`` finds it. ``fatbin`` is any file: the kernels are in ``library``."""
-    from tstitch_engines import cuda_kernels
+    from tstitch_engines.device import cuda_kernels
 
     machine = Machine(library)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiny_families import clip_text_folder, unet_folder, vae_folder
-from tstitch_engines.scheduler_config import read_scheduler
+from tstitch_engines.bundle.scheduler_config import read_scheduler
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.recipe import load_recipe

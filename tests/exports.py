@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tstitch_engines.cache import Cache
-from tstitch_engines.manifest import Network, Precision
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.bundle.manifest import Network, Precision
 from tstitch_export.exports import exported_network, exported_program
 from tstitch_export.families.base import Scalar
 from tstitch_export.planning import NetworkPlan, plan_part

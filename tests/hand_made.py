@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle import Bundle, write_bundle
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import (
+from tstitch_engines.bundle.bundle import Bundle, write_bundle
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import (
     Component,
     Conditioning,
     Decoder,
@@ -27,7 +27,7 @@ from tstitch_engines.manifest import (
     Network,
     NoiseScheduleSpec,
 )
-from tstitch_engines.recompile import recompile
+from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.spec import Range, TensorSpec
 
 __all__ = ["CHANNELS", "Made", "graph", "made_member", "text_bundle"]

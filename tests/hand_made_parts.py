@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hand_made import CHANNELS, Made, graph, made_member, text_bundle
-from tstitch_engines.bundle import Bundle
-from tstitch_engines.manifest import Decoder, Defaults, Network, TextInputs
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import Decoder, Defaults, Network, TextInputs
 from tstitch_engines.spec import Range, TensorSpec
 
 __all__ = ["FACTOR", "Control", "World", "made_controlnet", "made_text_encoder", "made_vae"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tstitch_engines.manifest import Conditioning, Decoder, Defaults, Latent, Manifest, Member, NoiseScheduleSpec
+from tstitch_engines.bundle.manifest import Conditioning, Decoder, Defaults, Latent, Manifest, Member, NoiseScheduleSpec
 from tstitch_engines.spec import TensorSpec
 
 __all__ = ["manifest", "member"]

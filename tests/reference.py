@@ -1,4 +1,4 @@
-"""A float64 walker over the rows of ``tstitch_engines.rows``: the plain meaning of a trajectory, in numpy."""
+"""A float64 walker over the rows of ``step_row``: the plain meaning of a trajectory, in numpy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.rows import FLAG_BLEND, FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW
+from tstitch_engines.device.step_row import FLAG_BLEND, FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW
 
 __all__ = ["Model", "guide", "walk"]
 

@@ -1,4 +1,4 @@
-"""One step in float64 numpy, straight from the equations of ``tstitch_engines.rows``; the oracle of the kernels."""
+"""One step in float64 numpy, straight from the equations of ``step_row``; the oracle of the kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.rows import (
+from tstitch_engines.device.step_row import (
     FLAG_BLEND,
     FLAG_GIVEN_NOISE,
     FLAG_LEARNED,

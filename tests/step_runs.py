@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Device
-from tstitch_engines.rows import (
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.step_row import (
     FLAG_BLEND,
     FLAG_GIVEN_NOISE,
     FLAG_LEARNED,

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from tstitch_engines.backends.tensorrt import TensorRtBackend
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Component, Member
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import Component, Member
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
 from tstitch_export.shipped import read_shipped
 

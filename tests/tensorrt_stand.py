@@ -10,8 +10,9 @@ from typing import Any
 from tensorrt_builds import shipped_small
 from tstitch_engines.backends.tensorrt.engine import TensorRtEngine
 from tstitch_engines.backends.tensorrt.flavour import RTX, Flavour
-from tstitch_engines.device import Buffer, open_device
-from tstitch_engines.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.open import open_device
 from tstitch_engines.spec import Range, ShapeProfile
 
 __all__ = ["PROFILE", "Place", "Stand", "buffers", "opened"]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tiny import TinyPair
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import Bundle, is_bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle
+from tstitch_engines.bundle.files import remove_stale, temporary_directory
+from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable
-from tstitch_engines.files import remove_stale, temporary_directory
-from tstitch_engines.identity import digest
 from tstitch_engines.spec import Range
 from tstitch_trt.accelerated import AcceleratedPipeline
 from tstitch_trt.kept_bundles import kept_root, touch
@@ -22,7 +22,7 @@ from tstitch_trt.pipeline_kinds import kind_of
 from tstitch_trt.pipeline_text import check_text
 
 if TYPE_CHECKING:
-    from tstitch_engines.manifest import Precision
+    from tstitch_engines.bundle.manifest import Precision
 
 __all__ = ["accelerate"]
 
@@ -218,7 +218,7 @@ def _bundle(path: Path) -> Bundle:
     """The bundle, without the defaults that were its pipeline's scheduler: every call brings its own."""
     import msgspec
 
-    from tstitch_engines.manifest import Defaults
+    from tstitch_engines.bundle.manifest import Defaults
 
     opened = open_bundle(path)
     if "vae_decoder" not in opened.manifest.parts:

@@ -9,9 +9,9 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
+from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
-from tstitch_engines.rows import ROW
-from tstitch_engines.scheduler_config import Scheduler, read_scheduler
 from tstitch_trt.budgeting import chosen_settings
 from tstitch_trt.pipeline_arguments import own_size, read_arguments
 from tstitch_trt.pipeline_inputs import (

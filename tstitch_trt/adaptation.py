@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadSchedule
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.noise_schedule import NoiseSchedule
 from tstitch_trt.parametrisation import coefficients, of_estimate
 from tstitch_trt.solvers import StepTable

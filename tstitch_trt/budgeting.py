@@ -11,7 +11,7 @@ from tstitch_trt.starting import check_start_wishes, start_step
 from tstitch_trt.wishes import Wishes, split_wishes
 
 if TYPE_CHECKING:
-    from tstitch_engines.manifest import Manifest
+    from tstitch_engines.bundle.manifest import Manifest
     from tstitch_trt.cost.budget import Budget, Costs
     from tstitch_trt.limits import Limits
 

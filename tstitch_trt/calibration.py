@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.plan import make_plan
 from tstitch_trt.stand_in import PROMPTS
 from tstitch_trt.trajectories import needed_parts

@@ -9,9 +9,9 @@ from itertools import accumulate, groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer, Device, Download, Stopwatch
+from tstitch_engines.device.base import Buffer, Device, Download, Stopwatch
+from tstitch_engines.device.step_row import FLAG_STORE, HISTORY, ROW
 from tstitch_engines.errors import NotFinite
-from tstitch_engines.rows import FLAG_STORE, HISTORY, ROW
 from tstitch_trt.graphs import Kind
 from tstitch_trt.plan import Plan
 from tstitch_trt.request import Request

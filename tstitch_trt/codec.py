@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.parts import Part
 from tstitch_trt.pictures import LatentDecoder, PictureEncoder, Tile, to_pixels
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from tstitch_engines.bundle.manifest import Manifest, Network, Precision
 from tstitch_engines.errors import OutOfProfile, Unavailable
-from tstitch_engines.manifest import Manifest, Network, Precision
+from tstitch_engines.host_call import Arrays, Caller, Error, measure_error, sizes_of
 from tstitch_engines.spec import ShapeProfile
-from tstitch_trt.caller import Arrays, Caller, Error, measure_error, sizes_of
 
 if TYPE_CHECKING:
     from tstitch_trt.references import References

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest, Network
 from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import Manifest, Network
 
 __all__ = [
     "Conditioning",

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.conditioning import Values
 from tstitch_trt.wishes import PictureWishes
 

@@ -91,7 +91,7 @@ def _packages() -> Iterator[Check]:
 
 def _native() -> Iterator[Check]:
     def load_kernels() -> str:
-        import tstitch_engines.host_kernels  # noqa: F401
+        import tstitch_engines.device.host_kernels  # noqa: F401
 
         return "compiled for this Python"
 
@@ -144,7 +144,7 @@ def _driver_version() -> str:
 
 
 def _fatbin() -> str:
-    from tstitch_engines.cuda_kernels import find_fatbin
+    from tstitch_engines.device.cuda_kernels import find_fatbin
 
     return str(find_fatbin())
 
@@ -156,7 +156,7 @@ def _backends() -> Iterator[Check]:
         for device in ("cpu", "cuda"):
 
             def load(name: str = name, device: str = device) -> str:
-                from tstitch_engines.device import open_device
+                from tstitch_engines.device.open import open_device
 
                 backend = open_backend(name)
                 arch = backend.arch(device)

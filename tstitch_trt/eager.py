@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.device.step_row import FLAG_STORE_Y, ROW
 from tstitch_engines.errors import BadCheckpoint, BadInput, Unavailable
-from tstitch_engines.rows import FLAG_STORE_Y, ROW
 from tstitch_trt.bench import Baseline
 from tstitch_trt.machine import package_version
 from tstitch_trt.solvers.table import Y_COLUMNS
@@ -22,8 +22,8 @@ from tstitch_trt.solvers.table import Y_COLUMNS
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tstitch_engines.bundle import Bundle
-    from tstitch_engines.manifest import Network
+    from tstitch_engines.bundle.bundle import Bundle
+    from tstitch_engines.bundle.manifest import Network
     from tstitch_trt.plan import Plan
 
 __all__ = ["EagerTorch", "checkpoint_module", "dit_weights", "need_eager", "torch_module"]
@@ -151,7 +151,7 @@ def checkpoint_module(name: str, network: Network, path: Path, word: str = "memb
     ``word``: ``member`` or ``part``. Needs torch, and what the family needs. Raises ``BadCheckpoint`` for another file
     than the one recorded.
     """
-    from tstitch_engines.files import hash_file
+    from tstitch_engines.bundle.files import hash_file
     from tstitch_export.families import open_family
 
     family = open_family(network.family)
@@ -212,7 +212,7 @@ def torch_module(name: str, network: Network, files: list[Path], word: str = "me
     ``word``: ``member`` or ``part``. Raises ``Unavailable`` for another family than DiT in its published layout. Needs
     torch and onnx.
     """
-    from tstitch_engines.manifest import Member
+    from tstitch_engines.bundle.manifest import Member
 
     if isinstance(network, Member) and network.quantisation is not None:
         raise Unavailable(

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.device import Device, Graph, NotCaptured
+from tstitch_engines.device.base import Device, Graph, NotCaptured
+from tstitch_engines.device.step_row import FLAG_STORE, ROW, ROW_FIELDS
 from tstitch_engines.errors import unknown_name
-from tstitch_engines.rows import FLAG_STORE, ROW, ROW_FIELDS
 from tstitch_trt.lanes import LaneArena
 from tstitch_trt.limits import Sizes
 

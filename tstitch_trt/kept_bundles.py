@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from tstitch_engines.bundle import MANIFEST
-from tstitch_engines.cache import Stored, default_root
-from tstitch_engines.files import remove_stale, temporary_directory
-from tstitch_engines.manifest import Component
+from tstitch_engines.bundle.bundle import MANIFEST
+from tstitch_engines.bundle.cache import Stored, default_root
+from tstitch_engines.bundle.files import remove_stale, temporary_directory
+from tstitch_engines.bundle.manifest import Component
 
 __all__ = ["kept_bundles", "kept_root", "prune_kept", "touch"]
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer, Device, StepKernels
-from tstitch_engines.rows import HISTORY, ROW_FIELDS
+from tstitch_engines.device.base import Buffer, Device, StepKernels
+from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
 
 __all__ = ["LaneArena", "arena_bytes"]
 

@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import EngineRecord
 from tstitch_engines.errors import FailedWork, Unavailable
-from tstitch_engines.manifest import EngineRecord
+from tstitch_engines.host_call import Arrays, Error, measure_error
 from tstitch_engines.threads import default_threads
-from tstitch_trt.caller import Arrays, Error, measure_error
 
 __all__ = ["LayerCheck", "LayerDifference", "compare_layers", "first_difference"]
 

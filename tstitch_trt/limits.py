@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, OutOfProfile
-from tstitch_engines.manifest import Manifest
 from tstitch_engines.spec import Range, ShapeProfile
 
 __all__ = ["Limits", "Sizes", "network_sizes"]

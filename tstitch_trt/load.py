@@ -7,12 +7,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from tstitch_engines.backends import Engine, open_backend
-from tstitch_engines.bundle import Bundle, open_bundle
-from tstitch_engines.device import open_device
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.compile.select import check_wishes, choose, default_backend
+from tstitch_engines.compile.select import rebuild as rebuild_engines
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.threads import default_threads
-from tstitch_trt.choose import check_wishes, choose, default_backend
-from tstitch_trt.choose import rebuild as rebuild_engines
 from tstitch_trt.graphs import GraphMode, check_mode
 from tstitch_trt.runtime import Runtime
 

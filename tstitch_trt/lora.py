@@ -1,8 +1,8 @@
 """LoRAs put into loaded engines and taken out again, while the bundle on disk stays as it is.
 
-The weights as they were exported lie in the bundle's ONNX files (``tstitch_engines.weights``). Each swap starts from
-those, so that nothing adds up: W + sum of weight * alpha / rank * up @ down in float32 (arXiv 2106.09685), rounded once
-to the engine's type. A LoRA that was fused when the bundle was built is part of W and stays.
+The weights as they were exported lie in the bundle's ONNX files (``tstitch_engines.bundle.weights``). Each swap starts
+from those, so that nothing adds up: W + sum of weight * alpha / rank * up @ down in float32 (arXiv 2106.09685), rounded
+once to the engine's type. A LoRA that was fused when the bundle was built is part of W and stays.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.weights import Weights, open_weights
 from tstitch_engines.errors import BadBundle, BadCheckpoint, BadInput, FailedWork, unknown_name
-from tstitch_engines.weights import Weights, open_weights
-from tstitch_trt.caller import narrow, widen
+from tstitch_engines.host_call import narrow, widen
 
 if TYPE_CHECKING:
     from tstitch_export.families.base import LoraUse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.manifest import QuantisationLoss
+from tstitch_engines.bundle.manifest import QuantisationLoss
 
 __all__ = ["loss_of", "relative"]
 

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from tstitch_engines.device import Device
+from tstitch_engines.device.base import Device
 from tstitch_engines.spec import storage_dtype
 from tstitch_trt.graphs import Kind
 from tstitch_trt.plan import Plan

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tstitch_engines.manifest import Manifest
-from tstitch_engines.slab import slab_bytes
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.slab import slab_bytes
 from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.lanes import arena_bytes

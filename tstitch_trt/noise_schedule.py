@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_engines.manifest import NoiseScheduleSpec
 
 __all__ = ["NOISE_KINDS", "NoiseSchedule"]
 

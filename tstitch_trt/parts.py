@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.device import Buffer, Device
+from tstitch_engines.bundle.manifest import Network
+from tstitch_engines.device.base import Buffer, Device
+from tstitch_engines.device.slab import Slab
 from tstitch_engines.errors import NotFinite
-from tstitch_engines.manifest import Network
-from tstitch_engines.slab import Slab
+from tstitch_engines.host_call import Arrays, narrow, widen
 from tstitch_engines.spec import ShapeProfile
-from tstitch_trt.caller import Arrays, narrow, widen
 
 __all__ = ["Part"]
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.errors import BadInput
-from tstitch_engines.files import hash_file
 
 __all__ = ["check_weights", "module_hash", "path_hash", "plain", "save_large", "save_small"]
 

@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_engines.manifest import Manifest
-from tstitch_engines.rows import ROW
 from tstitch_trt.adaptation import is_adapted, member_columns
 from tstitch_trt.noise_schedule import NoiseSchedule
 from tstitch_trt.rows import fill_rows
@@ -25,7 +25,7 @@ HISTORIES: Final = ("keep", "reset")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``rows`` float64 ``[N,25]`` (see ``tstitch_engines.rows``), read-only; ``guided[i]``: step i runs both halves.
+    """``rows`` float64 ``[N,25]`` (see ``step_row``), read-only; ``guided[i]``: step i runs both halves.
 
     A row is one evaluation of a member, and "step" means a row from here on: in schedules, fractions, events, timings
     and results. Solvers make as many rows as they were asked for steps, but ``pndm``, which has one more.

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest, TextInputs
 from tstitch_engines.errors import BadInput, NotFinite, Unavailable, unknown_name
-from tstitch_engines.manifest import Manifest, TextInputs
 from tstitch_trt.conditioning import Values
 from tstitch_trt.wishes import PictureWishes
 

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle import Bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.files import copy_component, temporary_directory
+from tstitch_engines.bundle.identity import model_digest
+from tstitch_engines.bundle.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
+from tstitch_engines.bundle.weights import WEIGHTS
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
-from tstitch_engines.files import copy_component, temporary_directory
-from tstitch_engines.identity import model_digest
-from tstitch_engines.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
-from tstitch_engines.weights import WEIGHTS
 from tstitch_trt.calibration import Calibration, plan_calibration
 from tstitch_trt.loss import loss_of, relative
 from tstitch_trt.quantised_bundle import assemble

@@ -9,12 +9,12 @@ from typing import Final
 import msgspec
 
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import Bundle
-from tstitch_engines.cache import Cache
-from tstitch_engines.compiling import Compiler
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member
+from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
-from tstitch_engines.files import copy_component
-from tstitch_engines.manifest import EngineRecord, Manifest, Member
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.recorder import needs_widening
 

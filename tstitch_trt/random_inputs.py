@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.manifest import Manifest, Network
+from tstitch_engines.bundle.manifest import Manifest, Network
 from tstitch_trt.text import TokenLayout
 
 __all__ = ["random_inputs"]

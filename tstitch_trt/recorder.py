@@ -9,10 +9,10 @@ from typing import Final, TypeVar
 import msgspec
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.device import Buffer, Device
-from tstitch_engines.manifest import Member, Network
+from tstitch_engines.bundle.manifest import Member, Network
+from tstitch_engines.device.base import Buffer, Device
+from tstitch_engines.host_call import Arrays, widen
 from tstitch_engines.spec import ShapeProfile, TensorSpec
-from tstitch_trt.caller import Arrays, widen
 
 __all__ = ["AnyNetwork", "Recorder", "needs_widening", "widen_graph", "widened"]
 

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Device
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import Manifest, Network
+from tstitch_engines.device.base import Device
 from tstitch_engines.errors import Unavailable
-from tstitch_engines.manifest import Manifest, Network
+from tstitch_engines.host_call import Arrays
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_trt.caller import Arrays
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.plan import Plan
 from tstitch_trt.recorder import Recorder

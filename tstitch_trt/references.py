@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Device, open_device
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Member, Network
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import OutOfProfile, Unavailable
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, Member, Network
+from tstitch_engines.host_call import Arrays, Caller, narrow, widen
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_trt.caller import Arrays, Caller, narrow, widen
 from tstitch_trt.random_inputs import random_inputs
 from tstitch_trt.recorder import AnyNetwork, needs_widening, widen_graph, widened
 from tstitch_trt.recordings import Recordings

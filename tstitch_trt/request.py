@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.base import Buffer
 from tstitch_engines.errors import BadInput, NotFinite
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.conditioning import Conditioning, Values, class_values, guidance_embedding
 from tstitch_trt.control import CONTROLNET, control_values
 from tstitch_trt.limits import Limits

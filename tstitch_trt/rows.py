@@ -1,12 +1,20 @@
-"""Fills the rows that the step kernels read (``tstitch_engines.rows``) from a step table and the members' numbers."""
+"""Fills the rows that the step kernels read (``step_row``) from a step table and the members' numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tstitch_engines.device.step_row import (
+    FLAG_BLEND,
+    FLAG_GIVEN_NOISE,
+    FLAG_LEARNED,
+    FLAG_STORE,
+    FLAG_STORE_Y,
+    ROW,
+    ROW_FIELDS,
+)
 from tstitch_engines.errors import BadInput
-from tstitch_engines.rows import FLAG_BLEND, FLAG_GIVEN_NOISE, FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW, ROW_FIELDS
 from tstitch_trt.solvers.table import Y_COLUMNS, StepTable
 
 __all__ = ["fill_rows", "reads_before", "with_blend"]

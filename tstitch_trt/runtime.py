@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 import numpy as np
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Buffer, Device
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.errors import BadInput, Cancelled, unknown_name
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.budgeting import Budgeting, chosen_settings
 from tstitch_trt.chunks import Gathered, UnderWay, Walk
 from tstitch_trt.codec import Codec, Picturing

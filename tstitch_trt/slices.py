@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tstitch_engines.device import Buffer, Device
-from tstitch_engines.manifest import Manifest
-from tstitch_engines.slab import Slab
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.base import Buffer, Device
+from tstitch_engines.device.slab import Slab
+from tstitch_engines.host_call import narrow
 from tstitch_engines.spec import TensorSpec
-from tstitch_trt.caller import narrow
 from tstitch_trt.conditioning import Part, is_residual
 from tstitch_trt.limits import Limits, Sizes
 

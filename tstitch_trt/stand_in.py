@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.manifest import Manifest
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.plan import Plan
 

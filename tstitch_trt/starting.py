@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.step_row import INITIAL_NOISE_STEP
 from tstitch_engines.errors import BadInput, NotFinite, Unavailable
-from tstitch_engines.manifest import Manifest
-from tstitch_engines.rows import INITIAL_NOISE_STEP
 from tstitch_trt.wishes import PictureWishes
 
 __all__ = [
@@ -98,7 +98,7 @@ def start_step(wishes: PictureWishes, steps: int) -> int:
 
 def noise_of(seeds: tuple[int, ...], shape: tuple[int, ...], step: int = INITIAL_NOISE_STEP) -> Array:
     """The unit Gaussian noise of each seed, float32 ``[N, *shape]``, as the lanes draw it."""
-    from tstitch_engines.host_kernels import normal
+    from tstitch_engines.device.host_kernels import normal
 
     size = int(np.prod(shape))
     return np.stack([normal(seed, step, size).reshape(shape) for seed in seeds])

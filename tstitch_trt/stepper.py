@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Device
-from tstitch_engines.manifest import Manifest
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.base import Device
 from tstitch_trt.conditioning import Conditioning, stand_in
 from tstitch_trt.control import CONTROLNET
 from tstitch_trt.graphs import GraphMode, GraphState, Kind, StepGraphs

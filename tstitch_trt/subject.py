@@ -6,12 +6,13 @@ import msgspec
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Device, open_device
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.identity import check_identity, digest, for_gpu, model_digest
+from tstitch_engines.bundle.manifest import SCHEMA, EngineRecord, Network
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, Unavailable
-from tstitch_engines.identity import check_identity, digest, for_gpu, model_digest
-from tstitch_engines.manifest import SCHEMA, EngineRecord, Network
-from tstitch_trt.caller import Caller
+from tstitch_engines.host_call import Caller
 from tstitch_trt.comparisons import LIMITS, Comparison, EngineCheck, Status
 
 __all__ = ["Subject", "place_of"]

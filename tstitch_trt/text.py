@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import Network
 from tstitch_engines.errors import BadBundle, Unavailable
-from tstitch_engines.manifest import Network
 from tstitch_trt.parts import Part
 from tstitch_trt.prompts import Encoded
 

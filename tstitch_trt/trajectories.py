@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle import Bundle
-from tstitch_engines.device import Device, open_device
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Manifest, Member, Network
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, Manifest, Member, Network
+from tstitch_engines.host_call import Arrays, Caller
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_trt.caller import Arrays, Caller
 from tstitch_trt.recorder import AnyNetwork, Recorder, needs_widening, widen_graph, widened
 from tstitch_trt.runtime import Runtime
 from tstitch_trt.stand_in import stand_in_pictures

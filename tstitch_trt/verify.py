@@ -15,12 +15,12 @@ from pathlib import Path
 import msgspec
 
 from tstitch_engines.backends import BACKENDS, open_backend
-from tstitch_engines.bundle import Bundle, open_bundle
-from tstitch_engines.device import parse_device
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.identity import for_gpu
+from tstitch_engines.bundle.manifest import EngineRecord
+from tstitch_engines.compile.select import rebuild as rebuild_engines
+from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadInput, FailedWork, Unavailable, unknown_name
-from tstitch_engines.identity import for_gpu
-from tstitch_engines.manifest import EngineRecord
-from tstitch_trt.choose import rebuild as rebuild_engines
 from tstitch_trt.comparisons import LIMITS, Comparison, EngineCheck, Status, compare, draw_inputs, usual_sizes, verdict
 from tstitch_trt.layers import LayerCheck, compare_layers
 from tstitch_trt.references import References

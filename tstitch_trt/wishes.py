@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import unknown_name
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.plan import make_plan
 from tstitch_trt.solvers import SolverOptions
 

@@ -17,9 +17,9 @@ import tstitch_trt
 from gpubench.diffusers_walk import DiffusersWalk, diffusers_schedulers
 from gpubench.walks import Pair, RuntimeWalk, TorchWalk
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput, OutOfProfile, unknown_name
-from tstitch_engines.rows import ROW
 from tstitch_trt.eager import need_eager, torch_module
 from tstitch_trt.machine import package_version
 from tstitch_trt.plan import Plan, make_plan
@@ -205,7 +205,7 @@ def _ours(name: str, work: Work) -> Contender:
 
 def _bundle_of(name: str, backend: str, option: str, work: Work) -> tuple[Bundle, float]:
     """The bundle itself where it has such engines, else one that is built beside, and the seconds that took."""
-    from tstitch_engines.recompile import recompile
+    from tstitch_engines.compile.bundle import recompile
     from tstitch_export.build import build
     from tstitch_export.options import typed
     from tstitch_export.recipe import recipe_names

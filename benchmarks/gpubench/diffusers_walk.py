@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpubench.walks import Pair
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.plan import Plan
 
 __all__ = ["SOLVERS", "DiffusersWalk", "diffusers_schedulers"]

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from gpubench.ceilings import copy_rate
 from gpubench.record import Context, Entry, Part, spread_of
-from tstitch_engines.device import Device, open_device
-from tstitch_engines.rows import ROW, ROW_FIELDS
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.open import open_device
+from tstitch_engines.device.step_row import ROW, ROW_FIELDS
 from tstitch_engines.spec import itemsize
 from tstitch_trt.lanes import LaneArena
 

@@ -16,7 +16,7 @@ from gpubench.models import SETTINGS
 from gpubench.record import Entry, spread_of
 from gpubench.trace import traced
 from gpubench.walks import RuntimeWalk
-from tstitch_engines.device import NotCaptured
+from tstitch_engines.device.base import NotCaptured
 from tstitch_trt.conditioning import Conditioning, class_values
 from tstitch_trt.graphs import Kind
 from tstitch_trt.plan import Plan

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpubench.cases import DitCase
+from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
-from tstitch_engines.rows import ROW
 from tstitch_trt.plan import Plan
 from tstitch_trt.runtime import Runtime
 

@@ -1,4 +1,4 @@
-// The CUDA driver of the step kernels (step.hpp), loaded from step_kernels.fatbin by tstitch_engines/cuda_device.py.
+// The CUDA driver of the step kernels (step.hpp), loaded from step_kernels.fatbin by tstitch_engines/device/cuda.py.
 //
 // Grid: x covers a lane's elements, four per thread (one Philox call); y is the position in the batch. Nothing is read
 // from the host and no kernel waits for another inside a launch: the order is that of the stream,

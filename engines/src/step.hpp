@@ -1,6 +1,6 @@
 // The arithmetic of one sampler step, written once for the host (host_kernels.cpp) and CUDA (cuda_driver.cu).
 //
-// The equations and the layout of a row are documented in tstitch_engines/rows.py; a test compares the two files.
+// The equations and the layout of a row are documented in tstitch_engines/device/step_row.py; a test compares the two files.
 // Everything here is per element and forced inline: no symbol of this header ever reaches the linker, so it may be
 // compiled for several instruction sets into one binary.
 #pragma once

@@ -45,7 +45,7 @@ def source_folder() -> Path:
 
 def cached_fatbin() -> Path:
     """Where ``main`` writes by default. The name has the hash of the source, so an older version's file is not used."""
-    from tstitch_engines.cache import default_root
+    from tstitch_engines.bundle.cache import default_root
 
     digest = hashlib.sha256(b"\0".join(_read(source_folder()).values()))
     return default_root() / "kernels" / digest.hexdigest()[:16] / "step_kernels.fatbin"

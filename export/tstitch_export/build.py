@@ -12,11 +12,9 @@ from typing import Final, Literal
 import msgspec
 
 from tstitch_engines.backends import Progress, open_backend
-from tstitch_engines.bundle import Bundle, is_bundle, open_bundle, write_bundle
-from tstitch_engines.cache import Cache
-from tstitch_engines.compiling import Compiler
-from tstitch_engines.errors import BadBundle
-from tstitch_engines.manifest import (
+from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.bundle.manifest import (
     SCHEMA,
     Defaults,
     Manifest,
@@ -25,6 +23,8 @@ from tstitch_engines.manifest import (
     Precision,
     Quality,
 )
+from tstitch_engines.compile.engine import Compiler
+from tstitch_engines.errors import BadBundle
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.bundle_plan import BundlePlan, plan_bundle
 from tstitch_export.compatibility import Agreement

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tstitch_engines.manifest import Precision
+from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.spec import Range
 from tstitch_export.compatibility import Agreement, agree
 from tstitch_export.families import open_family

@@ -14,15 +14,15 @@ from typing import Final
 
 import msgspec
 
-from tstitch_engines.errors import BadInput, PairMismatch
-from tstitch_engines.manifest import (
+from tstitch_engines.bundle.manifest import (
     Decoder,
     Latent,
     NoiseScheduleSpec,
     Parametrisation,
     TextInputs,
 )
-from tstitch_engines.scheduler_config import Scheduler, read_scheduler
+from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
+from tstitch_engines.errors import BadInput, PairMismatch
 from tstitch_export.pair_rules import check_control, check_members, who
 from tstitch_export.planning import NetworkPlan
 from tstitch_export.recipe import MemberRecipe, Recipe

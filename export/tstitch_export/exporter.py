@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.backends.base import Progress
+from tstitch_engines.bundle.manifest import ExportCheck, Precision
 from tstitch_engines.errors import BuildFailed, TStitchError
-from tstitch_engines.manifest import ExportCheck, Precision
 from tstitch_engines.quiet import quiet
 from tstitch_engines.spec import parse_dimension
 from tstitch_engines.threads import default_threads
@@ -53,7 +53,7 @@ def export_onnx(
 ) -> ExportCheck:
     """Writes ``model.onnx`` (and ``model.onnx.data`` when the weights are large) into ``folder`` and checks it.
 
-    Where the family knows LoRAs, also ``weights.json``, the map of its weights (``tstitch_engines.weights``).
+    Where the family knows LoRAs, also ``weights.json``, the map of its weights (``tstitch_engines.bundle.weights``).
 
     Raises ``BuildFailed`` when the export fails or computes something else than PyTorch.
     """

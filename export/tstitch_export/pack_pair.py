@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import Component, Member, Source
 from tstitch_engines.errors import BuildFailed, TStitchError
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Component, Member, Source
 from tstitch_export.build import versions_of
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.exporter import GRAPH, check_graph, export_onnx

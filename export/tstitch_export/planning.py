@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import Precision, Source
 from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Precision, Source
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families import Family, Inspection, open_family

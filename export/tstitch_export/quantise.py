@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
-from tstitch_engines.manifest import Member
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.needs import need
 from tstitch_export.onnx_graph import tidy, validate

@@ -10,9 +10,8 @@ from typing import Any, Final
 
 import msgspec
 
-from tstitch_engines.decode import DecodeError, convert
-from tstitch_engines.errors import BadInput, UnknownName, nearest, unknown_name
-from tstitch_engines.manifest import (
+from tstitch_engines.bundle.decode import DecodeError, convert
+from tstitch_engines.bundle.manifest import (
     Conditioning,
     Decoder,
     Defaults,
@@ -21,6 +20,7 @@ from tstitch_engines.manifest import (
     Parametrisation,
     Precision,
 )
+from tstitch_engines.errors import BadInput, UnknownName, nearest, unknown_name
 from tstitch_engines.spec import Range
 
 __all__ = [

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from tstitch_engines.decode import DecodeError, convert
+from tstitch_engines.bundle.decode import DecodeError, convert
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadBundle
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Member
 
 __all__ = ["ShippedMember", "read_shipped", "write_shipped"]
 

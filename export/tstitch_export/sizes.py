@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tstitch_engines.bundle.manifest import Latent
 from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import Latent
 from tstitch_engines.spec import Range
 
 if TYPE_CHECKING:

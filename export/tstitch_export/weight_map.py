@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.weights import Stored, Weight, WeightMap
+from tstitch_engines.bundle.weights import Weights as StoredWeights
 from tstitch_engines.spec import itemsize
-from tstitch_engines.weights import Stored, Weight, WeightMap
-from tstitch_engines.weights import Weights as StoredWeights
 from tstitch_export.families.base import LoraTarget
 from tstitch_export.needs import need
 

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 
 from manifests import manifest, member
-from tstitch_engines import bundle as module
-from tstitch_engines.bundle import Bundle, open_bundle, rebuild_command, write_bundle
+from tstitch_engines.bundle import bundle as module
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, rebuild_command, write_bundle
+from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Source
 from tstitch_engines.errors import BadBundle, BuildFailed
-from tstitch_engines.files import copy_component
-from tstitch_engines.manifest import SCHEMA, Component, Manifest, Source
 
 
 def make(output: Path, weights: bytes = b"weights" * 100, name: str = "test") -> Bundle:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tstitch_engines.cache import Cache, default_root
-from tstitch_engines.compiling import from_cache
-from tstitch_engines.files import copy_component
+from tstitch_engines.bundle.cache import Cache, default_root
+from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.compile.engine import from_cache
 
 KEY = "ab" * 32
 
@@ -108,7 +108,7 @@ def test_two_builders_of_one_key_agree(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
     script = (
         "import sys, time, pathlib\n"
-        "from tstitch_engines.cache import Cache\n"
+        "from tstitch_engines.bundle.cache import Cache\n"
         "def make(folder):\n"
         "    (folder / 'half').write_bytes(b'half')\n"
         "    print('ready', flush=True)\n"
@@ -140,8 +140,8 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
 _BUILDER = """
 import logging, os, sys, time
 from pathlib import Path
-from tstitch_engines.cache import Cache
-from tstitch_engines.compiling import from_cache
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.compile.engine import from_cache
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 root, seconds = Path(sys.argv[1]), float(sys.argv[2])
@@ -290,7 +290,7 @@ def test_what_is_in_use_stays_until_it_is_no_longer(tmp_path: Path) -> None:
 def test_a_build_never_fails_because_another_process_clears_the_cache(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib\n"
-        "from tstitch_engines.cache import Cache\n"
+        "from tstitch_engines.bundle.cache import Cache\n"
         "print('ready', flush=True)\n"
         "while True:\n"
         "    Cache(pathlib.Path(sys.argv[1])).prune()\n"

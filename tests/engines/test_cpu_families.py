@@ -13,8 +13,8 @@ import pytest
 from exports import graph_of, network_plan, onnx_of, program_of
 from rtx_families import CHECKPOINTS
 from tstitch_engines.backends import open_backend
-from tstitch_engines.device import open_device
-from tstitch_engines.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.device.open import open_device
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import FAMILIES, open_family
 from tstitch_trt.parts import Part

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 from step_runs import run
-from tstitch_engines import _kernels, cuda_graph, cuda_kernels
-from tstitch_engines.device import Device, open_device
+from tstitch_engines import _kernels
+from tstitch_engines.device import cuda_graph, cuda_kernels
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.open import open_device
+from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
 from tstitch_engines.errors import Unavailable
-from tstitch_engines.host_device import HostDevice
 from tstitch_engines.make_fatbin import source_folder
-from tstitch_engines.rows import HISTORY, ROW_FIELDS
 
 KERNELS = {
     "next_step",

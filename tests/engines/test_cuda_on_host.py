@@ -13,10 +13,19 @@ from numpy.typing import NDArray
 
 from cuda_stand_in import launch_on_host
 from step_runs import run
-from tstitch_engines.cuda_kernels import CudaStepKernels, enqueue_initial_noise
+from tstitch_engines.device.cuda_kernels import CudaStepKernels, enqueue_initial_noise
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.host_memory import HostBuffer
+from tstitch_engines.device.step_row import (
+    FLAG_BLEND,
+    FLAG_GIVEN_NOISE,
+    FLAG_LEARNED,
+    FLAG_STORE_Y,
+    HISTORY,
+    ROW,
+    ROW_FIELDS,
+)
 from tstitch_engines.errors import BadInput
-from tstitch_engines.host_device import HostBuffer, HostDevice
-from tstitch_engines.rows import FLAG_BLEND, FLAG_GIVEN_NOISE, FLAG_LEARNED, FLAG_STORE_Y, HISTORY, ROW, ROW_FIELDS
 
 
 class WalkedDevice(HostDevice):

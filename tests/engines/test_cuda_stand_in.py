@@ -12,11 +12,12 @@ import pytest
 
 from cuda_stand_in import Machine, install
 from step_runs import run
-from tstitch_engines.cuda_device import BESIDE, CudaDevice
-from tstitch_engines.device import NotCaptured, open_device
+from tstitch_engines.device.base import NotCaptured
+from tstitch_engines.device.cuda import BESIDE, CudaDevice
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.open import open_device
+from tstitch_engines.device.slab import Slab
 from tstitch_engines.errors import BadInput, FailedWork
-from tstitch_engines.host_device import HostDevice
-from tstitch_engines.slab import Slab
 
 
 @pytest.fixture

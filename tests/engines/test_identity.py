@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from tstitch_engines.bundle.identity import check_identity, differences, digest, model_digest
+from tstitch_engines.bundle.manifest import Component, EngineIdentity
 from tstitch_engines.errors import BadEngine
-from tstitch_engines.identity import check_identity, differences, digest, model_digest
-from tstitch_engines.manifest import Component, EngineIdentity
 from tstitch_engines.spec import Range, ShapeProfile
 
 

@@ -12,11 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 import step_reference
-from tstitch_engines import _kernels, rows
-from tstitch_engines.errors import BadInput
-from tstitch_engines.host_device import HostBuffer, HostDevice
-from tstitch_engines.host_kernels import ISAS, HostStepKernels, fill_initial_noise, normal, philox
-from tstitch_engines.rows import (
+from tstitch_engines import _kernels
+from tstitch_engines.device import step_row as rows
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.host_kernels import ISAS, HostStepKernels, fill_initial_noise, normal, philox
+from tstitch_engines.device.host_memory import HostBuffer
+from tstitch_engines.device.step_row import (
     FLAG_BLEND,
     FLAG_GIVEN_NOISE,
     FLAG_LEARNED,
@@ -26,6 +27,7 @@ from tstitch_engines.rows import (
     INITIAL_NOISE_STEP,
     ROW,
 )
+from tstitch_engines.errors import BadInput
 
 DTYPES = ("float32", "float16", "bfloat16")
 

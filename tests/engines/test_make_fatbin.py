@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tstitch_engines import _kernels, cuda_kernels, make_fatbin
+from tstitch_engines import _kernels, make_fatbin
+from tstitch_engines.device import cuda_kernels
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable
 
 MAGIC = 0xBA55ED50

@@ -11,9 +11,9 @@ import pytest
 from manifests import member
 from tiny import TinyPair
 from tstitch_engines.backends.onnxruntime import tensorrt_options
-from tstitch_engines.cache import default_root
+from tstitch_engines.bundle.cache import default_root
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.errors import BadInput, Unavailable, UnknownName
-from tstitch_engines.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
 

@@ -16,10 +16,10 @@ from tstitch_engines.backends.tensorrt import TensorRtBackend, backend, read_pla
 from tstitch_engines.backends.tensorrt.flavour import RTX
 from tstitch_engines.backends.tensorrt.library import logger_of, open_library
 from tstitch_engines.backends.tensorrt.network import parse, settle_attention
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import Manifest, Member, Precision
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, UnknownName
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import Manifest, Member, Precision
 from tstitch_engines.spec import Range, TensorSpec
 from tstitch_export.build import build
 

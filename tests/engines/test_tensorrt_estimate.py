@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tstitch_engines.backends.tensorrt.estimate import Build, estimate, recorded
-from tstitch_engines.cache import Cache
+from tstitch_engines.bundle.cache import Cache
 
 GB = 10**9
 

@@ -13,8 +13,8 @@ from tstitch_engines.backends.tensorrt import TensorRtBackend, read_plan_header
 from tstitch_engines.backends.tensorrt.flavour import RTX
 from tstitch_engines.backends.tensorrt.library import logger_of, open_library
 from tstitch_engines.backends.tensorrt.network import parse, settle_attention
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.recompile import recompile
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import FAMILIES, open_family
 

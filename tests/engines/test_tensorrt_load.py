@@ -25,9 +25,9 @@ from tstitch_engines.backends.tensorrt.library import open_library
 from tstitch_engines.backends.tensorrt.options import resolve
 from tstitch_engines.backends.tensorrt.plan import check_plan
 from tstitch_engines.backends.tensorrt.plan_header import PlanHeader, parse_plan_header
-from tstitch_engines.device import open_device
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput, Unavailable
-from tstitch_engines.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
 

@@ -18,9 +18,9 @@ from manifests import member
 from tiny import TinyPair
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.backends.torch_compile import mode_of
-from tstitch_engines.device import open_device
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, Unavailable, UnknownName
-from tstitch_engines.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.quiet import quiet
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build

@@ -15,11 +15,11 @@ import torch
 
 from tiny import TinyPair
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import Bundle, open_bundle
-from tstitch_engines.device import open_device
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.identity import digest, model_digest
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadBundle, BadEngine, Unavailable
-from tstitch_engines.identity import digest, model_digest
-from tstitch_engines.manifest import Manifest
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.recipe import load_recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dits import sparse_safetensors
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import PairMismatch
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_export.compatibility import Agreement, agree
 from tstitch_export.families import dit_layout, ldm_layout, uvit_layout
 from tstitch_export.families.dit_config import DiTConfig

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dits import diffusers_folder, sparse_safetensors
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, OutOfProfile, PairMismatch, UnknownName
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.compatibility import Agreement, agree

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from dits import sparse_safetensors
 from ldms import class_table, conditional_unet, ldm_checkpoint, ldm_folder, original_state
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_export.exporter import export_onnx
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar

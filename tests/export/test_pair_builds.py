@@ -11,8 +11,8 @@ import pytest
 
 import tstitch_trt
 from tiny_checkpoints import MEMBER, PNDM, pieces, text_recipe
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.manifest import Manifest
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt import Runtime

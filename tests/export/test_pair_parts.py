@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_checkpoints import MEMBER, SD, pieces, planned, said, single_file, text_recipe
 from tiny_families import clip_text_folder, controlnet_folder, unet_folder
-from tstitch_engines.manifest import TextInputs
+from tstitch_engines.bundle.manifest import TextInputs
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 import tstitch_export.quantise
 from tiny import TinyPair
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, UnknownName
-from tstitch_engines.manifest import Member
 from tstitch_export.quantise import QuantisedGraph, check_quantisable, quantise_graph
 from tstitch_export.quantise_layers import find_layers, prepare
 from tstitch_export.shipped import read_shipped

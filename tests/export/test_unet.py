@@ -15,7 +15,7 @@ import torch
 from exports import graph_of, network_plan, onnx_of
 from tiny_families import controlnet_folder, unet_folder
 from tstitch_engines.backends import open_backend
-from tstitch_engines.manifest import Component, Network, Precision, TextInputs
+from tstitch_engines.bundle.manifest import Component, Network, Precision, TextInputs
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import Family, Inspection
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dits import diffusers_folder, sparse_safetensors
 from tiny_families import clip_text_folder, controlnet_folder, original_control, original_unet, unet_folder
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, PairMismatch
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_export.build import build
 from tstitch_export.families import Inspection, open_family
 from tstitch_export.families.controlnet import residuals_fit

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tstitch_engines.bundle.weights import WeightMap, Weights
 from tstitch_engines.quiet import quiet
-from tstitch_engines.weights import WeightMap, Weights
 from tstitch_export.families.base import LoraTarget
 from tstitch_export.weight_map import write_weight_map
 

@@ -69,7 +69,7 @@ def test_bundles_are_listed_and_pruned_with_the_cache(
     sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from command import Command
-    from tstitch_engines.cache import default_root
+    from tstitch_engines.bundle.cache import default_root
 
     shutil.copytree(default_root(), tmp_path / "cache")  # so that nothing has to be exported
     monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "cache"))

@@ -108,7 +108,7 @@ def test_a_distilled_member_is_told_its_guidance(sd: Path, cache: Path, cls: str
     import torch
     from diffusers import UNet2DConditionModel, schedulers
 
-    from tstitch_engines.host_kernels import normal
+    from tstitch_engines.device.host_kernels import normal
     from tstitch_trt.pipeline_inputs import step_noise_seeds
 
     folder = cache.parent / "distilled"

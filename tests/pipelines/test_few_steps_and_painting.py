@@ -14,8 +14,8 @@ from accelerating import LIMIT, SD, pipeline
 from diffusers_pipelines import relative, settings_of
 from tiny_families import unet_folder
 from tiny_pipelines import PIXELS, noise, scheduler
+from tstitch_engines.device.host_kernels import normal
 from tstitch_engines.errors import BadInput
-from tstitch_engines.host_kernels import normal
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 

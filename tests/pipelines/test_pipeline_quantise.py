@@ -12,7 +12,7 @@ import pytest
 import tstitch_trt
 from command import Command
 from diffusers_pipelines import bundle
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_trt.verify import verify
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from manifests import manifest, member
 from reference import walk
+from tstitch_engines.bundle.manifest import Conditioning, Manifest, NoiseScheduleSpec
+from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput, BadSchedule
-from tstitch_engines.manifest import Conditioning, Manifest, NoiseScheduleSpec
-from tstitch_engines.rows import ROW
 from tstitch_trt.noise_schedule import NoiseSchedule
 from tstitch_trt.parametrisation import coefficients
 from tstitch_trt.plan import make_plan

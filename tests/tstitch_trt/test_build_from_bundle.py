@@ -16,8 +16,8 @@ from bundles import draw, files
 from command import Command, refused
 from tiny import TinyPair
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.identity import model_digest
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.spec import Range
 
 needs_rtx = pytest.mark.skipif(

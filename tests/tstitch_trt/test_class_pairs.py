@@ -9,9 +9,9 @@ import pytest
 
 import tstitch_trt
 from class_pairs import PAIRS, ClassPair
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.host_kernels import normal
-from tstitch_engines.rows import INITIAL_NOISE_STEP
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.device.host_kernels import normal
+from tstitch_engines.device.step_row import INITIAL_NOISE_STEP
 from tstitch_trt.noise_schedule import NoiseSchedule
 
 LABELS, SEEDS, STEPS, GUIDANCE = [3, 7], [11, 5], 5, 2.5

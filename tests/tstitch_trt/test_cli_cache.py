@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from command import Command, refused
-from tstitch_engines.cache import Cache
+from tstitch_engines.bundle.cache import Cache
 from tstitch_export.build import build
 
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 import tstitch_trt
 from command import Command, refused
 from tiny import TinyPair
-from tstitch_engines.bundle import MANIFEST, open_bundle
-from tstitch_engines.manifest import Manifest, Quantisation
+from tstitch_engines.bundle.bundle import MANIFEST, open_bundle
+from tstitch_engines.bundle.manifest import Manifest, Quantisation
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt.quantise import quantise

@@ -14,7 +14,7 @@ from PIL import Image
 import tstitch_trt
 from hand_made_parts import World
 from tiny_families import clip_tokenizer_folder, clip_vocabulary
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.quiet import quiet
 from tstitch_trt.quality import Scorer

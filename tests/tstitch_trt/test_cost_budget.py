@@ -11,8 +11,8 @@ import pytest
 
 from manifests import manifest, member
 from studies import calibration, divergence, evaluation, overhead, search, search_point, step_cost
+from tstitch_engines.bundle.manifest import Component, Defaults
 from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import Component, Defaults
 from tstitch_trt.cost import Budget, Costs, keywords_of, predict_ms
 from tstitch_trt.plan import make_plan
 from tstitch_trt.splitting import Splitting

@@ -15,7 +15,7 @@ import tstitch_trt
 from command import Command, refused
 from studies import calibration
 from tiny import TinyPair
-from tstitch_engines.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.errors import NotCalibrated, OutOfProfile
 from tstitch_trt.cost import Conditions, calibrate, current_calibration, default_batches, predict_ms
 from tstitch_trt.cost.conditions import engine_digests

@@ -19,7 +19,7 @@ from command import Command, refused
 from hand_made_parts import World
 from studies import calibration, overhead, search, search_point, step_cost
 from tiny import TinyPair
-from tstitch_engines.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.errors import BadInput, NotCalibrated
 from tstitch_trt.bench import measure
 from tstitch_trt.cost import Conditions, current_calibration, predict_ms

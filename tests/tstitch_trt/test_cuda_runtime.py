@@ -19,11 +19,12 @@ import tstitch_trt
 from cuda_stand_in import Machine, install
 from tiny import TinyPair
 from tstitch_engines.backends import Engine, open_backend
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.cuda_device import CudaDevice
-from tstitch_engines.device import Buffer, open_device
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.cuda import CudaDevice
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, NotFinite, UnknownName
-from tstitch_engines.host_device import HostDevice
 from tstitch_trt import Runtime
 from tstitch_trt.chunks import Walk
 

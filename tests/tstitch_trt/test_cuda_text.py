@@ -17,10 +17,11 @@ import tstitch_trt
 from cuda_stand_in import Machine, install
 from hand_made_parts import World
 from tstitch_engines.backends import Engine, open_backend
-from tstitch_engines.bundle import Bundle, open_bundle
-from tstitch_engines.cuda_device import CudaDevice
-from tstitch_engines.device import Buffer, open_device
-from tstitch_engines.host_device import HostDevice
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.cuda import CudaDevice
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.open import open_device
 from tstitch_trt import Runtime, parts, stepper
 
 

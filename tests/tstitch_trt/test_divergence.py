@@ -20,11 +20,11 @@ from hand_made import CHANNELS, made_member, text_bundle
 from hand_made_parts import World, word_tokenizer
 from reference import guide, walk
 from tiny import TinyPair
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, TextInputs
+from tstitch_engines.device.host_kernels import normal
+from tstitch_engines.device.step_row import INITIAL_NOISE_STEP, ROW
 from tstitch_engines.errors import BadInput, Unavailable, UnknownName
-from tstitch_engines.host_kernels import normal
-from tstitch_engines.manifest import NoiseScheduleSpec, TextInputs
-from tstitch_engines.rows import INITIAL_NOISE_STEP, ROW
 from tstitch_trt import Runtime
 from tstitch_trt.plan import Plan
 from tstitch_trt.study.divergence import compare, profile, profile_solver

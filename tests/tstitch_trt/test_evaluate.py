@@ -18,7 +18,7 @@ from command import Command, refused
 from hand_made_parts import World
 from scored import scored_bundle
 from tiny import TinyPair
-from tstitch_engines.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.errors import BadInput, Unavailable, UnknownName
 from tstitch_trt.quality import Drawn, FeatureNetwork, Scorer, gaussian_of, join
 from tstitch_trt.quality.gaussian import frechet_distance

@@ -14,8 +14,8 @@ import pytest
 
 import tstitch_trt
 from tiny import TinyPair
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.device import open_device
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, BadInput, Unavailable
 from tstitch_engines.spec import Range
 from tstitch_export.build import build

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tiny import TinyPair
-from tstitch_engines.device import open_device
+from tstitch_engines.bundle.manifest import Precision
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import Unavailable
-from tstitch_engines.manifest import Precision
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt.verify import LIMITS, Verification, verify

@@ -15,9 +15,9 @@ from bundles import draw
 from command import Command, refused
 from tiny import TinyPair
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.compile.select import check_wishes
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.choose import check_wishes
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed"

@@ -16,8 +16,8 @@ import tstitch_trt
 from command import Command, refused
 from tiny_families import clip_text_folder, lora_file, unet_folder
 from tstitch_engines.backends import Engine, open_backend
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.device import open_device
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, TStitchError, Unavailable, UnknownName
 from tstitch_engines.spec import Range
 from tstitch_export.build import build

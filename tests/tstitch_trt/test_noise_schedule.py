@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_trt.noise_schedule import NOISE_KINDS, NoiseSchedule
 
 specs = st.builds(

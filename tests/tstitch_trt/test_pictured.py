@@ -13,9 +13,9 @@ from hand_made import CHANNELS
 from hand_made_parts import FACTOR, Control, World
 from reference import walk
 from tiny import TinyPair
+from tstitch_engines.device.host_kernels import normal
+from tstitch_engines.device.step_row import INITIAL_NOISE_STEP, ROW
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.host_kernels import normal
-from tstitch_engines.rows import INITIAL_NOISE_STEP, ROW
 from tstitch_trt import Runtime
 from tstitch_trt.starting import ENCODER_NOISE_STEP
 from tstitch_trt.stepper import Stepper

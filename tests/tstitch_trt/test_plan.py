@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from manifests import manifest, member
+from tstitch_engines.bundle.manifest import Conditioning, Defaults
+from tstitch_engines.device.step_row import FLAG_LEARNED, ROW
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_engines.manifest import Conditioning, Defaults
-from tstitch_engines.rows import FLAG_LEARNED, ROW
 from tstitch_trt.plan import make_plan
 from tstitch_trt.solvers import SolverOptions
 

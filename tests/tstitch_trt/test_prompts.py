@@ -14,10 +14,10 @@ import tstitch_trt
 from hand_made import CHANNELS, Made, made_member, text_bundle
 from reference import walk
 from tiny import TinyPair
+from tstitch_engines.bundle.manifest import TextInputs
+from tstitch_engines.device.host_kernels import normal
+from tstitch_engines.device.step_row import INITIAL_NOISE_STEP
 from tstitch_engines.errors import BadInput, NotFinite, OutOfProfile, Unavailable, UnknownName
-from tstitch_engines.host_kernels import normal
-from tstitch_engines.manifest import TextInputs
-from tstitch_engines.rows import INITIAL_NOISE_STEP
 from tstitch_trt import Runtime
 from tstitch_trt.bench import measure
 from tstitch_trt.plan import make_plan

@@ -14,9 +14,9 @@ from command import Command, refused
 from hand_made import made_member, text_bundle
 from hand_made_parts import World
 from tiny import TinyPair
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import TextInputs
 from tstitch_engines.errors import BadInput, BadSchedule, Unavailable
-from tstitch_engines.manifest import TextInputs
 from tstitch_engines.spec import Range
 from tstitch_trt.calibration import plan_calibration
 from tstitch_trt.stand_in import PROMPTS

@@ -18,9 +18,9 @@ from bundles import draw, edit, files, of_version
 from command import Command, refused
 from tiny import TinyPair
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.errors import BadBundle, BadEngine, BuildFailed, Unavailable
-from tstitch_engines.recompile import recompile
 from tstitch_engines.spec import Range
 from tstitch_trt.verify import verify
 

@@ -23,8 +23,8 @@ from command import Command, Outcome, refused
 from manifests import manifest, member
 from report_studies import check, divergence, evaluation, evaluation_point
 from studies import calibration, search
-from tstitch_engines.bundle import Bundle, open_bundle
-from tstitch_engines.manifest import Conditioning, Decoder, Manifest
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.manifest import Conditioning, Decoder, Manifest
 from tstitch_trt.report.finding import finding
 from tstitch_trt.report.gather import Studies, evaluation_of, gather
 from tstitch_trt.report.markup import tag

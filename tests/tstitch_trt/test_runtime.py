@@ -12,9 +12,9 @@ import pytest
 import tstitch_trt
 from reference import walk
 from tiny import TinyPair
+from tstitch_engines.device.host_kernels import normal
+from tstitch_engines.device.step_row import INITIAL_NOISE_STEP
 from tstitch_engines.errors import BadEngine, BadInput, Cancelled, NotFinite, OutOfProfile, UnknownName
-from tstitch_engines.host_kernels import normal
-from tstitch_engines.rows import INITIAL_NOISE_STEP
 from tstitch_trt import Runtime
 from tstitch_trt.memory import planned_memory
 from tstitch_trt.rows import with_blend

@@ -9,9 +9,9 @@ import pytest
 
 from diffusers_walk import compare
 from manifests import manifest
+from tstitch_engines.bundle.manifest import Defaults, NoiseScheduleSpec
+from tstitch_engines.bundle.scheduler_config import SCHEDULERS, read_scheduler
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_engines.manifest import Defaults, NoiseScheduleSpec
-from tstitch_engines.scheduler_config import SCHEDULERS, read_scheduler
 from tstitch_trt.noise_schedule import NoiseSchedule
 from tstitch_trt.plan import make_plan
 from tstitch_trt.solvers import SolverOptions, StepTable, make_table, with_default_spacing

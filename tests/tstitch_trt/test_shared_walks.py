@@ -10,7 +10,7 @@ import pytest
 
 import tstitch_trt
 from tiny import TinyPair
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.runtime import Runtime
 from tstitch_trt.study.records import Setting

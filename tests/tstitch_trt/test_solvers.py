@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from denoiser import SHAPE, draw, estimate, member, rows_for
 from reference import walk
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
+from tstitch_engines.device.step_row import FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW, ROW_FIELDS
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_engines.manifest import NoiseScheduleSpec
-from tstitch_engines.rows import FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW, ROW_FIELDS
 from tstitch_trt.noise_schedule import NOISE_KINDS, NoiseSchedule
 from tstitch_trt.parametrisation import PARAMETRISATIONS, coefficients
 from tstitch_trt.rows import fill_rows, reads_before

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffusers_walk import RELATIVE, compare
-from tstitch_engines.manifest import NoiseScheduleSpec
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_trt.noise_schedule import NoiseSchedule
 from tstitch_trt.solvers import make_table
 

@@ -11,10 +11,10 @@ import pytest
 
 from manifests import manifest
 from studies import calibration, search
-from tstitch_engines.bundle import Bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
-from tstitch_engines.files import copy_component
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.study.records import Calibration, Search
 from tstitch_trt.study.store import differing_weights, load_studies, save_study, weights_of
 

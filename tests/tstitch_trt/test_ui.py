@@ -22,7 +22,7 @@ from browser import Watched, browser_page, pixels
 from command import Command, refused
 from report_studies import evaluation
 from studies import search, search_point
-from tstitch_engines.bundle import open_bundle
+from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.errors import BadSchedule, UnknownName
 from tstitch_trt.report.gather import Studies
 from tstitch_trt.runtime import Runtime

@@ -18,12 +18,12 @@ from command import Command, refused
 from dits import diffusers_folder
 from tiny import TinyPair
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import open_bundle
-from tstitch_engines.files import hash_file
-from tstitch_engines.rows import ROW
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.device.step_row import ROW
+from tstitch_engines.host_call import measure_error, narrow, widen
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
-from tstitch_trt.caller import measure_error, narrow, widen
 from tstitch_trt.layers import first_difference
 from tstitch_trt.references import References
 from tstitch_trt.verify import LIMITS, verify

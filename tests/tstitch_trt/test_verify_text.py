@@ -15,10 +15,10 @@ from command import Command, refused
 from hand_made import Made, made_member, text_bundle
 from hand_made_parts import World
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import TextInputs
 from tstitch_engines.errors import Unavailable
-from tstitch_engines.files import hash_file
-from tstitch_engines.manifest import TextInputs
 from tstitch_engines.spec import Range
 from tstitch_trt.references import References
 from tstitch_trt.text import TokenLayout, open_tokenizer

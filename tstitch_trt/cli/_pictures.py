@@ -11,7 +11,7 @@ import click
 from tstitch_engines.errors import BadInput, unknown_name
 
 if TYPE_CHECKING:
-    from tstitch_engines.manifest import Manifest
+    from tstitch_engines.bundle.manifest import Manifest
 
 __all__ = ["EMBEDDINGS", "picture_options", "picture_settings", "picture_wishes", "tile_of"]
 

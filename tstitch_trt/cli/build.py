@@ -13,7 +13,7 @@ from tstitch_trt.cli._loras import lora_texts
 
 if TYPE_CHECKING:
     from tstitch_engines.backends import Progress
-    from tstitch_engines.manifest import Manifest, Precision
+    from tstitch_engines.bundle.manifest import Manifest, Precision
     from tstitch_engines.spec import Range
 
 __all__ = ["command"]
@@ -221,8 +221,8 @@ def _recompile(
     report: Progress,
 ) -> Manifest:
     from tstitch_engines.backends import open_backend
-    from tstitch_engines.bundle import open_bundle
-    from tstitch_engines.recompile import recompile
+    from tstitch_engines.bundle.bundle import open_bundle
+    from tstitch_engines.compile.bundle import recompile
     from tstitch_export.options import typed
     from tstitch_export.sizes import in_latents
 

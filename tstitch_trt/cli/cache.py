@@ -12,7 +12,7 @@ from tstitch_trt.cli._command import Command, json_option, traceback_option
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tstitch_engines.cache import Stored
+    from tstitch_engines.bundle.cache import Stored
 
 __all__ = ["command"]
 
@@ -49,7 +49,7 @@ def list_command(as_json: bool) -> None:
     """List what is stored, used last first."""
     import time
 
-    from tstitch_engines.cache import Cache
+    from tstitch_engines.bundle.cache import Cache
     from tstitch_trt.cli._text import print_json, print_table, size
     from tstitch_trt.kept_bundles import kept_bundles
 
@@ -85,7 +85,7 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
 
     What a build is using stays.
     """
-    from tstitch_engines.cache import Cache
+    from tstitch_engines.bundle.cache import Cache
     from tstitch_trt.kept_bundles import prune_kept
     from tstitch_trt.parsing import parse_age, parse_size
 
@@ -107,7 +107,7 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
 @traceback_option
 def clear_command(as_json: bool) -> None:
     """Remove everything, damaged and half-made entries too, but not what a build is using."""
-    from tstitch_engines.cache import Cache
+    from tstitch_engines.bundle.cache import Cache
     from tstitch_trt.kept_bundles import prune_kept
 
     _say([*Cache().prune(), *prune_kept()], as_json)

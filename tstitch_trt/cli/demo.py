@@ -104,7 +104,7 @@ def command(
 
 def _bundle(wanted: Path | None) -> Path:
     """The built-in pair's bundle, built or brought up to date. Unchanged parts come from the cache."""
-    from tstitch_engines.cache import default_root
+    from tstitch_engines.bundle.cache import default_root
     from tstitch_export.build import build
     from tstitch_trt.machine import version
     from tstitch_trt.progress import progress

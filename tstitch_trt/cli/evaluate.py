@@ -13,8 +13,8 @@ from tstitch_trt.cli._command import Command, command_line, json_option, traceba
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
-    from tstitch_engines.bundle import Bundle
-    from tstitch_engines.manifest import Manifest
+    from tstitch_engines.bundle.bundle import Bundle
+    from tstitch_engines.bundle.manifest import Manifest
     from tstitch_trt.graphs import GraphMode
     from tstitch_trt.study.records import Evaluation, Setting
 
@@ -127,7 +127,7 @@ def command(
     psnr, lpips and latent_error compare with what the last member alone draws from the same seeds; fid, kid, precision
     and recall compare with real pictures.
     """
-    from tstitch_engines.cache import default_root
+    from tstitch_engines.bundle.cache import default_root
     from tstitch_trt.files import read_lines, require_parent
     from tstitch_trt.parsing import parse_pairs
     from tstitch_trt.plots import check_plot

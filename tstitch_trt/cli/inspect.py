@@ -13,8 +13,8 @@ from tstitch_trt.cli._sampling import bundle_argument
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
-    from tstitch_engines.bundle import Bundle
-    from tstitch_engines.manifest import EngineRecord, Manifest, Member, Network
+    from tstitch_engines.bundle.bundle import Bundle
+    from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network
 
 __all__ = ["command"]
 
@@ -30,7 +30,7 @@ tstitch-trt inspect fashion.bundle --json
 @traceback_option
 def command(bundle: Path, as_json: bool) -> None:
     """Show what BUNDLE holds. Every file's size and sha256 are checked first."""
-    from tstitch_engines.bundle import open_bundle
+    from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._text import print_json
 
     opened = open_bundle(bundle)
@@ -44,7 +44,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     """The manifest, for every engine the digest of its identity, and what the header of a TensorRT-RTX plan says."""
     import msgspec
 
-    from tstitch_engines.identity import digest
+    from tstitch_engines.bundle.identity import digest
     from tstitch_trt.memory import planned_memory
 
     document: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
@@ -150,7 +150,7 @@ def _plan(bundle: Bundle, record: EngineRecord) -> PlanHeader | None:
 
 def _graphs(record: EngineRecord) -> str:
     """The graph mode it runs in unless another is asked for, and why."""
-    from tstitch_engines.identity import for_gpu
+    from tstitch_engines.bundle.identity import for_gpu
 
     if not for_gpu(record.identity.backend, record.identity.arch):
         return "off (the CPU has no graphs)"
@@ -161,8 +161,8 @@ def _graphs(record: EngineRecord) -> str:
 
 def _print_network(bundle: Bundle, name: str, member: Network) -> None:
     """A member or a part."""
-    from tstitch_engines.identity import digest
-    from tstitch_engines.manifest import Member
+    from tstitch_engines.bundle.identity import digest
+    from tstitch_engines.bundle.manifest import Member
     from tstitch_trt.cli._text import size
 
     denoiser = member if isinstance(member, Member) else None

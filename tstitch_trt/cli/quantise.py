@@ -11,7 +11,7 @@ from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument, step_options
 
 if TYPE_CHECKING:
-    from tstitch_engines.manifest import Member
+    from tstitch_engines.bundle.manifest import Member
 
 __all__ = ["command"]
 

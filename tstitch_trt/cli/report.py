@@ -12,7 +12,7 @@ from tstitch_trt.cli._command import Command, command_line, json_option, traceba
 from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
-    from tstitch_engines.manifest import Manifest
+    from tstitch_engines.bundle.manifest import Manifest
     from tstitch_trt.graphs import GraphMode
     from tstitch_trt.report.gather import Studies
     from tstitch_trt.report.samples import Samples
@@ -78,7 +78,7 @@ def command(
     come from the studies in the bundle (calibrate, profile, evaluate, search); what was not measured is said with its
     command. The page loads nothing and needs no JavaScript. Plots need matplotlib: pip install "tstitch-trt[plot]".
     """
-    from tstitch_engines.bundle import open_bundle
+    from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.files import require_parent, write_text
     from tstitch_trt.machine import describe_machine
     from tstitch_trt.parsing import parse_fractions

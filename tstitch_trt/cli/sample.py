@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
-from tstitch_engines.rows import ROW
 from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._loras import lora_texts
 from tstitch_trt.cli._pictures import picture_options, picture_settings, picture_wishes, tile_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tstitch_engines.manifest import Manifest
+    from tstitch_engines.bundle.manifest import Manifest
     from tstitch_trt.graphs import GraphMode
     from tstitch_trt.result import Result
 

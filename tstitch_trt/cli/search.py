@@ -108,7 +108,7 @@ def command(
 
     Stop it at any time: the same command goes on with the samples that were drawn.
     """
-    from tstitch_engines.cache import default_root
+    from tstitch_engines.bundle.cache import default_root
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
     from tstitch_trt.parsing import parse_fractions, parse_numbers, parse_pairs

@@ -12,7 +12,7 @@ from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._sampling import bundle_argument, rebuild_option
 
 if TYPE_CHECKING:
-    from tstitch_trt.caller import Error
+    from tstitch_engines.host_call import Error
     from tstitch_trt.verify import Comparison, Verification
 
 __all__ = ["command"]
@@ -122,8 +122,8 @@ def command(
     failed = result.of("failed")
     if failed:
         listed = "; ".join(f"the {c.backend} engine of {c.kind} {c.member!r}: {c.reason}" for c in failed)
-        from tstitch_engines.bundle import open_bundle
-        from tstitch_engines.identity import for_gpu
+        from tstitch_engines.bundle.bundle import open_bundle
+        from tstitch_engines.bundle.identity import for_gpu
 
         first = failed[0]
         on = device if for_gpu(first.backend, first.arch) else "cpu"

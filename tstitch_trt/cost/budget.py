@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
-from tstitch_engines.bundle import STUDIES
+from tstitch_engines.bundle.bundle import STUDIES
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cost.candidates import Candidate, Source, SourceName, sources
 from tstitch_trt.cost.conditions import current_calibration
@@ -21,8 +21,8 @@ from tstitch_trt.study.store import load_studies
 from tstitch_trt.wishes import asked_steps
 
 if TYPE_CHECKING:
-    from tstitch_engines.bundle import Bundle
-    from tstitch_engines.manifest import Manifest
+    from tstitch_engines.bundle.bundle import Bundle
+    from tstitch_engines.bundle.manifest import Manifest
     from tstitch_trt.runtime import Runtime
 
 __all__ = ["Budget", "Costs", "check_budget", "warm_up"]

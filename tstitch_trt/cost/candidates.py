@@ -24,8 +24,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Final, Literal
 
-from tstitch_engines.identity import canonical
-from tstitch_engines.manifest import Manifest
+from tstitch_engines.bundle.identity import canonical
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.solvers import SolverOptions
 from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Setting, Study

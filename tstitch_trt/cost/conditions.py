@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.compile.select import choose, default_backend
 from tstitch_engines.errors import NotCalibrated
-from tstitch_engines.identity import digest
-from tstitch_trt.choose import choose, default_backend
 from tstitch_trt.machine import Machine, describe_machine
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import load_studies, weights_of
 
 if TYPE_CHECKING:
-    from tstitch_engines.bundle import Bundle
+    from tstitch_engines.bundle.bundle import Bundle
     from tstitch_trt.runtime import Runtime
 
 __all__ = ["Conditions", "current_calibration", "engine_digests", "speed_of"]
@@ -119,7 +119,7 @@ def current_calibration(
     version, backend, device, threads, graph), or the members whose engine or weights are others by now. A calibration
     of other conditions is never used.
     """
-    from tstitch_engines.bundle import Bundle
+    from tstitch_engines.bundle.bundle import Bundle
 
     if isinstance(source, Bundle):
         name = backend or default_backend(source)

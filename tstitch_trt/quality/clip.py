@@ -16,9 +16,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.files import hash_file
-from tstitch_engines.identity import digest
 from tstitch_trt.quality.loading import open_network
 
 __all__ = ["Clip"]

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.errors import BadBundle, Unavailable
 from tstitch_trt.quality.gaussian import frechet_distance, gaussian_of
 from tstitch_trt.quality.network import FeatureNetwork

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_engines.files import hash_file
 from tstitch_trt.quality.loading import open_network
 
 __all__ = ["OPTIONS", "FeatureNetwork", "NetworkOptions", "resized", "scaled"]

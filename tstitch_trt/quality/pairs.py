@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.errors import BadInput
-from tstitch_engines.files import hash_file
 from tstitch_trt.quality.loading import open_network
 from tstitch_trt.quality.network import scaled
 

@@ -17,9 +17,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.files import hash_file
-from tstitch_engines.identity import digest
 from tstitch_trt.files import load_array, save_array
 from tstitch_trt.quality.gaussian import Gaussian, frechet_distance, gaussian_of
 

@@ -18,10 +18,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
-from tstitch_engines.identity import digest
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.quality.gaussian import FrechetTo, gaussian_of
 from tstitch_trt.quality.kernel import KernelTo
 from tstitch_trt.quality.manifold import NEIGHBOURS, Manifold, recall_halves

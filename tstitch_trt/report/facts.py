@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tstitch_engines.manifest import Manifest, Member
+from tstitch_engines.bundle.manifest import Manifest, Member
 from tstitch_trt.machine import Machine
 from tstitch_trt.report.gather import word_of
 from tstitch_trt.report.markup import Markup, command, facts, join, paragraph, table, tag

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
 from tstitch_trt.study.records import METRICS, Calibration, Divergence, Evaluation, Point, Search, Study
 from tstitch_trt.study.store import differing_weights, load_studies
 

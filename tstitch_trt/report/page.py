@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 
-from tstitch_engines.bundle import Bundle
+from tstitch_engines.bundle.bundle import Bundle
 from tstitch_trt.machine import Machine, version
 from tstitch_trt.report.facts import about_bundle, commands, machines, sample_rows, stale, weight_of
 from tstitch_trt.report.finding import finding

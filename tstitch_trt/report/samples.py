@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.manifest import Manifest
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_trt.result import Result
 from tstitch_trt.runtime import Runtime
 

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule, unknown_name
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.machine import describe_machine
 from tstitch_trt.study.divergence_order import ORDERS, SHARES, TRIED, order_names, schedule_text, small_counts, suggest
 from tstitch_trt.study.divergence_walk import SINGLE_STEP, MemberWalk, batches, is_single_step, request_of

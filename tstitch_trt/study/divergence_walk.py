@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule, Unavailable
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.rows import reads_before
 from tstitch_trt.stand_in import PROMPTS
 

@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.identity import digest
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.machine import describe_machine
 from tstitch_trt.quality.resampling import LEVEL, RESAMPLES
 from tstitch_trt.quality.scorer import Drawn, Scorer, Seen, join

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.cost import current_calibration, predict_ms
 from tstitch_trt.machine import describe_machine
 from tstitch_trt.quality import Scorer, check_metrics

@@ -16,9 +16,9 @@ from typing import Final
 
 import numpy as np
 
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule
-from tstitch_engines.identity import digest
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.study.divergence_order import order_names
 from tstitch_trt.study.divergence_order import schedule_text as counted
 from tstitch_trt.study.records import Setting

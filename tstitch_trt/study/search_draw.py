@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tstitch_engines.identity import digest
+from tstitch_engines.bundle.identity import digest
 from tstitch_trt.quality import Drawn, Scorer, Seen, join
 from tstitch_trt.study.evaluate import Request
 from tstitch_trt.study.observations import Observations

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.plan import Plan, make_plan
 from tstitch_trt.study.records import Setting
 

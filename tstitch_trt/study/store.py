@@ -15,11 +15,11 @@ from typing import TypeVar
 
 import msgspec
 
-from tstitch_engines.bundle import STUDIES, Bundle
-from tstitch_engines.decode import DecodeError, convert
+from tstitch_engines.bundle.bundle import STUDIES, Bundle
+from tstitch_engines.bundle.decode import DecodeError, convert
+from tstitch_engines.bundle.identity import digest, model_digest
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
-from tstitch_engines.identity import digest, model_digest
-from tstitch_engines.manifest import Manifest
 from tstitch_trt.files import atomic_file
 from tstitch_trt.study.records import KINDS, STUDY_SCHEMA, Study
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import EngineIdentity, Network
 from tstitch_engines.errors import BadInput
-from tstitch_engines.manifest import EngineIdentity, Network
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
 if TYPE_CHECKING:
-    from tstitch_engines.device import Buffer, Device
+    from tstitch_engines.device.base import Buffer, Device
 
 __all__ = ["Backend", "Engine", "Progress"]
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
-from tstitch_engines.cache import default_root
-from tstitch_engines.device import parse_device
+from tstitch_engines.bundle.cache import default_root
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
-from tstitch_engines.identity import digest
 from tstitch_engines.quiet import quiet
 from tstitch_engines.threads import default_threads
 
 if TYPE_CHECKING:
-    from tstitch_engines.device import Buffer, Device
-    from tstitch_engines.manifest import EngineIdentity, Network
+    from tstitch_engines.bundle.manifest import EngineIdentity, Network
+    from tstitch_engines.device.base import Buffer, Device
     from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["OnnxRuntimeBackend", "copies_of", "tensorrt_options"]
@@ -83,7 +83,7 @@ class OnnxRuntimeBackend(Backend):
         kind, index = parse_device(device)
         if kind == "cpu":
             return cpu_arch()
-        from tstitch_engines.cuda_device import compute_capability
+        from tstitch_engines.device.cuda import compute_capability
 
         major, minor = compute_capability(index)
         return f"sm_{major}{minor}"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tstitch_engines.backends.base import Option
-from tstitch_engines.cache import default_root
+from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
 from tstitch_engines.quiet import quiet
 

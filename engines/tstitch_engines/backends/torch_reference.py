@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
-from tstitch_engines.device import parse_device
+from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
 from tstitch_engines.quiet import quiet
 from tstitch_engines.spec import storage_dtype
@@ -22,8 +22,8 @@ from tstitch_engines.spec import storage_dtype
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tstitch_engines.device import Buffer, Device
-    from tstitch_engines.manifest import EngineIdentity, Network
+    from tstitch_engines.bundle.manifest import EngineIdentity, Network
+    from tstitch_engines.device.base import Buffer, Device
     from tstitch_engines.spec import ShapeProfile, TensorSpec
 
 __all__ = ["TorchBackend"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation, Precision, TextInputs
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Parametrisation, Precision, TextInputs
 from tstitch_engines.spec import TensorSpec
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import Precision
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
 

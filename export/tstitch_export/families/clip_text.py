@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
-from tstitch_engines.manifest import Precision
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, LoraTarget, Role, Scalar

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from tstitch_engines.bundle.manifest import Precision, TextInputs
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import Precision, TextInputs
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar

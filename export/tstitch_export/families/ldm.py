@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_export.checkpoint import Checkpoint, read_checkpoint
 from tstitch_export.families import ldm_diffusers
 from tstitch_export.families.base import Dim, Inspection, Scalar

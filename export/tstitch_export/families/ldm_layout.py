@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_export.families.dit_layout import compare, looks_like
 
 __all__ = [

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Parametrisation
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation
 from tstitch_export.families.folder import read_json
 
 __all__ = ["PipelineFacts", "read_pipeline"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tstitch_engines.bundle.manifest import Precision, TextInputs
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import Precision, TextInputs
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, LoraTarget, Scalar
 from tstitch_export.families.lora import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras

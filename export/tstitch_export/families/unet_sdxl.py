@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from tstitch_engines.bundle.manifest import TextInputs
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import TextInputs
 from tstitch_export.families.unet_config import Kind, UNetConfig
 from tstitch_export.families.unet_family import UNetFamily
 from tstitch_export.families.unet_source import Source

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.manifest import NoiseScheduleSpec
 from tstitch_export.families.dit_layout import compare, looks_like
 
 __all__ = [

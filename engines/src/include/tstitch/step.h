@@ -17,7 +17,7 @@
  *     x' = mask x' + (1 - mask) (KNOWN_A x0 + KNOWN_S z0)  for inpainting; with TSTITCH_FLAG_BLEND
  *
  * c and u are the model's conditional and unconditional output, x0 a known picture's latent and z0 the lane's initial
- * noise. tstitch_engines/rows.py has the same layout, and
+ * noise. tstitch_engines/device/step_row.py has the same layout, and
  * tstitch_trt.solvers makes such tables. tstitch/cuda.h has the same steps on an NVIDIA GPU.
  *
  * Ownership: all arrays belong to the caller and stay where they are from tstitch_arena_create to

@@ -27,15 +27,15 @@ from tstitch_engines.backends.tensorrt.options import (
     resolve,
 )
 from tstitch_engines.backends.tensorrt.plan import check_plan
-from tstitch_engines.cache import Cache
-from tstitch_engines.device import parse_device
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.bundle.identity import model_digest
+from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import Unavailable
-from tstitch_engines.identity import model_digest
 
 if TYPE_CHECKING:
-    from tstitch_engines.cuda_device import CudaDevice
-    from tstitch_engines.device import Device
-    from tstitch_engines.manifest import EngineIdentity, Network
+    from tstitch_engines.bundle.manifest import EngineIdentity, Network
+    from tstitch_engines.device.base import Device
+    from tstitch_engines.device.cuda import CudaDevice
     from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["TensorRtBackend", "open_tensorrt", "open_tensorrt_rtx"]
@@ -70,7 +70,7 @@ class TensorRtBackend(Backend):
                 f"{self.flavour.title} runs on NVIDIA GPUs only{more}; the device asked for is {device!r}",
                 hint="use --device cuda, or --backend onnxruntime on the CPU",
             )
-        from tstitch_engines.cuda_device import compute_capability
+        from tstitch_engines.device.cuda import compute_capability
 
         major, minor = compute_capability(index)
         return f"sm_{major}{minor}"

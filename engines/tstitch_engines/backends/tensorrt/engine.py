@@ -22,15 +22,15 @@ from tstitch_engines.backends.tensorrt.plan import DIAGNOSES, rebuild
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
 from tstitch_engines.backends.tensorrt.refit import refit
 from tstitch_engines.backends.tensorrt.scratch import Scratch, shared_scratch
-from tstitch_engines.device import parse_device
+from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tstitch_engines.cuda_device import CudaDevice
-    from tstitch_engines.device import Buffer
-    from tstitch_engines.manifest import EngineIdentity, Network
+    from tstitch_engines.bundle.manifest import EngineIdentity, Network
+    from tstitch_engines.device.base import Buffer
+    from tstitch_engines.device.cuda import CudaDevice
 
 __all__ = ["TensorRtEngine"]
 

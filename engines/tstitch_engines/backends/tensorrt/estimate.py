@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final, NamedTuple
 
-from tstitch_engines.cache import Stored
+from tstitch_engines.bundle.cache import Stored
 
 __all__ = ["Build", "Estimate", "estimate", "free_memory", "recorded"]
 

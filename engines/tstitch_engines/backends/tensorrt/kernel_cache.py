@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tstitch_engines.cache import default_root
-from tstitch_engines.cuda_device import cuda_bindings
-from tstitch_engines.identity import digest
+from tstitch_engines.bundle.cache import default_root
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.device.cuda import cuda_bindings
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt.api import RuntimeCache
-    from tstitch_engines.manifest import EngineIdentity
+    from tstitch_engines.bundle.manifest import EngineIdentity
 
 __all__ = ["KernelCache", "cache_path", "gpu_and_driver"]
 

@@ -11,7 +11,7 @@ import msgspec
 
 from tstitch_engines.backends.tensorrt.api import Library, has
 from tstitch_engines.backends.tensorrt.flavour import Flavour
-from tstitch_engines.device import parse_device
+from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadInput, unknown_name
 
 __all__ = [
@@ -128,7 +128,7 @@ def capabilities(flavour: Flavour, library: Library, options: Mapping[str, Optio
     else:
         if kind == "cpu":
             return ()
-        from tstitch_engines.cuda_device import compute_capability
+        from tstitch_engines.device.cuda import compute_capability
 
         text = "{}.{}".format(*compute_capability(index))
     members = library.ComputeCapability.__members__

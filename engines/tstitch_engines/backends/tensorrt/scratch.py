@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from tstitch_engines.device import Buffer, Device
+    from tstitch_engines.device.base import Buffer, Device
 
 __all__ = ["Scratch", "shared_scratch"]
 

@@ -28,7 +28,7 @@ from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle
 from tstitch_engines.errors import BuildFailed, TStitchError
 
 if TYPE_CHECKING:
-    from tstitch_engines.cuda_device import CudaDevice
+    from tstitch_engines.device.cuda import CudaDevice
 
 __all__ = ["compile_engine", "main"]
 
@@ -118,7 +118,7 @@ def compile_engine(request: Request, channel: Channel) -> int:
     listener.forward = lambda level, text: channel.send(Said(level, text))
     device = None
     if request.gpu is not None:
-        from tstitch_engines.cuda_device import CudaDevice
+        from tstitch_engines.device.cuda import CudaDevice
 
         device = CudaDevice(request.gpu)  # makes it the current one
     with listener.listen() as messages:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tstitch_engines.manifest import Component
+from tstitch_engines.bundle.manifest import Component
 
 __all__ = [
     "copy_component",

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from tstitch_engines.bundle.manifest import Component, EngineIdentity
 from tstitch_engines.errors import BadEngine
-from tstitch_engines.manifest import Component, EngineIdentity
 
 __all__ = ["Difference", "canonical", "check_identity", "differences", "digest", "for_gpu", "model_digest"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.device import Buffer, Device
+from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.spec import TensorSpec, parse_dimension, storage_dtype
 
 __all__ = ["Arrays", "Caller", "Error", "measure_error", "narrow", "sizes_of", "widen"]

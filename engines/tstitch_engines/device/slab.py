@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from itertools import accumulate
 
-from tstitch_engines.device import ALIGNMENT, Buffer, Device
+from tstitch_engines.device.base import ALIGNMENT, Buffer, Device
 from tstitch_engines.spec import itemsize
 
 __all__ = ["Slab", "slab_bytes"]

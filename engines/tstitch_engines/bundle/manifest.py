@@ -154,7 +154,8 @@ class ExportCheck(_Record, frozen=True, kw_only=True):
 class Network(_Record, frozen=True, kw_only=True):
     """One model of the bundle. ``onnx[0]`` is the graph, the others its external data; ``config`` its own shape.
 
-    ``files`` are what else it needs at run time, by purpose: ``tokenizer``, ``weights`` (``tstitch_engines.weights``).
+    ``files`` are what else it needs at run time, by purpose: ``tokenizer``, ``weights``
+    (``tstitch_engines.bundle.weights``).
     ``multiples``: what the sizes of its dynamic dimensions must be multiples of, where that is not 1 (``H``, ``W`` of a
     UNet that halves them).
     """

@@ -16,8 +16,15 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from tstitch_engines.files import hash_file, hold, remove_stale, sync_directory, temporary_directory, write_durably
-from tstitch_engines.manifest import Component
+from tstitch_engines.bundle.files import (
+    hash_file,
+    hold,
+    remove_stale,
+    sync_directory,
+    temporary_directory,
+    write_durably,
+)
+from tstitch_engines.bundle.manifest import Component
 
 __all__ = ["Cache", "Entry", "Stored", "default_root"]
 

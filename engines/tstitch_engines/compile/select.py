@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from tstitch_engines.bundle.identity import check_identity, model_digest
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
+from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput
-from tstitch_engines.identity import check_identity, model_digest
-from tstitch_engines.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
-from tstitch_engines.recompile import recompile
 
 if TYPE_CHECKING:
     from tstitch_engines.backends import Backend, Progress
-    from tstitch_engines.bundle import Bundle
+    from tstitch_engines.bundle.bundle import Bundle
 
 __all__ = ["check_wishes", "choose", "default_backend", "rebuild"]
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from tstitch_engines.cuda_memory import CudaBuffer
-from tstitch_engines.device import Buffer
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.cuda_memory import CudaBuffer
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import DTYPES, storage_dtype
 

@@ -9,37 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import ALIGNMENT, Buffer, Download, Graph, NotCaptured, StepKernels, Stopwatch
+from tstitch_engines.device.base import Buffer, Download, Graph, NotCaptured, StepKernels, Stopwatch
+from tstitch_engines.device.host_memory import HostBuffer, _HostDownload
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import itemsize, storage_dtype
 
-__all__ = ["HostBuffer", "HostDevice"]
-
-
-class HostBuffer:
-    """Host memory, aligned; ``array`` is the numpy view of it (``uint16`` bits for bfloat16) and keeps it alive."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str, array: NDArray[Any] | None = None) -> None:
-        """Allocates, unless an ``array`` of that shape and storage dtype is given."""
-        if array is None:
-            stored = storage_dtype(dtype)
-            nbytes = int(np.prod(shape, dtype=np.int64)) * stored.itemsize
-            raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-            offset = -raw.ctypes.data % ALIGNMENT
-            array = raw[offset : offset + nbytes].view(stored).reshape(shape)
-        self.array = array
-        self.dtype = dtype
-        self.shape = shape
-        self.ptr: int = array.ctypes.data
-        self.nbytes: int = array.nbytes
-
-
-class _HostDownload:
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array = array
-
-    def get(self) -> NDArray[Any]:
-        return self._array
+__all__ = ["HostDevice"]
 
 
 class HostDevice:
@@ -115,7 +90,7 @@ class HostDevice:
         mask: Buffer | None = None,
         noise: Buffer | None = None,
     ) -> StepKernels:
-        from tstitch_engines.host_kernels import HostStepKernels
+        from tstitch_engines.device.host_kernels import HostStepKernels
 
         return HostStepKernels(
             latents=_host(latents),
@@ -131,7 +106,7 @@ class HostDevice:
         )
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
-        from tstitch_engines.host_kernels import fill_initial_noise
+        from tstitch_engines.device.host_kernels import fill_initial_noise
 
         fill_initial_noise(_host(latents)[slot], seed, scale)
 

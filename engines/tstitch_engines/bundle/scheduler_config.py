@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Parametrisation
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_engines.manifest import NoiseScheduleSpec, Parametrisation
 
 __all__ = ["SCHEDULERS", "Scheduler", "read_scheduler"]
 

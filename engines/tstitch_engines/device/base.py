@@ -8,20 +8,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from tstitch_engines.errors import BadInput, FailedWork, unknown_name
+from tstitch_engines.errors import FailedWork
 
-__all__ = [
-    "ALIGNMENT",
-    "Buffer",
-    "Device",
-    "Download",
-    "Graph",
-    "NotCaptured",
-    "StepKernels",
-    "Stopwatch",
-    "open_device",
-    "parse_device",
-]
+__all__ = ["ALIGNMENT", "Buffer", "Device", "Download", "Graph", "NotCaptured", "StepKernels", "Stopwatch"]
 
 ALIGNMENT = 256  # bytes: what TensorRT wants of every address it is given, and what CUDA's allocators give
 
@@ -189,29 +178,3 @@ class Stopwatch(Protocol):
 
     def milliseconds(self) -> list[float]:
         """Times between consecutive marks. Waits for the last mark."""
-
-
-def parse_device(text: str) -> tuple[str, int]:
-    """``"cpu"`` -> ``("cpu", 0)``; ``"cuda"`` and ``"cuda:1"`` likewise. Raises ``UnknownName``."""
-    kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise unknown_name("device", text, ["cpu", "cuda", "cuda:N"])
-    return kind, int(index or 0)
-
-
-def open_device(text: str, *, stream: Any = None) -> Device:
-    """The device called ``text``. Raises ``Unavailable`` when there is no such GPU or cuda-core is not installed.
-
-    ``stream``: a CUDA stream to work on in place of one of our own: an object with ``__cuda_stream__`` or an integer
-    handle. Its owner keeps it alive.
-    """
-    kind, index = parse_device(text)
-    if kind == "cpu":
-        if stream is not None:
-            raise BadInput(f"stream={stream!r} was given for the device cpu", hint="use device='cuda', or leave it out")
-        from tstitch_engines.host_device import HostDevice
-
-        return HostDevice()
-    from tstitch_engines.cuda_device import CudaDevice
-
-    return CudaDevice(index, stream=stream)

@@ -20,15 +20,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.cuda_graph import CudaGraph, capture
-from tstitch_engines.cuda_interop import CudaArray, borrow, foreign_stream
-from tstitch_engines.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
-from tstitch_engines.cuda_stopwatch import CudaStopwatch
-from tstitch_engines.device import ALIGNMENT, Buffer, Stopwatch
+from tstitch_engines.device.base import ALIGNMENT, Buffer, Stopwatch
+from tstitch_engines.device.cuda_graph import CudaGraph, capture
+from tstitch_engines.device.cuda_interop import CudaArray, borrow, foreign_stream
+from tstitch_engines.device.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
 from tstitch_engines.errors import BadInput, FailedWork, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
 
-__all__ = ["CudaDevice", "compute_capability", "cuda_bindings"]
+__all__ = ["CudaDevice", "CudaStopwatch", "compute_capability", "cuda_bindings"]
 
 OLDEST_ARCH: Final = (7, 5)  # engines/src/cuda.cmake compiles for nothing older
 _INSUFFICIENT_DRIVER: Final = 35  # cudaErrorInsufficientDriver
@@ -219,7 +218,7 @@ class CudaDevice:
         mask: Buffer | None = None,
         noise: Buffer | None = None,
     ) -> Any:
-        from tstitch_engines.cuda_kernels import CudaStepKernels
+        from tstitch_engines.device.cuda_kernels import CudaStepKernels
 
         return CudaStepKernels(
             self, latents=latents, history=history, rows=rows, step=step, seed=seed, fault=fault,
@@ -227,20 +226,20 @@ class CudaDevice:
         )  # fmt: skip
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
-        from tstitch_engines.cuda_kernels import enqueue_initial_noise
+        from tstitch_engines.device.cuda_kernels import enqueue_initial_noise
 
         enqueue_initial_noise(self, latents, slot, seed, scale)
 
     def kernel(self, name: str) -> Any:
         """The step kernel called ``name``. Raises ``Unavailable`` when this build has none."""
         if self._module is None:
-            from tstitch_engines.cuda_kernels import load_module
+            from tstitch_engines.device.cuda_kernels import load_module
 
             self._module = load_module()
         return self._module.get_kernel(name)
 
     def scaled_copy(self, target: Buffer, source: Buffer, scale: float) -> None:
-        from tstitch_engines.cuda_kernels import enqueue_scaled_copy
+        from tstitch_engines.device.cuda_kernels import enqueue_scaled_copy
 
         enqueue_scaled_copy(self, target, source, scale)
 
@@ -309,3 +308,22 @@ def compute_capability(index: int) -> tuple[int, int]:
 
 def _dotted(arch: tuple[int, int]) -> str:
     return f"{arch[0]}.{arch[1]}"
+
+
+class CudaStopwatch:
+    """``Stopwatch`` on one stream."""
+
+    def __init__(self, stream: Any) -> None:
+        from cuda.core import EventOptions
+
+        self._stream = stream
+        self._options = EventOptions(timing_enabled=True)
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        self._marks.append(self._stream.record(options=self._options))
+
+    def milliseconds(self) -> list[float]:
+        if self._marks:
+            self._marks[-1].sync()
+        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]

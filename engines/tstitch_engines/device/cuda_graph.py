@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
-from tstitch_engines.device import NotCaptured
+from tstitch_engines.device.base import NotCaptured
 from tstitch_engines.errors import FailedWork
 
 __all__ = ["REFUSED", "CudaGraph", "capture"]

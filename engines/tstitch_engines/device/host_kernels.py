@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines import _kernels
-from tstitch_engines.device import Buffer
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.host_memory import HostBuffer
+from tstitch_engines.device.step_row import INITIAL_NOISE_STEP, ROW_FIELDS
 from tstitch_engines.errors import BadInput
-from tstitch_engines.host_device import HostBuffer
-from tstitch_engines.rows import INITIAL_NOISE_STEP, ROW_FIELDS
 
 __all__ = ["ISAS", "HostStepKernels", "fill_initial_noise", "normal", "philox"]
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tstitch_engines.device import Buffer
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.rows import HISTORY, ROW_FIELDS
 
 if TYPE_CHECKING:
-    from tstitch_engines.cuda_device import CudaDevice
+    from tstitch_engines.device.cuda import CudaDevice
 
 __all__ = [
     "CudaStepKernels",

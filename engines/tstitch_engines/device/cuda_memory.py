@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device import Buffer
+from tstitch_engines.device.base import Buffer
 from tstitch_engines.spec import itemsize, storage_dtype
 
 __all__ = ["Block", "Blocks", "CudaBuffer", "CudaDownload", "host_view"]

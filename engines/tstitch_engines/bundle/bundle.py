@@ -16,10 +16,17 @@ from typing import Literal, NoReturn
 
 import msgspec
 
-from tstitch_engines.decode import DecodeError, convert
+from tstitch_engines.bundle.decode import DecodeError, convert
+from tstitch_engines.bundle.files import (
+    exchange,
+    hash_file,
+    remove_stale,
+    sync_directory,
+    temporary_directory,
+    write_durably,
+)
+from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member, Network
 from tstitch_engines.errors import BadBundle, BuildFailed
-from tstitch_engines.files import exchange, hash_file, remove_stale, sync_directory, temporary_directory, write_durably
-from tstitch_engines.manifest import SCHEMA, Component, Manifest, Member, Network
 
 __all__ = ["MANIFEST", "STUDIES", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
 

@@ -13,12 +13,12 @@ import msgspec
 
 from tstitch_engines.backends import Backend, Progress, open_backend
 from tstitch_engines.backends.base import Option
-from tstitch_engines.bundle import MANIFEST, Bundle, write_bundle
-from tstitch_engines.cache import Cache
-from tstitch_engines.compiling import Compiler, keep_record
+from tstitch_engines.bundle.bundle import MANIFEST, Bundle, write_bundle
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.bundle.manifest import Component, EngineRecord, Manifest, Network
+from tstitch_engines.compile.engine import Compiler, keep_record
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
-from tstitch_engines.files import copy_component
-from tstitch_engines.manifest import Component, EngineRecord, Manifest, Network
 from tstitch_engines.spec import Range, ShapeProfile
 
 __all__ = ["recompile"]

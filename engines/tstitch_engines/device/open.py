@@ -1,0 +1,36 @@
+"""Opening a device by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tstitch_engines.device.base import Device
+from tstitch_engines.errors import BadInput, unknown_name
+
+__all__ = ["open_device", "parse_device"]
+
+
+def parse_device(text: str) -> tuple[str, int]:
+    """``"cpu"`` -> ``("cpu", 0)``; ``"cuda"`` and ``"cuda:1"`` likewise. Raises ``UnknownName``."""
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise unknown_name("device", text, ["cpu", "cuda", "cuda:N"])
+    return kind, int(index or 0)
+
+
+def open_device(text: str, *, stream: Any = None) -> Device:
+    """The device called ``text``. Raises ``Unavailable`` when there is no such GPU or cuda-core is not installed.
+
+    ``stream``: a CUDA stream to work on in place of one of our own: an object with ``__cuda_stream__`` or an integer
+    handle. Its owner keeps it alive.
+    """
+    kind, index = parse_device(text)
+    if kind == "cpu":
+        if stream is not None:
+            raise BadInput(f"stream={stream!r} was given for the device cpu", hint="use device='cuda', or leave it out")
+        from tstitch_engines.device.host import HostDevice
+
+        return HostDevice()
+    from tstitch_engines.device.cuda import CudaDevice
+
+    return CudaDevice(index, stream=stream)
