@@ -37,8 +37,8 @@ from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Network, Precision
 from tstitch_engines.errors import BadInput, TStitchError, unknown_name
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.exporter import GRAPH, export_onnx
 from tstitch_export.families import Inspection, open_family
+from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
 from tstitch_trt.files import write_text
 from tstitch_trt.machine import describe_machine
 from tstitch_trt.progress import log

@@ -9,8 +9,8 @@ from tstitch_engines.backends.base import Backend
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Network, Precision
 from tstitch_engines.device.open import open_device
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.exporter import GRAPH, export_onnx
 from tstitch_export.families import Family, Inspection
+from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
 from tstitch_trt.parts import Part
 
 __all__ = ["compile_part", "export_network", "load_part"]

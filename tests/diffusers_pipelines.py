@@ -14,7 +14,7 @@ from tiny_families import clip_text_folder, unet_folder, vae_folder
 from tstitch_engines.bundle.scheduler_config import read_scheduler
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
-from tstitch_export.recipe import load_recipe
+from tstitch_export.planning.recipe import load_recipe
 
 __all__ = ["LATENTS", "NEGATIVE", "PROMPTS", "bundle", "relative", "sd_pipeline", "sdxl_pipeline", "settings_of"]
 

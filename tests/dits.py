@@ -48,8 +48,8 @@ def published_model(
     """Our DiT, its classes and the null class, learned variance, every weight random (zeros would hide mistakes)."""
     import torch
 
-    from tstitch_export.families.dit_config import DiTConfig
-    from tstitch_export.families.dit_model import DiT
+    from tstitch_export.families.dit.config import DiTConfig
+    from tstitch_export.families.dit.model import DiT
 
     torch.manual_seed(seed)
     config = DiTConfig(

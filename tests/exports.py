@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import Network, Precision
-from tstitch_export.exports import exported_network, exported_program
 from tstitch_export.families.base import Scalar
-from tstitch_export.planning import NetworkPlan, plan_part
-from tstitch_export.recipe import PartRecipe
+from tstitch_export.onnx_export.network import exported_network, exported_program
+from tstitch_export.planning.network import NetworkPlan, plan_part
+from tstitch_export.planning.recipe import PartRecipe
 
 __all__ = ["graph_of", "network_plan", "onnx_of", "program_of"]
 

@@ -13,7 +13,7 @@ from tstitch_engines.backends.tensorrt import TensorRtBackend
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Member
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
-from tstitch_export.shipped import read_shipped
+from tstitch_export.planning.shipped import read_shipped
 
 __all__ = ["attention_graph", "compile_member", "hand_made", "shipped_small"]
 

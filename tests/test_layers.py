@@ -16,13 +16,13 @@ HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_bin
          "safetensors")  # fmt: skip
 # Written in torch from end to end, imported only inside functions of their neighbours (or run with `python -m`).
 TORCH_MODULES = (
-    "tstitch_export.families.dit_model",
-    "tstitch_export.families.ldm_model",
-    "tstitch_export.families.clip_text_model",
-    "tstitch_export.families.vae_modules",
-    "tstitch_export.families.unet_model",
-    "tstitch_export.families.uvit_model",
-    "tstitch_export.families.upsampling",
+    "tstitch_export.families.dit.model",
+    "tstitch_export.families.ldm.model",
+    "tstitch_export.families.clip_text.model",
+    "tstitch_export.families.vae.modules",
+    "tstitch_export.families.unet.model",
+    "tstitch_export.families.uvit.model",
+    "tstitch_export.families.unet.upsampling",
     "tstitch_export.train.",
 )
 

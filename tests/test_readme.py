@@ -15,7 +15,7 @@ import click
 import pytest
 from PIL import Image
 
-from tstitch_export.recipe import load_recipe, recipe_names
+from tstitch_export.planning.recipe import load_recipe, recipe_names
 from tstitch_trt.cli import COMMANDS, cli
 from tstitch_trt.solvers import SOLVERS
 

@@ -44,8 +44,8 @@ class TinyPair:
         """The PyTorch module, float32, with every parameter random (adaLN's zeros would hide mistakes)."""
         import torch
 
-        from tstitch_export.families.dit_config import DiTConfig
-        from tstitch_export.families.dit_model import DiT
+        from tstitch_export.families.dit.config import DiTConfig
+        from tstitch_export.families.dit.model import DiT
 
         config = DiTConfig(
             **SHAPES[name], patch=2, size=SIZE, channels=CHANNELS, classes=classes, learn_sigma=True, null_class=True

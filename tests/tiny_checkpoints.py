@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_families import clip_text_folder, original_unet, unet_folder, vae_folder
-from tstitch_export.bundle_plan import BundlePlan, plan_bundle
+from tstitch_export.planning.bundle import BundlePlan, plan_bundle
 
 __all__ = ["MEMBER", "PNDM", "SD", "original_vae", "pieces", "planned", "said", "single_file", "text_recipe"]
 

@@ -231,8 +231,8 @@ def vae_folder(folder: Path, kind: str = "kl", *, levels: int = 3, **changes: An
 
 def original_unet(module: Any) -> dict[str, Any]:
     """The UNet's tensors as single-file checkpoints hold them."""
-    from tstitch_export.families.unet_config import UNetConfig
-    from tstitch_export.families.unet_layout import PREFIX, module_names
+    from tstitch_export.families.unet.config import UNetConfig
+    from tstitch_export.families.unet.layout import PREFIX, module_names
 
     originals = module_names(UNetConfig(dict(module.config)))
     return {PREFIX + _original(key, originals): tensor for key, tensor in module.state_dict().items()}
@@ -240,8 +240,8 @@ def original_unet(module: Any) -> dict[str, Any]:
 
 def original_control(module: Any, prefix: str = "control_model.") -> dict[str, Any]:
     """The ControlNet's tensors as single-file checkpoints hold them."""
-    from tstitch_export.families.unet_config import UNetConfig
-    from tstitch_export.families.unet_layout import down_names
+    from tstitch_export.families.unet.config import UNetConfig
+    from tstitch_export.families.unet.layout import down_names
 
     config = dict(module.config)
     originals = down_names(UNetConfig(config))
@@ -264,8 +264,8 @@ def lora_file(
     import torch
     from safetensors.torch import save_file
 
-    from tstitch_export.families.unet_config import UNetConfig
-    from tstitch_export.families.unet_layout import module_names
+    from tstitch_export.families.unet.config import UNetConfig
+    from tstitch_export.families.unet.layout import module_names
 
     generator = torch.Generator().manual_seed(seed)
     originals = module_names(UNetConfig(dict(module.config)))

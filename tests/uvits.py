@@ -43,8 +43,8 @@ def uvit_model(
     """Our U-ViT on 4-channel latents, patch 2, every weight random; the last label is the null class."""
     import torch
 
-    from tstitch_export.families.uvit_layout import UViTConfig
-    from tstitch_export.families.uvit_model import UViT
+    from tstitch_export.families.uvit.layout import UViTConfig
+    from tstitch_export.families.uvit.model import UViT
 
     torch.manual_seed(seed)
     config = UViTConfig(

@@ -130,7 +130,7 @@ def _check_small(small: Any) -> None:
                 f"small = {small} does not exist",
                 hint="give the path of a pipeline, a UNet's folder or a single file, or a loaded UNet2DConditionModel",
             )
-        from tstitch_export.families.unet_source import read_unet
+        from tstitch_export.families.unet.source import read_unet
 
         read_unet(small)
         return

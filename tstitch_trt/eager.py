@@ -228,9 +228,9 @@ def torch_module(name: str, network: Network, files: list[Path], word: str = "me
         )
     import torch
 
-    from tstitch_export.families.dit_config import DiTConfig
-    from tstitch_export.families.dit_layout import expected_shapes
-    from tstitch_export.families.dit_model import DiT
+    from tstitch_export.families.dit.config import DiTConfig
+    from tstitch_export.families.dit.layout import expected_shapes
+    from tstitch_export.families.dit.model import DiT
 
     said = network.config
     config = DiTConfig(

@@ -87,7 +87,7 @@ def compare_layers(
             engine = bundle.path(record.files[0])
             found.append(first_difference(name, compared, (graph, feeds), (engine, feeds), limit))
     if network.precision == "fp16":
-        from tstitch_export.onnx_graph import retyped_to_float32
+        from tstitch_export.onnx_export.graph import retyped_to_float32
 
         twin = folder / f"{name}-float32.onnx"
         retyped_to_float32(graph, twin, "float16")

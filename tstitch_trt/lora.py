@@ -99,7 +99,7 @@ class Loras:
     # --- how
 
     def _read(self, name: str, files: LoraFiles) -> _Active:
-        from tstitch_export.families.lora import describe_loras, lora_deltas
+        from tstitch_export.families.lora.fuse import describe_loras, lora_deltas
 
         uses = _uses(files)
         if not uses:
@@ -239,7 +239,7 @@ class _Stored(Mapping[str, NDArray[Any]]):
 def _uses(files: LoraFiles) -> tuple[LoraUse, ...]:
     """Raises ``BadInput`` for a file that is not there and a weight that is no number."""
     from tstitch_export.families.base import LoraUse
-    from tstitch_export.families.lora import parse_loras
+    from tstitch_export.families.lora.fuse import parse_loras
 
     found: list[LoraUse] = []
     for item in (files,) if isinstance(files, (str, Path)) else files:

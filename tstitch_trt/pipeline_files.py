@@ -139,8 +139,8 @@ def _save_single(file: Path, scheduler: Path, folder: Path) -> None:
     """The UNet of a single file as diffusers would save it; where the file states v, the scheduler says so."""
     from safetensors.torch import save_file
 
-    from tstitch_export.families.unet_config import CLASS
-    from tstitch_export.families.unet_source import read_state, read_unet
+    from tstitch_export.families.unet.config import CLASS
+    from tstitch_export.families.unet.source import read_state, read_unet
 
     source = read_unet(file)
     unet = folder / "unet"

@@ -35,9 +35,9 @@ def check_text(small: Path, pipe: Any) -> None:
 
 def _stored(small: Path, part: str) -> dict[str, Tensor] | None:
     """The text encoder's tensors by their names in ``ClipText``; ``None`` where there is none."""
-    from tstitch_export.checkpoint import read_checkpoint
-    from tstitch_export.families.clip_text_layout import find_tower
-    from tstitch_export.families.folder import weights_file
+    from tstitch_export.checkpoint.checkpoint import read_checkpoint
+    from tstitch_export.checkpoint.folder import weights_file
+    from tstitch_export.families.clip_text.layout import find_tower
 
     prefix, is_open = "", False
     if small.is_file():
@@ -65,7 +65,7 @@ def _loaded(module: Any) -> dict[str, Tensor]:
 
 
 def _named(state: Mapping[str, Tensor], *, prefix: str = "", is_open: bool = False) -> dict[str, Tensor]:
-    from tstitch_export.families.clip_text_layout import name_pieces
+    from tstitch_export.families.clip_text.layout import name_pieces
 
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     pieces = name_pieces(shapes, prefix=prefix, is_open=is_open)

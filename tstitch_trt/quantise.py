@@ -2,7 +2,7 @@
 
 1. The bundle is walked on ONNX Runtime over the schedules, with guidance, for several seeds and labels or prompts; the
    member's inputs are recorded. Rows are picked so that every noise level has an equal share.
-2. Its graph gets Q/DQ nodes whose ranges are those of the rows (``tstitch_export.quantise``).
+2. Its graph gets Q/DQ nodes whose ranges are those of the rows (``tstitch_export.quantise.quantise``).
 3. Source and quantised graph are compared on inputs recorded from other seeds, by noise level, and the final latents
    of whole trajectories with and without quantisation.
 4. The new bundle holds the quantised graph, an ONNX Runtime engine of it, and everything else as it was.
@@ -72,7 +72,7 @@ def quantise(
     The same settings give the same graph. ``output`` appears whole or not at all. Raises ``BadInput`` and its kinds
     before any long work, ``Unavailable`` without nvidia-modelopt or ONNX Runtime, ``BuildFailed``, ``NotFinite``.
     """
-    from tstitch_export.quantise import HIGH_PRECISIONS, METHODS, MODES, check_quantisable, need_modelopt
+    from tstitch_export.quantise.quantise import HIGH_PRECISIONS, METHODS, MODES, check_quantisable, need_modelopt
 
     for what, value, known in (
         ("quantisation mode", mode, MODES),
@@ -165,7 +165,7 @@ class _Work:
         return assemble(self._bundle, staging, name, member)
 
     def _quantised(self, walks: Trajectories, folder: Path, staging: Path) -> Member:
-        from tstitch_export.quantise import float32_specs, quantise_graph
+        from tstitch_export.quantise.quantise import float32_specs, quantise_graph
 
         name, ask, walk = self._name, self._ask, self._walk
         source = self._bundle.manifest.members[name]

@@ -68,7 +68,7 @@ def widened(network: AnyNetwork) -> AnyNetwork:
 
 def widen_graph(model: Path, target: Path) -> Path:
     """Writes ``model`` to ``target`` with float32 in place of bfloat16."""
-    from tstitch_export.onnx_graph import retyped_to_float32
+    from tstitch_export.onnx_export.graph import retyped_to_float32
 
     retyped_to_float32(model, target, _NARROW)
     return target

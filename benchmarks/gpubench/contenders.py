@@ -207,8 +207,8 @@ def _bundle_of(name: str, backend: str, option: str, work: Work) -> tuple[Bundle
     """The bundle itself where it has such engines, else one that is built beside, and the seconds that took."""
     from tstitch_engines.compile.bundle import recompile
     from tstitch_export.build import build
-    from tstitch_export.options import typed
-    from tstitch_export.recipe import recipe_names
+    from tstitch_export.families.options import typed
+    from tstitch_export.planning.recipe import recipe_names
 
     manifest = work.bundle.manifest
     built = all(any(e.identity.backend == backend for e in m.engines) for m in manifest.members.values())

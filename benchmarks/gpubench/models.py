@@ -32,8 +32,8 @@ def random_dit(model: str, pixels: int) -> Any:
     """
     import torch
 
-    from tstitch_export.families.dit_config import DiTConfig
-    from tstitch_export.families.dit_model import DiT, sincos_position
+    from tstitch_export.families.dit.config import DiTConfig
+    from tstitch_export.families.dit.model import DiT, sincos_position
 
     depth, width, heads, patch = MODELS[model]
     config = DiTConfig(

@@ -114,8 +114,8 @@ def _models(folder: Path) -> dict[str, Path]:
     """A small DiT in fp16 with attention spelt out and as one node, and a convolution; a case beside each."""
     from safetensors.torch import save_file
 
-    from tstitch_export import exporter
     from tstitch_export.families import open_family
+    from tstitch_export.onnx_export import exporter
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "dit.safetensors"

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from tstitch_export.build import build
 from tstitch_export.families import FAMILIES, open_family
-from tstitch_export.recipe import Recipe, load_recipe, recipe_names
+from tstitch_export.planning.recipe import Recipe, load_recipe, recipe_names
 
 __all__ = ["FAMILIES", "Recipe", "build", "load_recipe", "open_family", "recipe_names"]

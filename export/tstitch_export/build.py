@@ -26,13 +26,13 @@ from tstitch_engines.bundle.manifest import (
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.bundle_plan import BundlePlan, plan_bundle
-from tstitch_export.compatibility import Agreement
-from tstitch_export.exports import copy_into, exported_network, exported_program, versions_of
 from tstitch_export.families.base import Scalar
-from tstitch_export.options import typed
-from tstitch_export.planning import NetworkPlan
-from tstitch_export.recipe import Recipe
+from tstitch_export.families.options import typed
+from tstitch_export.onnx_export.network import copy_into, exported_network, exported_program, versions_of
+from tstitch_export.planning.bundle import BundlePlan, plan_bundle
+from tstitch_export.planning.compatibility import Agreement
+from tstitch_export.planning.network import NetworkPlan
+from tstitch_export.planning.recipe import Recipe
 
 __all__ = ["build", "versions_of"]
 

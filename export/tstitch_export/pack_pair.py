@@ -20,14 +20,14 @@ from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Member, Source
 from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_export.build import versions_of
-from tstitch_export.checkpoint import read_checkpoint
-from tstitch_export.exporter import GRAPH, check_graph, export_onnx
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
 from tstitch_export.needs import need
-from tstitch_export.onnx_graph import validate
-from tstitch_export.onnx_pack import refer_to_safetensors
-from tstitch_export.recipe import MemberRecipe, load_recipe
-from tstitch_export.shipped import ShippedMember, write_shipped
+from tstitch_export.onnx_export.exporter import GRAPH, check_graph, export_onnx
+from tstitch_export.onnx_export.graph import validate
+from tstitch_export.onnx_export.pack import refer_to_safetensors
+from tstitch_export.planning.recipe import MemberRecipe, load_recipe
+from tstitch_export.planning.shipped import ShippedMember, write_shipped
 
 __all__ = ["LIMIT", "main", "pack_member"]
 

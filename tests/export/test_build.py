@@ -22,7 +22,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadBundle, BadEngine, Unavailable
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
-from tstitch_export.recipe import load_recipe
+from tstitch_export.planning.recipe import load_recipe
 
 Arrays = dict[str, Any]
 
@@ -181,7 +181,7 @@ def half_precision(bundle: Bundle, name: str) -> Any:
     """PyTorch on the member's weights rounded to float16, from what training wrote (not from what was packed)."""
     from safetensors.torch import load_file
 
-    from tstitch_export.families.dit_model import DiT
+    from tstitch_export.families.dit.model import DiT
     from tstitch_export.train.fashion import MEMBERS
 
     model = DiT(MEMBERS[name]).eval()

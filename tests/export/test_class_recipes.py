@@ -10,11 +10,13 @@ import pytest
 from dits import sparse_safetensors
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import PairMismatch
-from tstitch_export.compatibility import Agreement, agree
-from tstitch_export.families import dit_layout, ldm_layout, uvit_layout
-from tstitch_export.families.dit_config import DiTConfig
-from tstitch_export.planning import plan_member
-from tstitch_export.recipe import load_recipe
+from tstitch_export.families.dit import layout as dit_layout
+from tstitch_export.families.ldm import layout as ldm_layout
+from tstitch_export.families.uvit import layout as uvit_layout
+from tstitch_export.families.dit.config import DiTConfig
+from tstitch_export.planning.compatibility import Agreement, agree
+from tstitch_export.planning.network import plan_member
+from tstitch_export.planning.recipe import load_recipe
 
 SD = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.00085, beta_end=0.012)
 LDM = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.0015, beta_end=0.0195)

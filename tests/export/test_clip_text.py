@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from tiny_families import clip_text_folder, clip_tokenizer_folder, clip_vocabulary
 from tstitch_engines.errors import BadCheckpoint, BadInput, BuildFailed, UnknownName
-from tstitch_export.exporter import export_onnx
 from tstitch_export.families import Inspection, open_family
+from tstitch_export.onnx_export.exporter import export_onnx
 
 TEXT = open_family("clip-text")
 

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from tiny_families import clip_tokenizer_folder, clip_vocabulary
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.tokenizer import read_tokenizer
+from tstitch_export.families.clip_text.tokenizer import read_tokenizer
 
 TEXTS = [
     "",

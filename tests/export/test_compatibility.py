@@ -13,11 +13,11 @@ from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, OutOfProfile, PairMismatch, UnknownName
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
-from tstitch_export.compatibility import Agreement, agree
-from tstitch_export.families.dit_config import DiTConfig
-from tstitch_export.families.dit_layout import PUBLISHED_SIZES, expected_shapes
-from tstitch_export.planning import plan_member
-from tstitch_export.recipe import load_recipe
+from tstitch_export.families.dit.config import DiTConfig
+from tstitch_export.families.dit.layout import PUBLISHED_SIZES, expected_shapes
+from tstitch_export.planning.compatibility import Agreement, agree
+from tstitch_export.planning.network import plan_member
+from tstitch_export.planning.recipe import load_recipe
 
 
 def published(folder: Path, letter: str, *, size: int = 32, classes: int = 1000, channels: int = 4) -> Path:

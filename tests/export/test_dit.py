@@ -15,8 +15,8 @@ from dits import PUBLISHED_NAMES, diffusers_folder, published_model, published_s
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
 from tstitch_export.families import open_family
-from tstitch_export.families.dit_config import PUBLISHED_HEADS, DiTConfig
-from tstitch_export.families.dit_layout import PUBLISHED_SIZES, config_from_shapes, expected_shapes
+from tstitch_export.families.dit.config import PUBLISHED_HEADS, DiTConfig
+from tstitch_export.families.dit.layout import PUBLISHED_SIZES, config_from_shapes, expected_shapes
 
 DIT = open_family("dit")
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from dits import diffusers_folder, published_model, published_state
 from tstitch_engines.errors import BuildFailed
-from tstitch_export import exporter
-from tstitch_export.exporter import check_graph, export_onnx
 from tstitch_export.families import Family, Inspection, open_family
-from tstitch_export.onnx_graph import validate
+from tstitch_export.onnx_export import exporter
+from tstitch_export.onnx_export.exporter import check_graph, export_onnx
+from tstitch_export.onnx_export.graph import validate
 
 DIT = open_family("dit")
 

@@ -16,10 +16,9 @@ from dits import sparse_safetensors
 from ldms import class_table, conditional_unet, ldm_checkpoint, ldm_folder, original_state
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
-from tstitch_export.exporter import export_onnx
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
-from tstitch_export.families.ldm_layout import (
+from tstitch_export.families.ldm.layout import (
     TABLE,
     UNET,
     Heads,
@@ -30,6 +29,7 @@ from tstitch_export.families.ldm_layout import (
     noise_of,
     published_name,
 )
+from tstitch_export.onnx_export.exporter import export_onnx
 
 LDM = open_family("ldm")
 TINY: dict[str, Scalar] = {"num_heads": 2, "size": 8}
@@ -99,7 +99,7 @@ def test_the_original_layout_equals_diffusers(
 
 def test_more_than_one_token_of_context_attends_as_diffusers_does() -> None:
     """The class is one token, for which attention needs no softmax; the module takes more all the same."""
-    from tstitch_export.families.ldm_model import UNet
+    from tstitch_export.families.ldm.model import UNet
 
     theirs = conditional_unet()
     state = original_state(theirs, class_table(2, 24, 0))

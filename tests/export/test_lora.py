@@ -16,8 +16,8 @@ from tiny_families import clip_text_folder, lora_file, unet_folder
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.families import Inspection, open_family
 from tstitch_export.families.base import LoraUse
-from tstitch_export.families.lora import check_loras, fuse, parse_loras
-from tstitch_export.families.lora_keys import lora_layers, lora_looks_like
+from tstitch_export.families.lora.fuse import check_loras, fuse, parse_loras
+from tstitch_export.families.lora.keys import lora_layers, lora_looks_like
 
 
 def output(module: Any, inspection: Inspection, family: str) -> torch.Tensor:

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from dits import published_model
 from tstitch_engines.errors import BadBundle, BuildFailed
-from tstitch_export.onnx_pack import refer_to_safetensors, store_half
+from tstitch_export.onnx_export.pack import refer_to_safetensors, store_half
 from tstitch_export.pack_pair import pack_member
-from tstitch_export.recipe import MemberRecipe
-from tstitch_export.shipped import read_shipped
+from tstitch_export.planning.recipe import MemberRecipe
+from tstitch_export.planning.shipped import read_shipped
 
 RECIPE = MemberRecipe(family="dit", parametrisation="v", options={"num_heads": 4})
 

@@ -13,7 +13,7 @@ from tiny_checkpoints import PNDM, SD, pieces, planned, said, text_recipe
 from tiny_families import clip_text_folder, controlnet_folder, unet_folder, vae_folder
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec, TextInputs
 from tstitch_engines.spec import Range
-from tstitch_export.recipe import load_recipe
+from tstitch_export.planning.recipe import load_recipe
 
 NOISE = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.00085, beta_end=0.012)
 

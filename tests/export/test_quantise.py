@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import tstitch_export.quantise
+import tstitch_export.quantise.quantise
 from tiny import TinyPair
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, UnknownName
-from tstitch_export.quantise import QuantisedGraph, check_quantisable, quantise_graph
-from tstitch_export.quantise_layers import find_layers, prepare
-from tstitch_export.shipped import read_shipped
+from tstitch_export.planning.shipped import read_shipped
+from tstitch_export.quantise.layers import find_layers, prepare
+from tstitch_export.quantise.quantise import QuantisedGraph, check_quantisable, quantise_graph
 
 needs_modelopt = pytest.mark.skipif(
     find_spec("modelopt") is None, reason='nvidia-modelopt is not installed: pip install ".[quant]"'
@@ -254,7 +254,7 @@ def test_weights_too_large_for_one_file_go_beside_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mode, inline = quantised
-    monkeypatch.setattr("tstitch_export.quantise_layers._INLINE_LIMIT", 1000)
+    monkeypatch.setattr("tstitch_export.quantise.layers._INLINE_LIMIT", 1000)
     made = quantise_graph(source[1], tmp_path / "q.onnx", member=source[0], mode=mode, calibration=CALIBRATION)
     assert [path.name for path in made.files] == ["q.onnx", "q.onnx_data"]
     assert set(tmp_path.iterdir()) == set(made.files)
@@ -307,7 +307,7 @@ def test_a_member_in_another_precision_is_no_source(source: tuple[Member, Path])
 
 def test_without_modelopt(source: tuple[Member, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        tstitch_export.quantise, "find_spec", lambda name: None if name == "modelopt" else find_spec(name)
+        tstitch_export.quantise.quantise, "find_spec", lambda name: None if name == "modelopt" else find_spec(name)
     )
     with pytest.raises(Unavailable, match="nvidia-modelopt") as error:
         ask(source, tmp_path / "q.onnx")
@@ -329,7 +329,7 @@ def test_the_death_of_the_worker_is_an_error_and_leaves_nothing(
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "another_worker.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.setattr(tstitch_export.quantise, "_MODULE", "another_worker")
+    monkeypatch.setattr(tstitch_export.quantise.quantise, "_MODULE", "another_worker")
     (tmp_path / "out").mkdir()
     with pytest.raises(BuildFailed) as error:
         ask(source, tmp_path / "out" / "q.onnx")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_export.recipe import load_recipe, recipe_names
+from tstitch_export.planning.recipe import load_recipe, recipe_names
 from tstitch_export.train.data import CLASSES
 
 

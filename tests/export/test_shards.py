@@ -15,7 +15,7 @@ from dits import diffusers_folder
 from ldms import ldm_folder
 from tiny_families import clip_text_folder, controlnet_folder, unet_folder, vae_folder
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
 
 SMALL = "100KB"

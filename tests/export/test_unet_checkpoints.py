@@ -17,9 +17,9 @@ from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, PairMismatch
 from tstitch_export.build import build
 from tstitch_export.families import Inspection, open_family
-from tstitch_export.families.controlnet import residuals_fit
-from tstitch_export.families.unet_config import UNetConfig, published_name
-from tstitch_export.families.unet_layout import config_from_shapes
+from tstitch_export.families.controlnet.family import residuals_fit
+from tstitch_export.families.unet.config import UNetConfig, published_name
+from tstitch_export.families.unet.layout import config_from_shapes
 
 SD, XL = open_family("unet-sd"), open_family("unet-sdxl")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 
 import uvits
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
-from tstitch_export.exporter import export_onnx
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
-from tstitch_export.families.uvit_layout import (
+from tstitch_export.families.uvit.layout import (
     NOISE,
     PUBLISHED_SIZES,
     UViTConfig,
@@ -24,7 +23,8 @@ from tstitch_export.families.uvit_layout import (
     expected_shapes,
     time_of,
 )
-from tstitch_export.families.uvit_model import network_time
+from tstitch_export.families.uvit.model import network_time
+from tstitch_export.onnx_export.exporter import export_onnx
 from tstitch_trt.noise_schedule import NoiseSchedule
 from uvits import uvit_checkpoint, uvit_model
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import original_vae
 from tiny_families import vae_folder
 from tstitch_engines.errors import BadCheckpoint, BadInput
-from tstitch_export.exporter import export_onnx
 from tstitch_export.families import Inspection, open_family
+from tstitch_export.onnx_export.exporter import export_onnx
 
 DECODER, ENCODER = open_family("vae-decoder"), open_family("vae-encoder")
 SIZES = ((1, 5, 9), (2, 8, 3))  # batch, height and width of the latent; none of them traced

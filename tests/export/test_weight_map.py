@@ -12,7 +12,7 @@ import torch
 from tstitch_engines.bundle.weights import WeightMap, Weights
 from tstitch_engines.quiet import quiet
 from tstitch_export.families.base import LoraTarget
-from tstitch_export.weight_map import write_weight_map
+from tstitch_export.onnx_export.weight_map import write_weight_map
 
 
 class Net(torch.nn.Module):

@@ -9,7 +9,7 @@ import pytest
 from command import Command, refused
 from tiny_checkpoints import PNDM, pieces
 from tiny_families import clip_text_folder
-from tstitch_export.recipe import load_recipe, recipe_names
+from tstitch_export.planning.recipe import load_recipe, recipe_names
 
 
 @pytest.fixture

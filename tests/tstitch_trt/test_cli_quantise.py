@@ -332,7 +332,7 @@ def test_a_quantised_member_is_no_source(int8: Path, tmp_path: Path, run: Comman
 
 def test_without_modelopt(tiny_pair: TinyPair, tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "tstitch_export.quantise.find_spec", lambda name: None if name == "modelopt" else find_spec(name)
+        "tstitch_export.quantise.quantise.find_spec", lambda name: None if name == "modelopt" else find_spec(name)
     )
     outcome = run("quantise", tiny_pair.bundle, "--member", "large", "--mode", "int8", "-o", tmp_path / "new.bundle")
     refused(outcome, "nvidia-modelopt", 'pip install "tstitch-trt[cpu,quant]"')

@@ -21,8 +21,8 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, TStitchError, Unavailable, UnknownName
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
-from tstitch_export.exporter import export_program
 from tstitch_export.families import open_family
+from tstitch_export.onnx_export.exporter import export_program
 from tstitch_trt import Runtime
 from tstitch_trt.lora import Loras
 

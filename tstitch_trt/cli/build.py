@@ -136,14 +136,14 @@ def command(
     where it stopped. The bundle appears whole or not at all; an old one stays until the new one is complete.
     """
     from tstitch_engines.spec import Range
-    from tstitch_export.recipe import recipe_names
+    from tstitch_export.planning.recipe import recipe_names
     from tstitch_trt.parsing import parse_pairs
 
     if list_recipes:
         _list(as_json)
         return
     if show_template:
-        from tstitch_export.recipe import template
+        from tstitch_export.planning.recipe import template
 
         click.echo(template(), nl=False)
         return
@@ -223,8 +223,8 @@ def _recompile(
     from tstitch_engines.backends import open_backend
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_engines.compile.bundle import recompile
-    from tstitch_export.options import typed
-    from tstitch_export.sizes import in_latents
+    from tstitch_export.families.options import typed
+    from tstitch_export.planning.sizes import in_latents
 
     settings = typed(options, open_backend(backend).options, what=f"backend {backend!r}") if options else None
     bundle = open_bundle(source, engines=False)
@@ -244,7 +244,7 @@ def _recompile(
 
 
 def _list(as_json: bool) -> None:
-    from tstitch_export.recipe import load_recipe, recipe_names
+    from tstitch_export.planning.recipe import load_recipe, recipe_names
     from tstitch_trt.cli._text import print_json, print_table
 
     recipes = [load_recipe(name)[0] for name in recipe_names()]

@@ -11,15 +11,15 @@ from tstitch_export.families.base import Family, Inspection
 __all__ = ["FAMILIES", "Family", "Inspection", "open_family"]
 
 FAMILIES: Final = {
-    "clip-text": ("tstitch_export.families.clip_text", "ClipTextFamily"),
-    "controlnet": ("tstitch_export.families.controlnet", "ControlNetFamily"),
-    "dit": ("tstitch_export.families.dit", "DiTFamily"),
-    "ldm": ("tstitch_export.families.ldm", "LDMFamily"),
-    "unet-sd": ("tstitch_export.families.unet_sd", "StableDiffusionFamily"),
-    "unet-sdxl": ("tstitch_export.families.unet_sdxl", "SdxlFamily"),
-    "uvit": ("tstitch_export.families.uvit", "UViTFamily"),
-    "vae-decoder": ("tstitch_export.families.vae", "VaeDecoderFamily"),
-    "vae-encoder": ("tstitch_export.families.vae", "VaeEncoderFamily"),
+    "clip-text": ("tstitch_export.families.clip_text.family", "ClipTextFamily"),
+    "controlnet": ("tstitch_export.families.controlnet.family", "ControlNetFamily"),
+    "dit": ("tstitch_export.families.dit.family", "DiTFamily"),
+    "ldm": ("tstitch_export.families.ldm.family", "LDMFamily"),
+    "unet-sd": ("tstitch_export.families.unet.sd", "StableDiffusionFamily"),
+    "unet-sdxl": ("tstitch_export.families.unet.sdxl", "SdxlFamily"),
+    "uvit": ("tstitch_export.families.uvit.family", "UViTFamily"),
+    "vae-decoder": ("tstitch_export.families.vae.family", "VaeDecoderFamily"),
+    "vae-encoder": ("tstitch_export.families.vae.family", "VaeEncoderFamily"),
 }
 
 

@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from tstitch_engines.quiet import quiet
 from tstitch_engines.spec import TensorSpec
-from tstitch_export.onnx_graph import tidy
-from tstitch_export.onnx_pack import store_half
+from tstitch_export.onnx_export.graph import tidy
+from tstitch_export.onnx_export.pack import store_half
 from tstitch_export.train.data import load_split
 from tstitch_export.train.loop import Budget, learning_rate, load_state, save_state
 

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tstitch_export.families.dit_config import DiTConfig
-from tstitch_export.families.dit_model import DiT
+from tstitch_export.families.dit.config import DiTConfig
+from tstitch_export.families.dit.model import DiT
 from tstitch_export.train.data import load_split
 from tstitch_export.train.loop import Budget, Ema, learning_rate, load_state, save_state
 

@@ -1,0 +1,1 @@
+"""Reading checkpoints: single files, sharded files, folders and pipelines, and telling what they hold."""

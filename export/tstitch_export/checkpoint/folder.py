@@ -1,0 +1,67 @@
+"""Model folders as transformers and diffusers write them: ``config.json`` beside a file of weights, or several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.checkpoint import read_index
+
+__all__ = ["describe_folder", "files_of", "read_json", "weights_file"]
+
+
+_ENDINGS: Final = ("safetensors", "bin")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in ``path``; ``None`` where there is no such file. Raises ``BadCheckpoint`` for a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is damaged: {error}", hint="download or copy it again") from None
+    if not isinstance(data, dict):
+        raise BadCheckpoint(f"{path} holds no JSON object", hint="download or copy it again")
+    return data
+
+
+def weights_file(folder: Path, stems: Sequence[str]) -> Path:
+    """The weights in ``folder``, for ``read_checkpoint``: one file, or the index of several.
+
+    ``STEM.safetensors`` first, then ``STEM.safetensors.index.json``, then half-precision and other variants. Raises
+    ``BadCheckpoint`` where there are none.
+    """
+    whole = [f"{stem}.{ending}" for ending in _ENDINGS for stem in stems]
+    for variant in ("", ".fp16", ".non_ema"):
+        names = [f"{stem}{variant}.{ending}" for ending in _ENDINGS for stem in stems]
+        names += [f"{stem}.{ending}.index{variant}.json" for ending in _ENDINGS for stem in stems]
+        names += [f"{stem}{variant}.{ending}.index.json" for ending in _ENDINGS for stem in stems]
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is not None:
+            return found
+    raise BadCheckpoint(
+        f"{folder} has no {whole[0]} (nor {', '.join(whole[1:])}, nor an index of several files)",
+        hint="download or copy the weights too",
+    )
+
+
+def files_of(weights: Path) -> tuple[Path, ...]:
+    """The files that ``weights`` stands for, itself the last: an index comes after what it lists."""
+    return (*read_index(weights), weights) if weights.suffix == ".json" else (weights,)
+
+
+def describe_folder(path: Path) -> str:
+    """What ``path`` looks like, for messages about one that is something else."""
+    if not path.exists():
+        return "nothing: it does not exist"
+    if (index := read_json(path / "model_index.json")) is not None:
+        parts = ", ".join(key for key, value in index.items() if isinstance(value, list))
+        return f"a diffusers {index.get('_class_name')} with the parts {parts}"
+    if (config := read_json(path / "config.json")) is None:
+        return "a folder without config.json"
+    kind = config.get("_class_name") or ", ".join(map(str, config.get("architectures") or ())) or "model of no class"
+    return f"a {kind}"

@@ -1,0 +1,351 @@
+"""Family ``clip-text``: the text encoders of Stable Diffusion and SDXL (CLIP-L, OpenCLIP ViT-H and bigG).
+
+Read from a ``text_encoder`` folder of transformers, a pipeline folder, or the single file of a whole pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from tstitch_engines.bundle.manifest import Precision
+from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
+from tstitch_engines.spec import TensorSpec
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, LoraTarget, Role, Scalar
+from tstitch_export.families.clip_text.layout import PREFIXES, Piece, Shapes, find_tower, name_pieces, take
+from tstitch_export.families.clip_text.tokenizer import ClipTokenizer, read_tokenizer
+from tstitch_export.families.lora.fuse import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
+from tstitch_export.families.options import typed
+from tstitch_export.needs import need_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tstitch_export.families.clip_text.model import ClipTextConfig
+
+__all__ = ["ClipTextFamily"]
+
+_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_ACTIVATIONS: Final = ("quick_gelu", "gelu")
+_TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+_HIGHEST: Final = -1  # pooled_at: the highest token ends the text, not a certain one
+# transformers' own defaults, for what a config.json leaves out
+_DEFAULTS: Final = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+}
+
+
+class ClipTextFamily(Family):
+    """input_ids int64 ``[B,77]`` -> hidden ``[B,77,D]`` and, where the encoder has a projection, pooled ``[B,E]``."""
+
+    name = "clip-text"
+    role: ClassVar[Role] = "text_encoder"
+    options: Mapping[str, tuple[type, str]] = MappingProxyType(
+        {
+            "hidden_state": (int, "which hidden state conditions: -1 the last, -2 the one before (SDXL), -3..."),
+            "final_norm": (bool, "whether the final norm is applied to it; by default to the last only"),
+            "tokenizer": (str, "the tokenizer's folder, where it does not lie beside the text encoder"),
+            "part": (str, "which encoder of a pipeline or single file: text_encoder or text_encoder_2"),
+            "lora": LORA_OPTION,
+        }
+    )
+
+    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+        options = typed(options, self.options, what=f"family {self.name!r}")
+        part = str(options.get("part", "text_encoder"))
+        if part not in PREFIXES:
+            raise unknown_name("part with a text encoder", part, PREFIXES)
+        found = _inspect_file(path, part, options) if path.is_file() else _inspect_folder(path, part, options)
+        config, layers = found.config, int(found.config["layers"])
+        if not -layers <= int(config["hidden_state"]) <= -1:
+            raise BadInput(
+                f"hidden_state is {config['hidden_state']}; allowed is -{layers} to -1, for its {layers} layers",
+                hint="-1 is the last one (Stable Diffusion), -2 the one before (SDXL)",
+            )
+        if int(config["tokens"]) < 3:
+            raise BadCheckpoint(f"{path} has {config['tokens']} token positions", hint="give a CLIP text encoder")
+        loras = parse_loras(str(options.get("lora") or ""))
+        if not loras:
+            return found
+        pieces, shapes = _pieces(found)
+        whole = {name: piece.shape(shapes) for name, piece in pieces.items()}
+        check_loras(loras, whole, model=path.name, part=str(config["part"]), aliases=_aliases(whole))
+        return replace(
+            found,
+            files=(*found.files[:1], *(use.path for use in loras), *found.files[1:]),  # the weights stay the last
+            config={**config, "lora": describe_loras(loras)},
+            loras=loras,
+        )
+
+    def holds(self, shapes: Shapes, part: str) -> bool:
+        return part in PREFIXES and find_tower(shapes, part) is not None
+
+    def load(self, inspection: Inspection) -> nn.Module:
+        torch = need_torch("exporting a text encoder")
+        from tstitch_export.families.clip_text.model import ClipText
+
+        weights = inspection.files[-1]
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            model = ClipText(_model_config(inspection.config))
+        wanted = model.state_dict()
+        pieces, shapes = _pieces(inspection)
+        take(
+            pieces,
+            shapes,
+            {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+            unused=frozenset({"encoder.layers.", "final_layer_norm.", "text_projection."}),
+            what=weights.name,
+        )
+        stored = read_checkpoint(weights).tensors()
+        # A LoRA may have layers that nothing reads: those above the hidden state that is taken.
+        names = pieces if inspection.loras else wanted
+        state = {name: pieces[name].tensor(stored).float().contiguous() for name in names}
+        part = str(inspection.config["part"])
+        fuse(state, inspection.loras, model=weights.name, part=part, aliases=_aliases(state))
+        state = {name: state[name] for name in wanted}
+        if bad := next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None):
+            raise BadCheckpoint(
+                f"{weights.name}: {pieces[bad].source} holds NaN or infinity", hint="take a checkpoint from before that"
+            )
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(name="input_ids", dtype="int64", shape=("B", int(inspection.config["tokens"]))),)
+
+    def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
+        config, dtype = inspection.config, TORCH_NAMES[precision]
+        hidden = TensorSpec(name="hidden", dtype=dtype, shape=("B", int(config["tokens"]), int(config["width"])))
+        if not config["projection"]:
+            return (hidden,)
+        return hidden, TensorSpec(name="pooled", dtype=dtype, shape=("B", int(config["projection"])))
+
+    def example(
+        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
+    ) -> tuple[Tensor, ...]:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        config = inspection.config
+        tokens, bos, eos, pad = (int(config[name]) for name in ("tokens", "bos", "eos", "pad"))
+        lengths = torch.randint(0, tokens - 1, (batch, 1), generator=generator)
+        words = torch.randint(0, min(bos, eos) or int(config["vocabulary"]), (batch, tokens), generator=generator)
+        place = torch.arange(tokens)[None] - 1
+        ids = torch.where(place < lengths, words, torch.where(place == lengths, eos, pad))
+        ids[:, 0] = bos
+        return (ids,)
+
+    def lora_target(self, inspection: Inspection) -> LoraTarget:
+        pieces, stored = _pieces(inspection)
+        shapes = {name: piece.shape(stored) for name, piece in pieces.items()}
+        return LoraTarget(part=str(inspection.config["part"]), shapes=shapes, aliases=_aliases(shapes))
+
+    def assets(self, inspection: Inspection, folder: Path) -> Mapping[str, Path]:
+        path = folder / "tokenizer.json"
+        read_tokenizer(inspection.files[0].parent).write(path)
+        return {"tokenizer": path}
+
+
+def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspection:
+    folder = path
+    # The refiner of SDXL has a text_encoder_2 alone.
+    there = [name for name in (part, *PREFIXES) if (path / name / "config.json").is_file()]
+    if there or (path / "model_index.json").is_file():
+        if "part" in options and part not in there:
+            raise BadCheckpoint(
+                f"{path} has no {part}: it looks like {describe_folder(path)}", hint="name another part"
+            )
+        part = there[0] if there else part
+        folder = path / part
+    elif path.name in PREFIXES and "part" not in options:
+        part = path.name
+    config = read_json(folder / "config.json")
+    kinds = (config or {}).get("architectures") or ()
+    if config is None or not any(kind in _CLASSES for kind in kinds):
+        raise BadCheckpoint(
+            f"{path} is no CLIP text encoder: it looks like {describe_folder(path)}",
+            hint="give the text_encoder folder of a Stable Diffusion pipeline (config.json and model.safetensors)",
+        )
+    value = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
+    if type(value["eos_token_id"]) is not int:
+        raise BadCheckpoint(
+            f"{path}: eos_token_id is {value['eos_token_id']!r}; wanted is one token", hint="give a CLIP text encoder"
+        )
+    if value["hidden_act"] not in _ACTIVATIONS:
+        raise BadCheckpoint(
+            f"{path}: hidden_act is {value['hidden_act']!r}; known are {', '.join(_ACTIVATIONS)}",
+            hint="give a CLIP text encoder",
+        )
+    weights = weights_file(folder, ("model", "pytorch_model"))
+    projection = read_checkpoint(weights).shapes.get("text_projection.weight") if "CLIPTextModel" not in kinds else None
+    index = read_json(folder.parent / "model_index.json") or {}
+    return _inspection(
+        layout="transformers",
+        path=folder,
+        part=part,
+        files=(folder / "config.json", *files_of(weights)),
+        tokenizer=_find_tokenizer(folder, part, options),
+        options=options,
+        hidden_state=-2 if "XL" in str(index.get("_class_name")) else -1,
+        final_norm=None,
+        config={
+            "layers": value["num_hidden_layers"],
+            "width": value["hidden_size"],
+            "heads": value["num_attention_heads"],
+            "inner": value["intermediate_size"],
+            "vocabulary": value["vocab_size"],
+            "tokens": value["max_position_embeddings"],
+            "activation": value["hidden_act"],
+            "epsilon": value["layer_norm_eps"],
+            "projection": projection[0] if projection else 0,
+            # Text models of before transformers 4.31 say 2, and mean the highest token.
+            "pooled_at": _HIGHEST if value["eos_token_id"] == 2 else value["eos_token_id"],
+        },
+    )
+
+
+def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspection:
+    shapes = read_checkpoint(path).shapes
+    found = find_tower(shapes, part)
+    if found is None and "part" not in options:
+        part = "text_encoder_2"
+        found = find_tower(shapes, part)
+    if found is None:
+        raise BadCheckpoint(
+            f"{path.name} has no {options.get('part', 'text encoder')}: no tensor starts with "
+            f"{' or '.join(prefix for prefix, _ in PREFIXES[part])}",
+            hint="give the text_encoder folder of a pipeline, or the single file of a whole Stable Diffusion or SDXL",
+        )
+    prefix, is_open = found
+    if "tokenizer" not in options:
+        raise BadCheckpoint(
+            f"{path.name} is a single file and holds no tokenizer",
+            hint=f"give a tokenizer folder (vocab.json and merges.txt): --option {part}.tokenizer=DIR",
+        )
+    pieces = {name: piece.shape(shapes) for name, piece in name_pieces(shapes, prefix=prefix, is_open=is_open).items()}
+    try:
+        vocabulary, width = pieces["embeddings.token_embedding.weight"]
+        tokens = pieces["embeddings.position_embedding.weight"][0]
+        inner = pieces["encoder.layers.0.mlp.fc1.weight"][0]
+    except KeyError as missing:
+        raise BadCheckpoint(f"{path.name} lacks {prefix} {missing}", hint="download or copy it again") from None
+    xl = prefix.startswith("conditioner.")
+    projection = pieces.get("text_projection.weight") if xl and is_open else None
+    return _inspection(
+        layout="single-file",
+        path=path,
+        part=part,
+        files=(path,),
+        tokenizer=_find_tokenizer(path, part, options),
+        options=options,
+        # Stable Diffusion 2.x takes the state before the last too, and normalises it.
+        hidden_state=-2 if xl or is_open else -1,
+        final_norm=True if not xl else None,
+        config={
+            "layers": 1 + max(int(name.split(".")[2]) for name in pieces if name.startswith("encoder.layers.")),
+            "width": width,
+            "heads": max(1, width // 64),  # leaves no trace in the shapes: CLIP's heads have 64 channels
+            "inner": inner,
+            "vocabulary": vocabulary,
+            "tokens": tokens,
+            "activation": "gelu" if is_open else "quick_gelu",
+            "epsilon": 1e-5,
+            "projection": projection[0] if projection else 0,
+            "prefix": prefix,
+            "open": is_open,
+        },
+    )
+
+
+def _inspection(
+    *,
+    layout: str,
+    path: Path,
+    part: str,
+    files: tuple[Path, ...],
+    tokenizer: ClipTokenizer,
+    options: Mapping[str, Scalar],
+    hidden_state: int,
+    final_norm: bool | None,
+    config: Mapping[str, Any],
+) -> Inspection:
+    if tokenizer.size > config["vocabulary"]:
+        raise BadCheckpoint(
+            f"{tokenizer.folder} has {tokenizer.size} tokens, the text encoder {path.name} {config['vocabulary']}",
+            hint="give the tokenizer that the text encoder was trained with",
+        )
+    state = int(options.get("hidden_state", hidden_state))
+    norm = final_norm if final_norm is not None and "hidden_state" not in options else state == -1
+    return Inspection(
+        family=ClipTextFamily.name,
+        layout=layout,
+        path=path,
+        files=(*tokenizer.files, *files),
+        config={
+            **config,
+            "part": part,
+            "hidden_state": state,
+            "final_norm": bool(options.get("final_norm", norm)),
+            "bos": tokenizer.bos,
+            "eos": tokenizer.eos,
+            "pooled_at": config.get("pooled_at", tokenizer.eos),
+            "pad": tokenizer.pad,
+        },
+        packages=("tokenizers",),
+    )
+
+
+def _find_tokenizer(path: Path, part: str, options: Mapping[str, Scalar]) -> ClipTokenizer:
+    given = options.get("tokenizer")
+    folder = Path(str(given)) if given is not None else path.parent / _TOKENIZERS[part]
+    if not folder.is_dir():
+        raise BadCheckpoint(
+            f"the text encoder {path} has no tokenizer: {folder} does not exist",
+            hint=f"give its folder (vocab.json and merges.txt): --option {part}.tokenizer=DIR",
+        )
+    return read_tokenizer(folder)
+
+
+def _pieces(inspection: Inspection) -> tuple[dict[str, Piece], Shapes]:
+    """Where each parameter is stored, and the shapes of what is stored."""
+    shapes = read_checkpoint(inspection.files[-1]).shapes
+    prefix, is_open = str(inspection.config.get("prefix", "")), bool(inspection.config.get("open", False))
+    return name_pieces(shapes, prefix=prefix, is_open=is_open), shapes
+
+
+def _aliases(names: Iterable[str]) -> dict[str, str]:
+    """The modules as LoRAs spell them, after transformers' classes before version 5."""
+    modules = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    return {f"text_model.{module}": module for module in modules}
+
+
+def _model_config(config: Mapping[str, Scalar]) -> ClipTextConfig:
+    from tstitch_export.families.clip_text.model import ClipTextConfig
+
+    return ClipTextConfig(
+        layers=int(config["layers"]),
+        width=int(config["width"]),
+        heads=int(config["heads"]),
+        inner=int(config["inner"]),
+        vocabulary=int(config["vocabulary"]),
+        tokens=int(config["tokens"]),
+        activation=str(config["activation"]),
+        epsilon=float(config["epsilon"]),
+        projection=int(config["projection"]),
+        hidden_state=int(config["hidden_state"]),
+        final_norm=bool(config["final_norm"]),
+        eos=None if config["pooled_at"] == _HIGHEST else int(config["pooled_at"]),
+    )

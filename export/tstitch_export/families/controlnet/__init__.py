@@ -1,0 +1,1 @@
+"""ControlNets for Stable Diffusion and SDXL."""

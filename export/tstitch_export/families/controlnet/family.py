@@ -1,0 +1,187 @@
+"""Family ``controlnet``: ControlNets (arXiv 2302.05543) for Stable Diffusion and SDXL, in folders or single files.
+
+A copy of a UNet's way down that also sees a picture; what it gives is added to the UNet's own connections. Its
+residuals come out under the names a member takes them by, already times ``control_scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from tstitch_engines.bundle.manifest import Precision, TextInputs
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.spec import TensorSpec
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
+from tstitch_export.families.controlnet.layout import control_config, control_names
+from tstitch_export.families.unet.config import UNetConfig
+from tstitch_export.families.unet.family import latent_dims, random_inputs, residual_specs, residual_text, text_specs
+from tstitch_export.families.unet.sdxl import sdxl_text
+from tstitch_export.families.unet.source import Source, read_diffusers
+from tstitch_export.needs import need, need_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["ControlNetFamily", "residuals_fit"]
+
+_CLASS: Final = "ControlNetModel"
+_SINGLE: Final = "single-file"
+_NATIVE: Final = {"sd": 64, "sdxl": 128}  # a ControlNet does not state the size it was trained at
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetInspection(Inspection):
+    """``controlnet`` is what diffusers' ``from_config`` takes; ``weights`` are among ``files``."""
+
+    controlnet: Mapping[str, Any]
+    weights: tuple[Path, ...]
+
+
+class ControlNetFamily(Family):
+    """The members' ``sample``, ``timestep`` and text, ``control [B,3,8H,8W]`` in [0, 1], ``control_scale [B]``.
+
+    Gives ``down_residual_0 ...`` and ``mid_residual``.
+    """
+
+    name = "controlnet"
+    role: ClassVar[Role] = "controlnet"
+    options: Mapping[str, tuple[type, str]] = MappingProxyType({})
+
+    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> ControlNetInspection:
+        source = _single(path) if path.is_file() else read_diffusers(path, part="controlnet", kind=_CLASS)
+        config = UNetConfig(source.config)
+        problem = _problem(config)
+        if problem is not None:
+            raise BadCheckpoint(
+                f"{path} is a ControlNet of an unknown kind: {problem}",
+                hint="give one for Stable Diffusion or SDXL that takes an RGB picture and is not pooled",
+            )
+        assert config.width is not None, "checked with the kind"
+        text = TextInputs(hidden=("text_encoder",), width=config.width)
+        if config.kind == "sdxl":
+            text = sdxl_text(source, config)
+        side = _NATIVE[config.kind]
+        return ControlNetInspection(
+            family=self.name,
+            layout=source.layout,
+            path=source.path,
+            files=(*source.described, *source.weights),
+            config={
+                "model": f"ControlNet for {'Stable Diffusion' if config.kind == 'sd' else 'SDXL'}",
+                "parameters": source.parameters,
+                "channels": ",".join(map(str, config.channels)),
+                "layers": ",".join(map(str, config.layers)),
+                "text_width": config.width,
+                "multiple": config.multiple,
+                "factor": _factor(config),
+                "residuals": residual_text(config),
+            },
+            latent=(int(config["in_channels"]), side, side),
+            text=text,
+            packages=("diffusers",),
+            controlnet=source.config,
+            weights=source.weights,
+        )
+
+    def load(self, inspection: Inspection) -> nn.Module:
+        assert isinstance(inspection, ControlNetInspection)
+        need_torch("exporting a ControlNet")
+        diffusers = need("diffusers", f"the ControlNet {inspection.path.name}")
+        from tstitch_export.families.unet.model import ControlNet, assemble
+
+        name = inspection.path.name
+        state = read_checkpoint(inspection.weights[-1]).tensors()
+        if inspection.layout == _SINGLE:
+            names = control_names(state, UNetConfig(inspection.controlnet), name=name)
+            state = {ours: state[key] for key, ours in names.items()}
+        model = assemble(getattr(diffusers, _CLASS), inspection.controlnet, state, name=name)
+        return ControlNet(model, [spec.name for spec in self.inputs(inspection, "fp32")[2:]]).eval()
+
+    def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
+        assert isinstance(inspection, ControlNetInspection)
+        dtype = TORCH_NAMES[precision]
+        factor = _factor(UNetConfig(inspection.controlnet))
+        return (
+            TensorSpec(name="sample", dtype=dtype, shape=("B", inspection.latent[0], "H", "W")),
+            TensorSpec(name="timestep", dtype="float32", shape=("B",)),
+            *text_specs(inspection, precision),
+            TensorSpec(name="control", dtype=dtype, shape=("B", 3, f"{factor}*H", f"{factor}*W")),
+            TensorSpec(name="control_scale", dtype="float32", shape=("B",)),
+        )
+
+    def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
+        assert isinstance(inspection, ControlNetInspection)
+        return tuple(residual_specs(UNetConfig(inspection.controlnet), precision))
+
+    def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
+        assert isinstance(inspection, ControlNetInspection)
+        return latent_dims(inspection, UNetConfig(inspection.controlnet).multiple)
+
+    def example(
+        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
+    ) -> tuple[Tensor, ...]:
+        found = sizes or {name: dim.native for name, dim in self.dims(inspection).items()}
+        return random_inputs(self.inputs(inspection, "fp32"), {**found, "B": batch}, seed)
+
+
+def residuals_fit(member: Inspection, controlnet: Inspection) -> dict[str, str] | str:
+    """The member's residual inputs -> the ControlNet's outputs that feed them; or in words why they can't.
+
+    Channels and resolutions have to coincide one to one, as those of SSD-1B and Vega do with SDXL's: pruning took
+    layers of their transformers and their middle, and a ControlNet's middle residual is added where that was, as
+    diffusers does. BK-SDM has fewer blocks than Stable Diffusion's ControlNets give residuals for.
+    """
+    if not member.controlled:
+        return f"{member.path.name} was not exported to take residuals (option controlled)"
+    taken, given = str(member.config["residuals"]).split(), str(controlnet.config["residuals"]).split()
+    if taken != given:
+        return (
+            f"{member.path.name} takes {len(taken)} residuals ({' '.join(taken)}), {controlnet.path.name} gives "
+            f"{len(given)} ({' '.join(given)}); channels and resolutions have to be the same one to one"
+        )
+    ours, theirs = member.text, controlnet.text
+    assert ours is not None, "a controlled member has text"
+    assert theirs is not None, "as every ControlNet"
+    for what, left, right in (
+        ("text of width", ours.width, theirs.width),
+        ("a projection of width", ours.pooled_width, theirs.pooled_width),
+        ("sizes of the kind", ours.time_ids, theirs.time_ids),
+        ("latents with channels:", member.latent[0], controlnet.latent[0]),
+    ):
+        if left != right:
+            return f"{member.path.name} takes {what} {left}, {controlnet.path.name} {right}"
+    names = [*(f"down_residual_{index}" for index in range(len(taken) - 1)), "mid_residual"]
+    return {name: name for name in names}
+
+
+def _single(path: Path) -> Source:
+    shapes = read_checkpoint(path).shapes
+    config = control_config(shapes, name=path.name)
+    return Source(
+        layout=_SINGLE,
+        path=path,
+        described=(),
+        weights=(path,),
+        config=config.raw,
+        shapes={ours: shapes[key] for key, ours in control_names(shapes, config, name=path.name).items()},
+    )
+
+
+def _problem(config: UNetConfig) -> str | None:
+    if config.unknown is not None:
+        return config.unknown
+    colours = config.raw.get("conditioning_channels") or 3
+    if colours != 3:
+        return f"conditioning_channels = {colours}"
+    return "global_pool_conditions = true" if config.raw.get("global_pool_conditions") else None
+
+
+def _factor(config: UNetConfig) -> int:
+    """Pixels of the control picture per latent element: its embedding halves the sides once per step."""
+    steps = config.raw.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)
+    return int(2 ** (len(steps) - 1))

@@ -1,0 +1,147 @@
+"""diffusers ``DiTTransformer2DModel`` folders, exported as diffusers itself computes them.
+
+They are not converted to the published layout, because they are not the same function: diffusers spaces the timestep
+frequencies over 127 instead of 128 intervals (``downscale_freq_shift=1``), may use another epsilon in the second norm
+of a block, and gives every block its own timestep and label embedders.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.folder import files_of, read_json, weights_file
+from tstitch_export.checkpoint.pipeline import read_pipeline
+from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.families.base import Inspection
+from tstitch_export.families.dit.layout import published_name
+from tstitch_export.needs import need
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["inspect", "load"]
+
+_CLASS: Final = "DiTTransformer2DModel"
+_STEM: Final = "diffusion_pytorch_model"
+# diffusers' own defaults, for what a config.json leaves out
+_DEFAULTS: Final = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+}
+
+
+def inspect(path: Path, heads: int | None) -> Inspection:
+    """A model folder, or a pipeline folder with the model in ``transformer/``. Raises ``BadCheckpoint``."""
+    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+    config = _read_config(path, folder)
+    values: dict[str, int] = {key: config.get(key) or default for key, default in _DEFAULTS.items()}
+    if heads is not None and heads != values["num_attention_heads"]:
+        raise BadCheckpoint(
+            f"{path.name}: num_heads is {heads}, its config.json says {values['num_attention_heads']}",
+            hint="leave num_heads away for a diffusers folder",
+        )
+    weights = weights_file(folder, (_STEM,))
+    width = values["num_attention_heads"] * values["attention_head_dim"]
+    channels, patch, size = values["in_channels"], values["patch_size"], values["sample_size"]
+    out_channels = config.get("out_channels") or channels
+    if out_channels not in (channels, 2 * channels):
+        raise BadCheckpoint(
+            f"{path.name}: out_channels is {out_channels}; allowed are {channels} or {2 * channels} (learned variance)",
+            hint="this model predicts something else than noise, v or the picture",
+        )
+    shapes = read_checkpoint(weights).shapes
+    wanted = {
+        "pos_embed.proj.weight": (width, channels, patch, patch),
+        "proj_out_2.weight": (patch * patch * out_channels, width),
+    }
+    table = shapes.get("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight")
+    for name, shape in wanted.items():
+        if table is None or shapes.get(name) != shape:
+            got = f"{name} of shape {list(shapes[name])}" if name in shapes else looks_like(shapes)
+            raise BadCheckpoint(
+                f"{weights} does not fit its config.json: found {got}; wanted is {name} {list(shape)}",
+                hint="copy config.json and the weights from the same model",
+            )
+    assert table is not None
+    facts = read_pipeline(path)
+    return Inspection(
+        family="dit",
+        layout="diffusers",
+        path=folder,
+        files=(folder / "config.json", *files_of(weights)),
+        config={
+            "model": published_name(values["num_layers"], width, patch),
+            "depth": values["num_layers"],
+            "width": width,
+            "heads": values["num_attention_heads"],
+            "patch": patch,
+            "size": size,
+            "channels": channels,
+            "labels": table[0],
+            "learn_sigma": out_channels != channels,
+        },
+        latent=(channels, size, size),
+        labels=table[0],
+        learned_variance=out_channels != channels,
+        noise=facts.noise,
+        parametrisation=facts.parametrisation,
+    )
+
+
+def load(inspection: Inspection) -> nn.Module:
+    """diffusers' module behind the member signature."""
+    diffusers = need("diffusers", f"the diffusers folder {inspection.path.name}")
+    from torch import Tensor, nn
+
+    class Member(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+            out: Tensor = self.inner(sample, timestep=timestep, class_labels=labels, return_dict=False)[0]
+            return out
+
+    config, *_, weights = inspection.files
+    known = {k: v for k, v in json.loads(config.read_text()).items() if not k.startswith("_")}
+    model = diffusers.DiTTransformer2DModel.from_config(known)
+    try:
+        model.load_state_dict(read_checkpoint(weights).tensors())
+    except RuntimeError as error:
+        reason = str(error).splitlines()
+        raise BadCheckpoint(
+            f"{weights} does not fit its config.json: {reason[1].strip() if len(reason) > 1 else reason[0]}",
+            hint="copy config.json and the weights from the same model",
+        ) from None
+    return Member(model.float()).eval().requires_grad_(False)
+
+
+def _read_config(path: Path, folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if config is None:
+        index = read_json(path / "model_index.json")
+        if index is not None:
+            parts = ", ".join(key for key, value in index.items() if isinstance(value, list))
+            what = f"a diffusers {index.get('_class_name')} with the parts {parts}"
+        else:
+            what = "a folder without config.json"
+        raise BadCheckpoint(
+            f"{path} is no DiT: it looks like {what}",
+            hint=f"give the folder of a {_CLASS} (config.json and {_STEM}.safetensors), or a pipeline that has one",
+        )
+    kind = config.get("_class_name")
+    legacy = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"  # before diffusers 0.30
+    if kind != _CLASS and not legacy:
+        raise BadCheckpoint(
+            f"{path} is no DiT: its config.json is that of a diffusers {kind or 'model without _class_name'}",
+            hint=f"give the folder of a {_CLASS}",
+        )
+    return config

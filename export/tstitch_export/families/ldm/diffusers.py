@@ -1,0 +1,163 @@
+"""Class-conditional latent diffusion models as diffusers keeps them, exported as diffusers itself computes them.
+
+Either a ``UNet2DModel`` with ``num_class_embeds`` (the class is added to the time), or a ``UNet2DConditionModel``
+beside a folder ``class_embedder`` with one table ``[labels, cross_attention_dim]`` (the class is one token of context).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.checkpoint.pipeline import read_pipeline
+from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.families.base import Inspection
+from tstitch_export.needs import need
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["inspect", "load"]
+
+_ADDED: Final = "UNet2DModel"
+_ATTENDED: Final = "UNet2DConditionModel"
+_STEM: Final = "diffusion_pytorch_model"
+_EMBEDDER: Final = "class_embedder"
+# diffusers' own defaults, for what a config.json leaves out
+_CHANNELS: Final = {_ADDED: ((3, 3), (224, 448, 672, 896)), _ATTENDED: ((4, 4), (320, 640, 1280, 1280))}
+
+
+def inspect(path: Path) -> Inspection:
+    """A model folder, or a pipeline folder with the model in ``unet/``. Raises ``BadCheckpoint``."""
+    folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
+    config = read_json(folder / "config.json")
+    kind = None if config is None else config.get("_class_name")
+    if config is None or kind not in _CHANNELS:
+        raise BadCheckpoint(
+            f"{path} is no class-conditional latent diffusion model: it looks like {describe_folder(folder)}",
+            hint=f"give the folder of a {_ADDED} or {_ATTENDED}, a pipeline that has one, or the original checkpoint",
+        )
+    if config.get("class_embed_type") is not None:
+        raise BadCheckpoint(
+            f"{path.name}: class_embed_type is {config['class_embed_type']!r}; allowed is a table of classes (null)",
+            hint="models whose class is no label are not supported",
+        )
+    (default_in, default_out), widths = _CHANNELS[kind]
+    channels, out = config.get("in_channels") or default_in, config.get("out_channels") or default_out
+    widths = config.get("block_out_channels") or widths
+    if out != channels:
+        raise BadCheckpoint(
+            f"{path.name}: it has {channels} channels in and {out} out; allowed is the same number",
+            hint="this model predicts something else than noise, v or the picture",
+        )
+    weights = weights_file(folder, [_STEM])
+    shapes = read_checkpoint(weights).shapes
+    if shapes.get("conv_in.weight") != (wanted := (widths[0], channels, 3, 3)):
+        got = f"conv_in.weight of shape {list(shapes['conv_in.weight'])}" if "conv_in.weight" in shapes else None
+        raise BadCheckpoint(
+            f"{weights} does not fit its config.json: found {got or looks_like(shapes)}; wanted is conv_in.weight "
+            f"{list(wanted)}",
+            hint="copy config.json and the weights from the same model",
+        )
+    files, labels = _classes(path, folder, config, weights, shapes)
+    height, width = _size(path, config.get("sample_size"))
+    facts = read_pipeline(path)
+    return Inspection(
+        family="ldm",
+        layout="diffusers",
+        path=path,
+        files=files,
+        config={
+            "model": kind,
+            "widths": "-".join(map(str, widths)),
+            "channels": channels,
+            "labels": labels,
+            "multiple": 2 ** (len(widths) - 1),
+        },
+        latent=(channels, height, width),
+        labels=labels,
+        noise=facts.noise,
+        parametrisation=facts.parametrisation,
+        scaling=facts.scaling,
+        shift=facts.shift,
+        scheduler=facts.scheduler,
+    )
+
+
+def load(inspection: Inspection) -> tuple[nn.Module, nn.Embedding | None]:
+    """diffusers' module as ``(sample, timestep, context or labels)``, and the table of the tokens if it has one."""
+    diffusers = need("diffusers", f"the diffusers folder {inspection.path.name}")
+    from torch import Tensor, nn
+
+    from tstitch_export.families.ldm.model import embedding
+    from tstitch_export.families.unet.model import assemble
+
+    attended = inspection.config["model"] == _ATTENDED
+
+    class UNet(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+            given = {"encoder_hidden_states" if attended else "class_labels": condition}
+            out: Tensor = self.inner(sample, timestep, return_dict=False, **given)[0]
+            return out
+
+    file, *others, weights = inspection.files
+    tables = [other for other in others if other.parent.name == _EMBEDDER]  # others are shards of the weights
+    known = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
+    kind = getattr(diffusers, str(inspection.config["model"]))
+    unet = UNet(assemble(kind, known, read_checkpoint(weights).tensors(), name=inspection.path.name))
+    if not tables:
+        return unet, None
+    (table,) = read_checkpoint(tables[0]).tensors().values()
+    return unet, embedding(table.float())
+
+
+def _classes(
+    path: Path, folder: Path, config: dict[str, Any], weights: Path, shapes: dict[str, tuple[int, ...]]
+) -> tuple[tuple[Path, ...], int]:
+    """The files, and how many classes the model knows."""
+    own = shapes.get("class_embedding.weight")
+    if config["_class_name"] == _ADDED:
+        if own is None:
+            raise BadCheckpoint(
+                f"{path.name} is a {_ADDED} without num_class_embeds: it draws without a class",
+                hint="members of this family are class-conditional",
+            )
+        return (folder / "config.json", *files_of(weights)), own[0]
+    beside = next((base / _EMBEDDER for base in (path, folder.parent) if (base / _EMBEDDER).is_dir()), None)
+    if beside is None or own is not None:
+        raise BadCheckpoint(
+            f"{path} is a {_ATTENDED} "
+            + ("with num_class_embeds" if own else f"and has no {_EMBEDDER} folder beside it")
+            + ": its context is text or something else",
+            hint="for Stable Diffusion use family unet-sd; a class-conditional one has its table in class_embedder/",
+        )
+    table = files_of(weights_file(beside, [_STEM, "model"]))[0]
+    found = read_checkpoint(table).shapes
+    wanted = config.get("cross_attention_dim") or 1280
+    shape = next(iter(found.values())) if len(found) == 1 else ()
+    if len(shape) != 2 or shape[1] != wanted:
+        stated = ", ".join(f"{name} {list(size)}" for name, size in list(found.items())[:3])
+        raise BadCheckpoint(
+            f"{table} holds {stated}; allowed is one table [labels, {wanted}]",
+            hint="save the nn.Embedding's state dict",
+        )
+    return (folder / "config.json", table, *files_of(weights)), shape[0]
+
+
+def _size(path: Path, size: object) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    raise BadCheckpoint(
+        f"{path.name}: its config.json has the sample_size {size!r}; allowed is a number or [height, width]",
+        hint="write the latent's size into config.json",
+    )

@@ -1,0 +1,221 @@
+"""Family ``ldm``: class-conditional latent diffusion UNets (arXiv 2112.10752), each with its own class embedder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
+from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
+from tstitch_export.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from tstitch_export.families.base import Dim, Inspection, Scalar
+from tstitch_export.families.class_member import ClassMember, fill
+from tstitch_export.families.ldm import diffusers as ldm_diffusers
+from tstitch_export.families.ldm.layout import (
+    EMA,
+    TABLE,
+    UNET,
+    Heads,
+    LDMConfig,
+    config_from_shapes,
+    ema_name,
+    expected_shapes,
+    native_size,
+    noise_of,
+    published_name,
+)
+from tstitch_export.families.options import typed
+from tstitch_export.needs import need_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["LDMFamily"]
+
+_NULLS: Final = ("none", "uniform", "mean", "zeros")
+_DESCRIBING: Final = ("num_heads", "head_channels", "size", "ema")  # what a diffusers folder says itself
+
+
+class LDMFamily(ClassMember):
+    """sample ``[B,C,H,W]``, timestep ``[B]`` float32, labels ``[B]`` int64 -> model_output ``[B,C,H,W]``.
+
+    The class embedder is inside of the member, so that a pair may have tables of different widths.
+
+    Some published models know no null class, which guidance needs. ``null_embedding`` adds a label for it after the
+    others: ``uniform`` random numbers in [0, 1), as T-Stitch's own script for these models guides with (one fixed draw
+    here, so that the member stays a function), the ``mean`` of all classes, or ``zeros``.
+    """
+
+    name = "ldm"
+    options: Mapping[str, tuple[type, str]] = MappingProxyType(
+        {
+            "num_heads": (int, "attention heads of every block, where the widths do not tell"),
+            "head_channels": (int, "channels of an attention head, in place of num_heads"),
+            "size": (int, "side of the latent, where the widths do not tell"),
+            "ema": (bool, "take the moving average of the weights where the checkpoint has one; default true"),
+            "null_embedding": (str, "a null class for a table without one: none, uniform, mean or zeros"),
+            "dynamic": (bool, "any height and width in place of one size"),
+        }
+    )
+    choices: ClassVar[frozenset[str]] = frozenset({"null_embedding", "dynamic"})
+
+    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+        given = typed(options, self.options, what="family 'ldm'")
+        null = str(given.get("null_embedding", "none"))
+        if null not in _NULLS:
+            raise unknown_name("null_embedding", null, _NULLS)
+        if path.is_dir():
+            if told := [name for name in _DESCRIBING if name in given]:
+                raise BadInput(
+                    f"{path.name} is a diffusers folder, whose config.json says {told[0]}",
+                    hint=f"leave {told[0]} away for it",
+                )
+            found = ldm_diffusers.inspect(path)
+        else:
+            found = _original(path, given)
+        return _chosen(found, null, bool(given.get("dynamic", False)))
+
+    def load(self, inspection: Inspection) -> nn.Module:
+        torch = need_torch("exporting a latent diffusion model")
+        from tstitch_export.families.ldm.model import ClassConditional, UNet
+
+        if inspection.layout == "diffusers":
+            unet, table = ldm_diffusers.load(inspection)
+            model: nn.Module = unet if table is None else ClassConditional(unet, table)
+        else:
+            config = _config(inspection)
+            with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+                model = ClassConditional(UNet(config), torch.nn.Embedding(config.labels, config.context))
+            stored = read_checkpoint(inspection.path).tensors()
+            averaged = inspection.config["ema"]
+            weights = {
+                f"unet.{name}": stored[ema_name(name) if averaged else UNET + name] for name in expected_shapes(config)
+            }
+            fill(model, {**weights, "table.weight": stored[TABLE]}, inspection.path.name)
+        _add_null(model, str(inspection.config["null_embedding"]))
+        return model.eval().requires_grad_(False)
+
+    def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
+        if not inspection.config["dynamic"]:
+            return {}
+        _, height, width = inspection.latent
+        multiple = int(inspection.config["multiple"])
+        return {"H": Dim(native=height, multiple=multiple), "W": Dim(native=width, multiple=multiple)}
+
+
+def _original(path: Path, given: Mapping[str, Scalar]) -> Inspection:
+    checkpoint = read_checkpoint(path)
+    config = config_from_shapes(checkpoint.shapes, name=path.name, heads=_heads(given))
+    size = int(given["size"]) if "size" in given else native_size(config)
+    if size is None:
+        raise BadCheckpoint(
+            f"{path.name}: a UNet takes a latent of any size, and this one is none of the published ones",
+            hint="say the side of the latent it was trained on: --option MEMBER.size=N (image_size of its config)",
+        )
+    if size < 1 or size % config.multiple:
+        raise BadInput(
+            f"{path.name}: size is {size}; allowed are multiples of {config.multiple}",
+            hint=f"its {len(config.widths)} levels halve it {len(config.widths) - 1} times",
+        )
+    averaged = all(ema_name(name) in checkpoint.shapes for name in expected_shapes(config))
+    if not averaged and any(name.startswith(EMA) for name in checkpoint.shapes) and given.get("ema", True):
+        raise BadCheckpoint(
+            f"{path.name} has the moving average of some of its weights only",
+            hint="take the weights themselves: --option MEMBER.ema=false",
+        )
+    if given.get("ema") is True and not averaged:
+        raise BadCheckpoint(
+            f"{path.name} has no moving average of its weights ({EMA}...)", hint="leave ema away for it"
+        )
+    scale = float(f"{float(checkpoint.values('scale_factor')):.6g}") if "scale_factor" in checkpoint.shapes else None
+    return Inspection(
+        family="ldm",
+        layout="original",
+        path=path,
+        files=(path,),
+        config={
+            "model": published_name(config),
+            "base": config.base,
+            "widths": "-".join(map(str, config.widths)),
+            "blocks": config.blocks,
+            "attention": "-".join(map(str, config.attention)),
+            "depth": config.depth,
+            "context": config.context,
+            "channels": config.channels,
+            "num_heads": config.heads.number,
+            "head_channels": config.heads.channels,
+            "labels": config.labels,
+            "multiple": config.multiple,
+            "ema": averaged and bool(given.get("ema", True)),
+        },
+        latent=(config.channels, size, size),
+        labels=config.labels,
+        noise=_noise(checkpoint),
+        scaling=scale,
+        shift=None if scale is None else 0.0,
+    )
+
+
+def _noise(checkpoint: Checkpoint) -> NoiseScheduleSpec | None:
+    return noise_of(checkpoint.values("betas").tolist(), checkpoint.path.name) if "betas" in checkpoint.shapes else None
+
+
+def _heads(given: Mapping[str, Scalar]) -> Heads | None:
+    number, channels = given.get("num_heads"), given.get("head_channels")
+    if number is not None and channels is not None:
+        raise BadInput(
+            f"num_heads is {number} and head_channels {channels}; allowed is one of the two",
+            hint="give the one that the training's config has",
+        )
+    for name, value in (("num_heads", number), ("head_channels", channels)):
+        if value is not None and int(value) < 1:
+            raise BadInput(f"{name} is {value}; allowed is 1 or more", hint="see the training's config")
+    if number is None and channels is None:
+        return None
+    return Heads(number=int(number or 0), channels=int(channels or 0))
+
+
+def _config(inspection: Inspection) -> LDMConfig:
+    config = inspection.config
+
+    def numbers(key: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in str(config[key]).split("-") if part)
+
+    return LDMConfig(
+        base=int(config["base"]),
+        channels=int(config["channels"]),
+        widths=numbers("widths"),
+        blocks=int(config["blocks"]),
+        attention=numbers("attention"),
+        depth=int(config["depth"]),
+        context=int(config["context"]),
+        labels=int(config["labels"]),
+        heads=Heads(number=int(config["num_heads"]), channels=int(config["head_channels"])),
+    )
+
+
+def _chosen(found: Inspection, null: str, dynamic: bool) -> Inspection:
+    labels = found.labels + (null != "none")
+    return replace(found, labels=labels, config={**found.config, "null_embedding": null, "dynamic": dynamic})
+
+
+def _add_null(model: nn.Module, kind: str) -> None:
+    """Gives the class table of ``model`` one more row."""
+    if kind == "none":
+        return
+    import torch
+
+    from tstitch_export.families.ldm.model import embedding
+
+    name, table = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding))
+    row: Tensor = {
+        "uniform": torch.rand(table.embedding_dim, generator=torch.Generator().manual_seed(0)),
+        "mean": table.weight.mean(0),
+        "zeros": torch.zeros(table.embedding_dim),
+    }[kind]
+    owner, _, attribute = name.rpartition(".")
+    longer = embedding(torch.cat([table.weight, row[None]]))
+    setattr(model.get_submodule(owner), attribute, longer)

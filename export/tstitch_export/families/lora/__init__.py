@@ -1,0 +1,1 @@
+"""Fusing LoRAs (arXiv 2106.09685) into weights."""

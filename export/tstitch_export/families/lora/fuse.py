@@ -1,0 +1,239 @@
+"""LoRAs fused into a model when it is built: W + weight * alpha / rank * up @ down (arXiv 2106.09685).
+
+``parse_loras`` reads the option, ``check_loras`` refuses a LoRA for another model before any weight is read, ``fuse``
+adds it up (``lora_deltas`` is what it adds, for who has the weights elsewhere). They know no architecture: a family
+gives the shapes of its modules and their other spellings, so that the text encoder's part of a file goes through the
+same code as the UNet's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BadCheckpoint, BadInput
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.folder import read_json
+from tstitch_export.families.base import LoraUse
+from tstitch_export.families.lora.keys import LoraLayer, lora_layers, lora_looks_like
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LORA_OPTION", "check_loras", "describe_loras", "fuse", "lora_deltas", "parse_loras"]
+
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+Delta = Callable[[], NDArray[np.float32]]
+
+LORA_OPTION: Final = (
+    str,
+    "LoRAs to fuse: FILE.safetensors[:WEIGHT], several with commas; weight 1 where none is given",
+)
+
+
+def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
+    """``"style.safetensors:0.8,lcm.safetensors"``; paths are relative to the working directory. Raises ``BadInput``."""
+    found = []
+    for item in (text or "").split(","):
+        name, colon, number = item.strip().rpartition(":")
+        path, weight = (name, _number(number)) if colon else (number, 1.0)
+        if weight is None and colon and Path(item.strip()).suffix == ".safetensors":
+            path, weight = item.strip(), 1.0  # a colon in the name
+        if (text or "").strip() and (not path or weight is None or not math.isfinite(weight)):
+            raise BadInput(
+                f"lora is {text!r}; allowed is FILE.safetensors[:WEIGHT], several with commas",
+                hint="e.g. --option large.lora=style.safetensors:0.8,lcm.safetensors",
+            )
+        if path and weight is not None:
+            found.append(LoraUse(Path(path), weight))
+    return tuple(found)
+
+
+def describe_loras(uses: Sequence[LoraUse]) -> str:
+    """What a manifest says of them: names and weights, in order."""
+    return ",".join(f"{use.path.name}:{use.weight:g}" for use in uses)
+
+
+def check_loras(
+    uses: Sequence[LoraUse],
+    shapes: Shapes,
+    *,
+    model: str,
+    part: str = "unet",
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Raises ``BadCheckpoint`` unless every layer that a file has for ``part`` fits a module of the model.
+
+    ``shapes`` are those of the model's state dict; ``aliases`` are other spellings of its module names. A file must
+    have something for the UNet; for a text encoder it may have nothing.
+    """
+    for use in uses:
+        layers = _matched(use, shapes, model, part, aliases or {})
+        parts = {layer.part for layer in lora_layers(use.path, read_checkpoint(use.path).shapes)}
+        _log.log(
+            logging.INFO if layers else logging.WARNING,
+            "%s: %d layers for the %s of %s",
+            *(use.path.name, len(layers), part.replace("_", " "), model),
+        )
+        for other in sorted(parts - {"unet"}) if part == "unet" else ():
+            _log.warning(
+                "%s has layers for the %s too, which are fused only where that part is given them: --lora %s=%s:%g",
+                *(use.path.name, other.replace("_", " "), other, use.path, use.weight),
+            )
+
+
+def fuse(
+    state: dict[str, Tensor],
+    uses: Sequence[LoraUse],
+    *,
+    model: str,
+    part: str = "unet",
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Adds the LoRAs to the weights in ``state``, in float32. Raises what ``check_loras`` does."""
+    import torch
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for use in uses:
+        for key, delta in lora_deltas(use, shapes, model=model, part=part, aliases=aliases):
+            state[key] = state[key].float() + torch.from_numpy(delta())
+
+
+def lora_deltas(
+    use: LoraUse,
+    shapes: Shapes,
+    *,
+    model: str,
+    part: str = "unet",
+    aliases: Mapping[str, str] | None = None,
+) -> list[tuple[str, Delta]]:
+    """What a file adds to the weights: their keys in ``shapes``, and functions that compute it, float32. No torch.
+
+    A key comes twice where the file has two layers for it. Raises what ``check_loras`` does.
+    """
+    matched = _matched(use, shapes, model, part, aliases or {})
+    arrays = read_checkpoint(use.path).arrays()
+    settings = _settings(use.path, part)
+
+    def delta(layer: LoraLayer, module: str) -> NDArray[np.float32]:
+        pieces = {piece: arrays[key]().astype(np.float32) for piece, key in layer.keys.items()}
+        scale = np.float32(use.weight * _scale(pieces, module, settings))
+        return scale * _product(pieces).reshape(shapes[f"{module}.weight"])
+
+    return [(f"{module}.weight", partial(delta, layer, module)) for layer, module in matched]
+
+
+def _product(pieces: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """``up @ down``, through the middle convolution where there is one (LoCon, Tucker decomposition)."""
+    down, up = (pieces[name].reshape(len(pieces[name]), -1) for name in ("down", "up"))
+    if "mid" not in pieces:
+        return up @ down
+    product: NDArray[np.float32] = np.einsum("or,rsyx,si->oiyx", up, pieces["mid"], down, optimize=True)
+    return product
+
+
+def _scale(pieces: Mapping[str, NDArray[np.float32]], module: str, settings: Mapping[str, Any]) -> float:
+    rank = pieces["down"].shape[0]
+    alpha = float(pieces["alpha"]) if "alpha" in pieces else settings.get("lora_alpha")
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if "alpha" not in pieces and re.fullmatch(rf"(.*\.)?({pattern})", module):  # as PEFT matches it
+            alpha = value
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _matched(
+    use: LoraUse, shapes: Shapes, model: str, part: str, aliases: Mapping[str, str]
+) -> list[tuple[LoraLayer, str]]:
+    stored = read_checkpoint(use.path).shapes
+    layers = lora_layers(use.path, stored)
+    wanted = [layer for layer in layers if layer.part == part]
+    modules = {_spelt(alias): module for alias, module in aliases.items()}
+    modules |= {_spelt(key[: -len(".weight")]): key[: -len(".weight")] for key in shapes if key.endswith(".weight")}
+    found, problem = [], None
+    for layer in wanted:
+        module = modules.get(_spelt(layer.name))
+        if module is None:
+            problem = problem or f"the model has no {layer.name}"
+        elif (got := _shape(layer, stored)) != (want := _padded(shapes[f"{module}.weight"])):
+            problem = problem or f"{module} is {_text(want)}, the LoRA is for {_text(got)}"
+        else:
+            found.append((layer, module))
+    if len(found) < len(wanted) or (part == "unet" and not wanted):
+        raise BadCheckpoint(
+            f"{use.path.name} is a LoRA for another model than {model}: {len(found)} of its {len(wanted)} "
+            f"{part.replace('_', ' ')} layers match ({problem or 'it has none'}); it looks like "
+            f"{lora_looks_like(layers, stored)}",
+            hint="give one that was trained for this model, or leave the option lora away",
+        )
+    if _settings(use.path, part).get("use_dora"):
+        raise BadCheckpoint(
+            f"{use.path.name} is DoRA, not a plain LoRA",
+            hint="merge it with the tool that made it, and give the merged model",
+        )
+    return found
+
+
+def _shape(layer: LoraLayer, stored: Shapes) -> tuple[int, ...]:
+    """Of the product: (out, in, height, width of the kernel). (0, ) where down, mid and up don't fit each other."""
+    down, up = _padded(stored[layer.keys["down"]]), _padded(stored[layer.keys["up"]])
+    kernel = down[2:]
+    if "mid" in layer.keys:
+        mid = _padded(stored[layer.keys["mid"]])
+        if down[2:] != (1, 1) or mid[:2] != (up[1], down[0]):
+            return (0,)
+        kernel = mid[2:]
+    elif up[1] != down[0]:
+        return (0,)
+    return (up[0], down[1], *kernel) if up[2:] == (1, 1) else (0,)
+
+
+def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A matrix as a convolution of one pixel."""
+    return (*shape, *(1,) * (4 - len(shape)))
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return (
+        "x".join(map(str, shape if shape[2:] != (1, 1) else shape[:2])) if len(shape) > 1 else "factors that don't fit"
+    )
+
+
+def _spelt(name: str) -> str:
+    """One spelling for ``down_blocks.0.attn1.to_q`` and ``down_blocks_0_attn1_to_q``."""
+    return name.replace(".", "_")
+
+
+def _settings(path: Path, part: str) -> dict[str, Any]:
+    """What PEFT notes about a LoRA besides its tensors: in the file (diffusers), or in ``adapter_config.json``."""
+    if path.suffix != ".safetensors":
+        return {}
+    noted = {}
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    if text := header.get("__metadata__", {}).get("lora_adapter_metadata"):
+        noted = {
+            key.removeprefix(f"{part}."): value for key, value in json.loads(text).items() if key.startswith(f"{part}.")
+        }
+    elif any(key.startswith("base_model.model.") for key in header):
+        noted = read_json(path.parent / "adapter_config.json") or {}
+    return noted
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

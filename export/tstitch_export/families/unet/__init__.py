@@ -1,0 +1,1 @@
+"""The UNets of Stable Diffusion and SDXL."""

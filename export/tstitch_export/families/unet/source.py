@@ -1,0 +1,111 @@
+"""Where a model's weights are and what they are called: folders, pipelines, shards, single files. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
+from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.families.unet.config import CLASS, UNetConfig
+from tstitch_export.families.unet.layout import PREFIX, config_from_shapes, module_names, rename, unet_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Source", "read_diffusers", "read_state", "read_unet"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+_STEM = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model on disk. ``shapes`` are under diffusers' names; ``config`` is what diffusers' ``from_config`` takes.
+
+    ``layout``: ``diffusers`` (``described`` are its JSON files) or ``original``, a single file.
+    """
+
+    layout: str
+    path: Path
+    described: tuple[Path, ...]
+    weights: tuple[Path, ...]
+    config: Mapping[str, Any]
+    shapes: Shapes
+    facts: PipelineFacts = field(default_factory=PipelineFacts)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def read_unet(path: Path) -> Source:
+    """A UNet: a model folder, a pipeline folder with one in ``unet/``, or a single file in the original layout.
+
+    Raises ``BadCheckpoint`` saying what it looks like when it is something else.
+    """
+    if path.is_dir() or not path.exists():
+        return read_diffusers(path, part="unet", kind=CLASS)
+    checkpoint = read_checkpoint(path)
+    if "conv_in.weight" in checkpoint.shapes and "time_embedding.linear_1.weight" in checkpoint.shapes:
+        raise BadCheckpoint(
+            f"{path.name} holds the weights of a diffusers model without its config.json",
+            hint=f"give the folder with both: {path.parent}",
+        )
+    config = config_from_shapes(checkpoint.shapes, name=path.name)
+    inside = unet_shapes(checkpoint.shapes)
+    names = rename(inside, module_names(config), name=path.name)
+    return Source(
+        layout="original",
+        path=path,
+        described=(),
+        weights=(path,),
+        config=config.raw,
+        shapes={names[key]: shape for key, shape in inside.items()},
+        facts=PipelineFacts(parametrisation="v" if "v_pred" in checkpoint.shapes else None),
+    )
+
+
+def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
+    """A diffusers folder with a ``kind``, or a pipeline folder with one in ``part``. Raises ``BadCheckpoint``."""
+    folder = path / part if (path / part / "config.json").is_file() else path
+    config = read_json(folder / "config.json")
+    if config is None or config.get("_class_name") != kind:
+        what = describe_folder(path if config is None else folder)
+        raise BadCheckpoint(
+            f"{path} has no {kind}: it looks like {what}",
+            hint=f"give the folder of a {kind} (config.json and {_STEM}.safetensors), or a pipeline with {part}/",
+        )
+    stored = weights_file(folder, (_STEM,))
+    shapes = read_checkpoint(stored).shapes
+    if "conv_in.weight" not in shapes:
+        raise BadCheckpoint(
+            f"{stored} does not fit its config.json: it looks like {looks_like(shapes)}",
+            hint="copy config.json and the weights from the same model",
+        )
+    return Source(
+        layout="diffusers",
+        path=folder,
+        described=(folder / "config.json",),
+        weights=files_of(stored),
+        config={key: value for key, value in config.items() if not key.startswith("_")},
+        shapes=shapes,
+        facts=read_pipeline(path) if folder != path else PipelineFacts(),
+    )
+
+
+def read_state(layout: str, weights: tuple[Path, ...], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors under diffusers' names, as stored."""
+    state = read_checkpoint(weights[-1]).tensors()
+    if layout == "diffusers":
+        return state
+    inside = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)} or state
+    names = rename(inside, module_names(UNetConfig(config)), name=weights[0].name)
+    return {names[key]: tensor for key, tensor in inside.items()}

@@ -1,0 +1,83 @@
+"""Family ``uvit``: published class-conditional U-ViT state dicts (arXiv 2209.12152)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.families.base import Inspection, Scalar
+from tstitch_export.families.class_member import ClassMember, fill
+from tstitch_export.families.options import typed
+from tstitch_export.families.uvit.layout import NOISE, config_from_shapes, published_name, time_of
+from tstitch_export.needs import need_torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["UViTFamily"]
+
+
+class UViTFamily(ClassMember):
+    """sample ``[B,C,H,W]``, timestep ``[B]`` float32, labels ``[B]`` int64 -> model_output ``[B,C,H,W]``.
+
+    The published models were trained with two kinds of noise, which the checkpoint does not say: it follows from the
+    size, or is stated with ``time``. The timesteps are those of that noise schedule; what the network itself is told
+    is computed in the graph.
+    """
+
+    name = "uvit"
+    options: Mapping[str, tuple[type, str]] = MappingProxyType(
+        {
+            "num_heads": (int, "attention heads, where the width does not tell"),
+            "time": (str, "discrete or continuous: the noise it was trained with, where the size does not tell"),
+        }
+    )
+
+    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+        given = typed(options, self.options, what="family 'uvit'")
+        if path.is_dir():
+            raise BadCheckpoint(
+                f"{path} is a folder; a U-ViT is published as one file", hint="give its nnet_ema.pth, or a .safetensors"
+            )
+        checkpoint = read_checkpoint(path)
+        heads, time = given.get("num_heads"), given.get("time")
+        config = config_from_shapes(checkpoint.shapes, name=path.name, heads=None if heads is None else int(heads))
+        convention = time_of(None if time is None else str(time), config, path.name)
+        return Inspection(
+            family=self.name,
+            layout="published",
+            path=path,
+            files=(path,),
+            config={
+                "model": published_name(config.depth, config.width, config.patch),
+                "depth": config.depth,
+                "width": config.width,
+                "heads": config.heads,
+                "patch": config.patch,
+                "size": config.size,
+                "channels": config.channels,
+                "labels": config.labels,
+                "mlp_ratio": config.mlp_ratio,
+                "qkv_bias": config.qkv_bias,
+                "mlp_time": config.mlp_time,
+                "conv": config.conv,
+                "time": convention,
+            },
+            latent=(config.channels, config.size, config.size),
+            labels=config.labels,
+            noise=NOISE[convention],
+        )
+
+    def load(self, inspection: Inspection) -> nn.Module:
+        torch = need_torch("exporting a U-ViT")
+        from tstitch_export.families.uvit.model import UViT
+
+        checkpoint = read_checkpoint(inspection.path)
+        config = config_from_shapes(checkpoint.shapes, name=inspection.path.name, heads=int(inspection.config["heads"]))
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            model = UViT(config, time_of(str(inspection.config["time"]), config, inspection.path.name))
+        return fill(model, checkpoint.tensors(), inspection.path.name)

@@ -1,0 +1,191 @@
+"""The published layout of a U-ViT state dict and what its shapes say about the model. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.signatures import compare, looks_like
+
+__all__ = [
+    "NOISE",
+    "PUBLISHED_SIZES",
+    "Time",
+    "UViTConfig",
+    "config_from_shapes",
+    "expected_shapes",
+    "published_name",
+    "time_of",
+]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# How the network is told the noise level, and with which noise it was trained (see `uvit_model.network_time`).
+Time = Literal["discrete", "continuous"]
+NOISE: Final[dict[str, NoiseScheduleSpec]] = {
+    "discrete": NoiseScheduleSpec(kind="scaled-linear", steps=1000, beta_start=0.00085, beta_end=0.012),
+    "continuous": NoiseScheduleSpec(kind="linear", steps=1000, beta_start=1e-4, beta_end=0.02),
+}
+
+# letter -> (blocks, width), arXiv 2209.12152, table 1: the block in the middle is one of them
+PUBLISHED_SIZES: Final = {"S": (13, 512), "M": (17, 768), "L": (21, 1024), "H": (29, 1152)}
+_HEADS: Final = {512: 8, 768: 12, 1024: 16, 1152: 16}  # the same table: they leave no trace in the shapes
+# The published training commands: H on Stable Diffusion's discrete times, the others on a continuous one.
+_TIMES: Final[dict[str, Time]] = {"S": "continuous", "M": "continuous", "L": "continuous", "H": "discrete"}
+_SIGNATURE: Final = ("patch_embed.proj.weight", "pos_embed", "decoder_pred.weight", "mid_block.attn.qkv.weight")
+_WHOLE: Final = "give the whole state dict of a U-ViT (nnet_ema.pth), with the parameter names of the published ones"
+_EXTRAS: Final = 2  # tokens before the patches: label, then time
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTConfig:
+    """One U-ViT: ``depth`` blocks, one of them in the middle; ``size`` is the side of the latent.
+
+    ``mlp_time``: the time features go through two layers; ``conv``: a 3x3 convolution at the end.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    size: int
+    channels: int
+    labels: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = False
+    mlp_time: bool = False
+    conv: bool = True
+
+    @property
+    def grid(self) -> int:
+        return self.size // self.patch
+
+
+def published_name(depth: int, width: int, patch: int) -> str:
+    """``U-ViT-H/2`` for a published size, else ``U-ViT``."""
+    letter = _letter(depth, width)
+    return f"U-ViT-{letter}/{patch}" if letter else "U-ViT"
+
+
+def time_of(given: str | None, config: UViTConfig, name: str) -> Time:
+    """``given``, or the time convention of the published size. Raises ``BadCheckpoint`` where neither tells."""
+    if given is None:
+        letter = _letter(config.depth, config.width)
+        if letter is None:
+            raise BadCheckpoint(
+                f"{name}: a U-ViT of {config.depth} blocks and width {config.width} is none of the published sizes, so "
+                "its shapes don't tell with which noise it was trained; time may be "
+                "discrete (Stable Diffusion's noise, timesteps 1 to 1000) or continuous (the linear VP SDE)",
+                hint="say it: --option MEMBER.time=discrete (train_ldm_discrete.py) or continuous (train_ldm.py)",
+            )
+        return _TIMES[letter]
+    for known in get_args(Time):
+        if given == known:
+            return known  # type: ignore[no-any-return]
+    raise BadCheckpoint(
+        f"{name}: time is {given!r}; allowed are {', '.join(get_args(Time))}",
+        hint="discrete is train_ldm_discrete.py, continuous is train_ldm.py of the published code",
+    )
+
+
+def expected_shapes(config: UViTConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a published state dict of this configuration."""
+    width, hidden = config.width, int(config.width * config.mlp_ratio)
+
+    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    shapes: dict[str, tuple[int, ...]] = {
+        "pos_embed": (1, _EXTRAS + config.grid**2, width),
+        "patch_embed.proj.weight": (width, config.channels, config.patch, config.patch),
+        "patch_embed.proj.bias": (width,),
+        "label_emb.weight": (config.labels, width),
+        **norm("norm"),
+        **linear("decoder_pred", config.patch**2 * config.channels, width),
+    }
+    if config.mlp_time:
+        shapes |= linear("time_embed.0", 4 * width, width) | linear("time_embed.2", width, 4 * width)
+    if config.conv:
+        shapes |= {
+            "final_layer.weight": (config.channels, config.channels, 3, 3),
+            "final_layer.bias": (config.channels,),
+        }
+    half = config.depth // 2
+    blocks = [f"in_blocks.{i}" for i in range(half)] + ["mid_block"] + [f"out_blocks.{i}" for i in range(half)]
+    for block in blocks:
+        shapes |= norm(f"{block}.norm1") | norm(f"{block}.norm2") | linear(f"{block}.attn.proj", width, width)
+        shapes |= linear(f"{block}.mlp.fc1", hidden, width) | linear(f"{block}.mlp.fc2", width, hidden)
+        shapes[f"{block}.attn.qkv.weight"] = (3 * width, width)
+        if config.qkv_bias:
+            shapes[f"{block}.attn.qkv.bias"] = (3 * width,)
+        if block.startswith("out_blocks."):
+            shapes |= linear(f"{block}.skip_linear", width, 2 * width)
+    return shapes
+
+
+def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> UViTConfig:
+    """The configuration that a state dict's shapes determine; ``name`` is the file's, for messages.
+
+    The latent's side is sqrt(positions - 2) x patch, the two being the label's and the time's. Raises
+    ``BadCheckpoint``.
+    """
+    if not all(key in shapes for key in _SIGNATURE) or len(shapes["patch_embed.proj.weight"]) != 4:
+        raise BadCheckpoint(f"{name} is no U-ViT: it looks like {looks_like(shapes)}", hint=_WHOLE)
+    if "label_emb.weight" not in shapes:
+        kind = "text-to-image" if any(key.startswith("context_embed") for key in shapes) else "unconditional"
+        raise BadCheckpoint(
+            f"{name} is a U-ViT without label_emb: it looks like an {kind} one".replace("an text", "a text"),
+            hint="members of this family are class-conditional: give one of the published ImageNet checkpoints",
+        )
+    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    tokens = shapes["pos_embed"][1] - _EXTRAS if len(shapes["pos_embed"]) == 3 else 0
+    grid = math.isqrt(max(tokens, 0))
+    if tokens < 1 or grid * grid != tokens:
+        raise BadCheckpoint(
+            f"{name}: pos_embed has shape {list(shapes['pos_embed'])}; allowed is [1, 2 + n*n, width], label, time and "
+            "a square latent",
+            hint="U-ViTs for pictures that are not square can't be told from their shapes and are not supported",
+        )
+    half = len({key.split(".")[1] for key in shapes if key.startswith("in_blocks.")})
+    config = UViTConfig(
+        depth=2 * half + 1,
+        width=width,
+        heads=_heads(heads, width, name),
+        patch=patch,
+        size=grid * patch,
+        channels=channels,
+        labels=shapes["label_emb.weight"][0],
+        mlp_ratio=shapes.get("mid_block.mlp.fc1.weight", (4 * width,))[0] / width,
+        qkv_bias="mid_block.attn.qkv.bias" in shapes,
+        mlp_time="time_embed.0.weight" in shapes,
+        conv="final_layer.weight" in shapes,
+    )
+    compare(expected_shapes(config), shapes, name, "U-ViT", _WHOLE)
+    return config
+
+
+def _letter(depth: int, width: int) -> str | None:
+    return next((name for name, size in PUBLISHED_SIZES.items() if size == (depth, width)), None)
+
+
+def _heads(given: int | None, width: int, name: str) -> int:
+    heads = _HEADS.get(width) if given is None else given
+    if heads is None:
+        known = ", ".join(f"{heads} at width {width}" for width, heads in _HEADS.items())
+        raise BadCheckpoint(
+            f"{name}: a U-ViT of width {width} may have any number of attention heads; known are {known}",
+            hint="say it: --option MEMBER.num_heads=N, or options = { num_heads = N } at the member in a recipe",
+        )
+    if heads < 1 or width % heads:
+        raise BadCheckpoint(
+            f"{name}: {heads} attention heads do not divide the width {width}",
+            hint="give the number the model was trained with: --option MEMBER.num_heads=N",
+        )
+    return heads

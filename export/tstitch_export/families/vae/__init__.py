@@ -1,0 +1,1 @@
+"""The VAE between pictures and latents (diffusers' AutoencoderKL)."""

@@ -1,0 +1,98 @@
+"""Graphs whose weights are stored in half the bytes: float16 initialisers behind a Cast, which every compiler folds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BuildFailed
+from tstitch_export.checkpoint.checkpoint import read_safetensors_header
+from tstitch_export.needs import need
+
+__all__ = ["refer_to_safetensors", "store_half"]
+
+_FLOAT, _HALF = 1, 10  # onnx.TensorProto element types
+_SMALL: Final = 64  # elements up to which a tensor stays in the graph
+
+
+def store_half(model: Any) -> None:
+    """Stores every large float32 initialiser of an ONNX model as float16. Values are rounded to float16."""
+    onnx = need("onnx", "packing a graph")
+    graph = model.graph
+    for tensor in list(graph.initializer):
+        if tensor.data_type == _FLOAT and np.prod(tensor.dims) > _SMALL:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            stored = onnx.numpy_helper.from_array(values, f"{tensor.name}.half")
+            _replace(graph, tensor, stored, transposed=False)
+
+
+def refer_to_safetensors(model: Any, weights: Path) -> None:
+    """Drops the graph's own copy of its weights: they are read from the safetensors file beside it.
+
+    A safetensors file is raw little-endian data at known offsets, which is what ONNX external data may point into.
+    The tracer renames and transposes weights, so each large initialiser is found among the file's tensors by value,
+    as it is or transposed, and gets a Cast to float32 (and a Transpose) in front, which a compiler folds so that its
+    engine depends on no other file. float32 tables stay in the graph: with nothing to fold, the engine would go on
+    referring to the file. Raises ``BuildFailed`` when a weight is in the file in neither form.
+    """
+    onnx = need("onnx", "packing a graph")
+    tensors = {name: value for name, value in _load(weights).items() if value.dtype == np.float16}
+    tables = {_fingerprint(value) for value in _load(weights).values() if value.dtype == np.float32}
+    as_is = {_fingerprint(value): name for name, value in tensors.items()}
+    flipped = {_fingerprint(value.T): name for name, value in tensors.items() if value.ndim == 2}
+    header = read_safetensors_header(weights)
+    graph = model.graph
+    stored: dict[str, Any] = {}
+    for tensor in list(graph.initializer):
+        if tensor.data_type != _FLOAT or np.prod(tensor.dims) <= _SMALL:
+            continue
+        key = _fingerprint(onnx.numpy_helper.to_array(tensor))
+        name = as_is.get(key) or flipped.get(key)
+        if name is None:
+            if key in tables or np.prod(tensor.dims) <= 1024:
+                continue  # a table: of positions, or of the tracer's own such as the timestep frequencies
+            raise BuildFailed(
+                f"{weights.name} has no tensor equal to the graph's {tensor.name} {list(tensor.dims)}",
+                hint="export the graph from exactly these weights, rounded to float16",
+            )
+        entry = header[name]
+        external = stored.get(name)
+        if external is None:
+            external = onnx.TensorProto(name=f"{name}.stored", data_type=_HALF)
+            external.dims.extend(entry.shape)
+            external.data_location = onnx.TensorProto.EXTERNAL
+            places = {"location": weights.name, "offset": str(entry.start), "length": str(entry.length)}
+            for field, value in places.items():
+                external.external_data.add(key=field, value=value)
+            stored[name] = external
+        _replace(graph, tensor, external, transposed=key not in as_is)
+
+
+def _replace(graph: Any, tensor: Any, stored: Any, *, transposed: bool) -> None:
+    """Puts ``stored`` (shared ones once) and the nodes that turn it into what ``tensor`` was."""
+    onnx = need("onnx", "packing a graph")
+    graph.initializer.remove(tensor)
+    if all(existing.name != stored.name for existing in graph.initializer):
+        graph.initializer.append(stored)
+    source, nodes = stored.name, []
+    if transposed:
+        nodes.append(onnx.helper.make_node("Transpose", [source], [f"{tensor.name}.transposed"], perm=[1, 0]))
+        source = f"{tensor.name}.transposed"
+    nodes.append(onnx.helper.make_node("Cast", [source], [tensor.name], to=_FLOAT))
+    for position, node in enumerate(nodes):
+        graph.node.insert(position, node)
+
+
+def _load(weights: Path) -> Mapping[str, NDArray[Any]]:
+    from safetensors.numpy import load_file
+
+    loaded: Mapping[str, NDArray[Any]] = load_file(weights)
+    return loaded
+
+
+def _fingerprint(values: NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+    return values.shape, np.ascontiguousarray(values, np.float32).tobytes()

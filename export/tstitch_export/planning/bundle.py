@@ -1,0 +1,84 @@
+"""Everything about a bundle that is decided and checked before anything is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tstitch_engines.bundle.manifest import Precision
+from tstitch_engines.spec import Range
+from tstitch_export.families import open_family
+from tstitch_export.families.base import Scalar
+from tstitch_export.families.options import split_options
+from tstitch_export.planning.compatibility import Agreement, agree
+from tstitch_export.planning.network import NetworkPlan, part_names, plan_member, plan_parts, precision_of
+from tstitch_export.planning.recipe import Recipe, check_member_name, load_recipe
+from tstitch_export.planning.sizes import Sizes, sizes_of
+
+__all__ = ["BundlePlan", "plan_bundle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundlePlan:
+    """``base``: where the recipe's paths start from. ``options``: those given that are no network's own."""
+
+    recipe: Recipe
+    base: Path
+    members: tuple[NetworkPlan, ...]
+    parts: Mapping[str, NetworkPlan]
+    agreement: Agreement
+    options: Mapping[str, Scalar]
+
+    @property
+    def networks(self) -> tuple[NetworkPlan, ...]:
+        """Members first, then parts."""
+        return (*self.members, *self.parts.values())
+
+    def sizes(self, *, batch: Range, height: Range | None, width: Range | None, tokens: Range | None) -> Sizes:
+        """``height`` and ``width`` are in pixels. Raises ``BadInput`` for what the models can't take."""
+        latent, factor = self.agreement.latent, self.agreement.decoder.factor
+        return sizes_of(self.members, latent, factor, batch=batch, height=height, width=width, tokens=tokens)
+
+
+def plan_bundle(
+    recipe: str | Path,
+    *,
+    members: Mapping[str, Path],
+    parts: Mapping[str, Path],
+    precision: Precision | Mapping[str, Precision],
+    options: Mapping[str, Scalar],
+    check: Callable[[dict[str, Scalar]], dict[str, Scalar]] = dict,
+) -> BundlePlan:
+    """The arguments are those of ``build``. Reads what checkpoints say of themselves, no weights; no torch is needed.
+
+    ``check`` types the options that are no network's own, before any checkpoint is read.
+
+    Raises ``BadInput`` and its kinds.
+    """
+    spec, base = load_recipe(recipe)
+    for name in members:
+        check_member_name(name)
+    names = [*spec.members, *(name for name in members if name not in spec.members)]
+    known = [*names, *part_names(spec, names)]
+    common, own = split_options(options, known)
+    settings = check(common)
+    if "controlnet" in parts:
+        for name in names:
+            described = spec.members.get(name) or spec.other_members
+            if described is not None and "controlled" in open_family(described.family).options:
+                own[name] = {"controlled": True, **own[name]}
+    plans = tuple(
+        plan_member(name, spec, base, members.get(name), own[name], precision_of(name, known, precision, None))
+        for name in names
+    )
+    beside, left_out = plan_parts(spec, plans, parts, own, precision)
+    agreement = agree(spec, plans, beside)
+    return BundlePlan(
+        recipe=spec,
+        base=base,
+        members=plans,
+        parts=beside,
+        agreement=replace(agreement, notes=(*left_out, *agreement.notes)),
+        options=settings,
+    )

@@ -1,0 +1,1 @@
+"""8-bit copies of ONNX graphs, made in a process of their own."""
