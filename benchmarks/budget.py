@@ -26,11 +26,11 @@ import msgspec
 import tstitch_trt
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, NotCalibrated, TStitchError
-from tstitch_trt.cost import Conditions, calibrate, current_calibration, predict_ms
-from tstitch_trt.cost.budget import warm_up
 from tstitch_trt.files import write_text
-from tstitch_trt.machine import describe_machine
 from tstitch_trt.progress import log, progress
+from tstitch_trt.study.budget import Conditions, calibrate, current_calibration, predict_ms
+from tstitch_trt.study.calibrate.warm_up import warm_up
+from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import save_study, study_digest, weights_of
 

@@ -40,8 +40,8 @@ from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import Inspection, open_family
 from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
 from tstitch_trt.files import write_text
-from tstitch_trt.machine import describe_machine
 from tstitch_trt.progress import log
+from tstitch_trt.study.machine import describe_machine
 
 RESULT: Final = Path(__file__).parent / "results" / "build-unets.json"
 PHASES: Final = ("weights", "export", "onnxruntime", "tensorrt-rtx")

@@ -34,12 +34,12 @@ from gpubench.walks import error_of
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.identity import digest, model_digest
 from tstitch_engines.errors import BadInput, FailedWork, TStitchError
-from tstitch_trt.bench import spread
+from tstitch_trt.cli._parsing import parse_fractions
 from tstitch_trt.files import write_text
-from tstitch_trt.machine import describe_machine, package_version
-from tstitch_trt.parsing import parse_fractions
-from tstitch_trt.plots import check_plot
+from tstitch_trt.plots.figure import check_plot
 from tstitch_trt.progress import log, progress
+from tstitch_trt.study.machine import describe_machine, package_version
+from tstitch_trt.study.statistics import spread
 
 CONTENDERS: Final = ("ours:onnxruntime", "ours:torch+compile=default", "torch-eager", "torch-compile", "diffusers")
 

@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 
 from tstitch_engines.bundle.bundle import open_bundle
-from tstitch_trt.machine import describe_machine, package_version
-from tstitch_trt.quantise import quantise
+from tstitch_trt.quantise.quantise import quantise
+from tstitch_trt.study.machine import describe_machine, package_version
 
 RUNS: Final = (("int8", "max"), ("int8", "entropy"), ("fp8", "max"))
 RESULTS: Final = Path(__file__).parent / "results" / "quantise"

@@ -22,7 +22,7 @@ from tstitch_engines.bundle.bundle import STUDIES, Bundle, open_bundle
 from tstitch_engines.errors import BadInput, TStitchError
 from tstitch_trt.files import write_text
 from tstitch_trt.progress import log
-from tstitch_trt.study.claim import claims_of
+from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Measure, Point
 from tstitch_trt.study.settings import share_of
 from tstitch_trt.study.store import differing_weights, load_studies

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tiny import TinyPair
+from support.tiny import TinyPair
 
 # Started in the background (`pytest &`, some CI runners) this process ignores Ctrl-C, and so would every child that the
 # tests interrupt: a handler here is the default there.
@@ -22,7 +22,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # What takes longest comes first, so that of two processes none waits long for the other at the end; and the families,
 # which want the exports of the pipelines too, when those are made.
-_LONG = ("pipelines", "test_readme.py", "test_class_pairs.py", "test_tensorrt_families.py", "test_cpu_families.py")
+_LONG = ("pipeline", "test_readme.py", "test_class_pairs.py", "test_families.py", "test_cpu_families.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return str(Path(file).parent) if Path(file).parent.name == "pipelines" else file
+            return str(Path(file).parent) if Path(file).parent.name == "pipeline" else file
 
     return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
 
@@ -63,7 +63,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def kernels_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The CUDA driver of the step kernels, compiled for the host."""
-    from cuda_stand_in import compile_kernels
+    from support.cuda_stand_in import compile_kernels
 
     compiler = shutil.which("g++")
     if compiler is None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from tstitch_engines.errors import TStitchError
-from tstitch_trt.accelerate import accelerate
-from tstitch_trt.load import load
-from tstitch_trt.plan import Plan, make_plan
-from tstitch_trt.result import Result, SegmentTiming, StepEvent
-from tstitch_trt.runtime import Runtime
-from tstitch_trt.schedule import Schedule, Segment
+from tstitch_trt.pipeline.accelerate import accelerate
+from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.plan.schedule import Schedule, Segment
+from tstitch_trt.runtime.load import load
+from tstitch_trt.runtime.result import Result, SegmentTiming, StepEvent
+from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = [
     "Plan",

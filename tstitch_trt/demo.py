@@ -10,13 +10,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_trt.machine import Machine, describe_machine
-from tstitch_trt.quality import QualityMeter
+from tstitch_trt.study.machine import Machine, describe_machine
+from tstitch_trt.study.quality import QualityMeter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from tstitch_trt.runtime import Runtime
+    from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["FRACTIONS", "Demo", "Point", "draw", "run"]
 
@@ -105,7 +105,7 @@ def run(
 
 def draw(figures: Demo, pictures: Sequence[NDArray[np.uint8]], names: Sequence[str]) -> Image:
     """Rows: the fractions with their figures. Columns: the first image of every class, the same seeds in each row."""
-    from tstitch_trt.images import labelled_rows
+    from tstitch_trt.images.grid import labelled_rows
 
     columns = min(figures.samples, len(names))
     rows = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from tstitch_engines.errors import TStitchError
-from tstitch_trt.machine import Machine, describe_machine, package_version
+from tstitch_trt.study.machine import Machine, describe_machine, package_version
 
 __all__ = ["Check", "Examination", "examine"]
 
@@ -101,7 +101,7 @@ def _native() -> Iterator[Check]:
 
 
 def _cuda() -> Iterator[Check]:
-    from tstitch_trt.machine import gpu_names
+    from tstitch_trt.study.machine import gpu_names
 
     gpus = gpu_names()
     yield Check(

@@ -22,7 +22,7 @@ from tstitch_engines.errors import FailedWork
 __all__ = ["sanitizer_part", "tests_part", "train_part"]
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL_TESTS = "tests/engines/test_cuda_device.py"
+KERNEL_TESTS = "tests/tstitch_engines/device/test_cuda.py"
 _BACKENDS = tuple(name.removeprefix("ours:") for name in CONTENDERS if name.startswith("ours:"))
 
 

@@ -20,10 +20,10 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput, OutOfProfile, unknown_name
-from tstitch_trt.eager import need_eager, torch_module
-from tstitch_trt.machine import package_version
-from tstitch_trt.plan import Plan, make_plan
-from tstitch_trt.starting import noise_of
+from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.reference.torch_module import need_eager, torch_module
+from tstitch_trt.request.init_image import noise_of
+from tstitch_trt.study.machine import package_version
 
 __all__ = ["Contender", "Work", "make_contender", "need_contenders"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gpubench.walks import Pair
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
-from tstitch_trt.plan import Plan
+from tstitch_trt.plan.plan import Plan
 
 __all__ = ["SOLVERS", "DiffusersWalk", "diffusers_schedulers"]
 

@@ -22,7 +22,7 @@ from gpubench.trace import traced
 from gpubench.walks import TorchWalk, error_of, initial_noise, labels_of
 from tstitch_engines.backends import open_backend
 from tstitch_engines.errors import FailedWork
-from tstitch_trt.plan import Plan, make_plan
+from tstitch_trt.plan.plan import Plan, make_plan
 
 __all__ = ["TOLERANCE", "run_case"]
 

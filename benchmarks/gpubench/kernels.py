@@ -11,7 +11,7 @@ from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.device.step_row import ROW, ROW_FIELDS
 from tstitch_engines.spec import itemsize
-from tstitch_trt.lanes import LaneArena
+from tstitch_trt.runtime.arena import LaneArena
 
 __all__ = ["kernel_part", "pair_bytes"]
 

@@ -17,10 +17,10 @@ from gpubench.record import Entry, spread_of
 from gpubench.trace import traced
 from gpubench.walks import RuntimeWalk
 from tstitch_engines.device.base import NotCaptured
-from tstitch_trt.conditioning import Conditioning, class_values
-from tstitch_trt.graphs import Kind
-from tstitch_trt.plan import Plan
-from tstitch_trt.runtime import Runtime
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.request.conditioning import Conditioning, class_values
+from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.runtime.step_graphs import Kind
 
 __all__ = ["OurWalk"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tstitch_trt.plots import figure
+from tstitch_trt.plots.figure import figure
 
 __all__ = ["markdown", "plot"]
 

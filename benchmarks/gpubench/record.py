@@ -15,7 +15,7 @@ import numpy as np
 
 from tstitch_engines.errors import TStitchError, Unavailable
 from tstitch_trt.files import write_text
-from tstitch_trt.machine import describe_machine
+from tstitch_trt.study.machine import describe_machine
 
 __all__ = ["FINISHED", "Context", "Entry", "NotRun", "Part", "spread_of"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from gpubench.cases import DitCase
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
-from tstitch_trt.plan import Plan
-from tstitch_trt.runtime import Runtime
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["TORCH_DTYPES", "Pair", "RuntimeWalk", "TorchWalk", "error_of", "initial_noise", "labels_of"]
 

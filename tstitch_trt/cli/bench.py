@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import (
+from tstitch_trt.cli._options import (
     budget_option,
     bundle_argument,
     load_runtime,
@@ -18,8 +18,8 @@ from tstitch_trt.cli._sampling import (
 )
 
 if TYPE_CHECKING:
-    from tstitch_trt.bench import Bench
-    from tstitch_trt.graphs import GraphMode
+    from tstitch_trt.bench.bench import Bench
+    from tstitch_trt.runtime.step_graphs import GraphMode
 
 __all__ = ["command"]
 
@@ -71,9 +71,9 @@ def command(
     Bare engine calls and trajectories are measured alternately, so that what the runtime adds (overhead, 1 = nothing)
     is honest on a busy machine too. All times are in milliseconds.
     """
-    from tstitch_trt.bench import measure
-    from tstitch_trt.parsing import parse_fractions
-    from tstitch_trt.plots import check_plot, plot_bench
+    from tstitch_trt.bench.bench import measure
+    from tstitch_trt.cli._parsing import parse_fractions
+    from tstitch_trt.plots.figure import check_plot, plot_bench
     from tstitch_trt.progress import log, progress
 
     budgets = parse_budgets(budget_ms)
@@ -85,7 +85,7 @@ def command(
     try:
         baseline = None
         if against is not None:
-            from tstitch_trt.eager import EagerTorch
+            from tstitch_trt.bench.torch_eager import EagerTorch
 
             baseline = EagerTorch.of(runtime.bundle, threads=runtime.threads)
         with progress("warming up", 1) as bar:

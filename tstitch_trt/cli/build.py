@@ -9,7 +9,7 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._loras import lora_texts
+from tstitch_trt.cli._options import lora_texts
 
 if TYPE_CHECKING:
     from tstitch_engines.backends import Progress
@@ -137,7 +137,7 @@ def command(
     """
     from tstitch_engines.spec import Range
     from tstitch_export.planning.recipe import recipe_names
-    from tstitch_trt.parsing import parse_pairs
+    from tstitch_trt.cli._parsing import parse_pairs
 
     if list_recipes:
         _list(as_json)
@@ -256,7 +256,7 @@ def _list(as_json: bool) -> None:
 
 def _precision(texts: tuple[str, ...]) -> Precision | dict[str, Precision]:
     """One for all, or one by member; ``build`` checks the values."""
-    from tstitch_trt.parsing import parse_pairs
+    from tstitch_trt.cli._parsing import parse_pairs
 
     common = [text for text in texts if "=" not in text]
     if not common:

@@ -36,7 +36,7 @@ def command(context: click.Context) -> None:
     """Show or empty the cache of exports and engines (TSTITCH_TRT_CACHE, else the user's cache folder).
 
     Bundles do not need it: it saves the time of building an unchanged part again. The bundles that
-    tstitch_trt.accelerate made of pipelines are kept beside it and count too. Without a subcommand: list.
+    tstitch_trt.pipeline.accelerate made of pipelines are kept beside it and count too. Without a subcommand: list.
     """
     if context.invoked_subcommand is None:
         context.invoke(list_command, as_json=False)
@@ -51,7 +51,7 @@ def list_command(as_json: bool) -> None:
 
     from tstitch_engines.bundle.cache import Cache
     from tstitch_trt.cli._text import print_json, print_table, size
-    from tstitch_trt.kept_bundles import kept_bundles
+    from tstitch_trt.pipeline.bundle_cache import kept_bundles
 
     cache = Cache()
     entries = sorted([*cache.stored(), *kept_bundles()], key=lambda entry: -entry.used)
@@ -86,8 +86,8 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
     What a build is using stays.
     """
     from tstitch_engines.bundle.cache import Cache
-    from tstitch_trt.kept_bundles import prune_kept
-    from tstitch_trt.parsing import parse_age, parse_size
+    from tstitch_trt.cli._parsing import parse_age, parse_size
+    from tstitch_trt.pipeline.bundle_cache import prune_kept
 
     if max_size is None and older_than is None:
         raise BadInput(
@@ -108,7 +108,7 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
 def clear_command(as_json: bool) -> None:
     """Remove everything, damaged and half-made entries too, but not what a build is using."""
     from tstitch_engines.bundle.cache import Cache
-    from tstitch_trt.kept_bundles import prune_kept
+    from tstitch_trt.pipeline.bundle_cache import prune_kept
 
     _say([*Cache().prune(), *prune_kept()], as_json)
 

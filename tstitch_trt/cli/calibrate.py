@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
+from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
-    from tstitch_trt.graphs import GraphMode
-    from tstitch_trt.runtime import Runtime
+    from tstitch_trt.runtime.runtime import Runtime
+    from tstitch_trt.runtime.step_graphs import GraphMode
     from tstitch_trt.study.records import Calibration
 
 __all__ = ["command"]
@@ -69,10 +69,10 @@ def command(
     not fitted on. --budget-ms (of sample and bench) and search use it; a calibration of another machine, library
     version, backend, device or number of threads is never used. Run it when the machine is as busy as it will be.
     """
-    from tstitch_trt.cost import Conditions, calibrate
-    from tstitch_trt.parsing import parse_numbers
-    from tstitch_trt.plots import check_plot, plot_calibration
+    from tstitch_trt.cli._parsing import parse_numbers
+    from tstitch_trt.plots.figure import check_plot, plot_calibration
     from tstitch_trt.progress import log, progress
+    from tstitch_trt.study.budget import Conditions, calibrate
     from tstitch_trt.study.store import save_study
 
     batches = None if batch is None else parse_numbers(batch, what="batch", example="--batch 1,4,8")
@@ -109,7 +109,7 @@ def command(
 
 def _sizes(runtime: Runtime, text: str) -> list[tuple[int, int]]:
     """Height and width of the latents. Raises ``BadInput``."""
-    from tstitch_trt.parsing import parse_pixels
+    from tstitch_trt.cli._parsing import parse_pixels
 
     pixels = [parse_pixels(part) for part in text.split(",")]
     return [runtime.limits.latent_size(height, width) for width, height in pixels]

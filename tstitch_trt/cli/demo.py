@@ -61,8 +61,8 @@ def command(
     ten classes; all rows start from the same noise. The table has the time and the quality of each row.
     """
     from tstitch_trt.demo import FRACTIONS, draw, run
-    from tstitch_trt.images import save_png
-    from tstitch_trt.outputs import METADATA_KEY, kind_of
+    from tstitch_trt.images.grid import save_png
+    from tstitch_trt.images.write import METADATA_KEY, kind_of
     from tstitch_trt.progress import log, progress
 
     if kind_of(output) != "png":
@@ -106,8 +106,8 @@ def _bundle(wanted: Path | None) -> Path:
     """The built-in pair's bundle, built or brought up to date. Unchanged parts come from the cache."""
     from tstitch_engines.bundle.cache import default_root
     from tstitch_export.build import build
-    from tstitch_trt.machine import version
     from tstitch_trt.progress import progress
+    from tstitch_trt.study.machine import version
 
     place = wanted or default_root() / f"fashion-{version()}.bundle"
     place.parent.mkdir(parents=True, exist_ok=True)

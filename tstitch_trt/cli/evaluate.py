@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
+from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.bundle import Bundle
     from tstitch_engines.bundle.manifest import Manifest
-    from tstitch_trt.graphs import GraphMode
+    from tstitch_trt.runtime.step_graphs import GraphMode
     from tstitch_trt.study.records import Evaluation, Setting
 
 __all__ = ["command"]
@@ -128,13 +128,13 @@ def command(
     and recall compare with real pictures.
     """
     from tstitch_engines.bundle.cache import default_root
+    from tstitch_trt.cli._parsing import parse_pairs
     from tstitch_trt.files import read_lines, require_parent
-    from tstitch_trt.parsing import parse_pairs
-    from tstitch_trt.plots import check_plot
+    from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress
-    from tstitch_trt.quality import NetworkOptions, Scorer
-    from tstitch_trt.study.claim import claims_of
-    from tstitch_trt.study.evaluate import Request, evaluate, prompts_for
+    from tstitch_trt.study.evaluate.claim import claims_of
+    from tstitch_trt.study.evaluate.evaluate import Request, evaluate, prompts_for
+    from tstitch_trt.study.quality import NetworkOptions, Scorer
     from tstitch_trt.study.store import save_study
 
     options = NetworkOptions.parse(parse_pairs(features_options, option="--features-option", value="VALUE"))
@@ -184,7 +184,7 @@ def command(
     log(f"record: {record}")
     members = tuple(manifest.members)
     if plot is not None:
-        from tstitch_trt.study.plot import plot_evaluation
+        from tstitch_trt.plots.evaluation import plot_evaluation
 
         plot_evaluation(plot, found, members)
         log(f"plot: {plot}")
@@ -255,7 +255,7 @@ def _usual_metrics(
 ) -> list[str]:
     """What can be measured with what there is."""
     from tstitch_trt.progress import log
-    from tstitch_trt.quality.reference import knows_pictures
+    from tstitch_trt.study.quality.real_images import knows_pictures
 
     manifest, found = bundle.manifest, []
     real = reference
@@ -288,7 +288,7 @@ def _settings(
     guidance: float | None,
 ) -> list[Setting]:
     from tstitch_engines.errors import BadInput
-    from tstitch_trt.parsing import parse_fractions, parse_numbers
+    from tstitch_trt.cli._parsing import parse_fractions, parse_numbers
     from tstitch_trt.study.settings import fraction_settings, setting_of
 
     shares = parse_fractions(fractions) if fractions else () if schedules else parse_fractions("0:1:0.1")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument
+from tstitch_trt.cli._options import bundle_argument
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
@@ -45,7 +45,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     import msgspec
 
     from tstitch_engines.bundle.identity import digest
-    from tstitch_trt.memory import planned_memory
+    from tstitch_trt.runtime.memory import planned_memory
 
     document: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
     described = {**document["members"], **document["parts"]}
@@ -67,7 +67,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
 
 def _print(bundle: Bundle) -> None:
     from tstitch_trt.cli._text import print_table, size
-    from tstitch_trt.memory import planned_memory
+    from tstitch_trt.runtime.memory import planned_memory
 
     manifest = bundle.manifest
     latent, noise, conditioning, defaults = manifest.latent, manifest.noise, manifest.conditioning, manifest.defaults
@@ -103,7 +103,7 @@ def _print(bundle: Bundle) -> None:
 
 def _sizes(manifest: Manifest) -> str:
     """The pictures that can be asked for, of the engines that the default backend has."""
-    from tstitch_trt.memory import planned_limits
+    from tstitch_trt.runtime.memory import planned_limits
 
     found = [limits.sizes() for limits in planned_limits(manifest).values()]
     return next(iter(found), "")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
+from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
-    from tstitch_trt.graphs import GraphMode
+    from tstitch_trt.runtime.step_graphs import GraphMode
     from tstitch_trt.study.records import Divergence
 
 __all__ = ["command"]
@@ -67,9 +67,9 @@ def command(
     """
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
-    from tstitch_trt.plots import check_plot
+    from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress
-    from tstitch_trt.study.divergence import profile, profile_solver
+    from tstitch_trt.study.divergence.divergence import profile, profile_solver
     from tstitch_trt.study.store import save_study
 
     texts = [] if prompts is None else read_lines(prompts, option="--prompts")
@@ -98,7 +98,7 @@ def command(
     finally:
         runtime.close()
     if plot is not None:
-        from tstitch_trt.study.divergence_plot import plot_divergence
+        from tstitch_trt.plots.divergence import plot_divergence
 
         plot_divergence(plot, study)
         log(f"plot: {plot}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, step_options
+from tstitch_trt.cli._options import bundle_argument, step_options
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Member
@@ -110,7 +110,7 @@ def command(
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
     from tstitch_trt.progress import progress
-    from tstitch_trt.quantise import quantise
+    from tstitch_trt.quantise.quantise import quantise
 
     with progress(f"quantising {member}", 1, logs=("tstitch_engines", "tstitch_export", "tstitch_trt")) as bar:
         manifest = quantise(

@@ -9,13 +9,13 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options, step_options
+from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options, step_options
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Manifest
-    from tstitch_trt.graphs import GraphMode
-    from tstitch_trt.report.gather import Studies
     from tstitch_trt.report.samples import Samples
+    from tstitch_trt.runtime.step_graphs import GraphMode
+    from tstitch_trt.study.gather import Studies
 
 __all__ = ["command"]
 
@@ -79,13 +79,13 @@ def command(
     command. The page loads nothing and needs no JavaScript. Plots need matplotlib: pip install "tstitch-trt[plot]".
     """
     from tstitch_engines.bundle.bundle import open_bundle
+    from tstitch_trt.cli._parsing import parse_fractions
     from tstitch_trt.files import require_parent, write_text
-    from tstitch_trt.machine import describe_machine
-    from tstitch_trt.parsing import parse_fractions
+    from tstitch_trt.plots.svg import require_matplotlib
     from tstitch_trt.progress import log
-    from tstitch_trt.report.gather import gather, word_of
     from tstitch_trt.report.page import Page, render
-    from tstitch_trt.report.svg import require_matplotlib
+    from tstitch_trt.study.gather import gather, word_of
+    from tstitch_trt.study.machine import describe_machine
     from tstitch_trt.study.store import now
 
     if output.suffix.lower() not in (".html", ".htm"):
@@ -143,7 +143,7 @@ def _asked(
     manifest: Manifest, studies: Studies, labels: str | None, prompts: tuple[str, ...]
 ) -> tuple[dict[str, Any] | None, str]:
     """The keywords of ``Runtime.sample`` for the columns, or ``None`` and why there are none. Raises ``BadInput``."""
-    from tstitch_trt.parsing import parse_labels
+    from tstitch_trt.cli._parsing import parse_labels
     from tstitch_trt.report.samples import undrawable
 
     conditioning = manifest.conditioning

@@ -10,15 +10,18 @@ import click
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._loras import lora_texts
-from tstitch_trt.cli._pictures import picture_options, picture_settings, picture_wishes, tile_of
-from tstitch_trt.cli._sampling import (
+from tstitch_trt.cli._options import (
     budget_option,
     bundle_argument,
     load_runtime,
+    lora_texts,
     parse_budgets,
+    picture_options,
+    picture_settings,
+    picture_wishes,
     runtime_options,
     step_options,
+    tile_of,
 )
 
 if TYPE_CHECKING:
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tstitch_engines.bundle.manifest import Manifest
-    from tstitch_trt.graphs import GraphMode
-    from tstitch_trt.result import Result
+    from tstitch_trt.runtime.result import Result
+    from tstitch_trt.runtime.step_graphs import GraphMode
 
 __all__ = ["command"]
 
@@ -120,11 +123,11 @@ def command(
     """
     import msgspec
 
-    from tstitch_trt.cost.budget import warm_up
+    from tstitch_trt.cli._parsing import parse_interval, parse_numbers
     from tstitch_trt.files import load_array, require_parent, save_array
-    from tstitch_trt.outputs import kind_of, write_images
-    from tstitch_trt.parsing import parse_interval, parse_numbers
+    from tstitch_trt.images.write import kind_of, write_images
     from tstitch_trt.progress import log, progress
+    from tstitch_trt.study.calibrate.warm_up import warm_up
 
     if trajectory["fraction"] is not None and trajectory["schedule"] is not None:
         raise BadInput(
@@ -235,7 +238,7 @@ def _labels(
     manifest: Manifest, text: str | None, count: int | None, seeds: list[int] | None, latents: int | None
 ) -> list[int]:
     """The label of every image: the list given, gone round as often as images are asked for."""
-    from tstitch_trt.parsing import cycle, parse_labels
+    from tstitch_trt.cli._parsing import cycle, parse_labels
 
     conditioning = manifest.conditioning
     if text is None:

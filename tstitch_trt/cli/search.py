@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
+from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
-    from tstitch_trt.graphs import GraphMode
+    from tstitch_trt.runtime.step_graphs import GraphMode
     from tstitch_trt.study.records import Search
 
 __all__ = ["command"]
@@ -109,13 +109,13 @@ def command(
     Stop it at any time: the same command goes on with the samples that were drawn.
     """
     from tstitch_engines.bundle.cache import default_root
+    from tstitch_trt.cli._parsing import parse_fractions, parse_numbers, parse_pairs
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
-    from tstitch_trt.parsing import parse_fractions, parse_numbers, parse_pairs
-    from tstitch_trt.plots import check_plot
+    from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress
-    from tstitch_trt.quality import NetworkOptions, Scorer
-    from tstitch_trt.study.search import check_search, search, usual_metric
+    from tstitch_trt.study.quality import NetworkOptions, Scorer
+    from tstitch_trt.study.search.search import check_search, search, usual_metric
     from tstitch_trt.study.store import save_study
 
     check_search(metric, samples)
@@ -158,7 +158,7 @@ def command(
         )
         place = save_study(runtime.bundle, study)
     if plot is not None:
-        from tstitch_trt.study.search_plot import plot_search
+        from tstitch_trt.plots.search import plot_search
 
         plot_search(plot, study)
         log(f"plot: {plot}")

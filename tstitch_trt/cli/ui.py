@@ -9,10 +9,10 @@ import click
 
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt.cli._command import Command, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, load_runtime, runtime_options
+from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options
 
 if TYPE_CHECKING:
-    from tstitch_trt.graphs import GraphMode
+    from tstitch_trt.runtime.step_graphs import GraphMode
 
 __all__ = ["command"]
 

@@ -9,11 +9,11 @@ import click
 
 from tstitch_engines.errors import FailedWork
 from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._sampling import bundle_argument, rebuild_option
+from tstitch_trt.cli._options import bundle_argument, rebuild_option
 
 if TYPE_CHECKING:
-    from tstitch_engines.host_call import Error
-    from tstitch_trt.verify import Comparison, Verification
+    from tstitch_trt.verify.error import Error
+    from tstitch_trt.verify.verify import Comparison, Verification
 
 __all__ = ["command"]
 
@@ -94,10 +94,10 @@ def command(
     checked anyway. Exit code 1 when an engine fails. With --rebuild, engines of every backend that runs here are first
     compiled again where they don't fit.
     """
+    from tstitch_trt.cli._parsing import parse_pairs
     from tstitch_trt.cli._text import print_json
-    from tstitch_trt.parsing import parse_pairs
     from tstitch_trt.progress import log, progress
-    from tstitch_trt.verify import verify
+    from tstitch_trt.verify.verify import verify
 
     names = None if members is None else [part.strip() for part in members.split(",") if part.strip()]
     sources = parse_pairs(checkpoints, option="--member", value="CHECKPOINT")

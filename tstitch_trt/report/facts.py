@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tstitch_engines.bundle.manifest import Manifest, Member
-from tstitch_trt.machine import Machine
-from tstitch_trt.report.gather import word_of
-from tstitch_trt.report.markup import Markup, command, facts, join, paragraph, table, tag
+from tstitch_trt.plots.markup import Markup, command, facts, join, paragraph, table, tag
+from tstitch_trt.plots.words import date, machine_text, ms
 from tstitch_trt.report.samples import Samples, png_url
 from tstitch_trt.report.sections import Context, missing, section
-from tstitch_trt.report.words import date, machine_text, ms
+from tstitch_trt.study.gather import word_of
+from tstitch_trt.study.machine import Machine
 from tstitch_trt.study.store import weights_of
 
 __all__ = ["about_bundle", "commands", "machines", "sample_rows", "stale", "weight_of"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from tstitch_trt.report.markup import Markup
-from tstitch_trt.report.svg import GROUND, INK, MUTED, Drawing, drawing, series_colour
-from tstitch_trt.report.words import METRIC_NAMES, family_of, interval, metric_axis, ms, order_of
+from tstitch_trt.plots.markup import Markup
+from tstitch_trt.plots.svg import GROUND, INK, MUTED, Drawing, drawing, series_colour
+from tstitch_trt.plots.words import METRIC_NAMES, family_of, interval, metric_axis, ms, order_of
 from tstitch_trt.study.records import (
     Check,
     Divergence,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tstitch_trt.plots.words import order_of
 from tstitch_trt.report.figures import share_of
-from tstitch_trt.report.words import order_of
 from tstitch_trt.study.records import LOWER_IS_BETTER, Evaluation, Point
 
 __all__ = ["Finding", "finding"]

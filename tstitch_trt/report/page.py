@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_trt.machine import Machine, version
+from tstitch_trt.plots.markup import Markup, paragraph, tag
+from tstitch_trt.plots.words import METRIC_NAMES, date, interval, machine_text, ms
 from tstitch_trt.report.facts import about_bundle, commands, machines, sample_rows, stale, weight_of
 from tstitch_trt.report.finding import finding
-from tstitch_trt.report.gather import Studies, evaluation_of, metrics_of, word_of
-from tstitch_trt.report.markup import Markup, paragraph, tag
 from tstitch_trt.report.samples import Samples
 from tstitch_trt.report.sections import Context, cost, divergence, orders, quality, searching
-from tstitch_trt.report.words import METRIC_NAMES, date, interval, machine_text, ms
+from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of, word_of
+from tstitch_trt.study.machine import Machine, version
 
 __all__ = ["Page", "render"]
 

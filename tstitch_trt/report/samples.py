@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_trt.result import Result
-from tstitch_trt.runtime import Runtime
+from tstitch_trt.runtime.result import Result
+from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["LARGEST", "Row", "Samples", "draw_samples", "png_url", "undrawable"]
 

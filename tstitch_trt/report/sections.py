@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import msgspec
 
+from tstitch_trt.plots.markup import Markup, command, join, paragraph, table, tag
+from tstitch_trt.plots.words import METRIC_NAMES, better, date, interval, machine_text, ms
 from tstitch_trt.report.figures import (
     checks_figure,
     divergence_figure,
@@ -17,9 +19,7 @@ from tstitch_trt.report.figures import (
     search_figure,
     share_of,
 )
-from tstitch_trt.report.gather import Studies, evaluation_of, metrics_of, word_of
-from tstitch_trt.report.markup import Markup, command, join, paragraph, table, tag
-from tstitch_trt.report.words import METRIC_NAMES, better, date, interval, machine_text, ms
+from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of, word_of
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Search, Study
 
 __all__ = ["Context", "cost", "divergence", "missing", "orders", "quality", "searching", "section"]

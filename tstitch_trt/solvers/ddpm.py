@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tstitch_trt.solvers.family import Coefficients, Grid, Solver, gaussian_step
+from tstitch_trt.solvers.base import Coefficients, Grid, Solver, gaussian_step
 from tstitch_trt.solvers.options import SolverOptions
 
 __all__ = ["DDPM"]

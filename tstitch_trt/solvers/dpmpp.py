@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_trt.solvers.family import Coefficients, Grid, Solver
+from tstitch_trt.solvers.base import Coefficients, Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
 
 __all__ = ["DPMPP_2M", "DPMPP_2M_SDE", "DPMPP_3M", "DPMPP_3M_SDE"]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.solvers.family import Coefficients, Grid, Solver
+from tstitch_trt.solvers.base import Coefficients, Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
 
 __all__ = ["LCM"]

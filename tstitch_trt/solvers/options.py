@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.spacing import SIGMA_SPACINGS, SPACINGS
+from tstitch_trt.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 
 __all__ = ["CHOICES", "OPTION_NAMES", "SPACING_OPTIONS", "SolverOptions", "uncorrected_steps"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_trt.solvers.family import Coefficients, Grid, Solver
+from tstitch_trt.solvers.base import Coefficients, Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
 
 __all__ = ["PNDM"]

@@ -7,11 +7,11 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_trt.solvers.base import Solver
 from tstitch_trt.solvers.ddim import DDIM
 from tstitch_trt.solvers.ddpm import DDPM
 from tstitch_trt.solvers.dpmpp import DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE
 from tstitch_trt.solvers.euler import EULER, EULER_ANCESTRAL
-from tstitch_trt.solvers.family import Solver
 from tstitch_trt.solvers.lcm import LCM
 from tstitch_trt.solvers.options import SPACING_OPTIONS, SolverOptions
 from tstitch_trt.solvers.pndm import PNDM

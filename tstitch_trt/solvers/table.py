@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.parametrisation import coefficients
 from tstitch_trt.solvers.options import SolverOptions
+from tstitch_trt.solvers.prediction import coefficients
 
 __all__ = ["COLUMNS", "Y_COLUMNS", "Estimate", "StepTable"]
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from tstitch_trt.machine import Machine
-from tstitch_trt.splitting import Splitting
+from tstitch_trt.request.batching import Splitting
+from tstitch_trt.study.machine import Machine
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -110,7 +110,8 @@ class Overhead(_Record, frozen=True, kw_only=True):
 class Check(_Record, frozen=True, kw_only=True):
     """One random schedule that the model was not fitted on, predicted and measured.
 
-    ``measured_ms``: what it takes at the machine's usual pace (``tstitch_trt.cost.pace``); ``repeats`` runs in all.
+    ``measured_ms``: what it takes at the machine's usual pace (``tstitch_trt.study.calibrate.pace``); ``repeats`` runs
+    in all.
 
     ``guidance_interval``: only the steps ``start <= i < stop`` were guided.
     """

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.plan import Plan, make_plan
+from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.study.records import Setting
 
 __all__ = ["ORDERS", "baseline_of", "fraction_settings", "plan_of", "schedule_text", "setting_of", "share_of"]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import TStitchError, Unavailable
-from tstitch_trt.report.gather import gather
 from tstitch_trt.solvers import SOLVERS
+from tstitch_trt.study.gather import gather
 from tstitch_trt.ui.draw import Asked, draw, kept
 from tstitch_trt.ui.pareto import pareto
 
 if TYPE_CHECKING:
-    from tstitch_trt.runtime import Runtime
+    from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["build_page", "import_gradio", "serving", "wait_for_interrupt"]
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_trt.files import atomic_file
-from tstitch_trt.plan import Plan
-from tstitch_trt.result import StepEvent
-from tstitch_trt.runtime import Runtime
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.runtime.result import StepEvent
+from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["Asked", "Drawn", "draw", "enlarged", "kept", "warm_up"]
 

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.cost import current_calibration, predict_ms
-from tstitch_trt.plan import Plan
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.plots.markup import Markup, command, join, paragraph, tag
+from tstitch_trt.plots.svg import require_matplotlib
+from tstitch_trt.plots.words import METRIC_NAMES, date, interval, ms
 from tstitch_trt.report.figures import quality_figure, search_figure
-from tstitch_trt.report.gather import Studies, evaluation_of, metrics_of
-from tstitch_trt.report.markup import Markup, command, join, paragraph, tag
-from tstitch_trt.report.svg import require_matplotlib
-from tstitch_trt.report.words import METRIC_NAMES, date, interval, ms
-from tstitch_trt.runtime import Runtime
+from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.study.budget import current_calibration, predict_ms
+from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
 from tstitch_trt.study.records import Point, SearchPoint, Setting
 
 __all__ = ["pareto"]

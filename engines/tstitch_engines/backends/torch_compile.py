@@ -31,7 +31,8 @@ __all__ = ["MODES", "compile_program", "mode_of", "need_toolchain"]
 _log = logging.getLogger(__name__)
 
 # What is asked for -> TorchInductor's own name. Its modes that record CUDA graphs are left out: a graph can't be
-# launched into the recording of another, and a whole step is recorded, kernels and engine (tstitch_trt/graphs.py).
+# launched into the recording of another, and a whole step is recorded, kernels and engine
+# (tstitch_trt/runtime/step_graphs.py).
 MODES: Final = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 _SWITCH: Final = {"true": "default", "false": None}
 _OWN_GRAPHS: Final = ("reduce-overhead",)

@@ -1,0 +1,57 @@
+"""The providers of ONNX Runtime: what is asked for is used or refused. TensorRT's runs in ``test_gpu_engines.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import onnxruntime
+import pytest
+
+from support.manifests import member
+from support.tiny import TinyPair
+from tstitch_engines.backends.onnxruntime import tensorrt_options
+from tstitch_engines.bundle.cache import default_root
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.errors import BadInput, Unavailable, UnknownName
+from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_export.build import build
+
+
+def test_a_provider_that_is_not_there(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    def refuse(error: type[Exception], match: str, provider: str, device: str) -> None:
+        with pytest.raises(error, match=match):
+            build(
+                tiny_pair.recipe("small", "large"),
+                members={name: tiny_pair.checkpoint(name) for name in ("small", "large")},
+                output=tmp_path / "refused.bundle",
+                options={"provider": provider},
+                device=device,
+            )
+        assert not list(tmp_path.iterdir())
+
+    refuse(UnknownName, "unknown provider of ONNX Runtime 'tensorrtx'", "tensorrtx", "cpu")
+    for provider in ("cuda", "tensorrt"):
+        refuse(BadInput, f"provider = {provider}: it runs on a GPU", provider, "cpu")
+    if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        refuse(Unavailable, "no (TensorRT|CUDA) provider|NVIDIA driver|needs cuda-core", "tensorrt", "cuda")
+
+
+@pytest.mark.parametrize(("precision", "flags"), [("fp32", "00"), ("fp16", "10"), ("bf16", "01")])
+def test_what_tensorrt_is_told_of_an_engine(precision: str, flags: str) -> None:
+    """One size for each input at each end of the profile, in the order of the inputs."""
+    profile = ShapeProfile({"B": Range(1, 2, 6)})
+    identity = EngineIdentity(
+        schema=SCHEMA, backend="onnxruntime", backend_version="1", onnx_sha256="", precision=precision,  # type: ignore[arg-type]
+        profile=profile, arch="sm_90", options={"provider": "tensorrt"},
+    )  # fmt: skip
+    told = tensorrt_options(msgspec.structs.replace(member(), precision=precision), identity, "cuda:1", 77)
+    assert told["trt_profile_min_shapes"] == "sample:1x4x8x8,timestep:1,labels:1"
+    assert told["trt_profile_opt_shapes"] == "sample:2x4x8x8,timestep:2,labels:2"
+    assert told["trt_profile_max_shapes"] == "sample:6x4x8x8,timestep:6,labels:6"
+    assert told["trt_fp16_enable"] + told["trt_bf16_enable"] == flags
+    assert (told["device_id"], told["user_compute_stream"]) == ("1", "77")
+    assert Path(told["trt_engine_cache_path"]).is_relative_to(default_root())
+    assert "user_compute_stream" not in tensorrt_options(member(), identity, "cuda")
+    tuned = tensorrt_options(member(), msgspec.structs.replace(identity, onnx_sha256="other weights"), "cuda:1")
+    assert tuned["trt_engine_cache_path"] != told["trt_engine_cache_path"]

@@ -1,0 +1,158 @@
+"""The CUDA driver's source and its Python launches, run on the CPU: see ``cuda_on_host/launch.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from support.cuda_stand_in import launch_on_host
+from support.step_runs import run
+from tstitch_engines.device.cuda_kernels import CudaStepKernels, enqueue_initial_noise
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.host_memory import HostBuffer
+from tstitch_engines.device.step_row import (
+    FLAG_BLEND,
+    FLAG_GIVEN_NOISE,
+    FLAG_LEARNED,
+    FLAG_STORE_Y,
+    HISTORY,
+    ROW,
+    ROW_FIELDS,
+)
+from tstitch_engines.errors import BadInput
+
+
+class WalkedDevice(HostDevice):
+    """Host memory, CUDA kernels: what ``CudaDevice`` gives to ``CudaStepKernels``, with launches that walk the grid."""
+
+    stream = None
+
+    def kernel(self, name: str) -> str:
+        return name
+
+    def step_kernels(self, **arena: Any) -> CudaStepKernels:
+        return CudaStepKernels(self, **arena)  # type: ignore[arg-type]
+
+    def initial_noise(self, latents: Any, slot: int, seed: int, scale: float) -> None:
+        enqueue_initial_noise(self, latents, slot, seed, scale)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def device(kernels_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> WalkedDevice:
+    def launch(_stream: None, config: Any, kernel: str, *arguments: Any) -> None:
+        launch_on_host(kernels_on_host, config, kernel, arguments)()
+
+    core: Any = ModuleType("cuda.core")
+    core.launch = launch
+    core.LaunchConfig = lambda grid, block: SimpleNamespace(grid=grid, block=block)
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+    return WalkedDevice()
+
+
+def compare(got: list[NDArray[Any]], want: list[NDArray[Any]]) -> None:
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 20), (4, 5, 7), (4, 2, 3, 2)], ids=["vectors", "ragged", "video"])
+@pytest.mark.parametrize(("dtype", "timestep"), [("float32", "float32"), ("float16", "int64"), ("bfloat16", "int64")])
+@pytest.mark.parametrize("guided", [False, True])
+def test_cuda_driver_equals_host_driver(
+    device: WalkedDevice, dtype: str, timestep: str, shape: tuple[int, ...], guided: bool
+) -> None:
+    """Latents, history, y, step, fault, timestep; of the sample only float32, a half may round the other way."""
+    got, want = (run(one, dtype, timestep, shape, guided=guided) for one in (device, HostDevice()))
+    if dtype != "float32":
+        del got[5], want[5]
+    compare(got, want)
+
+
+def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
+    shape = (1, 1, 2, 2)
+    kinds = {
+        "latents": (shape, "float32", value), "history": ((HISTORY, *shape), "float32", 0),
+        "rows": ((1, rows, len(ROW_FIELDS)), "float32", 0.5), "step": ((1,), "int32", 0), "seed": ((1,), "int64", 0),
+        "fault": ((1,), "int32", -1), "y": (shape, "float32", 0),
+    }  # fmt: skip
+    made = {name: device.empty(size, dtype) for name, (size, dtype, _) in kinds.items()}
+    for name, (_, _, fill) in kinds.items():
+        made[name].array[...] = fill
+    return made
+
+
+def advance(device: WalkedDevice, parts: dict[str, HostBuffer], channels: int = 1) -> None:
+    active, output = device.empty((1,), "int32"), device.empty((1, channels, 2, 2), "float32")
+    active.array[...] = output.array[...] = 0
+    device.step_kernels(**parts).advance(active, output, guided=False, rescale=False)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_fault(device: WalkedDevice, bad: float) -> None:
+    parts = arena(device, bad, rows=2)
+    advance(device, parts)
+    advance(device, parts)
+    assert (parts["fault"].array[0], parts["step"].array[0]) == (0, 2)
+
+
+def test_a_step_outside_the_table_is_a_fault(device: WalkedDevice) -> None:
+    """The host driver refuses such a lane; on CUDA the step is known to the GPU alone."""
+    parts = arena(device, 1.0)
+    advance(device, parts)
+    before = parts["latents"].array.copy()
+    advance(device, parts)
+    assert parts["fault"].array[0] == 1
+    np.testing.assert_array_equal(parts["latents"].array, before)
+
+
+def test_learned_variance_without_a_second_half_is_a_fault(device: WalkedDevice) -> None:
+    parts = arena(device, 1.0)
+    parts["rows"].array[..., ROW["FLAGS"]] = FLAG_LEARNED
+    advance(device, parts)
+    assert parts["fault"].array[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "y", "given"),
+    [
+        (FLAG_STORE_Y, 0.0, ()),
+        (0, 1.0, ()),
+        (FLAG_BLEND, 0.0, ("known",)),
+        (FLAG_BLEND, 0.0, ("mask",)),
+        (FLAG_BLEND + FLAG_GIVEN_NOISE, 0.0, ("known", "mask")),
+    ],
+)
+def test_a_row_that_uses_memory_which_is_not_there_is_a_fault(
+    device: WalkedDevice, flags: int, y: float, given: tuple[str, ...]
+) -> None:
+    parts = arena(device, 1.0)
+    del parts["y"]
+    table = parts["rows"].array
+    table[..., [ROW[name] for name in ("C", "E", "F", "S", "YY", "YC", "YE", "YF")]] = 0
+    table[..., ROW["FLAGS"]], table[..., ROW["Y"]] = flags, y
+    more = {name: device.empty((1, 1, 2, 2), "float32") for name in ("y", "known", "mask", "noise")}
+    for buffer in more.values():
+        buffer.array[...] = 0.5
+    advance(device, {**parts, **{name: more[name] for name in given}})
+    assert parts["fault"].array[0] == 0
+    parts["fault"].array[...], parts["step"].array[...], parts["latents"].array[...] = -1, 0, 1
+    advance(device, {**parts, **more})
+    assert parts["fault"].array[0] == -1
+
+
+def test_wrong_buffers_are_refused(device: WalkedDevice) -> None:
+    parts = arena(device, 1.0)
+    with pytest.raises(BadInput, match=r"model_output is float32\[1, 3, 2, 2\]; allowed is .* \[1, 1, 2, 2\]"):
+        advance(device, parts, channels=3)
+    with pytest.raises(BadInput, match=r"history is float32\[1, 1, 2, 2\]; allowed is float32 \[3, 1, 1, 2, 2\]"):
+        device.step_kernels(**{**parts, "history": parts["latents"]})
+    kernels = device.step_kernels(**parts)
+    two, output = device.empty((2,), "int32"), device.empty((2, 1, 2, 2), "float32")
+    with pytest.raises(BadInput, match="2 active lanes; allowed is 1 to 1"):
+        kernels.advance(two, output, guided=False, rescale=False)

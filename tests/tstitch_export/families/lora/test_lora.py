@@ -1,0 +1,227 @@
+"""LoRAs fused into a UNet equal what diffusers and PEFT make of the same files; others are refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.tiny_families import clip_text_folder, lora_file, unet_folder
+from tstitch_engines.errors import BadCheckpoint, BadInput
+from tstitch_export.families import Inspection, open_family
+from tstitch_export.families.base import LoraUse
+from tstitch_export.families.lora.fuse import check_loras, fuse, parse_loras
+from tstitch_export.families.lora.keys import lora_layers, lora_looks_like
+
+
+def output(module: Any, inspection: Inspection, family: str) -> torch.Tensor:
+    """A member, or diffusers' module, on the same random input."""
+    opened = open_family(family)
+    inputs = opened.example(inspection, batch=2, seed=1, sizes={"H": 8, "W": 6, "T": 5})
+    with torch.no_grad():
+        if not hasattr(module, "config"):
+            return module(*inputs)
+        given = dict(zip((spec.name for spec in opened.inputs(inspection, "fp32")), inputs, strict=True))
+        added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+        return module(
+            given["sample"], given["timestep"], given["encoder_hidden_states"], added_cond_kwargs=added
+        ).sample
+
+
+def by_diffusers(module: Any, files: list[tuple[Path, float]], sdxl: bool) -> Any:
+    """The module with the LoRAs fused by diffusers."""
+    pytest.importorskip("peft", reason="diffusers needs PEFT to load a LoRA")
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+
+    mixin: Any = StableDiffusionXLLoraLoaderMixin if sdxl else StableDiffusionLoraLoaderMixin
+    for index, (path, _) in enumerate(files):
+        state, alphas, noted = mixin.lora_state_dict(str(path), unet_config=module.config, return_lora_metadata=True)
+        mixin.load_lora_into_unet(state, alphas, unet=module, adapter_name=f"lora{index}", metadata=noted)
+    names = [f"lora{index}" for index in range(len(files))]
+    module.set_adapters(names, [weight for _, weight in files])
+    module.fuse_lora(adapter_names=names)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' own, about its formats
+@pytest.mark.parametrize(
+    ("family", "kind", "style"),
+    [
+        ("unet-sd", "sd", "kohya"),
+        ("unet-sd", "sd", "peft"),
+        ("unet-sd", "sd", "processors"),
+        ("unet-sdxl", "sdxl", "original"),
+    ],
+)
+def test_as_diffusers_fuses_it(family: str, kind: str, style: str, tmp_path: Path) -> None:
+    module = unet_folder(tmp_path, kind)
+    path = lora_file(tmp_path / "style.safetensors", module, style=style)
+    plain = open_family(family).inspect(tmp_path, {})
+    found = open_family(family).inspect(tmp_path, {"lora": f"{path}:0.7"})
+    before = output(module, plain, family)
+    want = output(by_diffusers(module, [(path, 0.7)], kind == "sdxl"), plain, family)
+    assert (want - before).abs().max() > 0.05 * before.abs().max(), "it has an effect"
+    assert torch.allclose(output(open_family(family).load(found), found, family), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_with_weights(tmp_path: Path) -> None:
+    module = unet_folder(tmp_path, "sd")
+    first = lora_file(tmp_path / "first.safetensors", module, rank=2, seed=1)
+    second = lora_file(tmp_path / "second.safetensors", module, style="peft", seed=2)
+    found = open_family("unet-sd").inspect(tmp_path, {"lora": f"{first}:-0.5, {second}"})
+    want = output(by_diffusers(module, [(first, -0.5), (second, 1.0)], sdxl=False), found, "unet-sd")
+    assert torch.allclose(output(open_family("unet-sd").load(found), found, "unet-sd"), want, rtol=1e-4, atol=1e-5)
+    # They are part of what the member is made from, so another LoRA or weight is another identity.
+    assert found.config["lora"] == "first.safetensors:-0.5,second.safetensors:1"
+    assert [file.name for file in found.files] == [
+        "config.json", "first.safetensors", "second.safetensors", "diffusion_pytorch_model.safetensors"
+    ]  # fmt: skip
+
+
+def test_the_product_through_a_middle_convolution() -> None:
+    """LoCon's Tucker form against the sum it stands for."""
+    down, middle, up = torch.randn(3, 5, 1, 1), torch.randn(3, 3, 3, 3), torch.randn(7, 3, 1, 1)
+    want = torch.zeros(7, 5, 3, 3)
+    for o, i, r, s in ((o, i, r, s) for o in range(7) for i in range(5) for r in range(3) for s in range(3)):
+        want[o, i] += up[o, r, 0, 0] * middle[r, s] * down[s, i, 0, 0]
+    state = {"conv.weight": torch.zeros(7, 5, 3, 3)}
+    fuse_tensors(
+        state,
+        {"lora_unet_conv.lora_down.weight": down, "lora_unet_conv.lora_mid.weight": middle}
+        | {"lora_unet_conv.lora_up.weight": up, "lora_unet_conv.alpha": torch.tensor(6.0)},
+    )
+    assert torch.allclose(state["conv.weight"], 2 * want, atol=1e-5)
+
+
+def fuse_tensors(state: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], **more: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.safetensors"
+        save_file(tensors, path, **more)
+        fuse(state, [LoraUse(path)], model="model")
+
+
+def test_what_peft_notes_beside_the_tensors_counts() -> None:
+    """``lora_alpha`` of all layers, another for one by pattern, and 1 / sqrt(rank) in place of 1 / rank."""
+    down, up = torch.randn(4, 6), torch.randn(8, 4)
+    tensors = {f"unet.{name}.lora_A.weight": down.clone() for name in ("a.to_q", "b.to_q")}
+    tensors |= {f"unet.{name}.lora_B.weight": up.clone() for name in ("a.to_q", "b.to_q")}
+    settings = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"b.to_q": 2}, "unet.use_rslora": True, "unet.r": 4}
+    state = {f"{name}.weight": torch.zeros(8, 6) for name in ("a.to_q", "b.to_q")}
+    fuse_tensors(state, tensors, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    assert torch.allclose(state["a.to_q.weight"], 8 / 2 * up @ down, atol=1e-5)
+    assert torch.allclose(state["b.to_q.weight"], 2 / 2 * up @ down, atol=1e-5)
+
+
+def test_an_adapter_folder_of_peft(tmp_path: Path) -> None:
+    down, up = torch.randn(4, 6), torch.randn(8, 4)
+    save_file(
+        {"base_model.model.a.to_q.lora_A.weight": down, "base_model.model.a.to_q.lora_B.weight": up},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 12, "r": 4}')
+    state = {"a.to_q.weight": torch.zeros(8, 6)}
+    fuse(state, [LoraUse(tmp_path / "adapter_model.safetensors", 0.5)], model="model")
+    assert torch.allclose(state["a.to_q.weight"], 0.5 * 3 * up @ down, atol=1e-5)
+
+
+def test_the_text_encoders_part_goes_the_same_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = unet_folder(tmp_path, "sd")
+    text = clip_text_folder(tmp_path)
+    path = lora_file(tmp_path / "both.safetensors", module, text=text, alpha=4)
+    with caplog.at_level(logging.WARNING):
+        open_family("unet-sd").inspect(tmp_path, {"lora": str(path)})
+    assert f"fused only where that part is given them: --lora text_encoder={path}:1" in caplog.text
+    state = {key: tensor.clone() for key, tensor in text.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    fuse(state, parse_loras(f"{path}:0.5"), model="text encoder", part="text_encoder")
+    tensors = load_file(path)
+    changed = {key for key in state if not torch.equal(state[key], before[key])}
+    assert len(changed) == 3 * 3, "q, v and fc1 of three layers"
+    for key in changed:
+        base = "lora_te_" + key.removesuffix(".weight").replace(".", "_")
+        delta = 0.5 * tensors[f"{base}.lora_up.weight"] @ tensors[f"{base}.lora_down.weight"]
+        assert torch.allclose(state[key], before[key] + delta, atol=1e-6)
+    # The family does the same, with the hidden state before the last too: nothing reads the last layer's part there.
+    plain = open_family("clip-text").inspect(tmp_path / "text_encoder", {})
+    for options in ({}, {"hidden_state": -2}):
+        found = open_family("clip-text").inspect(tmp_path / "text_encoder", {"lora": f"{path}:0.5", **options})
+        assert found.config["lora"] == "both.safetensors:0.5"
+        assert path in found.files[:-1]
+        fused, untouched = (open_family("clip-text").load(x).state_dict() for x in (found, plain))
+        for key in fused:
+            stored = next(name for name in (key, f"text_model.{key}") if name in state)
+            assert torch.allclose(fused[key], state[stored], atol=1e-6)
+            assert torch.equal(fused[key], untouched[key]) == (stored not in changed)
+    only = lora_file(tmp_path / "unet.safetensors", module)
+    check_loras(parse_loras(str(only)), {}, model="text encoder", part="text_encoder")  # it may have nothing for it
+
+
+# --- refused
+
+
+def test_a_lora_for_another_model(tmp_path: Path) -> None:
+    small, other = unet_folder(tmp_path / "small", "sd"), unet_folder(tmp_path / "other", "sdxl")
+    path = lora_file(tmp_path / "other.safetensors", other)
+    with pytest.raises(BadCheckpoint, match=r"LoRA for another model than small: \d+ of its \d+ unet layers match"):
+        open_family("unet-sd").inspect(tmp_path / "small", {"lora": str(path)})
+    wide = lora_file(tmp_path / "wide.safetensors", unet_folder(tmp_path / "wide", "sd", cross_attention_dim=768))
+    with pytest.raises(BadCheckpoint, match=r"is 32x32, the LoRA is for 32x768.*a LoRA for Stable Diffusion 1\.x"):
+        open_family("unet-sd").inspect(tmp_path / "small", {"lora": f"{wide}:0.3"})
+    # The full model's LoRA on its pruned relative: what matches would be fused without what it was trained with.
+    unet_folder(tmp_path / "pruned", "bksdm")
+    full = lora_file(tmp_path / "full.safetensors", small)
+    with pytest.raises(BadCheckpoint, match=r"the model has no mid_block_attentions_0"):
+        open_family("unet-sd").inspect(tmp_path / "pruned", {"lora": str(full)})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["lora_unet_a.hada_w1_a", "lora_unet_a.hada_w1_b", "lora_unet_a.alpha"], r"is LoHa \(LyCORIS\)"),
+        (["lora_unet_a.lokr_w1"], r"is LoKr \(LyCORIS\)"),
+        (["unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_magnitude_vector"], "is DoRA"),
+        (["lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.dora_scale"], "is DoRA"),
+        (["lora_unet_a.lora_down.weight"], "is no LoRA"),
+        (["first_stage_model.decoder.conv_in.weight", "quant_conv.weight"], "is no LoRA: 2 of its 2 tensors"),
+    ],
+)
+def test_files_that_are_no_plain_lora(keys: list[str], words: str, tmp_path: Path) -> None:
+    save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "x.safetensors")
+    with pytest.raises(BadCheckpoint, match=words) as caught:
+        check_loras([LoraUse(tmp_path / "x.safetensors")], {"a.weight": (2, 2)}, model="model")
+    assert "merge it" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["transformer.single_transformer_blocks.0.attn.to_q"], "a LoRA for Flux"),
+        (["transformer.joint_blocks.0.attn.to_q"], "a LoRA for SD3"),
+        (["unet.down_blocks.0.motion_modules.0.attn.to_q"], "a LoRA for a video model"),
+        (["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"], "a LoRA for text encoders only"),
+        (["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"], "a LoRA for SDXL"),
+        (["unet.layers.0.to_q"], "a LoRA for something unknown"),
+    ],
+)
+def test_what_a_lora_looks_like(keys: list[str], words: str) -> None:
+    shapes = {f"{key}.lora_{end}.weight": (4, 2048) for key in keys for end in ("A", "B")}
+    assert lora_looks_like(lora_layers(Path("x"), shapes), shapes).startswith(words)
+
+
+def test_the_option() -> None:
+    assert parse_loras("") == parse_loras(None) == ()
+    assert parse_loras("a.safetensors:0.8, b/c:d.safetensors,e.pt:-1") == (
+        LoraUse(Path("a.safetensors"), 0.8),
+        LoraUse(Path("b/c:d.safetensors")),
+        LoraUse(Path("e.pt"), -1.0),
+    )
+    for text in ("a.safetensors:strong", ":0.5", "a.safetensors,,b.safetensors", "a.safetensors:nan"):
+        with pytest.raises(BadInput, match="allowed is FILE"):
+            parse_loras(text)

@@ -1,0 +1,129 @@
+"""Which members may share a bundle. The checkpoints are real safetensors files of the published shapes, all zeros."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.dits import diffusers_folder, sparse_safetensors
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec
+from tstitch_engines.errors import BadCheckpoint, BadInput, OutOfProfile, PairMismatch, UnknownName
+from tstitch_engines.spec import Range
+from tstitch_export.build import build
+from tstitch_export.families.dit.config import DiTConfig
+from tstitch_export.families.dit.layout import PUBLISHED_SIZES, expected_shapes
+from tstitch_export.planning.compatibility import Agreement, agree
+from tstitch_export.planning.network import plan_member
+from tstitch_export.planning.recipe import load_recipe
+
+
+def published(folder: Path, letter: str, *, size: int = 32, classes: int = 1000, channels: int = 4) -> Path:
+    depth, width = PUBLISHED_SIZES[letter]
+    config = DiTConfig(
+        depth=depth, width=width, heads=1, patch=2, size=size, channels=channels, classes=classes, learn_sigma=True
+    )
+    return sparse_safetensors(folder / f"{letter}-{size}-{classes}-{channels}.safetensors", expected_shapes(config))
+
+
+def refuse(recipe: str | Path, kind: type[Exception], words: str, output: Path, **options: Any) -> str:
+    with pytest.raises(kind, match=words) as caught:
+        build(recipe, output=output, **options)
+    assert not output.exists()
+    return str(caught.value)
+
+
+def test_members_of_different_latents(tmp_path: Path) -> None:
+    members = {"small": published(tmp_path, "S"), "large": published(tmp_path, "B", size=64)}
+    said = refuse("dit-256", PairMismatch, "differ in their latent", tmp_path / "out", members=members)
+    assert "small (S-32-1000-4.safetensors) has 4x32x32" in said
+    assert "large (B-64-1000-4.safetensors) has 4x64x64" in said
+
+
+def test_512_checkpoints_given_to_256(tmp_path: Path) -> None:
+    members = {"small": published(tmp_path, "S", size=64), "large": published(tmp_path, "B", size=64)}
+    said = refuse("dit-256", PairMismatch, "has the latent 4x64x64", tmp_path / "out", members=members)
+    assert "tstitch-trt build dit-512" in said
+
+
+def test_members_of_different_classes(tmp_path: Path) -> None:
+    members = {"small": published(tmp_path, "S"), "large": published(tmp_path, "B", classes=10)}
+    refuse("dit-256", PairMismatch, "small .* has 1001, large .* has 11", tmp_path / "out", members=members)
+    members["small"] = published(tmp_path, "S", classes=10)
+    refuse("dit-256", PairMismatch, "has 11 labels; recipe 'dit-256' has 1001", tmp_path / "out", members=members)
+
+
+def test_members_of_different_channels(tmp_path: Path) -> None:
+    members = {"small": published(tmp_path, "S", channels=16), "large": published(tmp_path, "B")}
+    refuse("dit-256", PairMismatch, "latent channels.* has 16, .* has 4", tmp_path / "out", members=members)
+
+
+def pipeline(folder: Path, **scheduler: Any) -> Path:
+    diffusers_folder(folder / "transformer", layers=1)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"beta_end": 0.02, **scheduler}))
+    return folder
+
+
+def test_noise_and_parametrisation_of_pipelines(tmp_path: Path) -> None:
+    recipe = tmp_path / "my.toml"
+    recipe.write_text(
+        'name = "my"\ndescription = "d"\n[latent]\nchannels = 4\nheight = 8\nwidth = 8\n[noise]\nkind = "linear"\n'
+        '[conditioning]\nclasses = 5\nnull = 5\n[defaults]\n[decoder]\nkind = "none"\n'
+        + "".join(f'[members.{m}]\nfamily = "dit"\nparametrisation = "eps"\n' for m in ("small", "large"))
+    )
+    plain = pipeline(tmp_path / "a")
+    cosine = pipeline(tmp_path / "b", beta_schedule="squaredcos_cap_v2")
+    v = pipeline(tmp_path / "c", prediction_type="v_prediction")
+    odd = pipeline(tmp_path / "d", beta_schedule="sigmoid")
+
+    def check(large: Path, kind: type[Exception], words: str) -> None:
+        refuse(recipe, kind, words, tmp_path / "out", members={"small": plain, "large": large})
+
+    def planned(large: Path) -> Agreement:
+        spec, base = load_recipe(recipe)
+        return agree(
+            spec,
+            [plan_member(n, spec, base, path, {}, "fp32") for n, path in (("small", plain), ("large", large))],
+            {},
+        )
+
+    found = planned(cosine)  # the large member's schedule is the bundle's, the small one is adapted to it
+    assert found.noise.kind == "squared-cosine"
+    assert found.members["large"].noise is None
+    assert found.members["small"].noise == NoiseScheduleSpec(kind="linear")
+    assert any("'small' (transformer) was trained with the noise schedule linear" in note for note in found.notes)
+    found = planned(v)
+    assert (found.members["small"].parametrisation, found.members["large"].parametrisation) == ("eps", "v")
+    assert any("predicts v, as its checkpoint states" in note for note in found.notes)
+    assert planned(plain).notes == ()
+    check(odd, BadCheckpoint, "beta_schedule is 'sigmoid'")
+
+
+def test_expected_sizes(tmp_path: Path) -> None:
+    source = Path(__file__).parents[3] / "export/tstitch_export/recipes/dit-256.toml"
+    recipe = tmp_path / "my.toml"
+    recipe.write_text(
+        source.read_text().replace("[members.large]", "[members.large]\nexpect = { depth = 28, width = 1152 }")
+    )
+    members = {"small": published(tmp_path, "S"), "large": published(tmp_path, "B")}
+    refuse(recipe, BadCheckpoint, "has depth 12; the recipe expects 28", tmp_path / "out", members=members)
+
+
+def test_arguments(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refuse("dit-256", BadInput, "no checkpoint of its own for member 'small'", out)
+    refuse("fashion", UnknownName, "unknown member of recipe 'fashion' 'larg'", out, members={"larg": Path("x")})
+    refuse("fashion", UnknownName, "did you mean 'onnxruntime'", out, backend="onnxruntim")
+    refuse("fashion", UnknownName, "unknown precision 'fp8'", out, precision="fp8")
+    refuse("fashion", UnknownName, "did you mean 'small'", out, precision={"smal": "fp16"})
+    refuse("fashion", UnknownName, "graph-optimisation", out, options={"graph-optimization": "all"})
+    refuse("fashion", UnknownName, "did you mean 'large.num_heads'", out, options={"larg.num_heads": 3})
+    refuse("fashion", BadInput, "num_heads of member 'large' is 'x'", out, options={"large.num_heads": "x"})
+    refuse("fashion", BadCheckpoint, "does not exist", out, members={"large": tmp_path / "none.pt"})
+    refuse("dit-256", BadInput, "member name 'Base' is not allowed", out, members={"Base": Path("x")})
+    with pytest.raises((BadInput, OutOfProfile)):
+        build("fashion", output=out, profile=Range(4, 2, 1))
+    assert not list(tmp_path.iterdir())

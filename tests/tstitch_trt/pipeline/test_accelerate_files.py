@@ -1,0 +1,216 @@
+"""What ``tstitch_trt.accelerate`` makes of the files and modules it is given: when it builds, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.accelerating import LIMIT, SD, fast, pipeline, seeded
+from support.diffusers_pipelines import relative
+from support.tiny_checkpoints import single_file
+from support.tiny_families import original_unet
+from support.tiny_pipelines import scheduler
+from tstitch_engines.errors import BadCheckpoint, BadInput, BadSchedule, PairMismatch, UnknownName
+
+# diffusers hands numpy its tensors in a way that newer versions of numpy warn of
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+class BuiltError(Exception):
+    pass
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a build is an error."""
+
+    def build(*_: object, **__: object) -> None:
+        raise BuiltError
+
+    monkeypatch.setattr(importlib.import_module("tstitch_export.build"), "build", build)
+
+
+@pytest.fixture
+def built(sd: Path, cache: Path) -> None:
+    fast(pipeline(sd), sd, cache).close()
+
+
+# --- what is built, and when
+
+
+def test_the_bundle_is_used_again_until_the_weights_change(built: None, never: None, sd: Path, cache: Path) -> None:
+    fast(pipeline(sd, "euler"), sd, cache).close()  # another solver needs no other bundle
+    fast(pipeline(sd), sd, cache, schedule="large").close()
+    changed = pipeline(sd)
+    changed.unet.conv_out.weight.data.mul_(1.5)
+    for pipe, more in ((changed, {}), (pipeline(sd), {"batch": "1:2:2"}), (pipeline(sd), {"fresh": True})):
+        with pytest.raises(BuiltError):
+            fast(pipe, sd, cache, **more)
+
+
+def test_a_damaged_bundle_is_built_again(built: None, sd: Path, cache: Path, tmp_path: Path) -> None:
+    with fast(pipeline(sd), sd, cache) as made:
+        root = made.runtime.bundle.root
+    own = shutil.copytree(root, tmp_path / root.name)
+    engine = next(path for path in own.rglob("*") if path.is_file() and path.stat().st_size > 10_000)
+    engine.write_bytes(b"")
+    with fast(pipeline(sd), sd, tmp_path) as made:
+        assert made.runtime.bundle.root == own
+        made(**SD, output_type="latent")
+
+
+def test_bundles_are_listed_and_pruned_with_the_cache(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from support.command import Command
+    from tstitch_engines.bundle.cache import default_root
+
+    shutil.copytree(default_root(), tmp_path / "cache")  # so that nothing has to be exported
+    monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "cache"))
+    tstitch = Command(capfd)
+
+    def kept() -> list[Any]:
+        listed = tstitch("cache", "list", "--json").json["entries"]
+        return [entry for entry in listed if entry["what"].startswith("accelerated pipeline")]
+
+    with fast(pipeline(sd), sd, None) as made:
+        root = made.runtime.bundle.root
+    assert root.parent == tmp_path / "cache/pipelines"
+    (entry,) = kept()
+    assert entry["bytes"] == sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    assert "accelerated pipeline: sd15-bksdm-tiny bundle" in tstitch("cache").out
+    assert not tstitch("cache", "prune", "--older-than", "1d", "--json").json["removed"]
+    removed = tstitch("cache", "prune", "--max-size", "1kB", "--json").json["removed"]
+    assert entry["key"] in {gone["key"] for gone in removed}
+    assert not kept()
+    assert not root.exists()
+
+
+# --- the small one
+
+
+@pytest.mark.slow
+def test_small_is_a_single_file(sd: Path, cache: Path, tmp_path: Path) -> None:
+    """A bare one follows the pipeline's conventions: here it predicts v, which nothing in the file says."""
+    pipe = pipeline(sd, "ddim")
+    pipe.scheduler = scheduler("ddim", prediction_type="v_prediction")
+    text = {"cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2, "norm_num_groups": 32}
+    file = single_file(tmp_path / "sd.safetensors", text=False, vae=False)
+    from diffusers import UNet2DConditionModel
+
+    module = UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet")
+    assert {key: module.config[key] for key in text} == text
+    pipe.unet = module
+    embeds = [torch.randn(1, 77, 768, generator=seeded(n)) for n in (1, 2)]
+    asked = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "num_inference_steps": 4}
+    want = pipe(**asked, generator=seeded(1), output_type="latent").images
+    with fast(pipe, sd, cache, small=file) as made:
+        members = made.runtime.manifest.members
+        assert {member.parametrisation for member in members.values()} == {"v"}
+        got = made(**asked, generator=seeded(1), output_type="latent", fraction=1.0).images
+    assert relative(got.numpy(), want.numpy()) < LIMIT
+
+
+@pytest.mark.slow
+def test_small_is_a_single_file_that_says_v(sd: Path, cache: Path, tmp_path: Path) -> None:
+    file = single_file(tmp_path / "sd.safetensors", text=False, vae=False)
+    save_file({**load_file(file), "v_pred": torch.zeros(0)}, file)
+    from diffusers import UNet2DConditionModel
+
+    pipe = pipeline(sd, "ddim", unet=UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet"))
+    with fast(pipe, sd, cache, small=file) as made:
+        found = {name: member.parametrisation for name, member in made.runtime.manifest.members.items()}
+    assert found == {"small": "v", "large": "eps"}
+
+
+def test_a_compiled_unet_is_the_module_within(built: None, never: None, sd: Path, cache: Path) -> None:
+    pipe = pipeline(sd)
+    pipe.unet = torch.compile(pipe.unet)
+    fast(pipe, sd, cache).close()
+
+
+# --- its text encoder
+
+
+def other_text(sd: Path, folder: Path, change: Any) -> Path:
+    """A pipeline with another text encoder, in a folder."""
+    shutil.copytree(sd / "large", folder)
+    file = folder / "text_encoder/model.safetensors"
+    save_file({key: change(tensor) for key, tensor in load_file(file).items()}, file)
+    return folder
+
+
+def test_a_small_pipeline_with_its_own_text_encoder_is_refused(
+    built: None, never: None, sd: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Also where its bundle would be there, and where it is one file. What half precision rounds is equal."""
+    other = other_text(sd, tmp_path / "other", lambda tensor: 2 * tensor)
+    with pytest.raises(PairMismatch, match="the small pipeline other has another text_encoder"):
+        fast(pipeline(sd), sd, cache, small=other)
+    with pytest.raises(BuiltError):
+        fast(pipeline(sd), sd, cache, small=other_text(sd, tmp_path / "half", lambda tensor: tensor.half()))
+    with pytest.raises(BuiltError):
+        fast(pipeline(sd), sd, cache, small=other_text(sd, tmp_path / "same", lambda tensor: tensor))
+
+    pipe = pipeline(sd)
+    names = {f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": tensor.clone()
+             for key, tensor in pipe.text_encoder.state_dict().items()}  # fmt: skip
+    unet = {key: tensor.clone() for key, tensor in original_unet(pipe.unet).items()}
+    save_file({**unet, **names}, tmp_path / "whole.safetensors")
+    with pytest.raises(BuiltError):
+        fast(pipe, sd, cache, small=tmp_path / "whole.safetensors")
+    key = next(key for key in names if key.endswith("layers.1.mlp.fc1.weight"))
+    save_file({**unet, **names, key: names[key] + 0.1}, tmp_path / "whole.safetensors")
+    with pytest.raises(PairMismatch, match=r"the small pipeline whole.safetensors has another text_encoder"):
+        fast(pipe, sd, cache, small=tmp_path / "whole.safetensors")
+
+
+# --- refusals
+
+
+def test_what_can_not_be_accelerated_is_refused(never: None, sd: Path, cache: Path, tmp_path: Path) -> None:
+    pipe = pipeline(sd)
+    with pytest.raises(UnknownName, match="unknown diffusers pipeline 'DDIMScheduler'"):
+        fast(scheduler("ddim"), sd, cache)
+    with pytest.raises(BadInput, match="does not exist"):
+        fast(pipe, sd, cache, small=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadCheckpoint, match="empty has no UNet2DConditionModel: it looks like a folder without config"):
+        fast(pipe, sd, cache, small=tmp_path / "empty")
+    with pytest.raises(BadInput, match="small is a AutoencoderKL"):
+        fast(pipe, sd, cache, small=pipe.vae)
+    with pytest.raises(BadInput, match="small is a StableDiffusionPipeline") as caught:
+        fast(pipe, sd, cache, small=pipeline(sd))
+    assert "small=pipeline.unet" in caught.value.hint
+    with pytest.raises(BadSchedule, match="both"):
+        fast(pipe, sd, cache, fraction=0.5, schedule="small:0.5,large")
+    with pytest.raises(UnknownName, match="unknown backend 'onnxruntim'"):
+        fast(pipe, sd, tmp_path, backend="onnxruntim")
+
+
+def test_modules_that_are_not_what_their_weights_say_are_refused(never: None, sd: Path, cache: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pipe = pipeline(sd)
+    pipe.enable_freeu(0.9, 0.2, 1.5, 1.6)
+    with pytest.raises(BadInput, match="runs with FreeU"):
+        fast(pipe, sd, cache)
+    pipe.disable_freeu()
+    pipe.vae.decoder.conv_in.padding_mode = "circular"
+    with pytest.raises(BadInput, match="the pipeline's vae pads with something else than zeros"):
+        fast(pipe, sd, cache)
+    pipe.vae.decoder.conv_in.padding_mode = "zeros"
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), pipe.unet)
+    with pytest.raises(BadInput, match="has LoRA layers beside its weights"):
+        fast(pipe, sd, cache)
+    pipe = pipeline(sd)
+    weight = pipe.unet.conv_in.weight
+    pipe.unet.conv_in.weight = torch.nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(BadInput, match=r"unet is quantised: conv_in\.weight holds torch\.int8"):
+        fast(pipe, sd, cache)

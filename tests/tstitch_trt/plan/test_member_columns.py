@@ -1,0 +1,121 @@
+"""Members trained by other conventions in one trajectory. The oracle: where the data are Gaussian the ideal denoiser is
+known in closed form, so members of any schedule, scaling and parametrisation must say the very same thing.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import numpy as np
+import pytest
+
+from support.manifests import manifest, member
+from support.reference import walk
+from tstitch_engines.bundle.manifest import Conditioning, Manifest, NoiseScheduleSpec
+from tstitch_engines.device.step_row import ROW
+from tstitch_engines.errors import BadInput, BadSchedule
+from tstitch_trt.plan.plan import make_plan
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule
+from tstitch_trt.solvers.prediction import coefficients
+
+SCALED = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.00085, beta_end=0.012)
+_rng = np.random.default_rng(5)
+# away from both ends of the schedules, beyond which a member is told its own noisiest or cleanest timestep
+TIMESTEPS = np.linspace(850, 60, 12).round().tolist()
+MEAN, VARIANCE = _rng.normal(size=(1, 4, 3, 3)), _rng.uniform(0.1, 2.0, size=(1, 4, 3, 3))  # of the bundle's latent
+
+
+def stitched(ratio: float, kind: str, own: NoiseScheduleSpec | None) -> Manifest:
+    other = msgspec.structs.replace(member(parametrisation=kind), noise=own, latent_ratio=ratio)
+    return manifest({"base": member(), "other": other}, noise=SCALED)
+
+
+def ideal(pair: Manifest, name: str, sample: np.ndarray, t: float) -> np.ndarray:
+    """What member ``name`` answers: the mean of its Gaussian given the noisy ``sample``, in its own terms."""
+    own = pair.members[name]
+    ratio, noise = own.latent_ratio, NoiseSchedule.from_spec(own.noise or pair.noise)
+    sigma = float(noise.sigma_at(t))
+    a = 1 / np.hypot(1.0, sigma)
+    s = a * sigma
+    mean, variance = ratio * MEAN, ratio**2 * VARIANCE
+    estimate = (mean * s**2 + variance * a * sample) / (a**2 * variance + s**2)
+    p, q = coefficients(own.parametrisation, a, s)
+    return np.asarray((estimate - p * sample) / q) if own.parametrisation != "x0" else estimate
+
+
+def trajectory(pair: Manifest, schedule: str, **settings: object) -> np.ndarray:
+    plan = make_plan(pair, timesteps=TIMESTEPS, schedule=schedule, guidance=1.0, **settings)  # type: ignore[arg-type]
+    rng = np.random.default_rng(1)
+    x, noise = rng.normal(size=(2, 4, 3, 3)), rng.normal(size=(12, 2, 4, 3, 3))
+
+    def model(sample: np.ndarray, t: float, step: int) -> np.ndarray:
+        return ideal(pair, plan.schedule.names[step], sample, t)
+
+    return walk(plan.rows, plan.init_scale * x, model, noise)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp-2m", "ddpm"])
+@pytest.mark.parametrize(
+    ("ratio", "kind", "own"),
+    [
+        (1.0, "v", None),
+        (1.4, "eps", None),
+        (0.7, "v", None),
+        (1.0, "x0", NoiseScheduleSpec(kind="linear")),
+        (0.18215 / 0.13025, "v", NoiseScheduleSpec(kind="squared-cosine")),
+        (1.4, "eps", NoiseScheduleSpec(kind="linear", steps=500, beta_start=2e-4, beta_end=0.04)),
+    ],
+)
+def test_ideal_members_of_any_convention_walk_one_trajectory(
+    ratio: float, kind: str, own: NoiseScheduleSpec | None, solver: str
+) -> None:
+    pair = stitched(ratio, kind, own)
+    alone = trajectory(pair, "base", solver=solver)
+    for schedule in ("base:5,other", "base:3,other:4,base"):
+        mixed = trajectory(pair, schedule, solver=solver)
+        np.testing.assert_allclose(mixed, alone, atol=2e-6 * np.abs(alone).max())
+
+
+def test_equal_conventions_give_the_very_same_rows() -> None:
+    plain = make_plan(stitched(1.0, "v", None), steps=12, schedule="base:5,other")
+    stated = make_plan(stitched(1.0, "v", SCALED), steps=12, schedule="base:5,other")
+    np.testing.assert_array_equal(plain.rows, stated.rows)
+    np.testing.assert_array_equal(plain.rows[:, ROW["T"]], plain.table.t)
+    np.testing.assert_array_equal(plain.rows[:, ROW["C_IN"]], plain.table.c_in)
+
+
+def test_steps_noisier_than_the_training_are_said_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        plan = make_plan(stitched(1.4, "eps", None), steps=12, schedule="other:2,base", guidance=1.0)
+    assert "member 'other': step 0" in caplog.text
+    assert plan.rows[0, ROW["T"]] == 999
+    mild = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.0001, beta_end=0.002)
+    with pytest.raises(BadSchedule, match=r"member 'other' runs at step 0.*trained on levels up to 1\.157"):
+        make_plan(stitched(1.0, "eps", mild), steps=12, schedule="other:2,base", guidance=1.0)
+
+
+def test_a_learned_variance_can_not_be_adapted() -> None:
+    learned = msgspec.structs.replace(member(learned=True), latent_ratio=1.1)
+    pair = manifest({"base": member(learned=True), "other": learned})
+    with pytest.raises(BadInput, match="member 'other' learned its own"):
+        make_plan(pair, solver="ddpm", variance="learned", schedule="base:5,other")
+    make_plan(pair, solver="ddpm", variance="learned", schedule="base")
+
+
+def test_a_distilled_member_takes_its_scale_as_an_input() -> None:
+    distilled = msgspec.structs.replace(member(), guidance_embedding=256)
+    pair = manifest({"small": distilled, "large": member()}, conditioning=Conditioning(kind="text"))
+    plan = make_plan(pair, steps=10, schedule="small:0.4,large", guidance=7.5)
+    assert plan.embedded == {"small": 7.5}
+    assert plan.guided == (False,) * 4 + (True,) * 6
+    assert plan.rows[:, ROW["G"]].tolist() == [1.0] * 4 + [7.5] * 6
+    assert make_plan(pair, steps=10, schedule="large", guidance=7.5).embedded == {}
+    with pytest.raises(BadInput, match="one for all its steps; got 3, 5"):
+        make_plan(pair, steps=10, schedule="small:5:g=3,small:5:g=5")
+
+
+def test_a_trajectory_entered_from_a_picture_starts_its_history_there() -> None:
+    entered = make_plan(manifest(), steps=10, solver="dpmpp-2m", start=4)
+    assert entered.rows[4, ROW["C"]] == 0
+    assert entered.rows[5, ROW["C"]] != 0

@@ -1,0 +1,353 @@
+"""The runtime on a CUDA device over the stand-in (``cuda_stand_in``): graphs, buckets, order of work, memory.
+
+Engines are ONNX Runtime's, whose runs are put into the device's stream. Everything between them and the stand-in is
+the code that runs on a GPU. The oracle is the runtime on the CPU, which is held against PyTorch elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tstitch_trt
+from support.cuda_stand_in import Machine, install
+from support.tiny import TinyPair
+from tstitch_engines.backends import Engine, open_backend
+from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.cuda import CudaDevice
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.open import open_device
+from tstitch_engines.errors import BadInput, NotFinite, UnknownName
+from tstitch_trt import Runtime
+from tstitch_trt.runtime.trajectory import Walk
+
+
+class LateEngine(Engine):
+    """An engine of the CPU whose runs are work on a stream of the stand-in, each on the buffers bound at that time."""
+
+    def __init__(self, engine: Engine, machine: Machine, stream: int) -> None:
+        super().__init__(engine.inputs, engine.outputs, engine.profile)
+        self.engine = engine
+        self.machine = machine
+        self.stream = stream
+        self.enqueued = 0
+
+    def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
+        self.bound = (buffers, batch)
+
+    def work(self) -> Callable[[], object]:
+        buffers, batch = self.bound
+
+        def run() -> None:
+            self.engine.bind(buffers, batch=batch)
+            self.engine.enqueue()
+
+        return run
+
+    def enqueue(self) -> None:
+        self.enqueued += 1
+        self.machine.submit(self.stream, self.work())
+
+    def scratch(self) -> Mapping[int, int]:
+        return {4096: 1000}
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+@pytest.fixture(scope="module")
+def cpu(tiny_pair: TinyPair) -> Runtime:
+    return tstitch_trt.load(tiny_pair.bundle, threads=2)
+
+
+@pytest.fixture
+def machine(kernels_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    return install(monkeypatch, kernels_on_host, tmp_path / "step_kernels.fatbin")
+
+
+Load = Callable[..., Runtime]
+
+
+@pytest.fixture
+def load(machine: Machine, tiny_pair: TinyPair) -> Load:
+    def make(path: Path | None = None, kind: type[LateEngine] = LateEngine, **options: Any) -> Runtime:
+        device = open_device("cuda")
+        assert isinstance(device, CudaDevice)
+        bundle, backend = open_bundle(path or tiny_pair.bundle), open_backend("onnxruntime")
+        engines = {}
+        for name, member in bundle.manifest.members.items():
+            record = member.engines[0]
+            engine = backend.load(
+                bundle.path(record.files[0]), member=member, identity=record.identity, device=HostDevice(), threads=2
+            )
+            engines[name] = kind(engine, machine, device.stream_handle)
+        return Runtime(bundle, device, "onnxruntime", engines, 0.0, **options)
+
+    return make
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return bool(np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max())
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"solver": "ddim", "steps": 5, "guidance": 3.0, "fraction": 0.4, "guided_channels": 3},
+    {"solver": "ddpm", "steps": 8, "guidance": 2.0, "fraction": 0.5, "variance": "learned", "seed": 9},
+    {"solver": "dpmpp-2m", "steps": 6, "guidance": 1.0, "schedule": "large:2,small,large:2"},
+    {"solver": "dpmpp-3m-sde", "steps": 7, "guidance": 2.0, "guidance_rescale": 0.7, "fraction": 0.4},
+    {"solver": "euler", "steps": 10, "guidance": 4.0, "guidance_interval": (2, 6), "fraction": 0.3},
+]
+
+
+def test_any_request_replays_the_same_graphs_and_equals_the_cpu(load: Load, cpu: Runtime, machine: Machine) -> None:
+    gpu = load()
+    for request in REQUESTS:
+        for n in (3, 4):
+            ours, theirs = (runtime.sample(labels=[3, 7, 0], n=n, **request) for runtime in (gpu, cpu))
+            assert close(ours.latents, theirs.latents), request
+    # Both members guided, unguided and rescaled, all at 4 lanes.
+    assert machine.recorded == 6
+    others = [
+        {"solver": "lcm", "steps": 3, "guidance": 7.5, "fraction": 0.9, "seed": 2**40},
+        {"solver": "dpmpp-2m", "steps": 12, "guidance": {"large": 2.0}, "schedule": "small:1,large,small:3"},
+        {"solver": "euler-ancestral", "steps": 4, "guidance": 1.0, "guidance_rescale": 0.3},
+    ]
+    for request in others:
+        ours, theirs = (runtime.sample(n=4, **request) for runtime in (gpu, cpu))
+        assert close(ours.latents, theirs.latents), request
+    assert machine.recorded == 6
+
+
+def test_between_first_and_last_step_there_are_launches_only(load: Load) -> None:
+    gpu = load()
+    calls = gpu.device.calls
+    gpu.sample(n=2, steps=4, fraction=0.5)
+    before = calls.copy()
+    for event in gpu.iterate(n=2, steps=9, fraction=0.4, seed=3):
+        if event.step > 1:
+            assert calls - before == {"graph launch": 1}
+        before = calls.copy()
+
+    def cost(steps: int) -> Any:
+        start = calls.copy()
+        gpu.sample(n=2, steps=steps, fraction=0.5, solver="ddpm")
+        return calls - start
+
+    assert cost(20) - cost(4) == {"graph launch": 16}
+    assert cost(4)["alloc"] == 0
+
+
+def test_lanes_come_in_few_sizes(load: Load, cpu: Runtime, machine: Machine) -> None:
+    """Engines of 1 to 8, tuned for 4: 1, 2, 4 and 8 lanes unguided, 1, 2 and 4 guided."""
+    gpu = load()
+    for n in range(1, 9):
+        ours, theirs = (runtime.sample(n=n, steps=2, fraction=0.0, seed=n) for runtime in (gpu, cpu))
+        assert close(ours.latents, theirs.latents)
+    assert machine.recorded == 4
+    for n in range(1, 5):
+        gpu.sample(n=n, steps=2, fraction=0.0, guidance=2.0)
+    assert machine.recorded == 7
+
+
+def test_chunks_are_enqueued_before_the_first_is_waited_for(
+    load: Load, cpu: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = load()
+    gpu.sample(n=8, steps=2, fraction=0.5)
+    launched: list[int] = []
+    collect = Walk.collect
+
+    def watched(walk: Walk, done: Any) -> Any:
+        launched.append(gpu.device.calls["graph launch"] - start["graph launch"])
+        return collect(walk, done)
+
+    start = gpu.device.calls.copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "collect", watched)
+        ours = gpu.sample(n=21, steps=4, fraction=0.5, solver="ddpm")
+    assert launched == [8, 12, 12]  # three chunks of four steps: each is collected after the next was enqueued
+    theirs = cpu.sample(n=21, steps=4, fraction=0.5, solver="ddpm")
+    assert close(ours.latents, theirs.latents)
+    assert ours.images is not None
+    assert theirs.images is not None
+    assert np.abs(ours.images.astype(int) - theirs.images.astype(int)).max() <= 1
+    assert [(t.member, t.steps) for t in ours.timings] == [("small", 2), ("large", 2)]
+
+
+def test_memory_does_not_grow(load: Load, machine: Machine) -> None:
+    gpu = load()
+
+    def work() -> None:
+        for request in REQUESTS:
+            gpu.sample(n=4, **request)
+        gpu.sample(n=13, steps=2)
+        gpu.sample(n=3, steps=2, output="device")
+
+    for _ in range(2):
+        work()
+    held, allocated = len(machine.memory), gpu.device.calls["alloc"]
+    for _ in range(2):
+        work()
+    assert (len(machine.memory), gpu.device.calls["alloc"]) == (held, allocated)
+    memory = gpu.memory()
+    assert memory["arena"] > 0
+    assert memory["engine io"] % 256 == 0
+    assert memory["activations"] == 1000  # two engines, one block
+    assert memory["results"] >= 3 * 4 * 8 * 8 * 4
+
+
+def test_whole_segments_in_one_launch(load: Load, cpu: Runtime) -> None:
+    gpu = load(graph="segment")
+    gpu.sample(n=4, steps=10, fraction=0.4)
+    before = gpu.device.calls.copy()
+    ours = gpu.sample(n=4, steps=10, fraction=0.4, solver="ddpm", seed=4)
+    assert (gpu.device.calls - before)["graph launch"] == 2
+    assert close(ours.latents, cpu.sample(n=4, steps=10, fraction=0.4, solver="ddpm", seed=4).latents)
+    before = gpu.device.calls.copy()
+    request: dict[str, Any] = {"steps": 8, "fraction": 0.5, "guidance": 3.0, "guidance_interval": (2, 6)}
+    ours = gpu.sample(n=4, **request)
+    assert (gpu.device.calls - before)[
+        "graph launch"
+    ] == 4 + 2  # both members in both ways, and each guided recording tried
+    assert close(ours.latents, cpu.sample(n=4, **request).latents)
+
+
+def test_graphs_can_be_switched_off(load: Load, cpu: Runtime, machine: Machine) -> None:
+    gpu = load(graph="off")
+    assert close(gpu.sample(n=3, steps=4).latents, cpu.sample(n=3, steps=4).latents)
+    assert machine.recorded == 0
+    with pytest.raises(UnknownName, match="unknown graph mode 'steps'"):
+        tstitch_trt.load("nowhere", graph="steps")  # type: ignore[arg-type]
+
+
+class Unrecordable(LateEngine):
+    capturable = False
+
+
+class CallsTheHost(LateEngine):
+    def enqueue(self) -> None:
+        super().enqueue()
+        self.machine.submit(self.stream, lambda: None, kind="Host")
+
+
+class Refusing(LateEngine):
+    def enqueue(self) -> None:
+        if self.machine.streams[self.stream].recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        super().enqueue()
+
+
+class ComputesOnTheCpu(LateEngine):
+    """As a library does with operators that its CUDA provider lacks: a recording keeps the first result for good."""
+
+    def enqueue(self) -> None:
+        stream = self.machine.streams[self.stream]
+        recording, stream.recording = stream.recording, None
+        stream.sync()
+        stream.recording = recording
+        self.work()()
+        self.machine.submit(self.stream, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Unrecordable, "its engine can't be recorded"),
+        (CallsTheHost, "a call of a host function"),
+        (Refusing, "operation not permitted when stream is capturing"),
+        (ComputesOnTheCpu, "a replay on other data differed from a plain run"),
+    ],
+)
+def test_what_can_not_be_recorded_runs_call_by_call_and_says_why_once(
+    load: Load, cpu: Runtime, caplog: pytest.LogCaptureFixture, kind: type[LateEngine], reason: str
+) -> None:
+    gpu = load(kind=kind)
+    with caplog.at_level(logging.WARNING):
+        for seed in (1, 2):
+            ours = gpu.sample(n=2, steps=4, fraction=0.5, seed=seed)
+            assert close(ours.latents, cpu.sample(n=2, steps=4, fraction=0.5, seed=seed).latents)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    for name, message in zip(("small", "large"), said, strict=True):
+        assert f"member '{name}', 2 lanes runs call by call" in message
+        assert reason in message
+
+
+def test_recording_disturbs_no_request(load: Load, cpu: Runtime, machine: Machine) -> None:
+    """The second chunk, of another size, is recorded while the first is still on its way."""
+    gpu = load()
+    ours = gpu.sample(n=13, steps=3, fraction=0.5, guidance=2.0)
+    assert machine.recorded == 4  # 4 lanes, and 1
+    assert close(ours.latents, cpu.sample(n=13, steps=3, fraction=0.5, guidance=2.0).latents)
+
+
+class Tensor:
+    def __init__(self, machine: Machine, values: np.ndarray) -> None:
+        memory = machine.array(values.shape, values.dtype)
+        memory[...] = values
+        self.__cuda_array_interface__ = {
+            "shape": values.shape, "typestr": values.dtype.str, "data": (memory.ctypes.data, False), "version": 3,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler"])  # euler scales the noise
+def test_latents_of_others_go_in_and_out_without_the_host(
+    load: Load, cpu: Runtime, machine: Machine, solver: str
+) -> None:
+    gpu = load()
+    noise = np.random.default_rng(0).standard_normal((11, 4, 8, 8)).astype(np.float32)
+    labels = list(range(10))
+    theirs = cpu.sample(labels=labels, latents=noise, steps=4, solver=solver)
+    tensor = Tensor(machine, noise)
+    gpu.sample(labels=labels, latents=tensor, steps=4, output="device")
+    before = gpu.device.calls.copy()
+    ours = gpu.sample(labels=labels, latents=tensor, steps=4, solver=solver, output="device")
+    assert (gpu.device.calls - before)["download"] == 2  # each chunk's faults
+    shared = ours.device_latents
+    pointer = shared.__cuda_array_interface__["data"][0]
+    assert close(machine.array(shared.shape, np.float32, pointer), theirs.latents)
+    assert ours.images is None
+    again = gpu.sample(labels=labels, latents=noise, steps=4, solver=solver, output="device").device_latents
+    assert again.__cuda_array_interface__["data"][0] == pointer
+    with pytest.raises(BadInput, match="left on the device"):
+        _ = ours.latents
+
+
+def test_bad_foreign_latents(load: Load, machine: Machine) -> None:
+    gpu = load()
+    with pytest.raises(BadInput, match=r"latents are float16\[1, 4, 8, 8\]; needed is float32"):
+        gpu.sample(n=1, steps=2, latents=Tensor(machine, np.zeros((1, 4, 8, 8), np.float16)))
+    with pytest.raises(NotFinite, match="after step 1 of 2"):
+        gpu.sample(n=1, steps=2, latents=Tensor(machine, np.full((1, 4, 8, 8), np.nan, np.float32)))
+    with pytest.raises(BadInput, match="decode=True with output='device'"):
+        gpu.sample(n=1, steps=2, output="device", decode=True)
+    with pytest.raises(UnknownName, match="unknown output 'gpu'"):
+        gpu.sample(n=1, steps=2, output="gpu")  # type: ignore[arg-type]
+
+
+def test_a_fault_is_named_and_the_next_request_is_fine(load: Load, cpu: Runtime, tiny_pair: TinyPair) -> None:
+    gpu = load(tiny_pair.broken_large())
+    with pytest.raises(NotFinite, match=r"after step 5 of 10, made by member 'large'.*seed 15; 1 of 8 lanes"):
+        gpu.sample(labels=[2, 2, 2, 2, 2, 2, 2, 2, 1], n=16, steps=10, fraction=0.4, seed=7)
+    assert np.isfinite(gpu.sample(labels=[2], steps=10, fraction=0.4, seed=7).latents).all()
+
+
+def test_results_on_the_cpu_device_are_numpy(cpu: Runtime) -> None:
+    import torch
+
+    noise = torch.randn(2, 4, 8, 8)
+    result = cpu.sample(labels=[1, 2], latents=noise, steps=3, output="device")
+    shared = torch.from_dlpack(result.device_latents)
+    plain = cpu.sample(labels=[1, 2], latents=noise.numpy(), steps=3)
+    np.testing.assert_array_equal(shared.numpy(), plain.latents)
+    with pytest.raises(BadInput, match="are on the host"):
+        _ = plain.device_latents
+    with pytest.raises(BadInput, match="can't be read as latents"):
+        cpu.sample(labels=[1, 2], latents=noise.requires_grad_(), steps=3)

@@ -1,0 +1,195 @@
+"""Scheduler configurations as they are published: read, and walked beside diffusers' ``from_config`` of the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.diffusers_walk import compare
+from support.manifests import manifest
+from tstitch_engines.bundle.manifest import Defaults, NoiseScheduleSpec
+from tstitch_engines.bundle.scheduler_config import SCHEDULERS, read_scheduler
+from tstitch_engines.errors import BadInput, UnknownName
+from tstitch_trt.plan.plan import make_plan
+from tstitch_trt.solvers import SolverOptions, StepTable, make_table, with_default_spacing
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+SD15 = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **LATENT, "set_alpha_to_one": False,
+    "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+SDXL = {
+    "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.19.0.dev0", **LATENT, "clip_sample": False,
+    "interpolation_type": "linear", "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False,
+    "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
+    "use_karras_sigmas": False,
+}  # fmt: skip
+SD21 = {
+    "_class_name": "DDIMScheduler", **LATENT, "clip_sample": False, "prediction_type": "v_prediction",
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+}  # fmt: skip
+TURBO = {
+    "_class_name": "EulerAncestralDiscreteScheduler", **LATENT, "clip_sample": False, "interpolation_type": "linear",
+    "prediction_type": "epsilon", "steps_offset": 1, "timestep_spacing": "trailing", "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}  # fmt: skip
+DPM = {**SDXL, "_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "leading"}
+UNIPC = {**SD15, "_class_name": "UniPCMultistepScheduler"}
+
+CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "sd15": (SD15, (1, 2, 20, 30, 50)),
+    "sd15-v": ({**SD15, "prediction_type": "v_prediction"}, (20,)),
+    "pndm-to-one": ({**SD15, "set_alpha_to_one": True, "steps_offset": 0}, (20,)),
+    "sd21": (SD21, (20, 50)),
+    "sd15-ddim": ({**SD15, "_class_name": "DDIMScheduler"}, (20, 30)),
+    "ddim-to-one": ({**SD21, "set_alpha_to_one": True, "steps_offset": 0}, (30,)),
+    "ddim-trailing": ({**SD21, "timestep_spacing": "trailing"}, (7, 30, 50)),
+    "ddim-linspace": ({**SD21, "timestep_spacing": "linspace"}, (20,)),
+    "ddpm": ({**SD21, "_class_name": "DDPMScheduler"}, (20,)),
+    "ddpm-large": ({**SD21, "_class_name": "DDPMScheduler", "variance_type": "fixed_large", "steps_offset": 0}, (20,)),
+    "ddpm-log": ({**SD21, "_class_name": "DDPMScheduler", "variance_type": "fixed_small_log"}, (20,)),
+    "sdxl": (SDXL, (20, 30, 50)),
+    "sd-turbo": ({**SDXL, "timestep_spacing": "trailing", "steps_offset": 1}, (1, 4)),
+    "euler-defaults": ({"_class_name": "EulerDiscreteScheduler"}, (20,)),
+    "euler-sigma-min": ({**SDXL, "final_sigmas_type": "sigma_min"}, (20,)),
+    "sdxl-karras": ({**SDXL, "use_karras_sigmas": True}, (20, 30)),
+    "euler-karras-trailing": ({**SDXL, "use_karras_sigmas": True, "timestep_spacing": "trailing"}, (20,)),
+    "euler-exponential": ({**SDXL, "use_exponential_sigmas": True, "timestep_spacing": "linspace"}, (20,)),
+    "euler-karras-ends": ({**SDXL, "use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0}, (20,)),
+    "sdxl-turbo": (TURBO, (1, 2, 4)),
+    "sd15-euler-ancestral": ({**SD15, "_class_name": "EulerAncestralDiscreteScheduler"}, (20,)),
+    "dpm": (DPM, (10, 20)),
+    "dpm-karras": ({**DPM, "use_karras_sigmas": True}, (10, 20, 30)),
+    "dpm-karras-cosine": (
+        {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True,
+         "prediction_type": "v_prediction"},
+        (20,),
+    ),
+    "dpm-exponential": ({**DPM, "use_exponential_sigmas": True}, (20,)),
+    "dpm-karras-ends": ({**DPM, "use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0}, (20,)),
+    "dpm-sde-karras": ({**DPM, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}, (10, 20)),
+    "dpm-sde-heun": ({**DPM, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, (20,)),
+    "dpm-3": ({**DPM, "solver_order": 3, "timestep_spacing": "trailing"}, (10, 20)),
+    "dpm-3-sde": ({**DPM, "solver_order": 3, "algorithm_type": "sde-dpmsolver++"}, (20,)),
+    "dpm-final": ({**DPM, "euler_at_final": True, "final_sigmas_type": "sigma_min"}, (20,)),
+    "dpm-keeps-order": (
+        {**DPM, "lower_order_final": False, "final_sigmas_type": "sigma_min", "solver_type": "bh2"}, (10,)
+    ),
+    "dpm-defaults": ({"_class_name": "DPMSolverMultistepScheduler"}, (20,)),
+    "unipc": (UNIPC, (10, 20, 50)),
+    "unipc-leading": ({**UNIPC, "timestep_spacing": "leading"}, (20,)),
+    "unipc-3": ({**UNIPC, "solver_order": 3}, (10, 20)),
+    "unipc-karras": ({**UNIPC, "use_karras_sigmas": True}, (20,)),
+    "unipc-exponential": ({**UNIPC, "use_exponential_sigmas": True, "disable_corrector": [0, 1]}, (20,)),
+    "unipc-bh1": ({**UNIPC, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}, (20,)),
+    "lcm": ({**SDXL, "_class_name": "LCMScheduler", "original_inference_steps": 50}, (1, 4, 8)),
+    "lcm-defaults": ({"_class_name": "LCMScheduler"}, (4,)),
+}  # fmt: skip
+
+
+def table_of(config: dict[str, Any], steps: int) -> StepTable:
+    read = read_scheduler(config)
+    options = with_default_spacing(SolverOptions.parse(read.solver, read.options), read.spacing)
+    return make_table(options, NoiseSchedule.from_spec(read.noise), steps)
+
+
+@pytest.mark.parametrize(("name", "steps"), [(name, n) for name, (_, counts) in CASES.items() for n in counts])
+def test_equals_from_config(name: str, steps: int) -> None:
+    """Untouched schedulers with their float32 betas and sigmas, which is what the bounds are for.
+
+    The last noise of DDPM is none: diffusers draws some unless its last timestep is 0, scaled by 1e-10 for fixed-small.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    config = CASES[name][0]
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    scheduler.set_timesteps(steps)
+    read, table = read_scheduler(config), table_of(config, steps)
+    kind = read.parametrisation
+    bound = 1e-3 if name.startswith("unipc") or "cosine" in name else 1e-4
+    t = None
+    if read.options.get("sigmas"):  # diffusers finds timesteps of sigmas in float32, and cuts 998.9999 off to 998
+        t = scheduler.timesteps.numpy()
+        cut = read.options.get("sigma_timesteps") == "down"
+        assert np.abs(t - table.t).max() < (1.001 if cut else 3e-3)
+    seen = None if t is None else table.t
+    compare(table, scheduler, kind, silent_end=read.solver == "ddpm", relative=bound, t=t, seen=seen)
+
+
+def test_what_sd15_says() -> None:
+    read = read_scheduler(SD15)
+    assert (read.solver, read.spacing, read.parametrisation) == ("pndm", "leading", "eps")
+    assert read.options == {"final": "sigma-min", "steps_offset": 1}
+    assert read.noise == NoiseScheduleSpec(kind="scaled-linear", beta_start=0.00085, beta_end=0.012)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding is True; allowed is false"),
+        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample is True"),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"skip_prk_steps": None}, r"skip_prk_steps is False; allowed is True"),
+        ({"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'; allowed is 'leading'"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas is 'a list'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; allowed is 'linear'"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
+        ({"steps_offset": -1}, "steps_offset is -1; allowed is a whole number of 0 or more"),
+        ({"beta_start": "low"}, "beta_start is 'low'; allowed is a number"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type is 'learned'"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+            "algorithm_type is 'dpmsolver'",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, "use_beta_sigmas is True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas is True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}, "solver_order is 1; allowed is 2 or 3"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1"),
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0 is False; allowed is True"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "use_exponential_sigmas": True},
+            "use_exponential_sigmas is True",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}, "interpolation_type is 'log_l"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is 'continuous'"),
+        ({"_class_name": "LCMScheduler", "timestep_scaling": 5.0}, "timestep_scaling is 5.0; allowed is 10.0"),
+    ],
+)
+def test_what_can_t_be_honoured_is_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        read_scheduler({**SD15, **change}, where="model/scheduler/scheduler_config.json")
+    assert says in caught.value.message
+    assert caught.value.message.startswith("model/scheduler/scheduler_config.json: ")
+
+
+def test_a_default_that_can_t_be_honoured_says_whose_it_is() -> None:
+    with pytest.raises(BadInput, match=r"clip_sample is True \(the default of DDIMScheduler\)"):
+        read_scheduler({"_class_name": "DDIMScheduler"})
+
+
+def test_an_unknown_class_lists_the_known() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'EulerDiscreteScheduler'"):
+        read_scheduler({"_class_name": "EulerDiscretScheduler"})
+    for name in SCHEDULERS:
+        assert name.endswith("Scheduler")
+
+
+def test_a_bundle_s_defaults_are_for_its_own_solver() -> None:
+    read = read_scheduler(SD15)
+    bundle = manifest(defaults=Defaults(solver=read.solver, solver_options=dict(read.options), spacing=read.spacing))
+    usual = make_plan(bundle, steps=20)
+    assert (usual.solver.final, usual.solver.steps_offset, usual.solver.spacing) == ("sigma-min", 1, "leading")
+    assert usual.steps == 21
+    other = make_plan(bundle, steps=20, solver="ddim")  # the spacing is the bundle's, the rest DDIM's own
+    assert (other.solver.final, other.solver.steps_offset, other.solver.spacing) == ("zero", 1, "leading")
+    assert make_plan(bundle, steps=20, solver="euler", sigmas="karras").solver.steps_offset is None
+    elsewhere = make_plan(bundle, steps=20, spacing="trailing").solver
+    assert (elsewhere.spacing, elsewhere.steps_offset, elsewhere.final) == ("trailing", None, "sigma-min")
+    own = make_plan(bundle, timesteps=[900.0, 500.0, 100.0])
+    assert own.table.t.tolist() == [900.0, 500.0, 500.0, 100.0]
+    assert own.solver.spacing is None
+    assert make_plan(bundle, steps=20, solver_options={"final": "zero"}).solver.final == "zero"

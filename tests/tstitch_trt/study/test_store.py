@@ -1,0 +1,102 @@
+"""Studies in a bundle: they come back as they were, survive a rebuild, and are not taken for those of other weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.manifests import manifest
+from support.studies import calibration, search
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.errors import BadBundle, BuildFailed
+from tstitch_trt.study.records import Calibration, Search
+from tstitch_trt.study.store import differing_weights, load_studies, save_study, weights_of
+
+
+def make(output: Path, weights: dict[str, bytes]) -> Bundle:
+    def fill(staging: Path) -> Manifest:
+        made = manifest()
+        members = {}
+        for name, content in weights.items():
+            source = output.parent / f"{name}.bin"
+            source.write_bytes(content)
+            part = copy_component(source, staging, f"{name}/model.onnx")
+            members[name] = msgspec.structs.replace(made.members[name], onnx=(part,))
+        return msgspec.structs.replace(made, members=members)
+
+    return write_bundle(output, fill)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make(tmp_path / "a.bundle", {"small": b"small", "large": b"large"})
+
+
+def test_round_trip(bundle: Bundle) -> None:
+    assert load_studies(bundle, Calibration) == []
+    here, there = calibration(threads=1), calibration(threads=2, made="2025-01-01T00:00:00Z")
+    save_study(bundle, here, key="here")
+    save_study(bundle, there, key="there")
+    found = search(weights=weights_of(bundle.manifest))
+    save_study(bundle, found)
+    assert load_studies(bundle, Calibration) == [there, here]  # the newest first
+    assert load_studies(bundle, Search) == [found]
+    assert open_bundle(bundle.root).manifest == bundle.manifest
+
+
+def test_a_study_takes_the_place_of_the_one_before(bundle: Bundle) -> None:
+    save_study(bundle, search(samples=10))
+    save_study(bundle, search(samples=20))
+    assert [study.samples for study in load_studies(bundle, Search)] == [20]
+
+
+def test_studies_survive_a_rebuild_and_are_found_to_be_of_other_weights(bundle: Bundle) -> None:
+    study = search(weights=weights_of(bundle.manifest))
+    save_study(bundle, study)
+    again = make(bundle.root, {"small": b"small", "large": b"retrained"})
+    (kept,) = load_studies(again, Search)
+    assert kept == study
+    assert differing_weights(bundle.manifest, kept) == []
+    assert differing_weights(again.manifest, kept) == ["large"]
+
+
+def test_a_member_only_one_knows_differs(bundle: Bundle) -> None:
+    weights = weights_of(bundle.manifest)
+    assert differing_weights(bundle.manifest, search(weights={**weights, "base": "x"})) == ["base"]
+    assert differing_weights(bundle.manifest, search(weights={"small": weights["small"]})) == ["large"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[:50], "is damaged"),
+        (lambda text: text.replace('"schema": 1', '"schema": 9'), "schema version 9"),
+        (lambda text: text.replace('"metric"', '"metrik"'), "unknown field 'metrik'"),
+        (lambda text: text.replace('"batch": 8', '"batch": "x"'), "field 'batch'"),
+    ],
+)
+def test_a_damaged_study_is_named_with_the_way_out(bundle: Bundle, damage: Any, words: str) -> None:
+    file = save_study(bundle, search())
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(BadBundle, match=words) as caught:
+        load_studies(bundle, Search)
+    assert str(file) in caught.value.message
+    assert f"rm {file}" in caught.value.hint
+
+
+def test_what_can_not_be_written_leaves_the_study_before(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_study(bundle, search(samples=10))
+
+    def full(*_: object, **__: object) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tstitch_trt.study.store.atomic_file", full)
+    with pytest.raises(BuildFailed, match="No space left"):
+        save_study(bundle, search(samples=20))
+    assert json.loads(file.read_text())["samples"] == 10

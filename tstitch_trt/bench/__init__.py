@@ -1,0 +1,1 @@
+"""Measuring latency, beside PyTorch on the same weights."""

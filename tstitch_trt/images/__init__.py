@@ -1,0 +1,1 @@
+"""Picture files: reading, writing, grids and the parameters kept in them."""

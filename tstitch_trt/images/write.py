@@ -1,0 +1,88 @@
+"""Where sampled images go: a grid in one PNG, a folder of PNGs, or an ADM-style ``.npz``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.files import require_parent
+from tstitch_trt.images.grid import grid, save_npz, save_png
+from tstitch_trt.images.metadata import parameters_text
+
+__all__ = ["METADATA_KEY", "kind_of", "write_images"]
+
+METADATA_KEY = "tstitch-trt"  # the PNG text chunk that holds the settings as JSON
+_MANY = 100_000
+
+Kind = Literal["png", "npz", "folder"]
+
+
+def kind_of(path: Path, *, option: str = "-o") -> Kind:
+    """What ``path`` asks for, by its suffix. Raises ``BadInput`` for another kind of file or a missing parent."""
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix == "":
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"{option} {str(path)!r} is a file without a suffix", hint="name it FILE.png or FILE.npz")
+        require_parent(path, option=option)
+        return "folder"
+    if suffix not in (".png", ".npz"):
+        raise BadInput(
+            f"{option} {str(path)!r}: images can't be written as {suffix!r}; allowed: .png (a grid), .npz (ADM style) "
+            "or a folder (one PNG per image)",
+            hint=f"write e.g. {option} {path.with_suffix('.png')}",
+        )
+    require_parent(path, option=option)
+    return "png" if suffix == ".png" else "npz"
+
+
+def write_images(
+    path: Path, images_NHWC: NDArray[np.uint8], settings: Mapping[str, Any], each: Sequence[Mapping[str, Any]]
+) -> list[Path]:
+    """Writes the images as ``kind_of(path)`` says and returns the files, whole or none of them.
+
+    ``settings`` go into every PNG's text; ``each`` adds what is an image's own (seed, label or prompt). Pictures of
+    prompts have a text ``parameters`` besides, for people and picture browsers.
+    """
+    kind = kind_of(path)
+    if kind == "npz":
+        save_npz(path, images_NHWC)
+        return [path]
+    if kind == "png":
+        scale = max(1, 64 // max(images_NHWC.shape[1:3]))  # small pictures are shown enlarged
+        save_png(path, grid(images_NHWC, scale=scale), _text({**settings, "images": list(each)}, images_NHWC))
+        return [path]
+    return _write_folder(path, images_NHWC, settings, each)
+
+
+def _write_folder(
+    folder: Path, images_NHWC: NDArray[np.uint8], settings: Mapping[str, Any], each: Sequence[Mapping[str, Any]]
+) -> list[Path]:
+    width = 5 if len(images_NHWC) <= _MANY else len(str(len(images_NHWC)))
+    names = [f"{index:0{width}d}.png" for index in range(len(images_NHWC))]
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        scratch.chmod(0o755)
+        for name, image, own in zip(names, images_NHWC, each, strict=True):
+            save_png(scratch / name, grid(image[None]), _text({**settings, **own}, images_NHWC))
+        if folder.is_dir():  # files of others in it stay
+            for name in names:
+                (scratch / name).replace(folder / name)
+        else:
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return [folder / name for name in names]
+
+
+def _text(settings: Mapping[str, Any], images_NHWC: NDArray[np.uint8]) -> dict[str, str]:
+    text = {METADATA_KEY: json.dumps(settings, allow_nan=False), "Software": "tstitch-trt"}
+    said = parameters_text(settings, size=(images_NHWC.shape[2], images_NHWC.shape[1]))
+    return text if said is None else {"parameters": said, **text}

@@ -1,0 +1,1 @@
+"""diffusers pipelines on compiled engines: ``accelerate``."""

@@ -1,0 +1,235 @@
+"""A loaded diffusers pipeline and a small denoiser, as one object that is called like the pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.backends import open_backend
+from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle
+from tstitch_engines.bundle.files import remove_stale, temporary_directory
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable
+from tstitch_engines.spec import Range
+from tstitch_trt.pipeline.bundle_cache import kept_root, touch
+from tstitch_trt.pipeline.checkpoint import (
+    TRAINED,
+    check_weights,
+    module_hash,
+    path_hash,
+    plain,
+    save_large,
+    save_small,
+)
+from tstitch_trt.pipeline.kinds import kind_of
+from tstitch_trt.pipeline.pipeline import AcceleratedPipeline
+from tstitch_trt.pipeline.text_encoder_check import check_text
+from tstitch_trt.runtime.load import load
+
+if TYPE_CHECKING:
+    from tstitch_engines.bundle.manifest import Precision
+
+__all__ = ["accelerate"]
+
+_log = logging.getLogger(__name__)
+
+_SCHEMA: Final = 2  # part of every bundle's key
+_STAGING: Final = "saving-"
+_PRECISIONS: Final[Mapping[str, Precision]] = {
+    "torch.float32": "fp32",
+    "torch.float16": "fp16",
+    "torch.bfloat16": "bf16",
+}
+Sizes = int | str | Range | None
+
+
+def accelerate(
+    pipe: Any,
+    *,
+    small: Any,
+    schedule: str | None = None,
+    fraction: float | None = None,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    precision: Precision | Mapping[str, Precision] | None = None,
+    batch: Sizes = "1:2:8",
+    height: Sizes = None,
+    width: Sizes = None,
+    options: Mapping[str, int | float | bool | str] | None = None,
+    cache: str | Path | None = None,
+    fresh: bool = False,
+    threads: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> AcceleratedPipeline:
+    """T-Stitch for a diffusers pipeline: ``small`` takes the early steps, the pipeline's own UNet the late ones.
+
+        pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5", torch_dtype=torch.float16)
+        fast = tstitch_trt.accelerate(pipe, small="bk-sdm-tiny", fraction=0.4)
+        image = fast("an astronaut riding a horse", num_inference_steps=50).images[0]
+        image = fast("an astronaut riding a horse", fraction=0.5).images[0]
+
+    ``pipe``: a Stable Diffusion or Stable Diffusion XL pipeline for text to image, image to image or inpainting, also
+    with a ControlNet, or a latent consistency one. What is loaded counts and not where it came from: fused LoRAs and
+    trained weights are in it. ``small``: the path of a pipeline, of a UNet's folder or of a single file, or a loaded
+    UNet of diffusers. One that says nothing of its conventions is taken to follow the pipeline's. Both read the
+    pipeline's text encoders, so a small pipeline with others is refused.
+
+    The denoisers, the VAE and the ControlNet become engines; prompts are read by the pipeline's own text encoders, so
+    that all that these can do works as before. Noise comes from ``generator`` as the pipeline draws it, and the
+    scheduler is ``pipe.scheduler`` at the time of each call: equal seeds give the pipeline's own pictures at
+    ``fraction=0``. Solvers that add noise in every step draw that noise themselves, from seeds out of ``generator``.
+
+    ``schedule`` or ``fraction`` (0.4 of the steps where neither is given) are those of calls that say nothing else;
+    the members are called ``small`` and ``large``. ``backend``, ``device`` (the pipeline's), ``precision`` (the
+    pipeline's) and ``options`` as in ``tstitch-trt build``: ``options={"small.controlled": False}`` lets a small UNet
+    that the ControlNet does not fit run without it. ``batch``: images that run together, twice as many with guidance;
+    ``height`` and ``width`` in pixels, by default the model's own size only. Each is a number, ``"MIN:OPT:MAX"`` or a
+    ``Range``.
+
+    The bundle is kept in the folder ``cache`` (by default in tstitch-trt's cache, where ``tstitch-trt cache`` shows
+    and prunes it) under the hash of all weights and options, and used again when they are the same; ``fresh`` builds
+    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal.
+
+    Raises ``BadInput`` and its kinds for a pipeline or a pair that can't be accelerated, before anything is built.
+    """
+    kind = kind_of(pipe)
+    if schedule is not None and fraction is not None:
+        raise BadSchedule("both schedule and fraction are given", hint="a fraction is a short schedule: give one")
+    open_backend(backend)
+    small = Path(small) if isinstance(small, str | Path) else small
+    _check_small(small)
+    for name in ("unet", "vae", "controlnet"):
+        if getattr(pipe, name, None) is not None:
+            check_weights(plain(getattr(pipe, name)), f"the pipeline's {name}")
+    if isinstance(small, Path):
+        check_text(small, pipe)
+    settings: dict[str, Any] = {
+        "backend": backend,
+        "device": device or str(pipe._execution_device),  # that of offloaded pipelines too
+        "precision": precision or _precision(pipe),
+        "profile": _range(batch, "batch"),
+        "height": _range(height, "height"),
+        "width": _range(width, "width"),
+        "options": dict(options or {}),
+    }
+    root = kept_root() if cache is None else Path(cache)
+    output = root / f"{_key(pipe, small, kind.recipe, settings)}.bundle"
+    runtime = None
+    if not fresh and is_bundle(output):
+        try:
+            runtime = load(_bundle(output), device=settings["device"], backend=backend, threads=threads)
+        except (BadBundle, BadEngine) as error:
+            _log.warning("the bundle %s is built again: %s", output, error.message)
+    if runtime is None:
+        _build(pipe, small, kind.recipe, settings, output, fresh, progress)
+        runtime = load(_bundle(output), device=settings["device"], backend=backend, threads=threads)
+    touch(output)
+    chosen = {"schedule": schedule} if schedule is not None else {"fraction": 0.4 if fraction is None else fraction}
+    return AcceleratedPipeline(pipe, runtime, chosen)
+
+
+def _check_small(small: Any) -> None:
+    if isinstance(small, Path):
+        if not small.exists():
+            raise BadInput(
+                f"small = {small} does not exist",
+                hint="give the path of a pipeline, a UNet's folder or a single file, or a loaded UNet2DConditionModel",
+            )
+        from tstitch_export.families.unet.source import read_unet
+
+        read_unet(small)
+        return
+    small = plain(small)
+    if type(small).__name__ != "UNet2DConditionModel":
+        raise BadInput(
+            f"small is a {type(small).__name__}; allowed is a path or a UNet2DConditionModel",
+            hint="of a loaded pipeline give its UNet: small=pipeline.unet",
+        )
+    check_weights(small, "the small UNet")
+
+
+def _precision(pipe: Any) -> Precision:
+    found = str(pipe.unet.dtype)
+    if found not in _PRECISIONS:
+        raise BadInput(f"the pipeline's UNet is {found}; known are {', '.join(_PRECISIONS)}", hint="give precision=")
+    return _PRECISIONS[found]
+
+
+def _range(value: Sizes, name: str) -> Range | None:
+    if value is None or isinstance(value, Range):
+        return value
+    return Range.parse(str(value), option=f"--{name}")
+
+
+def _key(pipe: Any, small: Any, recipe: str, settings: Mapping[str, Any]) -> str:
+    """The hash of all that decides the bundle."""
+    from tstitch_export.build import versions_of
+
+    config = pipe.scheduler.config
+    return digest(
+        {
+            "schema": _SCHEMA,
+            "recipe": recipe,
+            "small": path_hash(small) if isinstance(small, Path) else module_hash(plain(small)),
+            "parts": {
+                name: module_hash(plain(part))
+                for name in ("unet", "vae", "controlnet")
+                if (part := getattr(pipe, name, None)) is not None
+            },
+            "trained": {key: str(config.get(key) or None) for key in TRAINED},  # not all classes have every key
+            "settings": {key: str(value) for key, value in settings.items()},
+            "versions": versions_of(("tstitch-trt", "torch", "diffusers", "onnx", "onnxscript")),
+        }
+    )
+
+
+def _build(
+    pipe: Any,
+    small: Any,
+    recipe: str,
+    settings: Mapping[str, Any],
+    output: Path,
+    fresh: bool,
+    progress: Callable[[str, float], None] | None,
+) -> None:
+    from tstitch_export.build import build
+    from tstitch_trt.progress import progress as progress_bar
+
+    remove_stale(output.parent, _STAGING)
+    shown = nullcontext() if progress else progress_bar("accelerating", 1, logs=("tstitch_engines", "tstitch_export"))
+    with temporary_directory(output.parent, _STAGING) as staging, shown as bar:
+
+        def report(phase: str, share: float) -> None:
+            if progress is not None:
+                progress(phase, share)
+            elif bar is not None:
+                bar.update(done=share, text=phase)
+
+        report("saving the pipeline", 0.0)
+        parts = save_large(pipe, staging / "large")
+        first = save_small(small, pipe, staging / "large", staging / "small")
+        build(
+            recipe,
+            members={"small": first, "large": staging / "large"},
+            parts=parts,
+            output=output,
+            fresh=fresh,
+            progress=report,
+            **settings,
+        )
+
+
+def _bundle(path: Path) -> Bundle:
+    """The bundle, without the defaults that were its pipeline's scheduler: every call brings its own."""
+    import msgspec
+
+    from tstitch_engines.bundle.manifest import Defaults
+
+    opened = open_bundle(path)
+    if "vae_decoder" not in opened.manifest.parts:
+        raise Unavailable(f"the bundle {path} has no VAE", hint="give the pipeline its vae")
+    plain = Defaults(schedule="small:0.4,large")
+    return Bundle(opened.root, msgspec.structs.replace(opened.manifest, defaults=plain))

@@ -1,0 +1,62 @@
+"""The diffusers pipelines that ``tstitch_trt.accelerate`` knows, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_trt.pipeline.checkpoint import plain
+
+__all__ = ["KINDS", "Kind", "kind_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A pipeline class.
+
+    ``recipe``: that of its pairs. ``starts``: ``image`` is what it starts from; ``masked``: it paints into that.
+    ``control``: the argument with the ControlNet's picture. ``distilled``: its guidance scale is an input of the UNet
+    or nothing at all, and never a second half.
+    """
+
+    recipe: str
+    starts: bool = False
+    masked: bool = False
+    control: str | None = None
+    distilled: bool = False
+
+    @property
+    def xl(self) -> bool:
+        return self.recipe.startswith("sdxl")
+
+
+def _kinds() -> dict[str, Kind]:
+    found: dict[str, Kind] = {}
+    for name, recipe in (("StableDiffusion", "sd15-bksdm-tiny"), ("StableDiffusionXL", "sdxl-ssd1b")):
+        found[f"{name}Pipeline"] = Kind(recipe=recipe)
+        found[f"{name}Img2ImgPipeline"] = Kind(recipe=recipe, starts=True)
+        found[f"{name}InpaintPipeline"] = Kind(recipe=recipe, starts=True, masked=True)
+        found[f"{name}ControlNetPipeline"] = Kind(recipe=recipe, control="image")
+        found[f"{name}ControlNetImg2ImgPipeline"] = Kind(recipe=recipe, starts=True, control="control_image")
+    # Its picture-to-picture sibling chooses other timesteps for a strength.
+    found["LatentConsistencyModelPipeline"] = Kind(recipe="sd15-bksdm-tiny", distilled=True)
+    return found
+
+
+KINDS: Final[Mapping[str, Kind]] = _kinds()
+
+
+def kind_of(pipe: Any) -> Kind:
+    """Raises ``UnknownName`` for another class, ``BadInput`` for a ControlNet that is none or several."""
+    name = type(pipe).__name__
+    if name not in KINDS:
+        raise unknown_name("diffusers pipeline", name, KINDS)
+    control = plain(getattr(pipe, "controlnet", None))
+    if control is not None and type(control).__name__ != "ControlNetModel":
+        raise BadInput(
+            f"the pipeline has a {type(control).__name__}; allowed is one ControlNetModel",
+            hint="give the pipeline a single ControlNet",
+        )
+    return KINDS[name]

@@ -1,0 +1,360 @@
+"""What ``tstitch_trt.accelerate`` returns: the engines of a pair behind the arguments of a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace, TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
+from tstitch_engines.device.step_row import ROW
+from tstitch_engines.errors import BadInput
+from tstitch_trt.pipeline.arguments import own_size, read_arguments
+from tstitch_trt.pipeline.inputs import (
+    arrays,
+    control_picture,
+    encoded,
+    latent_tensor,
+    mask_and_picture,
+    step_noise_seeds,
+    tiled,
+    unit_noise,
+)
+from tstitch_trt.pipeline.kinds import kind_of
+from tstitch_trt.pipeline.outputs import call_back, pipeline_output
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.study.budget.choose import chosen_settings
+
+__all__ = ["AcceleratedPipeline"]
+
+# What of the pipeline a callback may ask for, beside its components
+_SHOWN: Final = ("components", "config", "device", "dtype", "vae_scale_factor", "image_processor", "mask_processor",
+                 "control_image_processor", "encode_prompt")  # fmt: skip
+
+
+class AcceleratedPipeline:
+    """Called like ``pipe``, and with ``fraction`` or ``schedule`` besides. Made by ``tstitch_trt.accelerate``.
+
+    An argument that engines can't honour is a ``BadInput`` that names it. ``pipe`` keeps text encoders, scheduler and
+    processors, and its components are shown here too, for callbacks; ``runtime`` has the engines. Use it as a context
+    manager, or call ``close``.
+    """
+
+    # Nothing else can be set: what a callback writes into a pipeline (``_guidance_scale``) would have no effect here.
+    __slots__ = ("__weakref__", "_chosen", "_interrupt", "_kind", "_steps", "pipe", "runtime")
+
+    def __init__(self, pipe: Any, runtime: Runtime, chosen: Mapping[str, Any]) -> None:
+        self.pipe = pipe
+        self.runtime = runtime
+        self._kind = kind_of(pipe)
+        self._chosen = dict(chosen)
+        self._interrupt = False
+        self._steps = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "pipe" and (name in _SHOWN or name in self.pipe.components):
+            return getattr(self.pipe, name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; the pipeline it was made from is its pipe")
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's; it may be exchanged at any time."""
+        return self.pipe.scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: Any) -> None:
+        self.pipe.scheduler = value
+
+    @property
+    def interrupt(self) -> bool:
+        """Set ``_interrupt`` in a callback, as with diffusers, to end with the latents of that step."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running call, or of the last one."""
+        return self._steps
+
+    def close(self) -> None:
+        self.runtime.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(
+        self,
+        *args: Any,
+        fraction: float | None = None,
+        schedule: str | None = None,
+        latency_budget_ms: float | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """Draws pictures; arguments and result are those of the pipeline. Raises ``BadInput`` and its kinds.
+
+        ``latency_budget_ms``: the best schedule whose steps take at most so long (``Runtime.within_budget``), in place
+        of ``fraction`` or ``schedule``. The bundle is calibrated by ``tstitch-trt calibrate`` on
+        ``runtime.bundle.root``, or ``tstitch_trt.study.calibrate.calibrate``.
+        """
+        import torch
+
+        a = read_arguments(self.pipe, self._kind, args, keywords)
+        self._interrupt = False
+        try:
+            with torch.no_grad():
+                settings = self._settings(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
+                given = self._texts(a)
+                count = given["n"]
+                given |= self._pictures(a, count, *own_size(self.pipe, self._kind, a))
+                if latency_budget_ms is not None:
+                    settings = self._within(latency_budget_ms, a, given, settings)
+                plan = self.runtime.plan(**settings)
+                if a.denoising_start is not None:
+                    given |= self._state(given, plan, a.denoising_start)
+                elif a.timesteps is not None and not self._kind.starts:
+                    given["latents"] = given["latents"] * self._more_noise(plan)
+                if plan.rows[:, ROW["S"]].any():
+                    given["seeds"] = step_noise_seeds(a.generator, count)
+                found = self._run(a, given, settings, self._stop(a, plan))
+                return pipeline_output(self.pipe, self.runtime, found, a, xl=self._kind.xl)
+        finally:
+            self.pipe.maybe_free_model_hooks()  # where it offloads its text encoders
+
+    # --- what is asked for
+
+    def _within(
+        self, budget_ms: float, a: SimpleNamespace, given: Mapping[str, Any], settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """``settings`` with the schedule that the budget allows."""
+        if a.denoising_start is not None or a.denoising_end is not None:
+            raise BadInput(
+                "latency_budget_ms was given beside denoising_start or denoising_end: a budget is for a whole "
+                "trajectory",
+                hint="leave out one of them, or give schedule=",
+            )
+        return chosen_settings(settings, self.runtime.within_budget(budget_ms, **given, **settings))
+
+    def _settings(
+        self, a: SimpleNamespace, fraction: float | None, schedule: str | None, usual: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The keywords of a plan: the pipeline's scheduler as it is now. ``usual``: without fraction and schedule."""
+        found = self._scheduler()
+        settings: dict[str, Any] = {"solver": found.solver, "solver_options": dict(found.options)}
+        if a.timesteps is not None:
+            settings["timesteps"] = [float(t) for t in a.timesteps]
+            settings["solver_options"].pop("steps_offset", None)
+        else:
+            settings["steps"] = a.num_inference_steps
+            if found.solver != "lcm":
+                settings["spacing"] = found.spacing
+        if found.solver == "ddim" and a.eta:
+            settings["eta"] = a.eta
+        if a.original_inference_steps is not None:
+            settings["solver_options"]["original_steps"] = a.original_inference_steps
+        asked = {"fraction": fraction, "schedule": schedule}
+        settings |= {key: value for key, value in asked.items() if value is not None} or dict(usual)
+        embedded = any(member.guidance_embedding for member in self.runtime.manifest.members.values())
+        settings["guidance"] = float(a.guidance_scale) if embedded or self._guided(a) else 1.0
+        settings["guidance_rescale"] = a.guidance_rescale or 0.0
+        return settings
+
+    def _guided(self, a: SimpleNamespace) -> bool:
+        """Whether some steps have a second half, which a member that is told the scale does not run."""
+        members = self.runtime.manifest.members.values()
+        told = all(member.guidance_embedding for member in members)
+        return bool(a.guidance_scale > 1) and not told and not self._kind.distilled
+
+    def _scheduler(self) -> Scheduler:
+        """Raises ``BadInput`` for one that can't be honoured or that was made for other noise than the bundle."""
+        config = {**self.pipe.scheduler.config, "_class_name": type(self.pipe.scheduler).__name__}
+        found = read_scheduler(config, where="the pipeline's scheduler")
+        manifest = self.runtime.manifest
+        if found.noise != manifest.noise or found.parametrisation != manifest.members["large"].parametrisation:
+            raise BadInput(
+                f"the pipeline's scheduler is for {found.parametrisation} models trained with {found.noise}; the "
+                f"bundle is for {manifest.members['large'].parametrisation} and {manifest.noise}",
+                hint="make it with from_config(pipe.scheduler.config), or call accelerate again",
+            )
+        return found
+
+    def _more_noise(self, plan: Plan) -> np.float32:
+        """The first state of explicit timesteps over the plan's, which does not know their scheduler's spacing.
+
+        ``leading`` starts below the noisiest timestep, where signal has its share too (diffusers' init_noise_sigma).
+        """
+        in_sigma = plan.init_scale != 1  # and not in a space where noise is the state
+        leads = in_sigma and self._scheduler().spacing == "leading"
+        return np.float32(np.hypot(1.0, plan.init_scale) / plan.init_scale if leads else 1.0)
+
+    def _texts(self, a: SimpleNamespace) -> dict[str, Any]:
+        """Embeddings by the pipeline's own text encoders, and how many pictures there are."""
+        guided = self._guided(a)
+        keywords = {
+            "device": self.pipe._execution_device,
+            "num_images_per_prompt": a.num_images_per_prompt,
+            "do_classifier_free_guidance": guided,
+            "clip_skip": a.clip_skip,
+        }
+        names = ["prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"]
+        if self._kind.xl:
+            names += ["prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+        found = self.pipe.encode_prompt(**keywords, **{name: getattr(a, name) for name in names})
+        keys = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        given = {key: value for key, value in zip(keys, found, strict=False) if value is not None}
+        if not guided:
+            given = {key: value for key, value in given.items() if not key.startswith("negative")}
+        count = len(given["prompt_embeds"])
+        return {**arrays(given), **(self._sizes(a) if self._kind.xl else {}), "n": count}
+
+    def _sizes(self, a: SimpleNamespace) -> dict[str, Any]:
+        """SDXL's micro-conditioning."""
+        found = {"original_size": a.original_size, "crop": a.crops_coords_top_left, "target_size": a.target_size}
+        texts = [member.text for member in self.runtime.manifest.members.values() if member.text is not None]
+        if any(text.time_ids == "aesthetic" for text in texts):
+            found |= {"aesthetic_score": a.aesthetic_score, "negative_aesthetic_score": a.negative_aesthetic_score}
+            if any(found["crop"] or ()):
+                raise BadInput(
+                    f"crops_coords_top_left is {found['crop']}; with an aesthetic score allowed is (0, 0): both halves "
+                    "of a guided step have one crop",
+                    hint="leave it out",
+                )
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _pictures(self, a: SimpleNamespace, count: int, height: int | None, width: int | None) -> dict[str, Any]:
+        """The noise, and the pictures to start from and to follow, drawn from ``generator`` in diffusers' order."""
+        pipe, kind = self.pipe, self._kind
+        given: dict[str, Any] = {}
+        if kind.control is not None:
+            control = control_picture(pipe, getattr(a, kind.control), height, width, a.num_images_per_prompt)
+            given |= {"control": control, "control_scale": a.controlnet_conditioning_scale}
+            if not kind.starts:
+                height, width = control.shape[2:]
+        if kind.starts:
+            picture = pipe.image_processor.preprocess(a.image, height=height, width=width).float()
+            if kind.masked and a.denoising_start is not None:
+                raise BadInput("denoising_start was given beside a mask", hint="use strength")
+            return given | self._start(a, picture, count, height, width)
+        assert height is not None, "only pipelines that start from a picture have no size of their own"
+        assert width is not None, "as was just said"
+        given |= {"height": height, "width": width}
+        latents = self._latent_shape(count, height, width)
+        given["latents"] = latent_tensor(a.latents) if a.latents is not None else unit_noise(pipe, latents, a.generator)
+        return given
+
+    def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.pipe.vae_scale_factor
+        return count, self.runtime.manifest.latent.channels, height // factor, width // factor
+
+    def _start(
+        self, a: SimpleNamespace, picture: Any, count: int, height: int | None, width: int | None
+    ) -> dict[str, Any]:
+        """``picture``: float ``[K,3,H,W]`` in [-1, 1], or latents."""
+        pipe, kind = self.pipe, self._kind
+        members = self.runtime.manifest.members
+        known = picture.shape[1] == self.runtime.manifest.latent.channels
+        upcast = kind.xl and bool(pipe.vae.config.get("force_upcast"))
+        if a.denoising_start is not None:  # latents in the middle of a trajectory
+            if not known:
+                raise BadInput("denoising_start was given with a picture", hint="give image= latents")
+            return {"latents": tiled(latent_tensor(picture), count)}
+        if a.latents is not None and (not kind.masked or a.strength != 1):
+            raise BadInput("latents were given beside image", hint="give latents as image=, or noise by generator=")
+        if height is None or width is None:
+            scale = pipe.vae_scale_factor if known else 1
+            height, width = picture.shape[2] * scale, picture.shape[3] * scale
+        shape = self._latent_shape(count, height, width)
+        if known:
+            clean = tiled(latent_tensor(picture), count)
+        elif kind.masked and members["large"].inpaints and a.strength == 1:  # nothing of the picture is in the noise
+            clean = np.zeros(shape, np.float32)
+        else:  # with a mask as many draws as pictures, whoever draws them
+            each = count if isinstance(a.generator, list) and not kind.masked else None
+            clean = tiled(encoded(self.runtime, pipe, picture, a.generator, count=each, upcast=upcast), count)
+        drawn = latent_tensor(a.latents) if a.latents is not None else unit_noise(pipe, shape, a.generator)
+        found: dict[str, Any] = {"image": clean, "latents": drawn, "strength": a.strength}
+        if not kind.masked:
+            return found
+        mask, outside = mask_and_picture(pipe, a.mask_image, picture, height, width)
+        found["mask"] = tiled(mask, count, "masks")
+        if not any(member.inpaints for member in members.values()):
+            return found
+        if a.masked_image_latents is not None:
+            return {**found, "masked_image": tiled(latent_tensor(a.masked_image_latents), count)}
+        if known:
+            raise BadInput(
+                "image is latents, and a UNet that paints into a picture needs the picture itself",
+                hint="give masked_image_latents= too: those of the picture with grey where it is painted anew",
+            )
+        return {**found, "masked_image": encoded(self.runtime, pipe, outside, a.generator, upcast=upcast)}
+
+    # --- carrying it out
+
+    def _cut(self, share: float, what: str, plan: Plan) -> int:
+        """How many steps have a timestep before the share of the trajectory, as diffusers rounds it."""
+        if not 0 < share < 1:
+            raise BadInput(f"{what} is {share}; allowed is between 0 and 1", hint="e.g. 0.8")
+        train = self.runtime.manifest.noise.steps
+        return int(np.count_nonzero(plan.table.t >= round(train - share * train)))
+
+    def _stop(self, a: SimpleNamespace, plan: Plan) -> int | None:
+        """The number of steps after which ``denoising_end`` ends; ``None``: after the last one."""
+        if a.denoising_end is None or a.denoising_end == 1:
+            return None
+        if a.denoising_start is not None and a.denoising_start >= a.denoising_end:
+            raise BadInput(
+                f"denoising_start {a.denoising_start} is not before denoising_end {a.denoising_end}",
+                hint="the refiner starts where the base ended",
+            )
+        stop = self._cut(a.denoising_end, "denoising_end", plan)
+        if stop == 0:
+            raise BadInput(f"denoising_end {a.denoising_end} leaves no step", hint="use a larger one, or more steps")
+        return None if stop == plan.steps else stop
+
+    def _state(self, given: Mapping[str, Any], plan: Plan, share: float) -> dict[str, Any]:
+        start = self._cut(share, "denoising_start", plan)
+        if start >= plan.steps:
+            raise BadInput(f"denoising_start {share} leaves no step", hint="use a smaller one, or more steps")
+        return {"latents": given["latents"], "start_step": start}
+
+    def _run(
+        self, a: SimpleNamespace, given: Mapping[str, Any], settings: dict[str, Any], stop: int | None
+    ) -> NDArray[np.float32]:
+        callback = a.callback_on_step_end
+        if callback is None and stop is None:
+            return self.runtime.sample(**given, **settings, decode=False).latents
+        walk = self.runtime.iterate(**given, **settings, decode=False)
+        done = 0
+        try:
+            while True:
+                event = next(walk)
+                if event.chunks > 1:
+                    raise BadInput(
+                        f"{given['n']} pictures run in {event.chunks} parts; allowed with a callback or denoising_end "
+                        "is one",
+                        hint='accelerate with a larger batch, e.g. batch="1:4:32", or ask for fewer',
+                    )
+                if done == 0:
+                    self._steps = (event.steps if stop is None else stop) - event.step + 1
+                    if self._steps < 1:
+                        raise BadInput(
+                            f"denoising_end {a.denoising_end} lies before the first step of strength {a.strength}",
+                            hint="use larger ones",
+                        )
+                if callback is not None:
+                    call_back(self, callback, done, event)
+                done += 1
+                if event.step == stop or self._interrupt:
+                    return np.array(event.latents())
+        except StopIteration as finished:
+            found: NDArray[np.float32] = finished.value.latents
+            return found
+        finally:
+            walk.close()

@@ -1,0 +1,1 @@
+"""Drawings of records, for PNG files and for pages."""

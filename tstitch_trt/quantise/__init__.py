@@ -1,0 +1,1 @@
+"""8-bit bundles: calibration data, quantisation and the loss it costs."""

@@ -1,0 +1,77 @@
+"""A bundle with another member in place of one of its own: its files, and an engine of the new member."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from tstitch_engines.backends import open_backend
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member
+from tstitch_engines.compile.engine import Compiler
+from tstitch_engines.errors import BadBundle
+from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_trt.reference.recorder import needs_widening
+
+__all__ = ["assemble"]
+
+_log = logging.getLogger(__name__)
+
+_BATCH: Final = Range(1, 8, 16)  # of the engine where the member had none
+
+
+def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manifest:
+    """Every other file as it was, and an ONNX Runtime engine of the quantised member."""
+    from tstitch_export.build import versions_of
+
+    old = bundle.manifest
+    replaced = old.members[name]
+    others = {**old.members, name: msgspec.structs.replace(replaced, onnx=(), engines=(), files=member.files)}
+    for part in msgspec.structs.replace(old, members=others).components():
+        if copy_component(bundle.path(part), staging, part.path) != part:
+            raise BadBundle(
+                f"{bundle.path(part)} was altered meanwhile",
+                hint=f"build it again: {bundle.rebuild_command}",
+            )
+    backend = open_backend("onnxruntime")
+    records: tuple[EngineRecord, ...] = ()
+    if not needs_widening(member):
+        engines = [e for e in replaced.engines if e.identity.backend == backend.name] or [*replaced.engines]
+        profile = engines[0].identity.profile if engines else _profile(old, member)
+        compiler = Compiler.of(backend, device="cpu", profile=profile, settings={}, cache=Cache())
+        records = (
+            compiler.engine(
+                name,
+                member,
+                lambda: staging / member.onnx[0].path,
+                staging,
+                kind="member",
+                previous=None,
+                report=lambda phase, share: None,
+            ),
+        )
+    else:
+        _log.warning("member %s has bfloat16 layers, so no ONNX Runtime engine: the CPU has no kernels", name)
+    have = {record.identity.backend for record in records}
+    for other in dict.fromkeys(e.identity.backend for e in replaced.engines):
+        if other not in have:
+            _log.warning("member %s has no %s engine yet: tstitch-trt build BUNDLE --backend %s", name, other, other)
+    members = {**old.members, name: msgspec.structs.replace(member, engines=records)}
+    versions = old.versions | versions_of(("tstitch-trt", "nvidia-modelopt")) | {backend.name: backend.version()}
+    return msgspec.structs.replace(old, members=members, versions=versions)
+
+
+def _profile(manifest: Manifest, member: Member) -> ShapeProfile:
+    """Of the engine of a member that had none: as another member's, else of the bundle's own size."""
+    known = {
+        name: r for m in manifest.members.values() for e in m.engines for name, r in e.identity.profile.dims.items()
+    }
+    own = {"H": manifest.latent.height, "W": manifest.latent.width, "T": 77}
+    found = {"B": _BATCH, **{name: Range(size, size, size) for name, size in own.items()}, **known}
+    dims = {name for spec in (*member.inputs, *member.outputs) for name in spec.dims}
+    return ShapeProfile({name: found[name] for name in sorted(dims)})

@@ -1,0 +1,110 @@
+"""Which trajectories a member is calibrated on, everything about them decided before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.errors import BadInput, BadSchedule
+from tstitch_trt.plan.plan import make_plan
+from tstitch_trt.reference.member_inputs import needed_parts
+from tstitch_trt.request.synthetic import PROMPTS
+
+__all__ = ["Calibration", "plan_calibration"]
+
+_GUIDANCE: Final = 1.5  # of the trajectories where the bundle's own is off
+_IMAGES: Final = 4  # trajectories to calibrate on, at least
+_HELD_OUT: Final = 4  # trajectories to measure on
+_SEED_STRIDE: Final = 1 << 20  # between the seeds that are calibrated and those that are measured on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The trajectories, everything about them decided. ``default``: the schedule of the final comparison.
+
+    ``names``: the members that run. ``prompts``: of text bundles.
+    """
+
+    schedules: tuple[str, ...]
+    settings: dict[str, Any]  # keywords of `make_plan`
+    steps: int
+    solver: str
+    guidance: float
+    seeds: tuple[int, ...]
+    held_out: tuple[int, ...]
+    default: str
+    prompts: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def plan_calibration(
+    manifest: Manifest,
+    name: str,
+    schedules: Sequence[str],
+    wanted: Mapping[str, Any],
+    *,
+    samples: int,
+    seed: int,
+    prompts: Sequence[str] = (),
+) -> Calibration:
+    """Raises ``BadSchedule`` for a schedule that the member is not in, and what ``make_plan`` raises.
+
+    ``wanted``: keywords of ``make_plan``. ``prompts``: of a text bundle, by default some that are made up. Raises
+    ``BadInput`` for prompts that a bundle of classes can't heed, ``Unavailable`` for a bundle that can't read any.
+    """
+    settings = {key: value for key, value in wanted.items() if value is not None}
+    if "guidance" not in settings and manifest.defaults.guidance == 1 and manifest.conditioning.guidable:
+        settings["guidance"] = _GUIDANCE
+    default = manifest.defaults.schedule if len(manifest.members) > 1 else name
+    plans = {text: make_plan(manifest, schedule=text, **settings) for text in dict.fromkeys(schedules)}
+    for text, plan in plans.items():
+        if name not in plan.schedule.names:
+            raise BadSchedule(
+                f"member {name!r} runs at none of the {plan.steps} steps of {text!r} ({plan.schedule})",
+                hint=f"give a schedule that it is in, e.g. --schedule {name}",
+            )
+    if not plans:
+        plans[name] = make_plan(manifest, schedule=name, **settings)
+        try:
+            plan = make_plan(manifest, schedule=default, **settings)
+        except BadSchedule:  # for another number of steps
+            plan = plans[name]
+        if name in plan.schedule.names and set(plan.schedule.names) != {name}:
+            plans[default] = plan
+    texts = _prompts(manifest, prompts)
+    names = tuple(n for n in manifest.members if any(n in plan.schedule.names for plan in plans.values()))
+    needed_parts(manifest, names)
+    first = next(iter(plans.values()))
+    rows = sum(
+        (1 + guided) for p in plans.values() for n, guided in zip(p.schedule.names, p.guided, strict=True) if n == name
+    )
+    images = max(_IMAGES, math.ceil(samples / rows))
+    base = seed * 2 * _SEED_STRIDE
+    return Calibration(
+        schedules=tuple(plans),
+        settings=settings,
+        steps=first.steps,
+        solver=first.solver.name,
+        guidance=float(settings.get("guidance", manifest.defaults.guidance)),
+        seeds=tuple(range(base, base + images)),
+        held_out=tuple(range(base + _SEED_STRIDE, base + _SEED_STRIDE + _HELD_OUT)),
+        default=default if default in plans else next(iter(plans)),
+        prompts=texts,
+        names=names,
+    )
+
+
+def _prompts(manifest: Manifest, prompts: Sequence[str]) -> tuple[str, ...]:
+    if manifest.conditioning.kind != "text":
+        if prompts:
+            raise BadInput(
+                f"{len(prompts)} prompts were given, and the bundle {manifest.name!r} draws classes",
+                hint="leave out --prompt and --prompts",
+            )
+        return ()
+    if empty := [index for index, text in enumerate(prompts) if not text.strip()]:
+        raise BadInput(f"prompt {empty[0] + 1} of {len(prompts)} is empty", hint="leave it out")
+    return tuple(prompts) or PROMPTS

@@ -1,0 +1,277 @@
+"""A bundle with one member in 8 bits: calibrated on its real inputs at all noise levels, and what that costs measured.
+
+1. The bundle is walked on ONNX Runtime over the schedules, with guidance, for several seeds and labels or prompts; the
+   member's inputs are recorded. Rows are picked so that every noise level has an equal share.
+2. Its graph gets Q/DQ nodes whose ranges are those of the rows (``tstitch_export.quantise.quantise``).
+3. Source and quantised graph are compared on inputs recorded from other seeds, by noise level, and the final latents
+   of whole trajectories with and without quantisation.
+4. The new bundle holds the quantised graph, an ONNX Runtime engine of it, and everything else as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.backends import open_backend
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.files import copy_component, temporary_directory
+from tstitch_engines.bundle.identity import model_digest
+from tstitch_engines.bundle.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
+from tstitch_engines.bundle.weights import WEIGHTS
+from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
+from tstitch_trt.quantise.bundle import assemble
+from tstitch_trt.quantise.calibration_plan import Calibration, plan_calibration
+from tstitch_trt.reference.member_inputs import Trajectories, group_levels, pick_rows
+from tstitch_trt.reference.recorder import widen_graph
+
+__all__ = ["loss_of", "quantise", "relative"]
+
+_GROUPS: Final = 10  # of noise levels in the report, at most
+
+Report = Callable[[float, str], object]  # share done in 0..1, what is being done
+
+
+def quantise(
+    bundle: str | Path | Bundle,
+    *,
+    member: str,
+    mode: str,
+    output: str | Path,
+    samples: int = 256,
+    steps: int | None = None,
+    solver: str | None = None,
+    guidance: float | None = None,
+    schedules: Sequence[str] = (),
+    seed: int = 0,
+    calibration: str = "max",
+    high_precision: str = "fp16",
+    keep: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    threads: int = 0,
+    report: Report = lambda share, text: None,
+) -> Manifest:
+    """Writes ``bundle`` with ``member`` quantised to the new bundle ``output`` and returns its manifest.
+
+    ``mode``: ``int8`` or ``fp8``. ``samples``: rows that set the ranges, spread evenly over the noise levels at which
+    the member runs. ``schedules``: those it is calibrated for, by default the member alone, which is every noise level,
+    and the bundle's own. ``steps``, ``solver``, ``guidance``: of the trajectories, by default the bundle's (guidance
+    1.5 where that is off and there is a null class). ``calibration``: ``max`` or, for int8, ``entropy``.
+    ``prompts``: what a text bundle draws meanwhile, in turn; without them some that are made up, of many kinds.
+    ``high_precision``: what the other layers compute in. ``keep``: layers to leave in it, by name or pattern.
+
+    The same settings give the same graph. ``output`` appears whole or not at all. Raises ``BadInput`` and its kinds
+    before any long work, ``Unavailable`` without nvidia-modelopt or ONNX Runtime, ``BuildFailed``, ``NotFinite``.
+    """
+    from tstitch_export.quantise.quantise import HIGH_PRECISIONS, METHODS, MODES, check_quantisable, need_modelopt
+
+    for what, value, known in (
+        ("quantisation mode", mode, MODES),
+        ("calibration method", calibration, METHODS),
+        ("high precision", high_precision, HIGH_PRECISIONS),
+    ):
+        if value not in known:
+            raise unknown_name(what, value, known)
+    for name, number, low in (("samples", samples, 1), ("seed", seed, 0), ("threads", threads, 0)):
+        if number < low:
+            raise BadInput(f"{name} = {number}; allowed is {low} or more", hint=f"e.g. --{name} {max(low, 8)}")
+    place = Path(output)
+    if place.exists() or place.is_symlink():
+        raise BadBundle(
+            f"{place} exists already; quantising makes a new bundle and replaces none",
+            hint=f"choose another directory with -o DIR, or remove it: rm -r {place}",
+        )
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    manifest = opened.manifest
+    if member not in manifest.members:
+        raise unknown_name("member", member, manifest.members)
+    need_modelopt()
+    open_backend("onnxruntime")
+    source = manifest.members[member]
+    check_quantisable(member, source, opened.path(source.onnx[0]))
+    wanted = {"steps": steps, "solver": solver, "guidance": guidance}
+    walk = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
+    ask = _Ask(mode, calibration, high_precision, tuple(keep), samples, seed)
+    return write_bundle(place, _Work(opened, member, ask, walk, threads, report).fill).manifest
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What to do to the graph."""
+
+    mode: str
+    method: str
+    high_precision: str
+    keep: tuple[str, ...]
+    samples: int
+    seed: int
+
+
+class _Work:
+    def __init__(self, bundle: Bundle, name: str, ask: _Ask, walk: Calibration, threads: int, report: Report) -> None:
+        self._bundle = bundle
+        self._name = name
+        self._ask = ask
+        self._walk = walk
+        self._threads = threads
+        self._report = report
+        self._from, self._to, self._text = 0.0, 0.0, ""
+        self._ticks, self._expected = 0, 1
+
+    # --- progress: phases with their shares, and ticks within them
+
+    def _phase(self, text: str, start: float, stop: float, ticks: int = 1) -> None:
+        self._from, self._to, self._text = start, stop, text
+        self._ticks, self._expected = 0, max(ticks, 1)
+        self._report(start, text)
+
+    def _tick(self) -> None:
+        self._ticks += 1
+        self._report(
+            self._from + (self._to - self._from) * min(self._ticks / self._expected, 1.0),
+            self._text,
+        )
+
+    # --- the work
+
+    def fill(self, staging: Path) -> Manifest:
+        name = self._name
+        # Inside the bundle being made: the same file system, which must have room anyway, and gone with it.
+        with temporary_directory(staging, ".work-") as folder:
+            self._phase("compiling the members", 0.0, 0.05)
+            walks = Trajectories(
+                self._bundle,
+                settings=self._walk.settings,
+                folder=folder,
+                threads=self._threads,
+                tick=self._tick,
+                names=self._walk.names,
+                prompts=self._walk.prompts,
+            )
+            try:
+                member = self._quantised(walks, folder, staging)
+            finally:
+                walks.close()
+        self._phase("writing the bundle", 0.95, 1.0)
+        return assemble(self._bundle, staging, name, member)
+
+    def _quantised(self, walks: Trajectories, folder: Path, staging: Path) -> Member:
+        from tstitch_export.quantise.quantise import float32_specs, quantise_graph
+
+        name, ask, walk = self._name, self._ask, self._walk
+        source = self._bundle.manifest.members[name]
+        rows = self._record(walks, walk.seeds, "recording trajectories to calibrate on", 0.05, 0.4)
+        chosen = pick_rows(rows["timestep"], ask.samples, seed=ask.seed)
+        rows = {key: values[chosen] for key, values in rows.items()}
+        self._phase(f"quantising {name} to {ask.mode}", 0.4, 0.6)
+        graph = quantise_graph(
+            self._bundle.path(source.onnx[0]),
+            folder / f"{name}.{ask.mode}.onnx",
+            member=source,
+            mode=ask.mode,
+            calibration=rows,
+            method=ask.method,
+            high_precision=ask.high_precision,
+            keep=ask.keep,
+        )
+        member = msgspec.structs.replace(
+            source,
+            precision=cast("Precision", ask.mode),
+            inputs=float32_specs(source.inputs),
+            outputs=float32_specs(source.outputs),
+            onnx=tuple(copy_component(file, staging, f"{name}/{file.name}") for file in graph.files),
+            check=None,  # that was of the other graph, and so was the map of its weights
+            files={purpose: part for purpose, part in source.files.items() if purpose != WEIGHTS},
+            engines=(),
+        )
+        model = graph.files[0]
+        if ask.high_precision == "bf16":  # measured with these layers in float32
+            model = widen_graph(model, folder / f"{name}.{ask.mode}.wide.onnx")
+        engine = walks.compiled(f"{name}-{ask.mode}", model, member)
+        try:
+            loss = self._loss(walks, engine)
+            latents = self._latents(walks, member, engine)
+        finally:
+            engine.close()
+        record = Quantisation(
+            method=ask.method,
+            high_precision=cast("Precision", ask.high_precision),
+            source_precision=source.precision,
+            source_sha256=model_digest(source.onnx),
+            layers=tuple(layer.name for layer in graph.quantised),
+            kept=tuple(layer.name for layer in graph.kept),
+            rows=len(chosen),
+            seed=ask.seed,
+            steps=walk.steps,
+            solver=walk.solver,
+            guidance=walk.guidance,
+            schedules=walk.schedules,
+            timesteps=(float(rows["timestep"].max()), float(rows["timestep"].min())),
+            loss=loss,
+            latents=latents,
+            latents_seeds=walk.held_out,
+            latents_schedule=walk.default,
+            prompts=walk.prompts,
+        )
+        return msgspec.structs.replace(member, quantisation=record)
+
+    def _record(
+        self, walks: Trajectories, seeds: Sequence[int], text: str, start: float, stop: float
+    ) -> dict[str, NDArray[Any]]:
+        """The member's inputs over all schedules."""
+        self._phase(text, start, stop, len(self._walk.schedules) * self._walk.steps * walks.chunks(len(seeds)))
+        found = [walks.record(self._name, schedule, seeds) for schedule in self._walk.schedules]
+        return {key: np.concatenate([rows[key] for rows in found]) for key in found[0]}
+
+    def _loss(self, walks: Trajectories, engine: Engine) -> tuple[QuantisationLoss, ...]:
+        """On inputs from seeds that were not calibrated on, as many as were, by noise level. Raises ``BuildFailed``."""
+        rows = self._record(walks, self._walk.held_out, "recording trajectories to measure on", 0.6, 0.7)
+        chosen = pick_rows(rows["timestep"], self._ask.samples, seed=self._ask.seed + 1)
+        rows = {key: values[chosen] for key, values in rows.items()}
+        self._phase("measuring the loss", 0.7, 0.85, 2 * math.ceil(len(chosen) / 16))
+        want, got = walks.outputs(self._name, rows), walks.outputs(engine, rows)
+        if not np.isfinite(got).all():
+            raise BuildFailed(
+                f"the {self._ask.mode} graph of member {self._name!r} gives NaN or infinity",
+                hint="the other layers leave the range of float16: --high-precision bf16 or fp32"
+                if self._ask.high_precision == "fp16"
+                else "give more --samples, or keep layers out: --keep 'blocks.0.*'",
+            )
+        return tuple(
+            loss_of(rows["timestep"][part], got[part], want[part]) for part in group_levels(rows["timestep"], _GROUPS)
+        )
+
+    def _latents(self, walks: Trajectories, member: Member, engine: Engine) -> tuple[float, ...]:
+        """Relative L2 of the final latents of each held-out seed."""
+        schedule, seeds = self._walk.default, self._walk.held_out
+        self._phase("comparing final latents", 0.85, 0.95, 2 * self._walk.steps * walks.chunks(len(seeds)))
+        want = walks.latents(schedule, seeds, {})
+        got = walks.latents(schedule, seeds, {self._name: (member, engine)})
+        return tuple(relative(a, b) for a, b in zip(got, want, strict=True))
+
+
+def loss_of(timesteps: NDArray[np.float32], got: NDArray[np.float32], want: NDArray[np.float32]) -> QuantisationLoss:
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, want))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines = np.where(lengths > 0, (a * b).sum(1) / np.where(lengths > 0, lengths, 1), 1.0)
+    return QuantisationLoss(
+        timesteps=(float(timesteps.max()), float(timesteps.min())),
+        rows=len(a),
+        rel_l2=relative(got, want),
+        cosine=float(cosines.min()),
+        max_abs=float(abs(a - b).max()),
+    )
+
+
+def relative(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
+    """Norm of the difference over norm of ``want``, in float64."""
+    reference = want.astype(np.float64)
+    return float(np.linalg.norm(got.astype(np.float64) - reference) / (np.linalg.norm(reference) or 1.0))

@@ -1,0 +1,1 @@
+"""Networks on ONNX Runtime and PyTorch, and inputs to compare them on."""

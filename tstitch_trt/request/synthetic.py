@@ -1,0 +1,109 @@
+"""Requests for measuring and recording: any picture will do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.request.controlnet import CONTROLNET
+
+__all__ = ["PROMPTS", "stand_in_pictures", "stand_in_wishes"]
+
+PROMPTS: Final = (
+    "a photograph of a red fox in the snow",
+    "an oil painting of a harbour at dusk",
+    "a portrait of an old sailor, studio lighting, highly detailed",
+    "a bowl of oranges on a wooden table, soft light",
+    "a city street at night in the rain, neon signs, reflections",
+    "a watercolour of mountains behind a lake",
+    "a small robot reading a book in a library, digital art",
+    "an aerial view of a river delta",
+    "a cat asleep on a window sill",
+    "a castle on a cliff, fantasy illustration, dramatic sky",
+    "a macro photograph of a bee on a sunflower",
+    "a minimalist poster with geometric shapes in blue and yellow",
+    "a crowd at a market, street photography, black and white",
+    "an astronaut on a beach",
+    "the interior of a cathedral, wide angle",
+    "a plate of sushi",
+)
+"""Of many kinds and lengths, for trajectories that are to be like those that users draw."""
+
+
+def stand_in_wishes(
+    manifest: Manifest,
+    backend: str,
+    plan: Plan,
+    count: int,
+    *,
+    prompts: Sequence[str] = (),
+    control: bool = False,
+    size: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Keywords of ``Runtime.sample`` for ``count`` images: classes in turn, or text, which is made up for each member.
+
+    Texts are ``prompts`` in turn, else random embeddings of as many tokens as the engines of ``backend`` are tuned for,
+    so that no text encoder is to be waited for. Where the plan has a member that paints into a picture, a picture and a
+    mask for its left half; with ``control`` a control picture, where something takes it. ``size``: height and width of
+    the latent, by default the bundle's own.
+    """
+    if manifest.conditioning.kind == "class":
+        return {"labels": [i % manifest.conditioning.classes for i in range(count)]}
+    names = list(dict.fromkeys(plan.schedule.names))
+    wishes: dict[str, Any] = {"n": count}
+    if prompts:
+        wishes["prompt"] = list(prompts)
+    else:
+        wishes |= _embeddings(manifest, names, backend, guided=any(plan.guided))
+    members = [manifest.members[name] for name in names]
+    height, width = (side * manifest.decoder.factor for side in size or (manifest.latent.height, manifest.latent.width))
+    if any(member.inpaints for member in members):
+        mask = np.zeros((height, width), np.bool_)
+        mask[:, : width // 2] = True
+        wishes |= {"image": stand_in_pictures(1, height, width), "mask": mask, "strength": 1.0}
+    if control and CONTROLNET in manifest.parts and any(member.controlled for member in members):
+        wishes["control"] = stand_in_pictures(1, height, width, seed=1)
+    return wishes
+
+
+def stand_in_pictures(count: int, height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:
+    """Smooth pictures uint8 ``[count,height,width,3]``, each another: what a picture encoder may well be given."""
+    rng = np.random.default_rng(seed)
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    waves = rng.uniform(1, 9, (3, 4, count, 3))  # frequencies along y and x and phases, of four waves
+    total = sum(
+        np.sin(a * y[None, ..., None] + b * x[None, ..., None] + c)
+        for a, b, c in (waves[:, index, :, None, None, :] for index in range(4))
+    )
+    return np.asarray(np.clip(127.5 + 50 * total, 0, 255).astype(np.uint8))
+
+
+def _embeddings(manifest: Manifest, names: Sequence[str], backend: str, *, guided: bool) -> dict[str, dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    wishes: dict[str, dict[str, Any]] = {}
+    for name in names:
+        text = manifest.members[name].text
+        if text is None:
+            continue
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (1, _tokens(manifest, name, backend), text.width)}
+        if text.pooled_width:
+            shapes["pooled_prompt_embeds"] = (1, text.pooled_width)
+        if guided:
+            shapes |= {f"negative_{key}": shape for key, shape in shapes.items()}
+        for key, shape in shapes.items():
+            wishes.setdefault(key, {})[name] = rng.standard_normal(shape, np.float32)
+    return wishes
+
+
+def _tokens(manifest: Manifest, name: str, backend: str) -> int:
+    member = manifest.members[name]
+    size = next(spec.shape[1] for spec in member.inputs if spec.name == "encoder_hidden_states")
+    if isinstance(size, int):
+        return size
+    records = sorted(member.engines, key=lambda record: record.identity.backend != backend)
+    return records[0].identity.profile.dims["T"].opt

@@ -1,0 +1,1 @@
+"""Loaded engines that walk trajectories over one device arena."""

@@ -1,0 +1,99 @@
+"""From a bundle on disk to a runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from tstitch_engines.backends import Engine, open_backend
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.compile.select import check_wishes, choose, default_backend
+from tstitch_engines.compile.select import rebuild as rebuild_engines
+from tstitch_engines.device.open import open_device
+from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.threads import default_threads
+from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.runtime.step_graphs import GraphMode, check_mode
+
+if TYPE_CHECKING:
+    from tstitch_engines.backends import Progress
+
+__all__ = ["load"]
+
+
+def load(
+    bundle: str | Path | Bundle,
+    *,
+    device: str = "cpu",
+    backend: str | None = None,
+    threads: int | None = None,
+    verify: Literal["full", "size"] = "full",
+    graph: GraphMode = "auto",
+    stream: Any = None,
+    rebuild: bool = False,
+    overlap: bool = True,
+    progress: Progress | None = None,
+) -> Runtime:
+    """Loads all members and parts of a bundle and returns the runtime that samples from them.
+
+    ``device``: ``cpu``, ``cuda`` or ``cuda:N`` (CUDA: not run on a GPU). ``backend``: one the bundle has engines of;
+    by default the first it was built for. ``threads``: CPU threads of the engines, 0 (the default) for
+    ``$OMP_NUM_THREADS`` or else all cores; only where they run on the CPU. ``verify``: ``full`` checks every file's
+    sha256, ``size`` only sizes.
+
+    ``graph`` (CUDA): ``step`` records each kind of step once and replays it, ``segment`` replays all equal steps in a
+    row with one launch, ``off`` runs call by call; ``auto`` is ``step`` where the device has graphs and ``off`` where
+    it has none. ``stream`` (CUDA): a stream to work on, an object with ``__cuda_stream__`` or an integer handle, not a
+    default stream; its owner keeps it alive. ``sample`` returns when its work is done either way.
+
+    ``overlap`` (CUDA): the VAE's decoder works on a stream and in activation memory of its own, so that it makes
+    pictures while the steps of the next images run. Without it there is one block of memory for all, and one order.
+
+    ``rebuild``: engines that are missing, damaged or don't fit this machine and these versions are compiled again from
+    the bundle's own ONNX with the options and profile they had, and the bundle is replaced in one step. ``progress``
+    then gets the phase and the share done.
+
+    Raises ``BadBundle`` for a damaged bundle, ``BadEngine`` for engines that don't fit this machine (naming each
+    field that differs and the command that rebuilds them), ``BadInput`` for an option that these engines or this
+    device can't honour, ``Unavailable`` for a missing library or device.
+    """
+    if threads is not None and threads < 0:
+        raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
+    check_mode(graph)
+    started = perf_counter()
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify, engines=not rebuild)
+    place = open_device(device, stream=stream)
+    if graph in ("step", "segment") and not place.graphs:
+        raise Unavailable(
+            f"graph = {graph}: the device {place.name} has no graphs; allowed there are auto and off",
+            hint="leave out --graph (graph=...), or use --device cuda",
+        )
+    used = threads or (default_threads() if place.name == "cpu" else 0)
+    name = backend or default_backend(opened)
+    library = open_backend(name)
+    if rebuild:
+        every = opened.manifest.networks()
+        opened = rebuild_engines(opened, library, place.name, names=every, verify=verify, progress=progress)
+    networks = opened.manifest.networks()
+    wishes = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
+    chosen = {network: choose(opened, network, library, place.name) for network in networks}
+    for network, record in chosen.items():
+        check_wishes(opened, network, record, library, place.name, wishes)
+    decoding = place.beside() if overlap and "vae_decoder" in chosen else place
+    engines: dict[str, Engine] = {}
+    try:
+        for network, record in chosen.items():
+            engines[network] = library.load(
+                opened.path(record.files[0]),
+                member=networks[network],
+                identity=record.identity,
+                device=decoding if network == "vae_decoder" else place,
+                threads=used,
+            )
+    except BaseException:
+        for engine in engines.values():
+            engine.close()
+        raise
+    load_ms = 1e3 * (perf_counter() - started)
+    return Runtime(opened, place, name, engines, load_ms, graph=graph, decoding=decoding, threads=used)

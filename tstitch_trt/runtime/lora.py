@@ -1,0 +1,300 @@
+"""LoRAs put into loaded engines and taken out again, while the bundle on disk stays as it is.
+
+The weights as they were exported lie in the bundle's ONNX files (``tstitch_engines.bundle.weights``). Each swap starts
+from those, so that nothing adds up: W + sum of weight * alpha / rank * up @ down in float32 (arXiv 2106.09685), rounded
+once to the engine's type. A LoRA that was fused when the bundle was built is part of W and stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.weights import Weights, open_weights
+from tstitch_engines.errors import BadBundle, BadCheckpoint, BadInput, FailedWork, unknown_name
+from tstitch_engines.host_call import narrow, widen
+
+if TYPE_CHECKING:
+    from tstitch_export.families.base import LoraUse
+
+__all__ = ["LoraFiles", "LoraSwapping", "Loras"]
+
+_log = logging.getLogger(__name__)
+
+LoraFiles = str | Path | Sequence[str | Path | tuple[str | Path, float]]
+Delta = Callable[[], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class _Active:
+    """What is in an engine: ``said`` as manifests say it, ``deltas`` by weight."""
+
+    said: str = ""
+    deltas: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
+
+
+_NONE: Final = _Active()
+_LARGEST: Final = {"float16": 65504.0}
+
+
+class Loras:
+    """Which LoRAs are in which engines. ``changed`` is called with the name of one that a recording can't go on with.
+
+    Files are mapped and not read into memory; one weight at a time is computed, as the engine takes it.
+    """
+
+    def __init__(
+        self, bundle: Bundle, backend: str, engines: Mapping[str, Engine], changed: Callable[[str], None]
+    ) -> None:
+        self._bundle = bundle
+        self._backend = backend
+        self._engines = dict(engines)
+        self._changed = changed
+        self._weights: dict[str, Weights] = {}
+        self._active: dict[str, _Active] = {}
+        self._lost: dict[str, tuple[str, tuple[str, ...]]] = {}  # why, and the weights that may be anything
+
+    def said(self) -> dict[str, str]:
+        """The LoRAs in use by network: ``{"large": "style.safetensors:0.8"}``."""
+        return {name: active.said for name, active in self._active.items() if active.said}
+
+    def check(self) -> None:
+        """Raises ``FailedWork`` where an engine's weights are not known, after a swap and its undoing both failed."""
+        for name, (why, _) in self._lost.items():
+            raise FailedWork(
+                f"the weights of {name!r} are not known since a LoRA could not be put in: {why}",
+                hint=f"call restore({name!r}), or close the runtime and load the bundle again",
+            )
+
+    def current(self, name: str) -> object:
+        """What ``put`` puts back."""
+        return self._active.get(name, _NONE)
+
+    def swap(self, name: str, files: LoraFiles) -> None:
+        """Puts these LoRAs into a network, in place of those that are there. See ``Runtime.swap_lora``."""
+        self._put(name, self._read(name, files))
+
+    def put(self, name: str, current: object) -> None:
+        """Back to what ``current`` gave."""
+        assert isinstance(current, _Active)
+        self._put(name, current)
+
+    def restore(self, name: str | None = None) -> None:
+        """The weights of one network, or of all that LoRAs are in, as they were exported."""
+        if name is not None:
+            self._refittable(name)
+        for each in (name,) if name is not None else (*self._active, *(set(self._lost) - set(self._active))):
+            if each in self._active or each in self._lost:
+                self._put(each, _NONE)
+
+    # --- how
+
+    def _read(self, name: str, files: LoraFiles) -> _Active:
+        from tstitch_export.families.lora.fuse import describe_loras, lora_deltas
+
+        uses = _uses(files)
+        if not uses:
+            raise BadInput(
+                f"no LoRA is given for {name!r}",
+                hint=f'e.g. swap_lora({name!r}, "style.safetensors:0.8"), or restore({name!r}) to take it out',
+            )
+        self._refittable(name)
+        weights = self._open(name).map
+        shapes = {key: weight.shape for key, weight in weights.weights.items()}
+        found: dict[str, list[Delta]] = {}
+        for use in uses:
+            model = f"{name} of {self._bundle.root.name}"
+            deltas = lora_deltas(use, shapes, model=model, part=weights.part, aliases=weights.aliases)
+            _log.log(
+                logging.INFO if deltas else logging.WARNING,
+                *("%s: %d layers for the %s %s", use.path.name, len(deltas), weights.part.replace("_", " "), name),
+            )
+            for key, delta in deltas:
+                if weights.weights[key].parameter is not None:  # text encoders leave out layers that nothing reads
+                    found.setdefault(key, []).append(delta)
+        return _Active(describe_loras(uses), found)
+
+    def _refittable(self, name: str) -> Engine:
+        engine = self._engines.get(name)
+        if engine is None:
+            raise unknown_name("network", name, self._engines)
+        if engine.refit_names is None:
+            why, hint = engine.refit_obstacle
+            raise BadInput(f"{name!r} runs on {self._backend} and can't be given a LoRA now: {why}", hint=hint)
+        return engine
+
+    def _open(self, name: str) -> Weights:
+        if name not in self._weights:
+            self._weights[name] = open_weights(self._bundle, name, self._bundle.manifest.networks()[name])
+        return self._weights[name]
+
+    def _put(self, name: str, wanted: _Active) -> None:
+        """Engine and record agree afterwards, whatever happens."""
+        engine, before = self._refittable(name), self._active.get(name, _NONE)
+        _, lost = self._lost.get(name, ("", ()))
+        keys = [*dict.fromkeys((*wanted.deltas, *before.deltas, *lost))]
+        if keys:
+            self._refit(name, engine, keys, wanted, before)
+        self._lost.pop(name, None)
+        self._active.pop(name, None)
+        if wanted.said:
+            self._active[name] = wanted
+
+    def _refit(self, name: str, engine: Engine, keys: Sequence[str], wanted: _Active, before: _Active) -> None:
+        weights = self._open(name)
+        values = _Values.of(name, weights, engine, keys, wanted)
+        others = _Stored(weights)
+        if not engine.refit_keeps_recordings:
+            self._changed(name)
+        try:
+            engine.refit(values, others)
+        except BaseException:
+            try:
+                engine.refit(_Values.of(name, weights, engine, keys, before), others)
+            except Exception as second:
+                why = (str(second).splitlines() or [type(second).__name__])[0]
+                self._lost[name] = (why, tuple(keys))
+                _log.error("%s: its weights are not known any more: %s", name, why)
+            raise
+
+
+class _Values(Mapping[str, NDArray[Any]]):
+    """Weights by the engine's names, each computed when it is asked for, in the engine's layout and type."""
+
+    def __init__(self, weights: Weights, keys: Mapping[str, str], deltas: Mapping[str, Sequence[Delta]]) -> None:
+        self._weights = weights
+        self._keys = dict(keys)
+        self._deltas = deltas
+
+    @staticmethod
+    def of(name: str, weights: Weights, engine: Engine, keys: Sequence[str], active: _Active) -> _Values:
+        """Raises ``BadBundle`` for a weight that the map says can't be had or replaced."""
+        names: dict[str, str] = {}
+        for key in keys:
+            weight = weights.map.weights[key]
+            inside = weight.parameter if engine.refit_names == "parameter" else weight.initialiser
+            shared = weight.shared and engine.refit_names == "initialiser"
+            if weight.initialiser is None or inside is None or shared:
+                raise BadBundle(
+                    f"{key} of {name!r} {'shares its place in the graph' if shared else 'was folded into the graph'} "
+                    "and can't be replaced",
+                    hint=f"build with the LoRA fused: tstitch-trt build ... --lora {name}=FILE",
+                )
+            names[inside] = key
+        return _Values(weights, names, active.deltas)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        key = self._keys[name]
+        weight = self._weights.map.weights[key]
+        assert weight.initialiser is not None
+        dtype = self._weights.map.initialisers[weight.initialiser].dtype
+        stored = self._weights.read(weight.initialiser)
+        value = stored.T if weight.transposed else stored
+        if key in self._deltas:
+            total = widen(np.ascontiguousarray(value), dtype).astype(np.float32)
+            for delta in self._deltas[key]:
+                total = total + delta()
+            if not np.abs(total).max() <= _LARGEST.get(dtype, np.finfo(np.float32).max):  # NaN is not either
+                raise BadCheckpoint(
+                    f"with these LoRAs {key} holds NaN, infinity or what {dtype} can't hold",
+                    hint="give them less weight, e.g. FILE:0.5",
+                )
+            value = narrow(total, dtype)
+        # An engine takes it as it has it: the graph transposed, the program as the checkpoint.
+        flip = weight.transposed and name == weight.initialiser and name != weight.parameter
+        return np.array(value.T if flip else value, order="C")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class _Stored(Mapping[str, NDArray[Any]]):
+    """All initialisers as they were exported."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._weights.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.map.initialisers)
+
+    def __len__(self) -> int:
+        return len(self._weights.map.initialisers)
+
+
+def _uses(files: LoraFiles) -> tuple[LoraUse, ...]:
+    """Raises ``BadInput`` for a file that is not there and a weight that is no number."""
+    from tstitch_export.families.base import LoraUse
+    from tstitch_export.families.lora.fuse import parse_loras
+
+    found: list[LoraUse] = []
+    for item in (files,) if isinstance(files, (str, Path)) else files:
+        if isinstance(item, str):
+            found += parse_loras(item)
+        else:
+            path, weight = item if isinstance(item, tuple) else (item, 1.0)
+            found.append(LoraUse(Path(path), float(weight)))
+    for use in found:
+        if not use.path.is_file():
+            raise BadInput(f"the LoRA {use.path} does not exist", hint="give the path of a .safetensors file")
+        if not math.isfinite(use.weight):
+            raise BadInput(f"{use.path.name} has the weight {use.weight}; allowed are numbers", hint="e.g. 0.8")
+    return tuple(found)
+
+
+class LoraSwapping(ABC):
+    """Between requests only: while one runs, every verb raises ``BadInput``."""
+
+    _loras: Loras
+
+    @abstractmethod
+    def _alone(self) -> AbstractContextManager[None]:
+        """Keeps everybody else out, or raises ``BadInput``."""
+
+    @property
+    def loras(self) -> dict[str, str]:
+        """Those that ``swap_lora`` put in, by network: ``{"large": "style.safetensors:0.8"}``."""
+        return self._loras.said()
+
+    def swap_lora(self, name: str, files: LoraFiles) -> None:
+        """Puts LoRAs into a member or text encoder, in place of those that an earlier call put there.
+
+        ``files``: ``"style.safetensors:0.8,lcm.safetensors"``, a path, or a list of paths and ``(path, weight)``. For
+        engines that can be refitted: of the backend ``torch``, and of TensorRT built with ``--option refit=true``.
+        Raises ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises,
+        the network has the weights that it had before.
+        """
+        with self._alone():
+            self._loras.swap(name, files)
+
+    def restore(self, name: str | None = None) -> None:
+        """Takes out what ``swap_lora`` put into a network, or into any: the bundle's own weights, bit for bit."""
+        with self._alone():
+            self._loras.restore(name)
+
+    @contextmanager
+    def lora(self, name: str, files: LoraFiles) -> Iterator[Self]:
+        """``swap_lora`` for the time of a ``with`` block; afterwards what was there before is back."""
+        before = self._loras.current(name)
+        self.swap_lora(name, files)
+        try:
+            yield self
+        finally:
+            with self._alone():
+                self._loras.put(name, before)

@@ -1,0 +1,50 @@
+"""What a runtime will hold in device memory, as far as the manifest alone tells."""
+
+from __future__ import annotations
+
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.slab import slab_bytes
+from tstitch_engines.spec import ShapeProfile
+from tstitch_trt.request.controlnet import CONTROLNET
+from tstitch_trt.request.limits import Limits
+from tstitch_trt.runtime.arena import arena_bytes
+from tstitch_trt.runtime.io_buffers import io_slices
+
+__all__ = ["planned_limits", "planned_memory"]
+
+
+def planned_limits(manifest: Manifest) -> dict[str, Limits]:
+    """By backend, of those that all members have engines of: the sizes that a runtime will allow."""
+    planned: dict[str, Limits] = {}
+    for backend in dict.fromkeys(r.identity.backend for m in manifest.members.values() for r in m.engines):
+        profiles = _profiles(manifest, backend)
+        if manifest.members.keys() <= profiles.keys():
+            planned[backend] = Limits.of(manifest, profiles)
+    return planned
+
+
+def planned_memory(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """By backend: the bytes of ``arena`` and ``engine io``, as ``Runtime.memory`` names them.
+
+    Only for backends that all members have engines of. Weights and activations are known once the engines are loaded.
+    """
+    return {backend: _planned(manifest, limits) for backend, limits in planned_limits(manifest).items()}
+
+
+def _profiles(manifest: Manifest, backend: str) -> dict[str, ShapeProfile]:
+    """Of every network that a step runs and that has engines of ``backend``: the profile with the largest batch."""
+    found: dict[str, ShapeProfile] = {}
+    for name in (*manifest.members, *({CONTROLNET} & set(manifest.parts))):
+        records = (r.identity.profile for r in manifest.networks()[name].engines if r.identity.backend == backend)
+        if (largest := max(records, key=lambda profile: profile.dims["B"].max, default=None)) is not None:
+            found[name] = largest
+    return found
+
+
+def _planned(manifest: Manifest, limits: Limits) -> dict[str, int]:
+    height, width = limits.largest
+    elements = manifest.latent.channels * height * width
+    return {
+        "arena": arena_bytes(limits.batch.max, elements, manifest.noise.steps),
+        "engine io": slab_bytes(io_slices(manifest, limits)),
+    }

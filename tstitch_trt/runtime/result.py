@@ -1,0 +1,109 @@
+"""What comes back from sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.plan.schedule import Schedule
+
+if TYPE_CHECKING:
+    from tstitch_trt.study.budget.record import Budget
+
+__all__ = ["Decode", "Result", "SegmentTiming", "StepEvent"]
+
+Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class SegmentTiming:
+    """Milliseconds spent in one segment of the schedule, summed over the chunks of the batch."""
+
+    member: str
+    steps: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One step is done. ``step`` counts from 1 to ``steps``; a large batch runs in ``chunks``, one after another."""
+
+    step: int
+    steps: int
+    chunk: int
+    chunks: int
+    member: str
+    timestep: float
+    _latents: Callable[[], NDArray[np.float32]]
+    _estimate: Callable[[], NDArray[np.float32]]
+    _decode: Decode
+
+    def latents(self) -> NDArray[np.float32]:
+        """The state after this step, float32 ``[B,C,H,W]`` of this chunk. Waits for the device."""
+        return self._latents()
+
+    def estimate(self) -> NDArray[np.float32]:
+        """The denoised estimate D of this step, float32 ``[B,C,H,W]``. Waits for the device."""
+        return self._estimate()
+
+    def preview(self) -> NDArray[np.uint8]:
+        """The estimate as pictures, uint8 ``[B,H,W,C]``. Raises ``Unavailable`` for a bundle without a decoder."""
+        return self._decode(self._estimate())
+
+
+@dataclass(frozen=True)
+class Result:
+    """``images`` uint8 ``[N,H,W,C]``, ``None`` when not decoded; ``labels`` or ``prompts``: what each was asked to be.
+
+    ``loras``: those that were in the engines by ``Runtime.swap_lora``, ``{"large": "style.safetensors:0.8"}``.
+
+    ``budget``: how the schedule was chosen, where a latency budget was given.
+
+    ``total_ms`` is the time of the trajectories alone, without decoding: the sum of ``timings``.
+    """
+
+    images: NDArray[np.uint8] | None
+    _latents: NDArray[np.float32] | None
+    seeds: tuple[int, ...]
+    labels: tuple[int, ...]
+    plan: Plan
+    timings: tuple[SegmentTiming, ...]
+    _device_latents: Any = None
+    prompts: tuple[str, ...] = ()
+    loras: Mapping[str, str] = field(default_factory=dict)
+    budget: Budget | None = None
+
+    @property
+    def latents(self) -> NDArray[np.float32]:
+        """float32 ``[N,C,H,W]``. Raises ``BadInput`` when they were left on the device."""
+        if self._latents is None:
+            raise BadInput(
+                "these latents were left on the device (output='device')",
+                hint="use result.device_latents, or sample with output='host'",
+            )
+        return self._latents
+
+    @property
+    def device_latents(self) -> Any:
+        """float32 ``[N,C,H,W]`` on the runtime's device, with ``__dlpack__`` (a numpy array on cpu).
+
+        On CUDA with ``__cuda_array_interface__`` too. It is the runtime's own memory and complete, no stream has to be
+        waited for; the next call of the runtime overwrites it. Raises ``BadInput`` without ``output='device'``.
+        """
+        if self._device_latents is None:
+            raise BadInput("these latents are on the host", hint="sample with output='device', or use result.latents")
+        return self._device_latents
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan.schedule
+
+    @property
+    def total_ms(self) -> float:
+        return sum(part.ms for part in self.timings)

@@ -1,0 +1,345 @@
+"""The runtime: walks a plan over loaded engines while the latents stay in one arena."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
+
+import numpy as np
+
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.device.base import Buffer, Device
+from tstitch_engines.errors import BadInput, Cancelled, unknown_name
+from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.request.batching import Splitting
+from tstitch_trt.request.controlnet import CONTROLNET
+from tstitch_trt.request.init_image import check_start_wishes, start_step
+from tstitch_trt.request.limits import Limits
+from tstitch_trt.request.options import PictureWishes, Wishes, asked_steps, split_wishes
+from tstitch_trt.request.request import Request, host_array
+from tstitch_trt.runtime.component import Part
+from tstitch_trt.runtime.lora import Loras, LoraSwapping
+from tstitch_trt.runtime.result import Decode, Result, StepEvent
+from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
+from tstitch_trt.runtime.stepper import Stepper
+from tstitch_trt.runtime.text_encoder import TextEncoders
+from tstitch_trt.runtime.timing import Measuring
+from tstitch_trt.runtime.trajectory import Gathered, UnderWay, Walk
+from tstitch_trt.runtime.vae import Codec, Picturing, Tile
+from tstitch_trt.study.budget.choose import Budgeting, chosen_settings
+
+if TYPE_CHECKING:
+    from tstitch_trt.study.budget.record import Budget
+
+__all__ = ["Runtime"]
+
+Callback = Callable[[StepEvent], object]
+Output = Literal["host", "device"]
+OUTPUTS: Final = ("host", "device")
+
+
+class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
+    """Loaded engines of one bundle on one device. Made by ``tstitch_trt.load``.
+
+    One request at a time: a second call from another thread while one runs raises ``BadInput``. Use it as a context
+    manager, or call ``close``.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        backend_name: str,
+        engines: Mapping[str, Engine],
+        load_ms: float,
+        *,
+        graph: GraphMode = "auto",
+        decoding: Device | None = None,
+        threads: int = 0,
+    ) -> None:
+        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device`` (``Device.beside``).
+
+        ``threads``: CPU threads that the engines were loaded with, 0 for all cores.
+        """
+        self.bundle = bundle
+        self.device = device
+        self.backend_name = backend_name
+        self.load_ms = load_ms
+        self.threads = threads
+        self._engines = dict(engines)
+        stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
+        self._stepper = Stepper(bundle.manifest, device, stepped, graph)
+        self._parts = {
+            name: Part(name, network, engines[name], decoding if decoding and name == "vae_decoder" else device)
+            for name, network in bundle.manifest.parts.items()
+            if name in engines and name != CONTROLNET
+        }
+        self._texts = TextEncoders.of(bundle, self._parts)
+        self._codec = Codec(bundle.manifest, self._parts)
+        self._loras = Loras(bundle, backend_name, self._engines, self._stepper.forget)
+        self._results: Buffer | None = None
+        self._busy = threading.Lock()
+
+    # --- what it is
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def batch_limit(self) -> int:
+        """Images per engine call when unguided; half of it when guided."""
+        return self._stepper.batch_limit
+
+    @property
+    def splitting(self) -> Splitting:
+        """How the images of a request become chunks, each of one engine call."""
+        return self._stepper.splitting
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes that all members can run."""
+        return self._stepper.limits
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The members' names, in the bundle's order: ``fraction`` goes from the first to the last."""
+        return self._stepper.members
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations``, ``results`` and ``parts io``.
+
+        ``activations`` are those that engines plan themselves (TensorRT: one block for all that run one after another,
+        and one for the VAE's decoder, which runs beside them). ``parts io``: of text encoders and VAE, where there are
+        any. What a library allocates on its own, and the weights, are not in it.
+        """
+        scratch: dict[int, int] = {}
+        for engine in self._engines.values():
+            scratch |= engine.scratch()
+        found = {**self._stepper.memory(), "activations": sum(scratch.values())}
+        found["results"] = 0 if self._results is None else self._results.nbytes
+        return {**found, "parts io": sum(part.nbytes for part in self._parts.values())} if self._parts else found
+
+    def jit_ms(self) -> dict[str, float]:
+        """Milliseconds that each engine has spent so far on compiling for this machine, when a batch size was new.
+
+        Of the backend ``torch`` built with the option ``compile``; elsewhere 0.
+        """
+        return {name: engine.jit_ms for name, engine in self._engines.items()}
+
+    def graphs(self) -> GraphState:
+        """Whether steps are replayed from graphs, why, and what could not be recorded so far."""
+        return self._stepper.graph_state()
+
+    def close(self) -> None:
+        """Releases graphs and engines. The runtime can't be used afterwards."""
+        self._stepper.close()
+        for part in self._parts.values():
+            part.close()
+        self._results = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- sampling
+
+    def plan(self, **settings: Any) -> Plan:
+        """The plan of a request, without running it. Takes the keywords of ``tstitch_trt.plan.plan.make_plan``."""
+        return make_plan(self.manifest, **settings)
+
+    def sample(
+        self,
+        *,
+        callback: Callback | None = None,
+        decode: bool | None = None,
+        output: Output = "host",
+        tile: Tile = "auto",
+        latency_budget_ms: float | None = None,
+        **wishes: Unpack[Wishes],
+    ) -> Result:
+        """Draws images.
+
+        ``wishes``: what the pictures are to be (``tstitch_trt.request.options.PictureWishes``: labels or prompt, n,
+        seed, size, a picture to start from...) and how they are drawn (the keywords of
+        ``tstitch_trt.plan.plan.make_plan``: steps, solver, schedule, fraction, guidance...). ``callback`` gets a
+        ``StepEvent`` after each step and cancels by returning ``False``.
+
+        ``decode``: whether to make pictures; by default where the bundle has a decoder. ``output="device"`` leaves the
+        latents on the device, as ``Result.device_latents``, and makes no pictures. ``tile``: how the VAE takes them,
+        and those to start from (``tstitch_trt.runtime.vae.Tile``).
+
+        ``latency_budget_ms``: the best schedule whose trajectories take at most so long, in place of ``schedule`` or
+        ``fraction`` (``within_budget``); ``Result.budget`` says what was chosen and why.
+
+        Images larger in number than the engines' batch profile run in chunks. Raises ``BadInput`` and its kinds for a
+        request that can't be right, ``NotFinite`` with step and member, ``Cancelled``.
+        """
+        walk = self._start(
+            wishes, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
+        )
+        while True:
+            try:
+                event = next(walk)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            if callback is not None and callback(event) is False:
+                walk.close()
+                raise Cancelled(
+                    f"cancelled by the callback after step {event.step} of {event.steps}",
+                    hint="return anything but False from the callback to go on",
+                )
+
+    def iterate(
+        self,
+        *,
+        decode: bool | None = None,
+        output: Output = "host",
+        tile: Tile = "auto",
+        latency_budget_ms: float | None = None,
+        **wishes: Unpack[Wishes],
+    ) -> Generator[StepEvent, None, Result]:
+        """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel."""
+        return self._start(wishes, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
+
+    def _start(
+        self,
+        wishes: Wishes,
+        *,
+        decode: bool | None,
+        output: Output,
+        tile: Tile,
+        events: bool,
+        within: float | None,
+    ) -> Generator[StepEvent, None, Result]:
+        """Checks all that can be checked before anything runs."""
+        if output not in OUTPUTS:
+            raise unknown_name("output", output, OUTPUTS)
+        if decode and output == "device":
+            raise BadInput(
+                "decode=True with output='device': pictures are made on the host",
+                hint="leave out one of the two; runtime.decode(latents) makes pictures of host latents",
+            )
+        pictures, settings = split_wishes(wishes)
+        check_start_wishes(pictures)
+        budget = None if within is None else self.within_budget(within, **wishes)
+        if budget is not None:
+            settings = chosen_settings(settings, budget)
+        start = pictures.get("start_step", 0)
+        if pictures.get("image") is not None:
+            start = start_step(pictures, asked_steps(self.manifest, settings))
+            settings["start"] = start
+        plan = self.plan(**settings)
+        if decode is None:
+            decode = self.manifest.decoder.kind != "none" and output == "host"
+        self._loras.check()
+        self._codec.check(tile)
+        with self._alone():  # prompts and pictures are encoded here
+            request = self._request(pictures, plan, start, tile)
+        if decode:
+            self._codec.check(tile, request.size)
+        decoder = partial(self.decode, tile=tile) if decode else None
+        return self._walk(request, plan, decode=decoder, events=events, output=output, budget=budget)
+
+    def _request(self, pictures: PictureWishes, plan: Plan, start: int, tile: Tile) -> Request:
+        latents = pictures.get("latents")
+        if latents is not None:
+            borrowed = self.device.borrow(latents)
+            pictures = {**pictures, "latents": host_array(latents) if borrowed is None else borrowed}
+        request = Request.make(
+            self.manifest,
+            self._stepper.limits,
+            plan,
+            pictures,
+            start=start,
+            texts=self._texts,
+            encoder=self._codec.encoding(tile),
+        )
+        request.check_start(plan)
+        return request
+
+    def _walk(
+        self,
+        request: Request,
+        plan: Plan,
+        *,
+        decode: Decode | None,
+        events: bool,
+        output: Output,
+        budget: Budget | None,
+    ) -> Generator[StepEvent, None, Result]:
+        walk = Walk(self._stepper, self.device, request, plan, decode=decode or self.decode, events=events)
+        with self._alone():
+            return (yield from self._chunks(walk, request, plan, decode=decode, output=output, budget=budget))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The device made usable on this thread, for one request at a time."""
+        if not self._busy.acquire(blocking=False):
+            raise BadInput(
+                "this runtime is already sampling",
+                hint="wait for the running request, close its iterator, or load one runtime per thread",
+            )
+        try:
+            self.device.activate()
+            yield
+        finally:
+            self._busy.release()
+
+    def _chunks(
+        self,
+        walk: Walk,
+        request: Request,
+        plan: Plan,
+        *,
+        decode: Decode | None,
+        output: Output,
+        budget: Budget | None,
+    ) -> Generator[StepEvent, None, Result]:
+        """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
+        shape = (request.n, self.manifest.latent.channels, *request.size)
+        kept = self._result_buffer(shape) if output == "device" else None
+        found = Gathered(walk, None if kept is not None else shape, decode)
+        before: UnderWay | None = None
+        for chunk in walk.chunks():
+            keep = None
+            if kept is not None:
+                offset = chunk.start * kept.nbytes // request.n
+                keep = self.device.view(kept, offset, (chunk.count, *shape[1:]), "float32")
+            under_way = yield from walk.run(chunk, keep)
+            if before is not None:
+                found.add(before)
+            before = under_way
+        assert before is not None, "a request has at least one image"
+        found.add(before)
+        return Result(
+            found.pictures(),
+            found.latents,
+            request.seeds,
+            request.labels,
+            plan,
+            tuple(found.timings),
+            None if kept is None else self.device.share(kept),
+            prompts=request.prompts,
+            loras=self._loras.said(),
+            budget=budget,
+        )
+
+    def _result_buffer(self, shape: tuple[int, ...]) -> Buffer:
+        """Where results stay on the device; the same memory from call to call while it suffices."""
+        nbytes = 4 * int(np.prod(shape))
+        if self._results is None or self._results.nbytes < nbytes:
+            self._results = None  # free the old one first
+            self._results = self.device.empty((nbytes,), "uint8")
+        return self.device.view(self._results, 0, shape, "float32")

@@ -1,0 +1,152 @@
+"""Texts to hidden states: tokens, chunks of 77, and the text encoders' engines.
+
+A text longer than an encoder's 75 tokens goes through it in chunks, each with its own begin and end; the hidden states
+are joined, so that nothing is cut off. There is no syntax for weights: brackets and colons are text like any other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import Network
+from tstitch_engines.errors import BadBundle, Unavailable
+from tstitch_trt.request.text import Encoded
+from tstitch_trt.runtime.component import Part
+
+__all__ = ["TextEncoder", "TextEncoders", "TokenLayout", "open_tokenizer"]
+
+_log = logging.getLogger(__name__)
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How tokens are laid out for an encoder: ``tokens`` (77) places, the first ``bos``, ``eos`` behind the text."""
+
+    tokens: int
+    bos: int
+    eos: int
+    pad: int
+
+    @staticmethod
+    def of(network: Network) -> TokenLayout:
+        config = network.config
+        return TokenLayout(*(int(config[name]) for name in ("tokens", "bos", "eos", "pad")))
+
+    @property
+    def room(self) -> int:
+        """Tokens of the text in one chunk."""
+        return self.tokens - 2
+
+    def chunks(self, count: int) -> int:
+        """How many chunks ``count`` tokens take; the empty text takes one."""
+        return max(1, -(-count // self.room))
+
+    def lay_out(self, ids: Sequence[int], chunks: int) -> Ids:
+        """int64 ``[chunks, tokens]``; chunks that are left over are those of the empty text."""
+        assert self.chunks(len(ids)) <= chunks, "the text would be cut off"
+        rows = np.full((chunks, self.tokens), self.pad, np.int64)
+        rows[:, 0] = self.bos
+        for row, start in zip(rows, range(0, chunks * self.room, self.room), strict=True):
+            part = ids[start : start + self.room]
+            row[1 : 1 + len(part)] = part
+            row[1 + len(part)] = self.eos
+        return rows
+
+
+def open_tokenizer(path: Path) -> Any:
+    """A ``tokenizers.Tokenizer``. Raises ``Unavailable`` without that library, ``BadBundle`` for a damaged file."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise Unavailable(
+            f"reading prompts needs tokenizers, which is not installed or does not start ({error})",
+            hint='pip install "tstitch-trt[prompt]", or give prompt_embeds= in place of prompt=',
+        ) from error
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no errors of its own type
+        raise BadBundle(f"{path} is no tokenizer: {error}", hint="build the bundle again") from None
+
+
+class TextEncoder:
+    """One text encoder with its tokenizer, which is opened with the first text."""
+
+    def __init__(self, part: Part, tokenizer: Path) -> None:
+        self._part = part
+        self._path = tokenizer
+        self._tokenizer: Any = None
+        self.layout = TokenLayout.of(part.network)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of the text alone, without begin and end."""
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self._path)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode(self, ids: Ids) -> Encoded:
+        """int64 ``[N, k, tokens]`` -> hidden float32 ``[N, k tokens, D]`` and pooled ``[N, E]`` of the first chunks.
+
+        Equal chunks are encoded once. pooled is ``None`` where the encoder has no projection.
+        """
+        count, chunks, tokens = ids.shape
+        rows, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)
+        found = self._part({"input_ids": rows})
+        places = places.reshape(count, chunks)
+        hidden = found["hidden"][places].reshape(count, chunks * tokens, -1)
+        pooled = found.get("pooled")
+        return hidden, None if pooled is None else pooled[places[:, 0]]
+
+    def close(self) -> None:
+        self._part.close()
+
+
+class TextEncoders:
+    """The text encoders of a bundle by part (``text_encoder``, ``text_encoder_2``...); a ``prompts.Texts``."""
+
+    def __init__(self, encoders: Mapping[str, TextEncoder]) -> None:
+        self._encoders = dict(encoders)
+
+    @staticmethod
+    def of(bundle: Bundle, parts: Mapping[str, Part]) -> TextEncoders:
+        """Those of ``parts`` that have a tokenizer."""
+        found: dict[str, TextEncoder] = {}
+        for name, part in parts.items():
+            if (tokenizer := part.network.files.get("tokenizer")) is not None:
+                found[name] = TextEncoder(part, bundle.path(tokenizer))
+        return TextEncoders(found)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._encoders
+
+    def encode(self, names: Sequence[str], texts: Sequence[str]) -> dict[str, Encoded]:
+        """What each of the encoders ``names`` makes of all ``texts``: hidden ``[N, 77 k, D]`` and pooled ``[N, E]``.
+
+        ``k`` is that of the longest text for any of them, so that prompts, negative prompts and the hidden states of
+        two encoders fit together.
+        """
+        chosen = {name: self._encoders[name] for name in names}
+        tokens = {name: [encoder.tokens(text) for text in texts] for name, encoder in chosen.items()}
+        needed = [(name, chosen[name].layout.chunks(len(ids))) for name, rows in tokens.items() for ids in rows]
+        chunks = max((count for _, count in needed), default=1)
+        if chunks > 1:
+            longest = max(len(ids) for rows in tokens.values() for ids in rows)
+            _log.info("a text of %d tokens goes through the text encoders in %d chunks", longest, chunks)
+        return {
+            name: encoder.encode(np.stack([encoder.layout.lay_out(ids, chunks) for ids in tokens[name]]))
+            for name, encoder in chosen.items()
+        }
+
+    def close(self) -> None:
+        for encoder in self._encoders.values():
+            encoder.close()

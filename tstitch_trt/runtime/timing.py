@@ -1,0 +1,82 @@
+"""Bare times of what a step is made of: one engine call, or the step kernels, each waited for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+
+from tstitch_engines.device.base import Device
+from tstitch_engines.spec import storage_dtype
+from tstitch_trt.plan.plan import Plan
+from tstitch_trt.runtime.step_graphs import Kind
+from tstitch_trt.runtime.stepper import Stepper
+
+__all__ = ["Measuring"]
+
+
+class Measuring(ABC):
+    """The verbs of a runtime that measure. They overwrite what arena and engine buffers hold."""
+
+    device: Device
+    _stepper: Stepper
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[str, ...]:
+        """See ``Runtime``."""
+
+    @abstractmethod
+    def plan(self, **settings: object) -> Plan:
+        """See ``Runtime``."""
+
+    def time_member(
+        self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
+    ) -> list[float]:
+        """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
+        stepper = self._stepper
+        stepper.shape(*stepper.limits.native_or_largest())
+        sizes = stepper.sizes(name, stepper.limits.usual_tokens(name))
+        stepper.stand_in(Kind(name, batch, guided, False, sizes), 0)
+        stepper.bind(name, batch, guided, sizes)
+        return self._times(stepper.engine(name).enqueue, repeats=repeats, warmup=warmup)
+
+    def time_step_kernels(
+        self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
+    ) -> list[float]:
+        """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
+        stepper, device, name = self._stepper, self.device, self.members[0]
+        rows = self.plan(schedule=name, guidance=1.0).rows.astype(np.float32)
+        stepper.shape(*stepper.limits.native_or_largest())
+        bound = stepper.bind(name, batch, guided, stepper.sizes(name, stepper.limits.usual_tokens(name)))
+        output = bound.model_output
+        assert output is not None, "members have a model_output"
+        device.upload(output, np.zeros(output.shape, storage_dtype(output.dtype)))
+        arena = stepper.arena
+        arena.start(rows, [0] * batch, step=0, scale=1.0, latents=None)
+        kernels = arena.kernels
+
+        def pair() -> None:
+            kernels.prepare(bound.active, bound.sample, bound.timestep, guided=guided)
+            kernels.advance(bound.active, output, guided=guided, rescale=False)
+
+        times: list[float] = []
+        while len(times) < warmup + repeats:  # as long as there are rows, then from the first again
+            device.upload(arena.step, np.zeros(arena.slots, np.int32))
+            device.synchronize()
+            times += self._times(pair, repeats=min(len(rows), warmup + repeats - len(times)), warmup=0)
+        return times[warmup:]
+
+    def _times(self, work: Callable[[], None], *, repeats: int, warmup: int) -> list[float]:
+        for _ in range(warmup):
+            work()
+        self.device.synchronize()
+        times = []
+        for _ in range(repeats):
+            start = perf_counter()
+            work()
+            self.device.synchronize()
+            times.append(1e3 * (perf_counter() - start))
+        return times

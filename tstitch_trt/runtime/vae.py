@@ -1,0 +1,230 @@
+"""Pictures and latents: the VAE's engines, whole or in tiles, and picture files to start from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.errors import BadInput, OutOfProfile, Unavailable
+from tstitch_engines.spec import Range
+from tstitch_trt.runtime.component import Part
+from tstitch_trt.runtime.tiling import Blend, Tiles, tiles_of
+
+__all__ = ["Codec", "LatentDecoder", "PictureEncoder", "Picturing", "Tile", "to_pixels"]
+
+_log = logging.getLogger(__name__)
+
+Array = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+Tile = Literal["auto", "off"] | int
+"""``auto``: whole pictures where the engine takes them, else tiles as large as it takes. ``off``: never tiles.
+A number: tiles of that many pixels a side."""
+
+_SIDES: Final = (("H", "height"), ("W", "width"))
+
+
+class _Half:
+    """What both halves of a VAE share: sizes, and which tiles to use."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self.factor = int(part.network.config["factor"])
+
+    def _tiles(self, size: tuple[int, int], tile: Tile) -> Tiles:
+        """``size``: height and width of the latent. Raises ``OutOfProfile``, ``BadInput``."""
+        ranges = [self._part.profile.dims[dim] for dim, _ in _SIDES]
+        sides = []
+        for (_, word), allowed, length in zip(_SIDES, ranges, size, strict=True):
+            wanted = allowed.max if isinstance(tile, str) else self._asked(tile, allowed)
+            side = min(wanted, length)
+            if side < allowed.min or (tile == "off" and length > allowed.max):
+                raise self._outside(word, length, allowed)
+            sides.append(side)
+        return tiles_of(size, (sides[0], sides[1]))
+
+    def check(self, size: tuple[int, int], tile: Tile) -> None:
+        """Raises ``OutOfProfile`` and ``BadInput`` as working on latents of this size would; says so if in tiles."""
+        tiles = self._tiles(size, tile)
+        if len(tiles) > 1:
+            f = self.factor
+            _log.info("%s: %d tiles of %dx%d pixels", self._part.name, len(tiles), f * tiles.width, f * tiles.height)
+
+    def _asked(self, tile: int, allowed: Range) -> int:
+        side, rest = divmod(tile, self.factor)
+        if isinstance(tile, bool) or rest or not allowed.min <= side <= allowed.max:
+            f, least, most = self.factor, self.factor * allowed.min, self.factor * allowed.max
+            raise BadInput(
+                f"tiles of {tile} pixels; {self._part.name} takes {least} to {most}, in steps of {f}",
+                hint=f"e.g. tile={most}, or tile='auto'",
+            )
+        return side
+
+    def _outside(self, word: str, length: int, allowed: Range) -> OutOfProfile:
+        f = self.factor
+        return OutOfProfile(
+            f"{self._part.name}: {word} {f * length} is outside its profile; allowed is {f * allowed.min} to "
+            f"{f * allowed.max} pixels",
+            hint="let it work in tiles: tile='auto'"
+            if length > allowed.max
+            else f"build again with a wider --{word} MIN:OPT:MAX",
+        )
+
+    def close(self) -> None:
+        self._part.close()
+
+
+class LatentDecoder(_Half):
+    """The part ``vae_decoder``."""
+
+    def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
+        """Latents float32 ``[N,C,h,w]`` in the bundle's scaling to images ``[N,3,H,W]`` in about [-1, 1].
+
+        A tile sees nothing beyond its edges, and a KL decoder normalises by the mean and variance of what it sees:
+        tiled pictures differ a little from whole ones, most where tiles are small.
+        """
+        size = (latents.shape[2], latents.shape[3])
+        tiles = self._tiles(size, tile)
+        blend = Blend(tiles, size, factor=self.factor)
+        for y, x in tiles:
+            part = latents[:, :, y : y + tiles.height, x : x + tiles.width]
+            blend.add((y, x), self._part({"latent": part}, {"H": tiles.height, "W": tiles.width})["image"])
+        return blend.result()
+
+    def decode(self, latents: Array, *, tile: Tile = "auto") -> Pixels:
+        """Latents float32 ``[N,C,h,w]`` to pictures uint8 ``[N,H,W,3]``."""
+        return to_pixels(self.images(latents, tile=tile))
+
+
+class PictureEncoder(_Half):
+    """The part ``vae_encoder``; a ``starting.Encoder``."""
+
+    def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
+        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
+
+        Raises ``BadInput`` for a size that is no multiple of the factor.
+        """
+        height, width = pictures.shape[2:]
+        f = self.factor
+        if height % f or width % f:
+            raise BadInput(
+                f"the picture is {width}x{height} pixels; both must be multiples of {f}",
+                hint=f"resize it, e.g. to {max(f, width // f * f)}x{max(f, height // f * f)}",
+            )
+        size = (height // f, width // f)
+        tiles = self._tiles(size, tile)
+        blends = {name: Blend(tiles, size, factor=1) for name in ("mean", "std")}
+        for y, x in tiles:
+            part = pictures[:, :, f * y : f * (y + tiles.height), f * x : f * (x + tiles.width)]
+            found = self._part({"image": part}, {"H": tiles.height, "W": tiles.width})
+            for name, blend in blends.items():
+                blend.add((y, x), found[name])
+        return blends["mean"].result(), blends["std"].result()
+
+
+def to_pixels(images_NCHW: Array) -> Pixels:
+    """[-1, 1] to uint8 ``[N,H,W,C]``; what lies outside is clamped."""
+    scaled = np.clip(np.rint((images_NCHW + np.float32(1)) * np.float32(127.5)), 0, 255)
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+class Codec:
+    """``encoder``: what makes latents of pictures, if the bundle has that part.
+
+    A VAE's decoder may be on a device object of its own, beside the steps' (``Device.beside``): then a chunk is
+    decoded while the next one's steps run. Its latents come through the host: they are small, and what waits for them
+    is the host, which has enqueued those steps already. Not run on a GPU.
+    """
+
+    def __init__(self, manifest: Manifest, parts: Mapping[str, Part]) -> None:
+        self._manifest = manifest
+        self._decoder = LatentDecoder(parts["vae_decoder"]) if "vae_decoder" in parts else None
+        self.encoder = PictureEncoder(parts["vae_encoder"]) if "vae_encoder" in parts else None
+
+    def check(self, tile: Tile, size: tuple[int, int] | None = None) -> None:
+        """Raises ``BadInput`` for tiles that can't be, and where there is no VAE to take any.
+
+        With the ``size`` of latents that are to be decoded also ``OutOfProfile`` for one that the decoder can't take.
+        """
+        number = isinstance(tile, int) and not isinstance(tile, bool) and tile > 0
+        if not number and tile not in ("auto", "off"):
+            raise BadInput(
+                f"tile = {tile!r}; allowed are 'auto', 'off' and a number of pixels", hint="e.g. tile=512, or 'auto'"
+            )
+        if tile != "auto" and self._decoder is None and self.encoder is None:
+            raise BadInput(
+                f"tile = {tile!r} was given, and the bundle {self._manifest.name!r} has no VAE", hint="leave it out"
+            )
+        if size is not None and self._decoder is not None:
+            self._decoder.check(size, tile)
+
+    def encoding(self, tile: Tile) -> _Encoding | None:
+        """What makes latents of pictures, if the bundle has that part."""
+        return None if self.encoder is None else _Encoding(self.encoder, tile)
+
+    def decode(self, latents: Array, *, tile: Tile = "auto") -> NDArray[np.uint8]:
+        """Latents float32 ``[N,C,h,w]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder."""
+        return to_pixels(self.images(latents, tile=tile))
+
+    def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
+        """Like ``decode``, as float32 ``[N,3,H,W]`` in about [-1, 1]."""
+        manifest = self._manifest
+        if manifest.decoder.kind == "pixel":
+            found = latents / np.float32(manifest.latent.scaling) + np.float32(manifest.latent.shift)
+            return np.asarray(found, np.float32)
+        if self._decoder is None:
+            raise Unavailable(
+                f"the bundle {manifest.name!r} has no decoder: it gives latents, not pictures",
+                hint="write the latents (--latents-out FILE.npy, or sample(decode=False)) and decode them yourself",
+            )
+        return self._decoder.images(latents, tile=tile)
+
+    def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
+        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
+
+        Raises ``Unavailable`` without an encoder.
+        """
+        if self.encoder is None:
+            raise Unavailable(
+                f"the bundle {self._manifest.name!r} has no picture encoder",
+                hint="build it from a whole pipeline folder, or with --part vae_encoder=FOLDER",
+            )
+        return self.encoder.encode(pictures, tile=tile)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A ``starting.Encoder``."""
+
+    encoder: PictureEncoder
+    tile: Tile
+
+    def encode(self, pictures: Array) -> tuple[Array, Array]:
+        return self.encoder.encode(pictures, tile=self.tile)
+
+
+class Picturing:
+    """The verbs of a runtime between latents and pictures. ``tile``: see ``tstitch_trt.runtime.vae.Tile``."""
+
+    _codec: Codec
+
+    def decode(self, latents: Array, *, tile: Tile = "auto") -> NDArray[np.uint8]:
+        """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder."""
+        return self._codec.decode(latents, tile=tile)
+
+    def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
+        """Like ``decode``, as float32 ``[N,C,H,W]`` in about [-1, 1], neither clamped nor rounded."""
+        return self._codec.images(latents, tile=tile)
+
+    def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
+        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
+
+        Raises ``Unavailable`` without an encoder.
+        """
+        return self._codec.encode(pictures, tile=tile)

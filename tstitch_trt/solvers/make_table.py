@@ -1,0 +1,183 @@
+"""From a solver's name, a noise schedule and a step count to a checked step table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.solvers.base import Grid, Solver
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule
+from tstitch_trt.solvers.options import SolverOptions
+from tstitch_trt.solvers.registry import find_solver, resolve
+from tstitch_trt.solvers.spacing import check_timesteps, space_sigmas, space_timesteps
+from tstitch_trt.solvers.table import Y_COLUMNS, StepTable
+
+__all__ = ["make_table"]
+
+Array = NDArray[np.float64]
+
+
+def make_table(
+    solver: str | SolverOptions,
+    noise: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    timesteps: Sequence[float] | Array | None = None,
+    restarts: Collection[int] = frozenset(),
+    **options: object,
+) -> StepTable:
+    """The step table of ``steps`` steps, or of the caller's own falling ``timesteps``.
+
+    A table has one row for each evaluation of a model. That is one for each step, but ``pndm`` takes its first step
+    twice: it has one row more, and restarts and schedules count rows.
+
+    ``options`` are the fields of ``SolverOptions`` and go on top of ``solver``. ``restarts`` are the rows at which a
+    multistep solver forgets its earlier estimates and starts again at order 1. Raises ``BadInput`` or ``UnknownName``.
+    """
+    asked = SolverOptions(name=solver) if isinstance(solver, str) else solver
+    if options:
+        said = SolverOptions.parse(asked.name, options).said()
+        asked = replace(asked, **said)  # type: ignore[arg-type]  # said() holds checked fields only
+    chosen = resolve(asked, own_timesteps=timesteps is not None)
+    family = find_solver(chosen.name)
+    if timesteps is not None:
+        t = check_timesteps(np.asarray(timesteps, np.float64), train_steps=noise.steps)
+        if steps is not None and steps != t.size:
+            raise BadInput(
+                f"{steps} steps but {t.size} timesteps; allowed is one timestep for each step",
+                hint="leave steps out when timesteps are given",
+            )
+        return _table(family, chosen, noise, t, _sigma_at(family, noise, t), restarts)
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= noise.steps:
+        raise BadInput(
+            f"steps is {steps!r}; allowed is a whole number from 1 to {noise.steps}",
+            hint=f"ask for 1 to {noise.steps} steps, e.g. --steps {min(50, noise.steps)}",
+        )
+    t, sigma = _levels(family, chosen, noise, int(steps))
+    return _table(family, chosen, noise, t, sigma, restarts)
+
+
+def _levels(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps: int) -> tuple[Array, Array]:
+    """Timesteps and sigmas of each step, float64 ``[N]``."""
+    if options.sigmas is not None:
+        low, high = float(noise.sigmas[0]), float(noise.sigmas[-1])
+        first, last = high, low
+        if options.sigma_ends == "spacing":
+            first, last = _sigma_at(family, noise, _spaced(family, options, noise, steps))[[0, -1]].tolist()
+        sigma_min = last if options.sigma_min is None else options.sigma_min
+        sigma_max = first if options.sigma_max is None else options.sigma_max
+        for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+            if not low <= value <= high:
+                raise BadInput(
+                    f"{name} is {value:g}; the noise schedule covers {low:g} to {high:g}",
+                    hint=f"use a value from {low:g} to {high:g}, or leave {name} out",
+                )
+        sigma = space_sigmas(options.sigmas, steps, sigma_min=sigma_min, sigma_max=sigma_max)
+        t = noise.timestep_of(sigma)
+        if options.sigma_timesteps != "exact":  # what a rounding leaves below a whole timestep is meant to be one
+            t = np.rint(t) if options.sigma_timesteps == "nearest" else np.floor(t + 1e-6)
+        return t, sigma
+    t = _spaced(family, options, noise, steps)
+    return t, _sigma_at(family, noise, t)
+
+
+def _spaced(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps: int) -> Array:
+    if family.timesteps is not None:
+        return family.timesteps(options, steps, noise.steps)
+    assert options.spacing is not None
+    return space_timesteps(
+        options.spacing,
+        steps,
+        train_steps=noise.steps,
+        steps_offset=options.steps_offset or 0,
+        extra_point=family.extra_point,
+        rounded=not family.continuous,
+    )
+
+
+def _stride_ends(noise: NoiseSchedule, t: Array, end: float) -> Array:
+    """The sigma one stride of ``T // N`` below each timestep, ``end`` where that is below timestep 0."""
+    below = t - noise.steps // t.size
+    return np.where(below < 0, end, noise.sigma_at(np.maximum(below, 0)))
+
+
+def _sigma_at(family: Solver, noise: NoiseSchedule, t: Array) -> Array:
+    return noise.sigma_at(t, interpolation="linear" if family.continuous else "log")
+
+
+def _vp(sigma: Array) -> tuple[Array, Array]:
+    """``(a, s)`` of unit variance."""
+    scale = np.hypot(1.0, sigma)
+    return 1 / scale, sigma / scale
+
+
+def _table(
+    family: Solver, options: SolverOptions, noise: NoiseSchedule, t: Array, sigma: Array, restarts: Collection[int]
+) -> StepTable:
+    end = float(noise.sigmas[0]) if options.final == "sigma-min" else 0.0
+    if end > sigma[-1]:
+        raise BadInput(
+            f"final='sigma-min' ends at sigma {end:g}, above that of the last step, {sigma[-1]:g}",
+            hint="use final='zero', or a last step that is at least as noisy as timestep 0",
+        )
+    ends = None if options.step_to != "stride" else _vp(_stride_ends(noise, t, end))
+    if family.evaluations is not None:
+        t, sigma = family.evaluations(t), family.evaluations(sigma)
+        if t.size > noise.steps:  # the arena has room for that many rows
+            raise BadInput(
+                f"{family.name!r} evaluates {t.size} times; allowed is {noise.steps}, the length of the schedule",
+                hint=f"ask for at most {noise.steps - 1} steps",
+            )
+    sigmas = np.append(sigma, end)
+    scale = np.hypot(1.0, sigmas)
+    a = 1 / scale if family.space == "vp" else np.ones_like(sigmas)
+    grid = Grid(t=t, a=a, s=a * sigmas, age=_ages(t.size, restarts), ends=ends)
+    made = family.coefficients(grid, options)
+    zeros = np.zeros(t.size)
+
+    def column(values: Array | None) -> Array:
+        return zeros if values is None else values
+
+    return StepTable(
+        solver=options,
+        t=t,
+        c_in=1 / scale[:-1] if family.space == "ve" else np.ones(t.size),
+        A=made.A,
+        B=made.B,
+        **{name: column(getattr(made, name)) for name in ("C", "E", "F", "S", "Y", *Y_COLUMNS)},
+        log_std_min=column(made.log_std_min),
+        log_std_max=column(made.log_std_max),
+        a=grid.a[:-1],
+        s=grid.s[:-1],
+        a_end=float(grid.a[-1]),
+        s_end=float(grid.s[-1]),
+        init_scale=_init_scale(family, options, sigma[0]),
+        uses_variance=made.uses_variance,
+        keeps_mean=made.keeps_mean,
+        keeps_variance=made.keeps_variance,
+        estimate=made.estimate,
+        ends=ends,
+    )
+
+
+def _init_scale(family: Solver, options: SolverOptions, sigma: float) -> float:
+    """diffusers' init_noise_sigma: ``leading`` starts below the noisiest timestep, where signal has its share too."""
+    if family.space == "vp":
+        return 1.0
+    return float(np.hypot(1.0, sigma)) if options.spacing == "leading" else float(sigma)
+
+
+def _ages(steps: int, restarts: Collection[int]) -> NDArray[np.int64]:
+    for step in restarts:
+        if not 0 <= step < steps:
+            raise BadInput(
+                f"restart at step {step}; allowed is 0 to {steps - 1}",
+                hint="name steps of the trajectory, counted from 0",
+            )
+    index = np.arange(steps)
+    starts = np.where(np.isin(index, [0, *restarts]), index, 0)
+    return np.asarray(index - np.maximum.accumulate(starts), np.int64)

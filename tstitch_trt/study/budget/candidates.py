@@ -1,0 +1,196 @@
+"""The schedules that a budget chooses from, with the quality that the bundle's studies measured of each.
+
+Sources, the first that has a schedule within the budget decides:
+
+    search       the points that were not dropped, by its metric
+    evaluation   the newest with a Fréchet or kernel distance, else LPIPS or PSNR against the large member
+    divergence   the schedules that the profile ran, by the error of their final latents; the reference alone has none
+    rule         T-Stitch's own (arXiv 2402.14167): the first member first, and as large a share as fits for the last
+
+A measured schedule is a candidate where everything that the request fixes (steps, solver, guidance...) is as it was
+measured; what the request leaves open is taken from the study.
+
+Between two measured schedules that differ only in where one member hands over to a later one, the schedules with a
+switch at the steps between are candidates too, their quality interpolated linearly, so that the whole budget is used.
+Nothing is extrapolated beyond the outermost measured ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any, Final, Literal
+
+from tstitch_engines.bundle.identity import canonical
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.solvers import SolverOptions
+from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Setting, Study
+from tstitch_trt.study.store import differing_weights
+
+__all__ = ["Candidate", "Source", "SourceName", "keywords_of", "said_settings", "sources"]
+
+SourceName = Literal["search", "evaluation", "divergence", "rule"]
+
+METRICS: Final = ("fid", "kid", "lpips", "psnr")  # of an evaluation, the first that it has
+_ORDER: Final = ("search", "evaluation", "divergence")
+SHARE: Final = "share of the last member"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``keywords``: of ``make_plan``. ``interpolated``: its quality is that between two schedules measured."""
+
+    keywords: Mapping[str, Any]
+    plan: Plan
+    quality: float
+    interpolated: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """``made``: when the study was, empty for the rule."""
+
+    name: SourceName
+    made: str
+    metric: str
+    candidates: tuple[Candidate, ...]
+
+    def goodness(self, quality: float) -> float:
+        """Larger is better."""
+        return quality if self.metric in (*HIGHER_IS_BETTER, SHARE) else -quality
+
+
+def keywords_of(setting: Setting) -> dict[str, Any]:
+    """The keywords of ``make_plan`` that make a setting again."""
+    own = {"schedule": setting.schedule, "steps": setting.steps, "solver": setting.solver, "guidance": setting.guidance}
+    return {**own, **setting.plan}
+
+
+def said_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keywords of ``make_plan`` that say something else than its defaults."""
+    usual = _usual()
+    return {name: value for name, value in settings.items() if value not in (None, {}, usual.get(name))}
+
+
+@cache
+def _usual() -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(make_plan).parameters.items()}
+
+
+def sources(
+    manifest: Manifest, studies: Iterable[Study], settings: Mapping[str, Any]
+) -> tuple[list[Source], tuple[str, ...]]:
+    """What ``studies`` (the newest first) and the rule offer for a request with ``settings``, the best source first.
+
+    And notes: which studies are of no use, and why. ``settings``: keywords of ``make_plan``, without a schedule.
+    """
+    said = said_settings(settings)
+    found: list[Source] = []
+    notes: list[str] = []
+    for study in sorted(studies, key=lambda study: _ORDER.index(_name(study))):  # stable: the newest stays first
+        name = _name(study)
+        if differing := differing_weights(manifest, study):
+            notes.append(
+                f"the {name} of {study.made} is of other weights ({', '.join(map(repr, differing))}) and not used"
+            )
+            continue
+        made = _source(manifest, study, said)
+        if made.candidates:
+            found.append(made)
+        else:
+            asked = ", ".join(f"{key} {value}" for key, value in _asked(manifest, said).items())
+            notes.append(f"the {name} of {study.made} has no {made.metric or 'quality'} measured at {asked}")
+    return [*found, _rule(manifest, settings)], tuple(notes)
+
+
+def _name(study: Study) -> SourceName:
+    if isinstance(study, Search):
+        return "search"
+    return "evaluation" if isinstance(study, Evaluation) else "divergence"
+
+
+def _asked(manifest: Manifest, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a request has to be as it was measured: how fractions become steps is no part of it, there are none."""
+    return {"guidance": manifest.defaults.guidance, **{k: v for k, v in said.items() if k not in ("start", "rounding")}}
+
+
+def _source(manifest: Manifest, study: Study, said: Mapping[str, Any]) -> Source:
+    metric, measured = "", list[tuple[dict[str, Any], float]]()
+    if isinstance(study, Search):
+        metric = study.metric
+        measured = [(keywords_of(p.setting), p.quality.value) for p in study.points if not p.dropped]
+    elif isinstance(study, Evaluation):
+        metric = next((m for m in METRICS if any(m in p.measures for p in study.points)), "")
+        measured = [(keywords_of(p.setting), p.measures[metric].value) for p in study.points if metric in p.measures]
+    elif isinstance(study, Divergence):
+        metric = "latent_error"
+        own: dict[str, Any] = {"steps": study.steps, "solver": study.solver, "guidance": study.guidance}
+        measured = [({**own, "schedule": trial.schedule}, trial.latent_error) for trial in study.orders]
+        rows = make_plan(manifest, **own, schedule=study.reference).steps
+        measured.append(({**own, "schedule": f"{study.reference}:{rows}"}, 0.0))
+    fitting = [(keywords, value) for keywords, value in measured if _fits(manifest, keywords, said)]
+    candidates = [Candidate(keywords, make_plan(manifest, **keywords), quality) for keywords, quality in fitting]
+    return Source(_name(study), study.made, metric, (*candidates, *_between(manifest, candidates)))
+
+
+def _fits(manifest: Manifest, keywords: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    """Whether what the request says is what was measured."""
+    for name, value in _asked(manifest, said).items():
+        if isinstance(value, SolverOptions):
+            options = {key: option for key, option in value.said().items() if keywords.get(key) != option}
+            if value.name != keywords["solver"] or options:
+                return False
+        elif keywords.get(name, _usual().get(name)) != value:
+            return False
+    return True
+
+
+def _between(manifest: Manifest, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The schedules between neighbours of ``candidates`` that differ only in the step of the switch."""
+    names = list(manifest.members)
+    families: dict[tuple[bytes, int], list[Candidate]] = {}
+    for candidate in candidates:
+        if len(candidate.plan.schedule.segments) <= 2:
+            rest = {key: value for key, value in candidate.keywords.items() if key != "schedule"}
+            families.setdefault((canonical(rest), candidate.plan.steps), []).append(candidate)
+    for (_, rows), family in families.items():
+        pairs = {tuple(segment.name for segment in c.plan.schedule.segments) for c in family}
+        for first, second in _pairs(names, pairs):
+            curve: dict[int, Candidate] = {}
+            for candidate in family:
+                parts = candidate.plan.schedule.segments
+                if [part.name for part in parts] in ([first], [second], [first, second]):
+                    curve[parts[0].stop if parts[0].name == first else 0] = candidate
+            for (low, before), (high, after) in pairwise(sorted(curve.items(), key=lambda item: item[0])):
+                for steps in range(low + 1, high):
+                    share = (steps - low) / (high - low)
+                    schedule = f"{first}:{steps},{second}:{rows - steps}"
+                    keywords = {**before.keywords, "schedule": schedule}
+                    quality = before.quality + share * (after.quality - before.quality)
+                    yield Candidate(keywords, make_plan(manifest, **keywords), quality, interpolated=True)
+
+
+def _pairs(names: list[str], found: set[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """The members that hand over from an earlier to a later one, and the first and last where both ran alone."""
+    pairs = [pair for pair in found if len(pair) == 2 and names.index(pair[0]) < names.index(pair[1])]
+    ends = (names[0], names[-1])
+    if len(names) > 1 and {ends[:1], ends[1:]} <= found and ends not in pairs:
+        pairs.append(ends)
+    return sorted((pair[0], pair[1]) for pair in pairs)
+
+
+def _rule(manifest: Manifest, settings: Mapping[str, Any]) -> Source:
+    first, last = next(iter(manifest.members)), list(manifest.members)[-1]
+    rows = make_plan(manifest, **{**settings, "schedule": last}).steps
+    found = []
+    for early in range(rows + 1 if first != last else 1):
+        schedule = (
+            f"{first}:{early},{last}:{rows - early}" if 0 < early < rows else f"{first if early else last}:{rows}"
+        )
+        keywords = {**settings, "schedule": schedule}
+        found.append(Candidate(keywords, make_plan(manifest, **keywords), (rows - early) / rows))
+    return Source("rule", "", SHARE, tuple(found))

@@ -1,0 +1,168 @@
+"""What a calibration holds for, and finding the one that holds here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.compile.select import choose, default_backend
+from tstitch_engines.errors import NotCalibrated
+from tstitch_trt.study.machine import Machine, describe_machine
+from tstitch_trt.study.records import Calibration
+from tstitch_trt.study.store import load_studies, weights_of
+
+if TYPE_CHECKING:
+    from tstitch_engines.bundle.bundle import Bundle
+    from tstitch_trt.runtime.runtime import Runtime
+
+__all__ = ["Conditions", "current_calibration", "engine_digests", "speed_of"]
+
+_LIBRARIES: Final[Mapping[str, tuple[str, ...]]] = {  # the packages whose version decides how fast a backend is
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+    "torch": ("torch",),
+}
+
+
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
+    """``machine``: what of the machine matters for speed. ``threads``: 0 is all cores. ``graph``: the mode in use."""
+
+    machine: dict[str, str]
+    backend: str
+    device: str
+    threads: int
+    graph: str
+
+    @staticmethod
+    def of(calibration: Calibration) -> Conditions:
+        c = calibration
+        return Conditions(
+            machine=speed_of(c.machine, c.backend, c.device),
+            backend=c.backend,
+            device=c.device,
+            threads=c.threads,
+            graph=c.graph,
+        )
+
+    @staticmethod
+    def here(runtime: Runtime) -> Conditions:
+        name, device = runtime.backend_name, runtime.device.name
+        return Conditions(
+            machine=speed_of(describe_machine(), name, device),
+            backend=name,
+            device=device,
+            threads=runtime.threads,
+            graph=runtime.graphs().mode,
+        )
+
+    @property
+    def key(self) -> str:
+        """The name of the calibration's file."""
+        return digest(self)[:16]
+
+    def differences(self, other: Conditions) -> list[tuple[str, str, str]]:
+        """The fields that are not the same: name, the value here, that of ``other``."""
+        before, now = self._flat(), other._flat()
+        return [
+            (name, before.get(name, "none"), now.get(name, "none"))
+            for name in dict.fromkeys((*before, *now))
+            if before.get(name) != now.get(name)
+        ]
+
+    def _flat(self) -> dict[str, str]:
+        threads = str(self.threads or "all cores")
+        own = {"backend": self.backend, "device": self.device, "threads": threads, "graph": self.graph}
+        return {**self.machine, **own}
+
+    def command(self, bundle: str | Path) -> str:
+        """What measures ``bundle`` under these conditions."""
+        words = [f"tstitch-trt calibrate {shlex.quote(str(bundle))} --backend {self.backend}"]
+        if self.device != "cpu":
+            words += [f"--device {self.device}"] + ([] if self.graph == "step" else [f"--graph {self.graph}"])
+        return " ".join([*words, *([f"--threads {self.threads}"] if self.threads else [])])
+
+
+def speed_of(machine: Machine, backend: str, device: str) -> dict[str, str]:
+    """What decides how fast engines of ``backend`` run on ``device``; load, memory and Python are no part of it."""
+    found = {"processor": machine.processor, "cores": str(machine.cores)}
+    if device != "cpu":
+        found["gpus and driver"] = "; ".join(machine.gpus) or "none"
+    libraries = {name: machine.versions[name] for name in _LIBRARIES.get(backend, ()) if name in machine.versions}
+    return {**found, **libraries}
+
+
+def engine_digests(bundle: Bundle, backend: str, device: str) -> dict[str, str]:
+    """The identity digest of each member's engine that is loaded there. Raises ``BadEngine`` where one does not fit."""
+    from tstitch_engines.backends import open_backend
+
+    library = open_backend(backend)
+    return {name: digest(choose(bundle, name, library, device).identity) for name in bundle.manifest.members}
+
+
+def current_calibration(
+    source: Runtime | Bundle,
+    *,
+    backend: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    graph: str = "auto",
+) -> Calibration:
+    """The calibration that holds for a loaded runtime, or for a bundle loaded with these options (``load``'s).
+
+    Raises ``NotCalibrated`` where there is none: naming each field in which the nearest one differs (machine, library
+    version, backend, device, threads, graph), or the members whose engine or weights are others by now. A calibration
+    of other conditions is never used.
+    """
+    from tstitch_engines.bundle.bundle import Bundle
+
+    if isinstance(source, Bundle):
+        name = backend or default_backend(source)
+        mode = "off" if device == "cpu" else "step" if graph == "auto" else graph
+        place = "cuda:0" if device == "cuda" else device
+        machine = speed_of(describe_machine(), name, place)
+        here = Conditions(machine=machine, backend=name, device=place, threads=threads or 0, graph=mode)
+        return find_calibration(source, here)
+    return find_calibration(source.bundle, Conditions.here(source))
+
+
+def find_calibration(bundle: Bundle, here: Conditions) -> Calibration:
+    """As ``current_calibration``, for conditions that are known."""
+    known = load_studies(bundle, Calibration)
+    hint = f"run: {here.command(bundle.root)}"
+    if not known:
+        raise NotCalibrated(
+            f"the bundle {bundle.root} has no calibration: what its members cost on this machine is not known",
+            hint=hint,
+        )
+    found = next((study for study in known if Conditions.of(study) == here), None)
+    if found is None:
+        near = min(known, key=lambda study: len(Conditions.of(study).differences(here)))
+        lines = "; ".join(
+            f"{name} was {there} and is {now} here" for name, there, now in Conditions.of(near).differences(here)
+        )
+        others = f" ({len(known) - 1} more differ as well)" if len(known) > 1 else ""
+        raise NotCalibrated(
+            f"the bundle {bundle.root} has no calibration that holds here; in the nearest, of {near.made}, "
+            f"{lines}{others}",
+            hint=hint,
+        )
+    stale = _stale(found, "the weights", found.weights, weights_of(bundle.manifest))
+    if not stale:  # an engine is of its weights: one reason is enough
+        stale = _stale(found, "the engine", found.engines, engine_digests(bundle, here.backend, here.device))
+    if stale:
+        raise NotCalibrated(f"the calibration of {found.made} in {bundle.root} is stale: {'; '.join(stale)}", hint=hint)
+    return found
+
+
+def _stale(study: Calibration, what: str, stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [
+        f"{what} of member {name!r} was {stored.get(name, 'nothing')[:12]} and is {now.get(name, 'nothing')[:12]} now"
+        for name in dict.fromkeys((*stored, *now))
+        if stored.get(name) != now.get(name)
+    ]

@@ -1,0 +1,188 @@
+"""Measuring what trajectories cost on this machine, and how well the model predicts others.
+
+Everything is timed as the runtime serves any request: whole trajectories through ``Runtime.sample``. In every round
+each trajectory has its turn, short ones several, those that the model is fitted on among those that check it and in a
+new order, so that a machine that is busy or changes its clock for a while slows both alike. The model is fitted to
+what they take at the machine's usual pace (``tstitch_trt.study.calibrate.pace``), and a check compares its prediction
+with that of a schedule that it was not fitted on.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from tstitch_engines.errors import OutOfProfile
+from tstitch_trt.study.budget.conditions import engine_digests
+from tstitch_trt.study.budget.predict import predict_ms
+from tstitch_trt.study.calibrate.fit import Fit, fit
+from tstitch_trt.study.calibrate.pace import usual_times
+from tstitch_trt.study.calibrate.trials import Bucket, Trial, check_trials, fit_trials, rough_trials, visits_of
+from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.records import Calibration, Check, Overhead, StepCost
+from tstitch_trt.study.statistics import spread
+from tstitch_trt.study.store import now, weights_of
+
+if TYPE_CHECKING:
+    from tstitch_trt.runtime.runtime import Runtime
+
+__all__ = ["calibrate", "default_batches"]
+
+UPPER_PERCENTILE: Final = 98
+
+Report = Callable[[float, str], object]  # share done in 0..1, what is being measured
+
+
+def default_batches(runtime: Runtime) -> tuple[int, ...]:
+    """Powers of two, what the engines are tuned for and the most, with and without guidance, as far as they run."""
+    split = runtime.splitting
+    guidable = runtime.manifest.conditioning.guidable and split.limit >= 2
+    sizes = {split.floor, split.limit, *split.tuned, *(1 << i for i in range(31))}
+    if guidable:
+        sizes |= {split.limit // 2, -(-split.floor // 2), *(tuned // 2 for tuned in split.tuned)}
+    least = -(-split.floor // 2) if guidable else split.floor
+    return tuple(sorted(size for size in sizes if least <= size <= split.limit))
+
+
+def calibrate(
+    runtime: Runtime,
+    *,
+    batches: Sequence[int] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    repeats: int = 7,
+    checks: int = 20,
+    seed: int = 0,
+    command: str = "",
+    report: Report = lambda share, text: None,
+) -> Calibration:
+    """The cost of ``runtime``'s members and how well it predicts ``checks`` random schedules drawn with ``seed``.
+
+    ``batches``: images per chunk to measure, by default ``default_batches``. ``sizes``: height and width of the latents
+    (not of the pictures), by default the bundle's own. ``command``: what measures it again.
+
+    Raises ``OutOfProfile`` for a batch or size that the engines do not run.
+    """
+    buckets = _buckets(runtime, batches, sizes)
+    rough = {bucket: rough_trials(runtime, bucket) for bucket in buckets}
+    for number, (bucket, each) in enumerate(rough.items()):
+        report(0.1 * number / len(rough), f"warming up, {bucket.batch} images")
+        for trial in each:
+            trial.times += [trial.run(runtime) for _ in range(2)]
+    fitted = {bucket: fit_trials(runtime, bucket, each) for bucket, each in rough.items()}
+    checking = check_trials(runtime, buckets, checks, seed=seed)
+    rounds = repeats + 1  # the first is not kept
+    rng = random.Random(seed)  # noqa: S311 - an order, not a secret
+    trials = [*(trial for each in fitted.values() for trial in each), *checking]
+    visits = [1] * len(trials)
+    for index in range(rounds):
+        turns = [trial for trial, count in zip(trials, visits, strict=True) for _ in range(count)]
+        rng.shuffle(turns)
+        turns.sort(key=lambda trial: buckets.index(trial.bucket))
+        for done, trial in enumerate(turns):
+            share = 0.1 + 0.9 * (index + done / len(turns)) / rounds
+            report(share, f"round {index + 1} of {rounds}: {trial.bucket.batch} images")
+            trial.turn(runtime, keep=index > 0)
+        if index == 0:
+            visits = visits_of([trial.turn_ms for trial in trials])
+    report(1.0, "done")
+    usual = usual_times({trial: trial.turns for trial in trials})
+    models = {bucket: fit([(trial.kinds, usual[trial]) for trial in each]) for bucket, each in fitted.items()}
+    steps = tuple(cost for bucket, each in fitted.items() for cost in _step_costs(bucket, models[bucket], each))
+    overheads = tuple(
+        Overhead(batch=b.batch, height=b.size[0], width=b.size[1], ms=model.once, switch_ms=model.switch)
+        for b, model in models.items()
+    )
+    return _checked(
+        Calibration(
+            bundle=runtime.manifest.name,
+            weights=weights_of(runtime.manifest),
+            machine=describe_machine(),
+            command=command,
+            made=now(),
+            backend=runtime.backend_name,
+            device=runtime.device.name,
+            threads=runtime.threads,
+            graph=runtime.graphs().mode,
+            engines=engine_digests(runtime.bundle, runtime.backend_name, runtime.device.name),
+            splitting=runtime.splitting,
+            repeats=repeats,
+            seed=seed,
+            steps=steps,
+            overheads=overheads,
+            checks=(),
+            median_error=0.0,
+            worst_error=0.0,
+            upper_ratio=1.0,
+        ),
+        {trial: usual[trial] for trial in checking},
+    )
+
+
+def _buckets(runtime: Runtime, batches: Sequence[int] | None, sizes: Sequence[tuple[int, int]] | None) -> list[Bucket]:
+    split = runtime.splitting
+    guidable = runtime.manifest.conditioning.guidable
+    wanted = default_batches(runtime) if batches is None else tuple(sorted(set(batches)))
+    least = -(-split.floor // 2) if guidable else split.floor
+    for batch in wanted:
+        if not least <= batch <= split.limit:
+            raise OutOfProfile(
+                f"batch {batch} does not fit one engine call; allowed is {least} to {split.limit}",
+                hint=f"e.g. --batch {','.join(map(str, default_batches(runtime)))}; more images run in chunks",
+            )
+    chosen = [runtime.limits.native_or_largest()] if sizes is None else list(dict.fromkeys(sizes))
+    return [Bucket(batch, size, guidable and 2 * batch <= split.limit) for size in chosen for batch in wanted]
+
+
+def _step_costs(bucket: Bucket, model: Fit, trials: Sequence[Trial]) -> Iterator[StepCost]:
+    for (name, guided), ms in model.step.items():
+        alone = [trial for trial in trials if trial.alone and trial.kinds[0] == (name, guided)]
+        longest = max(alone, key=lambda trial: trial.plan.steps)
+        _, low, high = spread((taken - model.once) / longest.plan.steps for taken in longest.times)
+        yield StepCost(
+            member=name,
+            guided=guided,
+            batch=bucket.batch,
+            height=bucket.size[0],
+            width=bucket.size[1],
+            ms=ms,
+            p10_ms=low,
+            p90_ms=high,
+            blocks=len(longest.times),
+        )
+
+
+def _checked(calibration: Calibration, usual: Mapping[Trial, float]) -> Calibration:
+    """With what the checks say of it. ``usual``: milliseconds of each."""
+    import msgspec
+
+    checks, ratios = [], []
+    for trial, ms in usual.items():
+        size = trial.bucket.size
+        predicted = predict_ms(calibration, trial.plan, batch=trial.bucket.batch, size=size)
+        ratios += [taken / predicted for taken in trial.firsts]
+        checks.append(
+            Check(
+                schedule=trial.settings["schedule"],
+                steps=trial.settings["steps"],
+                guidance=trial.settings["guidance"],
+                guidance_interval=trial.settings.get("guidance_interval"),
+                batch=trial.bucket.batch,
+                height=size[0],
+                width=size[1],
+                predicted_ms=predicted,
+                measured_ms=ms,
+                repeats=len(trial.times),
+            )
+        )
+    errors = [abs(check.error) for check in checks]
+    return msgspec.structs.replace(
+        calibration,
+        checks=tuple(checks),
+        median_error=statistics.median(errors),
+        worst_error=max(errors),
+        upper_ratio=float(np.percentile(ratios, UPPER_PERCENTILE)),
+    )

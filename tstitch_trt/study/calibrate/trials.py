@@ -1,0 +1,209 @@
+"""The trajectories that a calibration runs: those that it is fitted on, and random ones that check it."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, groupby, islice
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_trt.request.synthetic import stand_in_wishes
+from tstitch_trt.study.budget.predict import Kinds, kinds_of
+from tstitch_trt.study.calibrate.pace import Turn
+
+if TYPE_CHECKING:
+    from tstitch_trt.plan.plan import Plan
+    from tstitch_trt.runtime.runtime import Runtime
+
+__all__ = [
+    "Bucket",
+    "Trial",
+    "check_trials",
+    "fit_trials",
+    "in_turn",
+    "kind_trials",
+    "rough_trials",
+    "scale_of",
+    "visits_of",
+]
+
+BLOCK_MS: Final = 200.0  # a trajectory of one member alone is about so long
+TURN_MS: Final = 50.0  # shorter ones run a few times in a row
+MOST_RUNS: Final = 8
+MOST_VISITS: Final = 12
+LONGER: Final = 1.5  # a round than one in which each trial has one turn
+MOST_STEPS: Final = 50
+_SHORT: Final = 2
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Images of one chunk, and height and width of their latents. ``guided``: whether guided steps fit."""
+
+    batch: int
+    size: tuple[int, int]
+    guided: bool
+
+
+@dataclass(eq=False)
+class Trial:
+    """A trajectory to run again and again. ``settings``: keywords of ``make_plan``.
+
+    ``times``: milliseconds of all its runs, ``firsts`` of the first run of each turn, as that of a single request, and
+    ``turns`` the median of each turn and when it was. ``rough_ms``: of one run, from a turn that was not kept.
+    """
+
+    bucket: Bucket
+    settings: Mapping[str, Any]
+    plan: Plan
+    wishes: dict[str, Any]
+    times: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    rough_ms: float = 0.0
+
+    @staticmethod
+    def of(runtime: Runtime, bucket: Bucket, **settings: Any) -> Trial:
+        manifest, plan = runtime.manifest, runtime.plan(**settings)
+        wishes = stand_in_wishes(manifest, runtime.backend_name, plan, bucket.batch, size=bucket.size)
+        if bucket.size != runtime.limits.native:
+            height, width = (side * manifest.decoder.factor for side in bucket.size)
+            wishes |= {"height": height, "width": width}
+        return Trial(bucket, settings, plan, wishes)
+
+    @property
+    def kinds(self) -> Kinds:
+        return kinds_of(self.plan)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one kind of step runs all the way."""
+        return len(set(self.kinds)) == 1
+
+    def turn(self, runtime: Runtime, *, keep: bool) -> None:
+        """Runs it once, or, where that takes less than ``TURN_MS``, a few times."""
+        start = time.perf_counter()
+        taken = [self.run(runtime)]
+        taken += [self.run(runtime) for _ in range(runs_of(taken[0]) - 1)]
+        if keep:
+            self.times += taken
+            self.firsts.append(taken[0])
+            self.turns.append(Turn(start, time.perf_counter(), statistics.median(taken)))
+        else:
+            self.rough_ms = min(taken)
+
+    @property
+    def turn_ms(self) -> float:
+        """Milliseconds that a turn takes, roughly."""
+        return self.rough_ms * runs_of(self.rough_ms)
+
+    def run(self, runtime: Runtime) -> float:
+        """Milliseconds of one run, by the runtime as it serves any request."""
+        return runtime.sample(**self.wishes, seed=0, decode=False, **self.settings).total_ms
+
+
+def runs_of(ms: float) -> int:
+    """How often a trajectory of so many milliseconds runs in a turn."""
+    return max(1, min(MOST_RUNS, int(TURN_MS / ms)))
+
+
+def visits_of(turn_ms: Sequence[float]) -> list[int]:
+    """How often each trial has its turn in a round, by the milliseconds that one takes.
+
+    A shared machine changes its pace every few seconds: what runs for 50 ms a round sees few of its paces, and its mean
+    is as far off. So all run about equally long, up to ``MOST_VISITS`` turns, as far as the round gets ``LONGER`` times
+    as long by it and no more.
+    """
+    visits, left = [1] * len(turn_ms), (LONGER - 1) * sum(turn_ms)
+    while True:
+        open_ones = [index for index, count in enumerate(visits) if count < MOST_VISITS]
+        least = min(open_ones, key=lambda index: visits[index] * turn_ms[index], default=None)
+        if least is None or turn_ms[least] > left:
+            return visits
+        visits[least] += 1
+        left -= turn_ms[least]
+
+
+def scale_of(runtime: Runtime) -> float:
+    """The guidance scale that guided steps are measured with: which one does not matter, but 1 is none."""
+    usual = runtime.manifest.defaults.guidance
+    return usual if usual != 1 else 2.0
+
+
+def _scales(runtime: Runtime, bucket: Bucket) -> list[float]:
+    guided = bucket.guided and runtime.manifest.conditioning.guidable
+    return [1.0, *([scale_of(runtime)] if guided else [])]
+
+
+def _longest(runtime: Runtime) -> int:
+    return min(MOST_STEPS, max(runtime.manifest.defaults.steps, 4))
+
+
+def kind_trials(runtime: Runtime, bucket: Bucket, steps: Mapping[tuple[str, bool], int] | int) -> list[Trial]:
+    """Each member alone, unguided and, where it has such steps, guided. ``steps``: how many of each kind."""
+    found: dict[tuple[str, bool], Trial] = {}
+    for name in runtime.members:
+        for scale in _scales(runtime, bucket):
+            guided = any(runtime.plan(schedule=name, steps=1, guidance=scale).guided)
+            if (name, guided) not in found:
+                count = steps if isinstance(steps, int) else steps[name, guided]
+                found[name, guided] = Trial.of(runtime, bucket, schedule=name, steps=count, guidance=scale)
+    return list(found.values())
+
+
+def rough_trials(runtime: Runtime, bucket: Bucket) -> list[Trial]:
+    """Short ones, by which the lengths of the others are chosen."""
+    return kind_trials(runtime, bucket, min(_SHORT, _longest(runtime)))
+
+
+def fit_trials(runtime: Runtime, bucket: Bucket, rough: Iterable[Trial]) -> list[Trial]:
+    """What tells step costs, overhead and switch cost apart: each kind alone, long and short, and members in turn.
+
+    ``rough``: ``rough_trials`` of the bucket that were run.
+    """
+    cost = {trial.kinds[0]: min(trial.times) / trial.plan.steps for trial in rough}
+    most = _longest(runtime)
+    lengths = {kind: min(most, max(4, math.ceil(BLOCK_MS / ms))) for kind, ms in cost.items()}
+    found = [*kind_trials(runtime, bucket, lengths), *kind_trials(runtime, bucket, min(_SHORT, most))]
+    if len(runtime.members) < 2:
+        return found
+    for scale in _scales(runtime, bucket):
+        turn = sum(cost[kind] for kind in cost if kind[1] == (scale != 1)) or sum(cost.values())
+        count = min(most, max(4, math.ceil(BLOCK_MS / turn) * len(runtime.members)))
+        found.append(in_turn(runtime, bucket, runtime.members, count, guidance=scale))
+    return found
+
+
+def in_turn(runtime: Runtime, bucket: Bucket, names: Sequence[str], steps: int, **settings: Any) -> Trial:
+    """Members that go round, another at each step."""
+    rows = runtime.plan(schedule=names[0], steps=steps).steps  # pndm has one more than steps
+    return Trial.of(runtime, bucket, schedule=list(islice(cycle(names), rows)), steps=steps, **settings)
+
+
+def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, seed: int) -> list[Trial]:
+    """``count`` random trajectories: bucket, steps, up to four segments of random members and lengths, guidance.
+
+    A third of the guided ones is guided in a random interval only.
+    """
+    rng = random.Random(seed)  # noqa: S311 - schedules, not secrets
+    found = []
+    for _ in range(count):
+        bucket = rng.choice(buckets)
+        steps = rng.randint(min(4, _longest(runtime)), _longest(runtime))
+        rows = runtime.plan(schedule=runtime.members[0], steps=steps).steps
+        cuts = sorted(rng.sample(range(1, rows), min(rng.randint(0, 3), rows - 1)))
+        counts = [stop - start for start, stop in zip([0, *cuts], [*cuts, rows], strict=True)]
+        names = [rng.choice(runtime.members) for _ in counts]
+        rows_of = [name for name, length in zip(names, counts, strict=True) for _ in range(length)]
+        schedule = ",".join(f"{name}:{len(list(run))}" for name, run in groupby(rows_of))
+        settings: dict[str, Any] = {"guidance": rng.choice(_scales(runtime, bucket))}
+        embedded = any(member.guidance_embedding for member in runtime.manifest.members.values())
+        if settings["guidance"] != 1 and not embedded and rng.random() < 1 / 3:
+            start, stop = sorted(rng.sample(range(rows + 1), 2))
+            settings["guidance_interval"] = (start, stop)
+        found.append(Trial.of(runtime, bucket, schedule=schedule, steps=steps, **settings))
+    return found

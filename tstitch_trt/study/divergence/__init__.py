@@ -1,0 +1,1 @@
+"""How far members are apart at each noise level, and orders of members from it."""

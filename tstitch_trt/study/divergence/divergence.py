@@ -1,0 +1,283 @@
+"""How far the members of a bundle are apart, step by step, and what order and share of their steps follow from it.
+
+At every state of the reference member's trajectory each other member is run too. The denoised estimates are compared,
+not the outputs: members of other parametrisations or noise schedules see the same state and answer in the same terms.
+Where a small member's estimate is close to the reference's, its step is as good as free (T-Stitch, arXiv 2402.14167,
+section 3). What the differences add up to is then really run: schedules of equal counts in several orders, from the
+same noise, and the distance of their final latents from the reference's.
+
+Latents that are close mean a picture that is alike. Whether another picture is worse is not seen here: that is measured
+by ``tstitch-trt evaluate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.errors import BadInput, BadSchedule, unknown_name
+from tstitch_trt.study.divergence.orders import ORDERS, SHARES, TRIED, order_names, schedule_text, small_counts, suggest
+from tstitch_trt.study.divergence.walk import SINGLE_STEP, MemberWalk, batches, is_single_step, request_of
+from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.records import Divergence, DivergenceStep, OrderTrial
+from tstitch_trt.study.store import now, weights_of
+
+if TYPE_CHECKING:
+    from tstitch_trt.plan.plan import Plan
+    from tstitch_trt.runtime.runtime import Runtime
+
+__all__ = ["LEAST_SAMPLES", "LEAST_STEPS", "compare", "profile", "profile_solver", "reference_of"]
+
+LEAST_SAMPLES: Final = 2
+LEAST_STEPS: Final = 4
+
+Doubles = NDArray[np.float64]
+Report = Callable[[float, str], object]
+
+
+def compare(got: NDArray[Any], want: NDArray[Any]) -> tuple[Doubles, Doubles]:
+    """Cosine and relative L2 of each image, ``[N,...]`` -> float64 ``[N]`` twice. ``|got - want| / |want|``.
+
+    Exactly 1 and 0 for equal arrays. Where one of the two is all zeros the cosine is 0, and the distance is that over
+    1 where ``want`` is.
+    """
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (got, want))
+    aa, bb, ab = ((x * y).sum(1) for x, y in ((a, a), (b, b), (a, b)))
+    lengths = np.sqrt(aa * bb)
+    cosine = np.where(lengths > 0, ab / np.where(lengths > 0, lengths, 1.0), (aa == bb).astype(np.float64))
+    return cosine, np.sqrt(((a - b) ** 2).sum(1)) / np.where(bb > 0, np.sqrt(bb), 1.0)
+
+
+def reference_of(manifest: Manifest, wanted: str | None) -> str:
+    """The member that others are compared with: ``wanted``, or the last. Raises ``BadInput`` and ``UnknownName``."""
+    names = tuple(manifest.members)
+    if len(names) < 2:
+        raise BadInput(
+            f"the bundle {manifest.name!r} has one member, {names[0]!r}: there is nothing to compare it with",
+            hint="build a bundle of a small and a large member",
+        )
+    if wanted is not None and wanted not in names:
+        raise unknown_name("member", wanted, names)
+    return names[-1] if wanted is None else wanted
+
+
+def profile_solver(manifest: Manifest, wanted: str | None) -> str:
+    """The solver to walk with: ``wanted``, else the bundle's own, or ``ddim`` where that one has a memory."""
+    from tstitch_trt.plan.plan import make_plan
+
+    if wanted is not None:
+        return wanted
+    usual = manifest.defaults.solver
+    return usual if is_single_step(make_plan(manifest, schedule=next(iter(manifest.members)))) else SINGLE_STEP
+
+
+def profile(
+    runtime: Runtime,
+    *,
+    samples: int = 8,
+    seed: int = 0,
+    reference: str | None = None,
+    steps: int | None = None,
+    solver: str | None = None,
+    guidance: float | None = None,
+    prompts: Sequence[str] = (),
+    command: str = "",
+    report: Report = lambda share, text: None,
+) -> Divergence:
+    """Divergence of every member from ``reference`` (the last), trials of several orders, and a suggested schedule.
+
+    Steps, solver and guidance are by default the bundle's; see ``profile_solver`` and ``request_of``. ``report`` gets
+    the share that is done. Raises ``BadInput`` for a bundle of one member, an unknown member, fewer than
+    ``LEAST_SAMPLES`` samples or ``LEAST_STEPS`` steps, and a solver that can't be entered in the middle.
+    """
+    manifest = runtime.manifest
+    chosen = reference_of(manifest, reference)
+    if samples < LEAST_SAMPLES:
+        raise BadInput(
+            f"{samples} samples have no median and spread; allowed is {LEAST_SAMPLES} or more", hint="e.g. --samples 8"
+        )
+    small = next(name for name in manifest.members if name != chosen)
+    scale = manifest.defaults.guidance if guidance is None else guidance
+    settings = {"steps": steps, "solver": profile_solver(manifest, solver), "guidance": scale}
+    plan = runtime.plan(schedule=chosen, **settings)
+    _check_plan(plan)
+    asked = request_of(manifest, samples=samples, seed=seed, prompts=prompts)
+    tried = [(order, count) for count in small_counts(SHARES, plan.steps) for order in ORDERS]
+    curve = small_counts(TRIED, plan.steps)
+    parts = batches(runtime, plan, samples)
+    others = [name for name in manifest.members if name != chosen]
+    work = _Work(report, parts=len(parts), steps=plan.steps, members=len(others), trials=len(tried) + len(curve))
+    walks = []
+    compared: dict[str, list[list[tuple[Doubles, Doubles] | None]]] = {name: [] for name in others}
+    for part in parts:
+        walk = MemberWalk(
+            runtime,
+            wishes=asked.wishes(part.start, part.stop),
+            settings=settings,
+            steps=plan.steps,
+            tick=work.tick,
+        )
+        work.text = f"walking {chosen}"
+        wanted = walk.whole(chosen)
+        for name in others:
+            work.text = f"comparing {name}"
+            compared[name].append(_compare_all(walk, name, chosen, wanted))
+        walks.append(walk)
+    trials = _Trials(walks, small=small, large=chosen, steps=plan.steps)
+    work.text = "trying orders"
+    alone = trials.alone(work)
+    found = [trial for order, count in tried if (trial := trials.run(order, count, work)) is not None]
+    best, suggestion = suggest(
+        alone,
+        found,
+        more=lambda order: [trial for count in curve if (trial := trials.run(order, count, work)) is not None],
+        small=small,
+        large=chosen,
+        resolve=lambda text: runtime.plan(schedule=text, **settings).schedule.names,
+    )
+    return Divergence(
+        bundle=manifest.name,
+        weights=weights_of(manifest),
+        machine=describe_machine(),
+        command=command,
+        made=now(),
+        reference=chosen,
+        steps=plan.steps,
+        solver=plan.solver.name,
+        guidance=float(scale),
+        seeds=asked.seeds,
+        prompts=asked.prompts,
+        members={name: _steps(plan, compared[name]) for name in others},
+        orders=tuple(sorted(suggestion.trials, key=lambda trial: (trial.share, _place(trial.order)))),
+        order=best,
+        suggested=suggestion.schedule,
+        reason=suggestion.reason,
+    )
+
+
+def _place(order: str) -> int:
+    return ORDERS.index(order) if order in ORDERS else len(ORDERS)
+
+
+def _check_plan(plan: Plan) -> None:
+    if not is_single_step(plan):
+        raise BadInput(
+            f"solver {plan.solver.name!r} needs the estimates of the steps before: its trajectory can't be entered at "
+            "another member's state",
+            hint=f"compare with a single-step solver: --solver {SINGLE_STEP} (or ddpm, euler, lcm)",
+        )
+    if plan.steps < LEAST_STEPS:
+        raise BadInput(
+            f"{plan.steps} steps are too few to try orders of members; allowed is {LEAST_STEPS} or more",
+            hint="e.g. --steps 20",
+        )
+
+
+def _compare_all(
+    walk: MemberWalk, name: str, reference: str, wanted: Sequence[NDArray[np.float32]]
+) -> list[tuple[Doubles, Doubles] | None]:
+    found = []
+    for step, want in enumerate(wanted):
+        got = walk.estimate(name, reference, step)
+        found.append(None if got is None else compare(got, want))
+    return found
+
+
+def _steps(plan: Plan, parts: Sequence[Sequence[tuple[Doubles, Doubles] | None]]) -> tuple[DivergenceStep, ...]:
+    """Medians over all seeds. A step at which the member can't run is left out."""
+    steps = []
+    for step in range(plan.steps):
+        pairs = [pair for part in parts if (pair := part[step]) is not None]
+        if not pairs:
+            continue
+        cosine, distance = (np.concatenate(values) for values in zip(*pairs, strict=True))
+        low, high = np.percentile(distance, (10, 90))
+        steps.append(
+            DivergenceStep(
+                step=step,
+                timestep=float(plan.table.t[step]),
+                sigma=float(plan.table.sigma[step]),
+                cosine=float(np.median(cosine)),
+                rel_l2=float(np.median(distance)),
+                p10=float(low),
+                p90=float(high),
+            )
+        )
+    return tuple(steps)
+
+
+class _Trials:
+    """Schedules really run, on all parts of the seeds."""
+
+    def __init__(self, walks: Sequence[MemberWalk], *, small: str, large: str, steps: int) -> None:
+        self._walks = walks
+        self._small = small
+        self._large = large
+        self._steps = steps
+        self._known: dict[tuple[str, ...], Doubles] = {}
+
+    def alone(self, work: _Work) -> OrderTrial | None:
+        """The small member alone: the most that a schedule of the two can be away."""
+        for walk in self._walks:
+            try:
+                walk.whole(self._small)
+            except BadSchedule:  # it can't run on pure noise: its states are not there to start from
+                return None
+        work.trial()
+        return self._measured("small-only", 1.0, (self._small,) * self._steps)
+
+    def run(self, order: str, count: int, work: _Work) -> OrderTrial | None:
+        """``count`` steps of the small member. ``None`` where the plan refuses the schedule."""
+        names = order_names(order, count, self._steps, small=self._small, large=self._large)
+        work.text = f"trying {order}"
+        try:
+            return self._measured(order, count / self._steps, names)
+        except BadSchedule:
+            return None
+        finally:
+            work.trial()
+
+    def _measured(self, order: str, share: float, names: tuple[str, ...]) -> OrderTrial:
+        if names not in self._known:
+            want = (self._large,) * self._steps
+            errors = [compare(walk.final(names), walk.final(want))[1] for walk in self._walks]
+            self._known[names] = np.concatenate(errors)
+        low, middle, high = np.percentile(self._known[names], (10, 50, 90))
+        return OrderTrial(
+            order=order,
+            share=share,
+            schedule=schedule_text(names),
+            latent_error=float(middle),
+            p10=float(low),
+            p90=float(high),
+        )
+
+
+class _Work(msgspec.Struct):
+    """How much is done: half of the bar are comparisons, half trials."""
+
+    report: Report
+    parts: int
+    steps: int
+    members: int
+    trials: int
+    text: str = ""
+    ticks: int = 0
+    done: int = 0
+
+    def tick(self) -> None:
+        self.ticks += 1
+        self._tell()
+
+    def trial(self) -> None:
+        self.done += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        compared = min(1.0, self.ticks / (self.parts * self.steps * (1 + self.members)))
+        self.report(0.5 * compared + 0.5 * min(1.0, self.done / (1 + self.trials)), self.text)

@@ -1,0 +1,454 @@
+"""Metrics of a bundle's pictures, each with its interval: what ``evaluate`` and ``search`` judge by.
+
+    scorer = Scorer.of(bundle, metric="fid")
+    seen = join([scorer.look(images) for images in batches])
+    scorer.measure(seen).value
+
+Looking at pictures is kept apart from measuring: what was seen is small, can be stored and put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.identity import digest
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.errors import BadInput, Unavailable, unknown_name
+from tstitch_trt.study.quality.gaussian import FrechetTo, gaussian_of
+from tstitch_trt.study.quality.kernel import KernelTo
+from tstitch_trt.study.quality.manifold import NEIGHBOURS, Manifold, recall_halves
+from tstitch_trt.study.quality.network import FeatureNetwork, NetworkOptions
+from tstitch_trt.study.quality.pairs import Lpips, decibels, latent_errors, squared_errors
+from tstitch_trt.study.quality.real_images import MOST, Reference, read_reference, thinned
+from tstitch_trt.study.quality.resampling import (
+    LEVEL,
+    RESAMPLES,
+    Rated,
+    bootstrap_counts,
+    rated,
+    rated_mean,
+    rated_median,
+)
+from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Measure
+
+__all__ = ["PAIRED", "Drawn", "Scorer", "Seen", "check_metrics", "join"]
+
+Seen = dict[str, NDArray[Any]]
+"""What was seen of N pictures, by ``Scorer.observed``: arrays whose first dimension is N."""
+
+PAIRED: Final = ("psnr", "lpips", "latent_error")
+_FEATURED: Final = ("fid", "kid", "precision", "recall")
+_OBSERVED: Final = {
+    **dict.fromkeys(_FEATURED, "features"),
+    "accuracy": "correct",
+    "psnr": "squared_error",
+    "lpips": "lpips",
+    "clip": "clip",
+    "latent_error": "latent_error",
+}
+_SHARES: Final = ("precision", "recall", "accuracy")
+_EASY_WIDTH: Final = 256  # features: above, a resample of the Fréchet distance takes seconds
+_LEAST_RESAMPLES: Final = 10
+_RECALL_HALVES: Final = 100
+_ENOUGH: Final = 20  # samples per feature, from which the bias of the Fréchet distance is not spoken of
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Pictures uint8 ``[N,H,W,C]``, ``None`` of a bundle without a decoder, and their final latents ``[N,C,h,w]``."""
+
+    images: NDArray[np.uint8] | None
+    latents: NDArray[np.float32]
+
+
+def join(parts: Sequence[Seen]) -> Seen:
+    """What was seen of several batches, as of one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Each once, in the order of ``METRICS``. Raises ``UnknownName`` naming the nearest, ``BadInput`` for none."""
+    for name in metrics:
+        if name not in METRICS:
+            raise unknown_name("metric", name, METRICS)
+    if not metrics:
+        raise BadInput("no metric was asked for", hint=f"name some of: {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name in metrics)
+
+
+class Scorer:
+    """One or several metrics of one bundle. Made by ``Scorer.of``."""
+
+    def __init__(
+        self,
+        metrics: tuple[str, ...],
+        *,
+        network: FeatureNetwork | None = None,
+        reference: Reference | None = None,
+        classifier: FeatureNetwork | None = None,
+        lpips: Lpips | None = None,
+        clip: Any = None,
+    ) -> None:
+        self.metrics = metrics
+        self.network = network
+        self.reference = reference
+        self._classifier = classifier
+        self._lpips = lpips
+        self._clip = clip
+
+    @staticmethod
+    def of(
+        bundle: Bundle,
+        metric: str | Sequence[str] = "fid",
+        *,
+        reference: Path | None = None,
+        features: Path | None = None,
+        options: NetworkOptions | None = None,
+        lpips: Path | None = None,
+        clip: Path | None = None,
+        threads: int = 0,
+        cache: Path | None = None,
+    ) -> Scorer:
+        """The scorer of an open bundle.
+
+        ``reference``: real pictures or their statistics (``tstitch_trt.study.quality.real_images``), by default the
+        bundle's own. ``features``: a feature network with its ``options`` (``tstitch_trt.study.quality.network``), by
+        default the bundle's own. ``lpips``, ``clip``: networks that these two metrics need. ``threads``: 0 for all
+        cores.
+        ``cache``: a folder that keeps the features of a reference's pictures from one time to the next.
+
+        Raises ``UnknownName`` for an unknown metric and ``Unavailable`` for one that lacks what it needs.
+        """
+        metrics = check_metrics([metric] if isinstance(metric, str) else metric)
+        manifest = bundle.manifest
+        if manifest.decoder.kind == "none" and set(metrics) - {"latent_error"}:
+            raise Unavailable(
+                f"the bundle {manifest.name!r} has no decoder, so there are no pictures to measure",
+                hint="measure latents: --metrics latent_error; or build the bundle with a VAE",
+            )
+        if "lpips" in metrics and lpips is None:
+            raise Unavailable(
+                "lpips needs a network, and none comes with this package",
+                hint="give yours as ONNX or TorchScript: --lpips FILE (two batches of pictures in [-1,1] to distances)",
+            )
+        if "clip" in metrics:
+            _check_clip(manifest, clip)
+        network = judge = None
+        if set(metrics) & {*_FEATURED, "accuracy"}:
+            own = None
+            if manifest.quality is not None and (features is None or "accuracy" in metrics):
+                own = FeatureNetwork(bundle.path(manifest.quality.network), threads=threads)
+            given = None if features is None else FeatureNetwork(features, options=options, threads=threads)
+            network = given or own
+            judge = next((net for net in (own, given) if net is not None and net.classifies), None)
+        found = None
+        if set(metrics) & {*_FEATURED}:
+            if network is None:
+                raise Unavailable(
+                    f"the bundle {manifest.name!r} has no feature network for {', '.join(metrics)}",
+                    hint="give one with --features FILE and real pictures with --reference FILE.npz, or measure "
+                    "without: --metrics psnr,latent_error",
+                )
+            found = _reference(bundle, network, reference, own=features is None, cache=cache)
+        if "accuracy" in metrics and judge is None:
+            raise Unavailable(
+                f"accuracy needs a classifier: the bundle {manifest.name!r} has none, and --features no output logits",
+                hint="leave accuracy out of --metrics, or give a classifier with the outputs features and logits",
+            )
+        scorer = Scorer(
+            metrics,
+            network=network if found is not None else None,
+            reference=found,
+            classifier=judge if "accuracy" in metrics else None,
+            lpips=Lpips(lpips, threads=threads) if "lpips" in metrics and lpips is not None else None,
+            clip=_open_clip(clip, threads) if "clip" in metrics and clip is not None else None,
+        )
+        if found is not None:
+            for name in ("kid", "precision", "recall"):
+                if name in metrics:
+                    found.need_features(name)
+        return scorer
+
+    @property
+    def metric(self) -> str:
+        """The only, or the first, of the metrics."""
+        return self.metrics[0]
+
+    def better(self, a: float, b: float, metric: str | None = None) -> bool:
+        """Whether the value ``a`` is better than ``b``."""
+        return a > b if (metric or self.metric) in HIGHER_IS_BETTER else a < b
+
+    @property
+    def paired(self) -> bool:
+        """Whether a metric compares with what the large member alone draws: ``look`` then needs ``against``."""
+        return any(name in PAIRED for name in self.metrics)
+
+    @cached_property
+    def observed(self) -> dict[str, str]:
+        """What ``look`` finds, with the digest of all that decides it beside the pictures."""
+        sources: dict[str, Any] = {
+            "features": None if self.network is None else self.network.identity,
+            "correct": None if self._classifier is None else self._classifier.identity,
+            "lpips": None if self._lpips is None else self._lpips.sha256,
+            "clip": None if self._clip is None else self._clip.sha256,
+        }
+        return {name: digest(sources.get(name)) for name in dict.fromkeys(_OBSERVED[m] for m in self.metrics)}
+
+    # --- looking
+
+    def look(
+        self,
+        images: NDArray[np.uint8] | None,
+        *,
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        latents: NDArray[np.float32] | None = None,
+        against: Drawn | None = None,
+        only: Sequence[str] | None = None,
+    ) -> Seen:
+        """What the metrics need to know of pictures uint8 ``[N,H,W,C]``.
+
+        ``labels`` or ``prompts``: what each was asked to be (accuracy, clip). ``latents``: their own, and ``against``:
+        the large member's from the same seeds (paired metrics). ``only``: of ``observed``, by default all.
+        """
+        wanted = self.observed if only is None else only
+        seen: Seen = {}
+        logits = None
+        if "features" in wanted:
+            assert self.network is not None
+            assert images is not None
+            seen["features"], logits = self.network.look(images)
+        if "correct" in wanted:
+            assert images is not None
+            assert self._classifier is not None
+            if labels is None:
+                raise BadInput("accuracy needs the labels that the pictures were asked for", hint="pass labels=")
+            if self._classifier is not self.network or logits is None:
+                _, logits = self._classifier.look(images)
+            assert logits is not None
+            seen["correct"] = logits.argmax(1) == np.asarray(labels)
+        if "clip" in wanted:
+            assert images is not None
+            if prompts is None:
+                raise BadInput("clip needs the prompts that the pictures were asked for", hint="pass prompts=")
+            seen["clip"] = self._clip(images, prompts)
+        return seen | self._look_at_pairs(wanted, images, latents, against)
+
+    def _look_at_pairs(
+        self,
+        wanted: Mapping[str, str] | Sequence[str],
+        images: NDArray[np.uint8] | None,
+        latents: NDArray[np.float32] | None,
+        against: Drawn | None,
+    ) -> Seen:
+        seen: Seen = {}
+        if not {"squared_error", "lpips", "latent_error"} & set(wanted):
+            return seen
+        if against is None:
+            raise BadInput(
+                "a paired metric compares with what the large member draws from the same seeds", hint="pass against="
+            )
+        if "squared_error" in wanted:
+            assert images is not None
+            assert against.images is not None
+            seen["squared_error"] = squared_errors(images, against.images)
+        if "lpips" in wanted:
+            assert images is not None
+            assert against.images is not None
+            assert self._lpips is not None
+            seen["lpips"] = self._lpips(images, against.images)
+        if "latent_error" in wanted:
+            if latents is None:
+                raise BadInput("latent_error compares latents", hint="pass latents=")
+            seen["latent_error"] = latent_errors(latents, against.latents)
+        return seen
+
+    # --- measuring
+
+    def measure(
+        self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
+    ) -> Measure:
+        """The value and interval of ``metric`` (by default the first). Raises ``BadInput`` for too few samples."""
+        return self.rate(seen, metric, resamples=resamples, level=level).measure
+
+    def rate(self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL) -> Rated:
+        """The same with its resamples, to be compared with that of as many samples from the same seeds."""
+        name = metric or self.metric
+        if name not in self.metrics:
+            raise unknown_name("metric", name, self.metrics)
+        found = _MEASURES[name](self, seen[_OBSERVED[name]], resamples, level)
+        if name in (*_SHARES, "fid", "lpips", "latent_error"):
+            top = 1.0 if name in _SHARES else np.inf
+            m = found.measure
+            found = Rated(
+                Measure(value=m.value, low=max(m.low, 0.0), high=float(min(m.high, top)), std=m.std), found.moved
+            )
+        return found
+
+    def measures(self, seen: Seen, *, resamples: int = RESAMPLES, level: float = LEVEL) -> dict[str, Measure]:
+        """All metrics; psnr is left out where all pictures are equal, which makes it infinite."""
+        found = {name: self.measure(seen, name, resamples=resamples, level=level) for name in self.metrics}
+        return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
+
+    def _fid(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+        width = features.shape[1]
+        if width > _EASY_WIDTH:
+            resamples = max(_LEAST_RESAMPLES, int(resamples * (_EASY_WIDTH / width) ** 2))
+        counts = bootstrap_counts(len(features), resamples)
+        return rated(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts), level=level)
+
+    def _kid(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+        features = thinned(features)
+        counts = bootstrap_counts(len(features), resamples)
+        return rated(self._kernel(features), self._kernel.resampled(features, counts), level=level)
+
+    def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+        return rated_mean(self._manifold.holds(thinned(features)), resamples=resamples, level=level)
+
+    def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+        features, real = thinned(features), self._real
+        value = float(Manifold(features).holds(real).mean())
+        if len(features) < 2 * (NEIGHBOURS + 1):
+            raise BadInput(
+                f"{len(features)} samples are too few for the interval of recall; allowed is {2 * (NEIGHBOURS + 1)} or "
+                "more",
+                hint="draw more: --samples",
+            )
+        halves = recall_halves(features, real, halves=min(resamples, _RECALL_HALVES), seed=0)
+        return rated(value, halves, level=level)
+
+    def _psnr(self, errors: NDArray[np.float64], resamples: int, level: float) -> Rated:
+        mean = float(errors.mean())
+        if mean == 0:
+            return Rated(Measure(value=np.inf, low=np.inf, high=np.inf, std=0.0), np.zeros(resamples))
+        counts = bootstrap_counts(len(errors), resamples)
+        least = errors[errors > 0].min() / len(errors)  # a resample of equal pairs alone would be infinite
+        means = np.maximum(counts @ errors / len(errors), least)
+        return rated(float(decibels(mean)), decibels(means), level=level)
+
+    @cached_property
+    def _frechet(self) -> FrechetTo:
+        assert self.reference is not None
+        return FrechetTo(self.reference.gaussian)
+
+    @cached_property
+    def _real(self) -> NDArray[np.float32]:
+        assert self.reference is not None
+        return self.reference.need_features("a distance of all pairs")
+
+    @cached_property
+    def _kernel(self) -> KernelTo:
+        return KernelTo(self._real)
+
+    @cached_property
+    def _manifold(self) -> Manifold:
+        return Manifold(self._real)
+
+    # --- what to be said beside the numbers
+
+    def bias(self, features: NDArray[np.float32]) -> float:
+        """How much of the Fréchet distance of these many features ``[N,F]`` is bias.
+
+        It falls as ``1/N`` (Chong and Forsyth, arXiv 1911.07023), so half of the samples have twice as much of it: the
+        mean distance of two random halves less that of the whole, and the whole at most. (Every second sample is no
+        fair half: classes go round, so it could be every second class.)
+        """
+        order = np.random.default_rng(0).permutation(len(features))
+        halves = [self._frechet(gaussian_of(features[half])) for half in np.array_split(order, 2)]
+        value = self._frechet(gaussian_of(features))
+        return min(max(0.0, float(np.mean(halves)) - value), value)
+
+    def notes(self, samples: int, seen: Seen | None = None) -> list[str]:
+        """Warnings about numbers of ``samples`` pictures; with what was ``seen`` of them the bias is put in numbers."""
+        notes: list[str] = []
+        if self.reference is None:
+            return notes
+        width = self.reference.width
+        if "fid" in self.metrics and samples < _ENOUGH * width:
+            text = f"{samples} samples are few for {width} features ({_ENOUGH * width} would do): fid is biased upwards"
+            if seen is not None and len(seen["features"]) >= 4:
+                value = self._frechet(gaussian_of(seen["features"]))
+                text += f", by about {self.bias(seen['features']):.3g} of {value:.3g}"
+            notes.append(text + "; compare only values of equally many samples")
+        if "fid" in self.metrics and 0 < self.reference.count <= width:
+            notes.append(
+                f"the reference has {self.reference.count} pictures for {width} features: its covariance is singular"
+            )
+        pairs = [name for name in ("kid", "precision", "recall") if name in self.metrics]
+        known = 0 if self.reference.features is None else len(self.reference.features)
+        if pairs and max(samples, known) > MOST:
+            notes.append(f"{', '.join(pairs)}: of {MOST:,} samples and reference pictures at most")
+        return notes
+
+
+def _reference(
+    bundle: Bundle, network: FeatureNetwork, path: Path | None, *, own: bool, cache: Path | None
+) -> Reference:
+    manifest = bundle.manifest
+    if path is None:
+        if manifest.quality is None or not own:
+            raise Unavailable(
+                "the bundle has no reference in the features of this network",
+                hint="give real pictures: --reference FILE.npz (arr_0 uint8 [N,H,W,C], or mu and sigma)",
+            )
+        found = read_reference(bundle.path(manifest.quality.reference), network, picture=None)
+    else:
+        found = read_reference(path, network, picture=picture_shape(manifest), cache=cache)
+    width = _width(network, picture_shape(manifest))
+    if width != found.width:
+        raise BadInput(
+            f"the reference {found.name} is of {found.width} features; {network.name} gives {width}",
+            hint="take statistics that the same network made, or a reference with pictures (arr_0)",
+        )
+    return found
+
+
+def picture_shape(manifest: Manifest) -> tuple[int, int, int]:
+    """Height, width and channels of the pictures that a bundle draws in its own size."""
+    latent, factor = manifest.latent, manifest.decoder.factor
+    channels = latent.channels if manifest.decoder.kind == "pixel" else 3
+    return latent.height * factor, latent.width * factor, channels
+
+
+def _width(network: FeatureNetwork, picture: tuple[int, int, int]) -> int:
+    return int(network.look(np.zeros((1, *picture), np.uint8))[0].shape[1])
+
+
+def _check_clip(manifest: Manifest, clip: Path | None) -> None:
+    if manifest.conditioning.kind != "text":
+        raise Unavailable(
+            f"clip compares pictures with prompts, and the bundle {manifest.name!r} draws classes",
+            hint="leave clip out of --metrics",
+        )
+    if clip is None:
+        raise Unavailable(
+            "clip needs a network, and none comes with this package",
+            hint="give the folder of a CLIP model: --clip DIR (transformers, or image and text networks)",
+        )
+
+
+def _open_clip(folder: Path, threads: int) -> Any:
+    from tstitch_trt.study.quality.clip import Clip
+
+    return Clip(folder, threads=threads)
+
+
+_MEASURES: Final[dict[str, Callable[[Scorer, Any, int, float], Rated]]] = {
+    "fid": lambda scorer, found, n, level: scorer._fid(found, n, level),
+    "kid": lambda scorer, found, n, level: scorer._kid(found, n, level),
+    "precision": lambda scorer, found, n, level: scorer._precision(found, n, level),
+    "recall": lambda scorer, found, n, level: scorer._recall(found, n, level),
+    "psnr": lambda scorer, found, n, level: scorer._psnr(found, n, level),
+    "latent_error": lambda scorer, found, n, level: rated_median(found, resamples=n, level=level),
+    "accuracy": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
+    "lpips": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
+    "clip": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
+}

@@ -1,0 +1,1 @@
+"""Searching for the schedules that are best at their cost."""

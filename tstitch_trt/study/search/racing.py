@@ -1,0 +1,104 @@
+"""A race of candidates by cost and quality: those that are clearly beaten early are drawn no further.
+
+All start with few samples. One that is worse than another that costs no more, by more than chance leaves open, is out;
+the samples of the others are doubled, until they are as many as were asked for (racing: Maron and Moore, "Hoeffding
+races", NIPS 1993). Chance is three standard deviations of the difference, resampled for both alike: they share seeds,
+so most of what moves one moves the other (blocking: Moore and Lee, ICML 1994). Values are compared between equal
+numbers of samples only, so that a metric that few samples bias is biased alike on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from tstitch_trt.study.quality.resampling import Rated
+
+__all__ = ["Race", "Standing", "beaten", "front", "race", "rounds"]
+
+K = TypeVar("K", bound=Hashable)
+
+_SURE: Final = 3.0  # standard deviations: there are many comparisons
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The last value of a candidate, of ``samples``. ``dropped``: before the end."""
+
+    rated: Rated
+    samples: int
+    dropped: bool
+
+
+@dataclass(frozen=True)
+class Race(Generic[K]):
+    """Every candidate's standing, and the number of samples that those who were not dropped were measured on."""
+
+    standings: Mapping[K, Standing]
+    samples: int
+
+
+def rounds(samples: int, chunk: int) -> tuple[int, ...]:
+    """Numbers of samples: ``chunk``, doubled from round to round, at last ``samples``."""
+    found, count = [], chunk
+    while count < samples:
+        found.append(count)
+        count *= 2
+    return (*found, samples)
+
+
+def front(points: Sequence[tuple[float, float]], *, higher: bool = False) -> list[bool]:
+    """The Pareto set of (cost, value): which points no other beats, by being as good in both and better in one.
+
+    ``higher``: large values are the good ones. Of equal points all are in it.
+    """
+    signed = [(cost, -value if higher else value) for cost, value in points]
+    inside = [False] * len(signed)
+    best, best_cost = float("inf"), float("inf")  # the best value so far, and the least cost that has it
+    for index in sorted(range(len(signed)), key=lambda i: signed[i]):
+        cost, value = signed[index]
+        if value < best:
+            best, best_cost = value, cost
+        inside[index] = (cost, value) == (best_cost, best)
+    return inside
+
+
+def beaten(cost: float, rated: Rated, others: Sequence[tuple[float, Rated]], *, higher: bool = False) -> bool:
+    """Whether one of ``others`` costs no more and is better by more than chance leaves open."""
+    for other_cost, other in others:
+        if other_cost <= cost:
+            gap, std = rated.minus(other)
+            if (-gap if higher else gap) > _SURE * std:
+                return True
+    return False
+
+
+def race(
+    costs: Mapping[K, float],
+    counts: Sequence[int],
+    rate: Callable[[Sequence[K], int], Mapping[K, Rated] | None],
+    *,
+    higher: bool = False,
+) -> Race[K]:
+    """Compares the candidates ``costs`` round by round, with the numbers of samples ``counts``.
+
+    ``rate``: the values of those still in the race, with so many samples; ``None`` where there is no time left for it,
+    which ends the race with the round before. The first round has to be measured.
+    """
+    running = list(costs)
+    standings: dict[K, Standing] = {}
+    done = 0
+    for count in counts:
+        found = rate(running, count)
+        if found is None:
+            break
+        done = count
+        standings |= {key: Standing(found[key], count, False) for key in running}
+        field = [(costs[key], found[key]) for key in running]
+        out = {key for key in running if beaten(costs[key], found[key], field, higher=higher)}
+        if count != counts[-1]:
+            standings |= {key: Standing(found[key], count, True) for key in out}
+            running = [key for key in running if key not in out]
+    assert done, "the first round is measured"
+    return Race(standings, done)

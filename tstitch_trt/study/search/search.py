@@ -1,0 +1,207 @@
+"""The study behind ``tstitch-trt search``: which schedules, step counts and solvers are worth their time.
+
+Cost is predicted by the bundle's calibration, quality is measured on samples. Both are compared over all candidates at
+once, the large member in fewer steps among them: that is what a stitched schedule has to beat.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.errors import BadInput
+from tstitch_trt.study.budget import current_calibration, predict_ms
+from tstitch_trt.study.evaluate.evaluate import Request, prompts_for
+from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.quality import Scorer, check_metrics
+from tstitch_trt.study.quality.resampling import Rated
+from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchPoint
+from tstitch_trt.study.search.candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
+from tstitch_trt.study.search.draw import Samples
+from tstitch_trt.study.search.racing import Race, front, race, rounds
+from tstitch_trt.study.settings import plan_of
+from tstitch_trt.study.store import now, study_digest, weights_of
+
+if TYPE_CHECKING:
+    from tstitch_trt.runtime.runtime import Runtime
+
+__all__ = ["LEAST_SAMPLES", "SEARCHED", "check_search", "search", "usual_metric"]
+
+LEAST_SAMPLES: Final = 16
+SEARCHED: Final = tuple(name for name in METRICS if name != "psnr")
+
+Report = Callable[[float, str], object]
+
+
+def usual_metric(manifest: Manifest) -> str:
+    """``fid`` where the bundle has a quality network, else ``latent_error``."""
+    return "latent_error" if manifest.quality is None else "fid"
+
+
+def check_search(metric: str | None, samples: int) -> None:
+    """What can be said before anything is loaded. Raises ``BadInput`` and ``UnknownName``."""
+    if metric is not None:
+        check_metrics([metric])
+        if metric not in SEARCHED:
+            raise BadInput(
+                f"metric {metric!r} is infinite for the reference, which equals itself; allowed are "
+                + ", ".join(SEARCHED),
+                hint="compare with the reference by --metric latent_error",
+            )
+    if samples < LEAST_SAMPLES:
+        raise BadInput(
+            f"{samples} samples tell no schedule from another; allowed is {LEAST_SAMPLES} or more",
+            hint="e.g. --samples 1000",
+        )
+
+
+def search(
+    runtime: Runtime,
+    scorer: Scorer,
+    *,
+    work: Path,
+    samples: int = 1000,
+    seed: int = 0,
+    batch: int | None = None,
+    steps: Sequence[int] | None = None,
+    solvers: Sequence[str] | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    guidance: float | None = None,
+    prompts: Sequence[str] = (),
+    trials: int | None = None,
+    budget_s: float | None = None,
+    command: str = "",
+    report: Report = lambda share, text: None,
+) -> Search:
+    """The Pareto set of predicted cost and the scorer's metric over all candidates.
+
+    ``work``: where samples are kept; the same search again goes on from there. ``batch``: images of the request whose
+    cost is predicted (8, or what fits one engine call). ``steps``, ``solvers``, ``guidance``: by default the bundle's
+    (``usual_steps``). ``trials``: at most so many candidates, drawn by ``seed``. ``budget_s``: no round of samples is
+    begun after so many seconds, and one that is not done is left out; the first is always done. ``report`` gets the
+    share that is done.
+
+    Raises ``NotCalibrated`` for a bundle that was not calibrated here, and ``BadInput``.
+    """
+    began = time.monotonic()
+    manifest = runtime.manifest
+    check_search(scorer.metric, samples)
+    if budget_s is not None and not budget_s > 0:
+        raise BadInput(f"a budget of {budget_s / 60:g} minutes; allowed is above 0", hint="e.g. --budget-minutes 30")
+    scale = manifest.defaults.guidance if guidance is None else guidance
+    every, refused = candidates(
+        manifest,
+        steps=usual_steps(manifest.defaults.steps) if steps is None else steps,
+        solvers=[manifest.defaults.solver] if solvers is None else solvers,
+        guidance=scale,
+        fractions=fractions,
+    )
+    field = chosen(every, trials, seed=seed)
+    request = Request(samples, seed, prompts_for(manifest, prompts))
+    calibration = current_calibration(runtime)
+    guided = any(any(plan_of(manifest, c.setting).guided) for c in field)
+    images = min(8, max(1, runtime.batch_limit // (2 if guided else 1))) if batch is None else batch
+    costs = {c.key: predict_ms(calibration, plan_of(manifest, c.setting), batch=images) for c in field}
+    work_done = _Progress(report, len(field) * samples)
+    drawing = Samples(
+        runtime,
+        scorer,
+        request,
+        reference=field[0].setting,
+        guided=guided,
+        work=work,
+        out_of_time=lambda: budget_s is not None and time.monotonic() - began > budget_s,
+        tick=work_done.tick,
+    )
+    counts = rounds(samples, drawing.chunk)
+    by_key = {c.key: c for c in field}
+
+    def rate(keys: Sequence[str], count: int) -> Mapping[str, Rated] | None:
+        running = [by_key[key] for key in keys]
+        work_done.round(len(running), count, counts)
+        if not drawing.fill(running, count, whatever=count == counts[0]):
+            return None
+        return {c.key: scorer.rate(drawing.seen(c, count)) for c in running}
+
+    higher = scorer.metric in HIGHER_IS_BETTER
+    raced = race(costs, counts, rate, higher=higher)
+    return Search(
+        bundle=manifest.name,
+        weights=weights_of(manifest),
+        machine=describe_machine(),
+        command=command,
+        made=now(),
+        metric=scorer.metric,
+        batch=images,
+        samples=raced.samples,
+        seed=seed,
+        prompts=request.prompts,
+        calibration=study_digest(calibration),
+        points=_points(field, costs, raced, higher=higher),
+        notes=(
+            *scorer.notes(raced.samples),
+            *_told(scorer.metric, field[0], len(every) - len(field), refused, raced.samples, samples),
+        ),
+    )
+
+
+def _points(
+    field: Sequence[Candidate], costs: Mapping[str, float], raced: Race[str], *, higher: bool
+) -> tuple[SearchPoint, ...]:
+    """The cheapest first. The front is that of the candidates with all samples."""
+    finished = [c for c in field if not raced.standings[c.key].dropped]
+    inside = front([(costs[c.key], raced.standings[c.key].rated.measure.value) for c in finished], higher=higher)
+    best = {c.key for c, is_in in zip(finished, inside, strict=True) if is_in}
+    points = [
+        SearchPoint(
+            kind=c.kind,
+            setting=c.setting,
+            cost_ms=costs[c.key],
+            quality=raced.standings[c.key].rated.measure,
+            samples=raced.standings[c.key].samples,
+            dropped=raced.standings[c.key].dropped,
+            front=c.key in best,
+        )
+        for c in field
+    ]
+    return tuple(sorted(points, key=lambda point: point.cost_ms))
+
+
+def _told(
+    metric: str, reference: Candidate, left_out: int, refused: Sequence[str], samples: int, asked: int
+) -> list[str]:
+    found = []
+    if metric in ("latent_error", "lpips"):
+        s = reference.setting
+        found.append(f"{metric} is the distance from one solution: {s.schedule} in {s.steps} {s.solver} steps")
+    if samples < asked:
+        found.append(f"time ran out at {samples} of {asked} samples")
+    if left_out:
+        found.append(f"{left_out} more candidates were left out at random (--trials)")
+    return [*found, *(f"not tried: {text}" for text in refused)]
+
+
+class _Progress:
+    """How many samples are done of those that the candidates still running will need."""
+
+    def __init__(self, report: Report, total: float) -> None:
+        self._report = report
+        self._total = total
+        self._done = 0.0
+        self._base = 0.0
+        self._share = 0.0
+
+    def round(self, running: int, count: int, counts: Sequence[int]) -> None:
+        """Each round begins again from its first chunk, where the samples of the round before are found."""
+        before = max((c for c in counts if c < count), default=0)
+        self._base = self._done - before * running
+        self._total = self._base + running * counts[-1]
+        self._done = self._base
+
+    def tick(self, drawn: int, text: str) -> None:
+        self._done += drawn
+        self._share = max(self._share, min(1.0, self._done / self._total))
+        self._report(self._share, text)

@@ -1,0 +1,1 @@
+"""Engines compared with references on the same inputs."""

@@ -1,0 +1,191 @@
+"""An engine's outputs against those of the references: on which inputs, how they differ, and how much they may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from tstitch_engines.bundle.manifest import Manifest, Network, Precision
+from tstitch_engines.errors import OutOfProfile, Unavailable
+from tstitch_engines.host_call import Arrays, Caller, sizes_of
+from tstitch_engines.spec import ShapeProfile
+from tstitch_trt.verify.error import Error, measure_error
+
+if TYPE_CHECKING:
+    from tstitch_trt.verify.references import References
+
+__all__ = ["LIMITS", "Comparison", "EngineCheck", "Status", "compare", "draw_inputs", "usual_sizes", "verdict"]
+
+# Largest allowed difference, as a share of the reference's largest magnitude and as relative L2, and why: fp32 and fp16
+# as at export.
+LIMITS: Final[dict[Precision, tuple[float, str]]] = {
+    "fp32": (1e-4, "float32 rounding where sums are taken in another order"),
+    "fp16": (3e-2, "every product is rounded to 11 bits, and a deep network adds up hundreds of such roundings"),
+    "bf16": (1e-1, "activations are rounded to 8 bits, in fp16 to 11; the references compute in float32"),
+    "int8": (1e-1, "a value near the middle of two 8-bit steps goes to either, and later layers add that up"),
+    "fp8": (1e-1, "a value near the middle of two 8-bit steps goes to either, and later layers add that up"),
+}
+
+Status = Literal["passed", "failed", "not checked"]
+Reference = Literal["onnxruntime", "torch"]
+Kind = Literal["random", "trajectory"]
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One output against one reference at one batch and size: the worst of ``samples`` calls.
+
+    ``sizes``: of the dynamic dimensions besides the batch.
+    """
+
+    against: Reference
+    inputs: Kind
+    batch: int
+    sizes: dict[str, int] = {}
+    samples: int
+    tensor: str
+    error: Error
+    passed: bool
+
+
+class EngineCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """``member``: its name, ``kind``: what it is. ``reason``: why it failed or was not checked. ``plan``: what a
+    TensorRT-RTX plan's header says.
+    """
+
+    member: str
+    kind: Literal["member", "part"] = "member"
+    backend: str
+    backend_version: str
+    arch: str
+    precision: Precision
+    identity: str
+    status: Status
+    reason: str | None
+    plan: str | None
+    limit: float
+    limit_reason: str
+    comparisons: tuple[Comparison, ...]
+
+
+Drawn = list[tuple[Kind, list[Arrays]]]
+"""Calls of one kind, batch and size each."""
+
+
+def draw_inputs(references: References, manifest: Manifest, name: str, profile: ShapeProfile) -> Drawn:
+    """What an engine of the network ``name`` with this profile is compared on.
+
+    Random and recorded inputs at the usual sizes (the bundle's own where the profile has them, else what it is tuned
+    for) at the smallest, tuned and largest batch; both again at the smallest sizes, where those are others, and random
+    ones at the largest. Raises ``NotFinite`` when the bundle's own graphs give NaN.
+    """
+    network, batches = manifest.networks()[name], profile.dims["B"]
+    usual = usual_sizes(manifest, profile)
+    cases = [(usual, batch) for batch in sorted({batches.min, batches.opt, batches.max})]
+    least, most = (_end(network, profile, end) for end in ("min", "max"))
+    cases += [(other, batches.min) for other in (least, most) if other != usual]
+    found: Drawn = []
+    for sizes, batch in cases:
+        found.append(("random", references.random(name, {**sizes, "B": batch})))
+        if sizes != usual and (sizes != least or _sides(sizes) == _sides(usual)):
+            continue  # a trajectory at the largest size would take long; at the same size there is no other one
+        calls = references.trajectory(name, batch, _sides(sizes))
+        try:
+            for call in calls[:1]:
+                profile.check(sizes_of(network.inputs, call), what="engine")
+        except OutOfProfile as reason:
+            references.left_out[name] = f"{reason.message} ({reason.hint})"
+            continue
+        if calls:
+            found.append(("trajectory", calls))
+    return found
+
+
+def usual_sizes(manifest: Manifest, profile: ShapeProfile) -> dict[str, int]:
+    """Of all dimensions but the batch: the bundle's own latent where the profile has it, else what it is tuned for."""
+    own = {"H": manifest.latent.height, "W": manifest.latent.width}
+    return {
+        name: own[name] if name in own and allowed.min <= own[name] <= allowed.max else allowed.opt
+        for name, allowed in profile.dims.items()
+        if name != "B"
+    }
+
+
+def _end(network: Network, profile: ShapeProfile, end: str) -> dict[str, int]:
+    """The smallest or largest sizes, those that the network takes multiples of being such."""
+    found = {}
+    for name, allowed in profile.dims.items():
+        by = network.multiples.get(name, 1)
+        if name != "B":
+            found[name] = -(-allowed.min // by) * by if end == "min" else allowed.max // by * by
+    return found
+
+
+def _sides(sizes: dict[str, int]) -> tuple[int, int] | None:
+    return (sizes["H"], sizes["W"]) if {"H", "W"} <= sizes.keys() else None
+
+
+def compare(
+    name: str,
+    caller: Caller,
+    references: References,
+    drawn: Drawn,
+    *,
+    limit: float,
+    notes: dict[str, str],
+    tick: Callable[[], object],
+) -> tuple[Comparison, ...]:
+    """Every output on every input. ``notes`` takes PyTorch's version, or why it is left out."""
+    against: dict[Reference, Callable[[str, Arrays], Arrays]] = {"onnxruntime": references.onnx}
+    try:
+        notes["torch"] = references.torch_version(name)
+        against["torch"] = references.torch
+    except Unavailable as reason:
+        notes.setdefault("torch", f"left out: {reason.message} ({reason.hint})")
+    found: list[Comparison] = []
+    for kind, calls in drawn:
+        worst: dict[tuple[Reference, str], Error] = {}
+        got = []
+        for inputs in calls:
+            tick()
+            got.append(caller(inputs))
+        # One library after the other: threads of one that wait for work would slow the next one down.
+        for other, run in against.items():
+            for inputs, outputs in zip(calls, got, strict=True):
+                tick()
+                for tensor, want in run(name, inputs).items():
+                    error = measure_error(outputs[tensor], want)
+                    before = worst.get((other, tensor))
+                    worst[other, tensor] = error if before is None else before.worse(error)
+        sizes = sizes_of(caller.engine.inputs, calls[0])
+        batch = sizes.pop("B")
+        found += [
+            Comparison(
+                against=other,
+                inputs=kind,
+                batch=batch,
+                sizes=sizes,
+                samples=len(calls),
+                tensor=tensor,
+                error=largest,
+                passed=largest.within(limit),
+            )
+            for (other, tensor), largest in worst.items()
+        ]
+    return tuple(found)
+
+
+def verdict(comparisons: Sequence[Comparison], limit: float) -> tuple[Status, str | None]:
+    bad = [c for c in comparisons if not c.passed]
+    if not bad:
+        return "passed", None
+    worst = max(
+        bad, key=lambda c: float("inf") if c.error.max_rel is None else max(c.error.max_rel, c.error.rel_l2 or 0)
+    )
+    at = "".join(f", {name} {size}" for name, size in worst.sizes.items())
+    return "failed", (
+        f"{worst.tensor} differs from {worst.against} on {worst.inputs} inputs at batch {worst.batch}{at}: "
+        f"{worst.error}; "
+        f"allowed is {limit:.0e} ({len(bad)} of {len(comparisons)} comparisons failed)"
+    )

@@ -1,0 +1,129 @@
+"""One engine under test: what is known of it before it runs, and whether it can run here."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tstitch_engines.backends import open_backend
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.identity import check_identity, digest, for_gpu, model_digest
+from tstitch_engines.bundle.manifest import SCHEMA, EngineRecord, Network
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.open import open_device
+from tstitch_engines.errors import BadEngine, Unavailable
+from tstitch_engines.host_call import Caller
+from tstitch_trt.verify.compare import LIMITS, Comparison, EngineCheck, Status
+
+__all__ = ["Subject", "place_of"]
+
+
+class Subject:
+    """One engine under test. ``caller`` is ``None`` until ``open`` has found that it can run here."""
+
+    def __init__(self, bundle: Bundle, name: str, record: EngineRecord, gpu: str, threads: int) -> None:
+        self.name = name
+        self.record = record
+        self.network: Network = bundle.manifest.networks()[name]
+        self.limit, self.why = LIMITS[self.network.precision]
+        self.caller: Caller | None = None
+        self.plan: str | None = None
+        self._bundle = bundle
+        self._gpu = gpu  # cpu: leave out
+        self._threads = threads
+
+    def open(self) -> tuple[Status, str | None]:
+        """The status as far as it is known before the engine has run. Raises nothing that is about this engine."""
+        try:
+            self._check_record()
+        except BadEngine as error:
+            return "failed", error.message
+        try:
+            engine, device = self._load()
+        except Unavailable as error:
+            return "not checked", error.message
+        except _NotForHere as error:
+            return "not checked", str(error)
+        except BadEngine as error:
+            return "failed", error.message
+        self.caller = Caller(engine, device)
+        return "passed", None
+
+    def _check_record(self) -> None:
+        """What is known without running it: that the manifest's records and the plan's header agree."""
+        identity, network = self.record.identity, self.network
+        want = msgspec.structs.replace(
+            identity, schema=SCHEMA, onnx_sha256=model_digest(network.onnx), precision=network.precision
+        )
+        check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=self._again)
+        if identity.backend != "tensorrt-rtx":
+            return
+        from tstitch_engines.backends.tensorrt import read_plan_header
+        from tstitch_engines.backends.tensorrt.flavour import RTX
+        from tstitch_engines.backends.tensorrt.options import DEFAULT_LIST
+        from tstitch_engines.backends.tensorrt.plan import check_plan
+
+        path = self._bundle.path(self.record.files[0])
+        check_plan(RTX, identity.backend_version, path, None)
+        header = read_plan_header(path)
+        assert header is not None, "check_plan has read it"
+        self.plan = f"TensorRT-RTX {header.version}, compute capability {header.gpus()}"
+        listed = ",".join(f"sm_{major}{minor}" for major, minor in header.capabilities)
+        if identity.arch not in (DEFAULT_LIST, listed):
+            raise BadEngine(f"the plan is for {listed}, the manifest says {identity.arch}", hint=self._again)
+
+    @property
+    def _again(self) -> str:
+        return self._bundle.compile_command(self.record.identity.backend, place_of(self.record, self._gpu))
+
+    def _load(self) -> tuple[Engine, Device]:
+        identity = self.record.identity
+        backend = open_backend(identity.backend)
+        if (place := place_of(self.record, self._gpu)) == "cpu" and for_gpu(identity.backend, identity.arch):
+            raise _NotForHere(f"it is for GPUs ({identity.arch}), and the device asked for is {self._gpu}")
+        device = open_device(place)
+        arch = backend.arch(device.name)
+        path = self._bundle.path(self.record.files[0])
+        try:
+            check_identity(identity, backend.here(identity, arch), what="it", rebuild=self._again)
+            if identity.backend == "tensorrt-rtx":
+                from tstitch_engines.backends.tensorrt import read_plan_header
+
+                header, number = read_plan_header(path), int(arch.removeprefix("sm_"))
+                if header is not None and not header.runs_on((number // 10, number % 10)):
+                    raise _NotForHere(f"the plan is for compute capability {header.gpus()}; this GPU is {arch}")
+        except BadEngine as error:
+            raise _NotForHere(error.message) from None
+        engine = backend.load(path, member=self.network, identity=identity, device=device, threads=self._threads)
+        return engine, device
+
+    def check(self, status: Status, reason: str | None, comparisons: tuple[Comparison, ...]) -> EngineCheck:
+        identity = self.record.identity
+        return EngineCheck(
+            member=self.name,
+            kind="member" if self.name in self._bundle.manifest.members else "part",
+            backend=identity.backend,
+            backend_version=identity.backend_version,
+            arch=identity.arch,
+            precision=identity.precision,
+            identity=digest(identity),
+            status=status,
+            reason=reason,
+            plan=self.plan,
+            limit=self.limit,
+            limit_reason=self.why,
+            comparisons=comparisons,
+        )
+
+    def close(self) -> None:
+        if self.caller is not None:
+            self.caller.close()
+        self.caller = None
+
+
+class _NotForHere(Exception):
+    """A sound engine for another machine or version."""
+
+
+def place_of(record: EngineRecord, gpu: str) -> str:
+    return gpu if for_gpu(record.identity.backend, record.identity.arch) else "cpu"

@@ -1,0 +1,179 @@
+"""What engines are verified against, and on what: the networks' own ONNX and PyTorch, random and recorded inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.backends import open_backend
+from tstitch_engines.backends.base import Engine
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Member, Network
+from tstitch_engines.device.base import Device
+from tstitch_engines.device.open import open_device
+from tstitch_engines.errors import OutOfProfile, Unavailable
+from tstitch_engines.host_call import Arrays, Caller, narrow, widen
+from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_trt.reference.network_inputs import Recordings
+from tstitch_trt.reference.recorder import AnyNetwork, needs_widening, widen_graph, widened
+from tstitch_trt.verify.random_inputs import random_inputs
+
+__all__ = ["References"]
+
+_ANY: Final = Range(1, 1, 1 << 30)  # ONNX Runtime takes any size that the graph does
+
+
+class References:
+    """The reference results of one bundle.
+
+    ONNX Runtime runs every network's own graph on the CPU without any optimisation. It has no bfloat16 kernels there: a
+    bf16 graph is widened to float32 first, weights and all. PyTorch runs the family's module in float32 on the weights
+    of the graph, or of a checkpoint. Inputs are always rounded to the network's precision, so that both sides get the
+    same values. A graph is loaded when it is first needed.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        samples: int,
+        seed: int,
+        threads: int,
+        folder: Path,
+        checkpoints: Mapping[str, Path] | None = None,
+    ) -> None:
+        """``folder`` takes widened graphs and must outlive this object. Raises ``Unavailable`` without ONNX Runtime."""
+        self._bundle = bundle
+        self._networks: dict[str, Network] = bundle.manifest.networks()
+        self._checkpoints = dict(checkpoints or {})
+        self._samples = samples
+        self._seed = seed
+        self._threads = threads
+        self._folder = folder
+        self._device: Device = open_device("cpu")
+        self._backend = open_backend("onnxruntime")
+        self.version = self._backend.version()
+        self._models: dict[str, Any] = {}
+        self._engines: dict[str, Engine] = {}
+        self._callers: dict[str, Caller] = {}
+        manifest = msgspec.structs.replace(
+            bundle.manifest,
+            members={name: _wide(member) for name, member in bundle.manifest.members.items()},
+            parts={name: _wide(part) for name, part in bundle.manifest.parts.items()},
+        )
+        self._wide = manifest.networks()
+        self._recordings = Recordings(bundle, manifest, self._engine, self._device, samples=samples, seed=seed)
+        self.left_out: dict[str, str] = {}  # networks without recorded inputs, and why
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines, self._callers, self._models = {}, {}, {}
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            network, model = self._networks[name], self._bundle.path(self._networks[name].onnx[0])
+            if needs_widening(network):
+                model = widen_graph(model, self._folder / f"{name}.onnx")
+            dims = sorted({dim for spec in (*network.inputs, *network.outputs) for dim in spec.dims})
+            identity = EngineIdentity(
+                schema=SCHEMA,
+                backend=self._backend.name,
+                backend_version=self.version,
+                onnx_sha256="",
+                precision=self._wide[name].precision,
+                profile=ShapeProfile(dict.fromkeys(dims, _ANY)),
+                arch=self._backend.arch("cpu"),
+            )
+            self._engines[name] = self._backend.load(
+                model, member=self._wide[name], identity=identity, device=self._device, threads=self._threads
+            )
+        return self._engines[name]
+
+    # --- inputs
+
+    def random(self, name: str, sizes: Mapping[str, int]) -> list[Arrays]:
+        """See ``random_inputs``. ``sizes``: of all dimensions of the network, ``B`` among them."""
+        order = [sizes[dim] for dim in sorted(sizes)]
+        return [
+            self._rounded(
+                name,
+                random_inputs(self._bundle.manifest, name, sizes, np.random.default_rng([self._seed, *order, index])),
+            )
+            for index in range(self._samples)
+        ]
+
+    def trajectory(self, name: str, batch: int, size: tuple[int, int] | None = None) -> list[Arrays]:
+        """Recorded inputs; the rows of each batch, and the batches together, are spread over all noise levels.
+
+        ``size``: height and width of the latent, by default the bundle's own. At most as many batches as hold every
+        recorded row. None, and an entry of ``left_out``, where no trajectory gives such inputs. Raises ``NotFinite``
+        when the bundle's own graphs give NaN.
+        """
+        latent = self._bundle.manifest.latent
+        try:
+            pool = self._recordings.rows(name, size or (latent.height, latent.width))
+        except (Unavailable, OutOfProfile) as reason:
+            self.left_out[name] = f"{reason.message} ({reason.hint})"
+            return []
+        rows = len(next(iter(pool.values())))
+        count = min(self._samples, -(-rows // batch))
+        found: list[Arrays] = []
+        for index in range(count):
+            chosen = (np.arange(batch) * count + index) * rows // (batch * count)
+            found.append(self._rounded(name, {key: values[chosen] for key, values in pool.items()}))
+        return found
+
+    def _rounded(self, name: str, values: Arrays) -> Arrays:
+        specs = self._networks[name].inputs
+        return {spec.name: widen(narrow(values[spec.name], spec.dtype), spec.dtype) for spec in specs}
+
+    # --- results
+
+    def onnx(self, name: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        if name not in self._callers:
+            self._callers[name] = Caller(self._engine(name), self._device)
+        return self._callers[name](inputs)
+
+    def torch_version(self, name: str) -> str:
+        """PyTorch's version. Raises ``Unavailable`` when the network can't be run in PyTorch."""
+        self._module(name)
+        import torch
+
+        return str(torch.__version__)
+
+    def torch(self, name: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        module = self._module(name)
+        import torch
+
+        network = self._networks[name]
+        with torch.inference_mode():
+            found = module(*(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in network.inputs))
+        outputs = found if isinstance(found, (tuple, list)) else (found,)
+        return {spec.name: output.numpy() for spec, output in zip(network.outputs, outputs, strict=True)}
+
+    def _module(self, name: str) -> Any:
+        if name not in self._models:
+            from tstitch_trt.reference.torch_module import checkpoint_module, need_eager, torch_module
+
+            need_eager()
+            network = self._networks[name]
+            quantised = isinstance(network, Member) and network.quantisation is not None
+            if name in self._checkpoints and not quantised:
+                self._models[name] = checkpoint_module(name, network, self._checkpoints[name], self._word(name))
+            else:
+                files = [self._bundle.path(part) for part in network.onnx]
+                self._models[name] = torch_module(name, network, files, self._word(name))
+        return self._models[name]
+
+    def _word(self, name: str) -> str:
+        return "member" if name in self._bundle.manifest.members else "part"
+
+
+def _wide(network: AnyNetwork) -> AnyNetwork:
+    return widened(network) if needs_widening(network) else network

@@ -1,0 +1,226 @@
+"""Does every engine of a bundle compute what its network's ONNX and PyTorch compute? As data.
+
+passed       all outputs were within the limit on all inputs
+failed       one was not, the file is damaged, or it is not the engine that the manifest describes
+not checked  it can't run on this machine; its identity and, for TensorRT-RTX, the plan's header were checked
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+
+from tstitch_engines.backends import BACKENDS, open_backend
+from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.identity import for_gpu
+from tstitch_engines.bundle.manifest import EngineRecord
+from tstitch_engines.compile.select import rebuild as rebuild_engines
+from tstitch_engines.device.open import parse_device
+from tstitch_engines.errors import BadInput, FailedWork, Unavailable, unknown_name
+from tstitch_trt.verify.compare import (
+    LIMITS,
+    Comparison,
+    EngineCheck,
+    Status,
+    compare,
+    draw_inputs,
+    usual_sizes,
+    verdict,
+)
+from tstitch_trt.verify.engine_check import Subject
+from tstitch_trt.verify.layers import LayerCheck, compare_layers
+from tstitch_trt.verify.references import References
+
+__all__ = ["LIMITS", "Comparison", "EngineCheck", "Verification", "verify"]
+
+Report = Callable[[float, str], object]  # share done in 0..1, what is being checked
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """``references``: version by name, or why a reference was left out. ``layers``: only where asked for."""
+
+    bundle: str
+    references: dict[str, str]
+    engines: tuple[EngineCheck, ...]
+    layers: tuple[LayerCheck, ...] = ()
+
+    def of(self, status: Status) -> list[EngineCheck]:
+        return [check for check in self.engines if check.status == status]
+
+
+def verify(
+    bundle: str | Path | Bundle,
+    *,
+    backend: str | None = None,
+    members: Sequence[str] | None = None,
+    samples: int = 2,
+    seed: int = 0,
+    threads: int = 0,
+    layers: bool = False,
+    device: str = "cuda",
+    checkpoints: Mapping[str, Path] | None = None,
+    rebuild: bool = False,
+    report: Report = lambda share, text: None,
+) -> Verification:
+    """Checks every engine of ``bundle``, or those of one backend or of some members.
+
+    Inputs are random, and recorded from a short trajectory of the bundle over all noise levels with guidance on, from
+    the prompt's tokens to the pictures; at the smallest, tuned and largest batch of each engine, and where it takes
+    several sizes at the smallest and largest too, ``samples`` calls of each kind (fewer where few batches hold the
+    whole trajectory). PyTorch is left out where it is not installed or has no module for the network.
+
+    ``members``: members and parts whose engines are checked, all by default.
+
+    ``layers``: also look for the first layer that differs: between an ONNX Runtime engine and the ONNX it was compiled
+    from, and between an fp16 graph and the same graph widened to float32.
+
+    ``checkpoints``: what members and parts were made from; their PyTorch side is then the family's module on the
+    checkpoint itself, and not the weights of the graph, from which only DiTs in the published layout can be made again.
+
+    ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: engines of every backend that
+    runs here, or of ``backend``, are compiled again first where they are missing, damaged or don't fit.
+
+    Raises ``BadBundle`` for a damaged bundle, ``BadInput`` and its kinds for a selection that matches nothing,
+    ``Unavailable`` without ONNX Runtime when an engine can run here, ``NotFinite`` when the members' own graphs give
+    NaN.
+    """
+    if samples < 1:
+        raise BadInput(f"samples = {samples}; allowed is 1 or more", hint="e.g. --samples 4")
+    if threads < 0:
+        raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
+    parse_device(device)
+    given = dict(checkpoints or {})
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
+    if rebuild:
+        opened = _rebuilt(opened, backend, members, device, report)
+    chosen = _select(opened, backend, members)
+    for name in given:
+        if name not in opened.manifest.networks():
+            raise unknown_name("member", name, opened.manifest.networks())
+    checks: list[EngineCheck] = []
+    found: list[LayerCheck] = []
+    notes: dict[str, str] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-verify-")))
+        references: References | None = None
+        for index, (name, record) in enumerate(chosen):
+            what = f"{name}, {record.identity.backend}"
+            report(index / len(chosen), what)
+            subject = Subject(opened, name, record, device, threads)
+            status, reason = subject.open()
+            comparisons: tuple[Comparison, ...] = ()
+            if subject.caller is not None:
+                stack.callback(subject.close)
+                if references is None:
+                    references = References(
+                        opened, samples=samples, seed=seed, threads=threads, folder=folder, checkpoints=given
+                    )
+                    stack.callback(references.close)
+                    notes["onnxruntime"] = references.version
+                report(index / len(chosen), f"recording a trajectory for {name}")
+                drawn = draw_inputs(references, opened.manifest, name, subject.caller.engine.profile)
+                try:
+                    comparisons = compare(
+                        name,
+                        subject.caller,
+                        references,
+                        drawn,
+                        limit=subject.limit,
+                        notes=notes,
+                        tick=lambda: report(index / len(chosen), what),  # noqa: B023
+                    )
+                    status, reason = verdict(comparisons, subject.limit)
+                except FailedWork as error:
+                    status, reason = "failed", f"running it failed: {error.message}"
+                subject.close()
+            checks.append(subject.check(status, reason, comparisons))
+        if layers:
+            report(1.0, "looking for the first layer that differs")
+            found = _layers(opened, chosen, references, folder, samples=samples, seed=seed, threads=threads)
+        if references is not None:
+            for name, why in references.left_out.items():
+                notes[f"recorded inputs of {name}"] = f"left out: {why}"
+    return Verification(bundle=str(opened.root), references=notes, engines=tuple(checks), layers=tuple(found))
+
+
+def _rebuilt(bundle: Bundle, backend: str | None, members: Sequence[str] | None, device: str, report: Report) -> Bundle:
+    """``bundle`` with fitting engines of ``backend``, or of every backend it has engines of that runs here."""
+    networks = bundle.manifest.networks()
+    names = list(networks if members is None else members)
+    every = [record for name in names if name in networks for record in networks[name].engines]
+    _select(bundle, backend if any(r.identity.backend == backend for r in every) else None, members)  # checks the names
+
+    def progress(phase: str, share: float) -> None:
+        report(0.0, f"compiling {phase}")
+
+    for one in dict.fromkeys(r.identity.backend for r in every) if backend is None else (backend,):
+        known = next((record.identity for record in every if record.identity.backend == one), None)
+        place = device if for_gpu(one, known.arch if known is not None else "") else "cpu"
+        try:
+            library = open_backend(one)
+            library.arch(place)
+        except Unavailable:
+            if backend is not None:
+                raise
+            continue  # listed as not checked, with the reason
+        bundle = rebuild_engines(bundle, library, place, names=names, progress=progress)
+    return bundle
+
+
+def _select(bundle: Bundle, backend: str | None, members: Sequence[str] | None) -> list[tuple[str, EngineRecord]]:
+    networks = bundle.manifest.networks()
+    if backend is not None and backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    if members is not None and not members:
+        raise BadInput(
+            f"no member is given; known: {', '.join(networks)}", hint=f"e.g. --members {next(iter(networks))}"
+        )
+    for name in members or ():
+        if name not in networks:
+            raise unknown_name("member", name, networks)
+    wanted = networks if members is None else dict.fromkeys(members)
+    every = [(name, record) for name in wanted for record in networks[name].engines]
+    chosen = [(name, record) for name, record in every if backend in (None, record.identity.backend)]
+    if not chosen:
+        have = sorted({record.identity.backend for _, record in every})
+        raise BadInput(
+            f"the bundle {bundle.root} has no {backend + ' ' if backend else ''}engine of {', '.join(wanted)}; it has: "
+            f"{', '.join(have) or 'none'}",
+            hint=f"verify --backend {have[0]}, or build one: {bundle.rebuild_command} --backend {backend}"
+            if backend and have
+            else f"build them: {bundle.rebuild_command}",
+        )
+    return chosen
+
+
+def _layers(
+    bundle: Bundle,
+    chosen: Sequence[tuple[str, EngineRecord]],
+    references: References | None,
+    folder: Path,
+    *,
+    samples: int,
+    seed: int,
+    threads: int,
+) -> list[LayerCheck]:
+    made = references is None
+    if references is None:
+        references = References(bundle, samples=samples, seed=seed, threads=threads, folder=folder)
+    found: list[LayerCheck] = []
+    try:
+        for name in dict.fromkeys(name for name, _ in chosen):
+            records = [record for other, record in chosen if other == name]
+            calls = references.trajectory(name, 2)
+            if not calls:
+                sizes = {**usual_sizes(bundle.manifest, records[0].identity.profile), "B": 2}
+                calls = references.random(name, sizes)
+            limit = LIMITS[bundle.manifest.networks()[name].precision][0]
+            found += compare_layers(bundle, name, records, calls[0], limit, folder)
+    finally:
+        if made:
+            references.close()
+    return found
