@@ -49,10 +49,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One for all processes of a run (pytest-xdist): exports take most of the time, and equal ones are made once."""
+    """One for all processes of a run (pytest-xdist): exports take most of the time, and equal ones are made once.
+
+    ``$TSTITCH_TEST_CACHE`` keeps it between runs, for people who change nothing about exporting.
+    """
     before = os.environ.get("TSTITCH_TRT_CACHE")
     base = tmp_path_factory.getbasetemp()
-    os.environ["TSTITCH_TRT_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
+    own = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
+    os.environ["TSTITCH_TRT_CACHE"] = os.environ.get("TSTITCH_TEST_CACHE", own)
     yield
     if before is None:
         del os.environ["TSTITCH_TRT_CACHE"]

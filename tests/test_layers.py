@@ -88,11 +88,13 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, source: str) -> Iterator[tuple[str, bool]]:
-    """Our modules that ``source`` imports, also for types only and inside functions; whether inside a function."""
+    """Our modules that ``source`` imports anywhere in it, and whether in a function or for types only."""
     tree = ast.parse(source)
-    inside = {
-        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
-    }
+    inside: set[int] = set()
+    for node in ast.walk(tree):
+        types_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if types_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside |= {id(inner) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]

@@ -20,7 +20,7 @@ from tstitch_engines.device.base import NotCaptured
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.conditioning import Conditioning, class_values
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.runtime.step_graphs import Kind
+from tstitch_trt.runtime.step_graphs import StepKey
 
 __all__ = ["OurWalk"]
 
@@ -155,10 +155,10 @@ class OurWalk(RuntimeWalk):
         found["trace"] = traced(run, self.device.synchronize)
         return found
 
-    def _kinds(self, fraction: float, steps: int) -> list[Kind]:
+    def _kinds(self, fraction: float, steps: int) -> list[StepKey]:
         plan = self.runtime.plan(steps=steps, fraction=fraction, **SETTINGS)
         return [
-            Kind(name, self.case.batch, guided, False)
+            StepKey(name, self.case.batch, guided, False)
             for name, guided in zip(plan.schedule.names, plan.guided, strict=True)
         ]
 
@@ -170,7 +170,7 @@ class OurWalk(RuntimeWalk):
 
     def _condition(self, names: Sequence[str]) -> None:
         lanes = self.case.batch
-        kinds = [Kind(name, lanes, True, False) for name in names]
+        kinds = [StepKey(name, lanes, True, False) for name in names]
         self._stepper.condition(self._conditioning, kinds, start=0, stop=lanes, guided=True)
 
     def _steps(self, fraction: float, steps: int) -> Callable[[], None]:

@@ -12,12 +12,12 @@ from tstitch_engines.backends.base import Engine
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.spec import TensorSpec, parse_dimension, storage_dtype
 
-__all__ = ["Arrays", "Caller", "narrow", "sizes_of", "widen"]
+__all__ = ["Arrays", "HostRunner", "from_storage", "sizes_of", "to_storage"]
 
 Arrays = Mapping[str, NDArray[Any]]  # by tensor name; floating-point ones in float32, whatever the engine wants
 
 
-def narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+def to_storage(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     """float32 or integer values as the memory of a ``dtype`` tensor: bfloat16, rounded to nearest even, as its bits."""
     if dtype != "bfloat16":
         return np.ascontiguousarray(values, storage_dtype(dtype))
@@ -26,7 +26,7 @@ def narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
-def widen(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+def from_storage(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     """The inverse: floating-point memory as float32, which holds every float16 and bfloat16 exactly."""
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
@@ -45,7 +45,7 @@ def sizes_of(specs: Iterable[TensorSpec], arrays: Arrays) -> dict[str, int]:
     return found
 
 
-class Caller:
+class HostRunner:
     """One engine with buffers of its own, one set for each batch and size."""
 
     def __init__(self, engine: Engine, device: Device) -> None:
@@ -64,14 +64,14 @@ class Caller:
             buffers = {spec.name: device.empty(spec.resolve(sizes), spec.dtype) for spec in specs}
             self._buffers[key] = buffers
         for spec in engine.inputs:
-            device.upload(buffers[spec.name], narrow(inputs[spec.name], spec.dtype))
+            device.upload(buffers[spec.name], to_storage(inputs[spec.name], spec.dtype))
         for spec in engine.outputs:
             buffer = buffers[spec.name]
-            device.upload(buffer, narrow(np.full(buffer.shape, np.nan, np.float32), spec.dtype))
+            device.upload(buffer, to_storage(np.full(buffer.shape, np.nan, np.float32), spec.dtype))
         engine.bind(buffers, batch=sizes["B"], sizes=sizes)
         engine.enqueue()
         device.synchronize()
-        return {spec.name: widen(device.download(buffers[spec.name]), spec.dtype) for spec in engine.outputs}
+        return {spec.name: from_storage(device.download(buffers[spec.name]), spec.dtype) for spec in engine.outputs}
 
     def close(self) -> None:
         self.engine.close()

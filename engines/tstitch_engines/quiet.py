@@ -8,14 +8,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-__all__ = ["quiet"]
+__all__ = ["silence_output"]
 
 _log = logging.getLogger(__name__)
 _CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "diffusers")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_output() -> Iterator[None]:
     """What Python code prints or warns inside goes to the debug log; errors raised pass through."""
     printed = io.StringIO()
     levels = {name: logging.getLogger(name).level for name in _CHATTY}

@@ -30,7 +30,7 @@ from tstitch_export.families.base import Scalar
 from tstitch_export.families.options import typed
 from tstitch_export.onnx_export.network import copy_into, exported_network, exported_program, versions_of
 from tstitch_export.planning.bundle import BundlePlan, plan_bundle
-from tstitch_export.planning.compatibility import Agreement
+from tstitch_export.planning.compatibility import PairConventions
 from tstitch_export.planning.network import NetworkPlan
 from tstitch_export.planning.recipe import Recipe
 
@@ -188,7 +188,7 @@ class _Builder:
         return exported_program(plan, cache=self.compiler.cache, report=report)
 
 
-def _defaults(spec: Recipe, agreement: Agreement) -> Defaults:
+def _defaults(spec: Recipe, agreement: PairConventions) -> Defaults:
     """The recipe's, with solver and spacing of the governing pipeline's scheduler. ``agree`` has said what it takes."""
     if agreement.scheduler is None:
         return spec.defaults
@@ -198,7 +198,7 @@ def _defaults(spec: Recipe, agreement: Agreement) -> Defaults:
     )
 
 
-def _member(plan: NetworkPlan, network: Network, agreement: Agreement) -> Member:
+def _member(plan: NetworkPlan, network: Network, agreement: PairConventions) -> Member:
     found, adapted = plan.inspection, agreement.members[plan.name]
     return Member(
         **{name: getattr(network, name) for name in Network.__struct_fields__},

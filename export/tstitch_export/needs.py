@@ -7,10 +7,10 @@ from typing import Any
 
 from tstitch_engines.errors import Unavailable
 
-__all__ = ["need", "need_torch"]
+__all__ = ["need_torch", "require"]
 
 
-def need(module: str, what: str, *, extra: str = "export") -> Any:
+def require(module: str, what: str, *, extra: str = "export") -> Any:
     """Imports ``module``. Raises ``Unavailable`` naming ``what`` wanted it and the extra that installs it."""
     try:
         return import_module(module)
@@ -23,4 +23,4 @@ def need(module: str, what: str, *, extra: str = "export") -> Any:
 
 
 def need_torch(what: str) -> Any:
-    return need("torch", what)
+    return require("torch", what)

@@ -22,7 +22,7 @@ from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_export.build import versions_of
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 from tstitch_export.onnx_export.exporter import GRAPH, check_graph, export_onnx
 from tstitch_export.onnx_export.graph import validate
 from tstitch_export.onnx_export.pack import refer_to_safetensors
@@ -41,7 +41,7 @@ def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) ->
     _round_weights(checkpoint, weights)
     family = open_family(recipe.family)
     inspection = family.inspect(weights, recipe.options)
-    onnx = need("onnx", "packing a pair")
+    onnx = require("onnx", "packing a pair")
     graph = out / f"{name}.onnx"
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(family, inspection, precision="fp32", folder=Path(folder), progress=lambda phase, share: None)

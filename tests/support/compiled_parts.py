@@ -11,7 +11,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import Family, Inspection
 from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
-from tstitch_trt.runtime.component import Part
+from tstitch_trt.runtime.component import Component
 
 __all__ = ["compile_part", "export_network", "load_part"]
 
@@ -44,7 +44,7 @@ def compile_part(backend: Backend, network: Network, folder: Path, profile: dict
     )[0]
 
 
-def load_part(name: str, network: Network, folder: Path, profile: dict[str, Range]) -> Part:
+def load_part(name: str, network: Network, folder: Path, profile: dict[str, Range]) -> Component:
     """Compiles what ``export_network`` wrote and loads it on the CPU."""
     backend = open_backend("onnxruntime")
     identity = EngineIdentity(
@@ -59,4 +59,4 @@ def load_part(name: str, network: Network, folder: Path, profile: dict[str, Rang
     device = open_device("cpu")
     path = compile_part(backend, network, folder, profile)
     engine = backend.load(path, member=network, identity=identity, device=device, threads=1)
-    return Part(name, network, engine, device)
+    return Component(name, network, engine, device)

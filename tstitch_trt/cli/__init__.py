@@ -25,7 +25,7 @@ __all__ = ["cli", "main"]
 # name -> one line of help, here so that `tstitch-trt --help` imports none of the commands
 COMMANDS = {
     "demo": "Build the built-in pair and draw it at several stitch points, with time and quality.",
-    "build": "Turn a recipe and its checkpoints into a bundle of compiled engines.",
+    "build": "Slot a recipe and its checkpoints into a bundle of compiled engines.",
     "sample": "Draw images from a bundle.",
     "bench": "Measure engines, step kernels and stitched trajectories of a bundle.",
     "calibrate": "Measure what sampling costs on this machine, for --budget-ms and search.",

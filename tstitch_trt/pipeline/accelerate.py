@@ -20,9 +20,9 @@ from tstitch_trt.pipeline.checkpoint import (
     check_weights,
     module_hash,
     path_hash,
-    plain,
     save_large,
     save_small,
+    unwrap_compiled,
 )
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.pipeline import AcceleratedPipeline
@@ -103,7 +103,7 @@ def accelerate(
     _check_small(small)
     for name in ("unet", "vae", "controlnet"):
         if getattr(pipe, name, None) is not None:
-            check_weights(plain(getattr(pipe, name)), f"the pipeline's {name}")
+            check_weights(unwrap_compiled(getattr(pipe, name)), f"the pipeline's {name}")
     if isinstance(small, Path):
         check_text(small, pipe)
     settings: dict[str, Any] = {
@@ -142,7 +142,7 @@ def _check_small(small: Any) -> None:
 
         read_unet(small)
         return
-    small = plain(small)
+    small = unwrap_compiled(small)
     if type(small).__name__ != "UNet2DConditionModel":
         raise BadInput(
             f"small is a {type(small).__name__}; allowed is a path or a UNet2DConditionModel",
@@ -173,9 +173,9 @@ def _key(pipe: Any, small: Any, recipe: str, settings: Mapping[str, Any]) -> str
         {
             "schema": _SCHEMA,
             "recipe": recipe,
-            "small": path_hash(small) if isinstance(small, Path) else module_hash(plain(small)),
+            "small": path_hash(small) if isinstance(small, Path) else module_hash(unwrap_compiled(small)),
             "parts": {
-                name: module_hash(plain(part))
+                name: module_hash(unwrap_compiled(part))
                 for name in ("unet", "vae", "controlnet")
                 if (part := getattr(pipe, name, None)) is not None
             },

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.pipeline.kinds import Kind
+from tstitch_trt.pipeline.kinds import PipelineSpec
 
-__all__ = ["OUTPUTS", "own_size", "read_arguments"]
+__all__ = ["OUTPUTS", "default_size", "read_arguments"]
 
 OUTPUTS: Final = ("pil", "np", "pt", "latent")
 
@@ -26,7 +26,9 @@ _HEEDED: Final = (
 )  # fmt: skip
 
 
-def read_arguments(pipe: Any, kind: Kind, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> SimpleNamespace:
+def read_arguments(
+    pipe: Any, kind: PipelineSpec, args: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> SimpleNamespace:
     """Every argument that is heeded, by the name it has in diffusers; ``None`` where the pipeline has none such.
 
     Raises ``UnknownName`` for one that the pipeline does not have, ``BadInput`` for one that engines can't honour and
@@ -65,7 +67,7 @@ def read_arguments(pipe: Any, kind: Kind, args: tuple[Any, ...], keywords: Mappi
     return a
 
 
-def own_size(pipe: Any, kind: Kind, a: SimpleNamespace) -> tuple[int | None, int | None]:
+def default_size(pipe: Any, kind: PipelineSpec, a: SimpleNamespace) -> tuple[int | None, int | None]:
     """Height and width in pixels as the pipeline finds them; ``None``: those of the pictures it is given."""
     if (kind.starts and not kind.masked) or kind.control == "image":
         return a.height, a.width
@@ -101,9 +103,9 @@ def _bound(pipe: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> dic
     return values
 
 
-def _check_as_diffusers(pipe: Any, kind: Kind, a: SimpleNamespace) -> None:
+def _check_as_diffusers(pipe: Any, kind: PipelineSpec, a: SimpleNamespace) -> None:
     """What the pipeline checks of its arguments itself, by its own code."""
-    height, width = own_size(pipe, kind, a)
+    height, width = default_size(pipe, kind, a)
     given = {**vars(a), "height": height, "width": width, "callback_on_step_end_tensor_inputs": None}
     if kind.control is not None:
         given["image"] = given[kind.control]

@@ -11,7 +11,7 @@ from typing import Any, Final
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.errors import BadInput
 
-__all__ = ["check_weights", "module_hash", "path_hash", "plain", "save_large", "save_small"]
+__all__ = ["check_weights", "module_hash", "path_hash", "save_large", "save_small", "unwrap_compiled"]
 
 # The keys of a scheduler's configuration that say how the model was trained; the others can be changed at any call
 TRAINED: Final = (
@@ -25,7 +25,7 @@ TRAINED: Final = (
 )
 
 
-def plain(module: Any) -> Any:
+def unwrap_compiled(module: Any) -> Any:
     """The module itself where it was wrapped by ``torch.compile``."""
     return getattr(module, "_orig_mod", module)
 
@@ -95,13 +95,13 @@ def save_large(pipe: Any, folder: Path) -> dict[str, Path]:
     """Writes denoiser, VAE and scheduler of ``pipe`` as a pipeline folder; returns the paths of other parts."""
     folder.mkdir()
     for name in ("unet", "vae"):
-        _save(plain(getattr(pipe, name)), folder / name)
+        _save(unwrap_compiled(getattr(pipe, name)), folder / name)
     pipe.scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(dict(pipe.config), default=str))
     if getattr(pipe, "controlnet", None) is None:
         return {}
     controlnet = folder.parent / "controlnet"
-    _save(plain(pipe.controlnet), controlnet)
+    _save(unwrap_compiled(pipe.controlnet), controlnet)
     return {"controlnet": controlnet}
 
 
@@ -122,7 +122,7 @@ def save_small(small: Any, pipe: Any, large: Path, folder: Path) -> Path:
     folder.mkdir()
     whole = isinstance(small, Path) and (small / "unet").is_dir()
     if not isinstance(small, Path):
-        _save(plain(small), folder / "unet")
+        _save(unwrap_compiled(small), folder / "unet")
     elif small.is_file():
         _save_single(small, large / "scheduler", folder)
     else:

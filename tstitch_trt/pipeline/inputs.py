@@ -17,8 +17,8 @@ __all__ = [
     "encoded",
     "latent_tensor",
     "mask_and_picture",
+    "repeat_to",
     "step_noise_seeds",
-    "tiled",
     "unit_noise",
 ]
 
@@ -59,7 +59,7 @@ def encoded(
 
     mean, std = runtime.encode(latent_tensor(pictures))
     if count is not None:
-        mean, std = tiled(mean, count), tiled(std, count)
+        mean, std = repeat_to(mean, count), repeat_to(std, count)
     if not std.any():
         return mean
     each = generator[: len(mean)] if isinstance(generator, list) else generator
@@ -68,7 +68,7 @@ def encoded(
     return np.asarray(mean + std * latent_tensor(drawn), np.float32)
 
 
-def tiled(rows: Array, count: int, what: str = "images") -> Array:
+def repeat_to(rows: Array, count: int, what: str = "images") -> Array:
     """``count`` rows, the i-th ``i % K`` of the ``K`` given. Raises ``BadInput`` where they do not come out even."""
     if count % len(rows):
         raise BadInput(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.pipeline.checkpoint import plain
+from tstitch_trt.pipeline.checkpoint import unwrap_compiled
 
-__all__ = ["KINDS", "Kind", "kind_of"]
+__all__ = ["KINDS", "PipelineSpec", "kind_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class PipelineSpec:
     """A pipeline class.
 
     ``recipe``: that of its pairs. ``starts``: ``image`` is what it starts from; ``masked``: it paints into that.
@@ -32,28 +32,28 @@ class Kind:
         return self.recipe.startswith("sdxl")
 
 
-def _kinds() -> dict[str, Kind]:
-    found: dict[str, Kind] = {}
+def _kinds() -> dict[str, PipelineSpec]:
+    found: dict[str, PipelineSpec] = {}
     for name, recipe in (("StableDiffusion", "sd15-bksdm-tiny"), ("StableDiffusionXL", "sdxl-ssd1b")):
-        found[f"{name}Pipeline"] = Kind(recipe=recipe)
-        found[f"{name}Img2ImgPipeline"] = Kind(recipe=recipe, starts=True)
-        found[f"{name}InpaintPipeline"] = Kind(recipe=recipe, starts=True, masked=True)
-        found[f"{name}ControlNetPipeline"] = Kind(recipe=recipe, control="image")
-        found[f"{name}ControlNetImg2ImgPipeline"] = Kind(recipe=recipe, starts=True, control="control_image")
+        found[f"{name}Pipeline"] = PipelineSpec(recipe=recipe)
+        found[f"{name}Img2ImgPipeline"] = PipelineSpec(recipe=recipe, starts=True)
+        found[f"{name}InpaintPipeline"] = PipelineSpec(recipe=recipe, starts=True, masked=True)
+        found[f"{name}ControlNetPipeline"] = PipelineSpec(recipe=recipe, control="image")
+        found[f"{name}ControlNetImg2ImgPipeline"] = PipelineSpec(recipe=recipe, starts=True, control="control_image")
     # Its picture-to-picture sibling chooses other timesteps for a strength.
-    found["LatentConsistencyModelPipeline"] = Kind(recipe="sd15-bksdm-tiny", distilled=True)
+    found["LatentConsistencyModelPipeline"] = PipelineSpec(recipe="sd15-bksdm-tiny", distilled=True)
     return found
 
 
-KINDS: Final[Mapping[str, Kind]] = _kinds()
+KINDS: Final[Mapping[str, PipelineSpec]] = _kinds()
 
 
-def kind_of(pipe: Any) -> Kind:
+def kind_of(pipe: Any) -> PipelineSpec:
     """Raises ``UnknownName`` for another class, ``BadInput`` for a ControlNet that is none or several."""
     name = type(pipe).__name__
     if name not in KINDS:
         raise unknown_name("diffusers pipeline", name, KINDS)
-    control = plain(getattr(pipe, "controlnet", None))
+    control = unwrap_compiled(getattr(pipe, "controlnet", None))
     if control is not None and type(control).__name__ != "ControlNetModel":
         raise BadInput(
             f"the pipeline has a {type(control).__name__}; allowed is one ControlNetModel",

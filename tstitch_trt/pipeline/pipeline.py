@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
-from tstitch_trt.pipeline.arguments import own_size, read_arguments
+from tstitch_trt.pipeline.arguments import default_size, read_arguments
 from tstitch_trt.pipeline.inputs import (
     arrays,
     control_picture,
     encoded,
     latent_tensor,
     mask_and_picture,
+    repeat_to,
     step_noise_seeds,
-    tiled,
     unit_noise,
 )
 from tstitch_trt.pipeline.kinds import kind_of
@@ -113,7 +113,7 @@ class AcceleratedPipeline:
                 settings = self._settings(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
                 given = self._texts(a)
                 count = given["n"]
-                given |= self._pictures(a, count, *own_size(self.pipe, self._kind, a))
+                given |= self._pictures(a, count, *default_size(self.pipe, self._kind, a))
                 if latency_budget_ms is not None:
                     settings = self._within(latency_budget_ms, a, given, settings)
                 plan = self.runtime.plan(**settings)
@@ -264,7 +264,7 @@ class AcceleratedPipeline:
         if a.denoising_start is not None:  # latents in the middle of a trajectory
             if not known:
                 raise BadInput("denoising_start was given with a picture", hint="give image= latents")
-            return {"latents": tiled(latent_tensor(picture), count)}
+            return {"latents": repeat_to(latent_tensor(picture), count)}
         if a.latents is not None and (not kind.masked or a.strength != 1):
             raise BadInput("latents were given beside image", hint="give latents as image=, or noise by generator=")
         if height is None or width is None:
@@ -272,22 +272,22 @@ class AcceleratedPipeline:
             height, width = picture.shape[2] * scale, picture.shape[3] * scale
         shape = self._latent_shape(count, height, width)
         if known:
-            clean = tiled(latent_tensor(picture), count)
+            clean = repeat_to(latent_tensor(picture), count)
         elif kind.masked and members["large"].inpaints and a.strength == 1:  # nothing of the picture is in the noise
             clean = np.zeros(shape, np.float32)
         else:  # with a mask as many draws as pictures, whoever draws them
             each = count if isinstance(a.generator, list) and not kind.masked else None
-            clean = tiled(encoded(self.runtime, pipe, picture, a.generator, count=each, upcast=upcast), count)
+            clean = repeat_to(encoded(self.runtime, pipe, picture, a.generator, count=each, upcast=upcast), count)
         drawn = latent_tensor(a.latents) if a.latents is not None else unit_noise(pipe, shape, a.generator)
         found: dict[str, Any] = {"image": clean, "latents": drawn, "strength": a.strength}
         if not kind.masked:
             return found
         mask, outside = mask_and_picture(pipe, a.mask_image, picture, height, width)
-        found["mask"] = tiled(mask, count, "masks")
+        found["mask"] = repeat_to(mask, count, "masks")
         if not any(member.inpaints for member in members.values()):
             return found
         if a.masked_image_latents is not None:
-            return {**found, "masked_image": tiled(latent_tensor(a.masked_image_latents), count)}
+            return {**found, "masked_image": repeat_to(latent_tensor(a.masked_image_latents), count)}
         if known:
             raise BadInput(
                 "image is latents, and a UNet that paints into a picture needs the picture itself",

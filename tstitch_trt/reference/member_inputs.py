@@ -17,7 +17,7 @@ from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Manifest, Me
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.host_call import Arrays, Caller
+from tstitch_engines.host_call import Arrays, HostRunner
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.reference.recorder import AnyNetwork, Recorder, needs_widening, widen_graph, widened
 from tstitch_trt.request.synthetic import stand_in_pictures
@@ -139,7 +139,7 @@ class Trajectories:
     def outputs(self, engine: Engine | str, rows: Rows) -> NDArray[np.float32]:
         """What an engine, or the source engine of a member, makes of ``rows``."""
         used = self._engines[engine] if isinstance(engine, str) else engine
-        caller = Caller(used, self._device)
+        caller = HostRunner(used, self._device)
         count = len(next(iter(rows.values())))
         parts = []
         for start in range(0, count, _BATCH):

@@ -11,7 +11,7 @@ import msgspec
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.manifest import Member, Network
 from tstitch_engines.device.base import Buffer, Device
-from tstitch_engines.host_call import Arrays, widen
+from tstitch_engines.host_call import Arrays, from_storage
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
 __all__ = ["AnyNetwork", "Recorder", "needs_widening", "widen_graph", "widened"]
@@ -39,7 +39,7 @@ class Recorder(Engine):
 
     def enqueue(self) -> None:
         inputs = {spec.name: self._device.download(self._buffers[spec.name]) for spec in self.inputs}
-        self._calls.append({spec.name: widen(inputs[spec.name], spec.dtype) for spec in self.inputs})
+        self._calls.append({spec.name: from_storage(inputs[spec.name], spec.dtype) for spec in self.inputs})
         self._engine.enqueue()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from tstitch_trt.request.options import PictureWishes
 __all__ = [
     "ENCODER_NOISE_STEP",
     "Encoder",
-    "Start",
+    "InitImage",
     "as_pictures",
     "check_start_wishes",
     "make_start",
@@ -41,7 +41,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Start:
+class InitImage:
     """A picture to start from, all float32 with one row per image.
 
     ``clean`` ``[N,C,h,w]``: its latent; ``noise`` likewise: the unit noise that is mixed into it. ``mask``
@@ -212,7 +212,7 @@ def make_start(
     seeds: tuple[int, ...],
     size: tuple[int, int],
     latents: NDArray[np.float32] | Buffer | None,
-) -> Start:
+) -> InitImage:
     """The start of a request. ``latents``: the noise to mix in, by default that of the ``seeds``. Runs the encoder."""
     shape = (manifest.latent.channels, *size)
     factor = manifest.decoder.factor
@@ -249,7 +249,7 @@ def make_start(
         noise = noise_of(seeds, shape)
     else:
         raise BadInput("latents on the device can't be mixed with a picture", hint="pass them as a numpy array")
-    return Start(clean, noise, small, outside)
+    return InitImage(clean, noise, small, outside)
 
 
 def _outside(

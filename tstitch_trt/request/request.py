@@ -16,7 +16,7 @@ from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plan.step_rows import reads_before
 from tstitch_trt.request.conditioning import Conditioning, Values, class_values, guidance_embedding
 from tstitch_trt.request.controlnet import CONTROLNET, control_values
-from tstitch_trt.request.init_image import Encoder, Start, check_start_wishes, make_start, read_control, read_image
+from tstitch_trt.request.init_image import Encoder, InitImage, check_start_wishes, make_start, read_control, read_image
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.request.options import PictureWishes
 from tstitch_trt.request.text import Texts, as_texts, check_text_wishes, text_count, text_values
@@ -44,7 +44,7 @@ class Request:
     from_noise: bool
     conditioning: Conditioning
     control: bool = False
-    picture: Start | None = None
+    picture: InitImage | None = None
 
     @property
     def n(self) -> int:
@@ -246,7 +246,7 @@ def _conditioning(
     labels: tuple[int, ...],
     texts: Texts | None,
     size: tuple[int, int],
-    picture: Start | None,
+    picture: InitImage | None,
     control: NDArray[np.float32] | None,
 ) -> Conditioning:
     names = list(dict.fromkeys(plan.schedule.names))

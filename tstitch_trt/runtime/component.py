@@ -17,15 +17,15 @@ from tstitch_engines.bundle.manifest import Network
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.device.slab import Slab
 from tstitch_engines.errors import NotFinite
-from tstitch_engines.host_call import Arrays, narrow, widen
+from tstitch_engines.host_call import Arrays, from_storage, to_storage
 from tstitch_engines.spec import ShapeProfile
 
-__all__ = ["Part"]
+__all__ = ["Component"]
 
 _SIZES: Final = 32
 
 
-class Part:
+class Component:
     """One such network and its engine. Any number of rows; the engine gets as many at a time as it was built for.
 
     Its buffers are allocated at the first call, as large as the profile allows, and their addresses stay. Not for two
@@ -83,12 +83,12 @@ class Part:
         for spec in engine.inputs:
             values = inputs[spec.name]
             spare = np.repeat(values[-1:], batch - rows, axis=0)
-            device.upload(buffers[spec.name], narrow(np.concatenate([values, spare]), spec.dtype))
+            device.upload(buffers[spec.name], to_storage(np.concatenate([values, spare]), spec.dtype))
         engine.bind(buffers, batch=batch, sizes=sizes)
         engine.enqueue()
         self._remember(every)
         found = {spec.name: device.download(buffers[spec.name]) for spec in engine.outputs}
-        return {spec.name: widen(found[spec.name], spec.dtype)[:rows] for spec in engine.outputs}
+        return {spec.name: from_storage(found[spec.name], spec.dtype)[:rows] for spec in engine.outputs}
 
     def _remember(self, sizes: Mapping[str, int]) -> None:
         """Keeps what the engine has set up for the last ``_SIZES`` sizes only."""

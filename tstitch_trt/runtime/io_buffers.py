@@ -10,16 +10,16 @@ import numpy as np
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.device.slab import Slab
-from tstitch_engines.host_call import narrow
+from tstitch_engines.host_call import to_storage
 from tstitch_engines.spec import TensorSpec
 from tstitch_trt.request.conditioning import Part, is_residual
 from tstitch_trt.request.limits import Limits, Sizes
 
-__all__ = ["Bound", "IoSlices", "io_slices"]
+__all__ = ["Bindings", "IoBuffers", "io_buffer_sizes"]
 
 
 @dataclass(frozen=True)
-class Bound:
+class Bindings:
     """The buffers of one network at one batch and size: ``lanes`` images, both halves of each when guided."""
 
     active: Buffer
@@ -29,7 +29,7 @@ class Bound:
     all: Mapping[str, Buffer]
 
 
-class IoSlices:
+class IoBuffers:
     """Every tensor of every network has a slice, sized for the largest batch and latent.
 
     What is written anew in every step (sample, timestep, output, residuals) is one slice for all networks in which it
@@ -42,9 +42,9 @@ class IoSlices:
         self._device = device
         self._networks = {name: manifest.networks()[name] for name in limits.sides}
         most = limits.batch.max
-        self._sizes = io_slices(manifest, limits)
+        self._sizes = io_buffer_sizes(manifest, limits)
         self._slab = Slab(device, self._sizes)
-        self._bound: dict[tuple[str, int, bool, Sizes], Bound] = {}
+        self._bound: dict[tuple[str, int, bool, Sizes], Bindings] = {}
         self._residuals = sorted(
             {_slice(n, spec) for n, net in self._networks.items() for spec in net.inputs if is_residual(spec.name)}
         )
@@ -55,7 +55,7 @@ class IoSlices:
     def nbytes(self) -> int:
         return self._slab.nbytes
 
-    def bound(self, name: str, lanes: int, guided: bool, sizes: Sizes) -> Bound:
+    def bound(self, name: str, lanes: int, guided: bool, sizes: Sizes) -> Bindings:
         """The buffers of network ``name``; always the same ones."""
         found = self._bound.get((name, lanes, guided, sizes))
         if found is None:
@@ -65,7 +65,7 @@ class IoSlices:
                 for spec in (*network.inputs, *network.outputs)
             }
             active = self._slab.view("active", (lanes,), "int32")
-            found = Bound(active, buffers["sample"], buffers["timestep"], buffers.get("model_output"), buffers)
+            found = Bindings(active, buffers["sample"], buffers["timestep"], buffers.get("model_output"), buffers)
             self._bound[name, lanes, guided, sizes] = found
         return found
 
@@ -73,7 +73,7 @@ class IoSlices:
         """Lets go of the views; the memory they look at stays."""
         self._bound.pop((name, lanes, guided, sizes), None)
 
-    def fill(self, part: Part, bound: Mapping[str, Bound]) -> None:
+    def fill(self, part: Part, bound: Mapping[str, Bindings]) -> None:
         """Writes conditioning into the buffers of each network; a slice that two of them share is written once."""
         written: set[int] = set()
         for name, values in part.items():
@@ -81,7 +81,7 @@ class IoSlices:
                 buffer = bound[name].all[key]
                 if buffer.ptr not in written:
                     written.add(buffer.ptr)
-                    self._device.upload(buffer, narrow(rows, buffer.dtype))
+                    self._device.upload(buffer, to_storage(rows, buffer.dtype))
 
     def blank_residuals(self) -> None:
         """Makes the residuals zero for members that run without control; costs something only after control ran."""
@@ -98,7 +98,7 @@ class IoSlices:
         self._bound = {}
 
 
-def io_slices(manifest: Manifest, limits: Limits) -> dict[str, int]:
+def io_buffer_sizes(manifest: Manifest, limits: Limits) -> dict[str, int]:
     """Bytes of every slice."""
     networks = manifest.networks()
     found = {"active": 4 * limits.batch.max}

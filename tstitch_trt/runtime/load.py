@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
-from tstitch_engines.compile.select import check_wishes, choose, default_backend
+from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
@@ -77,10 +77,10 @@ def load(
         opened = rebuild_engines(opened, library, place.name, names=every, verify=verify, progress=progress)
     networks = opened.manifest.networks()
     wishes = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
-    chosen = {network: choose(opened, network, library, place.name) for network in networks}
+    chosen = {network: select_engine(opened, network, library, place.name) for network in networks}
     for network, record in chosen.items():
-        check_wishes(opened, network, record, library, place.name, wishes)
-    decoding = place.beside() if overlap and "vae_decoder" in chosen else place
+        check_load_options(opened, network, record, library, place.name, wishes)
+    decoding = place.with_own_stream() if overlap and "vae_decoder" in chosen else place
     engines: dict[str, Engine] = {}
     try:
         for network, record in chosen.items():

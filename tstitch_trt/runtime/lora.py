@@ -23,7 +23,7 @@ from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.weights import Weights, open_weights
 from tstitch_engines.errors import BadBundle, BadCheckpoint, BadInput, FailedWork, unknown_name
-from tstitch_engines.host_call import narrow, widen
+from tstitch_engines.host_call import from_storage, to_storage
 
 if TYPE_CHECKING:
     from tstitch_export.families.base import LoraUse
@@ -202,7 +202,7 @@ class _Values(Mapping[str, NDArray[Any]]):
         stored = self._weights.read(weight.initialiser)
         value = stored.T if weight.transposed else stored
         if key in self._deltas:
-            total = widen(np.ascontiguousarray(value), dtype).astype(np.float32)
+            total = from_storage(np.ascontiguousarray(value), dtype).astype(np.float32)
             for delta in self._deltas[key]:
                 total = total + delta()
             if not np.abs(total).max() <= _LARGEST.get(dtype, np.finfo(np.float32).max):  # NaN is not either
@@ -210,7 +210,7 @@ class _Values(Mapping[str, NDArray[Any]]):
                     f"with these LoRAs {key} holds NaN, infinity or what {dtype} can't hold",
                     hint="give them less weight, e.g. FILE:0.5",
                 )
-            value = narrow(total, dtype)
+            value = to_storage(total, dtype)
         # An engine takes it as it has it: the graph transposed, the program as the checkpoint.
         flip = weight.transposed and name == weight.initialiser and name != weight.parameter
         return np.array(value.T if flip else value, order="C")

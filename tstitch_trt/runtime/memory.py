@@ -8,7 +8,7 @@ from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.runtime.arena import arena_bytes
-from tstitch_trt.runtime.io_buffers import io_slices
+from tstitch_trt.runtime.io_buffers import io_buffer_sizes
 
 __all__ = ["planned_limits", "planned_memory"]
 
@@ -46,5 +46,5 @@ def _planned(manifest: Manifest, limits: Limits) -> dict[str, int]:
     elements = manifest.latent.channels * height * width
     return {
         "arena": arena_bytes(limits.batch.max, elements, manifest.noise.steps),
-        "engine io": slab_bytes(io_slices(manifest, limits)),
+        "engine io": slab_bytes(io_buffer_sizes(manifest, limits)),
     }

@@ -23,15 +23,15 @@ from tstitch_trt.request.init_image import check_start_wishes, start_step
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.request.options import PictureWishes, Wishes, asked_steps, split_wishes
 from tstitch_trt.request.request import Request, host_array
-from tstitch_trt.runtime.component import Part
+from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.lora import Loras, LoraSwapping
 from tstitch_trt.runtime.result import Decode, Result, StepEvent
 from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
 from tstitch_trt.runtime.stepper import Stepper
 from tstitch_trt.runtime.text_encoder import TextEncoders
 from tstitch_trt.runtime.timing import Measuring
-from tstitch_trt.runtime.trajectory import Gathered, UnderWay, Walk
-from tstitch_trt.runtime.vae import Codec, Picturing, Tile
+from tstitch_trt.runtime.trajectory import PendingChunk, ResultCollector, Trajectory
+from tstitch_trt.runtime.vae import Picturing, Tile, Vae
 from tstitch_trt.study.budget.choose import Budgeting, chosen_settings
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         decoding: Device | None = None,
         threads: int = 0,
     ) -> None:
-        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device`` (``Device.beside``).
+        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device``
+        (``Device.with_own_stream``).
 
         ``threads``: CPU threads that the engines were loaded with, 0 for all cores.
         """
@@ -76,12 +77,12 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
         self._stepper = Stepper(bundle.manifest, device, stepped, graph)
         self._parts = {
-            name: Part(name, network, engines[name], decoding if decoding and name == "vae_decoder" else device)
+            name: Component(name, network, engines[name], decoding if decoding and name == "vae_decoder" else device)
             for name, network in bundle.manifest.parts.items()
             if name in engines and name != CONTROLNET
         }
         self._texts = TextEncoders.of(bundle, self._parts)
-        self._codec = Codec(bundle.manifest, self._parts)
+        self._codec = Vae(bundle.manifest, self._parts)
         self._loras = Loras(bundle, backend_name, self._engines, self._stepper.forget)
         self._results: Buffer | None = None
         self._busy = threading.Lock()
@@ -279,7 +280,7 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         output: Output,
         budget: Budget | None,
     ) -> Generator[StepEvent, None, Result]:
-        walk = Walk(self._stepper, self.device, request, plan, decode=decode or self.decode, events=events)
+        walk = Trajectory(self._stepper, self.device, request, plan, decode=decode or self.decode, events=events)
         with self._alone():
             return (yield from self._chunks(walk, request, plan, decode=decode, output=output, budget=budget))
 
@@ -299,7 +300,7 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
 
     def _chunks(
         self,
-        walk: Walk,
+        walk: Trajectory,
         request: Request,
         plan: Plan,
         *,
@@ -310,8 +311,8 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
         shape = (request.n, self.manifest.latent.channels, *request.size)
         kept = self._result_buffer(shape) if output == "device" else None
-        found = Gathered(walk, None if kept is not None else shape, decode)
-        before: UnderWay | None = None
+        found = ResultCollector(walk, None if kept is not None else shape, decode)
+        before: PendingChunk | None = None
         for chunk in walk.chunks():
             keep = None
             if kept is not None:

@@ -23,7 +23,7 @@ from tstitch_engines.errors import unknown_name
 from tstitch_trt.request.limits import Sizes
 from tstitch_trt.runtime.arena import LaneArena
 
-__all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "Kind", "StepGraphs", "check_mode"]
+__all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "StepGraphs", "StepKey", "check_mode"]
 
 GraphMode = Literal["auto", "step", "segment", "off"]
 GRAPH_MODES: Final = ("auto", "step", "segment", "off")
@@ -36,7 +36,7 @@ _TOLERANCE: Final = (
 _logger = logging.getLogger(__name__)
 
 
-class Kind(NamedTuple):
+class StepKey(NamedTuple):
     """``sizes``: of the member's dynamic dimensions, empty where it has none. ``control``: the ControlNet's sizes.
 
     ``blend``: a known picture is kept outside a mask.
@@ -91,22 +91,22 @@ class StepGraphs:
         else:
             self.mode, self._reason = mode, "as asked for"
         self._plain: dict[str, str] = {}
-        self._steps: dict[Kind, Graph | None] = {}
-        self._segments: OrderedDict[tuple[Kind, int], Graph] = OrderedDict()
+        self._steps: dict[StepKey, Graph | None] = {}
+        self._segments: OrderedDict[tuple[StepKey, int], Graph] = OrderedDict()
 
     def state(self) -> GraphState:
         recorded = sum(graph is not None for graph in self._steps.values())
         return GraphState(mode=self.mode, reason=self._reason, recorded=recorded, call_by_call=dict(self._plain))
 
-    def step(self, kind: Kind) -> Graph | None:
+    def step(self, kind: StepKey) -> Graph | None:
         """The graph of one step, or ``None`` when the step runs call by call."""
         return self._steps.get(kind)
 
-    def lacks(self, kind: Kind) -> bool:
+    def lacks(self, kind: StepKey) -> bool:
         """Whether ``record`` was not called for this kind yet and there is reason to."""
         return self.mode != "off" and kind not in self._steps
 
-    def segment(self, kind: Kind, steps: int, make: Callable[[], Callable[[], None]]) -> Graph | None:
+    def segment(self, kind: StepKey, steps: int, make: Callable[[], Callable[[], None]]) -> Graph | None:
         """A graph of ``steps`` equal steps, recorded when it is first asked for; ``None`` where there is no such.
 
         ``make`` binds the engine and gives what does one step.
@@ -134,7 +134,7 @@ class StepGraphs:
         return graph
 
     def record(
-        self, kind: Kind, engines: Sequence[Engine], run: Callable[[], None], condition: Callable[[int], None]
+        self, kind: StepKey, engines: Sequence[Engine], run: Callable[[], None], condition: Callable[[int], None]
     ) -> None:
         """Records ``run`` (one step of ``kind``), which the kind ``lacks``. Waits; overwrites arena and conditioning.
 
@@ -170,7 +170,7 @@ class StepGraphs:
             return
         self._steps[kind] = graph
 
-    def drop(self, kinds: Collection[Kind]) -> None:
+    def drop(self, kinds: Collection[StepKey]) -> None:
         """Closes what was recorded of these kinds: they are recorded again when they come back. Waits."""
         if not kinds:
             return
@@ -182,7 +182,7 @@ class StepGraphs:
             if graph is not None:
                 graph.close()
 
-    def _call_by_call(self, kind: Kind, why: str) -> None:
+    def _call_by_call(self, kind: StepKey, why: str) -> None:
         if self._plain.get(str(kind)) != why:  # it may have made room for others and come back
             _logger.warning("%s runs call by call: %s", kind, why)
         self._plain[str(kind)] = why

@@ -17,8 +17,8 @@ from tstitch_trt.request.conditioning import Conditioning, stand_in
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.limits import Limits, Sizes, network_sizes
 from tstitch_trt.runtime.arena import LaneArena
-from tstitch_trt.runtime.io_buffers import Bound, IoSlices
-from tstitch_trt.runtime.step_graphs import GraphMode, GraphState, Kind, StepGraphs
+from tstitch_trt.runtime.io_buffers import Bindings, IoBuffers
+from tstitch_trt.runtime.step_graphs import GraphMode, GraphState, StepGraphs, StepKey
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.base import Engine
@@ -54,10 +54,10 @@ class Stepper:
         )
         # Where the arena is host memory a fault is seen at once; elsewhere reading it would wait for the device.
         self.host_fault: NDArray[np.int32] | None = getattr(self.arena.fault, "array", None)
-        self._io = IoSlices(manifest, device, self.limits)
-        self._holds: dict[str, Bound] = {}  # what each engine was bound to last
+        self._io = IoBuffers(manifest, device, self.limits)
+        self._holds: dict[str, Bindings] = {}  # what each engine was bound to last
         self._graphs = StepGraphs(device, self.arena, graph)
-        self._recent: OrderedDict[Kind, None] = OrderedDict()  # the kinds that are set up, the oldest first
+        self._recent: OrderedDict[StepKey, None] = OrderedDict()  # the kinds that are set up, the oldest first
         self._said = False
         self.shape(*self.limits.native_or_largest())
 
@@ -103,13 +103,13 @@ class Stepper:
         rescale: bool,
         control: bool = False,
         blend: bool = False,
-    ) -> Kind:
+    ) -> StepKey:
         """The kind of step that runs ``member`` under ``conditioning`` on latents of the present size.
 
         ``control``: beside a ControlNet, if the member takes one. ``blend``: a known picture is kept outside a mask.
         """
         controlled = control and self.manifest.members[member].controlled
-        return Kind(
+        return StepKey(
             member,
             lanes,
             guided,
@@ -121,7 +121,7 @@ class Stepper:
 
     # --- stepping
 
-    def ready(self, kinds: Iterable[Kind]) -> None:
+    def ready(self, kinds: Iterable[StepKey]) -> None:
         """Records the steps of these kinds that were not recorded before, which overwrites lanes and conditioning.
 
         Of all kinds the last ``KINDS`` are kept. One that was longest not asked for makes room: its graphs and what
@@ -136,7 +136,7 @@ class Stepper:
             if self._graphs.lacks(kind):
                 engines = [self._engines[name] for name in _networks(kind)]
 
-                def condition(variant: int, kind: Kind = kind) -> None:
+                def condition(variant: int, kind: StepKey = kind) -> None:
                     self.stand_in(kind, variant)
 
                 self._graphs.record(kind, engines, self._work(kind), condition)
@@ -159,7 +159,7 @@ class Stepper:
             if self._holds.get(name) is bound:
                 del self._holds[name]
 
-    def stepping(self, kind: Kind) -> Callable[[], None]:
+    def stepping(self, kind: StepKey) -> Callable[[], None]:
         """What does one step of ``kind``, again and again until another kind of the same member is asked for.
 
         ``prepare -> engine -> advance`` for the first slots: no wait, allocation or copy.
@@ -167,12 +167,12 @@ class Stepper:
         graph = self._graphs.step(kind)
         return self._work(kind) if graph is None else graph.launch
 
-    def segment(self, kind: Kind, steps: int) -> Callable[[], None] | None:
+    def segment(self, kind: StepKey, steps: int) -> Callable[[], None] | None:
         """What does ``steps`` equal steps in one launch, if the graph mode is ``segment`` and it could be recorded."""
         graph = self._graphs.segment(kind, steps, lambda: self._work(kind))
         return None if graph is None else graph.launch
 
-    def _work(self, kind: Kind) -> Callable[[], None]:
+    def _work(self, kind: StepKey) -> Callable[[], None]:
         bound = self.bind(kind.member, kind.lanes, kind.guided, kind.sizes)
         kernels = self.arena.blending if kind.blend else self.arena.kernels
         prepare, advance = kernels.prepare, kernels.advance
@@ -199,7 +199,7 @@ class Stepper:
 
         return controlled
 
-    def bind(self, name: str, lanes: int, guided: bool, sizes: Sizes | None = None) -> Bound:
+    def bind(self, name: str, lanes: int, guided: bool, sizes: Sizes | None = None) -> Bindings:
         """Gives the engine its buffers for this batch; ``sizes`` are by default those of the present latents."""
         sizes = self.sizes(name) if sizes is None else sizes
         dims = {**dict(sizes), "B": lanes * (2 if guided else 1)}
@@ -211,10 +211,10 @@ class Stepper:
         return bound
 
     def condition(
-        self, conditioning: Conditioning, kinds: Iterable[Kind], *, start: int, stop: int, guided: bool
+        self, conditioning: Conditioning, kinds: Iterable[StepKey], *, start: int, stop: int, guided: bool
     ) -> None:
         """Writes what images ``start`` to ``stop`` of a request are given, for the networks that ``kinds`` run."""
-        bound: dict[str, Bound] = {}
+        bound: dict[str, Bindings] = {}
         lanes = 0
         for kind in kinds:
             lanes = kind.lanes
@@ -231,7 +231,7 @@ class Stepper:
     def engine(self, name: str) -> Engine:
         return self._engines[name]
 
-    def stand_in(self, kind: Kind, variant: int) -> None:
+    def stand_in(self, kind: StepKey, variant: int) -> None:
         """Made-up conditioning for a kind."""
         for name, sizes in _networks(kind).items():
             bound = self._io.bound(name, kind.lanes, kind.guided, sizes)
@@ -252,11 +252,11 @@ class Stepper:
         self._engines, self._holds = {}, {}
 
 
-def _networks(kind: Kind) -> dict[str, Sizes]:
+def _networks(kind: StepKey) -> dict[str, Sizes]:
     """What a step of ``kind`` runs, each with its sizes."""
     return {kind.member: kind.sizes, **({} if kind.control is None else {CONTROLNET: kind.control})}
 
 
-def _bindings(kind: Kind) -> list[tuple[str, int, bool, Sizes]]:
+def _bindings(kind: StepKey) -> list[tuple[str, int, bool, Sizes]]:
     """What its engines are bound to."""
     return [(name, kind.lanes, kind.guided, sizes) for name, sizes in _networks(kind).items()]

@@ -19,7 +19,7 @@ from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Network
 from tstitch_engines.errors import BadBundle, Unavailable
 from tstitch_trt.request.text import Encoded
-from tstitch_trt.runtime.component import Part
+from tstitch_trt.runtime.component import Component
 
 __all__ = ["TextEncoder", "TextEncoders", "TokenLayout", "open_tokenizer"]
 
@@ -81,7 +81,7 @@ def open_tokenizer(path: Path) -> Any:
 class TextEncoder:
     """One text encoder with its tokenizer, which is opened with the first text."""
 
-    def __init__(self, part: Part, tokenizer: Path) -> None:
+    def __init__(self, part: Component, tokenizer: Path) -> None:
         self._part = part
         self._path = tokenizer
         self._tokenizer: Any = None
@@ -118,7 +118,7 @@ class TextEncoders:
         self._encoders = dict(encoders)
 
     @staticmethod
-    def of(bundle: Bundle, parts: Mapping[str, Part]) -> TextEncoders:
+    def of(bundle: Bundle, parts: Mapping[str, Component]) -> TextEncoders:
         """Those of ``parts`` that have a tokenizer."""
         found: dict[str, TextEncoder] = {}
         for name, part in parts.items():

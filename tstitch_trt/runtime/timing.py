@@ -11,7 +11,7 @@ import numpy as np
 from tstitch_engines.device.base import Device
 from tstitch_engines.spec import storage_dtype
 from tstitch_trt.plan.plan import Plan
-from tstitch_trt.runtime.step_graphs import Kind
+from tstitch_trt.runtime.step_graphs import StepKey
 from tstitch_trt.runtime.stepper import Stepper
 
 __all__ = ["Measuring"]
@@ -39,7 +39,7 @@ class Measuring(ABC):
         stepper = self._stepper
         stepper.shape(*stepper.limits.native_or_largest())
         sizes = stepper.sizes(name, stepper.limits.usual_tokens(name))
-        stepper.stand_in(Kind(name, batch, guided, False, sizes), 0)
+        stepper.stand_in(StepKey(name, batch, guided, False, sizes), 0)
         stepper.bind(name, batch, guided, sizes)
         return self._times(stepper.engine(name).enqueue, repeats=repeats, warmup=warmup)
 

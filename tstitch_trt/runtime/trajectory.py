@@ -16,10 +16,10 @@ from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plan.step_rows import with_blend
 from tstitch_trt.request.request import Request
 from tstitch_trt.runtime.result import Decode, SegmentTiming, StepEvent
-from tstitch_trt.runtime.step_graphs import Kind
+from tstitch_trt.runtime.step_graphs import StepKey
 from tstitch_trt.runtime.stepper import Stepper
 
-__all__ = ["Chunk", "Gathered", "UnderWay", "Walk"]
+__all__ = ["Chunk", "PendingChunk", "ResultCollector", "Trajectory"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class PendingChunk:
     """A chunk whose steps are all enqueued. On CUDA the device may still work on it."""
 
     chunk: Chunk
@@ -47,7 +47,7 @@ class UnderWay:
     segments: tuple[tuple[str, int], ...]
 
 
-class Walk:
+class Trajectory:
     """One request over one plan. Its chunks run one after another, each enqueued while the one before is computed."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Walk:
             for index, (count, stop) in enumerate(zip(self._counts, ends, strict=True))
         ]
 
-    def run(self, chunk: Chunk, keep: Buffer | None) -> Generator[StepEvent, None, UnderWay]:
+    def run(self, chunk: Chunk, keep: Buffer | None) -> Generator[StepEvent, None, PendingChunk]:
         """Enqueues all steps. The latents go to the buffer ``keep`` on the device, or without one to the host."""
         plan, request, stepper = self._plan, self._request, self._stepper
         lanes = self._splitting.lanes(chunk.count, guided=plan.guided)
@@ -126,7 +126,7 @@ class Walk:
         final = stepper.arena.first(chunk.count)
         if keep is not None:
             self._device.copy(keep, final)
-        return UnderWay(
+        return PendingChunk(
             chunk,
             None if keep is not None else self._device.download_later(final),
             self._device.download_later(stepper.arena.fault),
@@ -135,7 +135,7 @@ class Walk:
         )
 
     def _segments(
-        self, chunk: Chunk, kinds: Sequence[Kind], watch: Stopwatch
+        self, chunk: Chunk, kinds: Sequence[StepKey], watch: Stopwatch
     ) -> Generator[StepEvent, None, list[tuple[str, int]]]:
         stepper, fault = self._stepper, self._stepper.host_fault
         segments = []
@@ -162,7 +162,7 @@ class Walk:
                     step += 1
         return segments
 
-    def collect(self, done: UnderWay) -> tuple[NDArray[np.float32] | None, list[SegmentTiming]]:
+    def collect(self, done: PendingChunk) -> tuple[NDArray[np.float32] | None, list[SegmentTiming]]:
         """The chunk's latents, unless they stay on the device, and times. Waits for it. Raises ``NotFinite``."""
         self._raise_fault(done.fault.get(), done.chunk)
         times = done.watch.milliseconds()
@@ -209,10 +209,10 @@ class Walk:
         )
 
 
-class Gathered:
+class ResultCollector:
     """What the chunks of a walk gave, as far as they were added: in the order of the images."""
 
-    def __init__(self, walk: Walk, shape: tuple[int, ...] | None, decode: Decode | None) -> None:
+    def __init__(self, walk: Trajectory, shape: tuple[int, ...] | None, decode: Decode | None) -> None:
         """``shape``: of all latents, ``None`` when they stay on the device. ``decode``: to make pictures of them."""
         self._walk = walk
         self._decode = decode
@@ -220,7 +220,7 @@ class Gathered:
         self.latents = None if shape is None else np.empty(shape, np.float32)
         self.timings: list[SegmentTiming] = []
 
-    def add(self, done: UnderWay) -> None:
+    def add(self, done: PendingChunk) -> None:
         """Waits for the chunk. Raises ``NotFinite``."""
         part, times = self._walk.collect(done)
         before = self.timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, OutOfProfile, Unavailable
 from tstitch_engines.spec import Range
-from tstitch_trt.runtime.component import Part
+from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.tiling import Blend, Tiles, tiles_of
 
-__all__ = ["Codec", "LatentDecoder", "PictureEncoder", "Picturing", "Tile", "to_pixels"]
+__all__ = ["Picturing", "Tile", "Vae", "VaeDecoder", "VaeEncoder", "to_pixels"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SIDES: Final = (("H", "height"), ("W", "width"))
 class _Half:
     """What both halves of a VAE share: sizes, and which tiles to use."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Component) -> None:
         self._part = part
         self.factor = int(part.network.config["factor"])
 
@@ -80,7 +80,7 @@ class _Half:
         self._part.close()
 
 
-class LatentDecoder(_Half):
+class VaeDecoder(_Half):
     """The part ``vae_decoder``."""
 
     def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
@@ -102,7 +102,7 @@ class LatentDecoder(_Half):
         return to_pixels(self.images(latents, tile=tile))
 
 
-class PictureEncoder(_Half):
+class VaeEncoder(_Half):
     """The part ``vae_encoder``; a ``starting.Encoder``."""
 
     def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
@@ -134,18 +134,18 @@ def to_pixels(images_NCHW: Array) -> Pixels:
     return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-class Codec:
+class Vae:
     """``encoder``: what makes latents of pictures, if the bundle has that part.
 
-    A VAE's decoder may be on a device object of its own, beside the steps' (``Device.beside``): then a chunk is
-    decoded while the next one's steps run. Its latents come through the host: they are small, and what waits for them
-    is the host, which has enqueued those steps already. Not run on a GPU.
+    A VAE's decoder may be on a device object of its own, beside the steps' (``Device.with_own_stream``): then a chunk
+    is decoded while the next one's steps run. Its latents come through the host: they are small, and what waits for
+    them is the host, which has enqueued those steps already. Not run on a GPU.
     """
 
-    def __init__(self, manifest: Manifest, parts: Mapping[str, Part]) -> None:
+    def __init__(self, manifest: Manifest, parts: Mapping[str, Component]) -> None:
         self._manifest = manifest
-        self._decoder = LatentDecoder(parts["vae_decoder"]) if "vae_decoder" in parts else None
-        self.encoder = PictureEncoder(parts["vae_encoder"]) if "vae_encoder" in parts else None
+        self._decoder = VaeDecoder(parts["vae_decoder"]) if "vae_decoder" in parts else None
+        self.encoder = VaeEncoder(parts["vae_encoder"]) if "vae_encoder" in parts else None
 
     def check(self, tile: Tile, size: tuple[int, int] | None = None) -> None:
         """Raises ``BadInput`` for tiles that can't be, and where there is no VAE to take any.
@@ -202,7 +202,7 @@ class Codec:
 class _Encoding:
     """A ``starting.Encoder``."""
 
-    encoder: PictureEncoder
+    encoder: VaeEncoder
     tile: Tile
 
     def encode(self, pictures: Array) -> tuple[Array, Array]:
@@ -212,7 +212,7 @@ class _Encoding:
 class Picturing:
     """The verbs of a runtime between latents and pictures. ``tile``: see ``tstitch_trt.runtime.vae.Tile``."""
 
-    _codec: Codec
+    _codec: Vae
 
     def decode(self, latents: Array, *, tile: Tile = "auto") -> NDArray[np.uint8]:
         """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder."""

@@ -9,7 +9,7 @@ import msgspec
 
 from tstitch_engines.bundle.manifest import Manifest, Network, Precision
 from tstitch_engines.errors import OutOfProfile, Unavailable
-from tstitch_engines.host_call import Arrays, Caller, sizes_of
+from tstitch_engines.host_call import Arrays, HostRunner, sizes_of
 from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.verify.error import Error, measure_error
 
@@ -128,7 +128,7 @@ def _sides(sizes: dict[str, int]) -> tuple[int, int] | None:
 
 def compare(
     name: str,
-    caller: Caller,
+    caller: HostRunner,
     references: References,
     drawn: Drawn,
     *,

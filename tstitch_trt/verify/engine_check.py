@@ -12,13 +12,13 @@ from tstitch_engines.bundle.manifest import SCHEMA, EngineRecord, Network
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, Unavailable
-from tstitch_engines.host_call import Caller
+from tstitch_engines.host_call import HostRunner
 from tstitch_trt.verify.compare import LIMITS, Comparison, EngineCheck, Status
 
-__all__ = ["Subject", "place_of"]
+__all__ = ["EngineUnderTest", "place_of"]
 
 
-class Subject:
+class EngineUnderTest:
     """One engine under test. ``caller`` is ``None`` until ``open`` has found that it can run here."""
 
     def __init__(self, bundle: Bundle, name: str, record: EngineRecord, gpu: str, threads: int) -> None:
@@ -26,7 +26,7 @@ class Subject:
         self.record = record
         self.network: Network = bundle.manifest.networks()[name]
         self.limit, self.why = LIMITS[self.network.precision]
-        self.caller: Caller | None = None
+        self.caller: HostRunner | None = None
         self.plan: str | None = None
         self._bundle = bundle
         self._gpu = gpu  # cpu: leave out
@@ -46,7 +46,7 @@ class Subject:
             return "not checked", str(error)
         except BadEngine as error:
             return "failed", error.message
-        self.caller = Caller(engine, device)
+        self.caller = HostRunner(engine, device)
         return "passed", None
 
     def _check_record(self) -> None:
@@ -85,7 +85,7 @@ class Subject:
         arch = backend.arch(device.name)
         path = self._bundle.path(self.record.files[0])
         try:
-            check_identity(identity, backend.here(identity, arch), what="it", rebuild=self._again)
+            check_identity(identity, backend.current_identity(identity, arch), what="it", rebuild=self._again)
             if identity.backend == "tensorrt-rtx":
                 from tstitch_engines.backends.tensorrt import read_plan_header
 

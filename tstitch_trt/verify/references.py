@@ -17,7 +17,7 @@ from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Member, Netw
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import OutOfProfile, Unavailable
-from tstitch_engines.host_call import Arrays, Caller, narrow, widen
+from tstitch_engines.host_call import Arrays, HostRunner, from_storage, to_storage
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.reference.network_inputs import Recordings
 from tstitch_trt.reference.recorder import AnyNetwork, needs_widening, widen_graph, widened
@@ -60,7 +60,7 @@ class References:
         self.version = self._backend.version()
         self._models: dict[str, Any] = {}
         self._engines: dict[str, Engine] = {}
-        self._callers: dict[str, Caller] = {}
+        self._callers: dict[str, HostRunner] = {}
         manifest = msgspec.structs.replace(
             bundle.manifest,
             members={name: _wide(member) for name, member in bundle.manifest.members.items()},
@@ -131,13 +131,13 @@ class References:
 
     def _rounded(self, name: str, values: Arrays) -> Arrays:
         specs = self._networks[name].inputs
-        return {spec.name: widen(narrow(values[spec.name], spec.dtype), spec.dtype) for spec in specs}
+        return {spec.name: from_storage(to_storage(values[spec.name], spec.dtype), spec.dtype) for spec in specs}
 
     # --- results
 
     def onnx(self, name: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         if name not in self._callers:
-            self._callers[name] = Caller(self._engine(name), self._device)
+            self._callers[name] = HostRunner(self._engine(name), self._device)
         return self._callers[name](inputs)
 
     def torch_version(self, name: str) -> str:

@@ -31,7 +31,7 @@ from tstitch_trt.verify.compare import (
     usual_sizes,
     verdict,
 )
-from tstitch_trt.verify.engine_check import Subject
+from tstitch_trt.verify.engine_check import EngineUnderTest
 from tstitch_trt.verify.layers import LayerCheck, compare_layers
 from tstitch_trt.verify.references import References
 
@@ -110,7 +110,7 @@ def verify(
         for index, (name, record) in enumerate(chosen):
             what = f"{name}, {record.identity.backend}"
             report(index / len(chosen), what)
-            subject = Subject(opened, name, record, device, threads)
+            subject = EngineUnderTest(opened, name, record, device, threads)
             status, reason = subject.open()
             comparisons: tuple[Comparison, ...] = ()
             if subject.caller is not None:

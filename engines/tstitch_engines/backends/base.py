@@ -173,7 +173,7 @@ class Backend(ABC):
         """Raises ``BadEngine`` for a file that can't run on ``device``, as far as that is told without loading it."""
         return
 
-    def here(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
+    def current_identity(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
         """``identity`` as it would be made here, where ``arch(device)`` is ``arch``; equal when the engine may run.
 
         A backend whose engines run elsewhere too leaves ``backend_version`` and ``arch`` as they are where they do.

@@ -18,7 +18,7 @@ from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_engines.threads import default_threads
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self) -> None:
         try:
-            with quiet():  # without CUDA's libraries a CUDA build warns here; `_find_cuda` comes to that
+            with silence_output():  # without CUDA's libraries a CUDA build warns here; `_find_cuda` comes to that
                 import onnxruntime
         except ImportError as error:
             raise Unavailable(
@@ -132,7 +132,7 @@ class OnnxRuntimeBackend(Backend):
         folders = sorted(
             (folder for root in roots for folder in root.glob("*/lib")), key=lambda folder: "cudnn" in str(folder)
         )  # cuDNN needs the others
-        with quiet():  # it prints what it misses; whether the provider starts is asked below
+        with silence_output():  # it prints what it misses; whether the provider starts is asked below
             for folder in folders:
                 preload(directory=str(folder))
             preload()

@@ -24,7 +24,7 @@ from typing import Any, Final
 from tstitch_engines.backends.base import Option
 from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 
 __all__ = ["MODES", "compile_program", "mode_of", "need_toolchain"]
 
@@ -185,7 +185,7 @@ def _silence() -> Iterator[None]:
     """The tables of its autotuner go to the debug log."""
     said = io.StringIO()
     try:
-        with quiet(), contextlib.redirect_stderr(said):
+        with silence_output(), contextlib.redirect_stderr(said):
             yield
     finally:
         for line in said.getvalue().splitlines():

@@ -16,7 +16,7 @@ from tstitch_engines.backends.base import Backend, Engine, Option, Progress
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import storage_dtype
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class TorchBackend(Backend):
         return _TorchEngine(self._torch, program.module(), member, identity, device, mode=mode, threads=threads)
 
     def _program(self, path: Path) -> Any:
-        with quiet():  # torch.export announces deprecations, and prints tracebacks of what it then raises
+        with silence_output():  # torch.export announces deprecations, and prints tracebacks of what it then raises
             return self._torch.export.load(path)
 
     def _require(self, kind: str, index: int) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tstitch_engines.backends import Backend, Progress
     from tstitch_engines.bundle.bundle import Bundle
 
-__all__ = ["check_wishes", "choose", "default_backend", "rebuild"]
+__all__ = ["check_load_options", "default_backend", "rebuild", "select_engine"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def default_backend(bundle: Bundle) -> str:
     )
 
 
-def choose(bundle: Bundle, name: str, backend: Backend, device: str) -> EngineRecord:
+def select_engine(bundle: Bundle, name: str, backend: Backend, device: str) -> EngineRecord:
     """The engine of the member or part ``name`` that runs on ``device``.
 
     Raises ``BadEngine`` naming each field in which the bundle's engine differs, and the command that compiles it again.
@@ -79,7 +79,7 @@ def rebuild(
     stale: list[str] = []
     for name in names:
         try:
-            bundle.check_files(choose(bundle, name, backend, device).files, full=verify == "full")
+            bundle.check_files(select_engine(bundle, name, backend, device).files, full=verify == "full")
         except (BadEngine, BadBundle) as error:
             _log.info("compiling again: %s", error.message)
             stale.append(name)
@@ -88,7 +88,7 @@ def rebuild(
     return recompile(bundle, backend=backend.name, device=device, names=stale, progress=progress)
 
 
-def check_wishes(
+def check_load_options(
     bundle: Bundle, name: str, record: EngineRecord, backend: Backend, device: str, wishes: Mapping[str, object]
 ) -> None:
     """Raises ``BadInput`` for one of ``wishes`` (load options that were given) which this engine can't honour."""
@@ -108,7 +108,7 @@ def _word(bundle: Bundle, name: str) -> str:
 def _here(record: EngineRecord, network: Network, backend: Backend, arch: str) -> EngineIdentity:
     """What the record's identity would be if it were made now: what the builder chose freely is kept."""
     return msgspec.structs.replace(
-        backend.here(record.identity, arch),
+        backend.current_identity(record.identity, arch),
         schema=SCHEMA,
         onnx_sha256=model_digest(network.onnx),
         precision=network.precision,

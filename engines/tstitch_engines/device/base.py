@@ -85,7 +85,7 @@ class Device(Protocol):
     def activate(self) -> None:
         """Makes the device usable on the calling thread."""
 
-    def beside(self) -> Device:
+    def with_own_stream(self) -> Device:
         """The same device for work that runs beside this object's: nothing orders the two but what the host waits for.
 
         On CUDA another object with a stream of its own, and so with scratch memory of its own for the engines loaded on

@@ -87,7 +87,7 @@ class CudaDevice:
         """Makes the device's context current on the calling thread."""
         self._device.set_current()
 
-    def beside(self) -> CudaDevice:
+    def with_own_stream(self) -> CudaDevice:
         """See ``Device``. Calls of both are counted together."""
         other = CudaDevice(self.index)
         other.calls = self.calls

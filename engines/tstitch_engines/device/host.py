@@ -29,7 +29,7 @@ class HostDevice:
     def activate(self) -> None:
         return
 
-    def beside(self) -> HostDevice:
+    def with_own_stream(self) -> HostDevice:
         return self
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_export.needs import need_torch
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _load_pickled(path: Path) -> object:
     try:
         with path.open("rb") as stream:
             zipped = stream.read(2) == b"PK"
-        with allowed, quiet():
+        with allowed, silence_output():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 from tstitch_engines.backends.base import Progress
 from tstitch_engines.bundle.manifest import ExportCheck, Precision
 from tstitch_engines.errors import BuildFailed, TStitchError
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import parse_dimension
 from tstitch_engines.threads import default_threads
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
-from tstitch_export.needs import need, need_torch
+from tstitch_export.needs import need_torch, require
 from tstitch_export.onnx_export.graph import retyped_to_float32, tidy, validate
 from tstitch_export.onnx_export.weight_map import write_weight_map
 
@@ -58,12 +58,12 @@ def export_onnx(
     Raises ``BuildFailed`` when the export fails or computes something else than PyTorch.
     """
     torch = need_torch("exporting a checkpoint")
-    need("onnxscript", "exporting to ONNX")
+    require("onnxscript", "exporting to ONNX")
     path = folder / GRAPH
     progress("load", 0.0)
     model = family.load(inspection)
     progress("trace", 0.1)
-    with _explained("exporting", inspection), quiet():
+    with _explained("exporting", inspection), silence_output():
         program = _trace(family, inspection, model, precision)
         inputs, outputs = family.inputs(inspection, precision), family.outputs(inspection, precision)
         exported = torch.onnx.export(
@@ -82,7 +82,7 @@ def export_onnx(
         del exported
         tidy(path, inputs=inputs, outputs=outputs)
     progress("check", 0.7)
-    with _explained("validating the export of", inspection), quiet():
+    with _explained("validating the export of", inspection), silence_output():
         validate(path, inputs=inputs, outputs=outputs)
         if (target := family.lora_target(inspection)) is not None:
             write_weight_map(path, model, target, folder / WEIGHT_MAP)
@@ -98,7 +98,7 @@ def export_program(
     """Writes the member as a ``torch.export`` archive (.pt2), what the ``torch`` backend compiles."""
     torch = need_torch("exporting a checkpoint for --backend torch")
     progress("trace", 0.0)
-    with _explained("exporting", inspection), quiet():
+    with _explained("exporting", inspection), silence_output():
         # Through memory: PyTorch's own file writer ends the whole process when the disk is full.
         archive = io.BytesIO()
         torch.export.save(_trace(family, inspection, family.load(inspection), precision), archive)
@@ -121,7 +121,7 @@ def check_graph(path: Path, family: Family, inspection: Inspection, precision: P
     if precision == "bf16":
         against += " with bfloat16-rounded weights, the graph widened to float32"
     sums = {spec.name: _Difference() for spec in family.outputs(inspection, precision)}
-    with _explained("checking the export of", inspection), quiet():
+    with _explained("checking the export of", inspection), silence_output():
         wanted = _reference(family, inspection, precision)
         session = _widened_session(path) if precision == "bf16" else _session(path)
         for feeds, want in wanted:
@@ -251,7 +251,7 @@ def _widened_session(path: Path) -> Any:
 
 
 def _session(path: Path) -> Any:
-    ort = need("onnxruntime", "checking an export against PyTorch", extra="cpu")
+    ort = require("onnxruntime", "checking an export against PyTorch", extra="cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = default_threads()

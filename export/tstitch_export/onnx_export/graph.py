@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tstitch_engines.errors import BuildFailed
 from tstitch_engines.spec import TensorSpec
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 
 __all__ = ["retyped_to_float32", "tidy", "validate"]
 
@@ -23,7 +23,7 @@ def tidy(path: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
 
     The latter differs between machines. Raises ``BuildFailed`` where one size of the graph has two names in the specs.
     """
-    onnx = need("onnx", "exporting to ONNX")
+    onnx = require("onnx", "exporting to ONNX")
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     specs = {spec.name: spec for spec in (*inputs, *outputs)}
@@ -50,7 +50,7 @@ def validate(path: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     then is a number or, worse, a name made of digits that a builder takes for dynamic; and operators outside of the
     ONNX standard.
     """
-    onnx = need("onnx", "exporting to ONNX")
+    onnx = require("onnx", "exporting to ONNX")
     small = sum(file.stat().st_size for file in path.parent.iterdir()) < _CHECKER_LIMIT
     try:
         onnx.checker.check_model(str(path), full_check=small)
@@ -89,7 +89,7 @@ def retyped_to_float32(path: Path, target: Path, narrow: str = "bfloat16") -> No
     """
     import numpy as np
 
-    onnx = need("onnx", "exporting to ONNX")
+    onnx = require("onnx", "exporting to ONNX")
     small, wide = _ELEMENT[narrow], _ELEMENT["float32"]
     model = onnx.load(path)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BuildFailed
 from tstitch_export.checkpoint.checkpoint import read_safetensors_header
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 
 __all__ = ["refer_to_safetensors", "store_half"]
 
@@ -21,7 +21,7 @@ _SMALL: Final = 64  # elements up to which a tensor stays in the graph
 
 def store_half(model: Any) -> None:
     """Stores every large float32 initialiser of an ONNX model as float16. Values are rounded to float16."""
-    onnx = need("onnx", "packing a graph")
+    onnx = require("onnx", "packing a graph")
     graph = model.graph
     for tensor in list(graph.initializer):
         if tensor.data_type == _FLOAT and np.prod(tensor.dims) > _SMALL:
@@ -39,7 +39,7 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
     engine depends on no other file. float32 tables stay in the graph: with nothing to fold, the engine would go on
     referring to the file. Raises ``BuildFailed`` when a weight is in the file in neither form.
     """
-    onnx = need("onnx", "packing a graph")
+    onnx = require("onnx", "packing a graph")
     tensors = {name: value for name, value in _load(weights).items() if value.dtype == np.float16}
     tables = {_fingerprint(value) for value in _load(weights).values() if value.dtype == np.float32}
     as_is = {_fingerprint(value): name for name, value in tensors.items()}
@@ -74,7 +74,7 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
 
 def _replace(graph: Any, tensor: Any, stored: Any, *, transposed: bool) -> None:
     """Puts ``stored`` (shared ones once) and the nodes that turn it into what ``tensor`` was."""
-    onnx = need("onnx", "packing a graph")
+    onnx = require("onnx", "packing a graph")
     graph.initializer.remove(tensor)
     if all(existing.name != stored.name for existing in graph.initializer):
         graph.initializer.append(stored)

@@ -14,7 +14,7 @@ from tstitch_engines.bundle.weights import Stored, Weight, WeightMap
 from tstitch_engines.bundle.weights import Weights as StoredWeights
 from tstitch_engines.spec import itemsize
 from tstitch_export.families.base import LoraTarget
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,7 +65,7 @@ def write_weight_map(graph: Path, model: nn.Module, target: LoraTarget, output: 
 
 def locate(graph: Path) -> dict[str, Stored]:
     """Where the bytes of each initialiser are: in the file of external data, or in the graph's own."""
-    onnx = need("onnx", "exporting to ONNX")
+    onnx = require("onnx", "exporting to ONNX")
     content = graph.read_bytes()
     found: dict[str, Stored] = {}
     cursor = 0

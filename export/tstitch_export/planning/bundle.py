@@ -11,7 +11,7 @@ from tstitch_engines.spec import Range
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.options import split_options
-from tstitch_export.planning.compatibility import Agreement, agree
+from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import NetworkPlan, part_names, plan_member, plan_parts, precision_of
 from tstitch_export.planning.recipe import Recipe, check_member_name, load_recipe
 from tstitch_export.planning.sizes import Sizes, sizes_of
@@ -27,7 +27,7 @@ class BundlePlan:
     base: Path
     members: tuple[NetworkPlan, ...]
     parts: Mapping[str, NetworkPlan]
-    agreement: Agreement
+    agreement: PairConventions
     options: Mapping[str, Scalar]
 
     @property
@@ -38,7 +38,8 @@ class BundlePlan:
     def sizes(self, *, batch: Range, height: Range | None, width: Range | None, tokens: Range | None) -> Sizes:
         """``height`` and ``width`` are in pixels. Raises ``BadInput`` for what the models can't take."""
         latent, factor = self.agreement.latent, self.agreement.decoder.factor
-        return sizes_of(self.members, latent, factor, batch=batch, height=height, width=width, tokens=tokens)
+        networks = [(plan.what, plan.dynamic) for plan in self.members]
+        return sizes_of(networks, latent, factor, batch=batch, height=height, width=width, tokens=tokens)
 
 
 def plan_bundle(
@@ -73,7 +74,7 @@ def plan_bundle(
         for name in names
     )
     beside, left_out = plan_parts(spec, plans, parts, own, precision)
-    agreement = agree(spec, plans, beside)
+    agreement = reconcile(spec, plans, beside)
     return BundlePlan(
         recipe=spec,
         base=base,

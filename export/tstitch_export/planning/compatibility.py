@@ -27,7 +27,7 @@ from tstitch_export.planning.network import NetworkPlan
 from tstitch_export.planning.pair_rules import check_control, check_members, who
 from tstitch_export.planning.recipe import MemberRecipe, Recipe
 
-__all__ = ["Adapted", "Agreement", "agree"]
+__all__ = ["Adapted", "PairConventions", "reconcile"]
 
 _VAES: Final = ("vae_decoder", "vae_encoder")
 
@@ -43,7 +43,7 @@ class Adapted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class PairConventions:
     """The bundle's conventions. ``scheduler``: the governing pipeline's, ``None`` where none came with a member.
 
     The last member that states something governs: it takes the steps that count most. ``notes`` say in words what was
@@ -58,7 +58,7 @@ class Agreement:
     notes: tuple[str, ...]
 
 
-def agree(recipe: Recipe, members: Sequence[NetworkPlan], parts: Mapping[str, NetworkPlan]) -> Agreement:
+def reconcile(recipe: Recipe, members: Sequence[NetworkPlan], parts: Mapping[str, NetworkPlan]) -> PairConventions:
     """Raises ``PairMismatch`` with the values that differ, between members first and then against the recipe.
 
     Raises ``BadCheckpoint`` when a checkpoint is not the size that the recipe names.
@@ -69,7 +69,7 @@ def agree(recipe: Recipe, members: Sequence[NetworkPlan], parts: Mapping[str, Ne
     latent, noise = _latent(recipe, members, parts, notes), _noise_of(recipe, members)
     decoder = _decoder(recipe, latent, parts, notes)
     adapted = {plan.name: _adapt(plan, recipe, latent, noise, parts, notes) for plan in members}
-    return Agreement(
+    return PairConventions(
         latent=latent,
         noise=noise,
         decoder=decoder,

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tstitch_engines.bundle.manifest import Latent
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import Range
-
-if TYPE_CHECKING:
-    from tstitch_export.planning.network import NetworkPlan
 
 __all__ = ["Sizes", "in_latents", "sizes_of"]
 
@@ -27,7 +23,7 @@ class Sizes:
 
 
 def sizes_of(
-    members: Sequence[NetworkPlan],
+    networks: Sequence[tuple[str, bool]],
     latent: Latent,
     factor: int,
     *,
@@ -36,7 +32,9 @@ def sizes_of(
     width: Range | None,
     tokens: Range | None,
 ) -> Sizes:
-    """``height`` and ``width`` are in pixels, ``factor`` of them for a latent element; ``None``: those of ``latent``.
+    """``networks``: what each is called, and whether it takes other sizes than its own.
+
+    ``height`` and ``width`` are in pixels, ``factor`` of them for a latent element; ``None``: those of ``latent``.
 
     Every network gets the same, whatever its own native size is: all of them have to take the same latent. Raises
     ``BadInput`` for sizes that are no multiple of ``factor`` or that a member can't have.
@@ -45,10 +43,10 @@ def sizes_of(
     for side, asked, native in (("height", height, latent.height), ("width", width, latent.width)):
         chosen = in_latents(asked, factor, side)
         found[side] = Range(native, native, native) if chosen is None else chosen
-        fixed = next((plan for plan in members if not plan.dynamic), None)
+        fixed = next((what for what, dynamic in networks if not dynamic), None)
         if fixed is not None and found[side] != Range(native, native, native):
             raise BadInput(
-                f"{side} {asked} was asked for, and {fixed.what} takes {native * factor} pixels alone",
+                f"{side} {asked} was asked for, and {fixed} takes {native * factor} pixels alone",
                 hint=f"leave out --{side}",
             )
     return Sizes(batch=batch, height=found["height"], width=found["width"], tokens=tokens)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 from tstitch_export.onnx_export.graph import retyped_to_float32
 
 __all__ = ["Layer", "choose", "find_layers", "is_quantised", "prepare"]
@@ -49,7 +49,7 @@ class Layer:
 
 def is_quantised(model: Path) -> bool:
     """Whether the graph has Q/DQ nodes."""
-    onnx = need("onnx", "quantising a member")
+    onnx = require("onnx", "quantising a member")
     return any(node.op_type in _QDQ for node in onnx.load(model, load_external_data=False).graph.node)
 
 
@@ -59,7 +59,7 @@ def prepare(model: Path, target: Path, *, precision: str) -> bool:
     A shipped graph reads its weights through Cast and Transpose, which hide them from a quantiser; a half-precision one
     is widened, which loses nothing. ``True`` when the weights went into a file beside ``target``.
     """
-    onnx = need("onnx", "quantising a member")
+    onnx = require("onnx", "quantising a member")
     if precision != "fp32":
         wide = target.with_name(f"wide-{target.name}")
         retyped_to_float32(model, wide, {"fp16": "float16", "bf16": "bfloat16"}[precision])
@@ -113,7 +113,7 @@ def _fold(graph: Any) -> None:
 
 def find_layers(model: Path) -> list[Layer]:
     """The layers with weights of a graph written by ``prepare``, in its order."""
-    onnx = need("onnx", "quantising a member")
+    onnx = require("onnx", "quantising a member")
     graph = onnx.load(model, load_external_data=False).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     weighted = {

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
 from tstitch_engines.spec import TensorSpec
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 from tstitch_export.onnx_export.graph import tidy, validate
 from tstitch_export.quantise.layers import Layer, choose, find_layers, is_quantised, prepare
 from tstitch_export.quantise.worker import Reply, Request
@@ -68,7 +68,7 @@ class QuantisedGraph:
 
 def need_modelopt() -> None:
     """Raises ``Unavailable`` unless nvidia-modelopt and what its ONNX part needs is installed. Imports none of it."""
-    need("onnx", "quantising a member", extra="quant")
+    require("onnx", "quantising a member", extra="quant")
     missing = [name for name in _MODULES if find_spec(name) is None]
     if missing:
         raise Unavailable(
@@ -134,7 +134,7 @@ def quantise_graph(
             hint="leave --calibration out",
         )
     need_modelopt()
-    onnx = need("onnx", "quantising a member", extra="quant")
+    onnx = require("onnx", "quantising a member", extra="quant")
     rows = {name: len(values) for name, values in calibration.items()}
     wanted = {spec.name for spec in member.inputs}
     if set(rows) != wanted or len(set(rows.values())) != 1 or min(rows.values()) < 1:

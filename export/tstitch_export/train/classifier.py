@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.onnx_export.graph import tidy
 from tstitch_export.onnx_export.pack import store_half
@@ -80,7 +80,7 @@ def export(model: Classifier, path: Path) -> None:
     import onnx
 
     batch = torch.export.Dim("B", min=1, max=65535)
-    with quiet(), torch.no_grad():
+    with silence_output(), torch.no_grad():
         program = torch.export.export(model.eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes={"images": {0: batch}})
         exported = torch.onnx.export(
             program,

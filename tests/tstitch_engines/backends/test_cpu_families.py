@@ -17,7 +17,7 @@ from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.device.open import open_device
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import FAMILIES, open_family
-from tstitch_trt.runtime.component import Part
+from tstitch_trt.runtime.component import Component
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -57,7 +57,7 @@ def test_engines_equal_the_module(name: str, tmp_path: Path) -> None:
             arch=backend.arch("cpu"),
         )
         device = open_device("cpu")
-        part = Part(
+        part = Component(
             name, network, backend.load(path, member=network, identity=identity, device=device, threads=1), device
         )
         got = part(arrays, sizes)

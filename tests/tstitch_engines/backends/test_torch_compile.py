@@ -21,7 +21,7 @@ from tstitch_engines.backends.torch_compile import mode_of
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, Unavailable, UnknownName
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
 
@@ -53,7 +53,7 @@ class Engines:
         example = (torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64))
         batch = torch.export.Dim("B", min=1, max=64)
         names = ("sample", "timestep", "labels")
-        with quiet(), torch.no_grad():
+        with silence_output(), torch.no_grad():
             program = torch.export.export(Net().eval(), example, dynamic_shapes={name: {0: batch} for name in names})
             torch.export.save(program, folder / "model.pt2")
             torch.onnx.export(

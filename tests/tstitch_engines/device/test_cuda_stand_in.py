@@ -76,7 +76,7 @@ def test_too_little_memory_is_said_in_bytes(cuda: CudaDevice, monkeypatch: pytes
 
 
 def test_work_beside_waits_for_nothing_of_the_other(cuda: CudaDevice, machine: Machine) -> None:
-    other = cuda.beside()
+    other = cuda.with_own_stream()
     assert other.name == cuda.name
     assert other.stream_handle != cuda.stream_handle
     done: list[int] = []
@@ -88,7 +88,7 @@ def test_work_beside_waits_for_nothing_of_the_other(cuda: CudaDevice, machine: M
     assert cuda.calls["download"] == 1  # counted together
     cuda.synchronize()
     assert done == [1]
-    assert HostDevice().beside().name == "cpu"
+    assert HostDevice().with_own_stream().name == "cpu"
 
 
 def test_step_kernels_over_late_streams(cuda: CudaDevice) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tstitch_engines.bundle.weights import WeightMap, Weights
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_export.families.base import LoraTarget
 from tstitch_export.onnx_export.weight_map import write_weight_map
 
@@ -42,7 +42,7 @@ def test_every_weight_is_found(dtype: str, external: bool, tmp_path: Path) -> No
     net = Net().eval().to(getattr(torch, dtype))
     wrapped = torch.nn.Sequential(net)
     graph = tmp_path / "model.onnx"
-    with quiet(), torch.no_grad():
+    with silence_output(), torch.no_grad():
         example = (torch.randn(2, 3, 4, 4).to(getattr(torch, dtype)),)
         exported = torch.onnx.export(wrapped, example, dynamo=True, opset_version=22, verbose=False)
         exported.save(graph, external_data=external)

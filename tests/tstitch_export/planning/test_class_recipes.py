@@ -14,7 +14,7 @@ from tstitch_export.families.dit import layout as dit_layout
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.ldm import layout as ldm_layout
 from tstitch_export.families.uvit import layout as uvit_layout
-from tstitch_export.planning.compatibility import Agreement, agree
+from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import plan_member
 from tstitch_export.planning.recipe import load_recipe
 
@@ -73,10 +73,10 @@ def dit_s(path: Path) -> Path:
     return sparse_safetensors(path, dit_layout.expected_shapes(config))
 
 
-def planned(name: str, members: dict[str, Path], options: dict[str, dict[str, Any]] | None = None) -> Agreement:
+def planned(name: str, members: dict[str, Path], options: dict[str, dict[str, Any]] | None = None) -> PairConventions:
     spec, base = load_recipe(name)
     plans = [plan_member(n, spec, base, path, (options or {}).get(n, {}), "fp32") for n, path in members.items()]
-    return agree(spec, plans, {})
+    return reconcile(spec, plans, {})
 
 
 def test_checkpoints_without_a_null_class_get_the_recipe_s(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.layout import PUBLISHED_SIZES, expected_shapes
-from tstitch_export.planning.compatibility import Agreement, agree
+from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import plan_member
 from tstitch_export.planning.recipe import load_recipe
 
@@ -82,9 +82,9 @@ def test_noise_and_parametrisation_of_pipelines(tmp_path: Path) -> None:
     def check(large: Path, kind: type[Exception], words: str) -> None:
         refuse(recipe, kind, words, tmp_path / "out", members={"small": plain, "large": large})
 
-    def planned(large: Path) -> Agreement:
+    def planned(large: Path) -> PairConventions:
         spec, base = load_recipe(recipe)
-        return agree(
+        return reconcile(
             spec,
             [plan_member(n, spec, base, path, {}, "fp32") for n, path in (("small", plain), ("large", large))],
             {},

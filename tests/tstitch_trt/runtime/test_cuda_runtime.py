@@ -26,7 +26,7 @@ from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, NotFinite, UnknownName
 from tstitch_trt import Runtime
-from tstitch_trt.runtime.trajectory import Walk
+from tstitch_trt.runtime.trajectory import Trajectory
 
 
 class LateEngine(Engine):
@@ -162,15 +162,15 @@ def test_chunks_are_enqueued_before_the_first_is_waited_for(
     gpu = load()
     gpu.sample(n=8, steps=2, fraction=0.5)
     launched: list[int] = []
-    collect = Walk.collect
+    collect = Trajectory.collect
 
-    def watched(walk: Walk, done: Any) -> Any:
+    def watched(walk: Trajectory, done: Any) -> Any:
         launched.append(gpu.device.calls["graph launch"] - start["graph launch"])
         return collect(walk, done)
 
     start = gpu.device.calls.copy()
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "collect", watched)
+        patch.setattr(Trajectory, "collect", watched)
         ours = gpu.sample(n=21, steps=4, fraction=0.5, solver="ddpm")
     assert launched == [8, 12, 12]  # three chunks of four steps: each is collected after the next was enqueued
     theirs = cpu.sample(n=21, steps=4, fraction=0.5, solver="ddpm")

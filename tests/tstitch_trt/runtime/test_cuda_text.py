@@ -80,7 +80,7 @@ def load(machine: Machine, bundle: Bundle) -> Callable[..., Runtime]:
     def make(**options: Any) -> Runtime:
         device = open_device("cuda")
         assert isinstance(device, CudaDevice)
-        decoding = device.beside()
+        decoding = device.with_own_stream()
         backend, engines = open_backend("onnxruntime"), {}
         for name, network in bundle.manifest.networks().items():
             record = network.engines[0]

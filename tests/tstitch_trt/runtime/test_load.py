@@ -16,7 +16,7 @@ from support.command import Command, refused
 from support.tiny import TinyPair
 from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import open_bundle
-from tstitch_engines.compile.select import check_wishes
+from tstitch_engines.compile.select import check_load_options
 from tstitch_engines.errors import BadInput, Unavailable
 
 needs_rtx = pytest.mark.skipif(
@@ -76,10 +76,10 @@ def test_threads_are_for_engines_on_the_cpu(name: str, copy: Path) -> None:
     opened, backend = open_bundle(copy), open_backend(name)
     record = opened.manifest.members["small"].engines[0]
     with pytest.raises(BadInput, match=rf"threads = 4 can't be honoured by the {name} engine of member 'small'"):
-        check_wishes(opened, "small", record, backend, "cuda:0", {"threads": 4})
-    check_wishes(opened, "small", record, backend, "cuda:0", {"threads": None})
+        check_load_options(opened, "small", record, backend, "cuda:0", {"threads": 4})
+    check_load_options(opened, "small", record, backend, "cuda:0", {"threads": None})
     if name != "tensorrt-rtx":
-        check_wishes(opened, "small", record, backend, "cpu", {"threads": 4})
+        check_load_options(opened, "small", record, backend, "cpu", {"threads": 4})
 
 
 @needs_rtx
@@ -89,7 +89,7 @@ def test_an_engine_that_streams_its_weights_refuses_graphs(copy: Path) -> None:
     identity = msgspec.structs.replace(record.identity, options={"weight-streaming": True})
     record = msgspec.structs.replace(record, identity=identity)
     with pytest.raises(BadInput, match=r"graph = step can't be honoured .* streams weights"):
-        check_wishes(opened, "small", record, backend, "cuda:0", {"graph": "step"})
+        check_load_options(opened, "small", record, backend, "cuda:0", {"graph": "step"})
 
 
 def test_every_option_of_load_is_honoured_or_refused_on_the_cpu(copy: Path) -> None:

@@ -16,13 +16,13 @@ from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_engines.spec import Range
 from tstitch_export.families import open_family
 from tstitch_trt.images.read import read_mask, read_picture
-from tstitch_trt.runtime.vae import LatentDecoder, PictureEncoder, to_pixels
+from tstitch_trt.runtime.vae import VaeDecoder, VaeEncoder, to_pixels
 
 PROFILE = {"B": Range(1, 1, 2), "H": Range(4, 16, 16), "W": Range(4, 16, 16)}
 
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LatentDecoder, PictureEncoder]:
+def vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, VaeDecoder, VaeEncoder]:
     """A tiny KL autoencoder, two pixels per latent element, engines of at most 2x16x16 latents."""
     folder = tmp_path_factory.mktemp("vae")
     model = vae_folder(folder / "vae", levels=2)
@@ -31,7 +31,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LatentDecoder, P
         family = open_family(name)
         network = export_network(family, family.inspect(folder / "vae", {}), folder / name)
         parts.append(load_part(family.role, network, folder / name, PROFILE))
-    return model, LatentDecoder(parts[0]), PictureEncoder(parts[1])
+    return model, VaeDecoder(parts[0]), VaeEncoder(parts[1])
 
 
 def latents(count: int, height: int, width: int) -> Any:

@@ -21,7 +21,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.device.step_row import ROW
-from tstitch_engines.host_call import narrow, widen
+from tstitch_engines.host_call import from_storage, to_storage
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt.verify.error import measure_error
@@ -408,10 +408,10 @@ def values() -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def test_bfloat16_is_rounded_as_pytorch_does(values: np.ndarray[Any, np.dtype[np.float32]]) -> None:
     want = torch.from_numpy(values).to(torch.bfloat16)
-    bits = narrow(values, "bfloat16")
+    bits = to_storage(values, "bfloat16")
     np.testing.assert_array_equal(bits, want.view(torch.uint16).numpy())
-    np.testing.assert_array_equal(widen(bits, "bfloat16"), want.float().numpy())
-    assert np.isnan(widen(narrow(np.array([np.nan, -np.nan], np.float32), "bfloat16"), "bfloat16")).all()
+    np.testing.assert_array_equal(from_storage(bits, "bfloat16"), want.float().numpy())
+    assert np.isnan(from_storage(to_storage(np.array([np.nan, -np.nan], np.float32), "bfloat16"), "bfloat16")).all()
 
 
 def test_errors_are_what_numpy_says_and_nan_is_never_small() -> None:

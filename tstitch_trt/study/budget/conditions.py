@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from tstitch_engines.bundle.identity import digest
-from tstitch_engines.compile.select import choose, default_backend
+from tstitch_engines.compile.select import default_backend, select_engine
 from tstitch_engines.errors import NotCalibrated
 from tstitch_trt.study.machine import Machine, describe_machine
 from tstitch_trt.study.records import Calibration
@@ -102,7 +102,7 @@ def engine_digests(bundle: Bundle, backend: str, device: str) -> dict[str, str]:
     from tstitch_engines.backends import open_backend
 
     library = open_backend(backend)
-    return {name: digest(choose(bundle, name, library, device).identity) for name in bundle.manifest.members}
+    return {name: digest(select_engine(bundle, name, library, device).identity) for name in bundle.manifest.members}
 
 
 def current_calibration(

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Turn", "usual_times"]
+__all__ = ["Slot", "usual_times"]
 
 _NEAR_S: Final = 0.3  # the weight of a turn is 1/e when so many seconds lie between
 _REACH_S: Final = 4 * _NEAR_S  # and none from here on
@@ -29,7 +29,7 @@ _OUTLIER: Final = 2.0  # times as long as the median of its trajectory, or as sh
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Turn(NamedTuple):
+class Slot(NamedTuple):
     """Seconds of a steady clock at which it began and ended, and the milliseconds of one run in it."""
 
     start: float
@@ -37,7 +37,7 @@ class Turn(NamedTuple):
     ms: float
 
 
-def usual_times(turns: Mapping[Key, Sequence[Turn]]) -> dict[Key, float]:
+def usual_times(turns: Mapping[Key, Sequence[Slot]]) -> dict[Key, float]:
     """Milliseconds of a run of each trajectory at the usual pace. ``turns``: at least one of each."""
     owner = np.array([index for index, those in enumerate(turns.values()) for _ in those])
     start, stop, ms = np.array([turn for those in turns.values() for turn in those], np.float64).T

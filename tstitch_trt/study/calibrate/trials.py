@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_trt.request.synthetic import stand_in_wishes
 from tstitch_trt.study.budget.predict import Kinds, kinds_of
-from tstitch_trt.study.calibrate.pace import Turn
+from tstitch_trt.study.calibrate.pace import Slot
 
 if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
@@ -63,7 +63,7 @@ class Trial:
     wishes: dict[str, Any]
     times: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[Slot] = field(default_factory=list)
     rough_ms: float = 0.0
 
     @staticmethod
@@ -92,7 +92,7 @@ class Trial:
         if keep:
             self.times += taken
             self.firsts.append(taken[0])
-            self.turns.append(Turn(start, time.perf_counter(), statistics.median(taken)))
+            self.turns.append(Slot(start, time.perf_counter(), statistics.median(taken)))
         else:
             self.rough_ms = min(taken)
 

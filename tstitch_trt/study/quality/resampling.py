@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tstitch_trt.study.records import Measure
 
-__all__ = ["LEVEL", "RESAMPLES", "Rated", "bootstrap_counts", "interval", "rated", "rated_mean", "rated_median"]
+__all__ = ["LEVEL", "RESAMPLES", "Estimate", "bootstrap_counts", "interval", "rated", "rated_mean", "rated_median"]
 
 LEVEL: Final = 0.95
 RESAMPLES: Final = 200
@@ -43,7 +43,7 @@ def interval(value: float, resampled: NDArray[np.float64], *, level: float = LEV
 
 
 @dataclass(frozen=True, eq=False)
-class Rated:
+class Estimate:
     """A value, its interval and how far each resample lies from their mean, ``[R]``.
 
     Points drawn from equal seeds are resampled alike: what they share moves both, and not their difference.
@@ -52,25 +52,25 @@ class Rated:
     measure: Measure
     moved: NDArray[np.float64]
 
-    def minus(self, other: Rated) -> tuple[float, float]:
+    def minus(self, other: Estimate) -> tuple[float, float]:
         """The difference of the values, and its standard deviation."""
         difference = self.moved - other.moved
         return self.measure.value - other.measure.value, float(difference.std(ddof=1))
 
 
-def rated(value: float, resampled: NDArray[np.float64], *, level: float = LEVEL) -> Rated:
+def rated(value: float, resampled: NDArray[np.float64], *, level: float = LEVEL) -> Estimate:
     """``value`` and its resamples ``[R]``, R >= 2."""
-    return Rated(interval(value, resampled, level=level), resampled - resampled.mean())
+    return Estimate(interval(value, resampled, level=level), resampled - resampled.mean())
 
 
-def rated_mean(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Rated:
+def rated_mean(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Estimate:
     """The mean of one value per sample, ``[N]``."""
     numbers = values.astype(np.float64)
     counts = bootstrap_counts(len(numbers), resamples, seed=seed)
     return rated(float(numbers.mean()), counts @ numbers / len(numbers), level=level)
 
 
-def rated_median(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Rated:
+def rated_median(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Estimate:
     """The median of one value per sample, ``[N]``."""
     numbers = values.astype(np.float64)
     chosen = np.random.default_rng(seed).integers(0, len(numbers), (resamples, len(numbers)))

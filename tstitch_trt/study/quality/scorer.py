@@ -31,7 +31,7 @@ from tstitch_trt.study.quality.real_images import MOST, Reference, read_referenc
 from tstitch_trt.study.quality.resampling import (
     LEVEL,
     RESAMPLES,
-    Rated,
+    Estimate,
     bootstrap_counts,
     rated,
     rated_mean,
@@ -279,7 +279,9 @@ class Scorer:
         """The value and interval of ``metric`` (by default the first). Raises ``BadInput`` for too few samples."""
         return self.rate(seen, metric, resamples=resamples, level=level).measure
 
-    def rate(self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL) -> Rated:
+    def rate(
+        self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
+    ) -> Estimate:
         """The same with its resamples, to be compared with that of as many samples from the same seeds."""
         name = metric or self.metric
         if name not in self.metrics:
@@ -288,7 +290,7 @@ class Scorer:
         if name in (*_SHARES, "fid", "lpips", "latent_error"):
             top = 1.0 if name in _SHARES else np.inf
             m = found.measure
-            found = Rated(
+            found = Estimate(
                 Measure(value=m.value, low=max(m.low, 0.0), high=float(min(m.high, top)), std=m.std), found.moved
             )
         return found
@@ -298,22 +300,22 @@ class Scorer:
         found = {name: self.measure(seen, name, resamples=resamples, level=level) for name in self.metrics}
         return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
 
-    def _fid(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+    def _fid(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
         width = features.shape[1]
         if width > _EASY_WIDTH:
             resamples = max(_LEAST_RESAMPLES, int(resamples * (_EASY_WIDTH / width) ** 2))
         counts = bootstrap_counts(len(features), resamples)
         return rated(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts), level=level)
 
-    def _kid(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+    def _kid(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
         features = thinned(features)
         counts = bootstrap_counts(len(features), resamples)
         return rated(self._kernel(features), self._kernel.resampled(features, counts), level=level)
 
-    def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+    def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
         return rated_mean(self._manifold.holds(thinned(features)), resamples=resamples, level=level)
 
-    def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Rated:
+    def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
         features, real = thinned(features), self._real
         value = float(Manifold(features).holds(real).mean())
         if len(features) < 2 * (NEIGHBOURS + 1):
@@ -325,10 +327,10 @@ class Scorer:
         halves = recall_halves(features, real, halves=min(resamples, _RECALL_HALVES), seed=0)
         return rated(value, halves, level=level)
 
-    def _psnr(self, errors: NDArray[np.float64], resamples: int, level: float) -> Rated:
+    def _psnr(self, errors: NDArray[np.float64], resamples: int, level: float) -> Estimate:
         mean = float(errors.mean())
         if mean == 0:
-            return Rated(Measure(value=np.inf, low=np.inf, high=np.inf, std=0.0), np.zeros(resamples))
+            return Estimate(Measure(value=np.inf, low=np.inf, high=np.inf, std=0.0), np.zeros(resamples))
         counts = bootstrap_counts(len(errors), resamples)
         least = errors[errors > 0].min() / len(errors)  # a resample of equal pairs alone would be infinite
         means = np.maximum(counts @ errors / len(errors), least)
@@ -441,7 +443,7 @@ def _open_clip(folder: Path, threads: int) -> Any:
     return Clip(folder, threads=threads)
 
 
-_MEASURES: Final[dict[str, Callable[[Scorer, Any, int, float], Rated]]] = {
+_MEASURES: Final[dict[str, Callable[[Scorer, Any, int, float], Estimate]]] = {
     "fid": lambda scorer, found, n, level: scorer._fid(found, n, level),
     "kid": lambda scorer, found, n, level: scorer._kid(found, n, level),
     "precision": lambda scorer, found, n, level: scorer._precision(found, n, level),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from tstitch_trt.study.quality.resampling import Rated
+from tstitch_trt.study.quality.resampling import Estimate
 
 __all__ = ["Race", "Standing", "beaten", "front", "race", "rounds"]
 
@@ -26,7 +26,7 @@ _SURE: Final = 3.0  # standard deviations: there are many comparisons
 class Standing:
     """The last value of a candidate, of ``samples``. ``dropped``: before the end."""
 
-    rated: Rated
+    rated: Estimate
     samples: int
     dropped: bool
 
@@ -64,7 +64,7 @@ def front(points: Sequence[tuple[float, float]], *, higher: bool = False) -> lis
     return inside
 
 
-def beaten(cost: float, rated: Rated, others: Sequence[tuple[float, Rated]], *, higher: bool = False) -> bool:
+def beaten(cost: float, rated: Estimate, others: Sequence[tuple[float, Estimate]], *, higher: bool = False) -> bool:
     """Whether one of ``others`` costs no more and is better by more than chance leaves open."""
     for other_cost, other in others:
         if other_cost <= cost:
@@ -77,7 +77,7 @@ def beaten(cost: float, rated: Rated, others: Sequence[tuple[float, Rated]], *, 
 def race(
     costs: Mapping[K, float],
     counts: Sequence[int],
-    rate: Callable[[Sequence[K], int], Mapping[K, Rated] | None],
+    rate: Callable[[Sequence[K], int], Mapping[K, Estimate] | None],
     *,
     higher: bool = False,
 ) -> Race[K]:

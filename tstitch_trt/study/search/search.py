@@ -17,7 +17,7 @@ from tstitch_trt.study.budget import current_calibration, predict_ms
 from tstitch_trt.study.evaluate.evaluate import Request, prompts_for
 from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.quality import Scorer, check_metrics
-from tstitch_trt.study.quality.resampling import Rated
+from tstitch_trt.study.quality.resampling import Estimate
 from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchPoint
 from tstitch_trt.study.search.candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
 from tstitch_trt.study.search.draw import Samples
@@ -119,7 +119,7 @@ def search(
     counts = rounds(samples, drawing.chunk)
     by_key = {c.key: c for c in field}
 
-    def rate(keys: Sequence[str], count: int) -> Mapping[str, Rated] | None:
+    def rate(keys: Sequence[str], count: int) -> Mapping[str, Estimate] | None:
         running = [by_key[key] for key in keys]
         work_done.round(len(running), count, counts)
         if not drawing.fill(running, count, whatever=count == counts[0]):

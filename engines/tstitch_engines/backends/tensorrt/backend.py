@@ -99,7 +99,7 @@ class TensorRtBackend(Backend):
         on_gpu = parse_device(device)[0] == "cuda"
         check_plan(self.flavour, self.version(), path, _capability(self.arch(device)) if on_gpu else None)
 
-    def here(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
+    def current_identity(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
         """A TensorRT-RTX plan is for every GPU it lists; TensorRT's are as compatible as they were asked to be."""
         version, options = self.version(), identity.options
         if self.flavour.compiles_without_gpu:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.folder import read_json
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 
 __all__ = ["ClipTokenizer", "read_tokenizer"]
 
@@ -49,7 +49,7 @@ class ClipTokenizer:
 
     def write(self, path: Path) -> None:
         """Writes ``tokenizer.json``. Encoding with special tokens puts begin and end around the text; no padding."""
-        tokenizers = need("tokenizers", "a bundle with a text encoder")
+        tokenizers = require("tokenizers", "a bundle with a text encoder")
         normalizers, pre, processors = tokenizers.normalizers, tokenizers.pre_tokenizers, tokenizers.processors
         try:
             model = tokenizers.models.BPE(

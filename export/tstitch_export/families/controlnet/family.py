@@ -22,7 +22,7 @@ from tstitch_export.families.unet.config import UNetConfig
 from tstitch_export.families.unet.family import latent_dims, random_inputs, residual_specs, residual_text, text_specs
 from tstitch_export.families.unet.sdxl import sdxl_text
 from tstitch_export.families.unet.source import Source, read_diffusers
-from tstitch_export.needs import need, need_torch
+from tstitch_export.needs import need_torch, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,7 +91,7 @@ class ControlNetFamily(Family):
     def load(self, inspection: Inspection) -> nn.Module:
         assert isinstance(inspection, ControlNetInspection)
         need_torch("exporting a ControlNet")
-        diffusers = need("diffusers", f"the ControlNet {inspection.path.name}")
+        diffusers = require("diffusers", f"the ControlNet {inspection.path.name}")
         from tstitch_export.families.unet.model import ControlNet, assemble
 
         name = inspection.path.name

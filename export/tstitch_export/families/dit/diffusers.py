@@ -18,7 +18,7 @@ from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import looks_like
 from tstitch_export.families.base import Inspection
 from tstitch_export.families.dit.layout import published_name
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +98,7 @@ def inspect(path: Path, heads: int | None) -> Inspection:
 
 def load(inspection: Inspection) -> nn.Module:
     """diffusers' module behind the member signature."""
-    diffusers = need("diffusers", f"the diffusers folder {inspection.path.name}")
+    diffusers = require("diffusers", f"the diffusers folder {inspection.path.name}")
     from torch import Tensor, nn
 
     class Member(nn.Module):

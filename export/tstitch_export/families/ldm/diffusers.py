@@ -16,7 +16,7 @@ from tstitch_export.checkpoint.folder import describe_folder, files_of, read_jso
 from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import looks_like
 from tstitch_export.families.base import Inspection
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,7 +90,7 @@ def inspect(path: Path) -> Inspection:
 
 def load(inspection: Inspection) -> tuple[nn.Module, nn.Embedding | None]:
     """diffusers' module as ``(sample, timestep, context or labels)``, and the table of the tokens if it has one."""
-    diffusers = need("diffusers", f"the diffusers folder {inspection.path.name}")
+    diffusers = require("diffusers", f"the diffusers folder {inspection.path.name}")
     from torch import Tensor, nn
 
     from tstitch_export.families.ldm.model import embedding

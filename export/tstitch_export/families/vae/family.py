@@ -22,7 +22,7 @@ from tstitch_export.checkpoint.folder import describe_folder, files_of, read_jso
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
 from tstitch_export.families.options import typed
 from tstitch_export.families.vae.layout import PREFIX, config_from_shapes, diffusers_names, diffusers_tensor, modern
-from tstitch_export.needs import need
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -204,7 +204,7 @@ def _prefix(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _load(inspection: Inspection) -> Any:
-    diffusers = need("diffusers", f"the autoencoder {inspection.path.name}")
+    diffusers = require("diffusers", f"the autoencoder {inspection.path.name}")
     import torch
 
     weights = inspection.files[-1]

@@ -300,7 +300,7 @@ def test_where_tensorrt_s_engines_run(
     backend = cast(TensorRtBackend, open_backend("tensorrt"))
     monkeypatch.setattr(backend, "version", lambda: "10.16.1.11")
     stored = identity(version, arch, **options)
-    assert (backend.here(stored, here) == stored) == runs
+    assert (backend.current_identity(stored, here) == stored) == runs
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tstitch_trt.study.calibrate.pace import Turn, usual_times
+from tstitch_trt.study.calibrate.pace import Slot, usual_times
 
 TIMES = {"a": 20.0, "b": 55.0, "c": 130.0, "d": 400.0, "e": 90.0}  # ms
 
 
-def turns_of(rng: np.random.Generator, pace: NDArray[np.float64], *, each: int = 20) -> dict[str, list[Turn]]:
+def turns_of(rng: np.random.Generator, pace: NDArray[np.float64], *, each: int = 20) -> dict[str, list[Slot]]:
     """Each ``each`` times in a random order, one turn after another. ``pace``: of each 10 ms; 5 % of noise besides."""
     names = rng.permutation([name for name in TIMES for _ in range(each)])
-    found: dict[str, list[Turn]] = {name: [] for name in TIMES}
+    found: dict[str, list[Slot]] = {name: [] for name in TIMES}
     now = 0.0
     for name in names:
         ms = TIMES[name] * pace[int(now * 100)] * np.exp(0.05 * rng.standard_normal())
-        found[name].append(Turn(now, now + ms / 1e3, ms))
+        found[name].append(Slot(now, now + ms / 1e3, ms))
         now += ms / 1e3
     return found
 
@@ -78,11 +78,11 @@ def test_an_outlier_does_not_count() -> None:
 @pytest.mark.parametrize(
     "turns",
     [
-        {"a": [Turn(0, 1, 7.0)]},
-        {"a": [Turn(0, 1, 7.0)], "b": [Turn(1, 2, 5.0)]},
-        {"a": [Turn(5, 6, 7.0)], "b": [Turn(100, 101, 5.0), Turn(1, 2, 5.0)]},  # in any order, far from one another
-        {"a": [Turn(0, 1, 2.0), Turn(10, 11, 19.0)], "b": [Turn(30, 31, 5.0)]},  # the second is far out
+        {"a": [Slot(0, 1, 7.0)]},
+        {"a": [Slot(0, 1, 7.0)], "b": [Slot(1, 2, 5.0)]},
+        {"a": [Slot(5, 6, 7.0)], "b": [Slot(100, 101, 5.0), Slot(1, 2, 5.0)]},  # in any order, far from one another
+        {"a": [Slot(0, 1, 2.0), Slot(10, 11, 19.0)], "b": [Slot(30, 31, 5.0)]},  # the second is far out
     ],
 )
-def test_few_turns_are_what_they_are(turns: dict[str, list[Turn]]) -> None:
+def test_few_turns_are_what_they_are(turns: dict[str, list[Slot]]) -> None:
     assert usual_times(turns) == pytest.approx({name: those[0].ms for name, those in turns.items()})

@@ -16,7 +16,7 @@ from support.hand_made_parts import World
 from support.tiny_families import clip_tokenizer_folder, clip_vocabulary
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.quiet import quiet
+from tstitch_engines.quiet import silence_output
 from tstitch_trt.study.evaluate.evaluate import Request, evaluate
 from tstitch_trt.study.quality import Scorer
 from tstitch_trt.study.quality.clip import Clip, normalised
@@ -105,7 +105,7 @@ def test_a_pair_of_networks_is_given_pictures_of_its_size_and_77_tokens(folder: 
 
     torch.manual_seed(1)
     image, text = ImageNet().eval(), TextNet().eval()
-    with quiet():
+    with silence_output():
         torch.onnx.export(
             image, (torch.zeros(1, 3, SIDE, SIDE),), str(tmp_path / "image.onnx"), dynamo=False, input_names=["x"],
             dynamic_axes={"x": {0: "N"}},

@@ -26,9 +26,9 @@ def script(folder: Path, module: nn.Module, name: str = "net.pt") -> Path:
 
 
 def onnx_file(folder: Path, module: nn.Module, *example: torch.Tensor, name: str = "net.onnx", **options: Any) -> Path:
-    from tstitch_engines.quiet import quiet
+    from tstitch_engines.quiet import silence_output
 
-    with quiet():
+    with silence_output():
         torch.onnx.export(module, example, str(folder / name), dynamo=False, **options)
     return folder / name
 

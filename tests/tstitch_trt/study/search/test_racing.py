@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from support.manifests import manifest, member
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_trt.study.quality.resampling import Rated, rated
+from tstitch_trt.study.quality.resampling import Estimate, rated
 from tstitch_trt.study.search.candidates import FRACTIONS, KINDS, candidates, chosen, usual_steps
 from tstitch_trt.study.search.racing import beaten, front, race, rounds
 from tstitch_trt.study.settings import plan_of
@@ -43,7 +43,7 @@ def test_what_is_not_in_the_front_is_beaten_by_what_is(field: list[tuple[float, 
         assert is_in or any(dominates(other, point, higher=higher) for other in best)
 
 
-def scored(value: float, moves: NDArray[np.float64]) -> Rated:
+def scored(value: float, moves: NDArray[np.float64]) -> Estimate:
     return rated(value, value + moves)
 
 
@@ -75,7 +75,7 @@ class Known:
         self.rng = np.random.default_rng(seed)
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, keys: Sequence[int], count: int) -> dict[int, Rated]:
+    def __call__(self, keys: Sequence[int], count: int) -> dict[int, Estimate]:
         self.asked += [(key, count) for key in keys]
         reach = 8.0 / count
         return {
