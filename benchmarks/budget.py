@@ -27,7 +27,7 @@ import tstitch_trt
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, NotCalibrated, TStitchError
 from tstitch_trt.files import write_text
-from tstitch_trt.progress import log, progress
+from tstitch_trt.progress import log, progress_bar
 from tstitch_trt.study.budget import Conditions, calibrate, current_calibration, predict_ms
 from tstitch_trt.study.calibrate.warm_up import warm_up
 from tstitch_trt.study.machine import describe_machine
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         done: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
         if done:
             log(f"going on after {len(done)} of {args.runs} runs")
-        with progress("sampling", args.runs, counted="runs") as bar:
+        with progress_bar("sampling", args.runs, counted="runs") as bar:
             for index in range(len(done), args.runs):
                 bar.update(done=index)
                 done.append(one(runtime, calibration, args, index))
@@ -84,8 +84,8 @@ def calibrated(runtime: tstitch_trt.Runtime) -> Calibration:
     except NotCalibrated as error:
         log(error.message)
     command = Conditions.here(runtime).command(runtime.bundle.root.name)
-    with progress("calibrating", 1) as bar:
-        found = calibrate(runtime, command=command, report=lambda share, text: bar.update(done=share, text=text))
+    with progress_bar("calibrating") as bar:
+        found = calibrate(runtime, command=command, progress=bar)
     save_study(runtime.bundle, found, key=Conditions.of(found).key)
     return found
 

@@ -36,6 +36,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Network, Precision
 from tstitch_engines.errors import BadInput, TStitchError, unknown_name
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import Inspection, open_family
 from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
@@ -234,7 +235,7 @@ def _compile(model: str, precision: Precision, part: str, backend: str, scratch:
         device="cpu",
         options={"compute-capabilities": "8.9"} if backend == "tensorrt-rtx" else {},
         output=output,
-        progress=lambda phase, share: None,
+        progress=silent,
     )
     return {
         "compile_seconds": round(time.perf_counter() - start, 1),

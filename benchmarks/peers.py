@@ -37,7 +37,7 @@ from tstitch_engines.errors import BadInput, FailedWork, TStitchError
 from tstitch_trt.cli._parsing import parse_fractions
 from tstitch_trt.files import write_text
 from tstitch_trt.plots.figure import check_plot
-from tstitch_trt.progress import log, progress
+from tstitch_trt.progress import log, progress_bar
 from tstitch_trt.study.machine import describe_machine, package_version
 from tstitch_trt.study.statistics import spread
 
@@ -178,7 +178,8 @@ def measure(made: Sequence[Contender], work: Work, repeats: int, path: Path) -> 
         log(f"going on after {min(len(rounds), repeats)} of {repeats} rounds in {path.parent}")
     if len(rounds) >= repeats:
         return rounds[:repeats]
-    with progress("warming up", (repeats - len(rounds) + 1) * len(made) * len(work.fractions), counted="runs") as bar:
+    walks = (repeats - len(rounds) + 1) * len(made) * len(work.fractions)
+    with progress_bar("warming up", walks, counted="runs") as bar:
         for index in range(len(rounds) - 1, repeats):
             kept = index >= len(rounds)
             order = [made[(index + i) % len(made)] for i in range(len(made))]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.progress import Progress
 from tstitch_trt.study.machine import Machine, describe_machine
 from tstitch_trt.study.quality import QualityMeter
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["FRACTIONS", "Demo", "Point", "draw", "run"]
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-Report = Callable[[int, str], object]  # images done, what is being drawn
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +50,7 @@ class Demo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(
-    runtime: Runtime, *, steps: int, samples: int, guidance: float, seed: int = 0, report: Report
+    runtime: Runtime, *, steps: int, samples: int, guidance: float, seed: int = 0, progress: Progress
 ) -> tuple[Demo, list[NDArray[np.uint8]]]:
     """Draws the same ``samples`` labels and seeds at every fraction; returns the figures and each point's images,
     uint8 ``[samples,H,W,C]``, labels going round the classes."""
@@ -68,7 +67,7 @@ def run(
     for start in range(0, samples, batch):
         part = labels[start : start + batch]
         for index, fraction in enumerate(FRACTIONS):
-            report(done, f"fraction {fraction:g}")
+            progress(f"fraction {fraction:g}", done / (samples * len(FRACTIONS)))
             drawn = runtime.sample(labels=part, seed=seed + start, steps=steps, guidance=guidance, fraction=fraction)
             assert drawn.images is not None, "the built-in pair has a decoder"
             images[index].append(drawn.images)

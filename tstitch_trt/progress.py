@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, silence elsewhere; ``NO_COLOR`` is obeyed."""
+"""Progress on stderr: a live bar on a terminal, nothing elsewhere. Obeys ``NO_COLOR``."""
 
 from __future__ import annotations
 
@@ -8,24 +8,52 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tstitch_engines.progress import Progress
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Progress", "log", "progress"]
+__all__ = ["Phases", "ProgressBar", "log", "progress_bar"]
 
 _REDRAW_SECONDS = 0.1
 
 
-class Progress:
-    """A bar with a text that counts up to a total. It is drawn by the calls that move it, at most ten times a second:
-    a drawing thread would take time from what is being measured."""
+class Phases:
+    """Turns counted work into the phase and share of a ``Progress``."""
 
-    def __init__(self, bar: Bar, task: TaskID) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.phase("", 0.0, 1.0, 1)
+
+    def phase(self, text: str, start: float, stop: float, ticks: float = 1) -> None:
+        """Begins the part of the work from share ``start`` to ``stop``, which is done after so many ticks."""
+        self._text, self._start, self._stop = text, start, stop
+        self._ticks, self._done = max(ticks, 1), 0.0
+        if text:
+            self._progress(text, start)
+
+    def tick(self, amount: float = 1, text: str = "") -> None:
+        """``amount`` ticks are done; 0 changes the text alone."""
+        self._done += amount
+        self._text = text or self._text
+        self._progress(self._text, self._start + (self._stop - self._start) * min(self._done / self._ticks, 1.0))
+
+
+class ProgressBar:
+    """A bar with a text; called with a phase and a share it is a ``Progress``.
+
+    It is drawn by the calls that move it, at most ten times a second: a thread that draws would slow what is measured.
+    """
+
+    def __init__(self, bar: RichProgress, task: TaskID) -> None:
         self._bar = bar
         self._task = task
         self._drawn = 0.0
+
+    def __call__(self, phase: str, share: float) -> None:
+        self.update(done=share, text=phase)
 
     def update(self, *, done: float | None = None, text: str | None = None, total: float | None = None) -> None:
         self._bar.update(self._task, completed=done, description=text, total=total)
@@ -43,18 +71,18 @@ class Progress:
 
 
 @contextmanager
-def progress(text: str, total: float, *, counted: str = "", logs: Sequence[str] = ()) -> Iterator[Progress]:
-    """A bar on stderr while the block runs, taken away at its end. ``counted`` names what is counted ("steps").
+def progress_bar(text: str, total: float = 1, *, counted: str = "", logs: Sequence[str] = ()) -> Iterator[ProgressBar]:
+    """A bar on stderr while the block runs, removed at its end. ``counted`` names the unit ("steps").
 
-    What the loggers named in ``logs`` say from INFO up is printed above the bar meanwhile.
+    Messages from level INFO of the loggers ``logs`` are printed above the bar.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as RichProgress
 
     console = Console(stderr=True)
     amount = (MofNCompleteColumn(), TextColumn(counted)) if counted else (TextColumn("{task.percentage:>3.0f} %"),)
-    bar = Bar(
+    bar = RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         *amount,
@@ -65,7 +93,7 @@ def progress(text: str, total: float, *, counted: str = "", logs: Sequence[str] 
         disable=not console.is_terminal,
     )
     with bar, _above(console, logs):
-        yield Progress(bar, bar.add_task(text, total=total))
+        yield ProgressBar(bar, bar.add_task(text, total=total))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import numpy as np
 from gpubench.cases import MODELS
 from gpubench.models import random_dit
 from gpubench.record import Context, Entry, NotRun, Part
+from tstitch_engines.progress import silent
 
 __all__ = ["ATTEMPTS", "Attempt", "rtx_part"]
 
@@ -131,9 +132,7 @@ def _models(folder: Path) -> dict[str, Path]:
             continue
         target.mkdir(exist_ok=True)
         with mock.patch.dict(exporter.OPSET, {"fp16": opset}):
-            exporter.export_onnx(
-                family, inspection, precision="fp16", folder=target, progress=lambda phase, share: None
-            )
+            exporter.export_onnx(family, inspection, precision="fp16", folder=target, progress=silent)
         sample, timestep, labels = family.example(inspection, batch=2, seed=0)
         feeds = {"sample": sample.half().numpy(), "timestep": timestep.numpy(), "labels": labels.numpy()}
         _answer(target, feeds)

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from tstitch_engines.backends import Progress, open_backend
+from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import (
@@ -25,6 +25,7 @@ from tstitch_engines.bundle.manifest import (
 )
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
+from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.options import typed
@@ -76,7 +77,7 @@ def build(
     Raises ``BadInput`` and its kinds before anything is built, ``BuildFailed`` when an export or a compilation fails
     or the disk is full, ``Unavailable`` when a library is missing.
     """
-    report = progress or (lambda phase, share: None)
+    report = progress or silent
     opened = open_backend(backend)
     plan = plan_bundle(
         recipe,

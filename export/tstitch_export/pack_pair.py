@@ -19,6 +19,7 @@ from pathlib import Path
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Member, Source
 from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.progress import silent
 from tstitch_export.build import versions_of
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
@@ -44,7 +45,7 @@ def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) ->
     onnx = require("onnx", "packing a pair")
     graph = out / f"{name}.onnx"
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(family, inspection, precision="fp32", folder=Path(folder), progress=lambda phase, share: None)
+        export_onnx(family, inspection, precision="fp32", folder=Path(folder), progress=silent)
         model = onnx.load(Path(folder) / GRAPH)
     refer_to_safetensors(model, weights)
     graph.write_bytes(model.SerializeToString(deterministic=True))

@@ -8,6 +8,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Backend
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Network, Precision
 from tstitch_engines.device.open import open_device
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import Family, Inspection
 from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
@@ -19,7 +20,7 @@ __all__ = ["compile_part", "export_network", "load_part"]
 def export_network(family: Family, found: Inspection, folder: Path, *, precision: Precision = "fp32") -> Network:
     """Exports into the new ``folder``."""
     folder.mkdir(parents=True)
-    export_onnx(family, found, precision=precision, folder=folder, progress=lambda phase, share: None)
+    export_onnx(family, found, precision=precision, folder=folder, progress=silent)
     return Network(
         family=family.name,
         precision=precision,
@@ -40,7 +41,7 @@ def compile_part(backend: Backend, network: Network, folder: Path, profile: dict
         device="cpu",
         options={},
         output=folder / f"{len(list(folder.iterdir()))}{backend.engine_suffix}",
-        progress=lambda phase, share: None,
+        progress=silent,
     )[0]
 
 

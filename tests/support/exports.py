@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import Network, Precision
+from tstitch_engines.progress import silent
 from tstitch_export.families.base import Scalar
 from tstitch_export.onnx_export.network import exported_network, exported_program
 from tstitch_export.planning.network import NetworkPlan, plan_part
@@ -23,7 +24,7 @@ def network_plan(
 
 def onnx_of(plan: NetworkPlan, folder: Path) -> Network:
     """Written below ``folder``; the check and the files are in the record."""
-    return exported_network(plan, folder, cache=Cache(), report=lambda phase, share: None)[0]
+    return exported_network(plan, folder, cache=Cache(), report=silent)[0]
 
 
 def graph_of(network: Network, folder: Path) -> Path:
@@ -33,4 +34,4 @@ def graph_of(network: Network, folder: Path) -> Path:
 
 def program_of(plan: NetworkPlan) -> Path:
     """The ``torch.export`` archive."""
-    return exported_program(plan, cache=Cache(), report=lambda phase, share: None)
+    return exported_program(plan, cache=Cache(), report=silent)

@@ -12,6 +12,7 @@ import msgspec
 from tstitch_engines.backends.tensorrt import TensorRtBackend
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Member
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
 from tstitch_export.planning.shipped import read_shipped
 
@@ -42,7 +43,7 @@ def compile_member(
         device=device,
         options=options or {},
         output=output,
-        progress=progress or (lambda phase, share: None),
+        progress=progress or (silent),
     )
     return made
 

@@ -14,7 +14,7 @@ Warm-up runs are excluded. Times are milliseconds; a trajectory's is that of its
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput, OutOfProfile
+from tstitch_engines.progress import Progress, silent
 from tstitch_trt.runtime.step_graphs import GraphState
 from tstitch_trt.study.machine import Machine, describe_machine, peak_memory
 from tstitch_trt.study.statistics import spread
@@ -39,8 +40,6 @@ __all__ = ["Baseline", "BaselineTiming", "Bench", "BudgetTiming", "MemberTiming"
 FORMULA = "predicted_ms = sum over the steps of step_ms of the member (guided or not) that runs at that step"
 
 _SETTLE_SECONDS = 0.05  # an engine's threads spin for a while after its last call and would slow the baseline
-
-Report = Callable[[float, str], object]  # share done in 0..1, what is being measured
 
 
 class MemberTiming(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,7 +157,7 @@ def measure(
     warmup: int = 1,
     threads: int = 0,
     baseline: Baseline | None = None,
-    report: Report = lambda share, text: None,
+    progress: Progress = silent,
     **settings: Any,
 ) -> Bench:
     """Measures ``runtime`` at each fraction; ``settings`` are those of ``Runtime.plan``.
@@ -192,21 +191,21 @@ def measure(
     ]
     differences: list[float] = []
     if baseline is not None:
-        report(0.0, f"comparing latents with {baseline.name}")
+        progress(f"comparing latents with {baseline.name}", 0.0)
         baseline.tune(plans[0], runs[0].noise, runs[0].labels)
         differences = [run.compare(baseline) for run in runs]
     rounds = warmup + repeats
     for index in range(rounds):
         for number, run in enumerate(runs):
             share = (index + number / len(runs)) / rounds
-            report(share, f"round {index + 1} of {rounds}: fraction {run.fraction:g}")
+            progress(f"round {index + 1} of {rounds}: fraction {run.fraction:g}", share)
             run.round(baseline, keep=index >= warmup)
 
     members = _members(runtime, runs, size, repeats=repeats)
     by_kind = {(m.name, m.guided): m.step_ms for m in members}
     kernels = runtime.time_step_kernels(size, guided=any(plans[0].guided), repeats=100)
     trajectories = tuple(run.timing(by_kind) for run in runs)
-    report(1.0, "done")
+    progress("done", 1.0)
     return Bench(
         bundle=runtime.manifest.name,
         backend=runtime.backend_name,

@@ -79,11 +79,11 @@ def load_runtime(
 ) -> Runtime:
     """The runtime of ``runtime_options``; with ``rebuild`` under a progress bar."""
     import tstitch_trt
-    from tstitch_trt.progress import progress
+    from tstitch_trt.progress import progress_bar
 
     if not rebuild:
         return tstitch_trt.load(bundle, device=device, backend=backend, threads=threads, graph=graph)
-    with progress("checking engines", 1, logs=("tstitch_engines", "tstitch_trt")) as bar:
+    with progress_bar("checking engines", logs=("tstitch_engines", "tstitch_trt")) as bar:
         return tstitch_trt.load(
             bundle,
             device=device,
@@ -91,7 +91,7 @@ def load_runtime(
             threads=threads,
             graph=graph,
             rebuild=True,
-            progress=lambda phase, share: bar.update(done=share, text=phase),
+            progress=bar,
         )
 
 

@@ -74,7 +74,7 @@ def command(
     from tstitch_trt.bench.bench import measure
     from tstitch_trt.cli._parsing import parse_fractions
     from tstitch_trt.plots.figure import check_plot, plot_bench
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
 
     budgets = parse_budgets(budget_ms)
     points = parse_fractions(fractions or "0:1:0.25") if fractions or not budgets else ()
@@ -88,7 +88,7 @@ def command(
             from tstitch_trt.bench.torch_eager import EagerTorch
 
             baseline = EagerTorch.of(runtime.bundle, threads=runtime.threads)
-        with progress("warming up", 1) as bar:
+        with progress_bar("warming up") as bar:
             result = measure(
                 runtime,
                 fractions=points,
@@ -98,7 +98,7 @@ def command(
                 warmup=warmup,
                 threads=runtime.threads,
                 baseline=baseline,
-                report=lambda share, text: bar.update(done=share, text=text),
+                progress=bar,
                 **settings,
             )
     finally:

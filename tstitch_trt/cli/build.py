@@ -12,8 +12,8 @@ from tstitch_trt.cli._command import Command, json_option, traceback_option
 from tstitch_trt.cli._options import lora_texts
 
 if TYPE_CHECKING:
-    from tstitch_engines.backends import Progress
     from tstitch_engines.bundle.manifest import Manifest, Precision
+    from tstitch_engines.progress import Progress
     from tstitch_engines.spec import Range
 
 __all__ = ["command"]
@@ -172,16 +172,12 @@ def command(
                 )
 
     from tstitch_trt.cli._text import print_json, size
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
 
-    with progress(f"building {source}", 1, logs=("tstitch_engines", "tstitch_export")) as bar:
-
-        def report(phase: str, share: float) -> None:
-            bar.update(done=share, text=phase)
-
+    with progress_bar(f"building {source}", logs=("tstitch_engines", "tstitch_export")) as bar:
         if from_bundle:
             ranges = {"batch": profile, **ranges}
-            manifest = _recompile(Path(source), backend, device, ranges, chosen, output, fresh, report)
+            manifest = _recompile(Path(source), backend, device, ranges, chosen, output, fresh, bar)
         else:
             from tstitch_export.build import build
 
@@ -197,7 +193,7 @@ def command(
                 device=device,
                 options={**chosen, **{f"{name}.lora": text for name, text in lora_texts(loras).items()}},
                 fresh=fresh,
-                progress=report,
+                progress=bar,
             )
     if as_json:
         import msgspec
@@ -218,7 +214,7 @@ def _recompile(
     options: dict[str, str],
     output: Path | None,
     fresh: bool,
-    report: Progress,
+    progress: Progress,
 ) -> Manifest:
     from tstitch_engines.backends import open_backend
     from tstitch_engines.bundle.bundle import open_bundle
@@ -239,7 +235,7 @@ def _recompile(
         options=settings,
         output=output,
         fresh=fresh,
-        progress=report,
+        progress=progress,
     ).manifest
 
 

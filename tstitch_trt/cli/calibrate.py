@@ -71,7 +71,7 @@ def command(
     """
     from tstitch_trt.cli._parsing import parse_numbers
     from tstitch_trt.plots.figure import check_plot, plot_calibration
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.budget import Conditions, calibrate
     from tstitch_trt.study.store import save_study
 
@@ -81,7 +81,7 @@ def command(
     runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
     try:
         sizes = None if size is None else _sizes(runtime, size)
-        with progress("warming up", 1) as bar:
+        with progress_bar("warming up") as bar:
             found = calibrate(
                 runtime,
                 batches=batches,
@@ -90,7 +90,7 @@ def command(
                 checks=checks,
                 seed=seed,
                 command=_again(batch, size, repeats, checks, seed, Conditions.here(runtime).command(bundle.name)),
-                report=lambda share, text: bar.update(done=share, text=text),
+                progress=bar,
             )
         file = save_study(runtime.bundle, found, key=Conditions.of(found).key)
     finally:

@@ -60,10 +60,10 @@ def command(
     Needs no GPU, no torch and no network. Rows of the grid are shares of the steps on the small member, columns the
     ten classes; all rows start from the same noise. The table has the time and the quality of each row.
     """
-    from tstitch_trt.demo import FRACTIONS, draw, run
+    from tstitch_trt.demo import draw, run
     from tstitch_trt.images.grid import save_png
     from tstitch_trt.images.write import METADATA_KEY, kind_of
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
 
     if kind_of(output) != "png":
         from tstitch_engines.errors import BadInput
@@ -78,15 +78,14 @@ def command(
     place = _bundle(bundle)
     runtime = tstitch_trt.load(place, threads=threads)
     try:
-        total = samples * len(FRACTIONS)
-        with progress("drawing", total, counted="images") as bar:
+        with progress_bar("drawing") as bar:
             figures, pictures = run(
                 runtime,
                 steps=steps,
                 samples=samples,
                 guidance=runtime.manifest.defaults.guidance if guidance is None else guidance,
                 seed=seed,
-                report=lambda done, text: bar.update(done=done, text=text),
+                progress=bar,
             )
         image = draw(figures, pictures, runtime.manifest.conditioning.names)
     finally:
@@ -106,13 +105,13 @@ def _bundle(wanted: Path | None) -> Path:
     """The built-in pair's bundle, built or brought up to date. Unchanged parts come from the cache."""
     from tstitch_engines.bundle.cache import default_root
     from tstitch_export.build import build
-    from tstitch_trt.progress import progress
+    from tstitch_trt.progress import progress_bar
     from tstitch_trt.study.machine import version
 
     place = wanted or default_root() / f"fashion-{version()}.bundle"
     place.parent.mkdir(parents=True, exist_ok=True)
-    with progress("building the built-in pair", 1) as bar:
-        build("fashion", output=place, progress=lambda phase, share: bar.update(done=share, text=phase))
+    with progress_bar("building the built-in pair") as bar:
+        build("fashion", output=place, progress=bar)
     return place
 
 

@@ -131,7 +131,7 @@ def command(
     from tstitch_trt.cli._parsing import parse_pairs
     from tstitch_trt.files import read_lines, require_parent
     from tstitch_trt.plots.figure import check_plot
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.evaluate.claim import claims_of
     from tstitch_trt.study.evaluate.evaluate import Request, evaluate, prompts_for
     from tstitch_trt.study.quality import NetworkOptions, Scorer
@@ -165,7 +165,7 @@ def command(
         settings = _settings(manifest, fractions, orders, schedules, steps, solver, guidance)
         for note in scorer.notes(samples):
             log(f"note: {note}")
-        with _resumable(), progress("drawing", len(settings) * samples, counted="pictures") as bar:
+        with _resumable(), progress_bar("drawing") as bar:
             found = evaluate(
                 runtime,
                 scorer,
@@ -178,7 +178,7 @@ def command(
                 resamples=resamples,
                 threads=runtime.threads,
                 command=command_line(click.get_current_context()),
-                report=lambda done, total, text: bar.update(done=done, total=total, text=text),
+                progress=bar,
             )
         record = save_study(runtime.bundle, found, key=found.key)
     log(f"record: {record}")

@@ -68,7 +68,7 @@ def command(
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
     from tstitch_trt.plots.figure import check_plot
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.divergence.divergence import profile, profile_solver
     from tstitch_trt.study.store import save_study
 
@@ -81,7 +81,7 @@ def command(
         chosen = profile_solver(runtime.manifest, solver)
         if solver is None and chosen != usual:
             log(f"the bundle's own solver {usual} has a memory and can't be entered in the middle; using {chosen}")
-        with progress("profiling", 1) as bar:
+        with progress_bar("profiling") as bar:
             study = profile(
                 runtime,
                 samples=samples,
@@ -92,7 +92,7 @@ def command(
                 guidance=guidance,
                 prompts=texts,
                 command=command_line(click.get_current_context()),
-                report=lambda share, text: bar.update(done=share, text=text),
+                progress=bar,
             )
         place = save_study(runtime.bundle, study)
     finally:

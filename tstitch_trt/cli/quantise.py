@@ -109,10 +109,10 @@ def command(
     """
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
-    from tstitch_trt.progress import progress
+    from tstitch_trt.progress import progress_bar
     from tstitch_trt.quantise.quantise import quantise
 
-    with progress(f"quantising {member}", 1, logs=("tstitch_engines", "tstitch_export", "tstitch_trt")) as bar:
+    with progress_bar(f"quantising {member}", logs=("tstitch_engines", "tstitch_export", "tstitch_trt")) as bar:
         manifest = quantise(
             bundle,
             member=member,
@@ -129,7 +129,7 @@ def command(
             keep=keep,
             prompts=[*prompt, *([] if prompts_file is None else read_lines(prompts_file, option="--prompts"))],
             threads=threads,
-            report=lambda share, text: bar.update(done=share, text=text),
+            progress=bar,
         )
     done = manifest.members[member]
     if as_json:

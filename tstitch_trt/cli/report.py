@@ -167,14 +167,14 @@ def _asked(
 
 
 def _draw(runtime: Any, points: tuple[float, ...], pictures: dict[str, Any], settings: dict[str, Any]) -> Samples:
-    from tstitch_trt.progress import progress
+    from tstitch_trt.progress import progress_bar
     from tstitch_trt.report.samples import draw_samples
 
-    with progress("drawing", 1) as bar:
+    with progress_bar("drawing") as bar:
         return draw_samples(
             runtime,
             fractions=points,
             pictures=pictures,
             settings=settings,
-            report=lambda share, text: bar.update(done=share, text=text),
+            progress=bar,
         )

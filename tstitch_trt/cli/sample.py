@@ -126,7 +126,7 @@ def command(
     from tstitch_trt.cli._parsing import parse_interval, parse_numbers
     from tstitch_trt.files import load_array, require_parent, save_array
     from tstitch_trt.images.write import kind_of, write_images
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.calibrate.warm_up import warm_up
 
     if trajectory["fraction"] is not None and trajectory["schedule"] is not None:
@@ -177,7 +177,7 @@ def command(
             budget = runtime.within_budget(budgets[0], **asked)
             log(str(budget))
             warm_up(runtime, budget)
-        with progress("sampling", 1, counted="steps") as bar:
+        with progress_bar("sampling", counted="steps") as bar:
             result = runtime.sample(
                 decode=target is not None,
                 tile=tile,

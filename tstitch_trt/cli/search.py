@@ -113,7 +113,7 @@ def command(
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
     from tstitch_trt.plots.figure import check_plot
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.quality import NetworkOptions, Scorer
     from tstitch_trt.study.search.search import check_search, search, usual_metric
     from tstitch_trt.study.store import save_study
@@ -127,7 +127,7 @@ def command(
         check_plot(plot)
     with (
         load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild) as runtime,
-        progress("searching", 1) as bar,
+        progress_bar("searching") as bar,
     ):
         scorer = Scorer.of(
             runtime.bundle,
@@ -154,7 +154,7 @@ def command(
             trials=trials,
             budget_s=None if budget_minutes is None else 60 * budget_minutes,
             command=command_line(click.get_current_context()),
-            report=lambda share, text: bar.update(done=share, text=text),
+            progress=bar,
         )
         place = save_study(runtime.bundle, study)
     if plot is not None:

@@ -96,13 +96,13 @@ def command(
     """
     from tstitch_trt.cli._parsing import parse_pairs
     from tstitch_trt.cli._text import print_json
-    from tstitch_trt.progress import log, progress
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.verify.verify import verify
 
     names = None if members is None else [part.strip() for part in members.split(",") if part.strip()]
     sources = parse_pairs(checkpoints, option="--member", value="CHECKPOINT")
     sources |= parse_pairs(parts, option="--part", value="CHECKPOINT")
-    with progress("verifying", 1, logs=("tstitch_engines", "tstitch_trt") if rebuild else ()) as bar:
+    with progress_bar("verifying", logs=("tstitch_engines", "tstitch_trt") if rebuild else ()) as bar:
         result = verify(
             bundle,
             backend=backend,
@@ -113,7 +113,7 @@ def command(
             device=device,
             checkpoints={name: Path(path) for name, path in sources.items()},
             rebuild=rebuild,
-            report=lambda share, text: bar.update(done=share, text=text),
+            progress=bar,
         )
     if as_json:
         print_json(result)

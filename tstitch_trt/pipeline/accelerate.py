@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +13,7 @@ from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle
 from tstitch_engines.bundle.files import remove_stale, temporary_directory
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable
+from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
 from tstitch_trt.pipeline.checkpoint import (
@@ -62,7 +63,7 @@ def accelerate(
     cache: str | Path | None = None,
     fresh: bool = False,
     threads: int | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> AcceleratedPipeline:
     """T-Stitch for a diffusers pipeline: ``small`` takes the early steps, the pipeline's own UNet the late ones.
 
@@ -193,21 +194,15 @@ def _build(
     settings: Mapping[str, Any],
     output: Path,
     fresh: bool,
-    progress: Callable[[str, float], None] | None,
+    progress: Progress | None,
 ) -> None:
     from tstitch_export.build import build
-    from tstitch_trt.progress import progress as progress_bar
+    from tstitch_trt.progress import progress_bar
 
     remove_stale(output.parent, _STAGING)
     shown = nullcontext() if progress else progress_bar("accelerating", 1, logs=("tstitch_engines", "tstitch_export"))
     with temporary_directory(output.parent, _STAGING) as staging, shown as bar:
-
-        def report(phase: str, share: float) -> None:
-            if progress is not None:
-                progress(phase, share)
-            elif bar is not None:
-                bar.update(done=share, text=phase)
-
+        report = progress or bar or silent
         report("saving the pipeline", 0.0)
         parts = save_large(pipe, staging / "large")
         first = save_small(small, pipe, staging / "large", staging / "small")

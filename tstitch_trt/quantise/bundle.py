@@ -15,6 +15,7 @@ from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.reference.recorder import needs_widening
 
@@ -52,7 +53,7 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
                 staging,
                 kind="member",
                 previous=None,
-                report=lambda phase, share: None,
+                report=silent,
             ),
         )
     else:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -28,6 +28,8 @@ from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
 from tstitch_engines.bundle.weights import WEIGHTS
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
+from tstitch_engines.progress import Progress, silent
+from tstitch_trt.progress import Phases
 from tstitch_trt.quantise.bundle import assemble
 from tstitch_trt.quantise.calibration_plan import Calibration, plan_calibration
 from tstitch_trt.reference.member_inputs import Trajectories, group_levels, pick_rows
@@ -36,8 +38,6 @@ from tstitch_trt.reference.recorder import widen_graph
 __all__ = ["loss_of", "quantise", "relative"]
 
 _GROUPS: Final = 10  # of noise levels in the report, at most
-
-Report = Callable[[float, str], object]  # share done in 0..1, what is being done
 
 
 def quantise(
@@ -57,7 +57,7 @@ def quantise(
     keep: Sequence[str] = (),
     prompts: Sequence[str] = (),
     threads: int = 0,
-    report: Report = lambda share, text: None,
+    progress: Progress = silent,
 ) -> Manifest:
     """Writes ``bundle`` with ``member`` quantised to the new bundle ``output`` and returns its manifest.
 
@@ -100,7 +100,7 @@ def quantise(
     wanted = {"steps": steps, "solver": solver, "guidance": guidance}
     walk = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
     ask = _Ask(mode, calibration, high_precision, tuple(keep), samples, seed)
-    return write_bundle(place, _Work(opened, member, ask, walk, threads, report).fill).manifest
+    return write_bundle(place, _Work(opened, member, ask, walk, threads, progress).fill).manifest
 
 
 @dataclass(frozen=True)
@@ -116,43 +116,27 @@ class _Ask:
 
 
 class _Work:
-    def __init__(self, bundle: Bundle, name: str, ask: _Ask, walk: Calibration, threads: int, report: Report) -> None:
+    def __init__(
+        self, bundle: Bundle, name: str, ask: _Ask, walk: Calibration, threads: int, progress: Progress
+    ) -> None:
         self._bundle = bundle
         self._name = name
         self._ask = ask
         self._walk = walk
         self._threads = threads
-        self._report = report
-        self._from, self._to, self._text = 0.0, 0.0, ""
-        self._ticks, self._expected = 0, 1
-
-    # --- progress: phases with their shares, and ticks within them
-
-    def _phase(self, text: str, start: float, stop: float, ticks: int = 1) -> None:
-        self._from, self._to, self._text = start, stop, text
-        self._ticks, self._expected = 0, max(ticks, 1)
-        self._report(start, text)
-
-    def _tick(self) -> None:
-        self._ticks += 1
-        self._report(
-            self._from + (self._to - self._from) * min(self._ticks / self._expected, 1.0),
-            self._text,
-        )
-
-    # --- the work
+        self._phases = Phases(progress)
 
     def fill(self, staging: Path) -> Manifest:
         name = self._name
         # Inside the bundle being made: the same file system, which must have room anyway, and gone with it.
         with temporary_directory(staging, ".work-") as folder:
-            self._phase("compiling the members", 0.0, 0.05)
+            self._phases.phase("compiling the members", 0.0, 0.05)
             walks = Trajectories(
                 self._bundle,
                 settings=self._walk.settings,
                 folder=folder,
                 threads=self._threads,
-                tick=self._tick,
+                tick=self._phases.tick,
                 names=self._walk.names,
                 prompts=self._walk.prompts,
             )
@@ -160,7 +144,7 @@ class _Work:
                 member = self._quantised(walks, folder, staging)
             finally:
                 walks.close()
-        self._phase("writing the bundle", 0.95, 1.0)
+        self._phases.phase("writing the bundle", 0.95, 1.0)
         return assemble(self._bundle, staging, name, member)
 
     def _quantised(self, walks: Trajectories, folder: Path, staging: Path) -> Member:
@@ -171,7 +155,7 @@ class _Work:
         rows = self._record(walks, walk.seeds, "recording trajectories to calibrate on", 0.05, 0.4)
         chosen = pick_rows(rows["timestep"], ask.samples, seed=ask.seed)
         rows = {key: values[chosen] for key, values in rows.items()}
-        self._phase(f"quantising {name} to {ask.mode}", 0.4, 0.6)
+        self._phases.phase(f"quantising {name} to {ask.mode}", 0.4, 0.6)
         graph = quantise_graph(
             self._bundle.path(source.onnx[0]),
             folder / f"{name}.{ask.mode}.onnx",
@@ -227,7 +211,7 @@ class _Work:
         self, walks: Trajectories, seeds: Sequence[int], text: str, start: float, stop: float
     ) -> dict[str, NDArray[Any]]:
         """The member's inputs over all schedules."""
-        self._phase(text, start, stop, len(self._walk.schedules) * self._walk.steps * walks.chunks(len(seeds)))
+        self._phases.phase(text, start, stop, len(self._walk.schedules) * self._walk.steps * walks.chunks(len(seeds)))
         found = [walks.record(self._name, schedule, seeds) for schedule in self._walk.schedules]
         return {key: np.concatenate([rows[key] for rows in found]) for key in found[0]}
 
@@ -236,7 +220,7 @@ class _Work:
         rows = self._record(walks, self._walk.held_out, "recording trajectories to measure on", 0.6, 0.7)
         chosen = pick_rows(rows["timestep"], self._ask.samples, seed=self._ask.seed + 1)
         rows = {key: values[chosen] for key, values in rows.items()}
-        self._phase("measuring the loss", 0.7, 0.85, 2 * math.ceil(len(chosen) / 16))
+        self._phases.phase("measuring the loss", 0.7, 0.85, 2 * math.ceil(len(chosen) / 16))
         want, got = walks.outputs(self._name, rows), walks.outputs(engine, rows)
         if not np.isfinite(got).all():
             raise BuildFailed(
@@ -252,7 +236,7 @@ class _Work:
     def _latents(self, walks: Trajectories, member: Member, engine: Engine) -> tuple[float, ...]:
         """Relative L2 of the final latents of each held-out seed."""
         schedule, seeds = self._walk.default, self._walk.held_out
-        self._phase("comparing final latents", 0.85, 0.95, 2 * self._walk.steps * walks.chunks(len(seeds)))
+        self._phases.phase("comparing final latents", 0.85, 0.95, 2 * self._walk.steps * walks.chunks(len(seeds)))
         want = walks.latents(schedule, seeds, {})
         got = walks.latents(schedule, seeds, {self._name: (member, engine)})
         return tuple(relative(a, b) for a, b in zip(got, want, strict=True))

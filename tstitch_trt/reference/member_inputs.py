@@ -18,6 +18,7 @@ from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.host_call import Arrays, HostRunner
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.reference.recorder import AnyNetwork, Recorder, needs_widening, widen_graph, widened
 from tstitch_trt.request.synthetic import stand_in_pictures
@@ -111,7 +112,7 @@ class Trajectories:
             device="cpu",
             options={},
             output=self._folder / f"{tag}{backend.engine_suffix}",
-            progress=lambda phase, share: None,
+            progress=silent,
         )
         return backend.load(made[0], member=member, identity=identity, device=self._device, threads=self._threads)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.progress import Progress
 from tstitch_trt.runtime.result import Result
 from tstitch_trt.runtime.runtime import Runtime
 
@@ -49,10 +50,10 @@ def draw_samples(
     fractions: Sequence[float],
     pictures: Mapping[str, Any],
     settings: Mapping[str, Any],
-    report: Callable[[float, str], object],
+    progress: Progress,
 ) -> Samples:
     """``pictures``: keywords of ``Runtime.sample`` for what to draw, seeds included; ``settings``: for ``make_plan``,
-    without a schedule. ``report`` gets the share done. Raises what ``Runtime.sample`` raises.
+    without a schedule. Raises what ``Runtime.sample`` raises.
     """
     plans = [runtime.plan(fraction=fraction, **settings) for fraction in fractions]  # refused before anything runs
     for fraction in (0.0, 1.0):  # the first runs of an engine are slow
@@ -60,7 +61,7 @@ def draw_samples(
     rows: list[Row] = []
     drawn: Result | None = None
     for index, (fraction, plan) in enumerate(zip(fractions, plans, strict=True)):
-        report(index / len(fractions), f"drawing at fraction {fraction:g}")
+        progress(f"drawing at fraction {fraction:g}", index / len(fractions))
         drawn = runtime.sample(**pictures, **settings, fraction=fraction)
         assert drawn.images is not None, "the caller asks bundles that have a decoder only"
         names = plan.schedule.names

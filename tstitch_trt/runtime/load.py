@@ -17,7 +17,7 @@ from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.step_graphs import GraphMode, check_mode
 
 if TYPE_CHECKING:
-    from tstitch_engines.backends import Progress
+    from tstitch_engines.progress import Progress
 
 __all__ = ["load"]
 

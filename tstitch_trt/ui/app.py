@@ -69,7 +69,7 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
         wanted = sorted({round(float(f), 4) for f in (fraction, *beside)})
         with _shown(gr):
             found = []
-            for drawn in draw(runtime, asked(*request), wanted, lambda share, text: progress(share, desc=text)):
+            for drawn in draw(runtime, asked(*request), wanted, lambda phase, share: progress(share, desc=phase)):
                 found += [(str(kept(image, temporary)), drawn.caption) for image in drawn.images]
                 yield found
 

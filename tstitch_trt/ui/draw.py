@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.progress import Progress
 from tstitch_trt.files import atomic_file
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.runtime.result import StepEvent
@@ -52,16 +53,14 @@ class Drawn:
         return f"{self.fraction:.0%}: {members}, {self.ms:,.0f} ms per image"
 
 
-def draw(
-    runtime: Runtime, asked: Asked, fractions: Sequence[float], report: Callable[[float, str], object]
-) -> Iterator[Drawn]:
-    """Each fraction in turn, in the order given. ``report`` gets the share done. Raises what ``sample`` raises."""
+def draw(runtime: Runtime, asked: Asked, fractions: Sequence[float], progress: Progress) -> Iterator[Drawn]:
+    """Each fraction in turn, in the order given. Raises what ``sample`` raises."""
     plans = [runtime.plan(fraction=fraction, **asked.settings()) for fraction in fractions]
     for index, (fraction, plan) in enumerate(zip(fractions, plans, strict=True)):
 
         def tell(event: StepEvent, index: int = index, fraction: float = fraction) -> None:
             done = (event.chunk - 1 + event.step / event.steps) / event.chunks
-            report((index + done) / len(fractions), f"{fraction:.0%}, step {event.step} on {event.member}")
+            progress(f"{fraction:.0%}, step {event.step} on {event.member}", (index + done) / len(fractions))
 
         drawn = runtime.sample(**asked.pictures, seed=asked.seed, fraction=fraction, callback=tell, **asked.settings())
         assert drawn.images is not None, "bundles without a decoder are refused before"

@@ -8,7 +8,7 @@ not checked  it can't run on this machine; its identity and, for TensorRT-RTX, t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tstitch_engines.bundle.manifest import EngineRecord
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadInput, FailedWork, Unavailable, unknown_name
+from tstitch_engines.progress import Progress, silent
 from tstitch_trt.verify.compare import (
     LIMITS,
     Comparison,
@@ -36,8 +37,6 @@ from tstitch_trt.verify.layers import LayerCheck, compare_layers
 from tstitch_trt.verify.references import References
 
 __all__ = ["LIMITS", "Comparison", "EngineCheck", "Verification", "verify"]
-
-Report = Callable[[float, str], object]  # share done in 0..1, what is being checked
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +63,7 @@ def verify(
     device: str = "cuda",
     checkpoints: Mapping[str, Path] | None = None,
     rebuild: bool = False,
-    report: Report = lambda share, text: None,
+    progress: Progress = silent,
 ) -> Verification:
     """Checks every engine of ``bundle``, or those of one backend or of some members.
 
@@ -96,7 +95,7 @@ def verify(
     given = dict(checkpoints or {})
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
     if rebuild:
-        opened = _rebuilt(opened, backend, members, device, report)
+        opened = _rebuilt(opened, backend, members, device, progress)
     chosen = _select(opened, backend, members)
     for name in given:
         if name not in opened.manifest.networks():
@@ -109,7 +108,7 @@ def verify(
         references: References | None = None
         for index, (name, record) in enumerate(chosen):
             what = f"{name}, {record.identity.backend}"
-            report(index / len(chosen), what)
+            progress(what, index / len(chosen))
             subject = EngineUnderTest(opened, name, record, device, threads)
             status, reason = subject.open()
             comparisons: tuple[Comparison, ...] = ()
@@ -121,7 +120,7 @@ def verify(
                     )
                     stack.callback(references.close)
                     notes["onnxruntime"] = references.version
-                report(index / len(chosen), f"recording a trajectory for {name}")
+                progress(f"recording a trajectory for {name}", index / len(chosen))
                 drawn = draw_inputs(references, opened.manifest, name, subject.caller.engine.profile)
                 try:
                     comparisons = compare(
@@ -131,7 +130,7 @@ def verify(
                         drawn,
                         limit=subject.limit,
                         notes=notes,
-                        tick=lambda: report(index / len(chosen), what),  # noqa: B023
+                        tick=lambda: progress(what, index / len(chosen)),  # noqa: B023
                     )
                     status, reason = verdict(comparisons, subject.limit)
                 except FailedWork as error:
@@ -139,7 +138,7 @@ def verify(
                 subject.close()
             checks.append(subject.check(status, reason, comparisons))
         if layers:
-            report(1.0, "looking for the first layer that differs")
+            progress("looking for the first layer that differs", 1.0)
             found = _layers(opened, chosen, references, folder, samples=samples, seed=seed, threads=threads)
         if references is not None:
             for name, why in references.left_out.items():
@@ -147,15 +146,14 @@ def verify(
     return Verification(bundle=str(opened.root), references=notes, engines=tuple(checks), layers=tuple(found))
 
 
-def _rebuilt(bundle: Bundle, backend: str | None, members: Sequence[str] | None, device: str, report: Report) -> Bundle:
+def _rebuilt(
+    bundle: Bundle, backend: str | None, members: Sequence[str] | None, device: str, progress: Progress
+) -> Bundle:
     """``bundle`` with fitting engines of ``backend``, or of every backend it has engines of that runs here."""
     networks = bundle.manifest.networks()
     names = list(networks if members is None else members)
     every = [record for name in names if name in networks for record in networks[name].engines]
     _select(bundle, backend if any(r.identity.backend == backend for r in every) else None, members)  # checks the names
-
-    def progress(phase: str, share: float) -> None:
-        report(0.0, f"compiling {phase}")
 
     for one in dict.fromkeys(r.identity.backend for r in every) if backend is None else (backend,):
         known = next((record.identity for record in every if record.identity.backend == one), None)
@@ -167,7 +165,9 @@ def _rebuilt(bundle: Bundle, backend: str | None, members: Sequence[str] | None,
             if backend is not None:
                 raise
             continue  # listed as not checked, with the reason
-        bundle = rebuild_engines(bundle, library, place, names=names, progress=progress)
+        bundle = rebuild_engines(
+            bundle, library, place, names=names, progress=lambda phase, share: progress(f"compiling {phase}", 0.0)
+        )
     return bundle
 
 

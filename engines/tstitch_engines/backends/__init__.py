@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Final
 
-from tstitch_engines.backends.base import Backend, Engine, Progress
+from tstitch_engines.backends.base import Backend, Engine
 from tstitch_engines.errors import unknown_name
 
-__all__ = ["BACKENDS", "Backend", "Engine", "Progress", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Engine", "open_backend"]
 
 BACKENDS: Final = {
     "onnxruntime": ("tstitch_engines.backends.onnxruntime", "OnnxRuntimeBackend"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import EngineIdentity, Network
 from tstitch_engines.errors import BadInput
+from tstitch_engines.progress import Progress
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
 if TYPE_CHECKING:
     from tstitch_engines.device.base import Buffer, Device
 
-__all__ = ["Backend", "Engine", "Progress"]
+__all__ = ["Backend", "Engine"]
 
-Progress = Callable[[str, float], None]  # phase, share done in 0..1
 
 Option = str | int | float | bool
 

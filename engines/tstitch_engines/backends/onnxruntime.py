@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from tstitch_engines.backends.base import Backend, Engine, Option, Progress
+from tstitch_engines.backends.base import Backend, Engine, Option
 from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.threads import default_threads
 

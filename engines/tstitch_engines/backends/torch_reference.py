@@ -12,10 +12,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
-from tstitch_engines.backends.base import Backend, Engine, Option, Progress
+from tstitch_engines.backends.base import Backend, Engine, Option
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import storage_dtype
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from tstitch_engines.backends import Backend, Progress, open_backend
+from tstitch_engines.backends import Backend, open_backend
 from tstitch_engines.backends.base import Option
 from tstitch_engines.bundle.bundle import MANIFEST, Bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
@@ -19,6 +19,7 @@ from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.manifest import Component, EngineRecord, Manifest, Network
 from tstitch_engines.compile.engine import Compiler, keep_record
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
+from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range, ShapeProfile
 
 __all__ = ["recompile"]
@@ -77,7 +78,7 @@ def recompile(
         compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache)
     place = bundle.root.resolve() if output is None else output.resolve()
     _require_writable(place, bundle.compile_command(backend, device))
-    work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or (lambda *_: None))
+    work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or silent)
     return write_bundle(place, work.fill)
 
 

@@ -12,9 +12,10 @@ from tstitch_engines.bundle.identity import check_identity, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
 from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput
+from tstitch_engines.progress import Progress
 
 if TYPE_CHECKING:
-    from tstitch_engines.backends import Backend, Progress
+    from tstitch_engines.backends import Backend
     from tstitch_engines.bundle.bundle import Bundle
 
 __all__ = ["check_load_options", "default_backend", "rebuild", "select_engine"]

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tstitch_engines.backends.base import Progress
 from tstitch_engines.bundle.manifest import ExportCheck, Precision
 from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import parse_dimension
 from tstitch_engines.threads import default_threads

@@ -9,13 +9,13 @@ from typing import Final
 
 import msgspec
 
-from tstitch_engines.backends import Progress
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Component, ExportCheck, Network
 from tstitch_engines.bundle.weights import WEIGHTS
 from tstitch_engines.compile.engine import from_cache
+from tstitch_engines.progress import Progress
 from tstitch_export.planning.network import NetworkPlan
 
 __all__ = ["copy_into", "exported_network", "exported_program", "versions_of"]

@@ -15,6 +15,7 @@ from support.rtx_families import CHECKPOINTS
 from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.device.open import open_device
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import FAMILIES, open_family
 from tstitch_trt.runtime.component import Component
@@ -45,7 +46,7 @@ def test_engines_equal_the_module(name: str, tmp_path: Path) -> None:
             device="cpu",
             options={},
             output=tmp_path / f"engine{backend.engine_suffix}",
-            progress=lambda phase, share: None,
+            progress=silent,
         )
         identity = EngineIdentity(
             schema=SCHEMA,

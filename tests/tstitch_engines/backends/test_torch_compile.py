@@ -21,6 +21,7 @@ from tstitch_engines.backends.torch_compile import mode_of
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, Unavailable, UnknownName
+from tstitch_engines.progress import silent
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
@@ -71,7 +72,7 @@ class Engines:
             device="cpu",
             options=options,
             output=output,
-            progress=lambda phase, share: None,
+            progress=silent,
         )
         return output
 

@@ -345,8 +345,8 @@ def test_ctrl_c_leaves_nothing(tiny_pair: TinyPair, tmp_path: Path, moment: str)
     shutil.copytree(tiny_pair.bundle, source)
     script = (
         "import sys\nfrom tstitch_trt.quantise.quantise import quantise\n"
-        "def report(share, text):\n    if text.startswith(sys.argv[3]): print('ready', flush=True)\n"
-        "quantise(sys.argv[1], member='large', mode='int8', output=sys.argv[2], report=report)"
+        "def report(text, share):\n    if text.startswith(sys.argv[3]): print('ready', flush=True)\n"
+        "quantise(sys.argv[1], member='large', mode='int8', output=sys.argv[2], progress=report)"
     )
     arguments = [sys.executable, "-c", script, str(source), str(tmp_path / "new.bundle"), moment]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
@@ -370,9 +370,10 @@ def test_a_full_disk_is_named_and_leaves_nothing(tiny_pair: TinyPair, tmp_path: 
         "import resource, sys\n"
         "from tstitch_engines.errors import BuildFailed\n"
         "from tstitch_trt.quantise.quantise import quantise\n"
-        "def report(share, text):\n    if text.startswith('quantising'):\n"
+        "def report(text, share):\n    if text.startswith('quantising'):\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
-        "try:\n    quantise(sys.argv[1], member='large', mode='int8', output=sys.argv[2], samples=60, report=report)\n"
+        "try:\n"
+        "    quantise(sys.argv[1], member='large', mode='int8', output=sys.argv[2], samples=60, progress=report)\n"
         "except BuildFailed as error:\n    print(error)\n    raise SystemExit(7)"
     )
     for limit in (1 << 14, 1 << 17):  # too little for the calibration rows, then for the worker's graph

@@ -19,6 +19,7 @@ from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, TStitchError, Unavailable, UnknownName
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.families import open_family
@@ -75,7 +76,7 @@ class Made(NamedTuple):
         opened = open_family(family)
         inspection = opened.inspect(self.folder / "pipeline", {"lora": loras})
         program = self.folder / f"{network}.pt2"
-        export_program(opened, inspection, precision="fp32", output=program, progress=lambda phase, share: None)
+        export_program(opened, inspection, precision="fp32", output=program, progress=silent)
         bundle, device, backend = open_bundle(self.folder / "plain.bundle"), open_device("cpu"), open_backend("torch")
         engines = {
             name: backend.load(

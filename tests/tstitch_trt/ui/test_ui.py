@@ -24,6 +24,7 @@ from support.report_studies import evaluation
 from support.studies import search, search_point
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.errors import BadSchedule, UnknownName
+from tstitch_engines.progress import silent
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.gather import Studies
 from tstitch_trt.study.store import save_study, weights_of
@@ -65,9 +66,9 @@ def test_each_fraction_is_what_the_runtime_draws(runtime: Runtime) -> None:
 
 def test_what_can_not_be_drawn_is_refused_before_anything_is(runtime: Runtime) -> None:
     with pytest.raises(UnknownName, match="solver"):
-        next(draw(runtime, asked(solver="dim"), [0.0], lambda share, text: None))
+        next(draw(runtime, asked(solver="dim"), [0.0], silent))
     with pytest.raises(BadSchedule, match="outside"):
-        next(draw(runtime, asked(), [0.0, 1.5], lambda share, text: None))
+        next(draw(runtime, asked(), [0.0, 1.5], silent))
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel() -> None:

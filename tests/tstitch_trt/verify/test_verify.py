@@ -22,6 +22,7 @@ from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.host_call import from_storage, to_storage
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt.verify.error import measure_error
@@ -149,7 +150,7 @@ def alter(bundle: Path, name: str) -> int:
         device="cpu",
         options={},
         output=engine,
-        progress=lambda phase, share: None,
+        progress=silent,
     )
     sha256, size = hash_file(engine)
     edit(bundle, lambda members: members[name]["engines"][0]["files"][0].update(sha256=sha256, bytes=size))

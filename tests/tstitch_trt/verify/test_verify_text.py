@@ -19,6 +19,7 @@ from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import TextInputs
 from tstitch_engines.errors import Unavailable
+from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range
 from tstitch_trt.runtime.text_encoder import TokenLayout, open_tokenizer
 from tstitch_trt.verify.references import References
@@ -129,7 +130,7 @@ def spoil(root: Path, name: str) -> None:
     engine.unlink()
     open_backend("onnxruntime").compile(
         member=part, model=changed, profile=record.identity.profile, device="cpu", options={}, output=engine,
-        progress=lambda phase, share: None,
+        progress=silent,
     )  # fmt: skip
     sha256, size = hash_file(engine)
     manifest = json.loads((root / "manifest.json").read_text())

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from tstitch_engines.errors import OutOfProfile
+from tstitch_engines.progress import Progress, silent
 from tstitch_trt.study.budget.conditions import engine_digests
 from tstitch_trt.study.budget.predict import predict_ms
 from tstitch_trt.study.calibrate.fit import Fit, fit
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "default_batches"]
 
 UPPER_PERCENTILE: Final = 98
-
-Report = Callable[[float, str], object]  # share done in 0..1, what is being measured
 
 
 def default_batches(runtime: Runtime) -> tuple[int, ...]:
@@ -57,7 +56,7 @@ def calibrate(
     checks: int = 20,
     seed: int = 0,
     command: str = "",
-    report: Report = lambda share, text: None,
+    progress: Progress = silent,
 ) -> Calibration:
     """The cost of ``runtime``'s members and how well it predicts ``checks`` random schedules drawn with ``seed``.
 
@@ -69,7 +68,7 @@ def calibrate(
     buckets = _buckets(runtime, batches, sizes)
     rough = {bucket: rough_trials(runtime, bucket) for bucket in buckets}
     for number, (bucket, each) in enumerate(rough.items()):
-        report(0.1 * number / len(rough), f"warming up, {bucket.batch} images")
+        progress(f"warming up, {bucket.batch} images", 0.1 * number / len(rough))
         for trial in each:
             trial.times += [trial.run(runtime) for _ in range(2)]
     fitted = {bucket: fit_trials(runtime, bucket, each) for bucket, each in rough.items()}
@@ -84,11 +83,11 @@ def calibrate(
         turns.sort(key=lambda trial: buckets.index(trial.bucket))
         for done, trial in enumerate(turns):
             share = 0.1 + 0.9 * (index + done / len(turns)) / rounds
-            report(share, f"round {index + 1} of {rounds}: {trial.bucket.batch} images")
+            progress(f"round {index + 1} of {rounds}: {trial.bucket.batch} images", share)
             trial.turn(runtime, keep=index > 0)
         if index == 0:
             visits = visits_of([trial.turn_ms for trial in trials])
-    report(1.0, "done")
+    progress("done", 1.0)
     usual = usual_times({trial: trial.turns for trial in trials})
     models = {bucket: fit([(trial.kinds, usual[trial]) for trial in each]) for bucket, each in fitted.items()}
     steps = tuple(cost for bucket, each in fitted.items() for cost in _step_costs(bucket, models[bucket], each))

@@ -12,15 +12,16 @@ by ``tstitch-trt evaluate``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule, unknown_name
+from tstitch_engines.progress import Progress, silent
+from tstitch_trt.progress import Phases
 from tstitch_trt.study.divergence.orders import ORDERS, SHARES, TRIED, order_names, schedule_text, small_counts, suggest
 from tstitch_trt.study.divergence.walk import SINGLE_STEP, MemberWalk, batches, is_single_step, request_of
 from tstitch_trt.study.machine import describe_machine
@@ -37,7 +38,6 @@ LEAST_SAMPLES: Final = 2
 LEAST_STEPS: Final = 4
 
 Doubles = NDArray[np.float64]
-Report = Callable[[float, str], object]
 
 
 def compare(got: NDArray[Any], want: NDArray[Any]) -> tuple[Doubles, Doubles]:
@@ -87,13 +87,14 @@ def profile(
     guidance: float | None = None,
     prompts: Sequence[str] = (),
     command: str = "",
-    report: Report = lambda share, text: None,
+    progress: Progress = silent,
 ) -> Divergence:
     """Divergence of every member from ``reference`` (the last), trials of several orders, and a suggested schedule.
 
-    Steps, solver and guidance are by default the bundle's; see ``profile_solver`` and ``request_of``. ``report`` gets
-    the share that is done. Raises ``BadInput`` for a bundle of one member, an unknown member, fewer than
-    ``LEAST_SAMPLES`` samples or ``LEAST_STEPS`` steps, and a solver that can't be entered in the middle.
+    Steps, solver and guidance are by default the bundle's; see ``profile_solver`` and ``request_of``.
+
+    Raises ``BadInput`` for a bundle of one member, an unknown member, fewer than ``LEAST_SAMPLES``
+    samples or ``LEAST_STEPS`` steps, and a solver that can't be entered in the middle.
     """
     manifest = runtime.manifest
     chosen = reference_of(manifest, reference)
@@ -111,7 +112,8 @@ def profile(
     curve = small_counts(TRIED, plan.steps)
     parts = batches(runtime, plan, samples)
     others = [name for name in manifest.members if name != chosen]
-    work = _Work(report, parts=len(parts), steps=plan.steps, members=len(others), trials=len(tried) + len(curve))
+    phases = Phases(progress)
+    phases.phase(f"walking {chosen}", 0.0, 0.5, len(parts) * plan.steps * (1 + len(others)))
     walks = []
     compared: dict[str, list[list[tuple[Doubles, Doubles] | None]]] = {name: [] for name in others}
     for part in parts:
@@ -120,26 +122,27 @@ def profile(
             wishes=asked.wishes(part.start, part.stop),
             settings=settings,
             steps=plan.steps,
-            tick=work.tick,
+            tick=phases.tick,
         )
-        work.text = f"walking {chosen}"
+        phases.tick(0, f"walking {chosen}")
         wanted = walk.whole(chosen)
         for name in others:
-            work.text = f"comparing {name}"
+            phases.tick(0, f"comparing {name}")
             compared[name].append(_compare_all(walk, name, chosen, wanted))
         walks.append(walk)
     trials = _Trials(walks, small=small, large=chosen, steps=plan.steps)
-    work.text = "trying orders"
-    alone = trials.alone(work)
-    found = [trial for order, count in tried if (trial := trials.run(order, count, work)) is not None]
+    phases.phase("trying orders", 0.5, 1.0, (1 + len(tried) + len(curve)) * len(parts) * plan.steps)
+    alone = trials.alone()
+    found = [trial for order, count in tried if (trial := trials.run(order, count, phases)) is not None]
     best, suggestion = suggest(
         alone,
         found,
-        more=lambda order: [trial for count in curve if (trial := trials.run(order, count, work)) is not None],
+        more=lambda order: [trial for count in curve if (trial := trials.run(order, count, phases)) is not None],
         small=small,
         large=chosen,
         resolve=lambda text: runtime.plan(schedule=text, **settings).schedule.names,
     )
+    progress("done", 1.0)
     return Divergence(
         bundle=manifest.name,
         weights=weights_of(manifest),
@@ -221,26 +224,23 @@ class _Trials:
         self._steps = steps
         self._known: dict[tuple[str, ...], Doubles] = {}
 
-    def alone(self, work: _Work) -> OrderTrial | None:
+    def alone(self) -> OrderTrial | None:
         """The small member alone: the most that a schedule of the two can be away."""
         for walk in self._walks:
             try:
                 walk.whole(self._small)
             except BadSchedule:  # it can't run on pure noise: its states are not there to start from
                 return None
-        work.trial()
         return self._measured("small-only", 1.0, (self._small,) * self._steps)
 
-    def run(self, order: str, count: int, work: _Work) -> OrderTrial | None:
+    def run(self, order: str, count: int, phases: Phases) -> OrderTrial | None:
         """``count`` steps of the small member. ``None`` where the plan refuses the schedule."""
         names = order_names(order, count, self._steps, small=self._small, large=self._large)
-        work.text = f"trying {order}"
+        phases.tick(0, f"trying {order}")
         try:
             return self._measured(order, count / self._steps, names)
         except BadSchedule:
             return None
-        finally:
-            work.trial()
 
     def _measured(self, order: str, share: float, names: tuple[str, ...]) -> OrderTrial:
         if names not in self._known:
@@ -256,28 +256,3 @@ class _Trials:
             p10=float(low),
             p90=float(high),
         )
-
-
-class _Work(msgspec.Struct):
-    """How much is done: half of the bar are comparisons, half trials."""
-
-    report: Report
-    parts: int
-    steps: int
-    members: int
-    trials: int
-    text: str = ""
-    ticks: int = 0
-    done: int = 0
-
-    def tick(self) -> None:
-        self.ticks += 1
-        self._tell()
-
-    def trial(self) -> None:
-        self.done += 1
-        self._tell()
-
-    def _tell(self) -> None:
-        compared = min(1.0, self.ticks / (self.parts * self.steps * (1 + self.members)))
-        self.report(0.5 * compared + 0.5 * min(1.0, self.done / (1 + self.trials)), self.text)

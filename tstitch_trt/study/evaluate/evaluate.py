@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.progress import Progress, silent
+from tstitch_trt.progress import Phases
 from tstitch_trt.request.synthetic import PROMPTS, stand_in_pictures
 from tstitch_trt.study.evaluate.observations import Observations
 from tstitch_trt.study.evaluate.shared_prefix import draw_settings
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["Request", "evaluate", "evaluation_key", "npz_name", "prompts_for", "reads_prompts"]
-
-Report = Callable[[float, float, str], object]
-"""What is done so far, of how much, and what is being done."""
 
 _CHUNK: Final = 64  # pictures of a setting between two saves, about
 
@@ -113,7 +112,7 @@ def evaluate(
     resamples: int = RESAMPLES,
     threads: int = 0,
     command: str,
-    report: Report = lambda done, total, text: None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Draws what ``work`` does not hold yet, times ``rounds`` direct runs of ``batch`` pictures, and measures.
 
@@ -125,7 +124,8 @@ def evaluate(
     manifest = runtime.manifest
     asked = list({digest(setting): setting for setting in settings}.values())
     baselines = {digest(setting): baseline_of(manifest, setting) for setting in asked}
-    study = _Study(runtime, scorer, request, work, npz is not None, report, len(asked), rounds)
+    study = _Study(runtime, scorer, request, work, npz is not None, Phases(progress), rounds)
+    study.phases.phase("drawing", 0.0, 1.0, len(asked) * request.samples)
     families: dict[str, list[Setting]] = {}
     for setting in asked:
         families.setdefault(digest(baselines[digest(setting)]), []).append(setting)
@@ -134,7 +134,7 @@ def evaluate(
     times = study.time(asked, batch)
     points, notes = [], list(scorer.notes(request.samples))
     for index, setting in enumerate(asked):
-        report(study.done, study.total, f"measuring {setting.schedule}")
+        study.phases.tick(0, f"measuring {setting.schedule}")
         seen = study.seen(setting, baselines[digest(setting)])
         if index == 0 and "features" in seen:
             notes = list(scorer.notes(request.samples, seen))
@@ -186,14 +186,8 @@ class _Study:
     request: Request
     work: Path
     keep: bool
-    report: Report
-    count: int
+    phases: Phases
     rounds: int
-    done: float = 0
-
-    @property
-    def total(self) -> float:
-        return float(self.count * self.request.samples)
 
     def observations(self, setting: Setting, baseline: Setting) -> Observations:
         """What is kept of a setting. Pairs are told apart by what they were compared with."""
@@ -240,7 +234,7 @@ class _Study:
                 if lacking:
                     missing[digest(setting)] = lacking
                 else:
-                    self.done += stop - start
+                    self.phases.tick(stop - start)
             if missing:
                 todo = [setting for setting in family if digest(setting) in missing]
                 self._draw_chunk(todo, baseline, places, missing, start, stop)
@@ -281,8 +275,7 @@ class _Study:
                 assert images is not None
                 seen["images"] = images
             places[digest(setting)].add(start, seen)
-            self.done += stop - start
-            self.report(self.done, self.total, f"{setting.solver} {setting.steps}: {setting.schedule}")
+            self.phases.tick(stop - start, f"{setting.solver} {setting.steps}: {setting.schedule}")
 
     def seen(self, setting: Setting, baseline: Setting) -> Seen:
         place = self.observations(setting, baseline)
@@ -301,7 +294,7 @@ class _Study:
             for setting in settings:
                 place = places[digest(setting)]
                 if len(place.times()) <= index:
-                    self.report(self.done, self.total, f"timing, round {index + 1}: {setting.schedule}")
+                    self.phases.tick(0, f"timing, round {index + 1}: {setting.schedule}")
                     place.add_time(self._run(setting, batch))
         return {key: place.times() for key, place in places.items()}
 

@@ -42,7 +42,7 @@ class Samples:
         guided: bool,
         work: Path,
         out_of_time: Callable[[], bool] = lambda: False,
-        tick: Callable[[int, str], object] = lambda drawn, text: None,
+        tick: Callable[[int, str], None],
     ) -> None:
         """``reference``: what paired metrics compare with. ``work``: the folder on disk. ``tick``: after each chunk of
         a candidate, with the number of samples that were added or found."""

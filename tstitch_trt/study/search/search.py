@@ -7,12 +7,14 @@ once, the large member in fewer steps among them: that is what a stitched schedu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput
+from tstitch_engines.progress import Progress, silent
+from tstitch_trt.progress import Phases
 from tstitch_trt.study.budget import current_calibration, predict_ms
 from tstitch_trt.study.evaluate.evaluate import Request, prompts_for
 from tstitch_trt.study.machine import describe_machine
@@ -32,8 +34,6 @@ __all__ = ["LEAST_SAMPLES", "SEARCHED", "check_search", "search", "usual_metric"
 
 LEAST_SAMPLES: Final = 16
 SEARCHED: Final = tuple(name for name in METRICS if name != "psnr")
-
-Report = Callable[[float, str], object]
 
 
 def usual_metric(manifest: Manifest) -> str:
@@ -74,15 +74,14 @@ def search(
     trials: int | None = None,
     budget_s: float | None = None,
     command: str = "",
-    report: Report = lambda share, text: None,
+    progress: Progress = silent,
 ) -> Search:
     """The Pareto set of predicted cost and the scorer's metric over all candidates.
 
     ``work``: where samples are kept; the same search again goes on from there. ``batch``: images of the request whose
     cost is predicted (8, or what fits one engine call). ``steps``, ``solvers``, ``guidance``: by default the bundle's
     (``usual_steps``). ``trials``: at most so many candidates, drawn by ``seed``. ``budget_s``: no round of samples is
-    begun after so many seconds, and one that is not done is left out; the first is always done. ``report`` gets the
-    share that is done.
+    begun after so many seconds, and one that is not done is left out; the first is always done.
 
     Raises ``NotCalibrated`` for a bundle that was not calibrated here, and ``BadInput``.
     """
@@ -105,7 +104,7 @@ def search(
     guided = any(any(plan_of(manifest, c.setting).guided) for c in field)
     images = min(8, max(1, runtime.batch_limit // (2 if guided else 1))) if batch is None else batch
     costs = {c.key: predict_ms(calibration, plan_of(manifest, c.setting), batch=images) for c in field}
-    work_done = _Progress(report, len(field) * samples)
+    phases = Phases(progress)
     drawing = Samples(
         runtime,
         scorer,
@@ -114,14 +113,15 @@ def search(
         guided=guided,
         work=work,
         out_of_time=lambda: budget_s is not None and time.monotonic() - began > budget_s,
-        tick=work_done.tick,
+        tick=phases.tick,
     )
     counts = rounds(samples, drawing.chunk)
     by_key = {c.key: c for c in field}
 
     def rate(keys: Sequence[str], count: int) -> Mapping[str, Estimate] | None:
         running = [by_key[key] for key in keys]
-        work_done.round(len(running), count, counts)
+        before = max((c for c in counts if c < count), default=0)
+        phases.phase(f"{count} samples each", before / samples, count / samples, len(running) * count)
         if not drawing.fill(running, count, whatever=count == counts[0]):
             return None
         return {c.key: scorer.rate(drawing.seen(c, count)) for c in running}
@@ -182,26 +182,3 @@ def _told(
     if left_out:
         found.append(f"{left_out} more candidates were left out at random (--trials)")
     return [*found, *(f"not tried: {text}" for text in refused)]
-
-
-class _Progress:
-    """How many samples are done of those that the candidates still running will need."""
-
-    def __init__(self, report: Report, total: float) -> None:
-        self._report = report
-        self._total = total
-        self._done = 0.0
-        self._base = 0.0
-        self._share = 0.0
-
-    def round(self, running: int, count: int, counts: Sequence[int]) -> None:
-        """Each round begins again from its first chunk, where the samples of the round before are found."""
-        before = max((c for c in counts if c < count), default=0)
-        self._base = self._done - before * running
-        self._total = self._base + running * counts[-1]
-        self._done = self._base
-
-    def tick(self, drawn: int, text: str) -> None:
-        self._done += drawn
-        self._share = max(self._share, min(1.0, self._done / self._total))
-        self._report(self._share, text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from tstitch_engines.backends.base import Backend, Engine, Option, Progress
+from tstitch_engines.backends.base import Backend, Engine, Option
 from tstitch_engines.backends.tensorrt.api import has
 from tstitch_engines.backends.tensorrt.child import run_worker
 from tstitch_engines.backends.tensorrt.estimate import estimate, free_memory, recorded
@@ -31,6 +31,7 @@ from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import Unavailable
+from tstitch_engines.progress import Progress
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import EngineIdentity, Network

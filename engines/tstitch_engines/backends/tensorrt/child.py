@@ -15,10 +15,10 @@ from typing import IO, Final
 import msgspec
 
 import tstitch_engines.errors
-from tstitch_engines.backends.base import Progress
 from tstitch_engines.backends.tensorrt.estimate import Estimate, free_memory
 from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
 from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.progress import Progress
 
 __all__ = ["run_worker"]
 

@@ -16,6 +16,7 @@ from support.dits import sparse_safetensors
 from support.ldms import class_table, conditional_unet, ldm_checkpoint, ldm_folder, original_state
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
+from tstitch_engines.progress import silent
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.ldm.layout import (
@@ -263,7 +264,7 @@ def test_onnx_equals_the_module(tmp_path: Path, precision: Any, form: str) -> No
         inspection = LDM.inspect(tmp_path / "m.safetensors", {**TINY, "dynamic": form == "dynamic"})
     sample = LDM.inputs(inspection, precision)[0]
     assert sample.shape == (("B", 3, 8, 8) if form == "original" else ("B", 3, "H", "W"))
-    check = export_onnx(LDM, inspection, precision=precision, folder=tmp_path, progress=lambda phase, share: None)
+    check = export_onnx(LDM, inspection, precision=precision, folder=tmp_path, progress=silent)
     assert check.rel_l2 < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-2}[precision]
 
 

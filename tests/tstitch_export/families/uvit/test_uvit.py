@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from support import uvits
 from support.uvits import uvit_checkpoint, uvit_model
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
+from tstitch_engines.progress import silent
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.uvit.layout import (
@@ -106,7 +107,7 @@ def test_inspect_reads_everything_from_the_file(tmp_path: Path) -> None:
 def test_onnx_equals_the_module(tmp_path: Path, precision: Any, time: str) -> None:
     uvit_checkpoint(tmp_path / "m.safetensors", mlp_time=time == "continuous")
     inspection = UVIT.inspect(tmp_path / "m.safetensors", {**TINY, "time": time})
-    check = export_onnx(UVIT, inspection, precision=precision, folder=tmp_path, progress=lambda phase, share: None)
+    check = export_onnx(UVIT, inspection, precision=precision, folder=tmp_path, progress=silent)
     assert check.rel_l2 < {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-3}[precision]
 
 

@@ -143,7 +143,7 @@ def test_trials_that_share_a_beginning_equal_whole_runs_bit_for_bit(runtime: Run
 
 def test_what_is_kept_and_said(tiny_pair: TinyPair, runtime: Runtime) -> None:
     shares: list[float] = []
-    study = profile(runtime, samples=2, steps=10, report=lambda share, text: shares.append(share))
+    study = profile(runtime, samples=2, steps=10, progress=lambda text, share: shares.append(share))
     assert study.weights == weights_of(runtime.manifest)
     assert (study.reference, study.solver, study.guidance) == ("large", "ddim", 1.0)
     assert shares == sorted(shares)

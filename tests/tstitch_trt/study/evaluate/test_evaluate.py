@@ -59,13 +59,13 @@ def numbers(found: Evaluation) -> list[tuple[str, dict[str, Measure]]]:
 
 
 class Stop:
-    """Ctrl-C after some reports; counts them."""
+    """Ctrl-C after some batches."""
 
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def __call__(self, done: float, total: float, text: str) -> None:
-        self.left -= 1
+    def __call__(self, phase: str, share: float) -> None:
+        self.left -= ": " in phase  # a setting's batch
         if not self.left:
             raise KeyboardInterrupt
 
@@ -74,7 +74,7 @@ class Stop:
 def test_interrupted_and_continued_equals_uninterrupted(runtime: Runtime, tmp_path: Path, after: int) -> None:
     whole = study(runtime, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        study(runtime, tmp_path / "parts", report=Stop(after))
+        study(runtime, tmp_path / "parts", progress=Stop(after))
     kept = list((tmp_path / "parts").rglob("*.npz"))
     assert len(kept) == after
     before = {path: path.stat().st_mtime_ns for path in kept}

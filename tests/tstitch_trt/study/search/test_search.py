@@ -110,14 +110,14 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(runtime: Runtime, tmp_p
     whole = run(runtime, tmp_path / "whole", guidance=2.0)
     drawn = 0
 
-    def interrupt(share: float, text: str) -> None:
+    def interrupt(text: str, share: float) -> None:
         nonlocal drawn
-        drawn += text != "found"
+        drawn += ": " in text  # a candidate's chunk
         if drawn == 9:  # of 7 candidates: in the second round
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(runtime, tmp_path / "parts", guidance=2.0, report=interrupt)
+        run(runtime, tmp_path / "parts", guidance=2.0, progress=interrupt)
     kept = {path: path.read_bytes() for path in (tmp_path / "parts").rglob("*.npz")}
     assert len(kept) == 9
     resumed = run(runtime, tmp_path / "parts", guidance=2.0)
@@ -149,7 +149,7 @@ def test_time_that_runs_out_is_said(runtime: Runtime, tmp_path: Path) -> None:
 
 def test_few_trials(runtime: Runtime, tmp_path: Path) -> None:
     shares: list[float] = []
-    study = run(runtime, tmp_path, guidance=1.0, trials=3, report=lambda share, text: shares.append(share))
+    study = run(runtime, tmp_path, guidance=1.0, trials=3, progress=lambda text, share: shares.append(share))
     assert len(study.points) == 3
     assert "large:4" in [point.setting.schedule for point in study.points]
     assert any("4 more candidates were left out" in note for note in study.notes)
