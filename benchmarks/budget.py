@@ -28,7 +28,8 @@ from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, NotCalibrated, TStitchError
 from tstitch_trt.files import write_text
 from tstitch_trt.progress import log, progress_bar
-from tstitch_trt.study.budget import Conditions, calibrate, current_calibration, predict_ms
+from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
+from tstitch_trt.study.calibrate.calibrate import calibrate
 from tstitch_trt.study.calibrate.warm_up import warm_up
 from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.records import Calibration
@@ -79,11 +80,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def calibrated(runtime: tstitch_trt.Runtime) -> Calibration:
+    here = Conditions.here(runtime.setup)
     try:
-        return current_calibration(runtime)
+        return find_calibration(runtime.bundle, here)
     except NotCalibrated as error:
         log(error.message)
-    command = Conditions.here(runtime).command(runtime.bundle.root.name)
+    command = here.command(runtime.bundle.root.name)
     with progress_bar("calibrating") as bar:
         found = calibrate(runtime, command=command, progress=bar)
     save_study(runtime.bundle, found, key=Conditions.of(found).key)

@@ -10,13 +10,18 @@ Importing this package loads numpy and nothing heavier; engines' libraries load 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from typing import ParamSpec, TypeVar
 
+from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.errors import TStitchError
-from tstitch_trt.pipeline.accelerate import accelerate
+from tstitch_trt.pipeline.accelerate import accelerate as _accelerate
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.plan.schedule import Schedule, Segment
-from tstitch_trt.runtime.load import load
+from tstitch_trt.runtime.chooser import ScheduleChooser, Setup
+from tstitch_trt.runtime.load import load as _load
 from tstitch_trt.runtime.result import Result, SegmentTiming, StepEvent
 from tstitch_trt.runtime.runtime import Runtime
 
@@ -34,6 +39,30 @@ __all__ = [
     "load",
     "make_plan",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _study_chooser(bundle: Bundle, setup: Setup) -> ScheduleChooser:
+    from tstitch_trt.study.budget.choose import StudyChooser
+
+    return StudyChooser(bundle, setup)
+
+
+def _with_budgets(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, whose ``chooser`` is by default the one that reads the bundle's calibration and studies."""
+
+    @wraps(function)
+    def call(*args: P.args, **keywords: P.kwargs) -> T:
+        keywords.setdefault("chooser", _study_chooser)
+        return function(*args, **keywords)
+
+    return call
+
+
+accelerate = _with_budgets(_accelerate)
+load = _with_budgets(_load)
 
 try:
     __version__ = version("tstitch-trt")

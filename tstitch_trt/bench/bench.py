@@ -31,8 +31,8 @@ from tstitch_trt.study.statistics import spread
 
 if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
+    from tstitch_trt.runtime.chooser import ChosenSchedule
     from tstitch_trt.runtime.runtime import Runtime
-    from tstitch_trt.study.budget.record import Budget
 from tstitch_trt.request.synthetic import stand_in_wishes
 
 __all__ = ["Baseline", "BaselineTiming", "Bench", "BudgetTiming", "MemberTiming", "TrajectoryTiming", "measure"]
@@ -57,7 +57,7 @@ class MemberTiming(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BudgetTiming(msgspec.Struct, frozen=True, kw_only=True):
-    """How the choice of a trajectory for a budget fared: ``met`` in so many of ``runs``. See ``cost.budget.Budget``."""
+    """How the choice of a trajectory for a budget fared: ``met`` in so many of ``runs``. See ``ChosenSchedule``."""
 
     budget_ms: float
     predicted_ms: float
@@ -171,7 +171,7 @@ def measure(
     only = runtime.members[0] if len(runtime.members) == 1 else None
     if only is not None and fractions:
         fractions = (0.0,)  # one member has nothing to stitch
-    points: list[tuple[float, dict[str, Any], Budget | None]] = [
+    points: list[tuple[float, dict[str, Any], ChosenSchedule | None]] = [
         (fraction, {**settings, **({"fraction": fraction} if only is None else {"schedule": only})}, None)
         for fraction in fractions
     ]
@@ -248,7 +248,7 @@ class _Trajectory:
         request: dict[str, Any],
         plan: Plan,
         batch: int,
-        budget: Budget | None = None,
+        budget: ChosenSchedule | None = None,
     ) -> None:
         self.runtime = runtime
         self.fraction = fraction
@@ -326,7 +326,7 @@ class _Trajectory:
             budget=None if self.budget is None else self._outcome(self.budget),
         )
 
-    def _outcome(self, budget: Budget) -> BudgetTiming:
+    def _outcome(self, budget: ChosenSchedule) -> BudgetTiming:
         return BudgetTiming(
             budget_ms=budget.budget_ms,
             predicted_ms=budget.predicted_ms,

@@ -103,7 +103,7 @@ def budget_option(text: str) -> Callable[[F], F]:
 def parse_budgets(text: str | None) -> tuple[float, ...]:
     """``"200,500"`` -> milliseconds. Raises ``BadInput``."""
     from tstitch_engines.errors import BadInput
-    from tstitch_trt.study.budget.record import check_budget
+    from tstitch_trt.runtime.chooser import check_budget
 
     if text is None:
         return ()

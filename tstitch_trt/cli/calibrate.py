@@ -72,7 +72,8 @@ def command(
     from tstitch_trt.cli._parsing import parse_numbers
     from tstitch_trt.plots.figure import check_plot, plot_calibration
     from tstitch_trt.progress import log, progress_bar
-    from tstitch_trt.study.budget import Conditions, calibrate
+    from tstitch_trt.study.budget import Conditions
+    from tstitch_trt.study.calibrate.calibrate import calibrate
     from tstitch_trt.study.store import save_study
 
     batches = None if batch is None else parse_numbers(batch, what="batch", example="--batch 1,4,8")
@@ -89,7 +90,7 @@ def command(
                 repeats=repeats,
                 checks=checks,
                 seed=seed,
-                command=_again(batch, size, repeats, checks, seed, Conditions.here(runtime).command(bundle.name)),
+                command=_again(batch, size, repeats, checks, seed, Conditions.here(runtime.setup).command(bundle.name)),
                 progress=bar,
             )
         file = save_study(runtime.bundle, found, key=Conditions.of(found).key)

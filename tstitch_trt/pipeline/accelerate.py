@@ -28,6 +28,7 @@ from tstitch_trt.pipeline.checkpoint import (
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.pipeline import AcceleratedPipeline
 from tstitch_trt.pipeline.text_encoder_check import check_text
+from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.load import load
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def accelerate(
     fresh: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    chooser: ChooserFactory | None = None,
 ) -> AcceleratedPipeline:
     """T-Stitch for a diffusers pipeline: ``small`` takes the early steps, the pipeline's own UNet the late ones.
 
@@ -92,7 +94,8 @@ def accelerate(
 
     The bundle is kept in the folder ``cache`` (by default in tstitch-trt's cache, where ``tstitch-trt cache`` shows
     and prunes it) under the hash of all weights and options, and used again when they are the same; ``fresh`` builds
-    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal.
+    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal. ``chooser``: see
+    ``tstitch_trt.load``.
 
     Raises ``BadInput`` and its kinds for a pipeline or a pair that can't be accelerated, before anything is built.
     """
@@ -121,12 +124,14 @@ def accelerate(
     runtime = None
     if not fresh and is_bundle(output):
         try:
-            runtime = load(_bundle(output), device=settings["device"], backend=backend, threads=threads)
+            runtime = load(
+                _bundle(output), device=settings["device"], backend=backend, threads=threads, chooser=chooser
+            )
         except (BadBundle, BadEngine) as error:
             _log.warning("the bundle %s is built again: %s", output, error.message)
     if runtime is None:
         _build(pipe, small, kind.recipe, settings, output, fresh, progress)
-        runtime = load(_bundle(output), device=settings["device"], backend=backend, threads=threads)
+        runtime = load(_bundle(output), device=settings["device"], backend=backend, threads=threads, chooser=chooser)
     touch(output)
     chosen = {"schedule": schedule} if schedule is not None else {"fraction": 0.4 if fraction is None else fraction}
     return AcceleratedPipeline(pipe, runtime, chosen)

@@ -26,8 +26,8 @@ from tstitch_trt.pipeline.inputs import (
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.outputs import call_back, pipeline_output
 from tstitch_trt.plan.plan import Plan
+from tstitch_trt.runtime.chooser import chosen_settings
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.study.budget.choose import chosen_settings
 
 __all__ = ["AcceleratedPipeline"]
 

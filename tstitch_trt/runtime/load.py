@@ -13,6 +13,7 @@ from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.threads import default_threads
+from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.step_graphs import GraphMode, check_mode
 
@@ -34,6 +35,7 @@ def load(
     rebuild: bool = False,
     overlap: bool = True,
     progress: Progress | None = None,
+    chooser: ChooserFactory | None = None,
 ) -> Runtime:
     """Loads all members and parts of a bundle and returns the runtime that samples from them.
 
@@ -53,6 +55,9 @@ def load(
     ``rebuild``: engines that are missing, damaged or don't fit this machine and these versions are compiled again from
     the bundle's own ONNX with the options and profile they had, and the bundle is replaced in one step. ``progress``
     then gets the phase and the share done.
+
+    ``chooser``: makes what chooses schedules for ``latency_budget_ms``; by default of ``tstitch_trt.load`` the one that
+    reads the bundle's calibration and studies (``tstitch_trt.study.budget``).
 
     Raises ``BadBundle`` for a damaged bundle, ``BadEngine`` for engines that don't fit this machine (naming each
     field that differs and the command that rebuilds them), ``BadInput`` for an option that these engines or this
@@ -96,4 +101,4 @@ def load(
             engine.close()
         raise
     load_ms = 1e3 * (perf_counter() - started)
-    return Runtime(opened, place, name, engines, load_ms, graph=graph, decoding=decoding, threads=used)
+    return Runtime(opened, place, name, engines, load_ms, graph=graph, decoding=decoding, threads=used, chooser=chooser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plan.schedule import Schedule
-
-if TYPE_CHECKING:
-    from tstitch_trt.study.budget.record import Budget
+from tstitch_trt.runtime.chooser import ChosenSchedule
 
 __all__ = ["Decode", "Result", "SegmentTiming", "StepEvent"]
 
@@ -77,7 +75,7 @@ class Result:
     _device_latents: Any = None
     prompts: tuple[str, ...] = ()
     loras: Mapping[str, str] = field(default_factory=dict)
-    budget: Budget | None = None
+    budget: ChosenSchedule | None = None
 
     @property
     def latents(self) -> NDArray[np.float32]:

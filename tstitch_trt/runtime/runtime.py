@@ -7,9 +7,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
+from typing import Any, Final, Literal, Self, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
@@ -23,19 +24,16 @@ from tstitch_trt.request.init_image import check_start_wishes, start_step
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.request.options import PictureWishes, Wishes, asked_steps, split_wishes
 from tstitch_trt.request.request import Request, host_array
+from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, choose, chosen_settings
 from tstitch_trt.runtime.component import Component
-from tstitch_trt.runtime.lora import Loras, LoraSwapping
+from tstitch_trt.runtime.lora import LoraFiles, Loras
 from tstitch_trt.runtime.result import Decode, Result, StepEvent
 from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
 from tstitch_trt.runtime.stepper import Stepper
 from tstitch_trt.runtime.text_encoder import TextEncoders
-from tstitch_trt.runtime.timing import Measuring
+from tstitch_trt.runtime.timing import StepTimer
 from tstitch_trt.runtime.trajectory import PendingChunk, ResultCollector, Trajectory
-from tstitch_trt.runtime.vae import Picturing, Tile, Vae
-from tstitch_trt.study.budget.choose import Budgeting, chosen_settings
-
-if TYPE_CHECKING:
-    from tstitch_trt.study.budget.record import Budget
+from tstitch_trt.runtime.vae import Tile, Vae
 
 __all__ = ["Runtime"]
 
@@ -44,7 +42,7 @@ Output = Literal["host", "device"]
 OUTPUTS: Final = ("host", "device")
 
 
-class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
+class Runtime:
     """Loaded engines of one bundle on one device. Made by ``tstitch_trt.load``.
 
     One request at a time: a second call from another thread while one runs raises ``BadInput``. Use it as a context
@@ -62,11 +60,13 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         graph: GraphMode = "auto",
         decoding: Device | None = None,
         threads: int = 0,
+        chooser: ChooserFactory | None = None,
     ) -> None:
         """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device``
         (``Device.with_own_stream``).
 
-        ``threads``: CPU threads that the engines were loaded with, 0 for all cores.
+        ``threads``: CPU threads that the engines were loaded with, 0 for all cores. ``chooser``: makes what chooses
+        schedules for latency budgets; without one they are refused.
         """
         self.bundle = bundle
         self.device = device
@@ -82,8 +82,10 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
             if name in engines and name != CONTROLNET
         }
         self._texts = TextEncoders.of(bundle, self._parts)
-        self._codec = Vae(bundle.manifest, self._parts)
+        self._vae = Vae(bundle.manifest, self._parts)
         self._loras = Loras(bundle, backend_name, self._engines, self._stepper.forget)
+        self._timer = StepTimer(self._stepper, device)
+        self._chooser = None if chooser is None else chooser(bundle, self.setup)
         self._results: Buffer | None = None
         self._busy = threading.Lock()
 
@@ -112,6 +114,16 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
     def members(self) -> tuple[str, ...]:
         """The members' names, in the bundle's order: ``fraction`` goes from the first to the last."""
         return self._stepper.members
+
+    @property
+    def setup(self) -> Setup:
+        """Backend, device, threads and graph mode."""
+        return Setup(self.backend_name, self.device.name, self.threads, self.graphs().mode)
+
+    @property
+    def loras(self) -> dict[str, str]:
+        """Those that ``swap_lora`` put in, by network: ``{"large": "style.safetensors:0.8"}``."""
+        return self._loras.said()
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations``, ``results`` and ``parts io``.
@@ -158,6 +170,20 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
     def plan(self, **settings: Any) -> Plan:
         """The plan of a request, without running it. Takes the keywords of ``tstitch_trt.plan.plan.make_plan``."""
         return make_plan(self.manifest, **settings)
+
+    def within_budget(self, latency_budget_ms: float, **wishes: Unpack[Wishes]) -> ChosenSchedule:
+        """The best schedule for a request that takes at most ``latency_budget_ms``; ``sample`` takes it as well.
+
+        ``wishes``: the request as ``sample`` gets it, without ``schedule`` and ``fraction``; what it fixes besides
+        (steps, solver, guidance...) stays so, and the rest is chosen. The budget is for ``Result.total_ms``, the
+        trajectories of all its images: reading prompts and making pictures of latents is no part of it.
+
+        Cost comes from this machine's calibration (``tstitch-trt calibrate``), quality from the newest search,
+        evaluation or profile of the bundle that covers the request, else T-Stitch's rule decides. Raises
+        ``NotCalibrated``, ``BadInput`` for a budget that nothing meets, naming the nearest one that is met, and
+        ``Unavailable`` where the runtime was loaded without a chooser.
+        """
+        return choose(self._chooser, self.bundle, self.limits, latency_budget_ms, wishes)
 
     def sample(
         self,
@@ -214,6 +240,69 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel."""
         return self._start(wishes, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
 
+    # --- parts of it
+
+    def decode(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.uint8]:
+        """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder.
+
+        ``tile``: see ``tstitch_trt.runtime.vae.Tile``.
+        """
+        return self._vae.decode(latents, tile=tile)
+
+    def images(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.float32]:
+        """Like ``decode``, as float32 ``[N,C,H,W]`` in about [-1, 1], neither clamped nor rounded."""
+        return self._vae.images(latents, tile=tile)
+
+    def encode(
+        self, pictures: NDArray[np.float32], *, tile: Tile = "auto"
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
+
+        Raises ``Unavailable`` without an encoder.
+        """
+        return self._vae.encode(pictures, tile=tile)
+
+    def time_member(
+        self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
+    ) -> list[float]:
+        """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
+        return self._timer.time_member(name, batch, guided=guided, repeats=repeats, warmup=warmup)
+
+    def time_step_kernels(
+        self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
+    ) -> list[float]:
+        """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
+        return self._timer.time_step_kernels(batch, guided=guided, repeats=repeats, warmup=warmup)
+
+    def swap_lora(self, name: str, files: LoraFiles) -> None:
+        """Puts LoRAs into a member or text encoder, in place of those that an earlier call put there.
+
+        ``files``: ``"style.safetensors:0.8,lcm.safetensors"``, a path, or a list of paths and ``(path, weight)``. For
+        engines that can be refitted: of the backend ``torch``, and of TensorRT built with ``--option refit=true``.
+        Raises ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises,
+        the network has the weights that it had before.
+        """
+        with self._alone():
+            self._loras.swap(name, files)
+
+    def restore(self, name: str | None = None) -> None:
+        """Takes out what ``swap_lora`` put into a network, or into any: the bundle's own weights, bit for bit."""
+        with self._alone():
+            self._loras.restore(name)
+
+    @contextmanager
+    def lora(self, name: str, files: LoraFiles) -> Iterator[Self]:
+        """``swap_lora`` for the time of a ``with`` block; afterwards what was there before is back."""
+        before = self._loras.current(name)
+        self.swap_lora(name, files)
+        try:
+            yield self
+        finally:
+            with self._alone():
+                self._loras.put(name, before)
+
+    # --- how
+
     def _start(
         self,
         wishes: Wishes,
@@ -245,11 +334,11 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
         self._loras.check()
-        self._codec.check(tile)
+        self._vae.check(tile)
         with self._alone():  # prompts and pictures are encoded here
             request = self._request(pictures, plan, start, tile)
         if decode:
-            self._codec.check(tile, request.size)
+            self._vae.check(tile, request.size)
         decoder = partial(self.decode, tile=tile) if decode else None
         return self._walk(request, plan, decode=decoder, events=events, output=output, budget=budget)
 
@@ -265,7 +354,7 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
             pictures,
             start=start,
             texts=self._texts,
-            encoder=self._codec.encoding(tile),
+            encoder=self._vae.encoding(tile),
         )
         request.check_start(plan)
         return request
@@ -278,7 +367,7 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         decode: Decode | None,
         events: bool,
         output: Output,
-        budget: Budget | None,
+        budget: ChosenSchedule | None,
     ) -> Generator[StepEvent, None, Result]:
         walk = Trajectory(self._stepper, self.device, request, plan, decode=decode or self.decode, events=events)
         with self._alone():
@@ -306,7 +395,7 @@ class Runtime(Budgeting, LoraSwapping, Measuring, Picturing):
         *,
         decode: Decode | None,
         output: Output,
-        budget: Budget | None,
+        budget: ChosenSchedule | None,
     ) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
         shape = (request.n, self.manifest.latent.channels, *request.size)

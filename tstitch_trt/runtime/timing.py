@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from time import perf_counter
 
@@ -10,31 +9,21 @@ import numpy as np
 
 from tstitch_engines.device.base import Device
 from tstitch_engines.spec import storage_dtype
-from tstitch_trt.plan.plan import Plan
+from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.runtime.step_graphs import StepKey
 from tstitch_trt.runtime.stepper import Stepper
 
-__all__ = ["Measuring"]
+__all__ = ["StepTimer"]
 
 
-class Measuring(ABC):
-    """The verbs of a runtime that measure. They overwrite what arena and engine buffers hold."""
+class StepTimer:
+    """Times the parts of a step. It overwrites what arena and engine buffers hold."""
 
-    device: Device
-    _stepper: Stepper
+    def __init__(self, stepper: Stepper, device: Device) -> None:
+        self._stepper = stepper
+        self._device = device
 
-    @property
-    @abstractmethod
-    def members(self) -> tuple[str, ...]:
-        """See ``Runtime``."""
-
-    @abstractmethod
-    def plan(self, **settings: object) -> Plan:
-        """See ``Runtime``."""
-
-    def time_member(
-        self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
-    ) -> list[float]:
+    def time_member(self, name: str, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
         stepper = self._stepper
         stepper.shape(*stepper.limits.native_or_largest())
@@ -43,12 +32,10 @@ class Measuring(ABC):
         stepper.bind(name, batch, guided, sizes)
         return self._times(stepper.engine(name).enqueue, repeats=repeats, warmup=warmup)
 
-    def time_step_kernels(
-        self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
-    ) -> list[float]:
+    def time_step_kernels(self, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
-        stepper, device, name = self._stepper, self.device, self.members[0]
-        rows = self.plan(schedule=name, guidance=1.0).rows.astype(np.float32)
+        stepper, device, name = self._stepper, self._device, self._stepper.members[0]
+        rows = make_plan(stepper.manifest, schedule=name, guidance=1.0).rows.astype(np.float32)
         stepper.shape(*stepper.limits.native_or_largest())
         bound = stepper.bind(name, batch, guided, stepper.sizes(name, stepper.limits.usual_tokens(name)))
         output = bound.model_output
@@ -72,11 +59,11 @@ class Measuring(ABC):
     def _times(self, work: Callable[[], None], *, repeats: int, warmup: int) -> list[float]:
         for _ in range(warmup):
             work()
-        self.device.synchronize()
+        self._device.synchronize()
         times = []
         for _ in range(repeats):
             start = perf_counter()
             work()
-            self.device.synchronize()
+            self._device.synchronize()
             times.append(1e3 * (perf_counter() - start))
         return times

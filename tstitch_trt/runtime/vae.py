@@ -16,7 +16,7 @@ from tstitch_engines.spec import Range
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.tiling import Blend, Tiles, tiles_of
 
-__all__ = ["Picturing", "Tile", "Vae", "VaeDecoder", "VaeEncoder", "to_pixels"]
+__all__ = ["Tile", "Vae", "VaeDecoder", "VaeEncoder", "to_pixels"]
 
 _log = logging.getLogger(__name__)
 
@@ -207,24 +207,3 @@ class _Encoding:
 
     def encode(self, pictures: Array) -> tuple[Array, Array]:
         return self.encoder.encode(pictures, tile=self.tile)
-
-
-class Picturing:
-    """The verbs of a runtime between latents and pictures. ``tile``: see ``tstitch_trt.runtime.vae.Tile``."""
-
-    _codec: Vae
-
-    def decode(self, latents: Array, *, tile: Tile = "auto") -> NDArray[np.uint8]:
-        """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder."""
-        return self._codec.decode(latents, tile=tile)
-
-    def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
-        """Like ``decode``, as float32 ``[N,C,H,W]`` in about [-1, 1], neither clamped nor rounded."""
-        return self._codec.images(latents, tile=tile)
-
-    def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
-        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
-
-        Raises ``Unavailable`` without an encoder.
-        """
-        return self._codec.encode(pictures, tile=tile)

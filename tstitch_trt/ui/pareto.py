@@ -13,7 +13,7 @@ from tstitch_trt.plots.svg import require_matplotlib
 from tstitch_trt.plots.words import METRIC_NAMES, date, interval, ms
 from tstitch_trt.report.figures import quality_figure, search_figure
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.study.budget import current_calibration, predict_ms
+from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
 from tstitch_trt.study.records import Point, SearchPoint, Setting
 
@@ -83,7 +83,7 @@ def _same(setting: Setting, plan: Plan, guidance: float) -> bool:
 def _predicted(runtime: Runtime, path: str, plan: Plan) -> Markup:
     """What one image costs by the calibration of this machine."""
     try:
-        cost = predict_ms(current_calibration(runtime), plan, batch=1)
+        cost = predict_ms(find_calibration(runtime.bundle, Conditions.here(runtime.setup)), plan, batch=1)
     except BadInput as error:
         first = error.message.partition("\n")[0]
         return paragraph(

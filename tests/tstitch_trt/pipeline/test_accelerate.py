@@ -14,7 +14,8 @@ from support.accelerating import SD, fast, pipeline, seeded
 from support.diffusers_pipelines import relative
 from support.tiny_pipelines import PIXELS, noise, scheduler, stitched
 from tstitch_engines.errors import BadInput
-from tstitch_trt.study.budget import Conditions, calibrate
+from tstitch_trt.study.budget import Conditions
+from tstitch_trt.study.calibrate.calibrate import calibrate
 from tstitch_trt.study.store import save_study
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of

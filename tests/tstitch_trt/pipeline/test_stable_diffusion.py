@@ -154,7 +154,7 @@ def test_an_encoded_picture_is_that_of_diffusers(runtime: Runtime, sd: Path) -> 
     pixels = torch.from_numpy(picture()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.inference_mode():
         theirs = pipe.vae.encode(pixels).latent_dist
-    encoder = runtime._codec.encoder
+    encoder = runtime._vae.encoder
     assert encoder is not None
     mean, std = encoder.encode(pixels.numpy())
     assert relative(mean, theirs.mean.numpy() * pipe.vae.config.scaling_factor) < 1e-4

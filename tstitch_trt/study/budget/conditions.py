@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from tstitch_engines.bundle.identity import digest
-from tstitch_engines.compile.select import default_backend, select_engine
+from tstitch_engines.compile.select import select_engine
 from tstitch_engines.errors import NotCalibrated
+from tstitch_trt.runtime.chooser import Setup
 from tstitch_trt.study.machine import Machine, describe_machine
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import load_studies, weights_of
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.bundle import Bundle
-    from tstitch_trt.runtime.runtime import Runtime
 
-__all__ = ["Conditions", "current_calibration", "engine_digests", "speed_of"]
+__all__ = ["Conditions", "engine_digests", "find_calibration", "speed_of"]
 
 _LIBRARIES: Final[Mapping[str, tuple[str, ...]]] = {  # the packages whose version decides how fast a backend is
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
@@ -51,14 +51,14 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @staticmethod
-    def here(runtime: Runtime) -> Conditions:
-        name, device = runtime.backend_name, runtime.device.name
+    def here(setup: Setup) -> Conditions:
+        """Those of a runtime on this machine (``Runtime.setup``)."""
         return Conditions(
-            machine=speed_of(describe_machine(), name, device),
-            backend=name,
-            device=device,
-            threads=runtime.threads,
-            graph=runtime.graphs().mode,
+            machine=speed_of(describe_machine(), setup.backend, setup.device),
+            backend=setup.backend,
+            device=setup.device,
+            threads=setup.threads,
+            graph=setup.graph,
         )
 
     @property
@@ -105,34 +105,13 @@ def engine_digests(bundle: Bundle, backend: str, device: str) -> dict[str, str]:
     return {name: digest(select_engine(bundle, name, library, device).identity) for name in bundle.manifest.members}
 
 
-def current_calibration(
-    source: Runtime | Bundle,
-    *,
-    backend: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    graph: str = "auto",
-) -> Calibration:
-    """The calibration that holds for a loaded runtime, or for a bundle loaded with these options (``load``'s).
+def find_calibration(bundle: Bundle, here: Conditions) -> Calibration:
+    """The calibration of ``bundle`` that holds under the conditions ``here``.
 
     Raises ``NotCalibrated`` where there is none: naming each field in which the nearest one differs (machine, library
     version, backend, device, threads, graph), or the members whose engine or weights are others by now. A calibration
     of other conditions is never used.
     """
-    from tstitch_engines.bundle.bundle import Bundle
-
-    if isinstance(source, Bundle):
-        name = backend or default_backend(source)
-        mode = "off" if device == "cpu" else "step" if graph == "auto" else graph
-        place = "cuda:0" if device == "cuda" else device
-        machine = speed_of(describe_machine(), name, place)
-        here = Conditions(machine=machine, backend=name, device=place, threads=threads or 0, graph=mode)
-        return find_calibration(source, here)
-    return find_calibration(source.bundle, Conditions.here(source))
-
-
-def find_calibration(bundle: Bundle, here: Conditions) -> Calibration:
-    """As ``current_calibration``, for conditions that are known."""
     known = load_studies(bundle, Calibration)
     hint = f"run: {here.command(bundle.root)}"
     if not known:

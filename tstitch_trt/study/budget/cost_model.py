@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from tstitch_engines.bundle.bundle import STUDIES
 from tstitch_engines.errors import BadInput
 from tstitch_trt.request.options import asked_steps
+from tstitch_trt.runtime.chooser import ChosenSchedule, check_budget
 from tstitch_trt.study.budget.candidates import Candidate, Source, sources
-from tstitch_trt.study.budget.conditions import current_calibration
+from tstitch_trt.study.budget.conditions import Conditions, find_calibration
 from tstitch_trt.study.budget.predict import predict_ms
-from tstitch_trt.study.budget.record import Budget, check_budget
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Search, Study
 from tstitch_trt.study.store import load_studies
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.bundle import Bundle
     from tstitch_engines.bundle.manifest import Manifest
-    from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["Costs"]
 
@@ -53,14 +52,14 @@ class Costs:
         self._tables: dict[str, list[tuple[Source, list[_Priced]]]] = {}
 
     @staticmethod
-    def of(runtime: Runtime, known: Costs | None = None) -> Costs:
-        """Those of ``runtime``; ``known`` where nothing has changed on disk. Raises ``NotCalibrated``."""
-        seen = _state(runtime.bundle)
+    def of(bundle: Bundle, conditions: Conditions, known: Costs | None = None) -> Costs:
+        """Those of ``bundle`` on disk; ``known`` where nothing has changed there. Raises ``NotCalibrated``."""
+        seen = _state(bundle)
         if known is not None and known.seen == seen:
             return known
-        calibration = current_calibration(runtime)
-        studies = [s for kind in (Search, Evaluation, Divergence) for s in load_studies(runtime.bundle, kind)]
-        return Costs(runtime.manifest, calibration, studies, seen)
+        calibration = find_calibration(bundle, conditions)
+        studies = [s for kind in (Search, Evaluation, Divergence) for s in load_studies(bundle, kind)]
+        return Costs(bundle.manifest, calibration, studies, seen)
 
     def choose(
         self,
@@ -70,7 +69,7 @@ class Costs:
         size: tuple[int, int] | None = None,
         settings: Mapping[str, Any] | None = None,
         start: Callable[[int], int] = lambda steps: 0,
-    ) -> Budget:
+    ) -> ChosenSchedule:
         """The best schedule whose predicted time, with the spread of single runs, is at most ``budget_ms``.
 
         Of equally good ones the cheapest. ``size``: height and width of the latent. ``settings``: keywords of
@@ -84,7 +83,7 @@ class Costs:
             within = [one for one in priced if one.upper_ms <= budget_ms * _ROUNDING]
             if within:
                 best = max(within, key=lambda one: (source.goodness(one.candidate.quality), -one.upper_ms))
-                return self._budget(budget_ms, images, size, source, best, self._offers(fixed)[1])
+                return self._chosen(budget_ms, images, size, source, best, self._offers(fixed)[1])
         cheapest = min((one for _, priced in table for one in priced), key=lambda one: one.upper_ms)
         nearest = math.ceil(round(10 * cheapest.upper_ms, 6)) / 10
         least = f"{nearest:.1f}".removesuffix(".0")
@@ -96,7 +95,7 @@ class Costs:
             "fewer --steps or images take less",
         )
 
-    def _budget(
+    def _chosen(
         self,
         budget_ms: float,
         images: int,
@@ -104,10 +103,10 @@ class Costs:
         source: Source,
         best: _Priced,
         notes: tuple[str, ...],
-    ) -> Budget:
+    ) -> ChosenSchedule:
         plan = best.candidate.plan
         first = self.calibration.steps[0]
-        return Budget(
+        return ChosenSchedule(
             budget_ms=float(budget_ms),
             predicted_ms=best.predicted_ms,
             upper_ms=best.upper_ms,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tstitch_trt.study.budget.record import Budget
+from tstitch_trt.runtime.chooser import ChosenSchedule
 from tstitch_trt.study.calibrate.trials import Bucket, in_turn
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["warm_up"]
 
 
-def warm_up(runtime: Runtime, budget: Budget) -> None:
+def warm_up(runtime: Runtime, budget: ChosenSchedule) -> None:
     """Runs a step of each kind that ``budget`` chose, once: a network's first run at a new size takes longer.
 
     What was calibrated is a runtime that has run before, as a server's has.

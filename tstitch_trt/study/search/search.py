@@ -15,7 +15,7 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.progress import Phases
-from tstitch_trt.study.budget import current_calibration, predict_ms
+from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.evaluate.evaluate import Request, prompts_for
 from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.quality import Scorer, check_metrics
@@ -100,7 +100,7 @@ def search(
     )
     field = chosen(every, trials, seed=seed)
     request = Request(samples, seed, prompts_for(manifest, prompts))
-    calibration = current_calibration(runtime)
+    calibration = find_calibration(runtime.bundle, Conditions.here(runtime.setup))
     guided = any(any(plan_of(manifest, c.setting).guided) for c in field)
     images = min(8, max(1, runtime.batch_limit // (2 if guided else 1))) if batch is None else batch
     costs = {c.key: predict_ms(calibration, plan_of(manifest, c.setting), batch=images) for c in field}

@@ -15,7 +15,8 @@ from tstitch_engines.bundle.manifest import Component, Defaults
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.request.batching import Splitting
-from tstitch_trt.study.budget import Budget, Costs, keywords_of, predict_ms
+from tstitch_trt.runtime.chooser import ChosenSchedule
+from tstitch_trt.study.budget import Costs, keywords_of, predict_ms
 from tstitch_trt.study.records import Calibration, Study
 from tstitch_trt.study.store import weights_of
 
@@ -50,7 +51,7 @@ def costs(**changes: Any) -> Calibration:
     return calibration(**(fields | changes))
 
 
-def choose(budget_ms: float, *studies: Study, made: Any = MANIFEST, images: int = 4, **settings: Any) -> Budget:
+def choose(budget_ms: float, *studies: Study, made: Any = MANIFEST, images: int = 4, **settings: Any) -> ChosenSchedule:
     return Costs(made, costs(), studies).choose(budget_ms, images=images, settings=settings)
 
 

@@ -20,11 +20,12 @@ from support.hand_made_parts import World
 from support.studies import calibration, overhead, search, search_point, step_cost
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
-from tstitch_engines.errors import BadInput, NotCalibrated
+from tstitch_engines.errors import BadInput, NotCalibrated, Unavailable
 from tstitch_trt.bench.bench import measure
 from tstitch_trt.images.write import METADATA_KEY
+from tstitch_trt.runtime.load import load
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.study.budget import Conditions, current_calibration, predict_ms
+from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.budget.conditions import engine_digests
 from tstitch_trt.study.store import save_study, weights_of
 
@@ -131,6 +132,12 @@ def test_without_a_calibration_nothing_is_guessed(tiny_pair: TinyPair) -> None:
         bare.sample(labels=[1], latency_budget_ms=1e5)
 
 
+def test_without_a_chooser_a_budget_is_refused(tiny_pair: TinyPair) -> None:
+    with load(tiny_pair.bundle, threads=1) as bare, pytest.raises(Unavailable, match="without a chooser") as caught:
+        bare.sample(labels=[1], latency_budget_ms=1e5)
+    assert "tstitch_trt.load" in caught.value.hint
+
+
 def test_a_study_written_later_is_seen(tiny_pair: TinyPair, tmp_path: Path) -> None:
     own = calibrated(tmp_path / "own.bundle", tiny_pair.bundle)
     with tstitch_trt.load(own, threads=1) as loaded:
@@ -234,7 +241,7 @@ def test_sizes_text_and_pictures_to_start_from(tmp_path: Path, capfd: pytest.Cap
         chosen = result.budget
         assert chosen is not None
         assert (chosen.schedule, chosen.images, chosen.size) == ("painter:6", 2, (8, 12))
-        cost = current_calibration(runtime)
+        cost = find_calibration(runtime.bundle, Conditions.here(runtime.setup))
         assert chosen.predicted_ms == pytest.approx(predict_ms(cost, result.plan, batch=2, size=(8, 12), start=3))
         with pytest.raises(BadInput, match=r"10x8 .* were not calibrated; measured are 8x8, 12x8"):
             runtime.within_budget(1e9, prompt="a fox", height=64, width=80)

@@ -17,9 +17,11 @@ from support.studies import calibration
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.errors import NotCalibrated, OutOfProfile
+from tstitch_trt.runtime.chooser import Setup
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.study.budget import Conditions, calibrate, current_calibration, default_batches, predict_ms
+from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.budget.conditions import engine_digests
+from tstitch_trt.study.calibrate.calibrate import calibrate, default_batches
 from tstitch_trt.study.calibrate.trials import visits_of
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import load_studies, save_study, weights_of
@@ -113,21 +115,25 @@ def test_a_bundle_of_one_member_is_calibrated(tiny_pair: TinyPair) -> None:
     assert found.overheads[0].switch_ms == 0
 
 
+def here(threads: int) -> Conditions:
+    return Conditions.here(Setup("onnxruntime", "cpu", threads, "off"))
+
+
 def test_the_one_that_holds_is_found(bundle: Bundle) -> None:
     held = holding(bundle)
     save_study(bundle, held, key=Conditions.of(held).key)
     other = holding(bundle, threads=7, made="2026-01-01T00:00:00Z")
     save_study(bundle, other, key=Conditions.of(other).key)
     assert len(load_studies(bundle, Calibration)) == 2
-    assert current_calibration(bundle, threads=1) == held
-    assert current_calibration(bundle, threads=7) == other
+    assert find_calibration(bundle, here(1)) == held
+    assert find_calibration(bundle, here(7)) == other
     with tstitch_trt.load(bundle, threads=1) as runtime:
-        assert current_calibration(runtime) == held
+        assert find_calibration(bundle, Conditions.here(runtime.setup)) == held
 
 
 def test_without_one_the_command_is_named(bundle: Bundle) -> None:
     with pytest.raises(NotCalibrated, match="has no calibration") as caught:
-        current_calibration(bundle, threads=3)
+        find_calibration(bundle, here(3))
     assert caught.value.hint == f"run: tstitch-trt calibrate {bundle.root} --backend onnxruntime --threads 3"
 
 
@@ -161,7 +167,7 @@ def test_another_machine_or_setting_is_named_and_not_used(
 ) -> None:
     save_study(bundle, holding(bundle, **changes), key="x")
     with pytest.raises(NotCalibrated) as caught:
-        current_calibration(bundle, threads=1)
+        find_calibration(bundle, here(1))
     for part in said:
         assert part in caught.value.message
     assert "calibrate" in caught.value.hint
@@ -173,7 +179,7 @@ def test_another_machine_or_setting_is_named_and_not_used(
 )
 def test_load_python_and_other_libraries_do_not_matter(bundle: Bundle, same: object) -> None:
     save_study(bundle, holding(bundle, machine=same), key="x")
-    assert current_calibration(bundle, threads=1).machine == same
+    assert find_calibration(bundle, here(1)).machine == same
 
 
 def test_gpus_matter_only_where_they_are_used() -> None:
@@ -192,7 +198,7 @@ def test_other_weights_or_engines_make_it_stale(bundle: Bundle) -> None:
     ):
         save_study(bundle, holding(bundle, **changes), key="x")
         with pytest.raises(NotCalibrated, match="is stale") as caught:
-            current_calibration(bundle, threads=1)
+            find_calibration(bundle, here(1))
         assert said in caught.value.message
 
 
@@ -208,7 +214,7 @@ def test_the_command_measures_keeps_and_draws(
     assert msgspec.convert(outcome.json, Calibration) == kept
     assert (bundle.root / "studies" / f"calibration-{Conditions.of(kept).key}.json").is_file()
     assert kept.command.startswith("tstitch-trt calibrate pair.bundle --backend onnxruntime --threads 1 --batch 2")
-    assert current_calibration(bundle, threads=1) == kept
+    assert find_calibration(bundle, here(1)) == kept
     with Image.open(tmp_path / "cost.png") as image:
         assert image.size[0] > 1000
     again = Command(capfd)(*kept.command.replace("pair.bundle", str(bundle.root)).split()[1:])

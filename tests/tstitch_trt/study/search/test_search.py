@@ -47,7 +47,7 @@ def calibrated(source: Path, target: Path, *, size: tuple[int, int]) -> Path:
             ),
             overheads=(overhead(1, 0.5, size=size), overhead(8, 0.5, size=size)),
         )
-        save_study(runtime.bundle, study, key=Conditions.here(runtime).key)
+        save_study(runtime.bundle, study, key=Conditions.here(runtime.setup).key)
     return target
 
 
