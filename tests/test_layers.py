@@ -37,7 +37,7 @@ ORDER = {
         ["__init__"],
     ],
     "tstitch_trt": [
-        ["files", "progress"],
+        ["checks", "files", "progress"],
         ["solvers", "images"],
         ["plan"],
         ["request"],

@@ -283,7 +283,7 @@ def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str,
         "height": height,
         "steps": len(result.schedule.names),
         "solver": plan.table.solver.name,
-        "solver_options": plan.table.solver.said(),
+        "solver_options": plan.table.solver.explicit(),
         "guided": [bool(g) for g in plan.guided],
         "guidance": {
             name: sorted({plan.embedded.get(name, scale) for step, scale in scales if step == name})

@@ -11,23 +11,28 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.plan.schedule import Schedule
 
-__all__ = []
+__all__ = ["embedded_scales", "guidance_scales", "guided_channels"]
 
 
-def _guidance(
+def guidance_scales(
     manifest: Manifest,
     schedule: Schedule,
-    guidance: float | Mapping[str, float],
+    guidance: float | Mapping[str, float] | None,
     interval: tuple[int, int] | None,
 ) -> NDArray[np.float64]:
-    """One scale per step, 1 where the step is not guided."""
+    """One scale per step, 1 where the step is not guided. Raises ``BadInput``.
+
+    ``None`` is the bundle's default, and 1 where the bundle can't be guided.
+    """
+    if guidance is None:
+        guidance = manifest.defaults.guidance if manifest.conditioning.guidable else 1.0
     if isinstance(guidance, Mapping):
         for name in guidance:
             if name not in manifest.members:
                 raise unknown_name("member", name, manifest.members, hint="(in guidance)")
-        per_member = {name: float(guidance.get(name, 1.0)) for name in manifest.members}
+        per_member = {name: guidance.get(name, 1.0) for name in manifest.members}
     else:
-        per_member = dict.fromkeys(manifest.members, float(guidance))
+        per_member = dict.fromkeys(manifest.members, guidance)
     scales = np.array(
         [per_member[name] if own is None else own for name, own in zip(schedule.names, schedule.guidance, strict=True)]
     )
@@ -53,7 +58,7 @@ def _guidance(
     return scales
 
 
-def _embedded(manifest: Manifest, schedule: Schedule, scales: NDArray[np.float64]) -> dict[str, float]:
+def embedded_scales(manifest: Manifest, schedule: Schedule, scales: NDArray[np.float64]) -> dict[str, float]:
     """The scale each distilled member is given; its ``scales`` become 1, because it runs no second half."""
     found: dict[str, float] = {}
     for name in dict.fromkeys(schedule.names):
@@ -72,9 +77,10 @@ def _embedded(manifest: Manifest, schedule: Schedule, scales: NDArray[np.float64
     return found
 
 
-def _channels(manifest: Manifest, guided_channels: int | None) -> int:
+def guided_channels(manifest: Manifest, asked: int | None) -> int:
+    """How many leading channels are guided; ``None`` is the bundle's default. Raises ``BadInput``."""
     channels = manifest.latent.channels
-    wanted = manifest.defaults.guided_channels if guided_channels is None else guided_channels
+    wanted = manifest.defaults.guided_channels if asked is None else asked
     if wanted is None:
         return channels
     if not 1 <= wanted <= channels:

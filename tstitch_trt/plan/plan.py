@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.device.step_row import ROW
-from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.plan.guidance import _channels, _embedded, _guidance
+from tstitch_engines.errors import BadInput
+from tstitch_trt.plan.guidance import embedded_scales, guidance_scales, guided_channels
 from tstitch_trt.plan.member_columns import is_adapted, member_columns
+from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.schedule import Schedule, fraction_text, resolve
 from tstitch_trt.plan.step_rows import fill_rows
 from tstitch_trt.solvers import SPACING_OPTIONS, SolverOptions, StepTable, make_table, with_default_spacing
 from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 
-__all__ = ["HISTORIES", "Plan", "make_plan"]
-
-HISTORIES: Final = ("keep", "reset")
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,70 +55,35 @@ class Plan:
         return self.table.init_scale
 
 
-def make_plan(
-    manifest: Manifest,
-    *,
-    steps: int | None = None,
-    solver: str | SolverOptions | None = None,
-    spacing: str | None = None,
-    sigmas: str | None = None,
-    eta: float | None = None,
-    variance: str | None = None,
-    solver_options: Mapping[str, object] | None = None,
-    timesteps: Sequence[float] | None = None,
-    history: str = "keep",
-    schedule: str | Sequence[str] | None = None,
-    fraction: float | None = None,
-    rounding: str = "paper",
-    guidance: float | Mapping[str, float] | None = None,
-    guidance_rescale: float = 0.0,
-    guidance_interval: tuple[int, int] | None = None,
-    guided_channels: int | None = None,
-    start: int = 0,
-) -> Plan:
-    """The plan for one bundle; what is ``None`` comes from the bundle's defaults.
+def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
+    """The plan for one bundle. ``keywords`` are fields of ``PlanOptions`` and go on top of ``options``.
 
-    ``solver``: a name, or ``SolverOptions``; ``spacing``, ``sigmas``, ``eta``, ``variance`` and ``solver_options`` are
-    its options. ``timesteps``: explicit ones in place of ``steps`` and a spacing. ``history``: whether a multistep
-    solver keeps the estimates of the member before across a switch (``keep``) or starts again (``reset``).
-
-    ``schedule``: see ``tstitch_trt.plan.schedule``; ``fraction`` is the short form for the first and the last member.
-    ``rounding`` turns fractions into steps.
-
-    ``guidance``: classifier-free guidance scale (arXiv 2207.12598), 1 = off; one number, or one per member; the
-    schedule's own ``:g=`` goes first. ``guidance_rescale``: arXiv 2305.08891, section 3.4, 0 = off.
-    ``guidance_interval``: guide steps ``start <= i < stop`` only. ``guided_channels``: guide the first k channels. A
-    member distilled for a guidance scale (``Member.guidance_embedding``) takes the scale as an input and runs one half.
-
-    ``start``: the step at which the trajectory is entered from a picture; a multistep solver starts again there.
-
-    Raises ``BadInput`` and its kinds.
+    What is not said comes from the bundle's defaults; a default that does not fit what was said is left out. Raises
+    ``BadInput`` and its kinds.
     """
-    defaults = manifest.defaults
+    said = PlanOptions.from_keywords(keywords)
+    options = said if options is None else said.on_top_of(options) if keywords else options
     noise = NoiseSchedule.from_spec(manifest.noise)
-    options = _solver(manifest, solver, spacing, sigmas, eta, variance, solver_options, timesteps)
-    if steps is None and timesteps is None:
-        steps = defaults.steps
-    table = make_table(options, noise, steps, timesteps=timesteps)
+    solver = _solver(manifest, options)
+    steps = None if options.steps is None and options.timesteps is not None else options.asked_steps(manifest)
+    table = make_table(solver, noise, steps, timesteps=options.timesteps)
     resolved = resolve(
-        _schedule(manifest, schedule, fraction),
+        _schedule(manifest, options),
         members=tuple(manifest.members),
         timesteps=table.t,
         sigmas=table.sigma,
         train_steps=manifest.noise.steps,
-        rounding=rounding,
+        rounding=options.rounding or "paper",
     )
-    if history not in HISTORIES:
-        raise unknown_name("history", history, HISTORIES)
-    restarts = {segment.start for segment in resolved.segments[1:]} if history == "reset" else set()
-    restarts |= {start} - {0}
+    restarts = {segment.start for segment in resolved.segments[1:]} if options.history == "reset" else set()
+    restarts |= {options.start or 0} - {0}
     if restarts and table.history:
-        table = make_table(options, noise, steps, timesteps=timesteps, restarts=restarts)
+        table = make_table(solver, noise, steps, timesteps=options.timesteps, restarts=restarts)
 
-    scales = _guidance(manifest, resolved, defaults.guidance if guidance is None else guidance, guidance_interval)
-    embedded = _embedded(manifest, resolved, scales)
+    scales = guidance_scales(manifest, resolved, options.guidance, options.guidance_interval)
+    embedded = embedded_scales(manifest, resolved, scales)
     guided = tuple(bool(scale != 1) for scale in scales)
-    channels = _channels(manifest, guided_channels)
+    rescale = options.guidance_rescale or 0.0
     t, c_in, p, q = (np.empty(table.steps) for _ in range(4))
     for name in dict.fromkeys(resolved.names):
         mine = np.array([n == name for n in resolved.names])
@@ -130,52 +94,39 @@ def make_plan(
         p=p,
         q=q,
         guidance=scales,
-        rescale=np.where(guided, guidance_rescale, 0.0) if 0 <= guidance_rescale <= 1 else guidance_rescale,
-        guided_channels=channels,
+        rescale=np.where(guided, rescale, 0.0),
+        guided_channels=guided_channels(manifest, options.guided_channels),
         learned=np.array([manifest.members[name].learned_variance for name in resolved.names]),
     )
     rows[:, ROW["T"]], rows[:, ROW["C_IN"]] = t, c_in
     rows.flags.writeable = False
-    return Plan(resolved, table, rows, guided, bool(guidance_rescale) and any(guided), embedded)
+    return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), embedded)
 
 
-def _solver(
-    manifest: Manifest,
-    solver: str | SolverOptions | None,
-    spacing: str | None,
-    sigmas: str | None,
-    eta: float | None,
-    variance: str | None,
-    more: Mapping[str, object] | None,
-    timesteps: Sequence[float] | None,
-) -> SolverOptions:
-    """What the caller says, and where it leaves room what the bundle's defaults say of their own solver."""
-    defaults = manifest.defaults
+def _solver(manifest: Manifest, options: PlanOptions) -> SolverOptions:
+    """What was said, and where that leaves room what the bundle's defaults say of their own solver."""
+    defaults, solver = manifest.defaults, options.solver
     base = solver if isinstance(solver, SolverOptions) else SolverOptions(name=solver or defaults.solver)
-    given = {"spacing": spacing, "sigmas": sigmas, "eta": eta, "variance": variance}
-    said = {name: value for name, value in given.items() if value is not None} | dict(more or {})
-    said = {**base.said(), **said}
+    own = {"spacing": options.spacing, "sigmas": options.sigmas, "eta": options.eta, "variance": options.variance}
+    own = {name: value for name, value in own.items() if value is not None}
+    said = {**base.explicit(), **own, **(options.solver_options or {})}
     usual = dict(defaults.solver_options) if base.name == defaults.solver else {}
-    if timesteps is not None or said.keys() & {"spacing", "sigmas"}:  # other places for the steps: none of the usual
+    placed = options.timesteps is not None
+    if placed or said.keys() & {"spacing", "sigmas"}:  # other places for the steps: none of the usual
         usual = {name: value for name, value in usual.items() if name not in SPACING_OPTIONS}
-    if timesteps is not None or "sigmas" in said:
+    if placed or "sigmas" in said:
         usual = {name: value for name, value in usual.items() if name not in ("step_to", "original_steps")}
-    options = SolverOptions.parse(base.name, {**usual, **said})
-    if timesteps is not None:
-        return options
+    found = SolverOptions.parse(base.name, {**usual, **said})
+    if placed:
+        return found
     offset = defaults.solver_options.get("steps_offset")
-    return with_default_spacing(options, defaults.spacing, offset if isinstance(offset, int) else None)
+    return with_default_spacing(found, defaults.spacing, offset if isinstance(offset, int) else None)
 
 
-def _schedule(manifest: Manifest, schedule: str | Sequence[str] | None, fraction: float | None) -> str | Sequence[str]:
-    if schedule is not None and fraction is not None:
-        raise BadInput(
-            f"both fraction {fraction:g} and schedule {schedule!r} are given",
-            hint="a fraction is a short schedule: give one of the two",
-        )
-    if fraction is not None:
-        return fraction_text(fraction, tuple(manifest.members))
-    return manifest.defaults.schedule if schedule is None else schedule
+def _schedule(manifest: Manifest, options: PlanOptions) -> str | Sequence[str]:
+    if options.fraction is not None:
+        return fraction_text(options.fraction, tuple(manifest.members))
+    return manifest.defaults.schedule if options.schedule is None else options.schedule
 
 
 def _check_variance(manifest: Manifest, schedule: Schedule, table: StepTable) -> None:

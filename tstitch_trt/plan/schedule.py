@@ -172,17 +172,17 @@ def _number(text: str, piece: str) -> float:
 def _parse(piece: str) -> _Part:
     match = _SEGMENT.fullmatch(piece)
     if match is None:
-        raise BadSchedule(f"the schedule segment {piece!r} can't be read", hint=_FORMS)
+        raise BadSchedule(f"the schedule segment {_short(piece)!r} can't be read", hint=_FORMS)
     name, amount, g = match["name"], match["amount"], match["g"]
     scale = None if g is None else _number(g, piece)
-    if amount is not None and amount.isdigit():
+    if amount is not None and amount.isdigit() and len(amount) < 10:
         return _Part(piece, name, count=int(amount), g=scale)
     if amount is not None:
         percent = amount.endswith("%")
         fraction = _number(amount.rstrip("%"), piece) / (100 if percent else 1)
         if not 0 <= fraction <= 1:
             raise BadSchedule(
-                f"fraction {amount} in the schedule segment {piece!r} is outside 0..1",
+                f"fraction {_short(amount)} in the schedule segment {_short(piece)!r} is outside 0..1",
                 hint="fractions are shares of the steps (0.4 or 40%); step counts are whole numbers without a dot",
             )
         return _Part(piece, name, fraction=fraction, g=scale)

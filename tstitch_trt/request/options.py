@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import unknown_name
-from tstitch_trt.plan.plan import make_plan
-from tstitch_trt.solvers import SolverOptions
+from tstitch_trt.plan.options import StepKeywords
 
 __all__ = ["PictureWishes", "Wishes", "asked_steps", "split_wishes"]
 
@@ -69,32 +67,15 @@ class PictureWishes(TypedDict, total=False):
     control_scale: float | None
 
 
-class Wishes(PictureWishes, total=False):
-    """All of a request; the second part are the keywords of ``tstitch_trt.plan.plan.make_plan``."""
-
-    steps: int | None
-    solver: str | SolverOptions | None
-    spacing: str | None
-    sigmas: str | None
-    eta: float | None
-    variance: str | None
-    solver_options: Mapping[str, object] | None
-    timesteps: Sequence[float] | None
-    history: str
-    schedule: str | Sequence[str] | None
-    fraction: float | None
-    rounding: str
-    guidance: float | Mapping[str, float] | None
-    guidance_rescale: float
-    guidance_interval: tuple[int, int] | None
-    guided_channels: int | None
+class Wishes(PictureWishes, StepKeywords, total=False):
+    """All of a request."""
 
 
 def split_wishes(wishes: Mapping[str, Any]) -> tuple[PictureWishes, dict[str, Any]]:
     """What the pictures are to be, and the keywords for ``make_plan``. Raises ``UnknownName``."""
     pictures: PictureWishes = {}
     plan: dict[str, Any] = {}
-    settings = [name for name in inspect.signature(make_plan).parameters if name not in ("manifest", "start")]
+    settings = list(StepKeywords.__annotations__)
     for name, value in wishes.items():
         if name in PictureWishes.__annotations__:
             pictures[name] = value  # type: ignore[literal-required]

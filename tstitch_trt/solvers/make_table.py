@@ -40,8 +40,8 @@ def make_table(
     """
     asked = SolverOptions(name=solver) if isinstance(solver, str) else solver
     if options:
-        said = SolverOptions.parse(asked.name, options).said()
-        asked = replace(asked, **said)  # type: ignore[arg-type]  # said() holds checked fields only
+        said = SolverOptions.parse(asked.name, options).explicit()
+        asked = replace(asked, **said)  # type: ignore[arg-type]  # explicit() holds checked fields only
     chosen = resolve(asked, own_timesteps=timesteps is not None)
     family = find_solver(chosen.name)
     if timesteps is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_trt.checks import shown
 from tstitch_trt.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 
 __all__ = ["CHOICES", "OPTION_NAMES", "SPACING_OPTIONS", "SolverOptions", "uncorrected_steps"]
@@ -36,6 +37,7 @@ _WHOLES: Mapping[str, tuple[int, float]] = {
     "original_steps": (1, math.inf),
     "order": (1, 3),
 }
+_MOST = 1e9  # beyond any noise level, offset or order; what has no bound of its own ends here
 SPACING_OPTIONS = ("spacing", "steps_offset", "sigmas", "sigma_min", "sigma_max", "sigma_ends", "sigma_timesteps")
 
 
@@ -71,14 +73,16 @@ class SolverOptions:
     uncorrected: str | None = None  # UniPC: steps whose result is not corrected, e.g. "0,1"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise BadInput(f"solver is a {type(self.name).__name__}; allowed is a name", hint='e.g. solver="ddim"')
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise unknown_name(name, str(value), allowed)
+            if value is not None and not (isinstance(value, str) and value in allowed):
+                raise unknown_name(name, value[:80] if isinstance(value, str) else shown(value), allowed)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool | None):
                 raise BadInput(
-                    f"solver option {name} is {getattr(self, name)!r}; allowed is True or False",
+                    f"solver option {name} is {shown(getattr(self, name))}; allowed is True or False",
                     hint=f"set {name} to True or False, or leave it out",
                 )
         if self.uncorrected is not None:
@@ -88,10 +92,10 @@ class SolverOptions:
             if value is None:
                 continue
             kind, what = (int, "a whole number") if name in _WHOLES else (int | float, "a number")
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == math.inf:
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= min(high, _MOST):
                 bounds = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
                 raise BadInput(
-                    f"solver option {name} is {value!r}; allowed is {what} {bounds}",
+                    f"solver option {name} is {shown(value)}; allowed is {what} {bounds}",
                     hint=f"set {name} to {what} {bounds}, or leave it out",
                 )
 
@@ -100,16 +104,16 @@ class SolverOptions:
         """From names and values (JSON, the command line). Raises ``UnknownName`` for an option that does not exist."""
         for key in values:
             if key not in OPTION_NAMES:
-                raise unknown_name("solver option", key, OPTION_NAMES)
+                raise unknown_name("solver option", key[:80], OPTION_NAMES)
         return SolverOptions(name=name, **values)  # type: ignore[arg-type]  # __post_init__ checks types
 
-    def said(self) -> dict[str, str | int | float | bool]:
-        """The options that are not ``None``, without the name."""
+    def explicit(self) -> dict[str, str | int | float | bool]:
+        """The options that were said, without the name."""
         return {name: value for name in OPTION_NAMES if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
-        said = ", ".join(f"{name}={value}" for name, value in self.said().items())
-        return f"{self.name}({said})" if said else self.name
+        options = ", ".join(f"{name}={value}" for name, value in self.explicit().items())
+        return f"{self.name}({options})" if options else self.name
 
 
 def uncorrected_steps(text: str) -> frozenset[int]:
@@ -117,9 +121,9 @@ def uncorrected_steps(text: str) -> frozenset[int]:
     parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else ["-"]
     if parts == [""]:
         return frozenset()
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
         raise BadInput(
-            f"solver option uncorrected is {text!r}; allowed are step numbers from 0 on, with commas between",
+            f"solver option uncorrected is {shown(text)}; allowed are step numbers from 0 on, with commas between",
             hint='write it as e.g. "0,1", or leave it out to correct every step',
         )
     return frozenset(int(part) for part in parts)

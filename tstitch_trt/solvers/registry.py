@@ -58,7 +58,7 @@ def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOpt
     """
     solver = find_solver(options.name)
     known = (*solver.defaults, *(() if solver.timesteps else SPACING_OPTIONS))
-    for name, value in options.said().items():
+    for name, value in options.explicit().items():
         if name not in known:
             raise BadInput(
                 f"solver {solver.name!r} does not use {name}={value!r}; its options: {', '.join(sorted(known))}",
@@ -91,7 +91,7 @@ def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOpt
         filled["spacing"] = options.spacing or DEFAULT_SPACING
         if options.spacing == "leading":
             filled["steps_offset"] = 0
-    return replace(options, **{**filled, **options.said()})  # type: ignore[arg-type]  # values come from checked options
+    return replace(options, **{**filled, **options.explicit()})  # type: ignore[arg-type]  # values come from checked options
 
 
 def _having(name: str) -> list[str]:

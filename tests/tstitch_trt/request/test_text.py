@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from tstitch_engines.device.step_row import INITIAL_NOISE_STEP
 from tstitch_engines.errors import BadInput, NotFinite, OutOfProfile, Unavailable, UnknownName
 from tstitch_trt import Runtime
 from tstitch_trt.bench.bench import measure
-from tstitch_trt.plan.plan import make_plan
-from tstitch_trt.request.options import PictureWishes, Wishes
 
 STEPS = 6
 
@@ -212,11 +209,6 @@ def test_embeddings_that_do_not_fit(runtime: Runtime) -> None:
     given["pooled_prompt_embeds"][0, 0] = np.nan
     with pytest.raises(NotFinite, match="pooled_prompt_embeds for member 'base'"):
         runtime.sample(**given, steps=4, guidance=2.0)
-
-
-def test_the_keywords_are_those_of_requests_and_plans() -> None:
-    plan = [name for name in inspect.signature(make_plan).parameters if name not in ("manifest", "start")]
-    assert list(Wishes.__annotations__) == [*PictureWishes.__annotations__, *plan]
 
 
 def test_bench_measures_text_bundles_without_a_text_encoder(runtime: Runtime) -> None:

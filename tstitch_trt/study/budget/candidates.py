@@ -17,15 +17,14 @@ Nothing is extrapolated beyond the outermost measured ones.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any, Final, Literal
 
 from tstitch_engines.bundle.identity import canonical
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_trt.plan.options import DEFAULTS
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.solvers import SolverOptions
 from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Setting, Study
@@ -72,13 +71,7 @@ def keywords_of(setting: Setting) -> dict[str, Any]:
 
 def said_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the keywords of ``make_plan`` that say something else than its defaults."""
-    usual = _usual()
-    return {name: value for name, value in settings.items() if value not in (None, {}, usual.get(name))}
-
-
-@cache
-def _usual() -> dict[str, Any]:
-    return {name: p.default for name, p in inspect.signature(make_plan).parameters.items()}
+    return {name: value for name, value in settings.items() if value not in (None, DEFAULTS.get(name))}
 
 
 def sources(
@@ -141,10 +134,10 @@ def _fits(manifest: Manifest, keywords: Mapping[str, Any], said: Mapping[str, An
     """Whether what the request says is what was measured."""
     for name, value in _asked(manifest, said).items():
         if isinstance(value, SolverOptions):
-            options = {key: option for key, option in value.said().items() if keywords.get(key) != option}
+            options = {key: option for key, option in value.explicit().items() if keywords.get(key) != option}
             if value.name != keywords["solver"] or options:
                 return False
-        elif keywords.get(name, _usual().get(name)) != value:
+        elif keywords.get(name, DEFAULTS.get(name)) != value:
             return False
     return True
 
