@@ -66,7 +66,7 @@ TORCH_MODULES = (
     "tstitch_export.families.clip_text.model",
     "tstitch_export.families.vae.modules",
     "tstitch_export.families.unet.model",
-    "tstitch_export.families.unet.upsampling",
+    "tstitch_export.families.assemble",
     "tstitch_export.families.uvit.model",
     "tstitch_export.train.",
 )

@@ -7,12 +7,11 @@ from typing import Final
 
 from tstitch_engines.errors import BadCheckpoint
 
-__all__ = ["compare", "looks_like"]
+__all__ = ["DIT_SIGNATURE", "Shapes", "compare", "looks_like"]
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 
-
-_SIGNATURE: Final = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
+DIT_SIGNATURE: Final = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
 
 
 def compare(expected: Shapes, got: Shapes, name: str, kind: str, hint: str) -> None:
@@ -45,7 +44,7 @@ def looks_like(shapes: Shapes) -> str:
         return "a LoRA (give the model it was merged into)"
     if has("cond_stage_model.embedding.weight") and has("diffusion_model."):
         return "a class-conditional latent diffusion model (family ldm)"
-    if all(key in names for key in _SIGNATURE):
+    if all(key in names for key in DIT_SIGNATURE):
         return "a DiT"
     if has("mid_block.attn.qkv.weight") and has("in_blocks."):
         return "a U-ViT (family uvit)"
@@ -68,6 +67,6 @@ def looks_like(shapes: Shapes) -> str:
     if has("patch_embed.proj") and has("blocks.0.attn.qkv"):
         return "a vision transformer for classification"
     if has("x_embedder.", "final_layer.adaLN_modulation"):
-        gone = ", ".join(key for key in _SIGNATURE if key not in shapes) or "nothing"
+        gone = ", ".join(key for key in DIT_SIGNATURE if key not in shapes) or "nothing"
         return f"a relative of DiT or a part of one (missing: {gone})"
     return f"something unknown ({len(names)} tensors, e.g. {', '.join(names[:3]) or 'none'})"

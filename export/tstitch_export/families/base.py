@@ -122,7 +122,6 @@ class Family(ABC):
     @abstractmethod
     def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]: ...
 
-    @abstractmethod
     def example(
         self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
     ) -> tuple[Tensor, ...]:
@@ -130,6 +129,31 @@ class Family(ABC):
 
         ``sizes`` has one for each of ``dims``; the native ones where it is ``None``.
         """
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        native = {name: dim.native for name, dim in self.dims(inspection).items()}
+        resolved = {**native, **(sizes or {}), "B": batch}
+
+        def tensor(spec: TensorSpec) -> Tensor:
+            shape = spec.resolve(resolved)
+            match spec.name:
+                case "timestep":
+                    return torch.rand(shape, generator=generator) * 999
+                case "labels":
+                    return torch.randint(0, inspection.labels, shape, generator=generator)
+                case "time_ids":  # heights, widths and a score
+                    return torch.randint(0, 1024, shape, generator=generator).float()
+                case "control" | "control_scale":
+                    return torch.rand(shape, generator=generator)
+                case "image":
+                    return torch.rand(shape, generator=generator) * 2 - 1
+            normal = torch.randn(shape, generator=generator)
+            if spec.name == "inpaint":
+                normal[:, :1] = (normal[:, :1] > 0).float()
+            return normal
+
+        return tuple(tensor(spec) for spec in self.inputs(inspection, "fp32"))
 
     def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
         """The dynamic dimensions besides ``B`` by name: ``H`` and ``W`` of the latent, ``T`` tokens."""

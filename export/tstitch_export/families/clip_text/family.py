@@ -6,7 +6,8 @@ Read from a ``text_encoder`` folder of transformers, a pipeline folder, or the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -25,8 +26,6 @@ from tstitch_export.needs import need_torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from tstitch_export.families.clip_text.model import ClipTextConfig
 
 __all__ = ["ClipTextFamily"]
 
@@ -95,12 +94,17 @@ class ClipTextFamily(Family):
 
     def load(self, inspection: Inspection) -> nn.Module:
         torch = need_torch("exporting a text encoder")
-        from tstitch_export.families.clip_text.model import ClipText
+        from tstitch_export.families.assemble import fill
+        from tstitch_export.families.clip_text.model import ClipText, ClipTextConfig
 
-        weights = inspection.files[-1]
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = ClipText(_model_config(inspection.config))
-        wanted = model.state_dict()
+        weights, config = inspection.files[-1], inspection.config
+        sizes: dict[str, Any] = {
+            field.name: config[field.name] for field in fields(ClipTextConfig) if field.name in config
+        }
+        sizes["eos"] = None if config["pooled_at"] == _HIGHEST else config["pooled_at"]
+        make = partial(ClipText, ClipTextConfig(**sizes))
+        with torch.device("meta"):
+            wanted = make().state_dict()
         pieces, shapes = _pieces(inspection)
         take(
             pieces,
@@ -115,13 +119,7 @@ class ClipTextFamily(Family):
         state = {name: pieces[name].tensor(stored).float().contiguous() for name in names}
         part = str(inspection.config["part"])
         fuse(state, inspection.loras, model=weights.name, part=part, aliases=_aliases(state))
-        state = {name: state[name] for name in wanted}
-        if bad := next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None):
-            raise BadCheckpoint(
-                f"{weights.name}: {pieces[bad].source} holds NaN or infinity", hint="take a checkpoint from before that"
-            )
-        model.load_state_dict(state, assign=True)
-        return model.eval().requires_grad_(False)
+        return fill(make, {name: state[name] for name in wanted}, name=weights.name)
 
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
         return (TensorSpec(name="input_ids", dtype="int64", shape=("B", int(inspection.config["tokens"]))),)
@@ -330,22 +328,3 @@ def _aliases(names: Iterable[str]) -> dict[str, str]:
     """The modules as LoRAs spell them, after transformers' classes before version 5."""
     modules = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
     return {f"text_model.{module}": module for module in modules}
-
-
-def _model_config(config: Mapping[str, Scalar]) -> ClipTextConfig:
-    from tstitch_export.families.clip_text.model import ClipTextConfig
-
-    return ClipTextConfig(
-        layers=int(config["layers"]),
-        width=int(config["width"]),
-        heads=int(config["heads"]),
-        inner=int(config["inner"]),
-        vocabulary=int(config["vocabulary"]),
-        tokens=int(config["tokens"]),
-        activation=str(config["activation"]),
-        epsilon=float(config["epsilon"]),
-        projection=int(config["projection"]),
-        hidden_state=int(config["hidden_state"]),
-        final_norm=bool(config["final_norm"]),
-        eos=None if config["pooled_at"] == _HIGHEST else int(config["pooled_at"]),
-    )

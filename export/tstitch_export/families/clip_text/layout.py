@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.signatures import Shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["PREFIXES", "Piece", "Shapes", "find_tower", "name_pieces", "take"]
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 # Where a whole pipeline's single file keeps each text encoder: part -> (prefix, whether it is stored as OpenCLIP does).
 # Stable Diffusion 1.x, 2.x, SDXL and its refiner, in the names of github.com/Stability-AI/generative-models.

@@ -7,25 +7,30 @@ residuals come out under the names a member takes them by, already times ``contr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import Precision, TextInputs
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
-from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
+from tstitch_export.families.base import TORCH_NAMES, Inspection, Role, Scalar
 from tstitch_export.families.controlnet.layout import control_config, control_names
 from tstitch_export.families.unet.config import UNetConfig
-from tstitch_export.families.unet.family import latent_dims, random_inputs, residual_specs, residual_text, text_specs
+from tstitch_export.families.unet.family import (
+    TextConditioned,
+    UNetInspection,
+    config_of,
+    residual_specs,
+    residual_text,
+)
 from tstitch_export.families.unet.sdxl import sdxl_text
 from tstitch_export.families.unet.source import Source, read_diffusers
 from tstitch_export.needs import need_torch, require
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = ["ControlNetFamily", "residuals_fit"]
 
@@ -34,15 +39,7 @@ _SINGLE: Final = "single-file"
 _NATIVE: Final = {"sd": 64, "sdxl": 128}  # a ControlNet does not state the size it was trained at
 
 
-@dataclass(frozen=True, kw_only=True)
-class ControlNetInspection(Inspection):
-    """``controlnet`` is what diffusers' ``from_config`` takes; ``weights`` are among ``files``."""
-
-    controlnet: Mapping[str, Any]
-    weights: tuple[Path, ...]
-
-
-class ControlNetFamily(Family):
+class ControlNetFamily(TextConditioned):
     """The members' ``sample``, ``timestep`` and text, ``control [B,3,8H,8W]`` in [0, 1], ``control_scale [B]``.
 
     Gives ``down_residual_0 ...`` and ``mid_residual``.
@@ -52,7 +49,7 @@ class ControlNetFamily(Family):
     role: ClassVar[Role] = "controlnet"
     options: Mapping[str, tuple[type, str]] = MappingProxyType({})
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> ControlNetInspection:
+    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
         source = _single(path) if path.is_file() else read_diffusers(path, part="controlnet", kind=_CLASS)
         config = UNetConfig(source.config)
         problem = _problem(config)
@@ -66,7 +63,7 @@ class ControlNetFamily(Family):
         if config.kind == "sdxl":
             text = sdxl_text(source, config)
         side = _NATIVE[config.kind]
-        return ControlNetInspection(
+        return UNetInspection(
             family=self.name,
             layout=source.layout,
             path=source.path,
@@ -84,49 +81,36 @@ class ControlNetFamily(Family):
             latent=(int(config["in_channels"]), side, side),
             text=text,
             packages=("diffusers",),
-            controlnet=source.config,
+            unet=config,
             weights=source.weights,
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
-        assert isinstance(inspection, ControlNetInspection)
+        assert isinstance(inspection, UNetInspection)
         need_torch("exporting a ControlNet")
         diffusers = require("diffusers", f"the ControlNet {inspection.path.name}")
-        from tstitch_export.families.unet.model import ControlNet, assemble
+        from tstitch_export.families.assemble import assemble
+        from tstitch_export.families.unet.model import ControlNet
 
         name = inspection.path.name
         state = read_checkpoint(inspection.weights[-1]).tensors()
         if inspection.layout == _SINGLE:
-            names = control_names(state, UNetConfig(inspection.controlnet), name=name)
+            names = control_names(state, inspection.unet, name=name)
             state = {ours: state[key] for key, ours in names.items()}
-        model = assemble(getattr(diffusers, _CLASS), inspection.controlnet, state, name=name)
+        model = assemble(getattr(diffusers, _CLASS), inspection.unet.raw, state, name=name)
         return ControlNet(model, [spec.name for spec in self.inputs(inspection, "fp32")[2:]]).eval()
 
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
-        assert isinstance(inspection, ControlNetInspection)
-        dtype = TORCH_NAMES[precision]
-        factor = _factor(UNetConfig(inspection.controlnet))
+        factor = _factor(config_of(inspection))
+        shape = ("B", 3, f"{factor}*H", f"{factor}*W")
         return (
-            TensorSpec(name="sample", dtype=dtype, shape=("B", inspection.latent[0], "H", "W")),
-            TensorSpec(name="timestep", dtype="float32", shape=("B",)),
-            *text_specs(inspection, precision),
-            TensorSpec(name="control", dtype=dtype, shape=("B", 3, f"{factor}*H", f"{factor}*W")),
+            *super().inputs(inspection, precision),
+            TensorSpec(name="control", dtype=TORCH_NAMES[precision], shape=shape),
             TensorSpec(name="control_scale", dtype="float32", shape=("B",)),
         )
 
     def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
-        assert isinstance(inspection, ControlNetInspection)
-        return tuple(residual_specs(UNetConfig(inspection.controlnet), precision))
-
-    def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
-        assert isinstance(inspection, ControlNetInspection)
-        return latent_dims(inspection, UNetConfig(inspection.controlnet).multiple)
-
-    def example(
-        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
-    ) -> tuple[Tensor, ...]:
-        found = sizes or {name: dim.native for name, dim in self.dims(inspection).items()}
-        return random_inputs(self.inputs(inspection, "fp32"), {**found, "B": batch}, seed)
+        return tuple(residual_specs(config_of(inspection), precision))
 
 
 def residuals_fit(member: Inspection, controlnet: Inspection) -> dict[str, str] | str:

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.checkpoint.signatures import Shapes, looks_like
 from tstitch_export.families.unet.config import UNetConfig
 from tstitch_export.families.unet.layout import down_names, rename, way_down
 
 __all__ = ["control_config", "control_names"]
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 _PREFIX: Final = "control_model."
 _HINT: Final = "give a ControlNet for Stable Diffusion 1.x, 2.x or SDXL: a single file, or a diffusers folder"

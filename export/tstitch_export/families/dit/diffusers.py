@@ -7,13 +7,12 @@ of a block, and gives every block its own timestep and label embedders.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
-from tstitch_export.checkpoint.folder import files_of, read_json, weights_file
+from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import looks_like
 from tstitch_export.families.base import Inspection
@@ -101,6 +100,8 @@ def load(inspection: Inspection) -> nn.Module:
     diffusers = require("diffusers", f"the diffusers folder {inspection.path.name}")
     from torch import Tensor, nn
 
+    from tstitch_export.families.assemble import assemble
+
     class Member(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -111,30 +112,15 @@ def load(inspection: Inspection) -> nn.Module:
             return out
 
     config, *_, weights = inspection.files
-    known = {k: v for k, v in json.loads(config.read_text()).items() if not k.startswith("_")}
-    model = diffusers.DiTTransformer2DModel.from_config(known)
-    try:
-        model.load_state_dict(read_checkpoint(weights).tensors())
-    except RuntimeError as error:
-        reason = str(error).splitlines()
-        raise BadCheckpoint(
-            f"{weights} does not fit its config.json: {reason[1].strip() if len(reason) > 1 else reason[0]}",
-            hint="copy config.json and the weights from the same model",
-        ) from None
-    return Member(model.float()).eval().requires_grad_(False)
+    state = read_checkpoint(weights).tensors()
+    return Member(assemble(diffusers.DiTTransformer2DModel, read_json(config) or {}, state, name=weights.name)).eval()
 
 
 def _read_config(path: Path, folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if config is None:
-        index = read_json(path / "model_index.json")
-        if index is not None:
-            parts = ", ".join(key for key, value in index.items() if isinstance(value, list))
-            what = f"a diffusers {index.get('_class_name')} with the parts {parts}"
-        else:
-            what = "a folder without config.json"
         raise BadCheckpoint(
-            f"{path} is no DiT: it looks like {what}",
+            f"{path} is no DiT: it looks like {describe_folder(path)}",
             hint=f"give the folder of a {_CLASS} (config.json and {_STEM}.safetensors), or a pipeline that has one",
         )
     kind = config.get("_class_name")

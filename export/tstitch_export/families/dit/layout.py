@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import _SIGNATURE, Shapes, compare, looks_like
+from tstitch_export.checkpoint.signatures import DIT_SIGNATURE, Shapes, compare, looks_like
 from tstitch_export.families.dit.config import PUBLISHED_HEADS, DiTConfig
 
-__all__ = ["PUBLISHED_SIZES", "config_from_shapes", "expected_shapes", "published_name"]
+__all__ = ["PUBLISHED_SIZES", "config_from_shapes", "expected_shapes", "heads_of", "linear", "published_name"]
 
 
 # letter -> (depth, width), arXiv 2212.09748, table 1
@@ -24,13 +25,14 @@ def published_name(depth: int, width: int, patch: int) -> str:
     return f"DiT-{letter}/{patch}" if letter else "DiT"
 
 
+def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a linear layer called ``name``."""
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
 def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a published state dict of this configuration."""
     width, hidden = config.width, int(config.width * config.mlp_ratio)
-
-    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, config.grid**2, width),
         "x_embedder.proj.weight": (width, config.channels, config.patch, config.patch),
@@ -56,7 +58,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> DiTCo
     learned variance; the label table's last row is the null class. ``heads`` leave no trace in the shapes: ``None``
     takes those of the published width. Raises ``BadCheckpoint``.
     """
-    if not all(key in shapes for key in _SIGNATURE) or len(shapes["x_embedder.proj.weight"]) != 4:
+    if not all(key in shapes for key in DIT_SIGNATURE) or len(shapes["x_embedder.proj.weight"]) != 4:
         raise BadCheckpoint(f"{name} is no DiT: it looks like {looks_like(shapes)}", hint=_WHOLE)
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     tokens = shapes["pos_embed"][1] if len(shapes["pos_embed"]) == 3 else 0
@@ -79,7 +81,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> DiTCo
     config = DiTConfig(
         depth=depth,
         width=width,
-        heads=_heads(heads, width, name),
+        heads=heads_of(heads, width, PUBLISHED_HEADS, name, "DiT"),
         patch=patch,
         size=grid * patch,
         channels=channels,
@@ -91,12 +93,13 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> DiTCo
     return config
 
 
-def _heads(given: int | None, width: int, name: str) -> int:
-    heads = PUBLISHED_HEADS.get(width) if given is None else given
+def heads_of(given: int | None, width: int, published: Mapping[int, int], name: str, kind: str) -> int:
+    """The attention heads: ``given``, or the ``published`` number for the width. Raises ``BadCheckpoint``."""
+    heads = published.get(width) if given is None else given
     if heads is None:
-        known = ", ".join(f"{heads} at width {width}" for width, heads in PUBLISHED_HEADS.items())
+        known = ", ".join(f"{heads} at width {width}" for width, heads in published.items())
         raise BadCheckpoint(
-            f"{name}: a DiT of width {width} may have any number of attention heads; known are {known}",
+            f"{name}: a {kind} of width {width} may have any number of attention heads; known are {known}",
             hint="say it: --option MEMBER.num_heads=N, or options = { num_heads = N } at the member in a recipe",
         )
     if heads < 1 or width % heads:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tstitch_export.families.dit.config import DiTConfig
 
-__all__ = ["DiT"]
+__all__ = ["Attention", "DiT", "Mlp", "PatchEmbed", "timestep_features", "unpatchify"]
 
 
 def timestep_features(timestep_B: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -45,10 +45,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None, :]) + shift[:, None, :]
 
 
+def unpatchify(x: Tensor, grid: int, patch: int, channels: int) -> Tensor:
+    """Rows of patches ``[B, grid*grid, patch*patch*channels]`` -> ``[B, channels, grid*patch, grid*patch]``."""
+    x = x.unflatten(1, (grid, grid)).unflatten(3, (patch, patch, channels))  # type: ignore[no-untyped-call]
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
 class PatchEmbed(nn.Module):
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
+        self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
@@ -76,10 +82,10 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,13 +97,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    """``gelu``: ``tanh`` (DiT) or ``none`` (U-ViT, the exact function)."""
+
+    def __init__(self, width: int, hidden: int, *, gelu: str = "tanh") -> None:
         super().__init__()
+        self.gelu = gelu
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
         return out
 
 
@@ -143,7 +152,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         hidden = int(config.width * config.mlp_ratio)
-        self.x_embedder = PatchEmbed(config)
+        self.x_embedder = PatchEmbed(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.classes + int(config.null_class), config.width)
         self.register_buffer("pos_embed", sincos_position(config.width, config.grid))
@@ -172,9 +181,5 @@ class DiT(nn.Module):
         c = self.t_embedder(timestep) + self.y_embedder(labels)
         for block in self.blocks:
             x = block(x, c)
-        x = self.final_layer(x, c)
         config = self.config
-        x = x.unflatten(1, (config.grid, config.grid)).unflatten(3, (config.patch, config.patch, config.out_channels))
-        # [B, gh, gw, ph, pw, C] -> [B, C, gh*ph, gw*pw]
-        out: Tensor = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return out
+        return unpatchify(self.final_layer(x, c), config.grid, config.patch, config.out_channels)

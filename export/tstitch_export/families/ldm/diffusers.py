@@ -6,7 +6,6 @@ beside a folder ``class_embedder`` with one table ``[labels, cross_attention_dim
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -93,8 +92,8 @@ def load(inspection: Inspection) -> tuple[nn.Module, nn.Embedding | None]:
     diffusers = require("diffusers", f"the diffusers folder {inspection.path.name}")
     from torch import Tensor, nn
 
+    from tstitch_export.families.assemble import assemble
     from tstitch_export.families.ldm.model import embedding
-    from tstitch_export.families.unet.model import assemble
 
     attended = inspection.config["model"] == _ATTENDED
 
@@ -110,9 +109,8 @@ def load(inspection: Inspection) -> tuple[nn.Module, nn.Embedding | None]:
 
     file, *others, weights = inspection.files
     tables = [other for other in others if other.parent.name == _EMBEDDER]  # others are shards of the weights
-    known = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
     kind = getattr(diffusers, str(inspection.config["model"]))
-    unet = UNet(assemble(kind, known, read_checkpoint(weights).tensors(), name=inspection.path.name))
+    unet = UNet(assemble(kind, read_json(file) or {}, read_checkpoint(weights).tensors(), name=inspection.path.name))
     if not tables:
         return unet, None
     (table,) = read_checkpoint(tables[0]).tensors().values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -12,14 +13,13 @@ from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
 from tstitch_export.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from tstitch_export.families.base import Dim, Inspection, Scalar
-from tstitch_export.families.class_member import ClassMember, fill
+from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.ldm import diffusers as ldm_diffusers
 from tstitch_export.families.ldm.layout import (
     EMA,
     TABLE,
     UNET,
     Heads,
-    LDMConfig,
     config_from_shapes,
     ema_name,
     expected_shapes,
@@ -76,25 +76,31 @@ class LDMFamily(ClassMember):
             found = ldm_diffusers.inspect(path)
         else:
             found = _original(path, given)
-        return _chosen(found, null, bool(given.get("dynamic", False)))
+        return replace(
+            found,
+            labels=found.labels + (null != "none"),
+            config={**found.config, "null_embedding": null, "dynamic": bool(given.get("dynamic", False))},
+        )
 
     def load(self, inspection: Inspection) -> nn.Module:
         torch = need_torch("exporting a latent diffusion model")
+        from tstitch_export.families.assemble import fill
         from tstitch_export.families.ldm.model import ClassConditional, UNet
 
         if inspection.layout == "diffusers":
             unet, table = ldm_diffusers.load(inspection)
             model: nn.Module = unet if table is None else ClassConditional(unet, table)
         else:
-            config = _config(inspection)
-            with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-                model = ClassConditional(UNet(config), torch.nn.Embedding(config.labels, config.context))
-            stored = read_checkpoint(inspection.path).tensors()
-            averaged = inspection.config["ema"]
+            checkpoint, name = read_checkpoint(inspection.path), inspection.path.name
+            heads = Heads(number=int(inspection.config["num_heads"]), channels=int(inspection.config["head_channels"]))
+            config = config_from_shapes(checkpoint.shapes, name=name, heads=heads)
+            stored, averaged = checkpoint.tensors(), inspection.config["ema"]
             weights = {
-                f"unet.{name}": stored[ema_name(name) if averaged else UNET + name] for name in expected_shapes(config)
+                f"unet.{key}": stored[ema_name(key) if averaged else UNET + key] for key in expected_shapes(config)
             }
-            fill(model, {**weights, "table.weight": stored[TABLE]}, inspection.path.name)
+            weights["table.weight"] = stored[TABLE]
+            rows = partial(torch.nn.Embedding, config.labels, config.context)
+            model = fill(lambda: ClassConditional(UNet(config), rows()), weights, name=name)
         _add_null(model, str(inspection.config["null_embedding"]))
         return model.eval().requires_grad_(False)
 
@@ -176,30 +182,6 @@ def _heads(given: Mapping[str, Scalar]) -> Heads | None:
     if number is None and channels is None:
         return None
     return Heads(number=int(number or 0), channels=int(channels or 0))
-
-
-def _config(inspection: Inspection) -> LDMConfig:
-    config = inspection.config
-
-    def numbers(key: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in str(config[key]).split("-") if part)
-
-    return LDMConfig(
-        base=int(config["base"]),
-        channels=int(config["channels"]),
-        widths=numbers("widths"),
-        blocks=int(config["blocks"]),
-        attention=numbers("attention"),
-        depth=int(config["depth"]),
-        context=int(config["context"]),
-        labels=int(config["labels"]),
-        heads=Heads(number=int(config["num_heads"]), channels=int(config["head_channels"])),
-    )
-
-
-def _chosen(found: Inspection, null: str, dynamic: bool) -> Inspection:
-    labels = found.labels + (null != "none")
-    return replace(found, labels=labels, config={**found.config, "null_embedding": null, "dynamic": dynamic})
 
 
 def _add_null(model: nn.Module, kind: str) -> None:

@@ -7,13 +7,13 @@ autoencoder under ``first_stage_model.``, and the noise schedule as buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import compare, looks_like
+from tstitch_export.checkpoint.signatures import Shapes, compare, looks_like
 
 __all__ = [
     "EMA",
@@ -30,7 +30,6 @@ __all__ = [
     "published_name",
 ]
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 UNET: Final = "model.diffusion_model."
 EMA: Final = "model_ema."

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import read_json
+from tstitch_export.checkpoint.signatures import Shapes
 from tstitch_export.families.base import LoraUse
 from tstitch_export.families.lora.keys import LoraLayer, lora_layers, lora_looks_like
 
@@ -33,7 +34,6 @@ __all__ = ["LORA_OPTION", "check_loras", "describe_loras", "fuse", "lora_deltas"
 
 _log = logging.getLogger(__name__)
 
-Shapes = Mapping[str, tuple[int, ...]]
 Delta = Callable[[], NDArray[np.float32]]
 
 LORA_OPTION: Final = (

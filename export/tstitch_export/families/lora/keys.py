@@ -8,16 +8,16 @@ with the original block names (``lora_unet_input_blocks_4_1_...``); diffusers an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.signatures import Shapes
 
 __all__ = ["LoraLayer", "lora_layers", "lora_looks_like"]
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 _PARTS: Final = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 _KOHYA: Final = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(?:lora_(down|up|mid)\.weight|(alpha))")

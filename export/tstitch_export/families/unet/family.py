@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_engines.bundle.manifest import Precision, TextInputs
 from tstitch_engines.errors import BadCheckpoint
@@ -20,31 +20,45 @@ from tstitch_export.families.unet.source import Source, read_state, read_unet
 from tstitch_export.needs import need_torch, require
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-__all__ = [
-    "TOKENS",
-    "UNetFamily",
-    "UNetInspection",
-    "latent_dims",
-    "random_inputs",
-    "residual_specs",
-    "residual_text",
-    "text_specs",
-]
+__all__ = ["TextConditioned", "UNetFamily", "UNetInspection", "config_of", "residual_specs", "residual_text"]
 
 TOKENS = 77  # of a prompt, as CLIP encodes it
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetInspection(Inspection):
-    """``unet`` is what diffusers' ``from_config`` takes; ``weights`` are among ``files``."""
+    """A UNet or a ControlNet. ``unet`` is its diffusers configuration; ``weights`` are among ``files``."""
 
-    unet: Mapping[str, Any]
+    unet: UNetConfig
     weights: tuple[Path, ...]
 
 
-class UNetFamily(Family):
+class TextConditioned(Family):
+    """What UNets and ControlNets share: sample ``[B,C,H,W]``, timestep ``[B]`` and the tensors of a prompt."""
+
+    def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
+        text, dtype = inspection.text, TORCH_NAMES[precision]
+        assert text is not None
+        specs = [
+            TensorSpec(name="sample", dtype=dtype, shape=("B", inspection.latent[0], "H", "W")),
+            TensorSpec(name="timestep", dtype="float32", shape=("B",)),
+            TensorSpec(name="encoder_hidden_states", dtype=dtype, shape=("B", "T", text.width)),
+        ]
+        if text.pooled is not None:
+            specs.append(TensorSpec(name="text_embeds", dtype=dtype, shape=("B", text.pooled_width)))
+            numbers = 5 if text.time_ids == "aesthetic" else 6
+            specs.append(TensorSpec(name="time_ids", dtype="float32", shape=("B", numbers)))
+        return tuple(specs)
+
+    def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
+        (_, height, width), multiple = inspection.latent, config_of(inspection).multiple
+        sides = {"H": Dim(native=height, multiple=multiple), "W": Dim(native=width, multiple=multiple)}
+        return {**sides, "T": Dim(native=TOKENS)}
+
+
+class UNetFamily(TextConditioned):
     """sample ``[B,C,H,W]``, timestep ``[B]``, ``encoder_hidden_states [B,T,D]`` and what else the UNet has."""
 
     kind: ClassVar[Kind]
@@ -109,7 +123,7 @@ class UNetFamily(Family):
             controlled=controlled,
             inpaints=inpaints,
             packages=("diffusers",),
-            unet=source.config,
+            unet=config,
             weights=source.weights,
             loras=loras,
         )
@@ -118,52 +132,34 @@ class UNetFamily(Family):
         assert isinstance(inspection, UNetInspection)
         need_torch("exporting a UNet")
         diffusers = require("diffusers", f"the UNet {inspection.path.name}")
-        from tstitch_export.families.unet.model import UNetMember, assemble
+        from tstitch_export.families.assemble import assemble
+        from tstitch_export.families.unet.model import UNetMember
 
-        state = read_state(inspection.layout, inspection.weights, inspection.unet)
+        state = read_state(inspection.layout, inspection.weights, inspection.unet.raw)
         name = inspection.path.name
         if inspection.loras:
-            shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-            fuse(state, inspection.loras, model=name, aliases=_aliases(shapes, UNetConfig(inspection.unet)))
-        unet = assemble(getattr(diffusers, CLASS), inspection.unet, state, name=name)
+            fuse(state, inspection.loras, model=name, aliases=_aliases(state, inspection.unet))
+        unet = assemble(getattr(diffusers, CLASS), inspection.unet.raw, state, name=name)
         return UNetMember(unet, [spec.name for spec in self.inputs(inspection, "fp32")[2:]]).eval()
 
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
-        assert isinstance(inspection, UNetInspection)
-        dtype = TORCH_NAMES[precision]
-        channels = inspection.latent[0]
-        specs = [
-            TensorSpec(name="sample", dtype=dtype, shape=("B", channels, "H", "W")),
-            TensorSpec(name="timestep", dtype="float32", shape=("B",)),
-            *text_specs(inspection, precision),
-        ]
+        dtype, channels = TORCH_NAMES[precision], inspection.latent[0]
+        specs = [*super().inputs(inspection, precision)]
         if inspection.guidance_embedding:
             specs.append(TensorSpec(name="timestep_cond", dtype=dtype, shape=("B", inspection.guidance_embedding)))
         if inspection.inpaints:
             specs.append(TensorSpec(name="inpaint", dtype=dtype, shape=("B", 1 + channels, "H", "W")))
         if inspection.controlled:
-            specs += residual_specs(UNetConfig(inspection.unet), precision)
+            specs += residual_specs(config_of(inspection), precision)
         return tuple(specs)
 
     def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
         channels = inspection.latent[0] * (2 if inspection.learned_variance else 1)
         return (TensorSpec(name="model_output", dtype=TORCH_NAMES[precision], shape=("B", channels, "H", "W")),)
 
-    def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
-        assert isinstance(inspection, UNetInspection)
-        return latent_dims(inspection, UNetConfig(inspection.unet).multiple)
-
-    def example(
-        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
-    ) -> tuple[Tensor, ...]:
-        found = sizes or {name: dim.native for name, dim in self.dims(inspection).items()}
-        return random_inputs(self.inputs(inspection, "fp32"), {**found, "B": batch}, seed)
-
     def lora_target(self, inspection: Inspection) -> LoraTarget:
-        assert isinstance(inspection, UNetInspection)
         shapes = read_unet(inspection.path).shapes
-        aliases = _aliases(shapes, UNetConfig(inspection.unet))
-        return LoraTarget(part="unet", shapes=shapes, aliases=aliases, prefix="unet.")
+        return LoraTarget(part="unet", shapes=shapes, aliases=_aliases(shapes, config_of(inspection)), prefix="unet.")
 
     def _expect_kind(self, path: Path, config: UNetConfig) -> None:
         if config.kind == self.kind:
@@ -177,17 +173,9 @@ class UNetFamily(Family):
         raise BadCheckpoint(f"{path} is no model of the family {self.name}: it looks like {what}", hint=hint)
 
 
-def text_specs(inspection: Inspection, precision: Precision) -> list[TensorSpec]:
-    """The tensors that a prompt becomes, in the members' order."""
-    text = inspection.text
-    assert text is not None
-    dtype = TORCH_NAMES[precision]
-    specs = [TensorSpec(name="encoder_hidden_states", dtype=dtype, shape=("B", "T", text.width))]
-    if text.pooled is not None:
-        specs.append(TensorSpec(name="text_embeds", dtype=dtype, shape=("B", text.pooled_width)))
-        numbers = 5 if text.time_ids == "aesthetic" else 6
-        specs.append(TensorSpec(name="time_ids", dtype="float32", shape=("B", numbers)))
-    return specs
+def config_of(inspection: Inspection) -> UNetConfig:
+    assert isinstance(inspection, UNetInspection)
+    return inspection.unet
 
 
 def residual_specs(config: UNetConfig, precision: Precision) -> list[TensorSpec]:
@@ -203,37 +191,6 @@ def residual_specs(config: UNetConfig, precision: Precision) -> list[TensorSpec]
 def residual_text(config: UNetConfig) -> str:
     """The residuals as one word each: ``320 320 320/2 640/2 ...``, channels and part of the latent's sides."""
     return " ".join(str(channels) if by == 1 else f"{channels}/{by}" for channels, by in config.residuals)
-
-
-def latent_dims(inspection: Inspection, multiple: int) -> dict[str, Dim]:
-    _, height, width = inspection.latent
-    return {
-        "H": Dim(native=height, multiple=multiple),
-        "W": Dim(native=width, multiple=multiple),
-        "T": Dim(native=TOKENS),
-    }
-
-
-def random_inputs(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], seed: int) -> tuple[Tensor, ...]:
-    """Random inputs by name, in float32, as sampling could give them."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def tensor(spec: TensorSpec) -> Tensor:
-        shape = spec.resolve(sizes)
-        if spec.name == "timestep":
-            return torch.rand(shape, generator=generator) * 999
-        if spec.name == "time_ids":  # heights, widths and a score
-            return torch.randint(0, 1024, shape, generator=generator).float()
-        if spec.name in ("control", "control_scale"):
-            return torch.rand(shape, generator=generator)
-        normal = torch.randn(shape, generator=generator)
-        if spec.name == "inpaint":
-            normal[:, :1] = (normal[:, :1] > 0).float()
-        return normal
-
-    return tuple(tensor(spec) for spec in specs)
 
 
 def _part(name: str, by: int) -> str:
@@ -254,11 +211,11 @@ def _channels(path: Path, config: UNetConfig) -> tuple[int, bool, bool]:
     )
 
 
-def _aliases(shapes: Mapping[str, tuple[int, ...]], config: UNetConfig) -> dict[str, str]:
+def _aliases(keys: Iterable[str], config: UNetConfig) -> dict[str, str]:
     """The modules under their original names, as LoRAs for SDXL spell them."""
     originals = module_names(config)
     found = {}
-    for key in shapes:
+    for key in keys:
         if not key.endswith(".weight"):
             continue
         module = key[: -len(".weight")]

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.checkpoint.signatures import Shapes, looks_like
 from tstitch_export.families.unet.config import UNetConfig
 
 __all__ = ["PREFIX", "config_from_shapes", "down_names", "module_names", "rename", "unet_shapes", "way_down"]
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX: Final = "model.diffusion_model."
 _WHOLE: Final = "give a whole checkpoint of Stable Diffusion 1.x, 2.x or SDXL, or a diffusers folder"

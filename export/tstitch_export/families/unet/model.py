@@ -6,15 +6,11 @@ Imported only where a model is loaded: its whole purpose is torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.families.unet.upsampling import without_size_limits
-
-__all__ = ["ControlNet", "UNetMember", "assemble"]
+__all__ = ["ControlNet", "UNetMember"]
 
 
 class UNetMember(nn.Module):
@@ -77,24 +73,3 @@ def _added(given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     if "text_embeds" not in given:
         return None
     return {"text_embeds": given["text_embeds"].float(), "time_ids": given["time_ids"]}
-
-
-def assemble(kind: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], *, name: str) -> nn.Module:
-    """A diffusers module of the class ``kind`` with these weights, float32 and in eval mode.
-
-    Raises ``BadCheckpoint`` where config and weights don't fit, or a weight is NaN or infinite.
-    """
-    bad = next((key for key, tensor in state.items() if not torch.isfinite(tensor).all()), None)
-    if bad is not None:
-        raise BadCheckpoint(f"{name}: {bad} holds NaN or infinity", hint="take a checkpoint from before that")
-    try:
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model: nn.Module = kind.from_config(dict(config))
-        model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise BadCheckpoint(
-            f"{name}: the weights do not fit their configuration: {reason[min(1, len(reason) - 1)]}",
-            hint="copy config.json and the weights from the same model",
-        ) from None
-    return without_size_limits(model).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
-from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.checkpoint.signatures import Shapes, looks_like
 from tstitch_export.families.unet.config import CLASS, UNetConfig
 from tstitch_export.families.unet.layout import PREFIX, config_from_shapes, module_names, rename, unet_shapes
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "read_diffusers", "read_state", "read_unet"]
 
-Shapes = Mapping[str, tuple[int, ...]]
 _STEM = "diffusion_pytorch_model"
 
 

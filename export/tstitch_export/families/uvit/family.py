@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families.base import Inspection, Scalar
-from tstitch_export.families.class_member import ClassMember, fill
+from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.options import typed
 from tstitch_export.families.uvit.layout import NOISE, config_from_shapes, published_name, time_of
 from tstitch_export.needs import need_torch
@@ -54,17 +55,7 @@ class UViTFamily(ClassMember):
             files=(path,),
             config={
                 "model": published_name(config.depth, config.width, config.patch),
-                "depth": config.depth,
-                "width": config.width,
-                "heads": config.heads,
-                "patch": config.patch,
-                "size": config.size,
-                "channels": config.channels,
-                "labels": config.labels,
-                "mlp_ratio": config.mlp_ratio,
-                "qkv_bias": config.qkv_bias,
-                "mlp_time": config.mlp_time,
-                "conv": config.conv,
+                **asdict(config),
                 "time": convention,
             },
             latent=(config.channels, config.size, config.size),
@@ -73,11 +64,11 @@ class UViTFamily(ClassMember):
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
-        torch = need_torch("exporting a U-ViT")
+        need_torch("exporting a U-ViT")
+        from tstitch_export.families.assemble import fill
         from tstitch_export.families.uvit.model import UViT
 
-        checkpoint = read_checkpoint(inspection.path)
-        config = config_from_shapes(checkpoint.shapes, name=inspection.path.name, heads=int(inspection.config["heads"]))
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = UViT(config, time_of(str(inspection.config["time"]), config, inspection.path.name))
-        return fill(model, checkpoint.tensors(), inspection.path.name)
+        checkpoint, name = read_checkpoint(inspection.path), inspection.path.name
+        config = config_from_shapes(checkpoint.shapes, name=name, heads=int(inspection.config["heads"]))
+        time = time_of(str(inspection.config["time"]), config, name)
+        return fill(lambda: UViT(config, time), checkpoint.tensors(), name=name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import compare, looks_like
+from tstitch_export.checkpoint.signatures import Shapes, compare, looks_like
+from tstitch_export.families.dit.layout import heads_of, linear
 
 __all__ = [
     "NOISE",
@@ -22,9 +22,7 @@ __all__ = [
     "time_of",
 ]
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-# How the network is told the noise level, and with which noise it was trained (see `uvit_model.network_time`).
+# How the network is told the noise level, and with which noise it was trained (see `model.network_time`).
 Time = Literal["discrete", "continuous"]
 NOISE: Final[dict[str, NoiseScheduleSpec]] = {
     "discrete": NoiseScheduleSpec(kind="scaled-linear", steps=1000, beta_start=0.00085, beta_end=0.012),
@@ -96,9 +94,6 @@ def expected_shapes(config: UViTConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a published state dict of this configuration."""
     width, hidden = config.width, int(config.width * config.mlp_ratio)
 
-    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
     def norm(name: str) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
@@ -157,7 +152,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> UViTC
     config = UViTConfig(
         depth=2 * half + 1,
         width=width,
-        heads=_heads(heads, width, name),
+        heads=heads_of(heads, width, _HEADS, name, "U-ViT"),
         patch=patch,
         size=grid * patch,
         channels=channels,
@@ -173,19 +168,3 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> UViTC
 
 def _letter(depth: int, width: int) -> str | None:
     return next((name for name, size in PUBLISHED_SIZES.items() if size == (depth, width)), None)
-
-
-def _heads(given: int | None, width: int, name: str) -> int:
-    heads = _HEADS.get(width) if given is None else given
-    if heads is None:
-        known = ", ".join(f"{heads} at width {width}" for width, heads in _HEADS.items())
-        raise BadCheckpoint(
-            f"{name}: a U-ViT of width {width} may have any number of attention heads; known are {known}",
-            hint="say it: --option MEMBER.num_heads=N, or options = { num_heads = N } at the member in a recipe",
-        )
-    if heads < 1 or width % heads:
-        raise BadCheckpoint(
-            f"{name}: {heads} attention heads do not divide the width {width}",
-            hint="give the number the model was trained with: --option MEMBER.num_heads=N",
-        )
-    return heads

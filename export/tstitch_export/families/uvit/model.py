@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tstitch_export.families.dit.model import timestep_features
+from tstitch_export.families.dit.model import Attention, Mlp, PatchEmbed, timestep_features, unpatchify
 from tstitch_export.families.uvit.layout import NOISE, Time, UViTConfig
 
 __all__ = ["UViT", "network_time"]
@@ -40,51 +39,15 @@ def network_time(timestep: Tensor, time: Time) -> Tensor:
     return 999 * (torch.sqrt(0.01 + 4 * 9.95 * signal) - 0.1) / (2 * 9.95)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
-        return tokens
-
-
-class Attention(nn.Module):
-    def __init__(self, config: UViTConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, x.shape[2] // self.heads))
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return out
-
-
-class Mlp(nn.Module):
-    def __init__(self, config: UViTConfig) -> None:
-        super().__init__()
-        hidden = int(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = nn.Linear(hidden, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
-
-
 class Block(nn.Module):
     """A transformer block with the norms first; ``skip`` ones start by joining the tokens of a shallow block."""
 
     def __init__(self, config: UViTConfig, *, skip: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width)
-        self.attn = Attention(config)
+        self.attn = Attention(config.width, config.heads, qkv_bias=config.qkv_bias)
         self.norm2 = nn.LayerNorm(config.width)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), gelu="none")
         self.skip_linear = nn.Linear(2 * config.width, config.width) if skip else None
 
     def forward(self, x: Tensor, shallow: Tensor | None = None) -> Tensor:
@@ -135,7 +98,5 @@ class UViT(nn.Module):
         for block in self.out_blocks:
             x = block(x, shallow.pop())
         x = self.decoder_pred(self.norm(x))[:, 2:]
-        x = x.unflatten(1, (config.grid, config.grid)).unflatten(3, (config.patch, config.patch, config.channels))
-        # [B, gh, gw, ph, pw, C] -> [B, C, gh*ph, gw*pw]
-        out: Tensor = self.final_layer(x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3))
+        out: Tensor = self.final_layer(unpatchify(x, config.grid, config.patch, config.channels))
         return out

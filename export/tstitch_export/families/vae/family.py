@@ -8,7 +8,6 @@ doesn't on random ones (``force_upcast`` in its config), so the check of an expo
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +24,7 @@ from tstitch_export.families.vae.layout import PREFIX, config_from_shapes, diffu
 from tstitch_export.needs import require
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = ["VaeDecoderFamily", "VaeEncoderFamily"]
 
@@ -87,11 +86,12 @@ class _VaeFamily(Family):
         return any(name.startswith(PREFIX) for name in shapes)
 
     def load(self, inspection: Inspection) -> nn.Module:
-        model = _load(inspection)
-        return self._half(model.float(), inspection.config).eval().requires_grad_(False)
+        model, config = _load(inspection), inspection.config
+        from tstitch_export.families.vae.modules import Decode, Encode
 
-    @abstractmethod
-    def _half(self, model: Any, config: Mapping[str, Scalar]) -> nn.Module: ...
+        half = Decode if self.role == "vae_decoder" else Encode
+        made = half(model, kind=str(config["kind"]), scaling=float(config["scaling"]), shift=float(config["shift"]))
+        return made.eval().requires_grad_(False)
 
     def dims(self, inspection: Inspection) -> Mapping[str, Dim]:
         native = int(inspection.config["native"])
@@ -104,25 +104,12 @@ class VaeDecoderFamily(_VaeFamily):
     name = "vae-decoder"
     role: ClassVar[Role] = "vae_decoder"
 
-    def _half(self, model: Any, config: Mapping[str, Scalar]) -> nn.Module:
-        from tstitch_export.families.vae.modules import Decode
-
-        return Decode(model, kind=str(config["kind"]), scaling=float(config["scaling"]), shift=float(config["shift"]))
-
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
         shape = ("B", inspection.latent[0], "H", "W")
         return (TensorSpec(name="latent", dtype=TORCH_NAMES[precision], shape=shape),)
 
     def outputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
         return (TensorSpec(name="image", dtype="float32", shape=("B", 3, *_pixels(inspection))),)
-
-    def example(
-        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
-    ) -> tuple[Tensor, ...]:
-        import torch
-
-        channels, height, width = _sized(inspection, sizes)
-        return (torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed)),)
 
 
 class VaeEncoderFamily(_VaeFamily):
@@ -131,11 +118,6 @@ class VaeEncoderFamily(_VaeFamily):
     name = "vae-encoder"
     role: ClassVar[Role] = "vae_encoder"
 
-    def _half(self, model: Any, config: Mapping[str, Scalar]) -> nn.Module:
-        from tstitch_export.families.vae.modules import Encode
-
-        return Encode(model, kind=str(config["kind"]), scaling=float(config["scaling"]), shift=float(config["shift"]))
-
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
         return (TensorSpec(name="image", dtype=TORCH_NAMES[precision], shape=("B", 3, *_pixels(inspection))),)
 
@@ -143,25 +125,10 @@ class VaeEncoderFamily(_VaeFamily):
         shape = ("B", inspection.latent[0], "H", "W")
         return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name in ("mean", "std"))
 
-    def example(
-        self, inspection: Inspection, *, batch: int, seed: int, sizes: Mapping[str, int] | None = None
-    ) -> tuple[Tensor, ...]:
-        import torch
-
-        _, height, width = _sized(inspection, sizes)
-        factor = int(inspection.config["factor"])
-        generator = torch.Generator().manual_seed(seed)
-        return (torch.rand(batch, 3, factor * height, factor * width, generator=generator) * 2 - 1,)
-
 
 def _pixels(inspection: Inspection) -> tuple[str, str]:
     factor = inspection.config["factor"]
     return (f"{factor}*H", f"{factor}*W") if factor != 1 else ("H", "W")
-
-
-def _sized(inspection: Inspection, sizes: Mapping[str, int] | None) -> tuple[int, int, int]:
-    channels, height, width = inspection.latent
-    return (channels, sizes["H"], sizes["W"]) if sizes else (channels, height, width)
 
 
 def _factor(kind: str, config: Mapping[str, Any]) -> int:
@@ -205,7 +172,7 @@ def _prefix(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def _load(inspection: Inspection) -> Any:
     diffusers = require("diffusers", f"the autoencoder {inspection.path.name}")
-    import torch
+    from tstitch_export.families.assemble import assemble
 
     weights = inspection.files[-1]
     checkpoint = read_checkpoint(weights)
@@ -218,16 +185,4 @@ def _load(inspection: Inspection) -> Any:
         config = config_from_shapes(checkpoint.shapes, prefix, what=weights.name)
         names = diffusers_names(checkpoint.shapes, prefix)
         state = {name: diffusers_tensor(name, stored[source]) for name, source in names.items()}
-    if bad := next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None):
-        raise BadCheckpoint(f"{weights.name}: {bad} holds NaN or infinity", hint="take another copy of it")
-    kind = getattr(diffusers, config["_class_name"])
-    model = kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()
-        raise BadCheckpoint(
-            f"{weights} does not fit its config.json: {reason[1].strip() if len(reason) > 1 else reason[0]}",
-            hint="copy config.json and the weights from the same model",
-        ) from None
-    return model
+    return assemble(getattr(diffusers, config["_class_name"]), config, state, name=weights.name)

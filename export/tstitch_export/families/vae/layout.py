@@ -7,17 +7,16 @@ diffusers' AutoencoderKL and VQModel. A whole Stable Diffusion file keeps them u
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.signatures import Shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["PREFIX", "SDXL_MARK", "config_from_shapes", "diffusers_names", "diffusers_tensor", "modern"]
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX: Final = "first_stage_model."
 SDXL_MARK: Final = "conditioner.embedders."  # prefix that only SDXL's whole files have

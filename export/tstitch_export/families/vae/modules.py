@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 __all__ = ["Decode", "Encode"]
 
@@ -18,8 +17,6 @@ class Decode(nn.Module):
         super().__init__()
         self.kind, self.scaling, self.shift = kind, scaling, shift
         self.decoder: nn.Module = model.decoder
-        for block in getattr(model.decoder, "up_blocks", ()):
-            block.upsamplers = block.upsamplers and nn.ModuleList(Upsample(old.conv) for old in block.upsamplers)
         self.post_quant_conv: nn.Module | None = None if kind == "tiny" else model.post_quant_conv
         if kind == "vq":
             self.codebook = nn.Parameter(model.quantize.embedding.weight.detach(), requires_grad=False)
@@ -34,21 +31,6 @@ class Decode(nn.Module):
             z = self.post_quant_conv(z)
         image: Tensor = self.decoder(z)
         return image.float()
-
-
-class Upsample(nn.Module):
-    """Twice the size by repeating, then a convolution.
-
-    diffusers' Upsample2D has a branch on the batch size, which would limit what is traced to fewer than 64 pictures.
-    """
-
-    def __init__(self, conv: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
 
 
 class Encode(nn.Module):

@@ -170,7 +170,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="latents_mean is"):
         DECODER.inspect(tmp_path, {})
     (tmp_path / "vae/config.json").write_text(json.dumps({**config, "latent_channels": 8}))
-    with pytest.raises(BadCheckpoint, match="does not fit its config"):
+    with pytest.raises(BadCheckpoint, match="do not fit their configuration"):
         DECODER.load(DECODER.inspect(tmp_path, {}))
     (tmp_path / "vae/config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))
     with pytest.raises(BadCheckpoint, match="looks like a AutoencoderDC"):
