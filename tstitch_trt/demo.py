@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.progress import Progress
 from tstitch_trt.study.machine import Machine, describe_machine
-from tstitch_trt.study.quality import QualityMeter
+from tstitch_trt.study.quality.meter import QualityMeter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +77,7 @@ def run(
     costs = [statistics.median(t) for t in times]
     points = []
     for fraction, plan, cost, drawn_images in zip(FRACTIONS, plans, costs, pictures, strict=True):
-        score = meter.score(*meter.look(drawn_images), labels)
+        score = meter.score(*meter.extract(drawn_images), labels)
         names = plan.schedule.names
         points.append(
             Point(

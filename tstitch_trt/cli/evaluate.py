@@ -133,8 +133,10 @@ def command(
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.evaluate.claim import claims_of
-    from tstitch_trt.study.evaluate.evaluate import Request, evaluate, prompts_for
-    from tstitch_trt.study.quality import NetworkOptions, Scorer
+    from tstitch_trt.study.evaluate.evaluate import evaluate
+    from tstitch_trt.study.image_set import ImageSet, prompts_for
+    from tstitch_trt.study.quality.network import NetworkOptions
+    from tstitch_trt.study.quality.scorer import Scorer
     from tstitch_trt.study.store import save_study
 
     options = NetworkOptions.parse(parse_pairs(features_options, option="--features-option", value="VALUE"))
@@ -161,7 +163,7 @@ def command(
             threads=runtime.threads,
             cache=place / "references",
         )
-        request = Request(samples, seed, prompts_for(manifest, texts))
+        images = ImageSet(samples, seed, prompts_for(manifest, texts))
         settings = _settings(manifest, fractions, orders, schedules, steps, solver, guidance)
         for note in scorer.notes(samples):
             log(f"note: {note}")
@@ -170,7 +172,7 @@ def command(
                 runtime,
                 scorer,
                 settings,
-                request,
+                images,
                 work=place,
                 npz=npz,
                 rounds=rounds,

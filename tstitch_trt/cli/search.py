@@ -114,7 +114,8 @@ def command(
     from tstitch_trt.files import read_lines
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress_bar
-    from tstitch_trt.study.quality import NetworkOptions, Scorer
+    from tstitch_trt.study.quality.network import NetworkOptions
+    from tstitch_trt.study.quality.scorer import Scorer
     from tstitch_trt.study.search.search import check_search, search, usual_metric
     from tstitch_trt.study.store import save_study
 

@@ -190,6 +190,11 @@ class TextInputs(_Record, frozen=True, kw_only=True):
     time_ids: Literal["none", "sizes", "aesthetic"] = "none"
     zero_null: bool = False
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """All text encoders, each once."""
+        return tuple(dict.fromkeys((*self.hidden, *filter(None, [self.pooled]))))
+
 
 class QuantisationLoss(_Record, frozen=True, kw_only=True):
     """What 8 bits cost: the quantised against the source graph on ``rows`` inputs that were not calibrated on.

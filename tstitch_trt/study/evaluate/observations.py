@@ -1,7 +1,7 @@
-"""What was seen of drawn pictures, on disk, batch by batch: a study that is interrupted goes on from there.
+"""Features of drawn pictures on disk, batch by batch, so that an interrupted study can go on.
 
-One folder per setting (and seed, weights and engines), one ``.npz`` per batch; a batch that is not whole is drawn again
-from its beginning, so that the numbers do not depend on where a study was stopped.
+One folder per setting (and seed, weights and engines), one ``.npz`` per batch. An incomplete batch is drawn again from
+its beginning, so that the numbers do not depend on where a study was stopped.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _log = logging.getLogger(__name__)
 
 
 class Observations:
-    """Of one setting. ``wanted``: arrays with one row per picture, by name, and a digest of what each came from."""
+    """Those of one setting. ``sources``: the names of the features, each with a digest of what it was made from."""
 
-    def __init__(self, folder: Path, wanted: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, sources: Mapping[str, str]) -> None:
         self._folder = folder
-        self._keys = {name: f"{name}.{source[:16]}" for name, source in wanted.items()}
+        self._keys = {name: f"{name}.{source[:16]}" for name, source in sources.items()}
 
-    def lacking(self, start: int, count: int) -> list[str]:
-        """What of ``wanted`` is not known of the batch of ``count`` pictures that begins with picture ``start``."""
+    def missing(self, start: int, count: int) -> list[str]:
+        """The features that are not stored of the batch of ``count`` pictures that begins with picture ``start``."""
         stored = self._read(start)
         return [name for name, key in self._keys.items() if len(stored.get(key, ())) < count]
 
-    def add(self, start: int, seen: Mapping[str, NDArray[Any]]) -> None:
+    def add(self, start: int, features: Mapping[str, NDArray[Any]]) -> None:
         """Raises ``FailedWork`` where it can't be written."""
-        stored = self._read(start) | {self._keys[name]: array for name, array in seen.items()}
+        stored = self._read(start) | {self._keys[name]: array for name, array in features.items()}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(self._path(start)) as file:
@@ -48,8 +48,8 @@ class Observations:
                 f"{self._path(start)} can't be written: {error}", hint="keep unfinished work elsewhere: --work DIR"
             ) from error
 
-    def seen(self, start: int, count: int) -> dict[str, NDArray[Any]]:
-        """All of ``wanted`` of a batch."""
+    def load(self, start: int, count: int) -> dict[str, NDArray[Any]]:
+        """All features of a batch."""
         stored = self._read(start)
         return {name: stored[key][:count] for name, key in self._keys.items()}
 

@@ -60,9 +60,9 @@ class QualityMeter:
             )
         return QualityMeter(bundle.path(quality.network), bundle.path(quality.reference), threads=threads)
 
-    def look(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def extract(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features ``[N,F]`` and logits ``[N,K]`` of uint8 images, float32."""
-        features, logits = self._network.look(images_NHWC)
+        features, logits = self._network.extract(images_NHWC)
         assert logits is not None, "it classifies"
         return features, logits
 

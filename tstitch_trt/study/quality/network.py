@@ -86,7 +86,7 @@ class FeatureNetwork:
         """What decides what it gives."""
         return {"network": self.sha256, **msgspec.to_builtins(self._options)}
 
-    def look(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    def extract(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Features ``[N,F]`` of uint8 pictures, and their logits ``[N,K]`` where it classifies.
 
         Raises ``BadInput`` for pictures that it can't take and for an output that is none.

@@ -23,7 +23,7 @@ from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt.files import load_array, save_array
 from tstitch_trt.study.quality.gaussian import Gaussian, frechet_distance, gaussian_of
 
-__all__ = ["MOST", "Looking", "Reference", "knows_pictures", "read_reference", "thinned"]
+__all__ = ["MOST", "FeatureExtractor", "Reference", "knows_pictures", "read_reference", "thinned"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SAME: Final = 0.3  # of the total variance: thousands of pictures are nearer to
 _HOW: Final = "numpy.savez(FILE, pictures) of uint8 [N,H,W,C] makes a reference, as do the evaluators of ADM"
 
 
-class Looking(Protocol):
+class FeatureExtractor(Protocol):
     """A feature network."""
 
     name: str
@@ -41,7 +41,7 @@ class Looking(Protocol):
     @property
     def identity(self) -> dict[str, Any]: ...
 
-    def look(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]: ...
+    def extract(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Reference:
         """Features per picture."""
         return int(self.gaussian.mean.shape[0])
 
-    def need_features(self, metric: str) -> NDArray[np.float32]:
+    def require_features(self, metric: str) -> NDArray[np.float32]:
         """At most ``MOST`` of them. Raises ``Unavailable`` where the reference has statistics alone."""
         if self.features is None:
             raise Unavailable(
@@ -86,7 +86,7 @@ def thinned(features: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def read_reference(
-    path: Path, network: Looking, *, picture: tuple[int, int, int] | None, cache: Path | None = None
+    path: Path, network: FeatureExtractor, *, picture: tuple[int, int, int] | None, cache: Path | None = None
 ) -> Reference:
     """``path`` in the features of ``network``. ``picture``: height, width and channels that pictures must have.
 
@@ -149,7 +149,11 @@ def _statistics(archive: Mapping[str, Any], names: set[str]) -> Gaussian | None:
 
 
 def _features_of(
-    path: Path, pictures: NDArray[Any], network: Looking, picture: tuple[int, int, int] | None, cache: Path | None
+    path: Path,
+    pictures: NDArray[Any],
+    network: FeatureExtractor,
+    picture: tuple[int, int, int] | None,
+    cache: Path | None,
 ) -> NDArray[np.float32]:
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or len(pictures) < 2:
         raise BadInput(
@@ -164,14 +168,14 @@ def _features_of(
             hint="a distance between pictures of two sizes means nothing: use real pictures of the bundle's own size",
         )
     if cache is None:
-        return network.look(pictures)[0]
+        return network.extract(pictures)[0]
     cache.mkdir(parents=True, exist_ok=True)
     blocks = []
     for start in range(0, len(pictures), _BLOCK):
         kept, part = cache / f"{start:07d}.npy", pictures[start : start + _BLOCK]
         found = load_array(kept, option="cached features") if kept.is_file() else None
         if found is None or len(found) != len(part):
-            found = network.look(part)[0]
+            found = network.extract(part)[0]
             save_array(kept, found)
         blocks.append(found)
     return np.concatenate(blocks)

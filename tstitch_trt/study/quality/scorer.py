@@ -1,15 +1,15 @@
-"""Metrics of a bundle's pictures, each with its interval: what ``evaluate`` and ``search`` judge by.
+"""Metrics of a bundle's pictures with their intervals, for ``evaluate`` and ``search``.
 
     scorer = Scorer.of(bundle, metric="fid")
-    seen = join([scorer.look(images) for images in batches])
-    scorer.measure(seen).value
+    features = join([scorer.extract(images) for images in batches])
+    scorer.measure(features).value
 
-Looking at pictures is kept apart from measuring: what was seen is small, can be stored and put together.
+Extraction and measuring are separate: features are small, so they can be stored and joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,44 +33,44 @@ from tstitch_trt.study.quality.resampling import (
     RESAMPLES,
     Estimate,
     bootstrap_counts,
-    rated,
-    rated_mean,
-    rated_median,
+    estimate,
+    estimate_mean,
+    estimate_median,
 )
 from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Measure
 
-__all__ = ["PAIRED", "Drawn", "Scorer", "Seen", "check_metrics", "join"]
+__all__ = ["Features", "Samples", "Scorer", "check_metrics", "join"]
 
-Seen = dict[str, NDArray[Any]]
-"""What was seen of N pictures, by ``Scorer.observed``: arrays whose first dimension is N."""
+Features = dict[str, NDArray[Any]]
+"""What metrics need of N pictures: arrays ``[N,...]`` by the names in ``_FEATURES``."""
 
-PAIRED: Final = ("psnr", "lpips", "latent_error")
-_FEATURED: Final = ("fid", "kid", "precision", "recall")
-_OBSERVED: Final = {
-    **dict.fromkeys(_FEATURED, "features"),
+_BY_NETWORK: Final = ("fid", "kid", "precision", "recall")
+_FEATURES: Final = {
+    **dict.fromkeys(_BY_NETWORK, "features"),
     "accuracy": "correct",
     "psnr": "squared_error",
     "lpips": "lpips",
     "clip": "clip",
     "latent_error": "latent_error",
 }
+_PAIRED: Final = ("squared_error", "lpips", "latent_error")  # features of two pictures from one seed
 _SHARES: Final = ("precision", "recall", "accuracy")
-_EASY_WIDTH: Final = 256  # features: above, a resample of the Fréchet distance takes seconds
+_EASY_WIDTH: Final = 256  # with more features one resample of the Fréchet distance takes seconds
 _LEAST_RESAMPLES: Final = 10
 _RECALL_HALVES: Final = 100
-_ENOUGH: Final = 20  # samples per feature, from which the bias of the Fréchet distance is not spoken of
+_ENOUGH: Final = 20  # samples per feature; with fewer the bias of the Fréchet distance is noted
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """Pictures uint8 ``[N,H,W,C]``, ``None`` of a bundle without a decoder, and their final latents ``[N,C,h,w]``."""
+class Samples:
+    """Pictures uint8 ``[N,H,W,C]``, ``None`` where nothing is decoded, and their final latents ``[N,C,h,w]``."""
 
     images: NDArray[np.uint8] | None
     latents: NDArray[np.float32]
 
 
-def join(parts: Sequence[Seen]) -> Seen:
-    """What was seen of several batches, as of one."""
+def join(parts: Sequence[Features]) -> Features:
+    """The features of several batches as those of one."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -142,7 +142,7 @@ class Scorer:
         if "clip" in metrics:
             _check_clip(manifest, clip)
         network = judge = None
-        if set(metrics) & {*_FEATURED, "accuracy"}:
+        if set(metrics) & {*_BY_NETWORK, "accuracy"}:
             own = None
             if manifest.quality is not None and (features is None or "accuracy" in metrics):
                 own = FeatureNetwork(bundle.path(manifest.quality.network), threads=threads)
@@ -150,7 +150,7 @@ class Scorer:
             network = given or own
             judge = next((net for net in (own, given) if net is not None and net.classifies), None)
         found = None
-        if set(metrics) & {*_FEATURED}:
+        if set(metrics) & {*_BY_NETWORK}:
             if network is None:
                 raise Unavailable(
                     f"the bundle {manifest.name!r} has no feature network for {', '.join(metrics)}",
@@ -174,7 +174,7 @@ class Scorer:
         if found is not None:
             for name in ("kid", "precision", "recall"):
                 if name in metrics:
-                    found.need_features(name)
+                    found.require_features(name)
         return scorer
 
     @property
@@ -188,116 +188,100 @@ class Scorer:
 
     @property
     def paired(self) -> bool:
-        """Whether a metric compares with what the large member alone draws: ``look`` then needs ``against``."""
-        return any(name in PAIRED for name in self.metrics)
+        """Whether a metric compares with the large member alone, so that ``extract`` needs ``against``."""
+        return any(_FEATURES[name] in _PAIRED for name in self.metrics)
 
-    @cached_property
-    def observed(self) -> dict[str, str]:
-        """What ``look`` finds, with the digest of all that decides it beside the pictures."""
-        sources: dict[str, Any] = {
+    def sources(self, reference: Any = None) -> dict[str, str]:
+        """The features that ``extract`` finds, each with a digest of all that decides it beside the pictures.
+
+        ``reference``: the setting that paired features compare with.
+        """
+        networks: dict[str, Any] = {
             "features": None if self.network is None else self.network.identity,
             "correct": None if self._classifier is None else self._classifier.identity,
             "lpips": None if self._lpips is None else self._lpips.sha256,
             "clip": None if self._clip is None else self._clip.sha256,
         }
-        return {name: digest(sources.get(name)) for name in dict.fromkeys(_OBSERVED[m] for m in self.metrics)}
+        found = {name: digest(networks.get(name)) for name in dict.fromkeys(_FEATURES[m] for m in self.metrics)}
+        if reference is None:
+            return found
+        return {name: digest([text, reference]) if name in _PAIRED else text for name, text in found.items()}
 
-    # --- looking
-
-    def look(
+    def extract(
         self,
         images: NDArray[np.uint8] | None,
         *,
         labels: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
         latents: NDArray[np.float32] | None = None,
-        against: Drawn | None = None,
+        against: Samples | None = None,
         only: Sequence[str] | None = None,
-    ) -> Seen:
-        """What the metrics need to know of pictures uint8 ``[N,H,W,C]``.
+    ) -> Features:
+        """The features of pictures uint8 ``[N,H,W,C]`` that the metrics need.
 
         ``labels`` or ``prompts``: what each was asked to be (accuracy, clip). ``latents``: their own, and ``against``:
-        the large member's from the same seeds (paired metrics). ``only``: of ``observed``, by default all.
+        the large member's samples from the same seeds (paired metrics). ``only``: some of ``sources``, by default all.
+        Raises ``BadInput`` for what is missing.
         """
-        wanted = self.observed if only is None else only
-        seen: Seen = {}
+        wanted = self.sources() if only is None else only
+        pixels: Any = images  # None where no wanted feature reads pictures
+        network: Any = self.network
+        found: Features = {}
         logits = None
         if "features" in wanted:
-            assert self.network is not None
-            assert images is not None
-            seen["features"], logits = self.network.look(images)
+            found["features"], logits = network.extract(pixels)
         if "correct" in wanted:
-            assert images is not None
-            assert self._classifier is not None
             if labels is None:
                 raise BadInput("accuracy needs the labels that the pictures were asked for", hint="pass labels=")
-            if self._classifier is not self.network or logits is None:
-                _, logits = self._classifier.look(images)
-            assert logits is not None
-            seen["correct"] = logits.argmax(1) == np.asarray(labels)
+            classifier: Any = self._classifier
+            if classifier is not network or logits is None:
+                _, logits = classifier.extract(pixels)
+            found["correct"] = logits.argmax(1) == np.asarray(labels)
         if "clip" in wanted:
-            assert images is not None
             if prompts is None:
                 raise BadInput("clip needs the prompts that the pictures were asked for", hint="pass prompts=")
-            seen["clip"] = self._clip(images, prompts)
-        return seen | self._look_at_pairs(wanted, images, latents, against)
-
-    def _look_at_pairs(
-        self,
-        wanted: Mapping[str, str] | Sequence[str],
-        images: NDArray[np.uint8] | None,
-        latents: NDArray[np.float32] | None,
-        against: Drawn | None,
-    ) -> Seen:
-        seen: Seen = {}
-        if not {"squared_error", "lpips", "latent_error"} & set(wanted):
-            return seen
+            found["clip"] = self._clip(pixels, prompts)
+        if not set(_PAIRED) & set(wanted):
+            return found
         if against is None:
             raise BadInput(
                 "a paired metric compares with what the large member draws from the same seeds", hint="pass against="
             )
+        others: Any = against.images
         if "squared_error" in wanted:
-            assert images is not None
-            assert against.images is not None
-            seen["squared_error"] = squared_errors(images, against.images)
+            found["squared_error"] = squared_errors(pixels, others)
         if "lpips" in wanted:
-            assert images is not None
-            assert against.images is not None
             assert self._lpips is not None
-            seen["lpips"] = self._lpips(images, against.images)
+            found["lpips"] = self._lpips(pixels, others)
         if "latent_error" in wanted:
             if latents is None:
                 raise BadInput("latent_error compares latents", hint="pass latents=")
-            seen["latent_error"] = latent_errors(latents, against.latents)
-        return seen
-
-    # --- measuring
+            found["latent_error"] = latent_errors(latents, against.latents)
+        return found
 
     def measure(
-        self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
+        self, features: Features, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
     ) -> Measure:
         """The value and interval of ``metric`` (by default the first). Raises ``BadInput`` for too few samples."""
-        return self.rate(seen, metric, resamples=resamples, level=level).measure
+        return self.estimate(features, metric, resamples=resamples, level=level).measure
 
-    def rate(
-        self, seen: Seen, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
+    def estimate(
+        self, features: Features, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
     ) -> Estimate:
-        """The same with its resamples, to be compared with that of as many samples from the same seeds."""
+        """The same with its resamples, for comparison with as many samples from the same seeds."""
         name = metric or self.metric
         if name not in self.metrics:
             raise unknown_name("metric", name, self.metrics)
-        found = _MEASURES[name](self, seen[_OBSERVED[name]], resamples, level)
-        if name in (*_SHARES, "fid", "lpips", "latent_error"):
-            top = 1.0 if name in _SHARES else np.inf
-            m = found.measure
-            found = Estimate(
-                Measure(value=m.value, low=max(m.low, 0.0), high=float(min(m.high, top)), std=m.std), found.moved
-            )
-        return found
+        found = _ESTIMATES[name](self, features[_FEATURES[name]], resamples, level)
+        if name not in (*_SHARES, "fid", "lpips", "latent_error"):
+            return found
+        m, top = found.measure, 1.0 if name in _SHARES else np.inf
+        bounded = Measure(value=m.value, low=max(m.low, 0.0), high=float(min(m.high, top)), std=m.std)
+        return Estimate(bounded, found.deviations)
 
-    def measures(self, seen: Seen, *, resamples: int = RESAMPLES, level: float = LEVEL) -> dict[str, Measure]:
-        """All metrics; psnr is left out where all pictures are equal, which makes it infinite."""
-        found = {name: self.measure(seen, name, resamples=resamples, level=level) for name in self.metrics}
+    def measures(self, features: Features, *, resamples: int = RESAMPLES, level: float = LEVEL) -> dict[str, Measure]:
+        """All metrics but a psnr that is infinite because all pictures are equal."""
+        found = {name: self.measure(features, name, resamples=resamples, level=level) for name in self.metrics}
         return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
 
     def _fid(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
@@ -305,15 +289,15 @@ class Scorer:
         if width > _EASY_WIDTH:
             resamples = max(_LEAST_RESAMPLES, int(resamples * (_EASY_WIDTH / width) ** 2))
         counts = bootstrap_counts(len(features), resamples)
-        return rated(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts), level=level)
+        return estimate(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts), level=level)
 
     def _kid(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
         features = thinned(features)
         counts = bootstrap_counts(len(features), resamples)
-        return rated(self._kernel(features), self._kernel.resampled(features, counts), level=level)
+        return estimate(self._kernel(features), self._kernel.resampled(features, counts), level=level)
 
     def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
-        return rated_mean(self._manifold.holds(thinned(features)), resamples=resamples, level=level)
+        return estimate_mean(self._manifold.holds(thinned(features)), resamples=resamples, level=level)
 
     def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
         features, real = thinned(features), self._real
@@ -325,7 +309,7 @@ class Scorer:
                 hint="draw more: --samples",
             )
         halves = recall_halves(features, real, halves=min(resamples, _RECALL_HALVES), seed=0)
-        return rated(value, halves, level=level)
+        return estimate(value, halves, level=level)
 
     def _psnr(self, errors: NDArray[np.float64], resamples: int, level: float) -> Estimate:
         mean = float(errors.mean())
@@ -334,7 +318,7 @@ class Scorer:
         counts = bootstrap_counts(len(errors), resamples)
         least = errors[errors > 0].min() / len(errors)  # a resample of equal pairs alone would be infinite
         means = np.maximum(counts @ errors / len(errors), least)
-        return rated(float(decibels(mean)), decibels(means), level=level)
+        return estimate(float(decibels(mean)), decibels(means), level=level)
 
     @cached_property
     def _frechet(self) -> FrechetTo:
@@ -344,7 +328,7 @@ class Scorer:
     @cached_property
     def _real(self) -> NDArray[np.float32]:
         assert self.reference is not None
-        return self.reference.need_features("a distance of all pairs")
+        return self.reference.require_features("a distance of all pairs")
 
     @cached_property
     def _kernel(self) -> KernelTo:
@@ -354,31 +338,28 @@ class Scorer:
     def _manifold(self) -> Manifold:
         return Manifold(self._real)
 
-    # --- what to be said beside the numbers
-
     def bias(self, features: NDArray[np.float32]) -> float:
-        """How much of the Fréchet distance of these many features ``[N,F]`` is bias.
+        """The bias of the Fréchet distance of features ``[N,F]``, at most the distance itself.
 
-        It falls as ``1/N`` (Chong and Forsyth, arXiv 1911.07023), so half of the samples have twice as much of it: the
-        mean distance of two random halves less that of the whole, and the whole at most. (Every second sample is no
-        fair half: classes go round, so it could be every second class.)
+        It falls as ``1/N`` (Chong and Forsyth, arXiv 1911.07023), so half of the samples have twice of it: the mean
+        distance of two halves less that of the whole. The halves are random because classes go round.
         """
         order = np.random.default_rng(0).permutation(len(features))
         halves = [self._frechet(gaussian_of(features[half])) for half in np.array_split(order, 2)]
         value = self._frechet(gaussian_of(features))
         return min(max(0.0, float(np.mean(halves)) - value), value)
 
-    def notes(self, samples: int, seen: Seen | None = None) -> list[str]:
-        """Warnings about numbers of ``samples`` pictures; with what was ``seen`` of them the bias is put in numbers."""
+    def notes(self, samples: int, features: Features | None = None) -> list[str]:
+        """Warnings about metrics of ``samples`` pictures. With their ``features`` the bias is estimated too."""
         notes: list[str] = []
         if self.reference is None:
             return notes
         width = self.reference.width
         if "fid" in self.metrics and samples < _ENOUGH * width:
             text = f"{samples} samples are few for {width} features ({_ENOUGH * width} would do): fid is biased upwards"
-            if seen is not None and len(seen["features"]) >= 4:
-                value = self._frechet(gaussian_of(seen["features"]))
-                text += f", by about {self.bias(seen['features']):.3g} of {value:.3g}"
+            if features is not None and len(features["features"]) >= 4:
+                value = self._frechet(gaussian_of(features["features"]))
+                text += f", by about {self.bias(features['features']):.3g} of {value:.3g}"
             notes.append(text + "; compare only values of equally many samples")
         if "fid" in self.metrics and 0 < self.reference.count <= width:
             notes.append(
@@ -404,7 +385,7 @@ def _reference(
         found = read_reference(bundle.path(manifest.quality.reference), network, picture=None)
     else:
         found = read_reference(path, network, picture=picture_shape(manifest), cache=cache)
-    width = _width(network, picture_shape(manifest))
+    width = network.extract(np.zeros((1, *picture_shape(manifest)), np.uint8))[0].shape[1]
     if width != found.width:
         raise BadInput(
             f"the reference {found.name} is of {found.width} features; {network.name} gives {width}",
@@ -418,10 +399,6 @@ def picture_shape(manifest: Manifest) -> tuple[int, int, int]:
     latent, factor = manifest.latent, manifest.decoder.factor
     channels = latent.channels if manifest.decoder.kind == "pixel" else 3
     return latent.height * factor, latent.width * factor, channels
-
-
-def _width(network: FeatureNetwork, picture: tuple[int, int, int]) -> int:
-    return int(network.look(np.zeros((1, *picture), np.uint8))[0].shape[1])
 
 
 def _check_clip(manifest: Manifest, clip: Path | None) -> None:
@@ -443,14 +420,14 @@ def _open_clip(folder: Path, threads: int) -> Any:
     return Clip(folder, threads=threads)
 
 
-_MEASURES: Final[dict[str, Callable[[Scorer, Any, int, float], Estimate]]] = {
+_ESTIMATES: Final[dict[str, Callable[[Scorer, Any, int, float], Estimate]]] = {
     "fid": lambda scorer, found, n, level: scorer._fid(found, n, level),
     "kid": lambda scorer, found, n, level: scorer._kid(found, n, level),
     "precision": lambda scorer, found, n, level: scorer._precision(found, n, level),
     "recall": lambda scorer, found, n, level: scorer._recall(found, n, level),
     "psnr": lambda scorer, found, n, level: scorer._psnr(found, n, level),
-    "latent_error": lambda scorer, found, n, level: rated_median(found, resamples=n, level=level),
-    "accuracy": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
-    "lpips": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
-    "clip": lambda scorer, found, n, level: rated_mean(found, resamples=n, level=level),
+    "latent_error": lambda scorer, found, n, level: estimate_median(found, resamples=n, level=level),
+    "accuracy": lambda scorer, found, n, level: estimate_mean(found, resamples=n, level=level),
+    "lpips": lambda scorer, found, n, level: estimate_mean(found, resamples=n, level=level),
+    "clip": lambda scorer, found, n, level: estimate_mean(found, resamples=n, level=level),
 }

@@ -26,7 +26,7 @@ _SURE: Final = 3.0  # standard deviations: there are many comparisons
 class Standing:
     """The last value of a candidate, of ``samples``. ``dropped``: before the end."""
 
-    rated: Estimate
+    estimate: Estimate
     samples: int
     dropped: bool
 
@@ -64,11 +64,11 @@ def front(points: Sequence[tuple[float, float]], *, higher: bool = False) -> lis
     return inside
 
 
-def beaten(cost: float, rated: Estimate, others: Sequence[tuple[float, Estimate]], *, higher: bool = False) -> bool:
+def beaten(cost: float, estimate: Estimate, others: Sequence[tuple[float, Estimate]], *, higher: bool = False) -> bool:
     """Whether one of ``others`` costs no more and is better by more than chance leaves open."""
     for other_cost, other in others:
         if other_cost <= cost:
-            gap, std = rated.minus(other)
+            gap, std = estimate.minus(other)
             if (-gap if higher else gap) > _SURE * std:
                 return True
     return False
@@ -77,20 +77,20 @@ def beaten(cost: float, rated: Estimate, others: Sequence[tuple[float, Estimate]
 def race(
     costs: Mapping[K, float],
     counts: Sequence[int],
-    rate: Callable[[Sequence[K], int], Mapping[K, Estimate] | None],
+    estimate: Callable[[Sequence[K], int], Mapping[K, Estimate] | None],
     *,
     higher: bool = False,
 ) -> Race[K]:
     """Compares the candidates ``costs`` round by round, with the numbers of samples ``counts``.
 
-    ``rate``: the values of those still in the race, with so many samples; ``None`` where there is no time left for it,
+    ``estimate``: the values of those still in the race on so many samples; ``None`` where no time is left for that,
     which ends the race with the round before. The first round has to be measured.
     """
     running = list(costs)
     standings: dict[K, Standing] = {}
     done = 0
     for count in counts:
-        found = rate(running, count)
+        found = estimate(running, count)
         if found is None:
             break
         done = count

@@ -16,13 +16,13 @@ from tstitch_engines.errors import BadInput
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.progress import Phases
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
-from tstitch_trt.study.evaluate.evaluate import Request, prompts_for
+from tstitch_trt.study.evaluate.drawing import Drawing
+from tstitch_trt.study.image_set import ImageSet, prompts_for
 from tstitch_trt.study.machine import describe_machine
-from tstitch_trt.study.quality import Scorer, check_metrics
 from tstitch_trt.study.quality.resampling import Estimate
+from tstitch_trt.study.quality.scorer import Scorer, check_metrics
 from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchPoint
 from tstitch_trt.study.search.candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
-from tstitch_trt.study.search.draw import Samples
 from tstitch_trt.study.search.racing import Race, front, race, rounds
 from tstitch_trt.study.settings import plan_of
 from tstitch_trt.study.store import now, study_digest, weights_of
@@ -99,35 +99,31 @@ def search(
         fractions=fractions,
     )
     field = chosen(every, trials, seed=seed)
-    request = Request(samples, seed, prompts_for(manifest, prompts))
+    images = ImageSet(samples, seed, prompts_for(manifest, prompts))
     calibration = find_calibration(runtime.bundle, Conditions.here(runtime.setup))
     guided = any(any(plan_of(manifest, c.setting).guided) for c in field)
-    images = min(8, max(1, runtime.batch_limit // (2 if guided else 1))) if batch is None else batch
-    costs = {c.key: predict_ms(calibration, plan_of(manifest, c.setting), batch=images) for c in field}
+    batch_images = min(8, max(1, runtime.batch_limit // (2 if guided else 1))) if batch is None else batch
+    costs = {c.key: predict_ms(calibration, plan_of(manifest, c.setting), batch=batch_images) for c in field}
     phases = Phases(progress)
-    drawing = Samples(
-        runtime,
-        scorer,
-        request,
-        reference=field[0].setting,
-        guided=guided,
-        work=work,
-        out_of_time=lambda: budget_s is not None and time.monotonic() - began > budget_s,
-        tick=phases.tick,
-    )
+    drawing = Drawing(runtime, scorer, images, reference=field[0].setting, guided=guided, work=work, phases=phases)
     counts = rounds(samples, drawing.chunk)
     by_key = {c.key: c for c in field}
 
-    def rate(keys: Sequence[str], count: int) -> Mapping[str, Estimate] | None:
+    def estimate(keys: Sequence[str], count: int) -> Mapping[str, Estimate] | None:
         running = [by_key[key] for key in keys]
         before = max((c for c in counts if c < count), default=0)
         phases.phase(f"{count} samples each", before / samples, count / samples, len(running) * count)
-        if not drawing.fill(running, count, whatever=count == counts[0]):
+        first = count == counts[0]
+
+        def out_of_time() -> bool:
+            return not first and budget_s is not None and time.monotonic() - began > budget_s
+
+        if not drawing.fill([c.setting for c in running], count, out_of_time=out_of_time):
             return None
-        return {c.key: scorer.rate(drawing.seen(c, count)) for c in running}
+        return {c.key: scorer.estimate(drawing.features(c.setting, count)) for c in running}
 
     higher = scorer.metric in HIGHER_IS_BETTER
-    raced = race(costs, counts, rate, higher=higher)
+    raced = race(costs, counts, estimate, higher=higher)
     return Search(
         bundle=manifest.name,
         weights=weights_of(manifest),
@@ -135,10 +131,10 @@ def search(
         command=command,
         made=now(),
         metric=scorer.metric,
-        batch=images,
+        batch=batch_images,
         samples=raced.samples,
         seed=seed,
-        prompts=request.prompts,
+        prompts=images.prompts,
         calibration=study_digest(calibration),
         points=_points(field, costs, raced, higher=higher),
         notes=(
@@ -153,14 +149,14 @@ def _points(
 ) -> tuple[SearchPoint, ...]:
     """The cheapest first. The front is that of the candidates with all samples."""
     finished = [c for c in field if not raced.standings[c.key].dropped]
-    inside = front([(costs[c.key], raced.standings[c.key].rated.measure.value) for c in finished], higher=higher)
+    inside = front([(costs[c.key], raced.standings[c.key].estimate.measure.value) for c in finished], higher=higher)
     best = {c.key for c, is_in in zip(finished, inside, strict=True) if is_in}
     points = [
         SearchPoint(
             kind=c.kind,
             setting=c.setting,
             cost_ms=costs[c.key],
-            quality=raced.standings[c.key].rated.measure,
+            quality=raced.standings[c.key].estimate.measure,
             samples=raced.standings[c.key].samples,
             dropped=raced.standings[c.key].dropped,
             front=c.key in best,

@@ -23,10 +23,12 @@ from tstitch_engines.errors import BadInput, Unavailable, UnknownName
 from tstitch_trt.request.synthetic import PROMPTS
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.evaluate.claim import claims_of
-from tstitch_trt.study.evaluate.evaluate import Request, evaluate, prompts_for
-from tstitch_trt.study.quality import Drawn, FeatureNetwork, Scorer, gaussian_of, join
-from tstitch_trt.study.quality.gaussian import frechet_distance
+from tstitch_trt.study.evaluate.evaluate import evaluate
+from tstitch_trt.study.image_set import ImageSet, prompts_for
+from tstitch_trt.study.quality.gaussian import frechet_distance, gaussian_of
+from tstitch_trt.study.quality.network import FeatureNetwork
 from tstitch_trt.study.quality.real_images import read_reference
+from tstitch_trt.study.quality.scorer import Samples, Scorer, join
 from tstitch_trt.study.records import Evaluation, Measure, Point
 from tstitch_trt.study.settings import fraction_settings, setting_of
 from tstitch_trt.study.store import load_studies, save_study
@@ -51,7 +53,7 @@ def study(runtime: Runtime, work: Path, metrics: Any = ALL, samples: int = 150, 
         runtime.manifest, (0.0, 0.5, 1.0), ("small-first", "large-first"), steps=4, guidance=1.0
     )
     options: dict[str, Any] = {"resamples": 30, "command": "a test", **more}
-    return evaluate(runtime, scorer, options.pop("settings", settings), Request(samples), work=work, **options)
+    return evaluate(runtime, scorer, options.pop("settings", settings), ImageSet(samples), work=work, **options)
 
 
 def numbers(found: Evaluation) -> list[tuple[str, dict[str, Measure]]]:
@@ -108,7 +110,7 @@ def test_the_numbers_are_those_of_the_pictures(runtime: Runtime, tmp_path: Path)
         with np.load(tmp_path / "npz" / point.samples_file) as stored:
             np.testing.assert_array_equal(stored["arr_0"], drawn.images)
         assert drawn.images is not None
-        features, logits = network.look(drawn.images)
+        features, logits = network.extract(drawn.images)
         assert logits is not None
         got = point.measures
         assert got["fid"].value == pytest.approx(frechet_distance(reference.gaussian, gaussian_of(features)), rel=1e-5)
@@ -187,8 +189,8 @@ def test_classes_that_go_round_do_not_count_as_bias(runtime: Runtime) -> None:
 def test_a_scorer_for_a_search(place: Path) -> None:
     scorer = Scorer.of(open_bundle(place), metric="fid", threads=1)
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 4), np.uint8)
-    seen = join([scorer.look(images[:16]), scorer.look(images[16:])])
-    whole = scorer.measure(scorer.look(images))
+    seen = join([scorer.extract(images[:16]), scorer.extract(images[16:])])
+    whole = scorer.measure(scorer.extract(images))
     assert scorer.measure(seen).value == pytest.approx(whole.value, rel=1e-5)
     assert whole.low <= whole.value <= whole.high
     assert scorer.better(1.0, 2.0)
@@ -256,11 +258,11 @@ def test_what_looking_needs_is_asked_for(place: Path) -> None:
     bundle = open_bundle(place)
     images = np.zeros((2, 8, 8, 4), np.uint8)
     with pytest.raises(BadInput, match="labels"):
-        Scorer.of(bundle, "accuracy").look(images)
+        Scorer.of(bundle, "accuracy").extract(images)
     with pytest.raises(BadInput, match="large member"):
-        Scorer.of(bundle, "psnr").look(images)
+        Scorer.of(bundle, "psnr").extract(images)
     with pytest.raises(BadInput, match="latents"):
-        Scorer.of(bundle, "latent_error").look(images, against=Drawn(images, np.zeros((2, 4, 8, 8), np.float32)))
+        Scorer.of(bundle, "latent_error").extract(images, against=Samples(images, np.zeros((2, 4, 8, 8), np.float32)))
     with pytest.raises(UnknownName, match="metric"):
         Scorer.of(bundle, "psnr").measure({}, "fid")
 
@@ -306,7 +308,7 @@ def test_a_text_bundle_is_drawn_from_prompts(world: Bundle, tmp_path: Path) -> N
         ]
         scorer = Scorer.of(runtime.bundle, ("psnr", "latent_error"))
         found = evaluate(
-            runtime, scorer, settings, Request(5, 7, prompts), work=tmp_path, resamples=10, command="a test"
+            runtime, scorer, settings, ImageSet(5, 7, prompts), work=tmp_path, resamples=10, command="a test"
         )
         assert found.prompts == prompts
         assert found.points[0].measures["latent_error"].value > 0

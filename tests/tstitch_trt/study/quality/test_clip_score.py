@@ -17,9 +17,10 @@ from support.tiny_families import clip_tokenizer_folder, clip_vocabulary
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.quiet import silence_output
-from tstitch_trt.study.evaluate.evaluate import Request, evaluate
-from tstitch_trt.study.quality import Scorer
+from tstitch_trt.study.evaluate.evaluate import evaluate
+from tstitch_trt.study.image_set import ImageSet
 from tstitch_trt.study.quality.clip import Clip, normalised
+from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.settings import setting_of
 
 PROMPTS = ("a red fox in the snow", "blue sky", "")
@@ -126,7 +127,7 @@ def test_a_text_bundle_is_scored_against_its_prompts(folder: Path, tmp_path: Pat
         setting = setting_of(runtime.manifest, schedule="plain", steps=2, guidance=1.0)
         scorer = Scorer.of(bundle, "clip", clip=folder)
         found = evaluate(
-            runtime, scorer, [setting], Request(3, 0, PROMPTS), work=tmp_path / "work", resamples=5, command="a test"
+            runtime, scorer, [setting], ImageSet(3, 0, PROMPTS), work=tmp_path / "work", resamples=5, command="a test"
         )
         drawn = runtime.sample(schedule="plain", steps=2, guidance=1.0, prompt=list(PROMPTS), seeds=[0, 1, 2])
     want = by_transformers(folder, drawn.images).mean()

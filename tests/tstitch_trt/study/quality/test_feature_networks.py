@@ -13,9 +13,10 @@ from torch import nn
 
 from support.networks import means_network
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_trt.study.quality import FeatureNetwork, NetworkOptions, read_reference
 from tstitch_trt.study.quality.gaussian import gaussian_of
+from tstitch_trt.study.quality.network import FeatureNetwork, NetworkOptions
 from tstitch_trt.study.quality.pairs import Lpips
+from tstitch_trt.study.quality.real_images import read_reference
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
 
@@ -54,7 +55,7 @@ class Both(nn.Module):
 
 def test_torchscript_is_given_pictures_in_minus_one_to_one(tmp_path: Path) -> None:
     network = FeatureNetwork(script(tmp_path, Means()))
-    features, logits = network.look(IMAGES)
+    features, logits = network.extract(IMAGES)
     np.testing.assert_allclose(features, (IMAGES / 127.5 - 1).mean((1, 2)), atol=1e-6)
     assert logits is None
     assert not network.classifies
@@ -63,15 +64,15 @@ def test_torchscript_is_given_pictures_in_minus_one_to_one(tmp_path: Path) -> No
 @pytest.mark.parametrize(("values", "scale", "shift"), [("0:1", 1 / 255, 0), ("0:255", 1, 0), ("-1:1", 1 / 127.5, -1)])
 def test_the_range_is_an_option(tmp_path: Path, values: str, scale: float, shift: float) -> None:
     network = FeatureNetwork(script(tmp_path, Means()), options=NetworkOptions.parse({"range": values}))
-    np.testing.assert_allclose(network.look(IMAGES)[0], (IMAGES * scale + shift).mean((1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(network.extract(IMAGES)[0], (IMAGES * scale + shift).mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
 def test_inception_in_its_common_form_is_known_by_its_signature(tmp_path: Path) -> None:
     """0..255, grey repeated to three channels, in the pictures' own size, with return_features=True."""
     network = FeatureNetwork(script(tmp_path, Inception()))
-    np.testing.assert_allclose(network.look(IMAGES)[0], IMAGES.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(network.extract(IMAGES)[0], IMAGES.mean((1, 2)), rtol=1e-5)
     grey = IMAGES[..., :1]
-    np.testing.assert_allclose(network.look(grey)[0], grey.mean((1, 2)).repeat(3, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(network.extract(grey)[0], grey.mean((1, 2)).repeat(3, axis=1), rtol=1e-5)
 
 
 def test_a_network_of_a_fixed_size_gets_pictures_resized_as_pillow_does(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_network_of_a_fixed_size_gets_pictures_resized_as_pillow_does(tmp_path
     path = onnx_file(tmp_path, Flat(), torch.zeros(2, 3, 3, 5), dynamic_axes={"x": {0: "N"}}, input_names=["x"])
     network = FeatureNetwork(path)
     assert network.size == (3, 5)
-    found = network.look(IMAGES[..., :1])[0].reshape(5, 3, 3, 5)
+    found = network.extract(IMAGES[..., :1])[0].reshape(5, 3, 3, 5)
     plane = Image.fromarray(IMAGES[2, ..., 0].astype(np.float32)).resize((5, 3), Image.Resampling.BICUBIC)
     want = np.asarray(plane) / 127.5 - 1
     for channel in range(3):
@@ -95,7 +96,7 @@ def test_a_size_that_the_file_does_not_say_is_an_option(tmp_path: Path) -> None:
             return torch.full((x.shape[0], 2), float(x.shape[2] * x.shape[3]))
 
     network = FeatureNetwork(script(tmp_path, Sides()), options=NetworkOptions.parse({"size": "7", "channels": "3"}))
-    assert network.look(IMAGES)[0].tolist() == [[49.0, 49.0]] * 5
+    assert network.extract(IMAGES)[0].tolist() == [[49.0, 49.0]] * 5
 
 
 def test_a_network_of_bytes_gets_bytes(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_network_of_bytes_gets_bytes(tmp_path: Path) -> None:
     path = onnx_file(
         tmp_path, Bytes(), torch.zeros(1, 3, 6, 4, dtype=torch.uint8), dynamic_axes={"x": {0: "N"}}, input_names=["x"]
     )
-    np.testing.assert_allclose(FeatureNetwork(path).look(IMAGES)[0], IMAGES.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(FeatureNetwork(path).extract(IMAGES)[0], IMAGES.mean((1, 2)), rtol=1e-5)
 
 
 def test_outputs_are_picked_by_name_or_number(tmp_path: Path) -> None:
@@ -116,13 +117,13 @@ def test_outputs_are_picked_by_name_or_number(tmp_path: Path) -> None:
     )  # fmt: skip
     means = (IMAGES / 127.5 - 1).mean((1, 2))
     for wanted in ("pool", "1"):
-        features, logits = FeatureNetwork(path, options=NetworkOptions(output=wanted)).look(IMAGES)
+        features, logits = FeatureNetwork(path, options=NetworkOptions(output=wanted)).extract(IMAGES)
         np.testing.assert_allclose(features, means, atol=1e-6)
         np.testing.assert_allclose(logits, -means, atol=1e-6)
     with pytest.raises(UnknownName, match="known: logits, pool, map"):
-        FeatureNetwork(path, options=NetworkOptions(output="pol")).look(IMAGES)
+        FeatureNetwork(path, options=NetworkOptions(output="pol")).extract(IMAGES)
     with pytest.raises(BadInput, match=r"gives \[5, 3, 6, 4\]"):
-        FeatureNetwork(path, options=NetworkOptions(output="map")).look(IMAGES)
+        FeatureNetwork(path, options=NetworkOptions(output="map")).extract(IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
 def test_colour_for_a_grey_network_is_refused(tmp_path: Path) -> None:
     network = FeatureNetwork(means_network(tmp_path, channels=1)[0])
     with pytest.raises(BadInput, match="takes 1 channel, the pictures have 3"):
-        network.look(IMAGES)
+        network.extract(IMAGES)
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
             return x.mean((2, 3)) * float("nan")
 
     with pytest.raises(BadInput, match="NaN"):
-        FeatureNetwork(script(tmp_path, Broken())).look(IMAGES)
+        FeatureNetwork(script(tmp_path, Broken())).extract(IMAGES)
 
 
 # --- references
@@ -168,10 +169,10 @@ def test_a_reference_of_pictures_is_looked_at_by_the_network(tmp_path: Path) -> 
     network = FeatureNetwork(script(tmp_path, Means()))
     np.savez(tmp_path / "real.npz", IMAGES)
     found = read_reference(tmp_path / "real.npz", network, picture=(6, 4, 3))
-    want = gaussian_of(network.look(IMAGES)[0])
+    want = gaussian_of(network.extract(IMAGES)[0])
     assert found.count == 5
     np.testing.assert_allclose(found.gaussian.covariance, want.covariance)
-    np.testing.assert_allclose(found.need_features("kid"), network.look(IMAGES)[0])
+    np.testing.assert_allclose(found.require_features("kid"), network.extract(IMAGES)[0])
 
 
 def test_the_features_of_a_reference_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +187,8 @@ def test_the_features_of_a_reference_are_kept(tmp_path: Path, monkeypatch: pytes
     times = [block.stat().st_mtime_ns for block in blocks[:2]]
     blocks[2].unlink()
     again = read_reference(tmp_path / "real.npz", network, **wanted)
-    np.testing.assert_array_equal(again.need_features("kid"), first.need_features("kid"))
-    np.testing.assert_array_equal(first.need_features("kid"), network.look(IMAGES)[0])
+    np.testing.assert_array_equal(again.require_features("kid"), first.require_features("kid"))
+    np.testing.assert_array_equal(first.require_features("kid"), network.extract(IMAGES)[0])
     assert [block.stat().st_mtime_ns for block in blocks[:2]] == times
     other = FeatureNetwork(tmp_path / "net.pt", options=NetworkOptions(range="0:1"))
     read_reference(tmp_path / "real.npz", other, **wanted)
@@ -197,8 +198,8 @@ def test_the_features_of_a_reference_are_kept(tmp_path: Path, monkeypatch: pytes
 def test_statistics_beside_pictures_are_used_where_they_are_of_this_network(tmp_path: Path) -> None:
     network = FeatureNetwork(script(tmp_path, Means()))
     many = np.random.default_rng(1).integers(0, 256, (300, 6, 4, 3), np.uint8)
-    whole = gaussian_of(network.look(many)[0])
-    for shift, want in ((0, whole), (5, gaussian_of(network.look(many[:100])[0]))):
+    whole = gaussian_of(network.extract(many)[0])
+    for shift, want in ((0, whole), (5, gaussian_of(network.extract(many[:100])[0]))):
         np.savez(tmp_path / "adm.npz", arr_0=many[:100], mu=whole.mean + shift, sigma=whole.covariance)
         found = read_reference(tmp_path / "adm.npz", network, picture=(6, 4, 3))
         np.testing.assert_allclose(found.gaussian.mean, want.mean)
@@ -209,7 +210,7 @@ def test_statistics_alone_know_no_single_pictures(tmp_path: Path) -> None:
     found = read_reference(tmp_path / "adm.npz", FeatureNetwork(script(tmp_path, Means())), picture=(6, 4, 3))
     assert found.width == 3
     with pytest.raises(BadInput, match="kid needs the features of real pictures one by one"):
-        found.need_features("kid")
+        found.require_features("kid")
 
 
 @pytest.mark.parametrize(

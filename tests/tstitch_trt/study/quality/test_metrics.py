@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.study.quality import KernelTo, Manifold, frechet_distance, gaussian_of, kernel_distance
-from tstitch_trt.study.quality.gaussian import FrechetTo
-from tstitch_trt.study.quality.manifold import recall_halves
+from tstitch_trt.study.quality.gaussian import FrechetTo, frechet_distance, gaussian_of
+from tstitch_trt.study.quality.kernel import KernelTo, kernel_distance
+from tstitch_trt.study.quality.manifold import Manifold, recall_halves
 from tstitch_trt.study.quality.pairs import decibels, latent_errors, squared_errors
-from tstitch_trt.study.quality.resampling import bootstrap_counts, interval, rated, rated_mean, rated_median
+from tstitch_trt.study.quality.resampling import bootstrap_counts, estimate, estimate_mean, estimate_median, interval
 
 Floats = NDArray[np.float32]
 
@@ -183,11 +183,11 @@ def test_intervals_hold_the_value_and_cover_what_other_samples_give() -> None:
 
 def test_means_and_medians_have_the_intervals_of_statistics() -> None:
     values = np.random.default_rng(11).standard_normal(2000) + 3
-    mean = rated_mean(values, resamples=400).measure
+    mean = estimate_mean(values, resamples=400).measure
     assert mean.value == pytest.approx(values.mean())
     assert mean.std == pytest.approx(values.std() / np.sqrt(2000), rel=0.15)
     assert mean.high - mean.low == pytest.approx(2 * 1.96 * mean.std, rel=0.15)
-    median = rated_median(values, resamples=400).measure
+    median = estimate_median(values, resamples=400).measure
     assert median.value == pytest.approx(np.median(values))
     assert median.std == pytest.approx(1.2533 * mean.std, rel=0.3)  # sqrt(pi / 2), for a Gaussian
 
@@ -195,13 +195,13 @@ def test_means_and_medians_have_the_intervals_of_statistics() -> None:
 def test_what_two_points_share_does_not_move_their_difference() -> None:
     rng = np.random.default_rng(12)
     shared, own = rng.standard_normal(1000) * 10, rng.standard_normal(1000)
-    a, b = rated_mean(shared, resamples=400), rated_mean(shared + 1 + own, resamples=400)
+    a, b = estimate_mean(shared, resamples=400), estimate_mean(shared + 1 + own, resamples=400)
     gap, std = b.minus(a)
     assert gap == pytest.approx(1 + own.mean())
     assert std == pytest.approx(1 / np.sqrt(1000), rel=0.15)  # each mean alone moves ten times as much
     assert a.measure.high > b.measure.low
     assert a.minus(a) == (0, 0)
-    alike = rated(2.0, np.array([1.0, 3.0])).minus(rated(1.5, np.array([11.0, 13.0])))
+    alike = estimate(2.0, np.array([1.0, 3.0])).minus(estimate(1.5, np.array([11.0, 13.0])))
     assert alike == (0.5, 0.0)
 
 

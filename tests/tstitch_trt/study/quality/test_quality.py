@@ -8,7 +8,8 @@ import scipy.linalg
 
 from support.networks import means_network
 from tstitch_engines.errors import BadInput
-from tstitch_trt.study.quality import Gaussian, QualityMeter, accuracy, frechet_distance, gaussian_of
+from tstitch_trt.study.quality.gaussian import Gaussian, frechet_distance, gaussian_of
+from tstitch_trt.study.quality.meter import QualityMeter, accuracy
 
 
 def by_scipy(a: Gaussian, b: Gaussian) -> float:
@@ -71,7 +72,7 @@ def test_the_meter_feeds_images_in_minus_one_to_one(tmp_path: Path) -> None:
     network, reference = means_network(tmp_path, channels=2)
     meter = QualityMeter(network, reference)
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 2), np.uint8)
-    features, logits = meter.look(images)
+    features, logits = meter.extract(images)
     want = (images / 127.5 - 1).mean((1, 2))
     np.testing.assert_allclose(features, want, atol=1e-6)
     score = meter.score(features, logits, want.argmax(1))

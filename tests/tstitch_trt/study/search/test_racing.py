@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from support.manifests import manifest, member
 from tstitch_engines.errors import BadInput, UnknownName
-from tstitch_trt.study.quality.resampling import Estimate, rated
+from tstitch_trt.study.quality.resampling import Estimate, estimate
 from tstitch_trt.study.search.candidates import FRACTIONS, KINDS, candidates, chosen, usual_steps
 from tstitch_trt.study.search.racing import beaten, front, race, rounds
 from tstitch_trt.study.settings import plan_of
@@ -44,7 +44,7 @@ def test_what_is_not_in_the_front_is_beaten_by_what_is(field: list[tuple[float, 
 
 
 def scored(value: float, moves: NDArray[np.float64]) -> Estimate:
-    return rated(value, value + moves)
+    return estimate(value, value + moves)
 
 
 def test_only_a_cheaper_one_that_is_clearly_better_beats() -> None:

@@ -21,7 +21,7 @@ from tstitch_engines.errors import BadInput, NotCalibrated
 from tstitch_trt import Runtime
 from tstitch_trt.study.budget import Conditions, predict_ms
 from tstitch_trt.study.budget.conditions import engine_digests
-from tstitch_trt.study.quality import Scorer
+from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.records import Search, SearchPoint
 from tstitch_trt.study.search.racing import front
 from tstitch_trt.study.search.search import search, usual_metric
@@ -64,7 +64,7 @@ def runtime(bundle: Path) -> Iterator[Runtime]:
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tstitch_trt.study.search.draw._CHUNK", 8)
+    monkeypatch.setattr("tstitch_trt.study.evaluate.drawing._CHUNK", 8)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_what_was_drawn_is_not_drawn_again(runtime: Runtime, tmp_path: Path, mon
         raise AssertionError("drawn again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tstitch_trt.study.search.draw.draw_settings", refuse)
+        patched.setattr("tstitch_trt.study.evaluate.drawing.draw_settings", refuse)
         assert values(run(runtime, tmp_path, guidance=1.0)) == values(study)
         with pytest.raises(AssertionError, match="drawn again"):
             run(runtime, tmp_path, guidance=1.0, seed=4)  # other samples
