@@ -152,7 +152,7 @@ def test_a_plan_of_another_version(rtx: TensorRtBackend, tmp_path: Path, wheels:
         shutil.copytree(unpacked(f"tensorrt_rtx_cu13_{name}=={OTHER}", wheels), site, dirs_exist_ok=True)
     script = tmp_path / "compile.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom tensorrt_builds import compile_member, shipped_small\n"
+        "import sys\nfrom pathlib import Path\nfrom support.tensorrt_builds import compile_member, shipped_small\n"
         "from tstitch_engines.backends import open_backend\n"
         "backend = open_backend('tensorrt-rtx')\n"
         "compile_member(backend, *shipped_small(), Path(sys.argv[1]))\nprint(backend.version())\n"
@@ -309,6 +309,6 @@ def test_where_tensorrt_s_engines_run(
 )
 def test_where_tensorrt_rtx_s_engines_run(rtx: TensorRtBackend, arch: str, here: str, runs: bool) -> None:
     stored = identity(rtx.version(), arch)
-    assert (rtx.here(stored, here) == stored) == runs
+    assert (rtx.current_identity(stored, here) == stored) == runs
     old = msgspec.structs.replace(stored, backend_version=OTHER + "0")
-    assert rtx.here(old, here) != old
+    assert rtx.current_identity(old, here) != old
