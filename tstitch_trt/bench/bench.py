@@ -27,7 +27,7 @@ from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.runtime.step_graphs import GraphState
 from tstitch_trt.study.machine import Machine, describe_machine, peak_memory
-from tstitch_trt.study.statistics import spread
+from tstitch_trt.study.statistics import relative_error, spread
 
 if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
@@ -296,7 +296,7 @@ class _Trajectory:
         """Relative L2 difference of the baseline's final latents from ours. Raises ``BadInput`` when not equal."""
         ours = self.runtime.sample(**self.asked, latents=self.noise, decode=False, **self.request).latents
         theirs = baseline.walk(self.plan, self.noise, self.labels)
-        difference = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
+        difference = relative_error(theirs, ours)
         if not difference <= baseline.tolerance:
             raise BadInput(
                 f"{baseline.name} draws other latents at fraction {self.fraction:g}: relative difference "

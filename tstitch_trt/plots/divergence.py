@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tstitch_trt.plots.figure import figure
-from tstitch_trt.study.divergence.orders import ORDERS
+from tstitch_trt.study.divergence.orders import MEMBER_ORDERS
 from tstitch_trt.study.records import Divergence
 
 __all__ = ["draw_divergence", "draw_orders", "plot_divergence"]
@@ -43,7 +43,7 @@ def draw_divergence(axes: Any, study: Divergence) -> None:
 
 def draw_orders(axes: Any, study: Divergence) -> None:
     """The error of the final latents against the share of steps on the small member, one line an order."""
-    for index, order in enumerate(ORDERS):
+    for index, order in enumerate(MEMBER_ORDERS):
         trials = sorted((t for t in study.orders if t.order == order), key=lambda t: t.share)
         if not trials:
             continue

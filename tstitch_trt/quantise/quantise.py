@@ -34,8 +34,9 @@ from tstitch_trt.quantise.bundle import assemble
 from tstitch_trt.quantise.calibration_plan import Calibration, plan_calibration
 from tstitch_trt.reference.member_inputs import Trajectories, group_levels, pick_rows
 from tstitch_trt.reference.recorder import widen_graph
+from tstitch_trt.study.statistics import compare_rows, relative_error
 
-__all__ = ["loss_of", "quantise", "relative"]
+__all__ = ["loss_of", "quantise"]
 
 _GROUPS: Final = 10  # of noise levels in the report, at most
 
@@ -239,23 +240,14 @@ class _Work:
         self._phases.phase("comparing final latents", 0.85, 0.95, 2 * self._walk.steps * walks.chunks(len(seeds)))
         want = walks.latents(schedule, seeds, {})
         got = walks.latents(schedule, seeds, {self._name: (member, engine)})
-        return tuple(relative(a, b) for a, b in zip(got, want, strict=True))
+        return tuple(relative_error(a, b) for a, b in zip(got, want, strict=True))
 
 
 def loss_of(timesteps: NDArray[np.float32], got: NDArray[np.float32], want: NDArray[np.float32]) -> QuantisationLoss:
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, want))
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines = np.where(lengths > 0, (a * b).sum(1) / np.where(lengths > 0, lengths, 1), 1.0)
     return QuantisationLoss(
         timesteps=(float(timesteps.max()), float(timesteps.min())),
-        rows=len(a),
-        rel_l2=relative(got, want),
-        cosine=float(cosines.min()),
-        max_abs=float(abs(a - b).max()),
+        rows=len(got),
+        rel_l2=relative_error(got, want),
+        cosine=float(compare_rows(got, want)[0].min()),
+        max_abs=float(abs(got.astype(np.float64) - want).max()),
     )
-
-
-def relative(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
-    """Norm of the difference over norm of ``want``, in float64."""
-    reference = want.astype(np.float64)
-    return float(np.linalg.norm(got.astype(np.float64) - reference) / (np.linalg.norm(reference) or 1.0))

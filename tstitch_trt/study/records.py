@@ -110,9 +110,7 @@ class Overhead(_Record, frozen=True, kw_only=True):
 class Check(_Record, frozen=True, kw_only=True):
     """One random schedule that the model was not fitted on, predicted and measured.
 
-    ``measured_ms``: what it takes at the machine's usual pace (``tstitch_trt.study.calibrate.pace``); ``repeats`` runs
-    in all.
-
+    ``measured_ms``: without the machine's drift (``tstitch_trt.study.calibrate.drift``), from ``repeats`` runs.
     ``guidance_interval``: only the steps ``start <= i < stop`` were guided.
     """
 
@@ -139,7 +137,7 @@ class Calibration(Study, frozen=True, kw_only=True):
     ``threads``: 0 is all cores. ``graph``: the mode in use (``off``, ``step``, ``segment``). ``engines``: the digest of
     the identity of each member's engine. ``splitting``: how a request becomes chunks. ``seed``: of the checks.
     ``median_error`` and ``worst_error``: of the checks, without sign. ``upper_ratio``: the 98th percentile of measured
-    over predicted time of single runs, the first of each turn; a budget is compared with ``predicted x upper_ratio``.
+    over predicted time of single runs, the first of each slot; a budget is compared with ``predicted x upper_ratio``.
     """
 
     backend: str

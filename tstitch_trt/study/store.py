@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,17 +21,29 @@ from tstitch_engines.bundle.identity import digest, model_digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.files import atomic_file
+from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.records import KINDS, STUDY_SCHEMA, Study
 
-__all__ = ["differing_weights", "load_studies", "now", "save_study", "study_digest", "weights_of"]
+__all__ = ["differing_weights", "load_studies", "now", "provenance", "save_study", "study_digest", "weights_of"]
 
 _log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Study)
 
 
+def provenance(manifest: Manifest, command: str) -> dict[str, Any]:
+    """The fields that every ``Study`` has: made now, on this machine, by ``command``."""
+    return {
+        "bundle": manifest.name,
+        "weights": weights_of(manifest),
+        "machine": describe_machine(),
+        "command": command,
+        "made": now(),
+    }
+
+
 def now() -> str:
-    """The present in UTC, ISO 8601 to the second."""
+    """The time in UTC, ISO 8601 to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

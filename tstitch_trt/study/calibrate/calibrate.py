@@ -1,10 +1,9 @@
-"""Measuring what trajectories cost on this machine, and how well the model predicts others.
+"""Measures what trajectories cost on this machine, and how well the cost model predicts others.
 
-Everything is timed as the runtime serves any request: whole trajectories through ``Runtime.sample``. In every round
-each trajectory has its turn, short ones several, those that the model is fitted on among those that check it and in a
-new order, so that a machine that is busy or changes its clock for a while slows both alike. The model is fitted to
-what they take at the machine's usual pace (``tstitch_trt.study.calibrate.pace``), and a check compares its prediction
-with that of a schedule that it was not fitted on.
+Whole trajectories are timed through ``Runtime.sample``. In every round each has a slot, short ones several, in a new
+order and with those that check the model among those that it is fitted on, so that a busy machine slows both alike. The
+model is fitted to times without the machine's drift (``tstitch_trt.study.calibrate.drift``). A check compares its
+prediction with such a time of a schedule that it was not fitted on.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.study.budget.conditions import engine_digests
 from tstitch_trt.study.budget.predict import predict_ms
+from tstitch_trt.study.calibrate.drift import usual_times
 from tstitch_trt.study.calibrate.fit import Fit, fit
-from tstitch_trt.study.calibrate.pace import usual_times
-from tstitch_trt.study.calibrate.trials import Bucket, Trial, check_trials, fit_trials, rough_trials, visits_of
-from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.calibrate.trials import Bucket, Trial, check_trials, fit_trials, rough_trials, slots_of
 from tstitch_trt.study.records import Calibration, Check, Overhead, StepCost
 from tstitch_trt.study.statistics import spread
-from tstitch_trt.study.store import now, weights_of
+from tstitch_trt.study.store import provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -76,19 +74,19 @@ def calibrate(
     rounds = repeats + 1  # the first is not kept
     rng = random.Random(seed)  # noqa: S311 - an order, not a secret
     trials = [*(trial for each in fitted.values() for trial in each), *checking]
-    visits = [1] * len(trials)
+    counts = [1] * len(trials)
     for index in range(rounds):
-        turns = [trial for trial, count in zip(trials, visits, strict=True) for _ in range(count)]
-        rng.shuffle(turns)
-        turns.sort(key=lambda trial: buckets.index(trial.bucket))
-        for done, trial in enumerate(turns):
-            share = 0.1 + 0.9 * (index + done / len(turns)) / rounds
+        slots = [trial for trial, count in zip(trials, counts, strict=True) for _ in range(count)]
+        rng.shuffle(slots)
+        slots.sort(key=lambda trial: buckets.index(trial.bucket))
+        for done, trial in enumerate(slots):
+            share = 0.1 + 0.9 * (index + done / len(slots)) / rounds
             progress(f"round {index + 1} of {rounds}: {trial.bucket.batch} images", share)
-            trial.turn(runtime, keep=index > 0)
+            trial.run_slot(runtime, keep=index > 0)
         if index == 0:
-            visits = visits_of([trial.turn_ms for trial in trials])
+            counts = slots_of([trial.slot_ms for trial in trials])
     progress("done", 1.0)
-    usual = usual_times({trial: trial.turns for trial in trials})
+    usual = usual_times({trial: trial.slots for trial in trials})
     models = {bucket: fit([(trial.kinds, usual[trial]) for trial in each]) for bucket, each in fitted.items()}
     steps = tuple(cost for bucket, each in fitted.items() for cost in _step_costs(bucket, models[bucket], each))
     overheads = tuple(
@@ -97,11 +95,7 @@ def calibrate(
     )
     return _checked(
         Calibration(
-            bundle=runtime.manifest.name,
-            weights=weights_of(runtime.manifest),
-            machine=describe_machine(),
-            command=command,
-            made=now(),
+            **provenance(runtime.manifest, command),
             backend=runtime.backend_name,
             device=runtime.device.name,
             threads=runtime.threads,
@@ -155,7 +149,7 @@ def _step_costs(bucket: Bucket, model: Fit, trials: Sequence[Trial]) -> Iterator
 
 
 def _checked(calibration: Calibration, usual: Mapping[Trial, float]) -> Calibration:
-    """With what the checks say of it. ``usual``: milliseconds of each."""
+    """``calibration`` with its checks and their errors. ``usual``: the time of each check, ms."""
     import msgspec
 
     checks, ratios = [], []

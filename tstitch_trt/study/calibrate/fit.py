@@ -2,10 +2,9 @@
 
     time of a chunk = overhead + switches x switch cost + sum over the kinds of steps of (steps x step cost)
 
-A least squares fit of the usual times. Errors are relative, as they are reported, and those of long trajectories weigh
-more: the noise of ``n`` independent steps is ``sqrt(n)`` times that of one, so each is weighted by ``sqrt(n)`` over its
-time.
-Overhead and switch cost are not negative: where the fit would make one so, it is 0 and the others are fitted again.
+A least squares fit of the usual times. Errors are relative, as they are reported. The noise of ``n`` independent steps
+is ``sqrt(n)`` times that of one, so each trajectory is weighted by ``sqrt(n)`` over its time. Where overhead or switch
+cost would be negative it is 0, and the others are fitted again.
 """
 
 from __future__ import annotations

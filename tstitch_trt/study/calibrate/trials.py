@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_trt.request.synthetic import stand_in_wishes
 from tstitch_trt.study.budget.predict import Kinds, kinds_of
-from tstitch_trt.study.calibrate.pace import Slot
+from tstitch_trt.study.calibrate.drift import Slot
 
 if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 __all__ = [
     "Bucket",
     "Trial",
+    "alternating",
     "check_trials",
     "fit_trials",
-    "in_turn",
     "kind_trials",
     "rough_trials",
     "scale_of",
-    "visits_of",
+    "slots_of",
 ]
 
-BLOCK_MS: Final = 200.0  # a trajectory of one member alone is about so long
-TURN_MS: Final = 50.0  # shorter ones run a few times in a row
-MOST_RUNS: Final = 8
-MOST_VISITS: Final = 12
-LONGER: Final = 1.5  # a round than one in which each trial has one turn
+BLOCK_MS: Final = 200.0  # about the length of a trajectory of one member alone
+SLOT_MS: Final = 50.0  # shorter trajectories run a few times in a row
+MOST_RUNS: Final = 8  # in a slot
+MOST_SLOTS: Final = 12  # of a trial in a round
+LONGER: Final = 1.5  # a round may take so many times as long as one slot of each trial
 MOST_STEPS: Final = 50
 _SHORT: Final = 2
 
@@ -51,10 +51,10 @@ class Bucket:
 
 @dataclass(eq=False)
 class Trial:
-    """A trajectory to run again and again. ``settings``: keywords of ``make_plan``.
+    """A trajectory that is run repeatedly. ``settings``: keywords of ``make_plan``.
 
-    ``times``: milliseconds of all its runs, ``firsts`` of the first run of each turn, as that of a single request, and
-    ``turns`` the median of each turn and when it was. ``rough_ms``: of one run, from a turn that was not kept.
+    ``times``: milliseconds of all runs. ``firsts``: of the first run of each slot, which is like a single request.
+    ``slots``: the median of each slot and when it was. ``rough_ms``: of one run, from a slot that was not kept.
     """
 
     bucket: Bucket
@@ -63,7 +63,7 @@ class Trial:
     wishes: dict[str, Any]
     times: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
-    turns: list[Slot] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
     rough_ms: float = 0.0
 
     @staticmethod
@@ -84,52 +84,52 @@ class Trial:
         """Whether one kind of step runs all the way."""
         return len(set(self.kinds)) == 1
 
-    def turn(self, runtime: Runtime, *, keep: bool) -> None:
-        """Runs it once, or, where that takes less than ``TURN_MS``, a few times."""
+    def run_slot(self, runtime: Runtime, *, keep: bool) -> None:
+        """Runs it once, or a few times where that takes less than ``SLOT_MS``."""
         start = time.perf_counter()
         taken = [self.run(runtime)]
         taken += [self.run(runtime) for _ in range(runs_of(taken[0]) - 1)]
         if keep:
             self.times += taken
             self.firsts.append(taken[0])
-            self.turns.append(Slot(start, time.perf_counter(), statistics.median(taken)))
+            self.slots.append(Slot(start, time.perf_counter(), statistics.median(taken)))
         else:
             self.rough_ms = min(taken)
 
     @property
-    def turn_ms(self) -> float:
-        """Milliseconds that a turn takes, roughly."""
+    def slot_ms(self) -> float:
+        """Milliseconds that a slot takes, roughly."""
         return self.rough_ms * runs_of(self.rough_ms)
 
     def run(self, runtime: Runtime) -> float:
-        """Milliseconds of one run, by the runtime as it serves any request."""
+        """Milliseconds of one run."""
         return runtime.sample(**self.wishes, seed=0, decode=False, **self.settings).total_ms
 
 
 def runs_of(ms: float) -> int:
-    """How often a trajectory of so many milliseconds runs in a turn."""
-    return max(1, min(MOST_RUNS, int(TURN_MS / ms)))
+    """How often a trajectory of so many milliseconds runs in a slot."""
+    return max(1, min(MOST_RUNS, int(SLOT_MS / ms)))
 
 
-def visits_of(turn_ms: Sequence[float]) -> list[int]:
-    """How often each trial has its turn in a round, by the milliseconds that one takes.
+def slots_of(slot_ms: Sequence[float]) -> list[int]:
+    """How many slots each trial has in a round, by the milliseconds that one takes.
 
-    A shared machine changes its pace every few seconds: what runs for 50 ms a round sees few of its paces, and its mean
-    is as far off. So all run about equally long, up to ``MOST_VISITS`` turns, as far as the round gets ``LONGER`` times
-    as long by it and no more.
+    A shared machine changes its speed every few seconds. A trial that runs for 50 ms a round meets few of its speeds,
+    so its mean is far off. So all run about equally long: up to ``MOST_SLOTS`` slots, while the round gets at most
+    ``LONGER`` times as long.
     """
-    visits, left = [1] * len(turn_ms), (LONGER - 1) * sum(turn_ms)
+    slots, left = [1] * len(slot_ms), (LONGER - 1) * sum(slot_ms)
     while True:
-        open_ones = [index for index, count in enumerate(visits) if count < MOST_VISITS]
-        least = min(open_ones, key=lambda index: visits[index] * turn_ms[index], default=None)
-        if least is None or turn_ms[least] > left:
-            return visits
-        visits[least] += 1
-        left -= turn_ms[least]
+        growing = [index for index, count in enumerate(slots) if count < MOST_SLOTS]
+        least = min(growing, key=lambda index: slots[index] * slot_ms[index], default=None)
+        if least is None or slot_ms[least] > left:
+            return slots
+        slots[least] += 1
+        left -= slot_ms[least]
 
 
 def scale_of(runtime: Runtime) -> float:
-    """The guidance scale that guided steps are measured with: which one does not matter, but 1 is none."""
+    """The guidance scale of guided steps: the default, or 2 where that is 1. Costs do not depend on it."""
     usual = runtime.manifest.defaults.guidance
     return usual if usual != 1 else 2.0
 
@@ -144,7 +144,7 @@ def _longest(runtime: Runtime) -> int:
 
 
 def kind_trials(runtime: Runtime, bucket: Bucket, steps: Mapping[tuple[str, bool], int] | int) -> list[Trial]:
-    """Each member alone, unguided and, where it has such steps, guided. ``steps``: how many of each kind."""
+    """Each member alone, unguided and, where it has such steps, guided. ``steps``: the number of steps of each."""
     found: dict[tuple[str, bool], Trial] = {}
     for name in runtime.members:
         for scale in _scales(runtime, bucket):
@@ -156,14 +156,15 @@ def kind_trials(runtime: Runtime, bucket: Bucket, steps: Mapping[tuple[str, bool
 
 
 def rough_trials(runtime: Runtime, bucket: Bucket) -> list[Trial]:
-    """Short ones, by which the lengths of the others are chosen."""
+    """Short trials. The lengths of the others are chosen by their times."""
     return kind_trials(runtime, bucket, min(_SHORT, _longest(runtime)))
 
 
 def fit_trials(runtime: Runtime, bucket: Bucket, rough: Iterable[Trial]) -> list[Trial]:
-    """What tells step costs, overhead and switch cost apart: each kind alone, long and short, and members in turn.
+    """Each kind of step alone, long and short, and members that alternate: enough to separate step costs, overhead and
+    switch cost.
 
-    ``rough``: ``rough_trials`` of the bucket that were run.
+    ``rough``: ``rough_trials`` of the bucket, which were run.
     """
     cost = {trial.kinds[0]: min(trial.times) / trial.plan.steps for trial in rough}
     most = _longest(runtime)
@@ -172,14 +173,14 @@ def fit_trials(runtime: Runtime, bucket: Bucket, rough: Iterable[Trial]) -> list
     if len(runtime.members) < 2:
         return found
     for scale in _scales(runtime, bucket):
-        turn = sum(cost[kind] for kind in cost if kind[1] == (scale != 1)) or sum(cost.values())
-        count = min(most, max(4, math.ceil(BLOCK_MS / turn) * len(runtime.members)))
-        found.append(in_turn(runtime, bucket, runtime.members, count, guidance=scale))
+        round_ms = sum(cost[kind] for kind in cost if kind[1] == (scale != 1)) or sum(cost.values())
+        count = min(most, max(4, math.ceil(BLOCK_MS / round_ms) * len(runtime.members)))
+        found.append(alternating(runtime, bucket, runtime.members, count, guidance=scale))
     return found
 
 
-def in_turn(runtime: Runtime, bucket: Bucket, names: Sequence[str], steps: int, **settings: Any) -> Trial:
-    """Members that go round, another at each step."""
+def alternating(runtime: Runtime, bucket: Bucket, names: Sequence[str], steps: int, **settings: Any) -> Trial:
+    """A trial that changes the member at each step."""
     rows = runtime.plan(schedule=names[0], steps=steps).steps  # pndm has one more than steps
     return Trial.of(runtime, bucket, schedule=list(islice(cycle(names), rows)), steps=steps, **settings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tstitch_trt.runtime.chooser import ChosenSchedule
-from tstitch_trt.study.calibrate.trials import Bucket, in_turn
+from tstitch_trt.study.calibrate.trials import Bucket, alternating
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -23,4 +23,4 @@ def warm_up(runtime: Runtime, budget: ChosenSchedule) -> None:
     names = list(dict.fromkeys(plan.schedule.names))
     for images in dict.fromkeys(runtime.splitting.chunks(budget.images, guided=guided)):
         bucket = Bucket(images, budget.size, guided)
-        in_turn(runtime, bucket, names, len(names), guidance=budget.settings.get("guidance")).run(runtime)
+        alternating(runtime, bucket, names, len(names), guidance=budget.settings.get("guidance")).run(runtime)

@@ -1,19 +1,17 @@
-"""How far the members of a bundle are apart, step by step, and what order and share of their steps follow from it.
+"""How far the members of a bundle are apart at each step, and the order and share of steps that follow from it.
 
-At every state of the reference member's trajectory each other member is run too. The denoised estimates are compared,
-not the outputs: members of other parametrisations or noise schedules see the same state and answer in the same terms.
-Where a small member's estimate is close to the reference's, its step is as good as free (T-Stitch, arXiv 2402.14167,
-section 3). What the differences add up to is then really run: schedules of equal counts in several orders, from the
-same noise, and the distance of their final latents from the reference's.
+At every state of the reference member's trajectory each other member runs too. Denoised estimates are compared, not
+outputs, so that members of another prediction type or noise schedule can be compared. Where a small member's estimate
+is close to the reference's, its step costs no quality (T-Stitch, arXiv 2402.14167, section 3). Then schedules of equal
+counts in several orders are run from the same noise, and their final latents compared with the reference's.
 
-Latents that are close mean a picture that is alike. Whether another picture is worse is not seen here: that is measured
-by ``tstitch-trt evaluate``.
+Close latents mean similar pictures, not equally good ones: ``tstitch-trt evaluate`` measures quality.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,35 +20,36 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule, unknown_name
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.progress import Phases
-from tstitch_trt.study.divergence.orders import ORDERS, SHARES, TRIED, order_names, schedule_text, small_counts, suggest
-from tstitch_trt.study.divergence.walk import SINGLE_STEP, MemberWalk, batches, is_single_step, request_of
-from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.divergence.orders import (
+    MEMBER_ORDERS,
+    SHARES,
+    TRIED,
+    counted,
+    order_names,
+    small_counts,
+    suggest,
+)
+from tstitch_trt.study.divergence.trajectories import (
+    SINGLE_STEP,
+    MemberTrajectories,
+    batches,
+    images_of,
+    is_single_step,
+)
 from tstitch_trt.study.records import Divergence, DivergenceStep, OrderTrial
-from tstitch_trt.study.store import now, weights_of
+from tstitch_trt.study.statistics import compare_rows, spread
+from tstitch_trt.study.store import provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
     from tstitch_trt.runtime.runtime import Runtime
 
-__all__ = ["LEAST_SAMPLES", "LEAST_STEPS", "compare", "profile", "profile_solver", "reference_of"]
+__all__ = ["LEAST_SAMPLES", "LEAST_STEPS", "profile", "profile_solver", "reference_of"]
 
 LEAST_SAMPLES: Final = 2
 LEAST_STEPS: Final = 4
 
 Doubles = NDArray[np.float64]
-
-
-def compare(got: NDArray[Any], want: NDArray[Any]) -> tuple[Doubles, Doubles]:
-    """Cosine and relative L2 of each image, ``[N,...]`` -> float64 ``[N]`` twice. ``|got - want| / |want|``.
-
-    Exactly 1 and 0 for equal arrays. Where one of the two is all zeros the cosine is 0, and the distance is that over
-    1 where ``want`` is.
-    """
-    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (got, want))
-    aa, bb, ab = ((x * y).sum(1) for x, y in ((a, a), (b, b), (a, b)))
-    lengths = np.sqrt(aa * bb)
-    cosine = np.where(lengths > 0, ab / np.where(lengths > 0, lengths, 1.0), (aa == bb).astype(np.float64))
-    return cosine, np.sqrt(((a - b) ** 2).sum(1)) / np.where(bb > 0, np.sqrt(bb), 1.0)
 
 
 def reference_of(manifest: Manifest, wanted: str | None) -> str:
@@ -67,7 +66,7 @@ def reference_of(manifest: Manifest, wanted: str | None) -> str:
 
 
 def profile_solver(manifest: Manifest, wanted: str | None) -> str:
-    """The solver to walk with: ``wanted``, else the bundle's own, or ``ddim`` where that one has a memory."""
+    """The solver of a profile: ``wanted``, else the bundle's own, or ``ddim`` where that one remembers estimates."""
     from tstitch_trt.plan.plan import make_plan
 
     if wanted is not None:
@@ -91,7 +90,7 @@ def profile(
 ) -> Divergence:
     """Divergence of every member from ``reference`` (the last), trials of several orders, and a suggested schedule.
 
-    Steps, solver and guidance are by default the bundle's; see ``profile_solver`` and ``request_of``.
+    Steps, solver and guidance are by default the bundle's; see ``profile_solver`` and ``images_of``.
 
     Raises ``BadInput`` for a bundle of one member, an unknown member, fewer than ``LEAST_SAMPLES``
     samples or ``LEAST_STEPS`` steps, and a solver that can't be entered in the middle.
@@ -107,30 +106,32 @@ def profile(
     settings = {"steps": steps, "solver": profile_solver(manifest, solver), "guidance": scale}
     plan = runtime.plan(schedule=chosen, **settings)
     _check_plan(plan)
-    asked = request_of(manifest, samples=samples, seed=seed, prompts=prompts)
-    tried = [(order, count) for count in small_counts(SHARES, plan.steps) for order in ORDERS]
+    images = images_of(manifest, samples=samples, seed=seed, prompts=prompts)
+    tried = [(order, count) for count in small_counts(SHARES, plan.steps) for order in MEMBER_ORDERS]
     curve = small_counts(TRIED, plan.steps)
     parts = batches(runtime, plan, samples)
     others = [name for name in manifest.members if name != chosen]
     phases = Phases(progress)
-    phases.phase(f"walking {chosen}", 0.0, 0.5, len(parts) * plan.steps * (1 + len(others)))
-    walks = []
+    phases.phase(f"running {chosen}", 0.0, 0.5, len(parts) * plan.steps * (1 + len(others)))
+    every = []
     compared: dict[str, list[list[tuple[Doubles, Doubles] | None]]] = {name: [] for name in others}
     for part in parts:
-        walk = MemberWalk(
+        trajectories = MemberTrajectories(
             runtime,
-            wishes=asked.wishes(part.start, part.stop),
+            images=images.keywords(manifest, part.start, part.stop, manifest.members),
             settings=settings,
             steps=plan.steps,
             tick=phases.tick,
         )
-        phases.tick(0, f"walking {chosen}")
-        wanted = walk.whole(chosen)
+        phases.tick(0, f"running {chosen}")
+        wanted = trajectories.whole(chosen)
         for name in others:
             phases.tick(0, f"comparing {name}")
-            compared[name].append(_compare_all(walk, name, chosen, wanted))
-        walks.append(walk)
-    trials = _Trials(walks, small=small, large=chosen, steps=plan.steps)
+            got = [trajectories.estimate(name, chosen, step) for step in range(plan.steps)]
+            pairs = zip(got, wanted, strict=True)
+            compared[name].append([None if ours is None else compare_rows(ours, want) for ours, want in pairs])
+        every.append(trajectories)
+    trials = _Trials(every, small=small, large=chosen, steps=plan.steps)
     phases.phase("trying orders", 0.5, 1.0, (1 + len(tried) + len(curve)) * len(parts) * plan.steps)
     alone = trials.alone()
     found = [trial for order, count in tried if (trial := trials.run(order, count, phases)) is not None]
@@ -144,17 +145,13 @@ def profile(
     )
     progress("done", 1.0)
     return Divergence(
-        bundle=manifest.name,
-        weights=weights_of(manifest),
-        machine=describe_machine(),
-        command=command,
-        made=now(),
+        **provenance(manifest, command),
         reference=chosen,
         steps=plan.steps,
         solver=plan.solver.name,
         guidance=float(scale),
-        seeds=asked.seeds,
-        prompts=asked.prompts,
+        seeds=tuple(range(seed, seed + samples)),
+        prompts=images.prompts,
         members={name: _steps(plan, compared[name]) for name in others},
         orders=tuple(sorted(suggestion.trials, key=lambda trial: (trial.share, _place(trial.order)))),
         order=best,
@@ -164,7 +161,7 @@ def profile(
 
 
 def _place(order: str) -> int:
-    return ORDERS.index(order) if order in ORDERS else len(ORDERS)
+    return MEMBER_ORDERS.index(order) if order in MEMBER_ORDERS else len(MEMBER_ORDERS)
 
 
 def _check_plan(plan: Plan) -> None:
@@ -181,16 +178,6 @@ def _check_plan(plan: Plan) -> None:
         )
 
 
-def _compare_all(
-    walk: MemberWalk, name: str, reference: str, wanted: Sequence[NDArray[np.float32]]
-) -> list[tuple[Doubles, Doubles] | None]:
-    found = []
-    for step, want in enumerate(wanted):
-        got = walk.estimate(name, reference, step)
-        found.append(None if got is None else compare(got, want))
-    return found
-
-
 def _steps(plan: Plan, parts: Sequence[Sequence[tuple[Doubles, Doubles] | None]]) -> tuple[DivergenceStep, ...]:
     """Medians over all seeds. A step at which the member can't run is left out."""
     steps = []
@@ -199,26 +186,26 @@ def _steps(plan: Plan, parts: Sequence[Sequence[tuple[Doubles, Doubles] | None]]
         if not pairs:
             continue
         cosine, distance = (np.concatenate(values) for values in zip(*pairs, strict=True))
-        low, high = np.percentile(distance, (10, 90))
+        middle, low, high = spread(distance)
         steps.append(
             DivergenceStep(
                 step=step,
                 timestep=float(plan.table.t[step]),
                 sigma=float(plan.table.sigma[step]),
                 cosine=float(np.median(cosine)),
-                rel_l2=float(np.median(distance)),
-                p10=float(low),
-                p90=float(high),
+                rel_l2=middle,
+                p10=low,
+                p90=high,
             )
         )
     return tuple(steps)
 
 
 class _Trials:
-    """Schedules really run, on all parts of the seeds."""
+    """Schedules that are run on all parts of the seeds."""
 
-    def __init__(self, walks: Sequence[MemberWalk], *, small: str, large: str, steps: int) -> None:
-        self._walks = walks
+    def __init__(self, every: Sequence[MemberTrajectories], *, small: str, large: str, steps: int) -> None:
+        self._every = every
         self._small = small
         self._large = large
         self._steps = steps
@@ -226,11 +213,11 @@ class _Trials:
 
     def alone(self) -> OrderTrial | None:
         """The small member alone: the most that a schedule of the two can be away."""
-        for walk in self._walks:
-            try:
-                walk.whole(self._small)
-            except BadSchedule:  # it can't run on pure noise: its states are not there to start from
-                return None
+        try:
+            for trajectories in self._every:
+                trajectories.whole(self._small)
+        except BadSchedule:  # it can't run on pure noise, so it has no states to start from
+            return None
         return self._measured("small-only", 1.0, (self._small,) * self._steps)
 
     def run(self, order: str, count: int, phases: Phases) -> OrderTrial | None:
@@ -245,14 +232,14 @@ class _Trials:
     def _measured(self, order: str, share: float, names: tuple[str, ...]) -> OrderTrial:
         if names not in self._known:
             want = (self._large,) * self._steps
-            errors = [compare(walk.final(names), walk.final(want))[1] for walk in self._walks]
+            errors = [compare_rows(one.final(names), one.final(want))[1] for one in self._every]
             self._known[names] = np.concatenate(errors)
-        low, middle, high = np.percentile(self._known[names], (10, 50, 90))
+        middle, low, high = spread(self._known[names])
         return OrderTrial(
             order=order,
             share=share,
-            schedule=schedule_text(names),
-            latent_error=float(middle),
-            p10=float(low),
-            p90=float(high),
+            schedule=counted(names),
+            latent_error=middle,
+            p10=low,
+            p90=high,
         )

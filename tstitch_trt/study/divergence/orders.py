@@ -12,20 +12,21 @@ from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.study.records import OrderTrial
 
 __all__ = [
-    "ORDERS",
+    "MEMBER_ORDERS",
     "SHARES",
     "TRIED",
     "Suggestion",
     "choose_order",
+    "counted",
     "knee",
     "order_names",
+    "order_of",
     "order_text",
-    "schedule_text",
     "small_counts",
     "suggest",
 ]
 
-ORDERS: Final = ("small-first", "large-first", "large-small-large", "small-large-small")
+MEMBER_ORDERS: Final = ("small-first", "large-first", "large-small-large", "small-large-small")
 SHARES: Final = (0.25, 0.5)
 TRIED: Final = tuple(i / 10 for i in range(1, 10))
 
@@ -46,7 +47,7 @@ def order_names(order: str, count: int, steps: int, *, small: str, large: str) -
         "small-large-small": ((small, count - count // 2), (large, rest), (small, count // 2)),
     }
     if order not in runs:
-        raise unknown_name("order", order, ORDERS)
+        raise unknown_name("order", order, MEMBER_ORDERS)
     return tuple(name for name, length in runs[order] for _ in range(length))
 
 
@@ -55,7 +56,7 @@ def small_counts(shares: Sequence[float], steps: int) -> tuple[int, ...]:
     return tuple(sorted({round(share * steps) for share in shares} - {0, steps}))
 
 
-def schedule_text(names: Sequence[str]) -> str:
+def counted(names: Sequence[str]) -> str:
     """Step counts: ``small:20,large:30``."""
     return ",".join(f"{name}:{len(list(run))}" for name, run in groupby(names))
 
@@ -75,7 +76,7 @@ def choose_order(trials: Sequence[OrderTrial]) -> str:
     """The order whose error is least on average over the shares that all orders were tried at."""
     by_order = {
         order: {trial.share: trial.latent_error for trial in trials if trial.order == order}
-        for order in ORDERS
+        for order in MEMBER_ORDERS
         if any(trial.order == order for trial in trials)
     }
     if not by_order:
@@ -90,8 +91,9 @@ def choose_order(trials: Sequence[OrderTrial]) -> str:
 
 
 def knee(curve: Sequence[tuple[float, float]], most: float) -> float:
-    """The share farthest below the straight line from (0, 0) to (1, ``most``): up to there a step that is moved to the
-    small member adds less error than it does on average, from there on more. 0 where no share is below the line.
+    """The share farthest below the straight line from (0, 0) to (1, ``most``), 0 where none is below it.
+
+    Up to there a step that moves to the small member adds less error than the average step, from there on more.
 
     ``curve``: (share, error) of the trials.
     """

@@ -16,12 +16,11 @@ from tstitch_trt.progress import Phases
 from tstitch_trt.study.evaluate.drawing import Drawing
 from tstitch_trt.study.evaluate.observations import Observations
 from tstitch_trt.study.image_set import ImageSet
-from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.quality.resampling import LEVEL, RESAMPLES
 from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.records import METRICS, Evaluation, Measure, Point, Setting
 from tstitch_trt.study.settings import baseline_of, wishes_of
-from tstitch_trt.study.store import load_studies, now, weights_of
+from tstitch_trt.study.store import load_studies, provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -113,11 +112,7 @@ def evaluate(
         )
     network, real = scorer.network, scorer.reference
     found = Evaluation(
-        bundle=manifest.name,
-        weights=weights_of(manifest),
-        machine=describe_machine(),
-        command=command,
-        made=now(),
+        **provenance(manifest, command),
         backend=runtime.backend_name,
         device=runtime.device.name,
         threads=threads,

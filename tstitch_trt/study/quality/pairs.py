@@ -13,7 +13,7 @@ from tstitch_engines.errors import BadInput
 from tstitch_trt.study.quality.loading import open_network
 from tstitch_trt.study.quality.network import scaled
 
-__all__ = ["Lpips", "decibels", "latent_errors", "squared_errors"]
+__all__ = ["Lpips", "decibels", "squared_errors"]
 
 _BATCH = 32
 
@@ -31,13 +31,6 @@ def decibels(mean_squared: Any) -> Any:
     """
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / np.asarray(mean_squared, np.float64))
-
-
-def latent_errors(latents: NDArray[np.float32], against: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Norm of the difference over norm of ``against``, of each of the latents ``[N,C,H,W]``: float64 ``[N]``."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (latents, against))
-    lengths = np.linalg.norm(b, axis=1)
-    return np.asarray(np.linalg.norm(a - b, axis=1) / np.where(lengths > 0, lengths, 1))
 
 
 class Lpips:

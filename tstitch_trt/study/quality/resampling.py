@@ -16,16 +16,7 @@ from numpy.typing import NDArray
 
 from tstitch_trt.study.records import Measure
 
-__all__ = [
-    "LEVEL",
-    "RESAMPLES",
-    "Estimate",
-    "bootstrap_counts",
-    "estimate",
-    "estimate_mean",
-    "estimate_median",
-    "interval",
-]
+__all__ = ["LEVEL", "RESAMPLES", "Estimate", "bootstrap_counts", "estimate", "estimate_mean", "estimate_median"]
 
 LEVEL: Final = 0.95
 RESAMPLES: Final = 200
@@ -38,17 +29,6 @@ def bootstrap_counts(count: int, resamples: int, *, seed: int = 0) -> NDArray[np
     The same for the same ``seed``, so that samples from equal seeds are resampled alike.
     """
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-
-
-def interval(value: float, resampled: NDArray[np.float64], *, level: float = LEVEL) -> Measure:
-    """``value`` with the spread of its resamples ``[R]``, R >= 2, about it."""
-    deviations = resampled - resampled.mean()
-    std = float(resampled.std(ddof=1))
-    if len(resampled) < _QUANTILES_FROM:
-        reach = NormalDist().inv_cdf((1 + level) / 2) * std
-        return Measure(value=value, low=value - reach, high=value + reach, std=std)
-    low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2])
-    return Measure(value=value, low=value + float(low), high=value + float(high), std=std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +48,15 @@ class Estimate:
 
 
 def estimate(value: float, resampled: NDArray[np.float64], *, level: float = LEVEL) -> Estimate:
-    """``value`` and its resamples ``[R]``, R >= 2."""
-    return Estimate(interval(value, resampled, level=level), resampled - resampled.mean())
+    """``value`` with the spread of its resamples ``[R]``, R >= 2, about it."""
+    deviations = resampled - resampled.mean()
+    std = float(resampled.std(ddof=1))
+    if len(resampled) < _QUANTILES_FROM:
+        high = NormalDist().inv_cdf((1 + level) / 2) * std
+        low = -high
+    else:
+        low, high = map(float, np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2]))
+    return Estimate(Measure(value=value, low=value + low, high=value + high, std=std), deviations)
 
 
 def estimate_mean(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Estimate:

@@ -26,7 +26,7 @@ from tstitch_trt.study.quality.gaussian import FrechetTo, gaussian_of
 from tstitch_trt.study.quality.kernel import KernelTo
 from tstitch_trt.study.quality.manifold import NEIGHBOURS, Manifold, recall_halves
 from tstitch_trt.study.quality.network import FeatureNetwork, NetworkOptions
-from tstitch_trt.study.quality.pairs import Lpips, decibels, latent_errors, squared_errors
+from tstitch_trt.study.quality.pairs import Lpips, decibels, squared_errors
 from tstitch_trt.study.quality.real_images import MOST, Reference, read_reference, thinned
 from tstitch_trt.study.quality.resampling import (
     LEVEL,
@@ -38,6 +38,7 @@ from tstitch_trt.study.quality.resampling import (
     estimate_median,
 )
 from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Measure
+from tstitch_trt.study.statistics import compare_rows
 
 __all__ = ["Features", "Samples", "Scorer", "check_metrics", "join"]
 
@@ -256,7 +257,7 @@ class Scorer:
         if "latent_error" in wanted:
             if latents is None:
                 raise BadInput("latent_error compares latents", hint="pass latents=")
-            found["latent_error"] = latent_errors(latents, against.latents)
+            found["latent_error"] = compare_rows(latents, against.latents)[1]
         return found
 
     def measure(

@@ -19,8 +19,7 @@ import numpy as np
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule
-from tstitch_trt.study.divergence.orders import order_names
-from tstitch_trt.study.divergence.orders import schedule_text as counted
+from tstitch_trt.study.divergence.orders import counted, order_names
 from tstitch_trt.study.records import Setting
 from tstitch_trt.study.settings import setting_of
 

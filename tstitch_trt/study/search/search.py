@@ -18,14 +18,13 @@ from tstitch_trt.progress import Phases
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.evaluate.drawing import Drawing
 from tstitch_trt.study.image_set import ImageSet, prompts_for
-from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.quality.resampling import Estimate
 from tstitch_trt.study.quality.scorer import Scorer, check_metrics
 from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchPoint
 from tstitch_trt.study.search.candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
 from tstitch_trt.study.search.racing import Race, front, race, rounds
 from tstitch_trt.study.settings import plan_of
-from tstitch_trt.study.store import now, study_digest, weights_of
+from tstitch_trt.study.store import provenance, study_digest
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -125,11 +124,7 @@ def search(
     higher = scorer.metric in HIGHER_IS_BETTER
     raced = race(costs, counts, estimate, higher=higher)
     return Search(
-        bundle=manifest.name,
-        weights=weights_of(manifest),
-        machine=describe_machine(),
-        command=command,
-        made=now(),
+        **provenance(manifest, command),
         metric=scorer.metric,
         batch=batch_images,
         samples=raced.samples,

@@ -22,7 +22,7 @@ from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.budget.conditions import engine_digests
 from tstitch_trt.study.calibrate.calibrate import calibrate, default_batches
-from tstitch_trt.study.calibrate.trials import visits_of
+from tstitch_trt.study.calibrate.trials import slots_of
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import load_studies, save_study, weights_of
 
@@ -68,11 +68,11 @@ def test_every_kind_of_step_is_measured_at_every_batch(measured: Calibration, ru
 
 
 def test_short_trajectories_have_several_turns_in_a_round() -> None:
-    visits = visits_of([4000.0, 50.0, 50.0, 400.0])
-    assert visits == [1, 12, 12, 3]
-    assert sum(visits_of([50.0] * 10)) == 15  # nothing is long: half as many turns again
-    assert visits_of([50.0, 90.0, 10000.0]) == [12, 12, 1]
-    assert visits_of([7.0]) == [1]
+    counts = slots_of([4000.0, 50.0, 50.0, 400.0])
+    assert counts == [1, 12, 12, 3]
+    assert sum(slots_of([50.0] * 10)) == 15  # nothing is long: half as many slots again
+    assert slots_of([50.0, 90.0, 10000.0]) == [12, 12, 1]
+    assert slots_of([7.0]) == [1]
 
 
 def test_the_checks_are_compared_with_the_model(measured: Calibration, runtime: Runtime) -> None:

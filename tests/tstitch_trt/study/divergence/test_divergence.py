@@ -27,19 +27,20 @@ from tstitch_engines.device.step_row import INITIAL_NOISE_STEP, ROW
 from tstitch_engines.errors import BadInput, Unavailable, UnknownName
 from tstitch_trt import Runtime
 from tstitch_trt.plan.plan import Plan
-from tstitch_trt.study.divergence.divergence import compare, profile, profile_solver
+from tstitch_trt.study.divergence.divergence import profile, profile_solver
 from tstitch_trt.study.divergence.orders import (
-    ORDERS,
+    MEMBER_ORDERS,
     choose_order,
+    counted,
     knee,
     order_names,
     order_of,
     order_text,
-    schedule_text,
     small_counts,
 )
-from tstitch_trt.study.divergence.walk import MemberWalk, batches, request_of
+from tstitch_trt.study.divergence.trajectories import MemberTrajectories, batches, images_of
 from tstitch_trt.study.records import Divergence, OrderTrial
+from tstitch_trt.study.statistics import compare_rows
 from tstitch_trt.study.store import load_studies, weights_of
 
 LABELS, SEEDS = [0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]
@@ -115,29 +116,32 @@ def test_divergence_is_that_of_torch_members_walked_in_numpy(
 
 
 def test_a_member_compared_with_itself_does_not_differ_at_all(runtime: Runtime) -> None:
-    asked = request_of(runtime.manifest, samples=3, seed=1)
-    walked = MemberWalk(
-        runtime, wishes=asked.wishes(), settings={"steps": 4, "guidance": 2.0, "solver": "ddpm"}, steps=4
+    asked = images_of(runtime.manifest, samples=3, seed=1).keywords(runtime.manifest, 0, 3, ())
+    walked = MemberTrajectories(
+        runtime,
+        images=asked,
+        settings={"steps": 4, "guidance": 2.0, "solver": "ddpm"},
+        steps=4,
     )
     for name in ("large", "small"):
         wanted = walked.whole(name)
         for step, want in enumerate(wanted):
             got = walked.estimate(name, name, step)
             assert got is not None
-            cosine, distance = compare(got, want)
+            cosine, distance = compare_rows(got, want)
             assert (cosine == 1).all()
             assert (distance == 0).all()
 
 
 def test_trials_that_share_a_beginning_equal_whole_runs_bit_for_bit(runtime: Runtime) -> None:
     settings = {"steps": 6, "guidance": 2.0, "solver": "ddpm"}
-    asked = request_of(runtime.manifest, samples=4, seed=3)
-    walked = MemberWalk(runtime, wishes=asked.wishes(), settings=settings, steps=6)
+    asked = images_of(runtime.manifest, samples=4, seed=3).keywords(runtime.manifest, 0, 4, ())
+    walked = MemberTrajectories(runtime, images=asked, settings=settings, steps=6)
     walked.whole("small")
     walked.whole("large")
-    for order in ORDERS:
+    for order in MEMBER_ORDERS:
         names = order_names(order, 3, 6, small="small", large="large")
-        alone = runtime.sample(schedule=list(names), decode=False, **asked.wishes(), **settings)
+        alone = runtime.sample(schedule=list(names), decode=False, **asked, **settings)
         np.testing.assert_array_equal(walked.final(names), alone.latents)
 
 
@@ -148,15 +152,13 @@ def test_what_is_kept_and_said(tiny_pair: TinyPair, runtime: Runtime) -> None:
     assert (study.reference, study.solver, study.guidance) == ("large", "ddim", 1.0)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
-    by_order = {order: [t for t in study.orders if t.order == order] for order in (*ORDERS, "small-only")}
+    by_order = {order: [t for t in study.orders if t.order == order] for order in (*MEMBER_ORDERS, "small-only")}
     assert len(by_order[study.order]) >= 9
     equal = {t.share: [order_of(other).count("small") for other in study.orders if other.share == t.share]
              for t in study.orders}  # fmt: skip
     assert all(set(counts) == {round(share * 10)} for share, counts in equal.items())
     plan = runtime.plan(schedule=study.suggested, steps=10)
-    assert schedule_text(plan.schedule.names) in [t.schedule for t in study.orders] or set(plan.schedule.names) == {
-        "large"
-    }
+    assert counted(plan.schedule.names) in [t.schedule for t in study.orders] or set(plan.schedule.names) == {"large"}
     assert "evaluate" in study.reason
 
 
@@ -175,24 +177,26 @@ def test_the_reference_may_be_any_member(runtime: Runtime) -> None:
 @given(st.integers(4, 60), st.data())
 def test_every_order_has_as_many_small_steps(steps: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, steps))
-    for order in ORDERS:
+    for order in MEMBER_ORDERS:
         names = order_names(order, count, steps, small="s", large="l")
         assert len(names) == steps
         assert names.count("s") == count
-        assert order_of(OrderTrial(order=order, schedule=schedule_text(names), latent_error=0, p10=0, p90=0)) == names
+        assert order_of(OrderTrial(order=order, schedule=counted(names), latent_error=0, p10=0, p90=0)) == names
     assert all(0 < count < steps for count in small_counts((0.0, 0.01, 0.4, 1.0), steps))
 
 
 def trial(order: str, share: float, error: float) -> OrderTrial:
     count = round(share * 20)
     names = order_names(order, count, 20, small="small", large="large")
-    return OrderTrial(order=order, share=share, schedule=schedule_text(names), latent_error=error, p10=error, p90=error)
+    return OrderTrial(order=order, share=share, schedule=counted(names), latent_error=error, p10=error, p90=error)
 
 
 def test_the_order_with_the_least_error_wins() -> None:
-    trials = [trial(order, share, (i + 1) * share) for i, order in enumerate(reversed(ORDERS)) for share in (0.25, 0.5)]
-    assert choose_order(trials) == ORDERS[-1]
-    assert choose_order([t for t in trials if t.order != ORDERS[-1]]) == ORDERS[-2]
+    trials = [
+        trial(order, share, (i + 1) * share) for i, order in enumerate(reversed(MEMBER_ORDERS)) for share in (0.25, 0.5)
+    ]
+    assert choose_order(trials) == MEMBER_ORDERS[-1]
+    assert choose_order([t for t in trials if t.order != MEMBER_ORDERS[-1]]) == MEMBER_ORDERS[-2]
 
 
 def test_the_knee_is_farthest_below_the_line() -> None:
@@ -294,7 +298,7 @@ def test_bad_input(runtime: Runtime, tiny_pair: TinyPair) -> None:
 def test_a_bundle_that_paints_is_refused(tmp_path: Path) -> None:
     manifest = World().bundle(tmp_path).manifest
     with pytest.raises(Unavailable, match=r"'painter'.*paints into pictures"):
-        request_of(manifest, samples=2, seed=0)
+        images_of(manifest, samples=2, seed=0)
 
 
 def test_the_usual_solver_gives_way_where_it_has_a_memory(runtime: Runtime) -> None:
@@ -343,14 +347,14 @@ def test_an_interrupted_profile_keeps_what_was_there(
     assert command(*words).code == 0
     place = tiny_pair.bundle / "studies" / "divergence.json"
     before = json.loads(place.read_text())
-    original = MemberWalk.final
+    original = MemberTrajectories.final
 
-    def interrupted(self: MemberWalk, names: Any) -> Any:
+    def interrupted(self: MemberTrajectories, names: Any) -> Any:
         if names[0] != names[-1]:
             raise KeyboardInterrupt
         return original(self, names)
 
-    monkeypatch.setattr(MemberWalk, "final", interrupted)
+    monkeypatch.setattr(MemberTrajectories, "final", interrupted)
     assert command(*words, "--seed", 9).code == 130
     assert json.loads(place.read_text()) == before
 

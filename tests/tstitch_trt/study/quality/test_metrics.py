@@ -14,8 +14,9 @@ from tstitch_engines.errors import BadInput
 from tstitch_trt.study.quality.gaussian import FrechetTo, frechet_distance, gaussian_of
 from tstitch_trt.study.quality.kernel import KernelTo, kernel_distance
 from tstitch_trt.study.quality.manifold import Manifold, recall_halves
-from tstitch_trt.study.quality.pairs import decibels, latent_errors, squared_errors
-from tstitch_trt.study.quality.resampling import bootstrap_counts, estimate, estimate_mean, estimate_median, interval
+from tstitch_trt.study.quality.pairs import decibels, squared_errors
+from tstitch_trt.study.quality.resampling import bootstrap_counts, estimate, estimate_mean, estimate_median
+from tstitch_trt.study.statistics import compare_rows
 
 Floats = NDArray[np.float32]
 
@@ -156,7 +157,7 @@ def test_psnr_is_that_of_torchmetrics() -> None:
 def test_latent_errors_are_relative_norms_per_picture() -> None:
     b = np.stack([np.full((1, 2, 2), 2.0), np.zeros((1, 2, 2))]).astype(np.float32)
     a = b + 1
-    assert latent_errors(a, b).tolist() == [0.5, 2.0]  # a latent of zeros is not divided by
+    assert compare_rows(a, b)[1].tolist() == [0.5, 2.0]  # a latent of zeros is not divided by
 
 
 def test_resampled_frechet_distances_are_those_of_the_resampled_features() -> None:
@@ -174,7 +175,7 @@ def test_intervals_hold_the_value_and_cover_what_other_samples_give() -> None:
     sets = [rng.standard_normal((150, 4)) * 1.2 for _ in range(120)]
     values = np.array([to(gaussian_of(x)) for x in sets])
     counts = bootstrap_counts(150, 150)
-    found = [interval(value, to.resampled(x, counts)) for value, x in zip(values, sets, strict=True)]
+    found = [estimate(value, to.resampled(x, counts)).measure for value, x in zip(values, sets, strict=True)]
     assert all(m.low <= m.value <= m.high for m in found)
     covered = np.mean([m.low <= values.mean() <= m.high for m in found])
     assert 0.85 <= covered <= 1
@@ -206,7 +207,7 @@ def test_what_two_points_share_does_not_move_their_difference() -> None:
 
 
 def test_few_resamples_give_a_normal_interval() -> None:
-    measure = interval(5.0, np.array([9.0, 11.0, 10.0]))
+    measure = estimate(5.0, np.array([9.0, 11.0, 10.0])).measure
     assert measure.std == pytest.approx(1.0)
     assert (measure.low, measure.high) == (pytest.approx(5 - 1.959964), pytest.approx(5 + 1.959964))
 

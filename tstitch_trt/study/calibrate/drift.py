@@ -1,13 +1,13 @@
-"""What trajectories take at the machine's usual pace, from turns that it ran at changing ones.
+"""The usual times of trajectories, from slots that were measured while the machine's speed drifted.
 
-A machine that is shared or changes its clock runs the same work now faster, now slower, by a tenth and more, and stays
-at a pace for about a second. Turns of different trajectories next to one another in time then share their pace:
+A machine that is shared or changes its clock is faster or slower by a tenth and more, for about a second at a time.
+Slots of different trajectories that are close in time then share the drift:
 
-    log(time of a turn) = log(usual time of its trajectory) + log(pace at that moment) + noise
+    log(time of a slot) = log(usual time of its trajectory) + log(drift at that moment) + noise
 
-Both are found by turns: the usual times as means of what the pace leaves, the pace as a mean of what the usual times
-leave over, of the turns nearby (a kernel smoother, shrunk to no change where there are few). A turn does not count for
-its own pace. That makes two trajectories comparable with a third of the turns that their plain means would need.
+Both are found alternately. Usual times are means of what the drift does not explain. The drift is a mean of what the
+usual times do not explain, over the slots nearby (a kernel smoother, shrunk to no drift where there are few). A slot
+does not count for its own drift. Two trajectories are then comparable with a third of the slots that plain means need.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 __all__ = ["Slot", "usual_times"]
 
-_NEAR_S: Final = 0.3  # the weight of a turn is 1/e when so many seconds lie between
+_NEAR_S: Final = 0.3  # a slot so many seconds away has the weight 1/e
 _REACH_S: Final = 4 * _NEAR_S  # and none from here on
-_DOUBT: Final = 0.1  # the weight of "no change"
+_DOUBT: Final = 0.1  # the weight of "no drift"
 _ROUNDS: Final = 30
 _OUTLIER: Final = 2.0  # times as long as the median of its trajectory, or as short
 
@@ -30,37 +30,37 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Slot(NamedTuple):
-    """Seconds of a steady clock at which it began and ended, and the milliseconds of one run in it."""
+    """Runs of one trajectory in a row: when they began and ended, seconds of a steady clock, and ms of one run."""
 
     start: float
     stop: float
     ms: float
 
 
-def usual_times(turns: Mapping[Key, Sequence[Slot]]) -> dict[Key, float]:
-    """Milliseconds of a run of each trajectory at the usual pace. ``turns``: at least one of each."""
-    owner = np.array([index for index, those in enumerate(turns.values()) for _ in those])
-    start, stop, ms = np.array([turn for those in turns.values() for turn in those], np.float64).T
+def usual_times(slots: Mapping[Key, Sequence[Slot]]) -> dict[Key, float]:
+    """Milliseconds of a run of each trajectory without drift. ``slots``: at least one of each."""
+    owner = np.array([index for index, those in enumerate(slots.values()) for _ in those])
+    start, stop, ms = np.array([slot for those in slots.values() for slot in those], np.float64).T
     order = np.argsort(start, kind="stable")
     owner, start, stop, logs = owner[order], start[order], stop[order], np.log(ms[order])
     first, second, weight = _neighbours(start, stop)
     total = np.bincount(first, weight, len(logs)) + np.bincount(second, weight, len(logs)) + _DOUBT
-    pace = np.zeros(len(logs))
+    drift = np.zeros(len(logs))
     for _ in range(_ROUNDS):
-        rest, inside = _rest(logs - pace, owner)
-        left = np.where(inside, pace + rest, 0.0)
+        rest, inside = _rest(logs - drift, owner)
+        left = np.where(inside, drift + rest, 0.0)
         sums = np.bincount(first, weight * left[second], len(logs)) + np.bincount(
             second, weight * left[first], len(logs)
         )
-        pace = sums / total
-    pace -= np.log(np.mean(np.exp(pace)))  # the usual pace is 1 in the mean
-    rest, _ = _rest(logs - pace, owner)
-    usual = np.exp(logs - pace - rest)
-    return {key: float(usual[np.argmax(owner == index)]) for index, key in enumerate(turns)}
+        drift = sums / total
+    drift -= np.log(np.mean(np.exp(drift)))  # its mean is 1
+    rest, _ = _rest(logs - drift, owner)
+    usual = np.exp(logs - drift - rest)
+    return {key: float(usual[np.argmax(owner == index)]) for index, key in enumerate(slots)}
 
 
 def _rest(logs: NDArray[np.float64], owner: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """What each is above the mean of its owner, and which of them are no outliers; the mean is of those alone."""
+    """The excess of each over the mean of its owner, and which are no outliers; outliers are not in the mean."""
     count = owner.max() + 1
     median = np.array([_lower_median(logs[owner == index]) for index in range(count)])
     inside = abs(logs - median[owner]) <= np.log(_OUTLIER)
@@ -69,14 +69,14 @@ def _rest(logs: NDArray[np.float64], owner: NDArray[np.int64]) -> tuple[NDArray[
 
 
 def _lower_median(values: NDArray[np.float64]) -> float:
-    """One of them, so that it is no outlier itself. Of two it is the lesser: what is out is slow."""
+    """The median, or the lower of the two in the middle: one of ``values``, and outliers are mostly slow."""
     return float(np.sort(values)[(len(values) - 1) // 2])
 
 
 def _neighbours(
     start: NDArray[np.float64], stop: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Pairs of turns that are near one another, each once, with their weight. ``start`` rises."""
+    """Pairs of slots that are near one another, each once, with their weight. ``start`` rises."""
     firsts, seconds, weights = [], [], []
     for distance in range(1, len(start)):
         gap = np.maximum(start[distance:] - stop[:-distance], 0.0)
