@@ -16,7 +16,25 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import ParamSpec, TypeVar
 
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_engines.errors import TStitchError
+from tstitch_engines.errors import (
+    BadBundle,
+    BadCheckpoint,
+    BadEngine,
+    BadInput,
+    BadSchedule,
+    BuildFailed,
+    Busy,
+    Cancelled,
+    Closed,
+    FailedWork,
+    NotCalibrated,
+    NotFinite,
+    OutOfProfile,
+    PairMismatch,
+    TStitchError,
+    Unavailable,
+    UnknownName,
+)
 from tstitch_trt.pipeline.accelerate import accelerate as _accelerate
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.plan.schedule import Schedule, Segment
@@ -26,6 +44,20 @@ from tstitch_trt.runtime.result import Result, SegmentTiming, StepEvent
 from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = [
+    "BadBundle",
+    "BadCheckpoint",
+    "BadEngine",
+    "BadInput",
+    "BadSchedule",
+    "BuildFailed",
+    "Busy",
+    "Cancelled",
+    "Closed",
+    "FailedWork",
+    "NotCalibrated",
+    "NotFinite",
+    "OutOfProfile",
+    "PairMismatch",
     "Plan",
     "Result",
     "Runtime",
@@ -34,6 +66,8 @@ __all__ = [
     "SegmentTiming",
     "StepEvent",
     "TStitchError",
+    "Unavailable",
+    "UnknownName",
     "__version__",
     "accelerate",
     "load",

@@ -14,7 +14,9 @@
     └── FailedWork               the request was fine, carrying it out failed             exit code 1
         ├── BuildFailed          an export or a compilation
         ├── NotFinite            NaN or infinity in the latents
-        └── Cancelled            stopped by the caller
+        ├── Cancelled            stopped by the caller
+        ├── Busy                 the runtime had other requests for longer than the caller would wait
+        └── Closed               the runtime was closed
 
 Every message says what is wrong with the value that was got and what is allowed; ``hint`` names the flag, call or
 command that mends it and is printed on a line of its own.
@@ -32,7 +34,9 @@ __all__ = [
     "BadInput",
     "BadSchedule",
     "BuildFailed",
+    "Busy",
     "Cancelled",
+    "Closed",
     "FailedWork",
     "NotCalibrated",
     "NotFinite",
@@ -122,6 +126,14 @@ class NotFinite(FailedWork):
 
 
 class Cancelled(FailedWork):
+    pass
+
+
+class Busy(FailedWork):
+    pass
+
+
+class Closed(FailedWork):
     pass
 
 

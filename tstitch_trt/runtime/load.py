@@ -16,6 +16,7 @@ from tstitch_engines.threads import default_threads
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.step_graphs import GraphMode, check_mode
+from tstitch_trt.runtime.work_queue import check_timeout
 
 if TYPE_CHECKING:
     from tstitch_engines.progress import Progress
@@ -36,6 +37,7 @@ def load(
     overlap: bool = True,
     progress: Progress | None = None,
     chooser: ChooserFactory | None = None,
+    timeout: float | None = None,
 ) -> Runtime:
     """Loads all members and parts of a bundle and returns the runtime that samples from them.
 
@@ -59,6 +61,8 @@ def load(
     ``chooser``: makes what chooses schedules for ``latency_budget_ms``; by default of ``tstitch_trt.load`` the one that
     reads the bundle's calibration and studies (``tstitch_trt.study.budget``).
 
+    ``timeout``: seconds that a call waits for those before it, ``None`` for ever; then it raises ``Busy``.
+
     Raises ``BadBundle`` for a damaged bundle, ``BadEngine`` for engines that don't fit this machine (naming each
     field that differs and the command that rebuilds them), ``BadInput`` for an option that these engines or this
     device can't honour, ``Unavailable`` for a missing library or device.
@@ -66,6 +70,7 @@ def load(
     if threads is not None and threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     check_mode(graph)
+    check_timeout(timeout)
     started = perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify, engines=not rebuild)
     place = open_device(device, stream=stream)
@@ -101,4 +106,11 @@ def load(
             engine.close()
         raise
     load_ms = 1e3 * (perf_counter() - started)
-    return Runtime(opened, place, name, engines, load_ms, graph=graph, decoding=decoding, threads=used, chooser=chooser)
+    return Runtime(
+        *(opened, place, name, engines, load_ms),
+        graph=graph,
+        decoding=decoding,
+        threads=used,
+        chooser=chooser,
+        timeout=timeout,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,11 @@ class SegmentTiming:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step is done. ``step`` counts from 1 to ``steps``; a large batch runs in ``chunks``, one after another."""
+    """One step is done. ``step`` counts from 1 to ``steps``; a large batch runs in ``chunks``, one after another.
+
+    Its latents are those of the runtime until the next step: its methods raise ``BadInput`` when the request has gone
+    on or is done, and ``Cancelled`` when the runtime was closed.
+    """
 
     step: int
     steps: int
@@ -41,18 +46,22 @@ class StepEvent:
     _latents: Callable[[], NDArray[np.float32]]
     _estimate: Callable[[], NDArray[np.float32]]
     _decode: Decode
+    _current: Callable[[], AbstractContextManager[None]] = nullcontext  # keeps the step current, or raises
 
     def latents(self) -> NDArray[np.float32]:
         """The state after this step, float32 ``[B,C,H,W]`` of this chunk. Waits for the device."""
-        return self._latents()
+        with self._current():
+            return self._latents()
 
     def estimate(self) -> NDArray[np.float32]:
         """The denoised estimate D of this step, float32 ``[B,C,H,W]``. Waits for the device."""
-        return self._estimate()
+        with self._current():
+            return self._estimate()
 
     def preview(self) -> NDArray[np.uint8]:
         """The estimate as pictures, uint8 ``[B,H,W,C]``. Raises ``Unavailable`` for a bundle without a decoder."""
-        return self._decode(self._estimate())
+        with self._current():
+            return self._decode(self._estimate())
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,8 @@ class Result:
     def device_latents(self) -> Any:
         """float32 ``[N,C,H,W]`` on the runtime's device, with ``__dlpack__`` (a numpy array on cpu).
 
-        On CUDA with ``__cuda_array_interface__`` too. It is the runtime's own memory and complete, no stream has to be
-        waited for; the next call of the runtime overwrites it. Raises ``BadInput`` without ``output='device'``.
+        On CUDA with ``__cuda_array_interface__`` too. It is this result's own memory and complete: no stream has to be
+        waited for. Raises ``BadInput`` without ``output='device'``.
         """
         if self._device_latents is None:
             raise BadInput("these latents are on the host", hint="sample with output='device', or use result.latents")

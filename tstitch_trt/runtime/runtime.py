@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, Unpack
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.device.base import Buffer, Device
+from tstitch_engines.device.base import Device
 from tstitch_engines.errors import BadInput, Cancelled, unknown_name
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.batching import Splitting
@@ -27,13 +27,14 @@ from tstitch_trt.request.request import Request, host_array
 from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, choose, chosen_settings
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.lora import LoraFiles, Loras
-from tstitch_trt.runtime.result import Decode, Result, StepEvent
+from tstitch_trt.runtime.result import Result, StepEvent
 from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
 from tstitch_trt.runtime.stepper import Stepper
 from tstitch_trt.runtime.text_encoder import TextEncoders
 from tstitch_trt.runtime.timing import StepTimer
 from tstitch_trt.runtime.trajectory import PendingChunk, ResultCollector, Trajectory
 from tstitch_trt.runtime.vae import Tile, Vae
+from tstitch_trt.runtime.work_queue import Turn, WorkQueue
 
 __all__ = ["Runtime"]
 
@@ -45,8 +46,9 @@ OUTPUTS: Final = ("host", "device")
 class Runtime:
     """Loaded engines of one bundle on one device. Made by ``tstitch_trt.load``.
 
-    One request at a time: a second call from another thread while one runs raises ``BadInput``. Use it as a context
-    manager, or call ``close``.
+    Any thread may call it. It works on one call at a time, in the order of the calls; one that has waited for
+    ``timeout`` seconds raises ``Busy``. Use it as a context manager, or call ``close``: every call that needs engines
+    then raises ``Closed``.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Runtime:
         decoding: Device | None = None,
         threads: int = 0,
         chooser: ChooserFactory | None = None,
+        timeout: float | None = None,
     ) -> None:
         """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device``
         (``Device.with_own_stream``).
 
         ``threads``: CPU threads that the engines were loaded with, 0 for all cores. ``chooser``: makes what chooses
-        schedules for latency budgets; without one they are refused.
+        schedules for latency budgets; without one they are refused. ``timeout``: seconds that a call waits for those
+        before it, ``None`` for ever.
         """
         self.bundle = bundle
         self.device = device
@@ -86,8 +90,7 @@ class Runtime:
         self._loras = Loras(bundle, backend_name, self._engines, self._stepper.forget)
         self._timer = StepTimer(self._stepper, device)
         self._chooser = None if chooser is None else chooser(bundle, self.setup)
-        self._results: Buffer | None = None
-        self._busy = threading.Lock()
+        self._queue = WorkQueue(device.activate, timeout)
 
     # --- what it is
 
@@ -118,7 +121,7 @@ class Runtime:
     @property
     def setup(self) -> Setup:
         """Backend, device, threads and graph mode."""
-        return Setup(self.backend_name, self.device.name, self.threads, self.graphs().mode)
+        return Setup(self.backend_name, self.device.name, self.threads, self._stepper.graph_state().mode)
 
     @property
     def loras(self) -> dict[str, str]:
@@ -126,17 +129,17 @@ class Runtime:
         return self._loras.said()
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations``, ``results`` and ``parts io``.
+        """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations`` and ``parts io``.
 
         ``activations`` are those that engines plan themselves (TensorRT: one block for all that run one after another,
         and one for the VAE's decoder, which runs beside them). ``parts io``: of text encoders and VAE, where there are
-        any. What a library allocates on its own, and the weights, are not in it.
+        any. What a library allocates on its own, the weights, and results that were left on the device are not in it.
         """
+        self._queue.check_open()
         scratch: dict[int, int] = {}
         for engine in self._engines.values():
             scratch |= engine.scratch()
         found = {**self._stepper.memory(), "activations": sum(scratch.values())}
-        found["results"] = 0 if self._results is None else self._results.nbytes
         return {**found, "parts io": sum(part.nbytes for part in self._parts.values())} if self._parts else found
 
     def jit_ms(self) -> dict[str, float]:
@@ -144,18 +147,26 @@ class Runtime:
 
         Of the backend ``torch`` built with the option ``compile``; elsewhere 0.
         """
+        self._queue.check_open()
         return {name: engine.jit_ms for name, engine in self._engines.items()}
 
     def graphs(self) -> GraphState:
         """Whether steps are replayed from graphs, why, and what could not be recorded so far."""
+        self._queue.check_open()
         return self._stepper.graph_state()
 
-    def close(self) -> None:
-        """Releases graphs and engines. The runtime can't be used afterwards."""
+    def close(self, *, cancel: bool = False) -> None:
+        """Releases graphs and engines, after the request that runs, or with ``cancel`` after its present step.
+
+        Requests that are cancelled raise ``Cancelled``, those that wait for their turn ``Closed``. A request of the
+        calling thread itself, in whose callback or loop this is called, is always cancelled. Results stay as they are.
+        """
+        self._queue.close(self._free, cancel=cancel)
+
+    def _free(self) -> None:
         self._stepper.close()
         for part in self._parts.values():
             part.close()
-        self._results = None
 
     def __enter__(self) -> Self:
         return self
@@ -163,7 +174,7 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(cancel=error is not None)
 
     # --- sampling
 
@@ -193,6 +204,7 @@ class Runtime:
         output: Output = "host",
         tile: Tile = "auto",
         latency_budget_ms: float | None = None,
+        timeout: float | None = None,
         **wishes: Unpack[Wishes],
     ) -> Result:
         """Draws images.
@@ -209,24 +221,30 @@ class Runtime:
         ``latency_budget_ms``: the best schedule whose trajectories take at most so long, in place of ``schedule`` or
         ``fraction`` (``within_budget``); ``Result.budget`` says what was chosen and why.
 
+        ``timeout``: seconds to wait for calls that came before, by default those given to ``load``. The callback may
+        call ``decode``, ``images`` and ``encode``, which are done between the steps.
+
         Images larger in number than the engines' batch profile run in chunks. Raises ``BadInput`` and its kinds for a
-        request that can't be right, ``NotFinite`` with step and member, ``Cancelled``.
+        request that can't be right, ``NotFinite`` with step and member, ``Cancelled``, ``Busy`` and ``Closed``.
         """
-        walk = self._start(
+        job = self._job(
             wishes, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
         )
-        while True:
-            try:
-                event = next(walk)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            if callback is not None and callback(event) is False:
-                walk.close()
-                raise Cancelled(
-                    f"cancelled by the callback after step {event.step} of {event.steps}",
-                    hint="return anything but False from the callback to go on",
-                )
+        walk = self._walk(job, None, timeout)
+        try:
+            while True:
+                try:
+                    event = next(walk)
+                except StopIteration as stop:
+                    result: Result = stop.value
+                    return result
+                if callback is not None and callback(event) is False:
+                    raise Cancelled(
+                        f"cancelled by the callback after step {event.step} of {event.steps}",
+                        hint="return anything but False from the callback to go on",
+                    )
+        finally:
+            walk.close()  # a callback's exception keeps this frame, and with it the iterator, as long as it is kept
 
     def iterate(
         self,
@@ -235,10 +253,18 @@ class Runtime:
         output: Output = "host",
         tile: Tile = "auto",
         latency_budget_ms: float | None = None,
+        timeout: float | None = None,
         **wishes: Unpack[Wishes],
     ) -> Generator[StepEvent, None, Result]:
-        """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel."""
-        return self._start(wishes, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
+        """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel.
+
+        From its first step to its end, closing or dropping it has the runtime's turn: other threads wait, and another
+        request of the same thread raises ``Busy``.
+        """
+        job = self._job(wishes, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
+        with self._queue.work(timeout):
+            request = self._request(job)
+        return self._walk(job, request, timeout)
 
     # --- parts of it
 
@@ -247,11 +273,13 @@ class Runtime:
 
         ``tile``: see ``tstitch_trt.runtime.vae.Tile``.
         """
-        return self._vae.decode(latents, tile=tile)
+        with self._queue.work(between_steps=True):
+            return self._vae.decode(latents, tile=tile)
 
     def images(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.float32]:
         """Like ``decode``, as float32 ``[N,C,H,W]`` in about [-1, 1], neither clamped nor rounded."""
-        return self._vae.images(latents, tile=tile)
+        with self._queue.work(between_steps=True):
+            return self._vae.images(latents, tile=tile)
 
     def encode(
         self, pictures: NDArray[np.float32], *, tile: Tile = "auto"
@@ -260,19 +288,22 @@ class Runtime:
 
         Raises ``Unavailable`` without an encoder.
         """
-        return self._vae.encode(pictures, tile=tile)
+        with self._queue.work(between_steps=True):
+            return self._vae.encode(pictures, tile=tile)
 
     def time_member(
         self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
     ) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
-        return self._timer.time_member(name, batch, guided=guided, repeats=repeats, warmup=warmup)
+        with self._queue.work():
+            return self._timer.time_member(name, batch, guided=guided, repeats=repeats, warmup=warmup)
 
     def time_step_kernels(
         self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
     ) -> list[float]:
         """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
-        return self._timer.time_step_kernels(batch, guided=guided, repeats=repeats, warmup=warmup)
+        with self._queue.work():
+            return self._timer.time_step_kernels(batch, guided=guided, repeats=repeats, warmup=warmup)
 
     def swap_lora(self, name: str, files: LoraFiles) -> None:
         """Puts LoRAs into a member or text encoder, in place of those that an earlier call put there.
@@ -282,38 +313,33 @@ class Runtime:
         Raises ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises,
         the network has the weights that it had before.
         """
-        with self._alone():
+        with self._queue.work():
             self._loras.swap(name, files)
 
     def restore(self, name: str | None = None) -> None:
         """Takes out what ``swap_lora`` put into a network, or into any: the bundle's own weights, bit for bit."""
-        with self._alone():
+        with self._queue.work():
             self._loras.restore(name)
 
     @contextmanager
     def lora(self, name: str, files: LoraFiles) -> Iterator[Self]:
         """``swap_lora`` for the time of a ``with`` block; afterwards what was there before is back."""
-        before = self._loras.current(name)
-        self.swap_lora(name, files)
+        with self._queue.work():
+            before = self._loras.current(name)
+            self._loras.swap(name, files)
         try:
             yield self
         finally:
-            with self._alone():
+            with self._queue.work():
                 self._loras.put(name, before)
 
     # --- how
 
-    def _start(
-        self,
-        wishes: Wishes,
-        *,
-        decode: bool | None,
-        output: Output,
-        tile: Tile,
-        events: bool,
-        within: float | None,
-    ) -> Generator[StepEvent, None, Result]:
-        """Checks all that can be checked before anything runs."""
+    def _job(
+        self, wishes: Wishes, *, decode: bool | None, output: Output, tile: Tile, events: bool, within: float | None
+    ) -> _Job:
+        """Checks what can be checked before an engine runs."""
+        self._queue.check_open()
         if output not in OUTPUTS:
             raise unknown_name("output", output, OUTPUTS)
         if decode and output == "device":
@@ -333,16 +359,13 @@ class Runtime:
         plan = self.plan(**settings)
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
-        self._loras.check()
         self._vae.check(tile)
-        with self._alone():  # prompts and pictures are encoded here
-            request = self._request(pictures, plan, start, tile)
-        if decode:
-            self._vae.check(tile, request.size)
-        decoder = partial(self.decode, tile=tile) if decode else None
-        return self._walk(request, plan, decode=decoder, events=events, output=output, budget=budget)
+        return _Job(pictures, plan, start, tile, decode, output, events, budget)
 
-    def _request(self, pictures: PictureWishes, plan: Plan, start: int, tile: Tile) -> Request:
+    def _request(self, job: _Job) -> Request:
+        """Encodes prompts and pictures."""
+        self._loras.check()
+        pictures = job.pictures
         latents = pictures.get("latents")
         if latents is not None:
             borrowed = self.device.borrow(latents)
@@ -350,57 +373,43 @@ class Runtime:
         request = Request.make(
             self.manifest,
             self._stepper.limits,
-            plan,
+            job.plan,
             pictures,
-            start=start,
+            start=job.start,
             texts=self._texts,
-            encoder=self._vae.encoding(tile),
+            encoder=self._vae.encoding(job.tile),
         )
-        request.check_start(plan)
+        request.check_start(job.plan)
+        if job.decode:
+            self._vae.check(job.tile, request.size)
         return request
 
-    def _walk(
-        self,
-        request: Request,
-        plan: Plan,
-        *,
-        decode: Decode | None,
-        events: bool,
-        output: Output,
-        budget: ChosenSchedule | None,
-    ) -> Generator[StepEvent, None, Result]:
-        walk = Trajectory(self._stepper, self.device, request, plan, decode=decode or self.decode, events=events)
-        with self._alone():
-            return (yield from self._chunks(walk, request, plan, decode=decode, output=output, budget=budget))
+    def _walk(self, job: _Job, request: Request | None, timeout: float | None) -> Generator[StepEvent, None, Result]:
+        """One turn, in which the request is encoded, unless it was, and its chunks run."""
+        with self._queue.turn(timeout) as turn:
+            steps = self._chunks(turn, job, request)
+            try:
+                while True:
+                    with turn.next_step():
+                        event = next(steps)
+                    yield replace(event, _current=partial(turn.after, turn.step))
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            finally:
+                with turn.mutex:
+                    steps.close()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The device made usable on this thread, for one request at a time."""
-        if not self._busy.acquire(blocking=False):
-            raise BadInput(
-                "this runtime is already sampling",
-                hint="wait for the running request, close its iterator, or load one runtime per thread",
-            )
-        try:
-            self.device.activate()
-            yield
-        finally:
-            self._busy.release()
-
-    def _chunks(
-        self,
-        walk: Trajectory,
-        request: Request,
-        plan: Plan,
-        *,
-        decode: Decode | None,
-        output: Output,
-        budget: ChosenSchedule | None,
-    ) -> Generator[StepEvent, None, Result]:
+    def _chunks(self, turn: Turn, job: _Job, request: Request | None) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
+        request = self._request(job) if request is None else request
+        decode = partial(self._vae.decode, tile=job.tile)
+        walk = Trajectory(
+            self._stepper, self.device, request, job.plan, decode=decode, events=job.events, check=turn.check
+        )
         shape = (request.n, self.manifest.latent.channels, *request.size)
-        kept = self._result_buffer(shape) if output == "device" else None
-        found = ResultCollector(walk, None if kept is not None else shape, decode)
+        kept = self.device.empty(shape, "float32") if job.output == "device" else None
+        found = ResultCollector(walk, None if kept is not None else shape, decode if job.decode else None)
         before: PendingChunk | None = None
         for chunk in walk.chunks():
             keep = None
@@ -418,18 +427,24 @@ class Runtime:
             found.latents,
             request.seeds,
             request.labels,
-            plan,
+            job.plan,
             tuple(found.timings),
             None if kept is None else self.device.share(kept),
             prompts=request.prompts,
             loras=self._loras.said(),
-            budget=budget,
+            budget=job.budget,
         )
 
-    def _result_buffer(self, shape: tuple[int, ...]) -> Buffer:
-        """Where results stay on the device; the same memory from call to call while it suffices."""
-        nbytes = 4 * int(np.prod(shape))
-        if self._results is None or self._results.nbytes < nbytes:
-            self._results = None  # free the old one first
-            self._results = self.device.empty((nbytes,), "uint8")
-        return self.device.view(self._results, 0, shape, "float32")
+
+@dataclass(frozen=True)
+class _Job:
+    """The keywords of one request, checked as far as that needs no engine."""
+
+    pictures: PictureWishes
+    plan: Plan
+    start: int
+    tile: Tile
+    decode: bool
+    output: Output
+    events: bool
+    budget: ChosenSchedule | None

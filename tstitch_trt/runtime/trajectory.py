@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -51,15 +51,27 @@ class Trajectory:
     """One request over one plan. Its chunks run one after another, each enqueued while the one before is computed."""
 
     def __init__(
-        self, stepper: Stepper, device: Device, request: Request, plan: Plan, *, decode: Decode, events: bool
+        self,
+        stepper: Stepper,
+        device: Device,
+        request: Request,
+        plan: Plan,
+        *,
+        decode: Decode,
+        events: bool,
+        check: Callable[[], None],
     ) -> None:
-        """Raises ``OutOfProfile`` when the engines' profiles have no room for the plan."""
+        """``check`` is called before each step, and raises to end the request.
+
+        Raises ``OutOfProfile`` when the engines' profiles have no room for the plan.
+        """
         self._stepper = stepper
         self._device = device
         self._request = request
         self._plan = plan
         self._decode = decode
         self._events = events
+        self._check = check
         self._guided = any(plan.guided)
         self._splitting = stepper.splitting
         self._counts = self._splitting.chunks(request.n, guided=self._guided)
@@ -149,11 +161,13 @@ class Trajectory:
                 count = len(list(equal))
                 whole = None if self._events else stepper.segment(kind, count)
                 if whole is not None:
+                    self._check()
                     whole()
                     step += count
                     continue
                 one = stepper.stepping(kind)
                 for _ in range(count):
+                    self._check()
                     one()
                     if fault is not None and (fault[: chunk.count] >= 0).any():
                         self._raise_fault(fault, chunk)

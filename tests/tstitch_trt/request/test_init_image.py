@@ -264,7 +264,7 @@ def test_tiles_are_as_asked_for_and_checked_before_anything_runs(
     assert whole is not None
     assert tiled is not None
     np.testing.assert_array_equal(tiled, whole)
-    last = list(runtime.iterate(**asked, tile=48))[-1].preview()
+    last = [event.preview() for event in runtime.iterate(**asked, tile=48)][-1]
     assert np.abs(last.astype(int) - whole.astype(int)).max() <= 1
     (from_tiles, from_whole) = (
         runtime.sample(**{**asked, "height": None, "width": None}, image=picture(), tile=tile).latents

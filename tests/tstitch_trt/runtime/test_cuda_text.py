@@ -25,6 +25,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_trt import Runtime
 from tstitch_trt.runtime import component as parts
 from tstitch_trt.runtime import stepper
+from tstitch_trt.runtime.vae import Vae
 
 
 class LateEngine(Engine):
@@ -164,15 +165,15 @@ def test_a_chunk_is_decoded_beside_the_steps_of_the_next(
     asked: dict[str, Any] = {"prompt": "a red fox", "steps": 4, "schedule": "plain:0.5,steered"}
     gpu.sample(n=4, **asked)
     left: list[int] = []
-    decode = Runtime.decode
+    decode = Vae.decode
 
-    def watched(runtime: Runtime, latents: np.ndarray, **options: Any) -> np.ndarray:
-        pictures = decode(runtime, latents, **options)
+    def watched(vae: Vae, latents: np.ndarray, **options: Any) -> np.ndarray:
+        pictures = decode(vae, latents, **options)
         left.append(sum(kind == "Kernel" for kind, _ in main.queue))
         return pictures
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "decode", watched)
+        patch.setattr(Vae, "decode", watched)
         ours = gpu.sample(n=11, seed=2, **asked)
     assert len(left) == 3
     assert left[0] > 0  # the second chunk's steps are not done, and the first chunk's pictures are there

@@ -18,7 +18,7 @@ from support.tiny_families import clip_text_folder, lora_file, unet_folder
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.device.open import open_device
-from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, TStitchError, Unavailable, UnknownName
+from tstitch_engines.errors import BadCheckpoint, BadInput, Busy, FailedWork, TStitchError, Unavailable, UnknownName
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
@@ -230,7 +230,7 @@ def test_not_while_sampling(made: Made, runtime: Runtime) -> None:
     walk = runtime.iterate(prompt_embeds=embeds, seed=1)
     next(walk)
     for call in (lambda: runtime.swap_lora("large", style), lambda: runtime.restore("large")):
-        with pytest.raises(BadInput, match="already sampling"):
+        with pytest.raises(Busy, match="own request"):
             call()
     walk.close()
     thread = threading.Thread(target=lambda: runtime.swap_lora("large", style))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ class StudyChooser:
         self._bundle = bundle
         self._setup = setup
         self._costs: Costs | None = None
+        self._lock = threading.Lock()
 
     def choose(
         self,
@@ -31,5 +33,6 @@ class StudyChooser:
         start: Callable[[int], int],
     ) -> ChosenSchedule:
         """See ``Costs.choose``. Raises ``NotCalibrated`` besides."""
-        self._costs = Costs.of(self._bundle, Conditions.here(self._setup), self._costs)
-        return self._costs.choose(budget_ms, images=images, size=size, settings=settings, start=start)
+        with self._lock:
+            self._costs = Costs.of(self._bundle, Conditions.here(self._setup), self._costs)
+            return self._costs.choose(budget_ms, images=images, size=size, settings=settings, start=start)
