@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -182,17 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """A reader sees all of it or nothing."""
+    """A reader sees all of it or nothing. Not ``bundle.files``, whose imports CMake's Python may lack."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

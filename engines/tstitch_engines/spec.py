@@ -15,7 +15,16 @@ from tstitch_engines.errors import BadInput, OutOfProfile, unknown_name
 # How a dimension's range is given to `tstitch-trt build`; heights and widths are given in pixels there.
 _FLAGS = {"B": "--batch", "T": "--tokens"}
 
-__all__ = ["DTYPES", "Range", "ShapeProfile", "TensorSpec", "itemsize", "parse_dimension", "storage_dtype"]
+__all__ = [
+    "DTYPES",
+    "ONNX_TYPES",
+    "Range",
+    "ShapeProfile",
+    "TensorSpec",
+    "itemsize",
+    "parse_dimension",
+    "storage_dtype",
+]
 
 # Field names as ONNX and safetensors users know them -> (bytes per element, the numpy type that stores it).
 # numpy has no bfloat16: its bits travel in uint16.
@@ -28,6 +37,8 @@ DTYPES: dict[str, tuple[int, DTypeLike]] = {
     "uint8": (1, np.uint8),
     "bool": (1, np.bool_),
 }
+# Name -> element type of onnx.TensorProto
+ONNX_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
 def itemsize(dtype: str) -> int:

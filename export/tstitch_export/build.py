@@ -7,22 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
-from tstitch_engines.bundle.manifest import (
-    SCHEMA,
-    Defaults,
-    Manifest,
-    Member,
-    Network,
-    Precision,
-    Quality,
-)
+from tstitch_engines.bundle.manifest import SCHEMA, Defaults, Manifest, Member, Network, Precision, Quality
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.progress import Progress, silent
@@ -125,9 +117,7 @@ class _Builder:
             part = replace(self, report=self._share(planned.name, index, len(plan.networks)))
             network, used = part.export(planned, staging)
             versions |= used
-            made[planned.name] = part.compiled(
-                planned, network, staging, "part" if planned.name in plan.parts else "member"
-            )
+            made[planned.name] = part.compiled(planned, network, staging)
         versions[self.compiler.backend.name] = self.compiler.backend.version()
         if self.previous is not None:
             backends = {record.identity.backend for network in made.values() for record in network.engines}
@@ -156,12 +146,12 @@ class _Builder:
             notes=agreement.notes,
         )
 
-    def compiled(self, plan: NetworkPlan, network: Network, staging: Path, kind: Literal["member", "part"]) -> Network:
+    def compiled(self, plan: NetworkPlan, network: Network, staging: Path) -> Network:
         """``network`` with its engine, and those that the old bundle has for other backends."""
         compiler = replace(self.compiler, profile=self.profiles[plan.name])
         model = partial(self.model, plan, network, staging)
         engine = compiler.engine(
-            plan.name, network, model, staging, kind=kind, previous=self.previous, report=self.compiling
+            plan.name, network, model, staging, what=plan.what, previous=self.previous, report=self.compiling
         )
         engines = compiler.beside(plan.name, network, engine, staging, previous=self.previous)
         return msgspec.structs.replace(network, engines=engines)

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tstitch_engines.bundle.files import hash_file
-from tstitch_engines.bundle.manifest import Component, Member, Source
+from tstitch_engines.bundle.files import describe_file
+from tstitch_engines.bundle.manifest import Member, Source
 from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_engines.progress import silent
 from tstitch_export.build import versions_of
@@ -51,6 +51,7 @@ def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) ->
     graph.write_bytes(model.SerializeToString(deterministic=True))
     inputs, outputs = family.inputs(inspection, "fp32"), family.outputs(inspection, "fp32")
     validate(graph, inputs=inputs, outputs=outputs)
+    stored = describe_file(weights)
     member = Member(
         family=recipe.family,
         parametrisation=recipe.parametrisation,
@@ -58,8 +59,8 @@ def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) ->
         learned_variance=inspection.learned_variance,
         inputs=inputs,
         outputs=outputs,
-        onnx=(_component(graph), _component(weights)),
-        sources=(Source(name=weights.name, sha256=hash_file(weights)[0], bytes=weights.stat().st_size, shipped=True),),
+        onnx=(describe_file(graph), stored),
+        sources=(Source(name=stored.path, sha256=stored.sha256, bytes=stored.bytes, shipped=True),),
         check=check_graph(graph, family, inspection, "fp32"),
         config=dict(inspection.config),
     )
@@ -83,11 +84,6 @@ def _round_weights(checkpoint: Path, target: Path) -> None:
             )
     save_file(rounded, target)
     target.chmod(0o644)
-
-
-def _component(path: Path) -> Component:
-    sha256, size = hash_file(path)
-    return Component(path=path.name, sha256=sha256, bytes=size)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -150,7 +150,7 @@ def _plan(bundle: Bundle, record: EngineRecord) -> PlanHeader | None:
 
 def _graphs(record: EngineRecord) -> str:
     """The graph mode it runs in unless another is asked for, and why."""
-    from tstitch_engines.bundle.identity import for_gpu
+    from tstitch_engines.backends import for_gpu
 
     if not for_gpu(record.identity.backend, record.identity.arch):
         return "off (the CPU has no graphs)"

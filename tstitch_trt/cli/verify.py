@@ -122,12 +122,13 @@ def command(
     failed = result.of("failed")
     if failed:
         listed = "; ".join(f"the {c.backend} engine of {c.kind} {c.member!r}: {c.reason}" for c in failed)
+        from tstitch_engines.backends import for_gpu
         from tstitch_engines.bundle.bundle import open_bundle
-        from tstitch_engines.bundle.identity import for_gpu
+        from tstitch_engines.compile.bundle import compile_command
 
         first = failed[0]
         on = device if for_gpu(first.backend, first.arch) else "cpu"
-        again = open_bundle(bundle, verify="size", engines=False).compile_command(first.backend, on)
+        again = compile_command(open_bundle(bundle, verify="size", engines=False), first.backend, on)
         raise FailedWork(
             f"{len(failed)} of {len(result.engines)} engines failed: {listed}",
             hint=f"compile them again: {again} --fresh",

@@ -51,7 +51,7 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
                 member,
                 lambda: staging / member.onnx[0].path,
                 staging,
-                kind="member",
+                what=f"member {name}",
                 previous=None,
                 report=silent,
             ),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from tstitch_engines.backends import open_backend
+from tstitch_engines.backends import for_gpu, open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_engines.bundle.identity import check_identity, digest, for_gpu, model_digest
+from tstitch_engines.bundle.identity import check_identity, digest, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineRecord, Network
+from tstitch_engines.compile.bundle import compile_command
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, Unavailable
@@ -74,7 +75,7 @@ class EngineUnderTest:
 
     @property
     def _again(self) -> str:
-        return self._bundle.compile_command(self.record.identity.backend, place_of(self.record, self._gpu))
+        return compile_command(self._bundle, self.record.identity.backend, place_of(self.record, self._gpu))
 
     def _load(self) -> tuple[Engine, Device]:
         identity = self.record.identity

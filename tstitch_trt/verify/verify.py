@@ -14,9 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from tstitch_engines.backends import BACKENDS, open_backend
+from tstitch_engines.backends import BACKENDS, for_gpu, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
-from tstitch_engines.bundle.identity import for_gpu
 from tstitch_engines.bundle.manifest import EngineRecord
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import parse_device

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Final
+from typing import Final, NamedTuple
 
 from tstitch_engines.backends.base import Backend, Engine
 from tstitch_engines.errors import unknown_name
 
-__all__ = ["BACKENDS", "Backend", "Engine", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Engine", "for_gpu", "open_backend"]
 
-BACKENDS: Final = {
-    "onnxruntime": ("tstitch_engines.backends.onnxruntime", "OnnxRuntimeBackend"),
-    "tensorrt": ("tstitch_engines.backends.tensorrt", "open_tensorrt"),
-    "tensorrt-rtx": ("tstitch_engines.backends.tensorrt", "open_tensorrt_rtx"),
-    "torch": ("tstitch_engines.backends.torch_reference", "TorchBackend"),
+
+class _Entry(NamedTuple):
+    """Where a backend is, and what has to be known of it where its library is not installed."""
+
+    module: str
+    attribute: str
+    from_onnx: bool = True  # else it compiles exported programs, which a bundle does not hold
+    gpu_only: bool = False
+
+
+BACKENDS: Final[Mapping[str, _Entry]] = {
+    "onnxruntime": _Entry("tstitch_engines.backends.onnxruntime", "OnnxRuntimeBackend"),
+    "tensorrt": _Entry("tstitch_engines.backends.tensorrt", "open_tensorrt", gpu_only=True),
+    "tensorrt-rtx": _Entry("tstitch_engines.backends.tensorrt", "open_tensorrt_rtx", gpu_only=True),
+    "torch": _Entry("tstitch_engines.backends.torch_reference", "TorchBackend", from_onnx=False),
 }
 
 
@@ -22,6 +33,10 @@ def open_backend(name: str) -> Backend:
     """The backend called ``name``. Raises ``UnknownName``, or ``Unavailable`` when its library is not installed."""
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
-    module, attribute = BACKENDS[name]
-    backend: Backend = getattr(import_module(module), attribute)()
+    backend: Backend = getattr(import_module(BACKENDS[name].module), BACKENDS[name].attribute)()
     return backend
+
+
+def for_gpu(backend: str, arch: str) -> bool:
+    """Whether engines with this identity run on GPUs and not on the CPU."""
+    return (backend in BACKENDS and BACKENDS[backend].gpu_only) or arch.startswith(("sm_", "cuda"))

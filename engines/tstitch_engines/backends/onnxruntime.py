@@ -20,6 +20,7 @@ from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
 from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
+from tstitch_engines.spec import ONNX_TYPES
 from tstitch_engines.threads import default_threads
 
 if TYPE_CHECKING:
@@ -31,16 +32,6 @@ __all__ = ["OnnxRuntimeBackend", "copies_of", "tensorrt_options"]
 
 _log = logging.getLogger(__name__)
 
-# onnx.TensorProto element types: ONNX Runtime binds memory by them (numpy has no bfloat16 to say it with)
-_ELEMENT: Final = {
-    "float32": 1,
-    "uint8": 2,
-    "int32": 6,
-    "int64": 7,
-    "bool": 9,
-    "float16": 10,
-    "bfloat16": 16,
-}
 _NOT_WRITTEN: Final = ("Failed to write", "Protobuf serialization failed")  # how it reports a full disk
 _PROVIDERS: Final = ("cuda", "tensorrt")
 _TENSORRT: Final = "TensorrtExecutionProvider"
@@ -335,8 +326,8 @@ class _OnnxRuntimeEngine(Engine):
         binding = self._session.io_binding()
         for specs, bind in ((self.inputs, binding.bind_input), (self.outputs, binding.bind_output)):
             for spec in specs:
-                buffer = buffers[spec.name]
-                bind(spec.name, self._kind, self._index, _ELEMENT[spec.dtype], list(buffer.shape), buffer.ptr)
+                buffer = buffers[spec.name]  # by element type: numpy has no bfloat16
+                bind(spec.name, self._kind, self._index, ONNX_TYPES[spec.dtype], list(buffer.shape), buffer.ptr)
         self._binding = binding
         self._buffers = dict(buffers)  # the binding holds addresses only
 

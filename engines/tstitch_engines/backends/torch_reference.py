@@ -333,12 +333,7 @@ class _Memory:
     def __init__(self, buffer: Buffer, bits: str) -> None:
         import numpy as np
 
-        description = {
-            "shape": buffer.shape,
-            "typestr": np.dtype(bits).str,
-            "data": (buffer.ptr, False),
-            "version": 3,
-        }
+        description = {"shape": buffer.shape, "typestr": np.dtype(bits).str, "data": (buffer.ptr, False), "version": 3}
         self.__array_interface__ = self.__cuda_array_interface__ = description
 
 

@@ -53,13 +53,6 @@ class Bundle:
         """The command that makes it again from its recipe."""
         return rebuild_command(self.manifest, self.root)
 
-    def compile_command(self, backend: str, device: str = "cpu") -> str:
-        """The command that compiles its engines of ``backend`` again, or for the first time, for ``device``."""
-        if backend == "torch":  # compiles exported programs, which a bundle does not hold
-            return f"{self.rebuild_command} --backend {backend} --device {device}"
-        words = ("tstitch-trt", "build", str(self.root), "--backend", backend, "--device", device.removesuffix(":0"))
-        return " ".join(shlex.quote(word) for word in words)
-
     def check_files(self, components: Iterable[Component], *, full: bool = True) -> None:
         """Raises ``BadBundle`` for a file that is missing, truncated or (``full``) altered."""
         for component in components:

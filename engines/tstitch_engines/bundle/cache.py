@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 
 from tstitch_engines.bundle.files import (
+    describe_file,
     hash_file,
     hold,
     remove_stale,
@@ -247,7 +248,7 @@ class Cache:
             files = []
             for path in sorted(staging.iterdir()):
                 _sync_file(path)
-                files.append(_component(path))
+                files.append(describe_file(path))
             record = _Record(key=key, files=tuple(files), info=info)
             write_durably(staging / _RECORD, msgspec.json.encode(record))
             sync_directory(staging)
@@ -317,11 +318,6 @@ def _sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _component(path: Path) -> Component:
-    sha256, size = hash_file(path)
-    return Component(path=path.name, sha256=sha256, bytes=size)
 
 
 def _listed(folder: Path) -> list[Path]:

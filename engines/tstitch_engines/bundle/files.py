@@ -17,10 +17,12 @@ from tstitch_engines.bundle.manifest import Component
 
 __all__ = [
     "copy_component",
+    "describe_file",
     "exchange",
     "hash_file",
     "hold",
     "remove_stale",
+    "replace_file",
     "sync_directory",
     "temporary_directory",
     "write_durably",
@@ -58,6 +60,23 @@ def copy_component(source: Path, root: Path, relative: str) -> Component:
         out.flush()
         os.fsync(out.fileno())
     return Component(path=relative, sha256=digest.hexdigest(), bytes=size)
+
+
+def describe_file(path: Path) -> Component:
+    """The file at ``path`` as a component of its own folder."""
+    sha256, size = hash_file(path)
+    return Component(path=path.name, sha256=sha256, bytes=size)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes ``path`` so that a reader sees the old content or all of the new. Raises ``OSError``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from tstitch_engines.bundle.manifest import Component, EngineIdentity
 from tstitch_engines.errors import BadEngine
 
-__all__ = ["Difference", "canonical", "check_identity", "differences", "digest", "for_gpu", "model_digest"]
+__all__ = ["Difference", "canonical", "check_identity", "differences", "digest", "model_digest"]
 
 
 class Difference(NamedTuple):
@@ -30,11 +30,6 @@ def canonical(record: Any) -> bytes:
 def digest(record: Any) -> str:
     """The sha256 of the canonical form, in hex: the cache key of what the record describes."""
     return hashlib.sha256(canonical(record)).hexdigest()
-
-
-def for_gpu(backend: str, arch: str) -> bool:
-    """Whether engines with this identity run on GPUs and not on the CPU."""
-    return backend.startswith("tensorrt") or arch.startswith(("sm_", "cuda"))
 
 
 def model_digest(files: Sequence[Component]) -> str:

@@ -287,6 +287,10 @@ class Manifest(_Record, frozen=True, kw_only=True):
         """Members and parts by name."""
         return {**self.members, **self.parts}
 
+    def word(self, name: str) -> str:
+        """What messages call the network ``name``: ``member`` or ``part``."""
+        return "member" if name in self.members else "part"
+
     def components(self) -> list[Component]:
         """Every file the bundle must hold, each once."""
         found: dict[str, Component] = {}

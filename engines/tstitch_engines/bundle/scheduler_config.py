@@ -15,7 +15,7 @@ from typing import Any, Final
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Parametrisation
 from tstitch_engines.errors import BadInput, unknown_name
 
-__all__ = ["SCHEDULERS", "Scheduler", "read_scheduler"]
+__all__ = ["SCHEDULERS", "Scheduler", "read_scheduler", "read_training"]
 
 Option = str | int | float | bool
 
@@ -103,9 +103,8 @@ def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.
     keys = _Config(config, where)
     if keys.name not in SCHEDULERS:
         raise unknown_name("scheduler class", keys.name, SCHEDULERS, hint=f"(in {where})")
-    keys.off("thresholding", "rescale_betas_zero_snr", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
-    if keys.get("trained_betas", None) is not None:
-        raise keys.refuse("trained_betas", "a list", "null: a noise schedule is a formula")
+    keys.off("thresholding", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
+    noise, prediction = _training(keys)
     spacing = keys.choose(
         "timestep_spacing",
         "leading" if keys.name in _LEADING_CLASSES else "linspace",
@@ -115,23 +114,32 @@ def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.
     spaced = solver != "lcm" and ("sigmas" not in options or "sigma_ends" in options)
     if (offset := keys.whole("steps_offset", 0)) and spaced and spacing == "leading":
         options["steps_offset"] = offset
-    return Scheduler(
-        solver=solver,
-        options=options,
-        spacing=spacing,
-        noise=_noise(keys),
-        parametrisation=keys.choose("prediction_type", "epsilon", _PREDICTIONS),  # type: ignore[arg-type]
-    )
+    return Scheduler(solver=solver, options=options, spacing=spacing, noise=noise, parametrisation=prediction)
 
 
-def _noise(keys: _Config) -> NoiseScheduleSpec:
-    latent = keys.name == "LCMScheduler"  # the one whose defaults are those of latent diffusion
-    return NoiseScheduleSpec(
+def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseScheduleSpec, Parametrisation]:
+    """The noise a model was trained with and what it predicts, for any scheduler class with betas.
+
+    Raises ``BadInput`` naming the key that can't be honoured.
+    """
+    keys = _Config(config, where)
+    if "EDM" in keys.name or "FlowMatch" in keys.name:
+        raise keys.refuse("_class_name", keys.name, "a class with betas")
+    return _training(keys)
+
+
+def _training(keys: _Config) -> tuple[NoiseScheduleSpec, Parametrisation]:
+    keys.off("rescale_betas_zero_snr")
+    if keys.get("trained_betas", None) is not None:
+        raise keys.refuse("trained_betas", "a list", "null: a noise schedule is a formula")
+    latent = keys.name in ("LCMScheduler", "TCDScheduler")  # whose defaults are those of latent diffusion
+    noise = NoiseScheduleSpec(
         kind=keys.choose("beta_schedule", "scaled_linear" if latent else "linear", _BETAS),  # type: ignore[arg-type]
         steps=keys.whole("num_train_timesteps", 1000, least=1),
         beta_start=keys.number("beta_start", 0.00085 if latent else 0.0001),
         beta_end=keys.number("beta_end", 0.012 if latent else 0.02),
     )
+    return noise, keys.choose("prediction_type", "epsilon", _PREDICTIONS)  # type: ignore[return-value]
 
 
 def _final_alpha(keys: _Config, *, default: bool) -> str:
@@ -176,8 +184,7 @@ def _euler_ancestral(keys: _Config, spacing: str) -> tuple[str, dict[str, Option
 
 
 def _dpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
-    kinds = {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "-sde"}
-    kind = keys.choose("algorithm_type", "dpmsolver++", kinds)
+    kind = keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "-sde"})
     order = keys.whole("solver_order", 2)
     if order not in (2, 3):
         raise keys.refuse("solver_order", order, "2 or 3", "order 1 is DDIM: use DDIMScheduler, or solver ddim")

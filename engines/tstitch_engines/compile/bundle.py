@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from tstitch_engines.backends import Backend, open_backend
+from tstitch_engines.backends import BACKENDS, Backend, open_backend
 from tstitch_engines.backends.base import Option
 from tstitch_engines.bundle.bundle import MANIFEST, Bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
@@ -22,11 +23,19 @@ from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_nam
 from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range, ShapeProfile
 
-__all__ = ["recompile"]
+__all__ = ["compile_command", "recompile"]
 
 _log = logging.getLogger(__name__)
 
 _DEFAULT_BATCH: Final = Range(1, 8, 16)
+
+
+def compile_command(bundle: Bundle, backend: str, device: str = "cpu") -> str:
+    """The command that compiles the engines of ``backend`` for ``device``."""
+    if backend in BACKENDS and not BACKENDS[backend].from_onnx:
+        return f"{bundle.rebuild_command} --backend {backend} --device {device}"
+    words = ("tstitch-trt", "build", str(bundle.root), "--backend", backend, "--device", device.removesuffix(":0"))
+    return shlex.join(words)
 
 
 def recompile(
@@ -57,7 +66,7 @@ def recompile(
     if opened.model_kind != "onnx":
         raise BadInput(
             f"the backend {backend!r} is not compiled from ONNX, and a bundle holds nothing else to compile from",
-            hint=f"build it from its recipe: {bundle.compile_command(backend, device)}",
+            hint=f"build it from its recipe: {compile_command(bundle, backend, device)}",
         )
     networks = bundle.manifest.networks()
     wanted = list(networks if names is None else dict.fromkeys(names))
@@ -77,7 +86,7 @@ def recompile(
         ranges = {dim: r for dim, r in (profile or {}).items() if dim != "B" or name in bundle.manifest.members}
         compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache)
     place = bundle.root.resolve() if output is None else output.resolve()
-    _require_writable(place, bundle.compile_command(backend, device))
+    _require_writable(place, compile_command(bundle, backend, device))
     work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or silent)
     return write_bundle(place, work.fill)
 
@@ -165,7 +174,7 @@ class _Work:
             network,
             lambda: staging / network.onnx[0].path,
             staging,
-            kind="member" if name in self._bundle.manifest.members else "part",
+            what=f"{self._bundle.manifest.word(name)} {name}",
             previous=self._bundle,
             report=lambda phase, share: self._report(f"{name}: {phase}", (index + share) / count),
         )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
 
 from tstitch_engines.backends import Backend
 from tstitch_engines.backends.base import Option
@@ -62,18 +61,18 @@ class Compiler:
         model: Callable[[], Path],
         staging: Path,
         *,
-        kind: Literal["member", "part"],
+        what: str,
         previous: Bundle | None,
         report: Progress,
     ) -> EngineRecord:
-        """The engine of ``member`` in the bundle being made at ``staging``; messages call it a ``kind``.
+        """The engine of ``member`` in the bundle being made at ``staging``; ``what`` is it in messages.
 
         ``model`` gives what the backend compiles and is called only when it has to. ``previous``: the bundle that is
         replaced. Raises what ``Backend.compile`` raises.
         """
         backend, identity = self.backend, self.identity(member)
         key = digest(identity)
-        what = f"{kind} {name}: {backend.name} engine"
+        what = f"{what}: {backend.name} engine"
         old = previous.manifest.networks().get(name) if previous is not None and not self.cache.fresh else None
         for record in old.engines if old is not None else ():
             if record.identity == identity and keep_record(previous, record, staging):

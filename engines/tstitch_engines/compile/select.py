@@ -10,7 +10,7 @@ import msgspec
 
 from tstitch_engines.bundle.identity import check_identity, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
-from tstitch_engines.compile.bundle import recompile
+from tstitch_engines.compile.bundle import compile_command, recompile
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput
 from tstitch_engines.progress import Progress
 
@@ -29,7 +29,7 @@ def default_backend(bundle: Bundle) -> str:
         for record in member.engines:
             return record.identity.backend
     raise BadEngine(
-        f"the bundle {bundle.root} holds no engines", hint=f"compile them: {bundle.compile_command('onnxruntime')}"
+        f"the bundle {bundle.root} holds no engines", hint=f"compile them: {compile_command(bundle, 'onnxruntime')}"
     )
 
 
@@ -41,11 +41,11 @@ def select_engine(bundle: Bundle, name: str, backend: Backend, device: str) -> E
     """
     network = bundle.manifest.networks()[name]
     records = [record for record in network.engines if record.identity.backend == backend.name]
-    command = bundle.compile_command(backend.name, device)
+    command = compile_command(bundle, backend.name, device)
     if not records:
         have = sorted({record.identity.backend for record in network.engines})
         raise BadEngine(
-            f"the bundle {bundle.root} has no {backend.name} engine of {_word(bundle, name)} {name!r}; "
+            f"the bundle {bundle.root} has no {backend.name} engine of {bundle.manifest.word(name)} {name!r}; "
             f"it has: {', '.join(have) or 'none'}",
             hint=f"compile it: {command}; or add --rebuild",
         )
@@ -56,7 +56,7 @@ def select_engine(bundle: Bundle, name: str, backend: Backend, device: str) -> E
     check_identity(
         record.identity,
         _here(record, network, backend, arch),
-        what=f"the {backend.name} engine of {_word(bundle, name)} {name!r}",
+        what=f"the {backend.name} engine of {bundle.manifest.word(name)} {name!r}",
         rebuild=f"{command}; or add --rebuild",
     )
     backend.check_file(bundle.path(record.files[0]), device)
@@ -97,13 +97,9 @@ def check_load_options(
         if wishes.get(option) is not None:
             raise BadInput(
                 f"{option} = {wishes[option]} can't be honoured by the {backend.name} engine of "
-                f"{_word(bundle, name)} {name!r}: {reason}",
+                f"{bundle.manifest.word(name)} {name!r}: {reason}",
                 hint=f"leave out --{option} ({option}=...), or use an engine of another backend: --backend onnxruntime",
             )
-
-
-def _word(bundle: Bundle, name: str) -> str:
-    return "member" if name in bundle.manifest.members else "part"
 
 
 def _here(record: EngineRecord, network: Network, backend: Backend, arch: str) -> EngineIdentity:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from tstitch_engines.errors import BuildFailed
-from tstitch_engines.spec import TensorSpec
+from tstitch_engines.spec import ONNX_TYPES, TensorSpec
 from tstitch_export.needs import require
 
 __all__ = ["retyped_to_float32", "tidy", "validate"]
 
-# onnx.TensorProto element types
-_ELEMENT: Final = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _TYPE_ATTRIBUTES: Final = ("to", "softmax_precision")  # those that hold an element type (Cast, Attention)
 _CHECKER_LIMIT: Final = 2**31 - 1  # bytes: the type inference of onnx's checker wants one protobuf
 
@@ -65,7 +63,7 @@ def validate(path: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
         raise _refused(f"it uses sequence operators, which TensorRT can't parse: {', '.join(sequences)}")
     for values, specs, what in ((model.graph.input, inputs, "inputs"), (model.graph.output, outputs, "outputs")):
         got = [(v.name, v.type.tensor_type.elem_type, _dims(v)) for v in values]
-        want = [(s.name, _ELEMENT[s.dtype], s.shape) for s in specs]
+        want = [(s.name, ONNX_TYPES[s.dtype], s.shape) for s in specs]
         if got != want:
             raise _refused(f"its {what} are {got}; wanted are {want}")
 
@@ -90,7 +88,7 @@ def retyped_to_float32(path: Path, target: Path, narrow: str = "bfloat16") -> No
     import numpy as np
 
     onnx = require("onnx", "exporting to ONNX")
-    small, wide = _ELEMENT[narrow], _ELEMENT["float32"]
+    small, wide = ONNX_TYPES[narrow], ONNX_TYPES["float32"]
     model = onnx.load(path)
 
     def widen(tensor: Any) -> None:

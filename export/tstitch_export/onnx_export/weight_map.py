@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.weights import Stored, Weight, WeightMap
 from tstitch_engines.bundle.weights import Weights as StoredWeights
-from tstitch_engines.spec import itemsize
+from tstitch_engines.spec import ONNX_TYPES, itemsize
 from tstitch_export.families.base import LoraTarget
 from tstitch_export.needs import require
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["locate", "write_weight_map"]
 
-# onnx.TensorProto element types
-_NAMES: Final = {1: "float32", 7: "int64", 6: "int32", 9: "bool", 10: "float16", 16: "bfloat16"}
+_NAMES: Final = {number: name for name, number in ONNX_TYPES.items()}
 _HEAD: Final = 64  # elements that are compared before all are
 _LIKE: Final = {4: "int32", 2: "int16"}  # PyTorch's integers of a size: numpy has no bfloat16
 

@@ -14,13 +14,7 @@ from typing import Final
 
 import msgspec
 
-from tstitch_engines.bundle.manifest import (
-    Decoder,
-    Latent,
-    NoiseScheduleSpec,
-    Parametrisation,
-    TextInputs,
-)
+from tstitch_engines.bundle.manifest import Decoder, Latent, NoiseScheduleSpec, Parametrisation, TextInputs
 from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
 from tstitch_engines.errors import BadInput, PairMismatch
 from tstitch_export.planning.network import NetworkPlan

@@ -19,15 +19,7 @@ from tstitch_export.planning.recipe import PARTS, TEXT_ENCODERS, MemberRecipe, P
 from tstitch_export.planning.shipped import ShippedMember, read_shipped
 from tstitch_export.planning.sizes import Sizes
 
-__all__ = [
-    "NetworkPlan",
-    "part_names",
-    "part_of",
-    "plan_member",
-    "plan_part",
-    "plan_parts",
-    "precision_of",
-]
+__all__ = ["NetworkPlan", "part_names", "part_of", "plan_member", "plan_part", "plan_parts", "precision_of"]
 
 _MOST_TOKENS: Final = 3 * 77  # of prompts longer than the encoders' 77, which go through them in chunks
 # The VAE in half precision loses pictures (SDXL's overflows), and it is one call of a whole trajectory.

@@ -9,10 +9,7 @@ Everything else is computed in ``high_precision``. Inputs and outputs of the gra
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
 from tstitch_engines.spec import TensorSpec
+from tstitch_engines.worker_process import how_it_ended, start_worker, tail
 from tstitch_export.needs import require
 from tstitch_export.onnx_export.graph import tidy, validate
 from tstitch_export.quantise.layers import Layer, choose, find_layers, is_quantised, prepare
@@ -52,7 +50,6 @@ _SOURCES: Final = ("fp32", "fp16")
 _BATCH: Final = 8  # calibration rows per call
 _MODULE: Final = "tstitch_export.quantise.worker"
 _MODULES: Final = ("modelopt", "lief", "onnx_graphsurgeon", "onnxslim")  # what its ONNX part imports beyond our extras
-_TAIL: Final = 2000  # characters of the worker's stderr that an error quotes at most
 _INSTALL: Final = 'pip install "tstitch-trt[cpu,quant]"'
 
 
@@ -217,35 +214,23 @@ def _not_as_asked(what: str) -> BuildFailed:
 def _run(request: Request, folder: Path) -> None:
     """Runs the worker, which is killed on Ctrl-C or any other exception. Its temporary files are made in ``folder``."""
     with tempfile.TemporaryFile() as complaints:
-        # Its own session: Ctrl-C in the terminal reaches us only, and we end it. -P: not what lies in the directory.
-        process = subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
-            [sys.executable, "-P", "-m", _MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p),
-                "TMPDIR": str(folder.absolute()),
-                "PYTHONHASHSEED": "0",  # it walks through sets
-            },
-            start_new_session=True,
-        )
+        env = {"TMPDIR": str(folder.absolute()), "PYTHONHASHSEED": "0"}  # modelopt iterates over sets
+        process = start_worker(_MODULE, complaints, env)
         try:
             answer, _ = process.communicate(msgspec.json.encode(request))
         except BaseException:
             process.kill()
             process.wait()
             raise
-        tail = _tail(complaints)
+        said = tail(complaints)
     try:
         reply = msgspec.json.decode(answer, type=Reply)
     except msgspec.DecodeError:
-        raise _died(process.returncode, tail) from None
+        raise _died(process.returncode, said) from None
     if reply.missing:
         raise Unavailable(f"nvidia-modelopt does not start: {reply.error}", hint=_INSTALL)
     if reply.error:
-        full = "No space left" in reply.error or "No space left" in tail
+        full = "No space left" in reply.error or "No space left" in said
         raise BuildFailed(
             f"nvidia-modelopt failed on {Path(request.model).name}: {reply.error}",
             hint="free space there, or write to another file system with -o"
@@ -254,23 +239,16 @@ def _run(request: Request, folder: Path) -> None:
         )
     if not Path(request.output).is_file():
         raise _not_as_asked("it wrote nothing")
-    _log.debug("modelopt said: %s", tail)
+    _log.debug("modelopt said: %s", said)
 
 
-def _died(code: int, tail: str) -> BuildFailed:
+def _died(code: int, said: str) -> BuildFailed:
     if code == -signal.SIGKILL:
         return BuildFailed(
             "the process that quantises was killed (SIGKILL), as the kernel does when memory runs out",
             hint="free memory, or quantise on a machine with more and copy the bundle; fewer --samples need less",
         )
-    said = f": {tail}" if tail else ""
     return BuildFailed(
-        f"the process that quantises ended with code {code}{said}", hint="report this message with tstitch-trt doctor"
+        f"the process that quantises ended with {how_it_ended(code)}{f': {said}' if said else ''}",
+        hint="report this message with tstitch-trt doctor",
     )
-
-
-def _tail(complaints: Any) -> str:
-    end = complaints.seek(0, os.SEEK_END)
-    complaints.seek(max(end - _TAIL, 0))
-    text: str = complaints.read().decode(errors="replace")
-    return " | ".join(line.strip() for line in text.splitlines()[-5:] if line.strip())

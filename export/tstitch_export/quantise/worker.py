@@ -8,19 +8,17 @@ the temporary directory. Whatever writes to stdout goes to stderr.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import sys
-from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 
+from tstitch_engines.worker_process import end_with_parent
+
 __all__ = ["Reply", "Request", "main"]
 
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _INT8_TOP: Final = 127.0
 _FLOAT8_TOP: Final = 448.0  # float8 e4m3fn
 
@@ -108,8 +106,7 @@ def _to_float8(model: Any) -> None:
 
 
 def main() -> int:
-    with suppress(OSError):  # our parent kills us; should it be killed itself, the kernel does
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)

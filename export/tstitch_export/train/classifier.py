@@ -10,9 +10,7 @@ themselves in float16).
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from tstitch_engines.spec import TensorSpec
 from tstitch_export.onnx_export.graph import tidy
 from tstitch_export.onnx_export.pack import store_half
 from tstitch_export.train.data import load_split
-from tstitch_export.train.loop import Budget, learning_rate, load_state, save_state
+from tstitch_export.train.loop import Budget, load_state, parse_options, run, save_state, training_parser
 
 __all__ = ["Classifier", "export", "main"]
 
@@ -129,22 +127,7 @@ def write_reference(network: Path, data: Path, path: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx.gz files")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="checkpoints, classifier.onnx and reference.npz go here"
-    )
-    parser.add_argument("--images", type=int, help="train on this many images (with repetition)")
-    parser.add_argument("--minutes", type=float, help="train for this long, summed over resumed runs")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if not args.images and not args.minutes:
-        parser.error("say how long to train: --images N or --minutes M")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = parse_options(training_parser(__doc__), argv)
     images, labels_np = load_split(args.data, "train")
     data, labels = normalised(images), torch.from_numpy(labels_np)
 
@@ -160,49 +143,36 @@ def main(argv: list[str] | None = None) -> int:
         step, budget.seconds_before = state["step"], state["seconds"]
         print(f"resumed at step {step}", file=sys.stderr)
 
-    def save() -> None:
-        save_state(
-            args.out / "state.pt",
-            {
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "step": step,
-                "seconds": budget.seconds(),
-            },
-        )
+    def save(step: int) -> None:
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+        save_state(args.out / "state.pt", {**state, "step": step, "seconds": budget.seconds()})
 
     generator = torch.Generator()
-    saved, running = time.monotonic(), []
+    losses: list[float] = []
+
+    def advance(step: int, progress: float) -> None:
+        seed = args.seed * 1_000_003 + step
+        generator.manual_seed(seed)
+        torch.manual_seed(seed)  # dropout: a resumed run draws what an unbroken one would
+        index = torch.randint(0, len(data), (args.batch,), generator=generator)
+        _, logits = model(augment(data[index], generator))
+        loss = functional.cross_entropy(logits, labels[index], label_smoothing=0.05)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        if len(losses) == 200:
+            print(f"{100 * progress:5.1f} %  loss {sum(losses) / len(losses):.4f}", file=sys.stderr, flush=True)
+            losses.clear()
+
     model.train()
-    try:
-        while (progress := budget.progress(step * args.batch)) < 1:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(PEAK_RATE, progress, step, 200)
-            seed = args.seed * 1_000_003 + step
-            generator.manual_seed(seed)
-            torch.manual_seed(seed)  # dropout: a resumed run draws what an unbroken one would
-            index = torch.randint(0, len(data), (args.batch,), generator=generator)
-            _, logits = model(augment(data[index], generator))
-            loss = functional.cross_entropy(logits, labels[index], label_smoothing=0.05)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            step += 1
-            running.append(float(loss.detach()))
-            if step % 200 == 0:
-                print(f"{100 * progress:5.1f} %  loss {sum(running) / len(running):.4f}", file=sys.stderr, flush=True)
-                running.clear()
-            if time.monotonic() - saved > 60:
-                save()
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        print("interrupted: saved, the same command goes on from here", file=sys.stderr)
-        save()
+    share = lambda step: budget.progress(step * args.batch)  # noqa: E731
+    steps = run(optimiser, PEAK_RATE, step=step, share=share, advance=advance, save=save)
+    if steps is None:
         return 130
-    save()
     export(model, args.out / "classifier.onnx")
     accuracy = write_reference(args.out / "classifier.onnx", args.data, args.out / "reference.npz")
-    print(f"{args.out / 'classifier.onnx'}: test accuracy {100 * accuracy:.2f} % after {step * args.batch:,} images")
+    print(f"{args.out / 'classifier.onnx'}: test accuracy {100 * accuracy:.2f} % after {steps * args.batch:,} images")
     return 0
 
 

@@ -11,18 +11,7 @@ from numpy.typing import NDArray
 
 __all__ = ["CLASSES", "load_split"]
 
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 _HOW = (
     "hint: on Debian or Ubuntu: apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb fm, "

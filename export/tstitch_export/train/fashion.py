@@ -13,12 +13,9 @@ average of the weights is written to ``OUT/ema.safetensors`` with the names of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +26,7 @@ from torch import Tensor
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.model import DiT
 from tstitch_export.train.data import load_split
-from tstitch_export.train.loop import Budget, Ema, learning_rate, load_state, save_state
+from tstitch_export.train.loop import Budget, Ema, load_state, parse_options, run, save_state, training_parser
 
 __all__ = ["MEMBERS", "main", "v_loss"]
 
@@ -75,28 +72,16 @@ def average_gradients(model: DiT, world: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx.gz files")
+    parser = training_parser(__doc__)
     parser.add_argument("--member", choices=sorted(MEMBERS), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and ema.safetensors go here")
-    parser.add_argument("--images", type=int, help="train on this many images (with repetition)")
-    parser.add_argument("--minutes", type=float, help="train for this long, summed over resumed runs")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if not args.images and not args.minutes:
-        parser.error("say how long to train: --images N or --minutes M")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse_options(parser, argv)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch % world:
         parser.error(f"--batch {args.batch} does not divide among {world} processes")
     if world > 1:
         dist.init_process_group("gloo")
     part = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
-    args.out.mkdir(parents=True, exist_ok=True)
     images, labels_np = load_split(args.data, "train")
     data = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None]
     labels = torch.from_numpy(labels_np)
@@ -106,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     ema = Ema(model, 0.999)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
     budget = Budget(args.images, args.minutes)
-    step, history = 0, []
+    step = 0
+    history: list[list[float]] = []
     state = load_state(args.out / "state.pt")
     if state is not None:
         model.load_state_dict(state["model"])
@@ -115,20 +101,12 @@ def main(argv: list[str] | None = None) -> int:
         step, history, budget.seconds_before = state["step"], state["history"], state["seconds"]
         print(f"resumed at step {step}", file=sys.stderr)
 
-    def save() -> None:
+    def save(step: int) -> None:
         if rank:
             return
-        save_state(
-            args.out / "state.pt",
-            {
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "ema": ema.values,
-                "step": step,
-                "history": history,
-                "seconds": budget.seconds(),
-            },
-        )
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "ema": ema.values}
+        more = {"step": step, "history": history, "seconds": budget.seconds()}
+        save_state(args.out / "state.pt", {**state, **more})
         buffers = {"pos_embed": model.get_buffer("pos_embed")}
         save_file({k: v.cpu().contiguous() for k, v in {**ema.values, **buffers}.items()}, args.out / "ema.safetensors")
         log = {"member": args.member, "images": step * args.batch, "seconds": budget.seconds(), "history": history}
@@ -136,49 +114,42 @@ def main(argv: list[str] | None = None) -> int:
 
     signal = alphas_cumprod()
     generator = torch.Generator()
-    saved, running = time.monotonic(), []
-    try:
-        while True:
-            shared = torch.tensor(budget.progress(step * args.batch))
-            if world > 1:
-                dist.broadcast(shared, 0)  # the clock of one process decides for all
-            progress = float(shared)
-            if progress >= 1:
-                break
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(PEAK_RATE[args.member], progress, step, 200)
-            generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one would
-            index = torch.randint(0, len(data), (args.batch,), generator=generator)
-            x0, y = data[index].to(args.device), labels[index].to(args.device)
-            loss = v_loss(model, x0, y, signal, generator, part)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if world > 1:
-                average_gradients(model, world)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            step += 1
-            ema.update(model, step)
-            running.append(loss.detach())
-            if step % 100 == 0:
-                mean = float(torch.stack(running).mean())
-                running.clear()
-                history.append([step * args.batch, round(budget.seconds(), 1), mean])
-                if rank == 0:
-                    print(f"{100 * progress:5.1f} %  images {step * args.batch:>9,}  loss {mean:.4f}", file=sys.stderr)
-            if time.monotonic() - saved > 60:
-                save()
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        print("interrupted: saved, the same command goes on from here", file=sys.stderr)
-        save()
+    losses: list[Tensor] = []
+
+    def share(step: int) -> float:
+        shared = torch.tensor(budget.progress(step * args.batch))
+        if world > 1:
+            dist.broadcast(shared, 0)  # the clock of one process decides for all
+        return float(shared)
+
+    def advance(step: int, progress: float) -> None:
+        generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one would
+        index = torch.randint(0, len(data), (args.batch,), generator=generator)
+        x0, y = data[index].to(args.device), labels[index].to(args.device)
+        loss = v_loss(model, x0, y, signal, generator, part)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if world > 1:
+            average_gradients(model, world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        ema.update(model, step + 1)
+        losses.append(loss.detach())
+        if (step + 1) % 100 == 0:
+            mean, seen = float(torch.stack(losses).mean()), (step + 1) * args.batch
+            losses.clear()
+            history.append([seen, round(budget.seconds(), 1), mean])
+            if rank == 0:
+                print(f"{100 * progress:5.1f} %  images {seen:>9,}  loss {mean:.4f}", file=sys.stderr)
+
+    steps = run(optimiser, PEAK_RATE[args.member], step=step, share=share, advance=advance, save=save)
+    if steps is None:
         return 130
-    save()
     if world > 1:
         dist.destroy_process_group()
     if rank:
         return 0
-    print(f"{args.out / 'ema.safetensors'}: {step * args.batch:,} images in {budget.seconds() / 60:.1f} minutes")
+    print(f"{args.out / 'ema.safetensors'}: {steps * args.batch:,} images in {budget.seconds() / 60:.1f} minutes")
     return 0
 
 

@@ -1,9 +1,12 @@
-"""What both trainings share: checkpoints that survive an interruption, the learning rate and the EMA."""
+"""What both trainings share: options, the loop, checkpoints that survive an interruption, learning rate and EMA."""
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,64 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Budget", "Ema", "learning_rate", "load_state", "save_state"]
+__all__ = ["Budget", "Ema", "learning_rate", "load_state", "parse_options", "run", "save_state", "training_parser"]
+
+_WARMUP = 200  # steps
+_SAVE_SECONDS = 60
+
+
+def training_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx.gz files")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints and results go here")
+    parser.add_argument("--images", type=int, help="train on this many images (with repetition)")
+    parser.add_argument("--minutes", type=float, help="train for this long, summed over resumed runs")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with the threads set and the output folder made."""
+    args = parser.parse_args(argv)
+    if not args.images and not args.minutes:
+        parser.error("say how long to train: --images N or --minutes M")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def run(
+    optimiser: torch.optim.Optimizer,
+    peak_rate: float,
+    *,
+    step: int,
+    share: Callable[[int], float],
+    advance: Callable[[int, float], None],
+    save: Callable[[int], None],
+) -> int | None:
+    """Trains from ``step`` until ``share(step)`` of the work is 1; the number of steps, ``None`` when interrupted.
+
+    ``advance(step, share)`` makes one step. ``save(steps)`` is called once a minute and at the end.
+    """
+    saved = time.monotonic()
+    try:
+        while (progress := share(step)) < 1:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(peak_rate, progress, step, _WARMUP)
+            advance(step, progress)
+            step += 1
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                save(step)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        print("interrupted: saved, the same command goes on from here", file=sys.stderr)
+        save(step)
+        return None
+    save(step)
+    return step
 
 
 @dataclass

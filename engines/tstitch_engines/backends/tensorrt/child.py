@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +16,13 @@ from tstitch_engines.backends.tensorrt.estimate import Estimate, free_memory
 from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
 from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_engines.progress import Progress
+from tstitch_engines.worker_process import how_it_ended, start_worker, tail
 
 __all__ = ["run_worker"]
 
 _log = logging.getLogger(__name__)
 
 _MODULE: Final = "tstitch_engines.backends.tensorrt.worker"
-_TAIL: Final = 2000  # characters of the worker's stderr that an error quotes at most
 
 
 def run_worker(request: Request, *, expected: Estimate, progress: Progress) -> Done:
@@ -36,15 +33,7 @@ def run_worker(request: Request, *, expected: Estimate, progress: Progress) -> D
     """
     finished: Done | None = None
     with tempfile.TemporaryFile() as complaints:
-        # Its own session: Ctrl-C in the terminal reaches us only, and we end it. -P: not what lies in the directory.
-        process = subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
-            [sys.executable, "-P", "-m", _MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)},
-            start_new_session=True,
-        )
+        process = start_worker(_MODULE, complaints)
         try:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -64,7 +53,7 @@ def run_worker(request: Request, *, expected: Estimate, progress: Progress) -> D
                     finished = line
             process.wait()
             if finished is None:
-                raise _died(process.returncode, request, expected, _tail(complaints))
+                raise _died(process.returncode, request, expected, tail(complaints))
         except BaseException:
             process.kill()
             process.wait()
@@ -91,7 +80,7 @@ def _error(failure: Failure) -> TStitchError:
     return kind(failure.message, hint=failure.hint)
 
 
-def _died(code: int, request: Request, expected: Estimate, tail: str) -> BuildFailed:
+def _died(code: int, request: Request, expected: Estimate, said: str) -> BuildFailed:
     model = Path(request.model).name
     if code == -signal.SIGKILL:
         free = free_memory()
@@ -101,20 +90,7 @@ def _died(code: int, request: Request, expected: Estimate, tail: str) -> BuildFa
             f"it needs {expected}{have}",
             hint="free memory, or build on a machine with more and copy the bundle",
         )
-    how = f"exit code {code}"
-    if code < 0:
-        known = {one.value: one.name for one in signal.Signals}
-        how = f"signal {known.get(-code, str(-code))}"
-    said = f": {tail}" if tail else ""
     return BuildFailed(
-        f"the process compiling {model} ended with {how}{said}",
+        f"the process compiling {model} ended with {how_it_ended(code)}{f': {said}' if said else ''}",
         hint="the library crashed: try another precision or version of it, and report this message",
     )
-
-
-def _tail(complaints: IO[bytes]) -> str:
-    """The end of what the worker printed, on one line."""
-    end = complaints.seek(0, os.SEEK_END)
-    complaints.seek(max(end - _TAIL, 0))
-    text = complaints.read().decode(errors="replace")
-    return " | ".join(line.strip() for line in text.splitlines()[-5:] if line.strip())

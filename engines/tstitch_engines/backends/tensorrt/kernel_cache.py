@@ -7,13 +7,13 @@ the file name only keeps apart what can't be shared.
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tstitch_engines.bundle.cache import default_root
+from tstitch_engines.bundle.files import replace_file
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.device.cuda import cuda_bindings
 
@@ -74,13 +74,9 @@ class KernelCache:
         blob = b"" if memory is None else bytes(memoryview(memory))
         if not blob or blob == self._stored:
             return
-        scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_bytes(blob)
-            scratch.replace(self._path)
+            replace_file(self._path, blob)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             _log.warning("the kernel cache %s can't be written: %s", self._path, error)
             return
         self._stored = blob

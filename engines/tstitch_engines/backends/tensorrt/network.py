@@ -5,15 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from tstitch_engines.backends.tensorrt.api import (
-    AttentionOutput,
-    Config,
-    Library,
-    Network,
-    NetworkBuilder,
-    Parser,
-    has,
-)
+from tstitch_engines.backends.tensorrt.api import AttentionOutput, Config, Library, Network, NetworkBuilder, Parser, has
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.library import Messages
 from tstitch_engines.errors import BuildFailed

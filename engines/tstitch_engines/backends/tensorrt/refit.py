@@ -53,8 +53,7 @@ def refit(
         _give(library, refitter, others, missing, given, what=what, fix=fix, messages=messages)
     if not refitter.refit_cuda_engine():
         raise FailedWork(
-            f"{what} could not be refitted: {messages.reason()}",
-            hint="check the GPU's free memory (nvidia-smi)",
+            f"{what} could not be refitted: {messages.reason()}", hint="check the GPU's free memory (nvidia-smi)"
         )
 
 

@@ -8,7 +8,6 @@ not the caller's. Whatever else writes to stdout goes to stderr.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
@@ -25,7 +24,9 @@ from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
 from tstitch_engines.backends.tensorrt.library import Messages, logger_of, open_library
 from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
 from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
+from tstitch_engines.bundle.files import replace_file
 from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.worker_process import end_with_parent
 
 if TYPE_CHECKING:
     from tstitch_engines.device.cuda import CudaDevice
@@ -34,7 +35,6 @@ __all__ = ["compile_engine", "main"]
 
 _INCONSISTENT: Final = "values are not self-consistent"  # "Profile kMIN values...", and kOPT, kMAX
 _KILL_ME_FIRST: Final = 500  # of 1000: the kernel should end the worker, not whoever waits for it
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _MEGABYTE: Final = 1 << 20
 
 
@@ -203,20 +203,12 @@ def _configure(
 def _keep_timings(config: Config, timings: TimingCache | None, request: Request) -> None:
     if timings is None or request.options.timing_cache is None:
         return
-    path = Path(request.options.timing_cache)
     kept = config.get_timing_cache() or timings
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(bytes(memoryview(kept.serialize())))
-    scratch.replace(path)
+    replace_file(Path(request.options.timing_cache), bytes(memoryview(kept.serialize())))
 
 
 def _write(
-    library: Library,
-    builder: NetworkBuilder,
-    network: Network,
-    config: Config,
-    request: Request,
-    messages: Messages,
+    library: Library, builder: NetworkBuilder, network: Network, config: Config, request: Request, messages: Messages
 ) -> int | None:
     """Builds into the output file: its size, or ``None`` when the library gave up. Raises ``OSError``."""
     with Path(request.output).open("wb") as file:
@@ -275,8 +267,7 @@ def _failed(
 def _stay_behind_no_one() -> None:
     """The worker ends with its parent and is the first to go when memory runs out. Ctrl-C is the parent's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_KILL_ME_FIRST))
 

@@ -66,12 +66,7 @@ def describe_loras(uses: Sequence[LoraUse]) -> str:
 
 
 def check_loras(
-    uses: Sequence[LoraUse],
-    shapes: Shapes,
-    *,
-    model: str,
-    part: str = "unet",
-    aliases: Mapping[str, str] | None = None,
+    uses: Sequence[LoraUse], shapes: Shapes, *, model: str, part: str = "unet", aliases: Mapping[str, str] | None = None
 ) -> None:
     """Raises ``BadCheckpoint`` unless every layer that a file has for ``part`` fits a module of the model.
 
@@ -111,12 +106,7 @@ def fuse(
 
 
 def lora_deltas(
-    use: LoraUse,
-    shapes: Shapes,
-    *,
-    model: str,
-    part: str = "unet",
-    aliases: Mapping[str, str] | None = None,
+    use: LoraUse, shapes: Shapes, *, model: str, part: str = "unet", aliases: Mapping[str, str] | None = None
 ) -> list[tuple[str, Delta]]:
     """What a file adds to the weights: their keys in ``shapes``, and functions that compute it, float32. No torch.
 

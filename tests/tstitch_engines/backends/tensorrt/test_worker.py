@@ -15,7 +15,7 @@ import pytest
 
 from support.tensorrt_builds import compile_member, shipped_small
 from tstitch_engines.backends import open_backend
-from tstitch_engines.backends.tensorrt import TensorRtBackend, child
+from tstitch_engines.backends.tensorrt import TensorRtBackend
 from tstitch_engines.errors import BuildFailed, Cancelled
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
@@ -33,7 +33,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
         started.append(real(*args, **rest))
         return started[-1]
 
-    monkeypatch.setattr(child.subprocess, "Popen", recording)
+    monkeypatch.setattr(subprocess, "Popen", recording)
     return started
 
 
