@@ -1,4 +1,4 @@
-"""Calls of one engine with host arrays, and what lies between two results. Not for sampling: it copies and waits."""
+"""Runs one engine with host arrays. Not for sampling: it copies and waits."""
 
 from __future__ import annotations
 

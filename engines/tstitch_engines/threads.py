@@ -1,4 +1,4 @@
-"""How many CPU threads a library gets that is told no number."""
+"""The default number of CPU threads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ __all__ = ["default_threads"]
 
 
 def default_threads() -> int:
-    """``$OMP_NUM_THREADS``, which PyTorch follows by itself and ONNX Runtime does not; 0, for all cores, without it.
+    """``$OMP_NUM_THREADS``, which PyTorch reads by itself and ONNX Runtime does not; else 0, all cores.
 
-    Of a list (OpenMP 4.0, section 4.2: one number for each level of nesting) the first; what is no number above 0 does
-    not count.
+    The first of a list counts (OpenMP 4.0, section 4.2: one number per level of nesting).
     """
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() else 0

@@ -53,21 +53,19 @@ def build(
 ) -> Manifest:
     """Builds the bundle ``output`` and returns its manifest.
 
-    ``members`` gives checkpoints by member name, in place of or in addition to the recipe's own; ``parts`` folders of
-    text encoders, VAE and ControlNet, in place of those in the members' pipelines; a member's own text encoder is
-    called ``MEMBER_text_encoder``. ``precision`` is one for all (but VAEs, which stay fp32) or one by name (fp32 where
-    none is given). ``profile`` is the batch range of the engines; with guidance one image takes two places. ``height``
-    and ``width`` are ranges in pixels, ``tokens`` of prompts; the last member's native size and prompts of up to 231
-    tokens where they are ``None``. ``options`` holds the backend's options, and ``NAME.OPTION`` for the family of a
-    member or part.
+    ``members`` gives checkpoints by member name, besides or instead of the recipe's own; ``parts`` folders of text
+    encoders, VAE and ControlNet instead of those in the members' pipelines (a member's own text encoder is
+    ``MEMBER_text_encoder``). ``precision``: one for all (VAEs stay fp32), or by name with fp32 as the default.
+    ``profile``: the batch range; with guidance one image takes two places. ``height`` and ``width`` are ranges in
+    pixels (default: the last member's native size), ``tokens`` of prompts (default: up to 231). ``options``: the
+    backend's, and ``NAME.OPTION`` for the family of a member or part.
 
-    What did not change is reused: exports and engines come from the cache or from the bundle that is replaced, and
-    engines that bundle has for other backends or machines are kept where the ONNX is the same. An interrupted build
-    goes on from the cache. ``fresh`` makes all of it again, for engines that fail though every hash is right.
-    ``output`` is replaced in one step at the end or not at all.
+    Exports and engines that did not change come from the cache or the bundle that is replaced, unless ``fresh``; an
+    interrupted build goes on there. Engines for other backends and machines are kept where the ONNX is the same.
+    ``output`` is replaced in one step at the end.
 
-    Raises ``BadInput`` and its kinds before anything is built, ``BuildFailed`` when an export or a compilation fails
-    or the disk is full, ``Unavailable`` when a library is missing.
+    Raises ``BadInput`` before anything is built, ``BuildFailed`` when an export or a compilation fails or the disk is
+    full, ``Unavailable`` when a library is missing.
     """
     report = progress or silent
     opened = open_backend(backend)
@@ -85,7 +83,7 @@ def build(
     )
     sizes = plan.sizes(batch=profile, height=height, width=width, tokens=tokens)
     profiles = {network.name: network.profile(sizes) for network in plan.networks}
-    for note in plan.agreement.notes:
+    for note in plan.conventions.notes:
         _log.info("%s", note)
     builder = _Builder(compiler=compiler, profiles=profiles, previous=_previous(output), report=report)
     return write_bundle(output, lambda staging: builder.fill(staging, plan, Path(str(recipe)).name)).manifest
@@ -110,7 +108,7 @@ class _Builder:
 
     def fill(self, staging: Path, plan: BundlePlan, recipe: str) -> Manifest:
         """``recipe`` is the name or path that was given."""
-        spec, agreement = plan.recipe, plan.agreement
+        spec, conventions = plan.recipe, plan.conventions
         versions = versions_of(("tstitch-trt",))
         made: dict[str, Network] = {}
         for index, planned in enumerate(plan.networks):
@@ -135,15 +133,15 @@ class _Builder:
             name=spec.name,
             recipe=recipe,
             versions=versions,
-            latent=agreement.latent,
-            noise=agreement.noise,
+            latent=conventions.latent,
+            noise=conventions.noise,
             conditioning=spec.conditioning,
-            defaults=_defaults(spec, agreement),
-            decoder=agreement.decoder,
-            members={member.name: _member(member, made[member.name], agreement) for member in plan.members},
+            defaults=_defaults(spec, conventions),
+            decoder=conventions.decoder,
+            members={member.name: _member(member, made[member.name], conventions) for member in plan.members},
             parts={name: made[name] for name in plan.parts},
             quality=quality,
-            notes=agreement.notes,
+            notes=conventions.notes,
         )
 
     def compiled(self, plan: NetworkPlan, network: Network, staging: Path) -> Network:
@@ -179,18 +177,18 @@ class _Builder:
         return exported_program(plan, cache=self.compiler.cache, report=report)
 
 
-def _defaults(spec: Recipe, agreement: PairConventions) -> Defaults:
-    """The recipe's, with solver and spacing of the governing pipeline's scheduler. ``agree`` has said what it takes."""
-    if agreement.scheduler is None:
+def _defaults(spec: Recipe, conventions: PairConventions) -> Defaults:
+    """The recipe's, with solver and spacing of the governing pipeline's scheduler."""
+    if conventions.scheduler is None:
         return spec.defaults
-    found = agreement.scheduler
+    found = conventions.scheduler
     return msgspec.structs.replace(
         spec.defaults, solver=found.solver, spacing=found.spacing, solver_options=dict(found.options)
     )
 
 
-def _member(plan: NetworkPlan, network: Network, agreement: PairConventions) -> Member:
-    found, adapted = plan.inspection, agreement.members[plan.name]
+def _member(plan: NetworkPlan, network: Network, conventions: PairConventions) -> Member:
+    found, adapted = plan.inspection, conventions.members[plan.name]
     return Member(
         **{name: getattr(network, name) for name in Network.__struct_fields__},
         parametrisation=adapted.parametrisation,

@@ -88,7 +88,7 @@ def planned(recipe: str | Path, **arguments: Any) -> BundlePlan:
 
 def said(plan: BundlePlan, *words: str) -> None:
     """There is a note with all of these words."""
-    notes = plan.agreement.notes
+    notes = plan.conventions.notes
     assert any(all(word in note for word in words) for note in notes), notes
 
 

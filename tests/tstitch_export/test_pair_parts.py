@@ -28,10 +28,10 @@ def test_bare_unets_take_embeddings_and_give_latents(recipe: Path, sd: Path) -> 
     """Also the folder ``unet`` of a pipeline, whose neighbours are not looked at."""
     plan = planned(recipe, members={"small": sd / "unet", "large": sd / "unet"})
     assert not plan.parts
-    assert plan.agreement.decoder.kind == "none"
+    assert plan.conventions.decoder.kind == "none"
     said(plan, "member 'small' has no text_encoder: it takes prompt_embeds [N,T,32] in place of prompts", "--part")
     said(plan, "there is no vae_decoder: the bundle gives latents, not pictures")
-    assert plan.agreement.members["large"].text == TextInputs(hidden=(), width=32)
+    assert plan.conventions.members["large"].text == TextInputs(hidden=(), width=32)
 
 
 def test_bare_sdxl_takes_pooled_embeddings_too(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_bare_sdxl_takes_pooled_embeddings_too(tmp_path: Path) -> None:
     recipe = text_recipe(tmp_path / "xl.toml", family="unet-sdxl", xl=True)
     plan = planned(recipe, members={"small": tmp_path / "xl", "large": tmp_path / "xl"})
     said(plan, "has no text_encoder and text_encoder_2", "prompt_embeds [N,T,64] and pooled_prompt_embeds [N,16]")
-    text = plan.agreement.members["small"].text
+    text = plan.conventions.members["small"].text
     assert text is not None
     assert (text.hidden, text.pooled, text.pooled_width, text.time_ids) == ((), None, 16, "sizes")
 
@@ -63,8 +63,8 @@ def test_a_text_encoder_given_goes_before_those_of_the_pipelines(recipe: Path, s
     assert "small_text_encoder" not in plan.parts
     plan = planned(recipe, members=both, parts={"small_text_encoder": tuned})
     assert (plan.parts["small_text_encoder"].given, plan.parts["text_encoder"].given) == (tuned, sd / "text_encoder")
-    assert plan.agreement.members["small"].text == TextInputs(hidden=("small_text_encoder",), width=32)
-    assert plan.agreement.members["large"].text == TextInputs(hidden=("text_encoder",), width=32)
+    assert plan.conventions.members["small"].text == TextInputs(hidden=("small_text_encoder",), width=32)
+    assert plan.conventions.members["large"].text == TextInputs(hidden=("text_encoder",), width=32)
 
 
 def test_a_whole_pipeline_as_a_part_is_asked_for_that_part(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_controlnet_controls_the_members_that_it_fits(recipe: Path, sd: Path, 
     parts = {"controlnet": tmp_path / "control"}
     plan = planned(recipe, members={"small": sd, "large": sd}, parts=parts)
     assert all(member.inspection.controlled for member in plan.members)
-    assert not any("control" in note for note in plan.agreement.notes)
+    assert not any("control" in note for note in plan.conventions.notes)
     members = {"small": tmp_path / "deep", "large": sd}
     plan = planned(recipe, members=members, parts=parts, options={"small.controlled": "no"})
     assert [member.inspection.controlled for member in plan.members] == [False, True]
@@ -126,11 +126,11 @@ def test_parts_within_a_single_file(recipe: Path, tmp_path: Path) -> None:
     assert {name: part.given for name, part in plan.parts.items()} == {"vae_decoder": file, "vae_encoder": file}
     said(plan, "the text_encoder in sd.safetensors is left out", "no tokenizer", "--option text_encoder.tokenizer=DIR")
     said(plan, "member 'small' has no text_encoder: it takes prompt_embeds [N,T,768]")
-    assert plan.agreement.latent.scaling == 0.18215
+    assert plan.conventions.latent.scaling == 0.18215
     tokenizer = {"text_encoder.tokenizer": str(tmp_path / "parts/tokenizer")}
     plan = planned(recipe, members=both, options=tokenizer)
     assert set(plan.parts) == {"text_encoder", "vae_decoder", "vae_encoder"}
-    assert not any("text_encoder" in note for note in plan.agreement.notes)
+    assert not any("text_encoder" in note for note in plan.conventions.notes)
     assert plan.parts["text_encoder"].inspection.layout == "single-file"
 
 
@@ -138,7 +138,7 @@ def test_a_single_file_of_a_unet_alone(recipe: Path, tmp_path: Path) -> None:
     file = single_file(tmp_path / "unet.safetensors", text=False, vae=False)
     plan = planned(recipe, members={"small": file, "large": file})
     assert not plan.parts
-    assert not any("left out" in note for note in plan.agreement.notes)
+    assert not any("left out" in note for note in plan.conventions.notes)
 
 
 def test_two_single_files_keep_their_own_text_encoders(recipe: Path, tmp_path: Path) -> None:
@@ -159,4 +159,4 @@ def test_an_autoencoder_that_can_not_be_read_is_left_out_of_a_single_file(recipe
     save_file(state, file)
     plan = planned(recipe, members={"small": file, "large": file})
     said(plan, "the vae_decoder in sd.safetensors is left out", "lacks first_stage_model.encoder.conv_in.weight")
-    assert plan.agreement.decoder.kind == "none"
+    assert plan.conventions.decoder.kind == "none"

@@ -35,9 +35,9 @@ def test_nothing_is_said_of_equal_members(recipe: Path, sd: Path) -> None:
     plan = planned(recipe, members={"small": sd, "large": sd})
     assert set(plan.parts) == {"text_encoder", "vae_decoder", "vae_encoder"}
     said(plan, "the default solver is pndm, as the scheduler of member 'large' (unet) states")
-    assert len(plan.agreement.notes) == 1
+    assert len(plan.conventions.notes) == 1
     text = TextInputs(hidden=("text_encoder",), width=32)
-    for adapted in plan.agreement.members.values():
+    for adapted in plan.conventions.members.values():
         assert (adapted.parametrisation, adapted.noise, adapted.latent_ratio, adapted.text) == ("eps", None, 1.0, text)
 
 
@@ -46,7 +46,7 @@ def test_sd2_before_sd1(recipe: Path, sd: Path, tmp_path: Path) -> None:
     v = {**PNDM, "prediction_type": "v_prediction"}
     sd2 = pieces(tmp_path / "sd2", **{**SD, "text": 64, "scheduler": v}, cross_attention_dim=64)
     plan = planned(recipe, members={"small": sd2, "large": sd})
-    small, large = (plan.agreement.members[name] for name in ("small", "large"))
+    small, large = (plan.conventions.members[name] for name in ("small", "large"))
     assert (small.parametrisation, large.parametrisation) == ("v", "eps")
     said(plan, "member 'small' (unet) predicts v, as its checkpoint states")
     assert set(plan.parts) == {"text_encoder", "small_text_encoder", "vae_decoder", "vae_encoder"}
@@ -63,12 +63,12 @@ def test_noise_schedules_and_counts_of_timesteps(recipe: Path, sd: Path, tmp_pat
     ):
         other = pieces(tmp_path / f"{own.kind}{own.steps}", scheduler=changes)
         plan = planned(recipe, members={"small": other, "large": sd})
-        assert plan.agreement.noise == NOISE
-        assert (plan.agreement.members["small"].noise, plan.agreement.members["large"].noise) == (own, None)
+        assert plan.conventions.noise == NOISE
+        assert (plan.conventions.members["small"].noise, plan.conventions.members["large"].noise) == (own, None)
         said(plan, "'small' (unet) was trained with the noise schedule", f"over {own.steps} steps", "of equal noise")
         plan = planned(recipe, members={"small": sd, "large": other})  # the last one's is the bundle's
-        assert plan.agreement.noise == own
-        assert (plan.agreement.members["small"].noise, plan.agreement.members["large"].noise) == (NOISE, None)
+        assert plan.conventions.noise == own
+        assert (plan.conventions.members["small"].noise, plan.conventions.members["large"].noise) == (NOISE, None)
 
 
 def _fields(noise: NoiseScheduleSpec) -> dict[str, Any]:
@@ -79,25 +79,25 @@ def test_a_bare_member_was_trained_as_the_recipe_says(recipe: Path, sd: Path, tm
     linear = {**PNDM, "beta_schedule": "linear"}
     other = pieces(tmp_path / "linear", scheduler=linear)
     plan = planned(recipe, members={"small": sd / "unet", "large": other})
-    assert plan.agreement.members["small"].noise == NOISE
+    assert plan.conventions.members["small"].noise == NOISE
 
 
 def test_scaled_latents(recipe: Path, sd: Path, tmp_path: Path) -> None:
     twice = pieces(tmp_path / "twice", vae={"scaling_factor": 0.3643})
     plan = planned(recipe, members={"small": twice, "large": sd})
-    assert plan.agreement.latent.scaling == 0.18215
-    assert plan.agreement.members["small"].latent_ratio == pytest.approx(2.0)
+    assert plan.conventions.latent.scaling == 0.18215
+    assert plan.conventions.members["small"].latent_ratio == pytest.approx(2.0)
     said(plan, "'small' (unet) was trained on latents scaled by 0.3643, the bundle's by 0.18215", "scaled by 2")
     plan = planned(recipe, members={"small": sd / "unet", "large": twice})
-    assert plan.agreement.latent.scaling == 0.3643
-    assert plan.agreement.members["small"].latent_ratio == 1, "one that states nothing is what the bundle is"
+    assert plan.conventions.latent.scaling == 0.3643
+    assert plan.conventions.members["small"].latent_ratio == 1, "one that states nothing is what the bundle is"
     said(plan, "the latent is scaled by 0.3643, as member 'large' (unet) states; the recipe says 0.18215")
 
 
 def test_a_shift_that_all_share(recipe: Path, tmp_path: Path) -> None:
     shifted = pieces(tmp_path / "shifted", vae={"scaling_factor": 0.18215, "shift_factor": 0.25})
     plan = planned(recipe, members={"small": shifted, "large": shifted})
-    assert plan.agreement.latent.shift == 0.25
+    assert plan.conventions.latent.shift == 0.25
     said(plan, "the latent is shifted by 0.25, as member 'large' (unet) states; the recipe says 0")
 
 
@@ -105,8 +105,8 @@ def test_a_pipeline_with_a_tiny_autoencoder_states_no_scale(recipe: Path, sd: Pa
     """It takes the denoiser's latent as it is: its own factor of 1 says nothing of the autoencoder before it."""
     tiny = pieces(tmp_path / "tiny", text=32, vae={"kind": "tiny"})
     plan = planned(recipe, members={"small": sd, "large": tiny})
-    assert plan.agreement.latent.scaling == 0.18215
-    assert [adapted.latent_ratio for adapted in plan.agreement.members.values()] == [1.0, 1.0]
+    assert plan.conventions.latent.scaling == 0.18215
+    assert [adapted.latent_ratio for adapted in plan.conventions.members.values()] == [1.0, 1.0]
     assert plan.parts["vae_decoder"].inspection.config["kind"] == "tiny"
 
 
@@ -115,9 +115,9 @@ def test_an_autoencoder_goes_before_the_recipe(recipe: Path, sd: Path, tmp_path:
     both = {"small": sd / "unet", "large": sd / "unet"}
     parts = {"vae_decoder": tmp_path / "vae", "vae_encoder": tmp_path / "vae"}
     plan = planned(recipe, members=both, parts=parts)
-    assert plan.agreement.latent.scaling == 0.5
+    assert plan.conventions.latent.scaling == 0.5
     said(plan, "the latent is scaled by 0.5, as part 'vae_decoder' (vae) states; the recipe says 0.18215")
-    assert plan.agreement.decoder.factor == 4
+    assert plan.conventions.decoder.factor == 4
     said(plan, "part 'vae_decoder' (vae) has 4 pixels per latent element; the recipe says 8")
 
 
@@ -126,7 +126,7 @@ def test_sizes_are_the_last_members_for_every_network(recipe: Path, sd: Path, tm
     larger = pieces(tmp_path / "larger", sample_size=12)
     controlnet_folder(tmp_path / "control")
     plan = planned(recipe, members={"small": sd, "large": larger}, parts={"controlnet": tmp_path / "control"})
-    assert (plan.agreement.latent.height, plan.agreement.latent.width) == (12, 12)
+    assert (plan.conventions.latent.height, plan.conventions.latent.width) == (12, 12)
     sizes = plan.sizes(batch=Range(1, 2, 4), height=None, width=None, tokens=None)
     found = {network.name: network.profile(sizes).dims for network in plan.networks}
     twelve = Range(12, 12, 12)
@@ -143,12 +143,12 @@ def test_sizes_are_the_last_members_for_every_network(recipe: Path, sd: Path, tm
 def test_the_last_pipelines_scheduler_is_taken_over(recipe: Path, sd: Path, tmp_path: Path) -> None:
     euler = pieces(tmp_path / "euler", scheduler={**PNDM, "_class_name": "EulerDiscreteScheduler"})
     found = planned(recipe, members={"small": sd, "large": euler})
-    assert found.agreement.scheduler is not None
-    assert (found.agreement.scheduler.solver, found.agreement.scheduler.spacing) == ("euler", "linspace")
+    assert found.conventions.scheduler is not None
+    assert (found.conventions.scheduler.solver, found.conventions.scheduler.spacing) == ("euler", "linspace")
     said(found, "the default solver is euler, as the scheduler of member 'large' (unet) states")
     bare = planned(recipe, members={"small": sd / "unet", "large": sd / "unet"})
-    assert bare.agreement.scheduler is None
-    assert not any("solver" in note for note in bare.agreement.notes)
+    assert bare.conventions.scheduler is None
+    assert not any("solver" in note for note in bare.conventions.notes)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_a_scheduler_that_no_solver_is_leaves_the_recipes(
 ) -> None:
     other = pieces(tmp_path / "other", scheduler={**PNDM, **changes})
     plan = planned(recipe, members={"small": other, "large": other})
-    assert plan.agreement.scheduler is None
-    assert plan.agreement.noise == NOISE, "its noise is what the model was trained with, whatever steps through it"
+    assert plan.conventions.scheduler is None
+    assert plan.conventions.noise == NOISE, "its noise is what the model was trained with, whatever steps through it"
     said(plan, "the default solver is ddim, as the recipe says", "is not taken over", words)
 
 
@@ -190,8 +190,8 @@ def test_shipped_recipes_fit_their_models(name: str, kinds: dict[str, str], tmp_
     vae_folder(tmp_path / last / "vae", levels=4, scaling_factor=load_recipe(name)[0].latent.scaling)
     plan = planned(name, members={member: tmp_path / member for member in kinds})
     assert {"vae_decoder", "vae_encoder"} <= set(plan.parts)
-    assert plan.agreement.decoder.kind == "vae"
-    text = plan.agreement.members[last].text
+    assert plan.conventions.decoder.kind == "vae"
+    text = plan.conventions.members[last].text
     assert text is not None
     assert text.hidden == {"base": ("text_encoder",), "large": ("text_encoder", "text_encoder_2")}.get(
         last, ("text_encoder_2",)
@@ -211,6 +211,6 @@ def test_the_scheduler_file_is_read_as_diffusers_writes_it(recipe: Path, sd: Pat
     made: Any = UniPCMultistepScheduler
     made(**settings).save_pretrained(folder / "scheduler")
     plan = planned(recipe, members={"small": sd, "large": folder})
-    assert plan.agreement.scheduler is not None
-    assert plan.agreement.scheduler.solver == "unipc"
-    assert plan.agreement.noise == NOISE
+    assert plan.conventions.scheduler is not None
+    assert plan.conventions.scheduler.solver == "unipc"
+    assert plan.conventions.noise == NOISE

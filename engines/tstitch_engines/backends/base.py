@@ -25,14 +25,11 @@ Option = str | int | float | bool
 
 
 class Engine(ABC):
-    """One loaded engine. ``bind`` checks and remembers buffers; ``enqueue`` neither allocates, copies nor waits.
+    """One loaded engine, for one thread at a time. ``enqueue`` neither allocates, copies nor waits.
 
-    An engine is used by one thread at a time.
-
-    On a device with graphs, ``enqueue`` may be recorded (``Device.capture``) and replayed later, also after ``bind``
-    was given other buffers meanwhile: the runtime binds at most two sets of buffers per batch size, always the same
-    ones, and an engine keeps for each set what its ``enqueue`` uses (TensorRT: an execution context). A replay is
-    compared with a plain ``enqueue`` on other data before it is trusted.
+    On a device with graphs, ``enqueue`` may be recorded (``Device.capture``) and replayed after other buffers were
+    bound: an engine keeps what its ``enqueue`` uses (TensorRT: an execution context) for each set of buffers. The
+    caller binds few sets, and compares a replay with a plain ``enqueue`` on other data before it trusts it.
     """
 
     capturable: bool = True
@@ -99,10 +96,9 @@ class Engine(ABC):
         """Takes checked buffers; ``self.sizes`` has the size of every dynamic dimension, ``B`` included."""
 
     def release(self, buffers: Mapping[str, Buffer], *, sizes: Mapping[str, int]) -> None:
-        """Lets go of what it has set up for these buffers at ``sizes`` (``B`` among them), as they were bound.
+        """Frees what was set up for these buffers at ``sizes`` (with ``B``). Another ``bind`` sets it up anew.
 
-        Nothing that was recorded with them may run again, and the device must have finished what was enqueued. Another
-        ``bind`` sets it up anew.
+        The device must have finished, and nothing recorded with them may run again.
         """
         return
 
@@ -113,10 +109,10 @@ class Engine(ABC):
     def refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
         """Replaces weights. Waits for the device before and after; bound buffers stay bound.
 
-        ``weights``: values by name (``refit_names``), in the shape and type that the engine has them in (bfloat16 as
-        its bits). ``others``: the present values of all others, for an engine that wants some of them again. Both may
-        compute a value when it is asked for. Raises ``BadInput`` where ``refit_names`` is ``None``, and ``BadEngine``
-        or ``FailedWork`` when the engine refuses; what it computes with then is not known until a later call succeeds.
+        ``weights``: values by name (``refit_names``), in the engine's shape and type (bfloat16 as its bits).
+        ``others``: the present values of all others, some of which an engine may want again. Both may compute a value
+        on demand. Raises ``BadInput`` where ``refit_names`` is ``None``, and ``BadEngine`` or ``FailedWork`` when the
+        engine refuses; its weights are then unknown until a later call succeeds.
         """
         if self.refit_names is None:
             raise BadInput(self.refit_obstacle[0], hint=self.refit_obstacle[1])
@@ -127,9 +123,9 @@ class Engine(ABC):
         raise NotImplementedError
 
     def scratch(self) -> Mapping[int, int]:
-        """Device memory for activations as far as the engine plans it itself: address -> bytes.
+        """Device memory for activations, address -> bytes; shared blocks have one address.
 
-        Engines that share a block give the same address. Empty where the library allocates on its own.
+        Empty where the library allocates on its own.
         """
         return {}
 
@@ -163,10 +159,7 @@ class Backend(ABC):
         return dict(options)
 
     def refused(self, identity: EngineIdentity, device: str) -> Mapping[str, str]:
-        """What can be asked on loading and an engine can't honour on ``device``, each with the reason.
-
-        The names are those of ``tstitch_trt.load``: ``threads``, ``graph``.
-        """
+        """Options of ``tstitch_trt.load`` (``threads``, ``graph``) that an engine can't honour, with the reason."""
         return {} if device == "cpu" else {"threads": f"its engine runs on {device}, not on the CPU's threads"}
 
     def check_file(self, path: Path, device: str) -> None:
@@ -174,9 +167,9 @@ class Backend(ABC):
         return
 
     def current_identity(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
-        """``identity`` as it would be made here, where ``arch(device)`` is ``arch``; equal when the engine may run.
+        """``identity`` as made by this version for ``arch``; equal when the engine may run.
 
-        A backend whose engines run elsewhere too leaves ``backend_version`` and ``arch`` as they are where they do.
+        A backend whose engines run on other versions or GPUs keeps those fields.
         """
         return msgspec.structs.replace(identity, backend_version=self.version(), arch=arch)
 
@@ -195,8 +188,7 @@ class Backend(ABC):
         """Compiles ``model`` (of the kind ``model_kind``) into the file ``output``; returns all files it wrote.
 
         The first is ``output``; any other lies in the same directory and has a name that starts with ``output``'s.
-        Raises ``BadInput`` for an option the backend can't honour and ``BuildFailed`` when compilation fails; in
-        both cases nothing it wrote is left.
+        Raises ``BadInput`` for an option it can't honour and ``BuildFailed``; nothing it wrote is left then.
         """
 
     @abstractmethod

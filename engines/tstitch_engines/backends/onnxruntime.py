@@ -112,10 +112,7 @@ class OnnxRuntimeBackend(Backend):
             )
 
     def _find_cuda(self) -> None:
-        """Loads CUDA's libraries from wheels, for a CUDA provider that can't find them on its own.
-
-        It looks beside itself only; the wheels may lie in another folder of the path (PyTorch's environment, say).
-        """
+        """Loads CUDA's libraries from wheels. The CUDA provider looks beside itself only."""
         preload = getattr(self._ort, "preload_dlls", None)
         if preload is None:
             return
@@ -227,7 +224,7 @@ class OnnxRuntimeBackend(Backend):
         return _OnnxRuntimeEngine(self._ort, session, member, identity, device)
 
     def _session(self, model: Path, settings: Any, providers: list[Any]) -> Any:
-        """Without the fallback of the Python class, which prints, and goes on with other providers than asked for."""
+        """Without the Python class's fallback, which prints and uses other providers."""
         return self._ort.InferenceSession(str(model), settings, providers=providers, enable_fallback=0)
 
     def _expect_provider(self, session: Any, device: str) -> None:
@@ -267,10 +264,9 @@ def tensorrt_options(
 
 
 def copies_of(session: Any) -> list[str]:
-    """The nodes of a loaded graph that copy between host and device; those without names by their kind.
+    """The nodes of a loaded graph that copy between host and device; empty where ONNX Runtime is older than 1.24.
 
-    Where a shape is computed on the CPU there is none; such a graph can be recorded, its shapes being fixed. Empty also
-    for an ONNX Runtime that does not tell (before 1.24).
+    Shapes computed on the CPU make no such node, and don't matter to a recording of fixed shapes.
     """
     ask = getattr(session, "get_provider_graph_assignment_info", None)
     try:
@@ -283,16 +279,14 @@ def copies_of(session: Any) -> list[str]:
 
 class _OnnxRuntimeEngine(Engine):
     """On CUDA, one session on our stream. Its own CUDA graphs stay off: it would launch one into our recording, which
-    CUDA forbids (error 900; microsoft/onnxruntime pull request 32081 tells how that ends).
+    CUDA forbids (error 900; microsoft/onnxruntime pull request 32081).
 
-    A plain run can be recorded from outside when it neither allocates nor waits nor computes on the CPU. Its arena has
-    what it needs after three runs of a size (memory patterns allocate in the second, pull request 15005), each batch
-    size being warmed up before it is recorded, and waiting at the end is switched off below. Nodes between host and
-    device that the optimised graph has are known on loading, and then nothing is recorded. For the rest there are the
-    checks of whoever records, each of which leaves the engine running call by call, with the reason in the log: an
-    allocation or a wait is an error of CUDA's while recording; a staging buffer that is freed behind the stream shows
-    as a host function in the graph, a tensor computed on the host as a copy from ordinary memory; what was computed on
-    the CPU is missing from a replay, which is compared with a plain run before it is used. Not run on a GPU.
+    A plain run can be recorded when it neither allocates nor waits nor computes on the CPU. Its arena is complete after
+    three runs of a size (memory patterns allocate in the second, pull request 15005); the wait at the end is switched
+    off below; a graph with copies between host and device is not recorded. The recorder checks the rest and falls back
+    to plain runs: CUDA refuses an allocation or a wait; a staging buffer freed behind the stream shows as a host
+    function, a tensor computed on the host as a copy from ordinary memory, and work done on the CPU is missing from
+    the replay. Not run on a GPU.
     """
 
     warmups = 3

@@ -1,8 +1,8 @@
 """TorchInductor for members: a program compiled for one set of sizes into a function that writes its outputs in place.
 
-The graph goes to the compiler as ``torch.export`` traced it, without TorchDynamo. So a call checks no guards, nothing
-that is set elsewhere in the process (TF32, threads) can make it compile again in the middle of a recording, and there
-may be as many sizes as one likes (``torch.compile`` gives up after eight).
+The graph goes to the compiler as ``torch.export`` traced it, without TorchDynamo. So a call checks no guards, no
+setting of the process (TF32, threads) makes it compile again during a recording, and the number of sizes is not limited
+(``torch.compile`` gives up after eight).
 """
 
 from __future__ import annotations
@@ -92,12 +92,9 @@ def compile_program(
     """A function of ``(*results, *arguments)`` that writes what ``module(*arguments)`` gives into ``results``.
 
     For tensors of exactly these shapes, dtypes and alignments; the given ones are overwritten and not kept. The store
-    into the results is part of the generated code: where the last operator is one that the compiler generates itself,
-    no copy is made. Takes seconds to minutes, or little where the cache has it: ``TORCHINDUCTOR_CACHE_DIR`` if that is
-    set, else ``torch-inductor`` in our cache. Compiles and runs once on PyTorch's current stream; waits. An interrupted
-    compilation leaves nothing that is taken for whole.
-
-    Raises ``BuildFailed`` when the compiler fails, ``Unavailable`` when it is not there.
+    into the results is part of the generated code, mostly without a copy. Takes seconds to minutes where the cache
+    (``TORCHINDUCTOR_CACHE_DIR``, else ``torch-inductor`` in ours) has nothing. Compiles and runs once on PyTorch's
+    current stream, and waits. Raises ``BuildFailed``, or ``Unavailable`` without a compiler.
     """
     inductor = _inductor()
     options = {

@@ -143,14 +143,13 @@ class TorchBackend(Backend):
 class _TorchEngine(Engine):
     """Unlike other engines this one allocates while it runs: PyTorch makes every intermediate tensor anew.
 
-    On CUDA it takes them from a pool that all of these engines on a device share, and that after the first runs holds
-    all they need. So a run can be recorded: nothing is allocated in it, and nobody else is given the memory that the
-    graph goes on using (https://docs.pytorch.org/docs/stable/notes/cuda.html, "Graph memory management"; what stands
-    there of ``torch.cuda.graph`` and its pool, ``torch.cuda.use_mem_pool`` does for a recording that is not PyTorch's).
-    Runs and replays of all engines follow each other on one stream and no tensor outlives its run, so they may use the
-    same memory. cuBLAS's workspace of this stream comes from the pool too, being first asked for in a run: nobody can
-    have it freed under a graph (PyTorch issue 193402). That is why compiling, whose trials multiply matrices, is done
-    on another stream. Not run on a GPU.
+    On CUDA the tensors come from a pool that all these engines of a device share and that is large enough after the
+    first runs. So a run can be recorded: it allocates nothing, and nobody else gets the memory that the graph uses
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html, "Graph memory management"; ``torch.cuda.use_mem_pool`` does
+    for our recording what ``torch.cuda.graph`` does there). Engines may share memory because they run one after
+    another on one stream and no tensor outlives its run. cuBLAS's workspace of this stream comes from the pool too,
+    so that it is never freed under a graph (PyTorch issue 193402); therefore compiling, whose trials multiply
+    matrices, uses another stream. Not run on a GPU.
     """
 
     refit_names = "parameter"

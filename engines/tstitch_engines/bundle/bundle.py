@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STUDIES = "studies"
-"""Folder of what was measured of the bundle (``tstitch_trt.study``): survives a rebuild, is not in the manifest."""
+"""Folder of the bundle's studies (``tstitch_trt.study``): survives a rebuild, is not in the manifest."""
 
 
 class Bundle:
@@ -115,9 +115,8 @@ def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full", *, e
     """The bundle at ``path``.
 
     ``verify="size"`` checks that every file is there with its recorded size, ``"full"`` also its sha256;
-    ``engines=False`` leaves out the engines' own files, for who will compile those again. Raises
-    ``BadBundle`` naming what is wrong (no bundle, half-written, unknown field, other schema, unsafe path, missing,
-    truncated or altered file) and the command that rebuilds it.
+    ``engines=False`` leaves out the files of engines, for callers that compile them again. Raises ``BadBundle`` naming
+    the fault and the command that rebuilds the bundle.
     """
     root = Path(path)
     manifest = _read_manifest(root)
@@ -199,10 +198,10 @@ def _check(component: Component, path: Path, rebuild: str, *, full: bool) -> Non
 def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
     """Makes the bundle ``output``: ``fill`` puts the files into an empty directory and returns the manifest.
 
-    That directory is a sibling of ``output`` and takes its place in one rename at the very end, so ``output`` is at
-    every moment either the old bundle or the new one. On any exception, Ctrl-C or SIGTERM it is removed; what a
-    killed process left is removed by the next build. Raises ``BadBundle`` when ``output`` holds something that is no
-    bundle, ``BuildFailed`` when the files can't be written.
+    That directory is a sibling of ``output`` and takes its place in one rename at the end, so ``output`` is always
+    either the old bundle or the new one. On any exception, Ctrl-C or SIGTERM it is removed; the next build removes
+    what a killed process left. Raises ``BadBundle`` when ``output`` holds something else, ``BuildFailed`` when the
+    files can't be written.
     """
     output = output.resolve()
     _refuse_foreign(output)

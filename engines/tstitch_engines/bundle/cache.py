@@ -63,7 +63,7 @@ class Stored(NamedTuple):
 class Entry:
     """A verified entry: ``files`` maps the names given to ``put`` to paths, ``info`` is what was stored with them.
 
-    It is not pruned before the end of its ``with`` block, or before it is forgotten.
+    It is not pruned before the end of its ``with`` block, or before it is garbage-collected.
     """
 
     def __init__(self, root: Path, record: _Record, handle: int) -> None:
@@ -157,15 +157,14 @@ class Cache:
         return sorted(found, key=lambda entry: (-entry.used, entry.key))
 
     def _folders(self) -> list[Path]:
-        """Of all entries, whole or not, but not of what is being made or removed. Others may take them away meanwhile:
-        ``Path.glob`` fails then."""
+        """The folders of all entries, damaged ones too. ``Path.glob`` fails when another process removes one."""
         return [folder for shard in _listed(self.root) if len(shard.name) == 2 for folder in _listed(shard)]
 
     def prune(self, *, max_bytes: int | None = None, older_than: float | None = None) -> list[Stored]:
-        """Removes entries not used for ``older_than`` seconds, and of the others, those used last kept first, what
-        does not fit in ``max_bytes``; returns what was removed. With neither: everything, also what is damaged.
+        """Removes entries not used for ``older_than`` seconds, then the least recently used beyond ``max_bytes``.
 
-        Each goes in one step, so that no other process finds half an entry; what one has open stays.
+        With neither limit everything goes, damaged entries too. An entry goes in one step; one that a process has open
+        stays. Returns the removed entries.
         """
         remove_stale(self.root, _STAGING)
         everything = max_bytes is None and older_than is None
@@ -209,10 +208,10 @@ class Cache:
 
     @contextmanager
     def alone(self, key: str, waiting: Callable[[], object] = lambda: None) -> Iterator[bool]:
-        """In its block no other process is in a block of the same ``key``: what takes minutes is made once.
+        """A lock of ``key`` between processes, so that what takes minutes is made once.
 
-        Gives whether there was one to wait for; ``waiting`` is called before that. A killed process lets go of it.
-        Where the cache can't be written there is no lock, as there is nothing to make.
+        Gives whether it had to wait; ``waiting`` is called before that. The lock of a killed process is free. Where
+        the cache can't be written there is no lock.
         """
         path = self.root / _LOCKS / key
         handle, waited = _locked(path, waiting)
@@ -228,10 +227,9 @@ class Cache:
     def put(self, key: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
         """Makes the entry of ``key``: ``build`` writes the files into an empty folder and returns ``info`` (JSON data).
 
-        Nothing is stored when ``build`` raises. When another process stored the same key meanwhile, its entry stays
-        and is returned. One that is pruned at once is made again. A ``fresh`` one takes the place of an old one even
-        while another process copies that; its build then fails and can be run again. Raises what ``build`` raises, and
-        ``OSError`` when the cache can't be written.
+        When another process stored the same key meanwhile, its entry is returned. An entry that is pruned at once is
+        made again. A ``fresh`` one replaces an old one even while another process copies that, whose build then fails
+        and can be run again. Raises what ``build`` raises, and ``OSError`` when the cache can't be written.
         """
         while True:
             if (theirs := self._store(key, build)) is not None:

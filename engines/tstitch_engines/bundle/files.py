@@ -96,10 +96,7 @@ def sync_directory(path: Path) -> None:
 
 
 def hold(path: Path) -> int:
-    """A handle of the directory ``path`` under a shared lock, until it is closed. Raises ``FileNotFoundError``.
-
-    Waits for whoever has it alone at the moment.
-    """
+    """A handle of the directory ``path`` with a shared lock, which it waits for. Raises ``FileNotFoundError``."""
     while True:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:

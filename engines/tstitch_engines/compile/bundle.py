@@ -50,17 +50,14 @@ def recompile(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """``bundle`` with engines of ``backend`` for its members and parts, or for those ``names`` only; all else is kept.
+    """``bundle`` with engines of ``backend`` for all its networks or for ``names``; all else is kept.
 
-    What is left out is as recorded: ``options`` as in the engine it has of that backend, the sizes of ``profile`` as in
-    that one, else as in its other engines; a range of ``B`` is for members, the parts keep theirs. An engine of the
-    same backend and architecture is replaced, others stay. What was compiled before comes from the bundle or the
-    cache, so that an interrupted call goes on where it stopped, unless ``fresh`` asks for all of it again.
+    ``options`` and ``profile`` default to those of the engine it has of that backend, the profile else to those of
+    other engines; a range of ``B`` is for members only. An engine of the same backend and architecture is replaced.
+    What was compiled before comes from the bundle or the cache, unless ``fresh``; an interrupted call goes on there.
 
-    It is written in place of ``bundle`` in one step at the end, or to ``output``. On any exception, Ctrl-C included,
-    the old one is unchanged. Raises ``BadBundle`` when the ONNX is not what the manifest describes (nothing sound could
-    be compiled from it) or the place is read-only, ``BadInput`` and its kinds before anything is compiled, and
-    ``BuildFailed``.
+    It replaces ``bundle`` in one step at the end, or is written to ``output``. Raises ``BadBundle`` when the ONNX is
+    not what the manifest describes or the place is read-only, ``BadInput`` before any work, and ``BuildFailed``.
     """
     opened = open_backend(backend)
     if opened.model_kind != "onnx":

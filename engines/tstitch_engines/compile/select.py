@@ -37,7 +37,6 @@ def select_engine(bundle: Bundle, name: str, backend: Backend, device: str) -> E
     """The engine of the member or part ``name`` that runs on ``device``.
 
     Raises ``BadEngine`` naming each field in which the bundle's engine differs, and the command that compiles it again.
-    Says nothing of what only the library can tell on loading.
     """
     network = bundle.manifest.networks()[name]
     records = [record for record in network.engines if record.identity.backend == backend.name]
@@ -90,13 +89,13 @@ def rebuild(
 
 
 def check_load_options(
-    bundle: Bundle, name: str, record: EngineRecord, backend: Backend, device: str, wishes: Mapping[str, object]
+    bundle: Bundle, name: str, record: EngineRecord, backend: Backend, device: str, given: Mapping[str, object]
 ) -> None:
-    """Raises ``BadInput`` for one of ``wishes`` (load options that were given) which this engine can't honour."""
+    """Raises ``BadInput`` for an option of ``load`` that was ``given`` and that this engine can't honour."""
     for option, reason in backend.refused(record.identity, device).items():
-        if wishes.get(option) is not None:
+        if given.get(option) is not None:
             raise BadInput(
-                f"{option} = {wishes[option]} can't be honoured by the {backend.name} engine of "
+                f"{option} = {given[option]} can't be honoured by the {backend.name} engine of "
                 f"{bundle.manifest.word(name)} {name!r}: {reason}",
                 hint=f"leave out --{option} ({option}=...), or use an engine of another backend: --backend onnxruntime",
             )

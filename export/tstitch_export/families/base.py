@@ -56,16 +56,13 @@ class LoraTarget:
 class Inspection:
     """What a checkpoint says about itself before any weight is read.
 
-    ``layout`` is one of the family's ways to store the model; ``files`` are what the network is made from, the weights
-    last; ``loras`` are among them; ``packages`` are those whose version decides what is exported, besides the
-    exporter's own.
+    ``layout``: how the family stores the model. ``files``: all that the network is made from, LoRAs too, the weights
+    last. ``packages``: those whose version decides what is exported, besides the exporter's own.
 
-    Of a denoiser: ``latent`` is ``(channels, height, width)``, the last two the native ones where they are dynamic;
-    ``labels`` counts the rows of the label table, the null class included; ``noise``, ``parametrisation``, ``scaling``
-    and ``shift`` (of the latent) and ``scheduler`` (a diffusers ``scheduler_config.json``) are ``None`` where the
-    checkpoint does not state them. ``text``, ``guidance_embedding``, ``controlled`` and ``inpaints`` are as in
-    ``manifest.Member``; the encoders in ``text`` are what the architecture is made for, whether they are at hand or
-    not.
+    Of a denoiser: ``latent`` is ``(channels, height, width)``, native sizes where they are dynamic; ``labels`` counts
+    the rows of the label table with the null class; ``noise``, ``parametrisation``, ``scaling`` and ``shift`` (of the
+    latent) and ``scheduler`` (``scheduler_config.json``) are ``None`` where the checkpoint does not state them. The
+    others are as in ``manifest.Member``; ``text`` names the encoders of the architecture, present or not.
     """
 
     family: str

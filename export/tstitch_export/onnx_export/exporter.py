@@ -109,11 +109,10 @@ def export_program(
 def check_graph(path: Path, family: Family, inspection: Inspection, precision: Precision) -> ExportCheck:
     """Compares the graph at ``path`` on ONNX Runtime's CPU provider with the model (float32) in PyTorch.
 
-    fp32 and fp16 graphs run as they are, so fp16's difference is what the precision itself costs. ONNX Runtime has no
-    bfloat16 kernels on CPU for most operators: a bf16 graph is widened to float32, weights and all, and compared with
-    the PyTorch model of bfloat16-rounded weights, which proves structure and weights and leaves out the rounding of
-    the activations. One of the two is in memory at a time. Raises ``BuildFailed`` above the tolerance or when a value
-    is not finite.
+    fp32 and fp16 graphs run as they are, so fp16's difference includes its rounding. ONNX Runtime lacks bfloat16
+    kernels on CPU: a bf16 graph is widened to float32 and compared with the model of bfloat16-rounded weights, which
+    checks structure and weights but not the rounding of activations. One of the two is in memory at a time. Raises
+    ``BuildFailed`` above the tolerance or when a value is not finite.
     """
     import torch
 

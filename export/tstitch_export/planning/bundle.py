@@ -27,7 +27,7 @@ class BundlePlan:
     base: Path
     members: tuple[NetworkPlan, ...]
     parts: Mapping[str, NetworkPlan]
-    agreement: PairConventions
+    conventions: PairConventions
     options: Mapping[str, Scalar]
 
     @property
@@ -37,7 +37,7 @@ class BundlePlan:
 
     def sizes(self, *, batch: Range, height: Range | None, width: Range | None, tokens: Range | None) -> Sizes:
         """``height`` and ``width`` are in pixels. Raises ``BadInput`` for what the models can't take."""
-        latent, factor = self.agreement.latent, self.agreement.decoder.factor
+        latent, factor = self.conventions.latent, self.conventions.decoder.factor
         networks = [(plan.what, plan.dynamic) for plan in self.members]
         return sizes_of(networks, latent, factor, batch=batch, height=height, width=width, tokens=tokens)
 
@@ -51,11 +51,9 @@ def plan_bundle(
     options: Mapping[str, Scalar],
     check: Callable[[dict[str, Scalar]], dict[str, Scalar]] = dict,
 ) -> BundlePlan:
-    """The arguments are those of ``build``. Reads what checkpoints say of themselves, no weights; no torch is needed.
+    """The arguments are those of ``build``. Reads shapes and configs, no weights; needs no torch. Raises ``BadInput``.
 
     ``check`` types the options that are no network's own, before any checkpoint is read.
-
-    Raises ``BadInput`` and its kinds.
     """
     spec, base = load_recipe(recipe)
     for name in members:
@@ -74,12 +72,12 @@ def plan_bundle(
         for name in names
     )
     beside, left_out = plan_parts(spec, plans, parts, own, precision)
-    agreement = reconcile(spec, plans, beside)
+    conventions = reconcile(spec, plans, beside)
     return BundlePlan(
         recipe=spec,
         base=base,
         members=plans,
         parts=beside,
-        agreement=replace(agreement, notes=(*left_out, *agreement.notes)),
+        conventions=replace(conventions, notes=(*left_out, *conventions.notes)),
         options=settings,
     )

@@ -1,8 +1,8 @@
-"""Whether networks may share one trajectory, and what has to be adapted so that they do. Nothing is compiled before.
+"""Whether networks may share one trajectory, and how each is adapted. Decided before anything is exported.
 
-What the rows of a plan can express is adapted and said: parametrisation, noise schedule, number of timesteps, scale of
-the latent, a prompt's own encoders. What they can't is refused with the reason: other channels or a fixed size of the
-latent, a shifted one, other classes, text of another width than the encoders give.
+Adapted, with a note: prediction type, noise schedule, number of timesteps, scale of the latent, own text encoders.
+Refused, with the reason: other channels, another fixed size or shift of the latent, other classes, text of another
+width than the encoders give.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _noise_of(recipe: Recipe, members: Sequence[NetworkPlan]) -> NoiseScheduleSp
 
 
 def _scheduler(recipe: Recipe, members: Sequence[NetworkPlan], notes: list[str]) -> Scheduler | None:
-    """The last pipeline's that can be honoured; for one that can't the recipe's defaults stand, and it is said."""
+    """That of the last pipeline; one that can't be honoured is noted, and the recipe's defaults stand."""
     stated = [plan for plan in members if plan.inspection.scheduler is not None]
     if not stated:
         return None

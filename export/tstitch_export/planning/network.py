@@ -1,4 +1,4 @@
-"""What is to be built of each network: its family, what its checkpoint says, precision and sizes, before any work."""
+"""The plan of each network: its family, what its checkpoint says, precision and sizes."""
 
 from __future__ import annotations
 
@@ -181,10 +181,10 @@ def plan_parts(
     options: Mapping[str, Mapping[str, Scalar]],
     precision: Precision | Mapping[str, Precision],
 ) -> tuple[dict[str, NetworkPlan], tuple[str, ...]]:
-    """The parts that are at hand: given by path, or in what the members are given as, the last member's first.
+    """The parts given by path, or found in the members' pipelines (folder or single file), the last member's first.
 
-    A pipeline folder has them beside the denoiser, a single file of a whole pipeline within. A member whose own has
-    another text encoder keeps it, as a part called ``MEMBER_text_encoder``. With it come notes of what was left out.
+    A member with another text encoder keeps it as the part ``MEMBER_text_encoder``. The second result are notes of
+    what was left out.
     """
     names = part_names(spec, [plan.name for plan in members])
     known = [*(plan.name for plan in members), *names]
@@ -239,7 +239,7 @@ def _inside(member: NetworkPlan, recipe: PartRecipe, part: str) -> Path | None:
 
 
 def _inherited(options: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
-    """What is said of a text encoder and holds for a member's own too: a folder has a tokenizer, a LoRA is for one."""
+    """The options of a text encoder that hold for a member's own too. A folder has its own tokenizer."""
     others = ("lora", "tokenizer") if path.is_dir() else ("lora",)
     return {key: value for key, value in options.items() if key not in others}
 
@@ -251,7 +251,7 @@ def _part_precision(
     default: Precision | None,
     members: Sequence[NetworkPlan],
 ) -> Precision:
-    """A ControlNet has its members' precision where nothing is said of it: residuals reach them without a cast."""
+    """A ControlNet has its members' precision by default: residuals reach them without a cast."""
     steered = {plan.precision for plan in members if plan.inspection.controlled}
     if part == "controlnet" and default is None and len(steered) == 1:
         (default,) = steered

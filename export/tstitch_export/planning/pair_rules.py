@@ -1,4 +1,4 @@
-"""What no plan can adapt between the networks of a bundle. Every rule names the values that differ."""
+"""What can't be adapted between the networks of a bundle. Every rule names the values that differ."""
 
 from __future__ import annotations
 

@@ -44,9 +44,9 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 class MemberRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One denoiser. Paths are relative to the recipe's own directory.
 
-    ``options`` are the family's. ``checkpoint`` is what is exported when ``--member`` gives nothing else; ``shipped``
-    names a record (made by ``tstitch_export.pack_pair``) of a graph that was exported beforehand, from that
-    checkpoint. ``expect`` states values of the checkpoint's own shape (``depth``, ``width``...) that it must have.
+    ``options`` are the family's. ``checkpoint`` is exported unless ``--member`` gives another; ``shipped`` names the
+    record (by ``tstitch_export.pack_pair``) of a graph exported from it beforehand. ``expect``: values of the
+    checkpoint's shape (``depth``, ``width``...) that it must have.
     """
 
     family: str
@@ -60,9 +60,8 @@ class MemberRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class PartRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model beside the members: text encoder, VAE, ControlNet.
 
-    It is given with ``--part NAME=FOLDER`` or taken from the ``subfolder`` of a member's pipeline folder; without
-    either the bundle does without it. ``precision`` and ``batch`` (MIN:OPT:MAX) are its own unless the build says
-    otherwise.
+    Given with ``--part NAME=FOLDER`` or taken from the ``subfolder`` of a member's pipeline, else left out.
+    ``precision`` and ``batch`` (MIN:OPT:MAX) are its defaults.
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""How large pictures may be: ranges in pixels, as they are asked for, become ranges of the latent."""
+"""Ranges of image sizes in pixels become ranges of the latent."""
 
 from __future__ import annotations
 
@@ -32,11 +32,9 @@ def sizes_of(
     width: Range | None,
     tokens: Range | None,
 ) -> Sizes:
-    """``networks``: what each is called, and whether it takes other sizes than its own.
+    """The sizes that all networks are built for. ``networks``: their names, and whether their sizes are dynamic.
 
-    ``height`` and ``width`` are in pixels, ``factor`` of them for a latent element; ``None``: those of ``latent``.
-
-    Every network gets the same, whatever its own native size is: all of them have to take the same latent. Raises
+    ``height`` and ``width`` are in pixels, ``factor`` of them per latent element; ``None``: those of ``latent``. Raises
     ``BadInput`` for sizes that are no multiple of ``factor`` or that a member can't have.
     """
     found: dict[str, Range] = {}

@@ -2,11 +2,10 @@
 
 In 8 bits: the matrix products of the transformer blocks with weights, which is where the time goes. Not in 8 bits:
 
-- whatever does not depend on the latent: time and label embedders, adaLN modulation. It is a few rows per image, and
-  an error there scales and shifts every token.
-- the first layer after the latent and the last before the output (patch embedding, final projection): what they lose
-  is lost to all of the model.
-- products of two activations (the attention's own): a softmax has few large values, which a common scale serves badly.
+- what does not depend on the latent (time and label embedders, adaLN modulation): few rows, and an error there scales
+  and shifts every token.
+- the first layer after the latent and the last before the output: their loss is lost to all of the model.
+- products of two activations (attention): a softmax has few large values, which a common scale serves badly.
 - convolutions.
 """
 

@@ -1,7 +1,7 @@
 """A loaded TensorRT engine. Not run on a GPU: written on a machine that has none.
 
-What was observed of the library is how it builds and what it says without a driver; the calls made here exist in every
-supported version (a test holds them against the bindings), and a test walks through them with a stand-in library.
+Building, and the messages without a driver, were observed. Tests check that the calls made here exist in the bindings
+of every supported version, and run them against a synthetic library.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class TensorRtEngine(Engine):
     def _specialise(self, settings: RuntimeConfig, identity: EngineIdentity) -> None:
         """TensorRT-RTX: kernels for the shapes of a context before it first runs, and no graphs of its own.
 
-        With its default a captured step would keep the slow kernels that stand in until the fast ones are compiled.
+        With its default a recorded step would keep the slow kernels used until the fast ones are compiled.
         """
         library = self._library
         settings.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER

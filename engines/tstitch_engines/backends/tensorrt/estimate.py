@@ -1,13 +1,11 @@
-"""How much memory and time a compilation will take, before it starts.
+"""The memory and time that a compilation will take.
 
-From measurements with TensorRT-RTX 1.7 on two CPU cores, plan written as a stream (peak resident memory of the
-process, seconds), ONNX of
+Measured with TensorRT-RTX 1.7 on two CPU cores, the plan written as a stream (peak resident memory, seconds), ONNX of
     2 to 30 MB      0.6 to 1.2 GB     0.3 to 6 s
     1.5 GB          4.0 GB            15 s
     2.4 GB          5.2 GB            4 s (files in the page cache) to 13 s
-which ``1 GB + 2 x ONNX`` and ``3 s + 8 s per GB`` cover; without the stream the plan is in memory once more (7.4 GB
-were measured for 2.4 GB). TensorRT itself runs its candidates on the GPU: there, and wherever this machine has compiled
-the like before, the time is what the component cache has recorded, and unknown where it has nothing.
+``1 GB + 2 x ONNX`` and ``3 s + 8 s per GB`` cover that; without the stream the plan is in memory once more (7.4 GB for
+2.4 GB). TensorRT times kernels on the GPU: its time is taken from earlier builds in the cache, else unknown.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Family ``controlnet``: ControlNets (arXiv 2302.05543) for Stable Diffusion and SDXL, in folders or single files.
 
-A copy of a UNet's way down that also sees a picture; what it gives is added to the UNet's own connections. Its
-residuals come out under the names a member takes them by, already times ``control_scale``.
+Its residuals have the names of the members' inputs and are already multiplied by ``control_scale``.
 """
 
 from __future__ import annotations
@@ -114,11 +113,11 @@ class ControlNetFamily(TextConditioned):
 
 
 def residuals_fit(member: Inspection, controlnet: Inspection) -> dict[str, str] | str:
-    """The member's residual inputs -> the ControlNet's outputs that feed them; or in words why they can't.
+    """The member's residual inputs -> the ControlNet's outputs that feed them; or the reason why they can't.
 
-    Channels and resolutions have to coincide one to one, as those of SSD-1B and Vega do with SDXL's: pruning took
-    layers of their transformers and their middle, and a ControlNet's middle residual is added where that was, as
-    diffusers does. BK-SDM has fewer blocks than Stable Diffusion's ControlNets give residuals for.
+    Channels and resolutions must be equal one to one, as those of SSD-1B and Vega are with SDXL's (only transformer
+    layers and the middle were pruned; the middle residual is added in its place, as diffusers does). BK-SDM has fewer
+    blocks than Stable Diffusion.
     """
     if not member.controlled:
         return f"{member.path.name} was not exported to take residuals (option controlled)"

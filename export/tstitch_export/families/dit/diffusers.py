@@ -1,8 +1,8 @@
 """diffusers ``DiTTransformer2DModel`` folders, exported as diffusers itself computes them.
 
-They are not converted to the published layout, because they are not the same function: diffusers spaces the timestep
-frequencies over 127 instead of 128 intervals (``downscale_freq_shift=1``), may use another epsilon in the second norm
-of a block, and gives every block its own timestep and label embedders.
+They can't be converted to the published layout: diffusers spaces the timestep frequencies over 127 instead of 128
+intervals (``downscale_freq_shift=1``), may use another epsilon in the second norm of a block, and gives every block its
+own timestep and label embedders.
 """
 
 from __future__ import annotations

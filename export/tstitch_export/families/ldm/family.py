@@ -42,11 +42,11 @@ _DESCRIBING: Final = ("num_heads", "head_channels", "size", "ema")  # what a dif
 class LDMFamily(ClassMember):
     """sample ``[B,C,H,W]``, timestep ``[B]`` float32, labels ``[B]`` int64 -> model_output ``[B,C,H,W]``.
 
-    The class embedder is inside of the member, so that a pair may have tables of different widths.
+    The class embedder is inside the member: the tables of a pair may differ in width.
 
-    Some published models know no null class, which guidance needs. ``null_embedding`` adds a label for it after the
-    others: ``uniform`` random numbers in [0, 1), as T-Stitch's own script for these models guides with (one fixed draw
-    here, so that the member stays a function), the ``mean`` of all classes, or ``zeros``.
+    Some published models have no null class, which guidance needs. ``null_embedding`` adds one after the others:
+    ``uniform`` random numbers in [0, 1), as T-Stitch's script for these models does (one fixed draw here), the ``mean``
+    of all classes, or ``zeros``.
     """
 
     name = "ldm"

@@ -1,9 +1,8 @@
 """LoRAs fused into a model when it is built: W + weight * alpha / rank * up @ down (arXiv 2106.09685).
 
-``parse_loras`` reads the option, ``check_loras`` refuses a LoRA for another model before any weight is read, ``fuse``
-adds it up (``lora_deltas`` is what it adds, for who has the weights elsewhere). They know no architecture: a family
-gives the shapes of its modules and their other spellings, so that the text encoder's part of a file goes through the
-same code as the UNet's.
+``parse_loras`` reads the option, ``check_loras`` refuses a LoRA for another model before any weight is read,
+``lora_deltas`` gives what is added and ``fuse`` adds it. A family gives the shapes of its modules and their other
+spellings, so that UNets and text encoders go through the same code.
 """
 
 from __future__ import annotations
@@ -177,7 +176,7 @@ def _matched(
 
 
 def _shape(layer: LoraLayer, stored: Shapes) -> tuple[int, ...]:
-    """Of the product: (out, in, height, width of the kernel). (0, ) where down, mid and up don't fit each other."""
+    """The product's shape: (out, in, kernel height, kernel width). (0,) where down, mid and up don't fit together."""
     down, up = _padded(stored[layer.keys["down"]]), _padded(stored[layer.keys["up"]])
     kernel = down[2:]
     if "mid" in layer.keys:

@@ -1,4 +1,4 @@
-"""What ``unet-sd`` and ``unet-sdxl`` share: a diffusers UNet that text conditions, with the member signature."""
+"""What ``unet-sd`` and ``unet-sdxl`` share: a text-conditioned diffusers UNet with the member signature."""
 
 from __future__ import annotations
 

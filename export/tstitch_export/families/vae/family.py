@@ -2,8 +2,8 @@
 
 AutoencoderKL (Stable Diffusion, SDXL), AutoencoderTiny (TAESD) and VQModel (latent diffusion) from diffusers folders,
 KL and VQ also from the original single files. The scaling of the diffusion model's latent is part of the graph. Both
-halves are kept in float32 unless asked otherwise: SDXL's KL leaves the range of float16 on real latents although it
-doesn't on random ones (``force_upcast`` in its config), so the check of an export can't tell.
+are float32 by default: SDXL's KL leaves the range of float16 on real latents (``force_upcast`` in its config), but not
+on random ones, so the check of an export can't tell.
 """
 
 from __future__ import annotations
