@@ -5,7 +5,7 @@ A solver's latent ``x = a x0 + s eps`` has the noise level ``sigma = s / a``. As
 member meets it at ``sigma_m = r sigma``: it wants its own timestep of that level and a unit-variance sample,
 
     C_IN = r a_m / a     with a_m = 1 / sqrt(1 + sigma_m^2), s_m = a_m sigma_m
-    D    = (p_m C_IN x + q_m m) / r     with (p_m, q_m) the member's parametrisation at (a_m, s_m)
+    D    = (p_m C_IN x + q_m m) / r     with (p_m, q_m) the member's prediction type at (a_m, s_m)
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def fill_rows(
 ) -> Array:
     """float64 ``[N, 25]``. Every argument is one value or one for each step, ``[N]``.
 
-    ``p``, ``q``: the member's parametrisation (``parametrisation.coefficients(kind, table.a, table.s,
+    ``p``, ``q``: the member's prediction type (``prediction.coefficients(kind, table.a, table.s,
     estimate=table.estimate)``).
     ``guided_channels``: how many leading channels are guided. ``learned``: the member of that step gives a second half
     of channels for the variance. ``FLAG_STORE`` and ``FLAG_STORE_Y`` are set exactly where a later row reads the

@@ -1,4 +1,4 @@
-"""What a solver is to this package: facts about its grid and a pure function from the grid to coefficients."""
+"""A solver: facts about its grid, and a pure function from the grid to coefficients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_trt.solvers.options import SolverOptions
-from tstitch_trt.solvers.table import Estimate
+from tstitch_trt.solvers.table import Coefficients
 
 __all__ = ["Coefficients", "Grid", "Solver", "gaussian_step"]
 
@@ -19,11 +19,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Grid:
-    """The ``N + 1`` noise levels of a trajectory, the last one being what is left at its end.
+    """The ``N + 1`` noise levels of a trajectory, the last one at its end.
 
     ``t`` float64 ``[N]``; ``a`` and ``s`` float64 ``[N+1]``: the latent is ``a x0 + s eps``. ``age`` int64 ``[N]``: how
-    many estimates of earlier steps a step may use, 0 at the start and at every restart. ``ends``: where the steps end,
-    ``(a, s)`` float64 ``[N]`` each, when that is not where the next one begins.
+    many earlier estimates a step may use, 0 at the start and at every restart. ``ends``: ``(a, s)`` float64 ``[N]``
+    each at the end of each step, where that is not the beginning of the next one.
     """
 
     t: Array
@@ -50,31 +50,6 @@ class Grid:
         return np.asarray((self.s_to / self.a_to) / (self.s / self.a)[:-1])
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Coefficients:
-    """Columns of a step table, float64 ``[N]``; ``None`` is a column of zeros. See ``StepTable``."""
-
-    A: Array
-    B: Array
-    C: Array | None = None
-    E: Array | None = None
-    F: Array | None = None
-    S: Array | None = None
-    Y: Array | None = None
-    YX: Array | None = None
-    YY: Array | None = None
-    YB: Array | None = None
-    YC: Array | None = None
-    YE: Array | None = None
-    YF: Array | None = None
-    log_std_min: Array | None = None
-    log_std_max: Array | None = None
-    uses_variance: bool = False
-    keeps_mean: bool = True
-    keeps_variance: bool = True
-    estimate: Estimate = "x0"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Solver:
     """A named solver. ``defaults`` names every option it understands beside those of the spacing."""
@@ -91,7 +66,7 @@ class Solver:
 
 
 def gaussian_step(grid: Grid, *, eta: float, s_noise: float = 1.0) -> Coefficients:
-    """The exact step of a Gaussian whose noise is kept in part and drawn afresh in part.
+    """The exact step of a Gaussian that keeps part of its noise and draws the rest.
 
     ``x' = a' D + sqrt(s'^2 - std^2) (x - a D)/s + std z`` with ``std = eta s' sqrt(1 - (sigma'/sigma)^2)``: DDIM
     (arXiv 2010.02502, eq. 12 and 16) and, for ``eta = 1``, the posterior of DDPM; on variance-exploding latents the

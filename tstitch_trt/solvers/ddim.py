@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tstitch_trt.solvers.base import Coefficients, Grid, Solver, gaussian_step
+from tstitch_trt.solvers.base import Grid, Solver, gaussian_step
 from tstitch_trt.solvers.options import SolverOptions
+from tstitch_trt.solvers.table import Coefficients
 
 __all__ = ["DDIM"]
 

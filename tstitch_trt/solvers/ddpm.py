@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tstitch_trt.solvers.base import Coefficients, Grid, Solver, gaussian_step
+from tstitch_trt.solvers.base import Grid, Solver, gaussian_step
 from tstitch_trt.solvers.options import SolverOptions
+from tstitch_trt.solvers.table import Coefficients
 
 __all__ = ["DDPM"]
 
@@ -20,7 +21,6 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
     """
     posterior = gaussian_step(grid, eta=1.0)
     small = posterior.S
-    assert small is not None
     if options.variance == "fixed-small":
         return posterior
     beta = 1 - (grid.a[:-1] / grid.a[1:]) ** 2

@@ -9,13 +9,14 @@ and integrated exactly give
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_trt.solvers.base import Coefficients, Grid, Solver
+from tstitch_trt.solvers.base import Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
+from tstitch_trt.solvers.table import Coefficients
 
 __all__ = ["DPMPP_2M", "DPMPP_2M_SDE", "DPMPP_3M", "DPMPP_3M_SDE"]
 
@@ -66,74 +67,39 @@ def _multistep(
     return Coefficients(A=A, B=B, C=C, E=E, S=S, keeps_variance=s_noise == 1.0 or not S.any())
 
 
-def _ode_2m(grid: Grid, options: SolverOptions) -> Coefficients:
-    order, midpoint = _orders(grid, 2, options), options.second_order == "midpoint"
-    return _multistep(grid, order=order, eta=0.0, s_noise=1.0, midpoint=midpoint, d2_shift=0.5)
-
-
-def _ode_3m(grid: Grid, options: SolverOptions) -> Coefficients:
-    order, midpoint = _orders(grid, 3, options), options.second_order == "midpoint"
-    return _multistep(grid, order=order, eta=0.0, s_noise=1.0, midpoint=midpoint, d2_shift=0.5)
-
-
-def _sde_2m(grid: Grid, options: SolverOptions) -> Coefficients:
-    assert options.eta is not None
-    assert options.s_noise is not None
-    order, midpoint = _orders(grid, 2, options), options.second_order == "midpoint"
-    return _multistep(grid, order=order, eta=options.eta, s_noise=options.s_noise, midpoint=midpoint, d2_shift=0.5)
-
-
-def _sde_3m(grid: Grid, options: SolverOptions) -> Coefficients:
+def _coefficients(grid: Grid, options: SolverOptions, *, highest: int) -> Coefficients:
     """``variant="diffusers"`` is DPMSolverMultistepScheduler(solver_order=3, algorithm_type="sde-dpmsolver++").
 
     Up to 0.42 it has the d2 term as ``a' ((1 - exp(-u) - u)/u^2 - 1/2)``; the integral, k-diffusion's
     sample_dpmpp_3m_sde and diffusers' own deterministic solver have ``+ 1/2``. ``variant="k-diffusion"`` is that
     formula, with k-diffusion's second-order step after the first and no lower order near the end.
     """
-    assert options.eta is not None
-    assert options.s_noise is not None
     published = options.variant == "k-diffusion"
     return _multistep(
         grid,
-        order=_orders(grid, 3, options, published=published),
-        eta=options.eta,
-        s_noise=options.s_noise,
-        midpoint=not published and options.second_order == "midpoint",
-        d2_shift=0.5 if published else -0.5,
+        order=_orders(grid, highest, options, published=published),
+        eta=0.0 if options.eta is None else options.eta,
+        s_noise=1.0 if options.s_noise is None else options.s_noise,
+        midpoint=options.second_order == "midpoint" and not published,
+        d2_shift=-0.5 if options.variant == "diffusers" else 0.5,
     )
 
 
-_ORDERS: Mapping[str, str | bool] = {"second_order": "midpoint", "lower_order_final": True, "euler_at_final": False}
+def _solver(name: str, summary: str, highest: int, **defaults: str | float) -> Solver:
+    orders: dict[str, str | bool] = {"second_order": "midpoint", "lower_order_final": True, "euler_at_final": False}
+    return Solver(
+        name=name,
+        summary=summary,
+        space="vp",
+        defaults={**defaults, "final": "zero", **orders},
+        coefficients=partial(_coefficients, highest=highest),
+        extra_point=True,
+    )
 
-DPMPP_2M = Solver(
-    name="dpmpp-2m",
-    summary="DPM-Solver++ of order 2, deterministic",
-    space="vp",
-    defaults={"final": "zero", **_ORDERS},
-    coefficients=_ode_2m,
-    extra_point=True,
-)
-DPMPP_3M = Solver(
-    name="dpmpp-3m",
-    summary="DPM-Solver++ of order 3, deterministic",
-    space="vp",
-    defaults={"final": "zero", **_ORDERS},
-    coefficients=_ode_3m,
-    extra_point=True,
-)
-DPMPP_2M_SDE = Solver(
-    name="dpmpp-2m-sde",
-    summary="DPM-Solver++ of order 2 with fresh noise",
-    space="vp",
-    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero", **_ORDERS},
-    coefficients=_sde_2m,
-    extra_point=True,
-)
-DPMPP_3M_SDE = Solver(
-    name="dpmpp-3m-sde",
-    summary="DPM-Solver++ of order 3 with fresh noise",
-    space="vp",
-    defaults={"eta": 1.0, "s_noise": 1.0, "final": "zero", "variant": "diffusers", **_ORDERS},
-    coefficients=_sde_3m,
-    extra_point=True,
+
+DPMPP_2M = _solver("dpmpp-2m", "DPM-Solver++ of order 2, deterministic", 2)
+DPMPP_3M = _solver("dpmpp-3m", "DPM-Solver++ of order 3, deterministic", 3)
+DPMPP_2M_SDE = _solver("dpmpp-2m-sde", "DPM-Solver++ of order 2 with fresh noise", 2, eta=1.0, s_noise=1.0)
+DPMPP_3M_SDE = _solver(
+    "dpmpp-3m-sde", "DPM-Solver++ of order 3 with fresh noise", 3, eta=1.0, s_noise=1.0, variant="diffusers"
 )

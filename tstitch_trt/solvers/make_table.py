@@ -14,7 +14,7 @@ from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.registry import find_solver, resolve
 from tstitch_trt.solvers.spacing import check_timesteps, space_sigmas, space_timesteps
-from tstitch_trt.solvers.table import Y_COLUMNS, StepTable
+from tstitch_trt.solvers.table import StepTable
 
 __all__ = ["make_table"]
 
@@ -137,29 +137,16 @@ def _table(
     a = 1 / scale if family.space == "vp" else np.ones_like(sigmas)
     grid = Grid(t=t, a=a, s=a * sigmas, age=_ages(t.size, restarts), ends=ends)
     made = family.coefficients(grid, options)
-    zeros = np.zeros(t.size)
-
-    def column(values: Array | None) -> Array:
-        return zeros if values is None else values
-
     return StepTable(
         solver=options,
         t=t,
         c_in=1 / scale[:-1] if family.space == "ve" else np.ones(t.size),
-        A=made.A,
-        B=made.B,
-        **{name: column(getattr(made, name)) for name in ("C", "E", "F", "S", "Y", *Y_COLUMNS)},
-        log_std_min=column(made.log_std_min),
-        log_std_max=column(made.log_std_max),
+        **vars(made),
         a=grid.a[:-1],
         s=grid.s[:-1],
         a_end=float(grid.a[-1]),
         s_end=float(grid.s[-1]),
         init_scale=_init_scale(family, options, sigma[0]),
-        uses_variance=made.uses_variance,
-        keeps_mean=made.keeps_mean,
-        keeps_variance=made.keeps_variance,
-        estimate=made.estimate,
         ends=ends,
     )
 

@@ -1,4 +1,4 @@
-"""What a member's output means: the two numbers that turn it into an estimate of the clean latent."""
+"""Prediction types: the coefficients that turn a member's output into an estimate of the clean latent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tstitch_engines.errors import BadInput, unknown_name
 
-__all__ = ["PARAMETRISATIONS", "coefficients", "of_estimate"]
+__all__ = ["PREDICTION_TYPES", "coefficients", "of_estimate"]
 
 Array = NDArray[np.float64]
 
@@ -30,11 +30,11 @@ def _x0(a: Array, s: Array) -> tuple[Array, Array]:
 
 # Flow matching (v = eps - x0 on x = (1 - t) x0 + t eps, so p = 1, q = -s) is one more entry here.
 _KINDS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {"eps": _eps, "v": _v, "x0": _x0}
-PARAMETRISATIONS = tuple(_KINDS)
+PREDICTION_TYPES = tuple(_KINDS)
 
 
 def of_estimate(estimate: str, p: Array, q: Array, a: Array, s: Array) -> tuple[Array, Array]:
-    """From the clean latent ``x0 = p x + q m`` to what a step table remembers, at ``x = a x0 + s eps``, ``s > 0``.
+    """``(p, q)`` of ``estimate`` from those of the clean latent ``x0 = p x + q m``, at ``x = a x0 + s eps``, ``s > 0``.
 
     ``estimate``: ``x0``; ``eps = (x - a x0) / s``; ``v = (a eps - s x0) / r``. Raises ``UnknownName``.
     """
@@ -45,21 +45,20 @@ def of_estimate(estimate: str, p: Array, q: Array, a: Array, s: Array) -> tuple[
     if estimate == "v":  # a/r eps - s/r x0, with a^2 + s^2 = r^2
         r = np.hypot(a, s)
         return (a - r**2 * p) / (r * s), -r * q / s
-    raise unknown_name("estimate", estimate, PARAMETRISATIONS)
+    raise unknown_name("estimate", estimate, PREDICTION_TYPES)
 
 
 def coefficients(kind: str, a: ArrayLike, s: ArrayLike, *, estimate: str = "x0") -> tuple[Array, Array]:
     """``(p, q)`` with ``D = p x + q m`` for a latent ``x = a x0 + s eps`` and a member's output ``m``.
 
-    ``D`` is an estimate of the clean latent, or with ``estimate`` of what the step table remembers (``of_estimate``).
-
-    ``a`` and ``s`` (same shape, any) are the solver's, so the same member serves variance-preserving
+    ``kind``: the member's prediction type. ``D`` estimates the clean latent, or what ``estimate`` says
+    (``of_estimate``). ``a`` and ``s`` (same shape, any) are the solver's, so one member serves variance-preserving
     (``a^2 + s^2 = 1``) and variance-exploding (``a = 1``) solvers. Raises ``UnknownName``, and ``BadInput`` for
     ``a <= 0`` or ``s < 0``.
     """
     make = _KINDS.get(kind)
     if make is None:
-        raise unknown_name("parametrisation", kind, PARAMETRISATIONS)
+        raise unknown_name("prediction type", kind, PREDICTION_TYPES)
     a, s = np.asarray(a, np.float64), np.asarray(s, np.float64)
     if a.shape != s.shape or not (np.isfinite(a).all() and np.isfinite(s).all() and (a > 0).all() and (s >= 0).all()):
         raise BadInput(

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import PredictionType
 from tstitch_engines.errors import BadInput
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.prediction import coefficients
 
-__all__ = ["COLUMNS", "Y_COLUMNS", "Estimate", "StepTable"]
+__all__ = ["COLUMNS", "Y_COLUMNS", "Coefficients", "StepTable"]
 
 Array = NDArray[np.float64]
-
-Estimate = Literal["x0", "eps", "v"]
 
 Y_COLUMNS = ("YX", "YY", "YB", "YC", "YE", "YF")
 COLUMNS = ("t", "c_in", "A", "B", "C", "E", "F", "S", "Y", *Y_COLUMNS, "log_std_min", "log_std_max", "a", "s")
@@ -29,30 +27,9 @@ def _left_out() -> Array:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StepTable:
-    """One row for each evaluation of a model, columns float64 ``[N]`` and read-only; left out, a column is all zeros.
+class Coefficients:
+    """What a solver computes of a ``StepTable``, float64 ``[N]`` each; an empty column is all zeros."""
 
-        x' = A x + B D + C D1 + E D2 + F D3 + Y y + S z
-        y' = YX x + YY y + YB D + YC D1 + YE D2 + YF D3      where one of these is not 0; else y stays
-
-    ``D`` is the model's ``estimate``: of the clean latent (``x0``), of the noise (``eps``) or of the velocity (``v``,
-    arXiv 2202.00512). Before row ``i`` the latent is ``x = a[i] x0 + s[i] eps``, after the last ``a_end x0 + s_end
-    eps``. ``ends`` ``(a, s)``: the levels where the rows end, of a solver that does not end where its next row begins.
-
-    The table proves what can be proved of it, or raises ``BadInput``:
-
-    - every column has the same length, is finite, and the noise ``s / a`` falls from row to row; a row may end
-      at the level it begins with where it does not go on from ``x``: it takes a step again from ``y``, or rests;
-    - no row reads an estimate from before the first row, or a ``y`` that no row has written;
-    - ``keeps_mean``: fed exact estimates, each row lands on the next signal level: for ``x0`` estimates
-      ``A a + Y a_y + B + C + E + F = a'``, where ``y = a_y x0 + s_y eps`` is followed from row to row;
-    - ``keeps_variance``: each row lands on the next noise level: ``(A s + Y s_y)^2 + S^2 = s'^2``. With estimates of
-      the noise the terms of ``B, C, E, F`` count here instead of there.
-    """
-
-    solver: SolverOptions  # with every default filled in
-    t: Array  # timestep the member is given, may be fractional
-    c_in: Array  # factor on the latent before the member sees it
     A: Array
     B: Array
     C: Array = field(default_factory=_left_out)
@@ -68,15 +45,42 @@ class StepTable:
     YF: Array = field(default_factory=_left_out)
     log_std_min: Array = field(default_factory=_left_out)  # range of the learned log standard deviation; 0 where unused
     log_std_max: Array = field(default_factory=_left_out)
+    uses_variance: bool = False  # some row scales its noise by the model's second half of channels
+    keeps_mean: bool = True
+    keeps_variance: bool = True
+    estimate: PredictionType = "x0"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepTable(Coefficients):
+    """One row for each evaluation of a model, columns float64 ``[N]`` and read-only.
+
+        x' = A x + B D + C D1 + E D2 + F D3 + Y y + S z
+        y' = YX x + YY y + YB D + YC D1 + YE D2 + YF D3      where one of these is not 0; else y stays
+
+    ``D`` is the model's ``estimate``: of the clean latent (``x0``), of the noise (``eps``) or of the velocity (``v``,
+    arXiv 2202.00512). Before row ``i`` the latent is ``x = a[i] x0 + s[i] eps``, after the last ``a_end x0 + s_end
+    eps``. ``ends`` ``(a, s)``: the levels where rows end, if that is not where the next row begins.
+
+    Raises ``BadInput`` unless
+
+    - every column has the same length, is finite, and the noise ``s / a`` falls from row to row; a row may end at the
+      level it begins with if it repeats a step from ``y``, or changes nothing;
+    - no row reads an estimate from before the first row, or a ``y`` that no row has written;
+    - ``keeps_mean``: with exact estimates, each row lands on the next signal level: for ``x0`` estimates
+      ``A a + Y a_y + B + C + E + F = a'``, where ``y = a_y x0 + s_y eps`` is followed from row to row;
+    - ``keeps_variance``: each row lands on the next noise level: ``(A s + Y s_y)^2 + S^2 = s'^2``. With estimates of
+      the noise the terms of ``B, C, E, F`` count here instead of there.
+    """
+
+    solver: SolverOptions  # with every default filled in
+    t: Array  # timestep the member is given, may be fractional
+    c_in: Array  # factor on the latent before the member sees it
     a: Array
     s: Array
     a_end: float
     s_end: float
     init_scale: float  # what unit Gaussian noise is multiplied by to start
-    uses_variance: bool = False  # some row scales its noise by the model's second half of channels
-    keeps_mean: bool = True
-    keeps_variance: bool = True
-    estimate: Estimate = "x0"
     ends: tuple[Array, Array] | None = None
 
     def __post_init__(self) -> None:
@@ -152,7 +156,7 @@ class StepTable:
         return np.append(self.a[1:], self.a_end), np.append(self.s[1:], self.s_end)
 
     def _follow_y(self, level: Array, exact: float, of_y: tuple[Array, ...]) -> Array:
-        """What ``y`` holds of one part of the latent before each row, given that part of ``x`` and of an estimate."""
+        """One part of ``y`` before each row (signal or noise), from that part of ``x`` and of an exact estimate."""
         found, now = np.zeros(self.steps), 0.0
         added = exact * sum(of_y) + self.YX * level
         for row in range(self.steps):
@@ -195,8 +199,7 @@ class StepTable:
     def clean_estimate(self, row: int) -> tuple[float, float]:
         """``(p, q)`` for a preview after ``row``: the clean latent is about ``p x' + q D``.
 
-        Of an estimate of the noise that is what ``D`` leaves of the new latent: the exact estimate where the row is a
-        DDIM step, and near it where ``D`` was extrapolated.
+        Exact for DDIM steps, and close where a solver extrapolates ``D``.
         """
         a, s = (end[row : row + 1] for end in self._ends())
         p, q = coefficients(self.estimate, a, s)

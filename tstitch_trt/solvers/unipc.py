@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_trt.solvers.base import Coefficients, Grid, Solver
+from tstitch_trt.solvers.base import Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions, uncorrected_steps
+from tstitch_trt.solvers.table import Coefficients
 
 __all__ = ["UNIPC"]
 

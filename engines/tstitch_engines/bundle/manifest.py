@@ -31,7 +31,7 @@ __all__ = [
 
 SCHEMA = 1
 
-Parametrisation = Literal["eps", "v", "x0"]
+PredictionType = Literal["eps", "v", "x0"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
@@ -250,7 +250,7 @@ class Member(Network, frozen=True, kw_only=True):
     it takes ``inpaint [B,1+C,H,W]``, mask and masked latent. ``quantisation``: how an int8 or fp8 member was made.
     """
 
-    parametrisation: Parametrisation
+    parametrisation: PredictionType
     learned_variance: bool
     noise: NoiseScheduleSpec | None = None
     latent_ratio: float = 1.0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Parametrisation
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, PredictionType
 from tstitch_engines.errors import BadInput, unknown_name
 
 __all__ = ["SCHEDULERS", "Scheduler", "read_scheduler", "read_training"]
@@ -32,7 +32,7 @@ class Scheduler:
     options: Mapping[str, Option]
     spacing: str
     noise: NoiseScheduleSpec
-    parametrisation: Parametrisation
+    parametrisation: PredictionType
 
 
 _BETAS: Final = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "squared-cosine"}
@@ -117,7 +117,7 @@ def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.
     return Scheduler(solver=solver, options=options, spacing=spacing, noise=noise, parametrisation=prediction)
 
 
-def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseScheduleSpec, Parametrisation]:
+def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseScheduleSpec, PredictionType]:
     """The noise a model was trained with and what it predicts, for any scheduler class with betas.
 
     Raises ``BadInput`` naming the key that can't be honoured.
@@ -128,7 +128,7 @@ def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseSchedu
     return _training(keys)
 
 
-def _training(keys: _Config) -> tuple[NoiseScheduleSpec, Parametrisation]:
+def _training(keys: _Config) -> tuple[NoiseScheduleSpec, PredictionType]:
     keys.off("rescale_betas_zero_snr")
     if keys.get("trained_betas", None) is not None:
         raise keys.refuse("trained_betas", "a list", "null: a noise schedule is a formula")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Parametrisation
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, PredictionType
 from tstitch_engines.bundle.scheduler_config import read_training
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.checkpoint.folder import read_json
@@ -26,7 +26,7 @@ class PipelineFacts:
     index: Mapping[str, Any] | None = None
     scheduler: Mapping[str, Any] | None = None
     noise: NoiseScheduleSpec | None = None
-    parametrisation: Parametrisation | None = None
+    parametrisation: PredictionType | None = None
     scaling: float | None = None
     shift: float | None = None
 

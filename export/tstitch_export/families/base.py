@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Parametrisation, Precision, TextInputs
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Precision, PredictionType, TextInputs
 from tstitch_engines.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Inspection:
     labels: int = 0
     learned_variance: bool = False
     noise: NoiseScheduleSpec | None = None
-    parametrisation: Parametrisation | None = None
+    parametrisation: PredictionType | None = None
     scaling: float | None = None
     shift: float | None = None
     scheduler: Mapping[str, Any] | None = None

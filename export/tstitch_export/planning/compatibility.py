@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from tstitch_engines.bundle.manifest import Decoder, Latent, NoiseScheduleSpec, Parametrisation, TextInputs
+from tstitch_engines.bundle.manifest import Decoder, Latent, NoiseScheduleSpec, PredictionType, TextInputs
 from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
 from tstitch_engines.errors import BadInput, PairMismatch
 from tstitch_export.planning.network import NetworkPlan
@@ -30,7 +30,7 @@ _VAES: Final = ("vae_decoder", "vae_encoder")
 class Adapted:
     """How one member takes part: the fields of ``manifest.Member`` that differ from the bundle's conventions."""
 
-    parametrisation: Parametrisation
+    parametrisation: PredictionType
     noise: NoiseScheduleSpec | None = None
     latent_ratio: float = 1.0
     text: TextInputs | None = None

@@ -17,8 +17,8 @@ from tstitch_engines.bundle.manifest import (
     Defaults,
     Latent,
     NoiseScheduleSpec,
-    Parametrisation,
     Precision,
+    PredictionType,
 )
 from tstitch_engines.errors import BadInput, UnknownName, nearest, unknown_name
 from tstitch_engines.spec import Range
@@ -50,7 +50,7 @@ class MemberRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     family: str
-    parametrisation: Parametrisation
+    parametrisation: PredictionType
     options: dict[str, int | float | bool | str] = {}
     checkpoint: str | None = None
     shipped: str | None = None

@@ -21,7 +21,7 @@ from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.plan.step_rows import fill_rows, reads_before
 from tstitch_trt.solvers import SOLVERS, SolverOptions, StepTable, make_table, resolve, with_default_spacing
 from tstitch_trt.solvers.noise_schedule import NOISE_KINDS, NoiseSchedule
-from tstitch_trt.solvers.prediction import PARAMETRISATIONS, coefficients
+from tstitch_trt.solvers.prediction import PREDICTION_TYPES, coefficients
 from tstitch_trt.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 from tstitch_trt.solvers.table import COLUMNS
 
@@ -122,15 +122,15 @@ def test_estimates_are_stored_exactly_where_they_are_read(table: StepTable) -> N
 
 @pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "ddpm"])
 @pytest.mark.parametrize("steps", [10, 20])
-def test_members_of_different_parametrisation_share_a_trajectory(solver: str, steps: int) -> None:
+def test_members_of_different_prediction_types_share_a_trajectory(solver: str, steps: int) -> None:
     """One denoiser as an eps, a v and an x0 member, stitched: the same latents as each of them alone."""
     table = make_table(solver, LINEAR, steps)
     steps = table.steps
     x, noise = draw(steps)
     x = x * table.init_scale
-    members = {kind: member(kind, table) for kind in PARAMETRISATIONS}
-    alone = {kind: walk(rows_for(kind, table), x, members[kind], noise) for kind in PARAMETRISATIONS}
-    kinds = [PARAMETRISATIONS[i * len(PARAMETRISATIONS) // steps] for i in range(steps)]
+    members = {kind: member(kind, table) for kind in PREDICTION_TYPES}
+    alone = {kind: walk(rows_for(kind, table), x, members[kind], noise) for kind in PREDICTION_TYPES}
+    kinds = [PREDICTION_TYPES[i * len(PREDICTION_TYPES) // steps] for i in range(steps)]
     p, q = np.array(
         [coefficients(kind, table.a[i], table.s[i], estimate=table.estimate) for i, kind in enumerate(kinds)]
     ).T
@@ -139,9 +139,9 @@ def test_members_of_different_parametrisation_share_a_trajectory(solver: str, st
         np.testing.assert_allclose(latents, alone["eps"], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", PARAMETRISATIONS)
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @pytest.mark.parametrize("space", ["vp", "ve"])
-def test_parametrisations_recover_the_clean_latent(kind: str, space: str) -> None:
+def test_prediction_types_recover_the_clean_latent(kind: str, space: str) -> None:
     rng = np.random.default_rng(3)
     x0, eps = rng.normal(size=(2, 5))
     sigma = np.array([0.01, 0.3, 1.0, 7.0, 150.0])
