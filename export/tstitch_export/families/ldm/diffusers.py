@@ -20,14 +20,14 @@ from tstitch_export.needs import require
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["inspect", "load"]
+__all__ = ["ATTENDED", "inspect", "load"]
 
 _ADDED: Final = "UNet2DModel"
-_ATTENDED: Final = "UNet2DConditionModel"
+ATTENDED: Final = "UNet2DConditionModel"
 _STEM: Final = "diffusion_pytorch_model"
 _EMBEDDER: Final = "class_embedder"
 # diffusers' own defaults, for what a config.json leaves out
-_CHANNELS: Final = {_ADDED: ((3, 3), (224, 448, 672, 896)), _ATTENDED: ((4, 4), (320, 640, 1280, 1280))}
+_CHANNELS: Final = {_ADDED: ((3, 3), (224, 448, 672, 896)), ATTENDED: ((4, 4), (320, 640, 1280, 1280))}
 
 
 def inspect(path: Path) -> Inspection:
@@ -38,7 +38,7 @@ def inspect(path: Path) -> Inspection:
     if config is None or kind not in _CHANNELS:
         raise BadCheckpoint(
             f"{path} is no class-conditional latent diffusion model: it looks like {describe_folder(folder)}",
-            hint=f"give the folder of a {_ADDED} or {_ATTENDED}, a pipeline that has one, or the original checkpoint",
+            hint=f"give the folder of a {_ADDED} or {ATTENDED}, a pipeline that has one, or the original checkpoint",
         )
     if config.get("class_embed_type") is not None:
         raise BadCheckpoint(
@@ -87,34 +87,23 @@ def inspect(path: Path) -> Inspection:
     )
 
 
-def load(inspection: Inspection) -> tuple[nn.Module, nn.Embedding | None]:
-    """diffusers' module as ``(sample, timestep, context or labels)``, and the table of the tokens if it has one."""
+def load(inspection: Inspection) -> nn.Module:
+    """The model as ``(sample, timestep, labels)``."""
     diffusers = require("diffusers", f"the diffusers folder {inspection.path.name}")
-    from torch import Tensor, nn
 
     from tstitch_export.families.assemble import assemble
-    from tstitch_export.families.ldm.model import embedding
-
-    attended = inspection.config["model"] == _ATTENDED
-
-    class UNet(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-            given = {"encoder_hidden_states" if attended else "class_labels": condition}
-            out: Tensor = self.inner(sample, timestep, return_dict=False, **given)[0]
-            return out
+    from tstitch_export.families.ldm.model import ClassConditional, UNet, embedding
 
     file, *others, weights = inspection.files
     tables = [other for other in others if other.parent.name == _EMBEDDER]  # others are shards of the weights
-    kind = getattr(diffusers, str(inspection.config["model"]))
-    unet = UNet(assemble(kind, read_json(file) or {}, read_checkpoint(weights).tensors(), name=inspection.path.name))
+    kind = str(inspection.config["model"])
+    state = read_checkpoint(weights).tensors()
+    inner = assemble(getattr(diffusers, kind), read_json(file) or {}, state, name=inspection.path.name)
+    unet = UNet(inner, "encoder_hidden_states" if kind == ATTENDED else "class_labels")
     if not tables:
-        return unet, None
+        return unet
     (table,) = read_checkpoint(tables[0]).tensors().values()
-    return unet, embedding(table.float())
+    return ClassConditional(unet, embedding(table.float()))
 
 
 def _classes(
@@ -132,7 +121,7 @@ def _classes(
     beside = next((base / _EMBEDDER for base in (path, folder.parent) if (base / _EMBEDDER).is_dir()), None)
     if beside is None or own is not None:
         raise BadCheckpoint(
-            f"{path} is a {_ATTENDED} "
+            f"{path} is a {ATTENDED} "
             + ("with num_class_embeds" if own else f"and has no {_EMBEDDER} folder beside it")
             + ": its context is text or something else",
             hint="for Stable Diffusion use family unet-sd; a class-conditional one has its table in class_embedder/",

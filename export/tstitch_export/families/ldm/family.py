@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -21,6 +20,7 @@ from tstitch_export.families.ldm.layout import (
     UNET,
     Heads,
     config_from_shapes,
+    diffusers_config,
     ema_name,
     expected_shapes,
     native_size,
@@ -28,7 +28,9 @@ from tstitch_export.families.ldm.layout import (
     published_name,
 )
 from tstitch_export.families.options import typed
-from tstitch_export.needs import need_torch
+from tstitch_export.families.unet.config import UNetConfig
+from tstitch_export.families.unet.layout import module_names, rename
+from tstitch_export.needs import need_torch, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,24 +85,8 @@ class LDMFamily(ClassMember):
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
-        torch = need_torch("exporting a latent diffusion model")
-        from tstitch_export.families.assemble import fill
-        from tstitch_export.families.ldm.model import ClassConditional, UNet
-
-        if inspection.layout == "diffusers":
-            unet, table = ldm_diffusers.load(inspection)
-            model: nn.Module = unet if table is None else ClassConditional(unet, table)
-        else:
-            checkpoint, name = read_checkpoint(inspection.path), inspection.path.name
-            heads = Heads(number=int(inspection.config["num_heads"]), channels=int(inspection.config["head_channels"]))
-            config = config_from_shapes(checkpoint.shapes, name=name, heads=heads)
-            stored, averaged = checkpoint.tensors(), inspection.config["ema"]
-            weights = {
-                f"unet.{key}": stored[ema_name(key) if averaged else UNET + key] for key in expected_shapes(config)
-            }
-            weights["table.weight"] = stored[TABLE]
-            rows = partial(torch.nn.Embedding, config.labels, config.context)
-            model = fill(lambda: ClassConditional(UNet(config), rows()), weights, name=name)
+        need_torch("exporting a latent diffusion model")
+        model = ldm_diffusers.load(inspection) if inspection.layout == "diffusers" else _load_original(inspection)
         _add_null(model, str(inspection.config["null_embedding"]))
         return model.eval().requires_grad_(False)
 
@@ -162,7 +148,28 @@ def _original(path: Path, given: Mapping[str, Scalar]) -> Inspection:
         noise=_noise(checkpoint),
         scaling=scale,
         shift=None if scale is None else 0.0,
+        packages=("diffusers",),
     )
+
+
+def _load_original(inspection: Inspection) -> nn.Module:
+    diffusers = require("diffusers", f"the latent diffusion model {inspection.path.name}")
+    from tstitch_export.families.assemble import assemble
+    from tstitch_export.families.ldm.model import ClassConditional, UNet, embedding, skip_lone_softmax
+
+    checkpoint, name = read_checkpoint(inspection.path), inspection.path.name
+    heads = Heads(number=int(inspection.config["num_heads"]), channels=int(inspection.config["head_channels"]))
+    config = config_from_shapes(checkpoint.shapes, name=name, heads=heads)
+    stored, raw = checkpoint.tensors(), diffusers_config(config)
+    names = rename(expected_shapes(config), module_names(UNetConfig(raw)), name=name)
+    averaged = inspection.config["ema"]
+    sources = {ours: ema_name(key) if averaged else UNET + key for key, ours in names.items()}
+    if bad := next((key for key in (*sources.values(), TABLE) if not stored[key].isfinite().all()), None):
+        raise BadCheckpoint(f"{name}: {bad} holds NaN or infinity", hint="take a checkpoint from before that")
+    state = {ours: stored[source] for ours, source in sources.items()}
+    inner = assemble(getattr(diffusers, ldm_diffusers.ATTENDED), raw, state, name=name)
+    skip_lone_softmax(inner)
+    return ClassConditional(UNet(inner, "encoder_hidden_states"), embedding(stored[TABLE].float()))
 
 
 def _noise(checkpoint: Checkpoint) -> NoiseScheduleSpec | None:

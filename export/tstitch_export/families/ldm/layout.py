@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
@@ -22,6 +22,7 @@ __all__ = [
     "Heads",
     "LDMConfig",
     "config_from_shapes",
+    "diffusers_config",
     "ema_name",
     "expected_shapes",
     "native_size",
@@ -169,6 +170,22 @@ def expected_shapes(config: LDMConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def diffusers_config(config: LDMConfig) -> dict[str, Any]:
+    """The configuration of diffusers' ``UNet2DConditionModel`` that computes the same."""
+    attended = [level in config.attention for level in range(len(config.widths))]
+    return {
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "cross_attention_dim": config.context,
+        "attention_head_dim": [config.heads.of(width) for width in config.widths],  # diffusers' name for their number
+        "transformer_layers_per_block": config.depth,
+    }
+
+
 def config_from_shapes(shapes: Shapes, *, name: str, heads: Heads | None) -> LDMConfig:
     """The configuration that a checkpoint's shapes determine; ``name`` is the file's, for messages.
 
@@ -189,10 +206,10 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: Heads | None) -> LDM
         )
     base, channels = unet["input_blocks.0.0.weight"][:2]
     widths, blocks, attention = _levels(unet, base)
-    if any(width % _GROUPS for width in (base, *widths)) or not widths:
+    if any(width % _GROUPS for width in widths) or widths[:1] != (base,):
         raise BadCheckpoint(
-            f"{name}: its levels have {', '.join(map(str, (base, *widths)))} channels; allowed are multiples of "
-            f"{_GROUPS}",
+            f"{name}: its levels have {', '.join(map(str, widths))} channels; allowed are multiples of {_GROUPS} that "
+            f"begin with the {base} of its first convolution",
             hint=_WHOLE,
         )
     context = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.dits import sparse_safetensors
-from support.ldms import class_table, conditional_unet, ldm_checkpoint, ldm_folder, original_state
+from support.ldms import ldm_checkpoint, ldm_folder
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
 from tstitch_engines.progress import silent
@@ -96,22 +96,6 @@ def test_the_original_layout_equals_diffusers(
         got = LDM.load(inspection)(sample, timestep, labels)
     assert relative(got, through_diffusers(unet, table, sample, timestep, labels)) < 1e-4
     assert inspection.noise == LDM_NOISE
-
-
-def test_more_than_one_token_of_context_attends_as_diffusers_does() -> None:
-    """The class is one token, for which attention needs no softmax; the module takes more all the same."""
-    from tstitch_export.families.ldm.model import UNet
-
-    theirs = conditional_unet()
-    state = original_state(theirs, class_table(2, 24, 0))
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    config = config_from_shapes(shapes, name="x", heads=Heads(number=2))
-    ours = UNet(config).eval()
-    ours.load_state_dict({k.removeprefix(UNET): v for k, v in state.items() if k.startswith(UNET)})
-    torch.manual_seed(0)
-    sample, timestep, context = torch.randn(2, 3, 16, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24)
-    with torch.no_grad():
-        assert relative(ours(sample, timestep, context), theirs(sample, timestep, context).sample) < 1e-4
 
 
 def test_the_moving_average_is_taken_where_there_is_one(tmp_path: Path) -> None:
