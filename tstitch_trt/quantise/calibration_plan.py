@@ -1,4 +1,4 @@
-"""Which trajectories a member is calibrated on, everything about them decided before any work."""
+"""The trajectories that a member is calibrated on, decided before any work."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Final
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule
 from tstitch_trt.plan.plan import make_plan
-from tstitch_trt.reference.member_inputs import needed_parts
-from tstitch_trt.request.synthetic import PROMPTS
+from tstitch_trt.quantise.trajectories import needed_parts
+from tstitch_trt.study.image_set import prompts_for
 
-__all__ = ["Calibration", "plan_calibration"]
+__all__ = ["CalibrationPlan", "plan_calibration"]
 
 _GUIDANCE: Final = 1.5  # of the trajectories where the bundle's own is off
 _IMAGES: Final = 4  # trajectories to calibrate on, at least
@@ -22,11 +22,8 @@ _SEED_STRIDE: Final = 1 << 20  # between the seeds that are calibrated and those
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The trajectories, everything about them decided. ``default``: the schedule of the final comparison.
-
-    ``names``: the members that run. ``prompts``: of text bundles.
-    """
+class CalibrationPlan:
+    """``default``: the schedule of the final comparison. ``names``: the members that run."""
 
     schedules: tuple[str, ...]
     settings: dict[str, Any]  # keywords of `make_plan`
@@ -49,11 +46,11 @@ def plan_calibration(
     samples: int,
     seed: int,
     prompts: Sequence[str] = (),
-) -> Calibration:
-    """Raises ``BadSchedule`` for a schedule that the member is not in, and what ``make_plan`` raises.
+) -> CalibrationPlan:
+    """``wanted``: keywords of ``make_plan``. ``prompts``: of a text bundle, by default ``PROMPTS``.
 
-    ``wanted``: keywords of ``make_plan``. ``prompts``: of a text bundle, by default some that are made up. Raises
-    ``BadInput`` for prompts that a bundle of classes can't heed, ``Unavailable`` for a bundle that can't read any.
+    Raises ``BadSchedule`` for a schedule without the member, and what ``make_plan``, ``needed_parts`` and
+    ``prompts_for`` raise.
     """
     settings = {key: value for key, value in wanted.items() if value is not None}
     if "guidance" not in settings and manifest.defaults.guidance == 1 and manifest.conditioning.guidable:
@@ -74,7 +71,8 @@ def plan_calibration(
             plan = plans[name]
         if name in plan.schedule.names and set(plan.schedule.names) != {name}:
             plans[default] = plan
-    texts = _prompts(manifest, prompts)
+    if empty := [index for index, text in enumerate(prompts) if not text.strip()]:
+        raise BadInput(f"prompt {empty[0] + 1} of {len(prompts)} is empty", hint="leave it out")
     names = tuple(n for n in manifest.members if any(n in plan.schedule.names for plan in plans.values()))
     needed_parts(manifest, names)
     first = next(iter(plans.values()))
@@ -83,7 +81,7 @@ def plan_calibration(
     )
     images = max(_IMAGES, math.ceil(samples / rows))
     base = seed * 2 * _SEED_STRIDE
-    return Calibration(
+    return CalibrationPlan(
         schedules=tuple(plans),
         settings=settings,
         steps=first.steps,
@@ -92,19 +90,6 @@ def plan_calibration(
         seeds=tuple(range(base, base + images)),
         held_out=tuple(range(base + _SEED_STRIDE, base + _SEED_STRIDE + _HELD_OUT)),
         default=default if default in plans else next(iter(plans)),
-        prompts=texts,
+        prompts=prompts_for(manifest, prompts, names),
         names=names,
     )
-
-
-def _prompts(manifest: Manifest, prompts: Sequence[str]) -> tuple[str, ...]:
-    if manifest.conditioning.kind != "text":
-        if prompts:
-            raise BadInput(
-                f"{len(prompts)} prompts were given, and the bundle {manifest.name!r} draws classes",
-                hint="leave out --prompt and --prompts",
-            )
-        return ()
-    if empty := [index for index, text in enumerate(prompts) if not text.strip()]:
-        raise BadInput(f"prompt {empty[0] + 1} of {len(prompts)} is empty", hint="leave it out")
-    return tuple(prompts) or PROMPTS

@@ -1,11 +1,11 @@
-"""A bundle with one member in 8 bits: calibrated on its real inputs at all noise levels, and what that costs measured.
+"""Quantises one member of a bundle to 8 bits, with ranges from its real inputs, and measures the loss.
 
-1. The bundle is walked on ONNX Runtime over the schedules, with guidance, for several seeds and labels or prompts; the
-   member's inputs are recorded. Rows are picked so that every noise level has an equal share.
+1. ONNX Runtime runs the schedules, with guidance, for several seeds and labels or prompts, and the member's inputs are
+   recorded. Rows are picked so that every noise level has an equal share.
 2. Its graph gets Q/DQ nodes whose ranges are those of the rows (``tstitch_export.quantise.quantise``).
 3. Source and quantised graph are compared on inputs recorded from other seeds, by noise level, and the final latents
    of whole trajectories with and without quantisation.
-4. The new bundle holds the quantised graph, an ONNX Runtime engine of it, and everything else as it was.
+4. The new bundle holds the quantised graph, an ONNX Runtime engine of it, and all other files unchanged.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_nam
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.progress import Phases
 from tstitch_trt.quantise.bundle import assemble
-from tstitch_trt.quantise.calibration_plan import Calibration, plan_calibration
-from tstitch_trt.reference.member_inputs import Trajectories, group_levels, pick_rows
+from tstitch_trt.quantise.calibration_plan import CalibrationPlan, plan_calibration
+from tstitch_trt.quantise.trajectories import Trajectories, group_levels, pick_rows
 from tstitch_trt.reference.recorder import widen_graph
 from tstitch_trt.study.statistics import compare_rows, relative_error
 
@@ -63,14 +63,14 @@ def quantise(
     """Writes ``bundle`` with ``member`` quantised to the new bundle ``output`` and returns its manifest.
 
     ``mode``: ``int8`` or ``fp8``. ``samples``: rows that set the ranges, spread evenly over the noise levels at which
-    the member runs. ``schedules``: those it is calibrated for, by default the member alone, which is every noise level,
-    and the bundle's own. ``steps``, ``solver``, ``guidance``: of the trajectories, by default the bundle's (guidance
-    1.5 where that is off and there is a null class). ``calibration``: ``max`` or, for int8, ``entropy``.
-    ``prompts``: what a text bundle draws meanwhile, in turn; without them some that are made up, of many kinds.
-    ``high_precision``: what the other layers compute in. ``keep``: layers to leave in it, by name or pattern.
+    the member runs. ``schedules``: those it is calibrated for, by default the member alone (every noise level) and the
+    bundle's own. ``steps``, ``solver``, ``guidance``: of the trajectories, by default the bundle's (guidance 1.5 where
+    that is off and there is a null class). ``calibration``: ``max`` or, for int8, ``entropy``. ``prompts``: of a text
+    bundle, in turn, by default ``PROMPTS``. ``high_precision``: the precision of the other layers. ``keep``: layers to
+    leave in it, by name or pattern.
 
-    The same settings give the same graph. ``output`` appears whole or not at all. Raises ``BadInput`` and its kinds
-    before any long work, ``Unavailable`` without nvidia-modelopt or ONNX Runtime, ``BuildFailed``, ``NotFinite``.
+    The same settings give the same graph. ``output`` appears whole or not at all. Raises ``BadInput`` before any long
+    work, ``Unavailable`` without nvidia-modelopt or ONNX Runtime, ``BuildFailed``, ``NotFinite``.
     """
     from tstitch_export.quantise.quantise import HIGH_PRECISIONS, METHODS, MODES, check_quantisable, need_modelopt
 
@@ -99,9 +99,9 @@ def quantise(
     source = manifest.members[member]
     check_quantisable(member, source, opened.path(source.onnx[0]))
     wanted = {"steps": steps, "solver": solver, "guidance": guidance}
-    walk = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
+    plan = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
     ask = _Ask(mode, calibration, high_precision, tuple(keep), samples, seed)
-    return write_bundle(place, _Work(opened, member, ask, walk, threads, progress).fill).manifest
+    return write_bundle(place, _Work(opened, member, ask, plan, threads, progress).fill).manifest
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ class _Ask:
 
 class _Work:
     def __init__(
-        self, bundle: Bundle, name: str, ask: _Ask, walk: Calibration, threads: int, progress: Progress
+        self, bundle: Bundle, name: str, ask: _Ask, plan: CalibrationPlan, threads: int, progress: Progress
     ) -> None:
         self._bundle = bundle
         self._name = name
         self._ask = ask
-        self._walk = walk
+        self._plan = plan
         self._threads = threads
         self._phases = Phases(progress)
 
@@ -132,28 +132,28 @@ class _Work:
         # Inside the bundle being made: the same file system, which must have room anyway, and gone with it.
         with temporary_directory(staging, ".work-") as folder:
             self._phases.phase("compiling the members", 0.0, 0.05)
-            walks = Trajectories(
+            trajectories = Trajectories(
                 self._bundle,
-                settings=self._walk.settings,
+                settings=self._plan.settings,
                 folder=folder,
                 threads=self._threads,
                 tick=self._phases.tick,
-                names=self._walk.names,
-                prompts=self._walk.prompts,
+                names=self._plan.names,
+                prompts=self._plan.prompts,
             )
             try:
-                member = self._quantised(walks, folder, staging)
+                member = self._quantised(trajectories, folder, staging)
             finally:
-                walks.close()
+                trajectories.close()
         self._phases.phase("writing the bundle", 0.95, 1.0)
         return assemble(self._bundle, staging, name, member)
 
-    def _quantised(self, walks: Trajectories, folder: Path, staging: Path) -> Member:
+    def _quantised(self, trajectories: Trajectories, folder: Path, staging: Path) -> Member:
         from tstitch_export.quantise.quantise import float32_specs, quantise_graph
 
-        name, ask, walk = self._name, self._ask, self._walk
+        name, ask, plan = self._name, self._ask, self._plan
         source = self._bundle.manifest.members[name]
-        rows = self._record(walks, walk.seeds, "recording trajectories to calibrate on", 0.05, 0.4)
+        rows = self._record(trajectories, plan.seeds, "recording trajectories to calibrate on", 0.05, 0.4)
         chosen = pick_rows(rows["timestep"], ask.samples, seed=ask.seed)
         rows = {key: values[chosen] for key, values in rows.items()}
         self._phases.phase(f"quantising {name} to {ask.mode}", 0.4, 0.6)
@@ -180,10 +180,10 @@ class _Work:
         model = graph.files[0]
         if ask.high_precision == "bf16":  # measured with these layers in float32
             model = widen_graph(model, folder / f"{name}.{ask.mode}.wide.onnx")
-        engine = walks.compiled(f"{name}-{ask.mode}", model, member)
+        engine = trajectories.compiled(f"{name}-{ask.mode}", model, member)
         try:
-            loss = self._loss(walks, engine)
-            latents = self._latents(walks, member, engine)
+            loss = self._loss(trajectories, engine)
+            latents = self._latents(trajectories, member, engine)
         finally:
             engine.close()
         record = Quantisation(
@@ -195,34 +195,36 @@ class _Work:
             kept=tuple(layer.name for layer in graph.kept),
             rows=len(chosen),
             seed=ask.seed,
-            steps=walk.steps,
-            solver=walk.solver,
-            guidance=walk.guidance,
-            schedules=walk.schedules,
+            steps=plan.steps,
+            solver=plan.solver,
+            guidance=plan.guidance,
+            schedules=plan.schedules,
             timesteps=(float(rows["timestep"].max()), float(rows["timestep"].min())),
             loss=loss,
             latents=latents,
-            latents_seeds=walk.held_out,
-            latents_schedule=walk.default,
-            prompts=walk.prompts,
+            latents_seeds=plan.held_out,
+            latents_schedule=plan.default,
+            prompts=plan.prompts,
         )
         return msgspec.structs.replace(member, quantisation=record)
 
     def _record(
-        self, walks: Trajectories, seeds: Sequence[int], text: str, start: float, stop: float
+        self, trajectories: Trajectories, seeds: Sequence[int], text: str, start: float, stop: float
     ) -> dict[str, NDArray[Any]]:
         """The member's inputs over all schedules."""
-        self._phases.phase(text, start, stop, len(self._walk.schedules) * self._walk.steps * walks.chunks(len(seeds)))
-        found = [walks.record(self._name, schedule, seeds) for schedule in self._walk.schedules]
+        self._phases.phase(
+            text, start, stop, len(self._plan.schedules) * self._plan.steps * trajectories.chunks(len(seeds))
+        )
+        found = [trajectories.record(self._name, schedule, seeds) for schedule in self._plan.schedules]
         return {key: np.concatenate([rows[key] for rows in found]) for key in found[0]}
 
-    def _loss(self, walks: Trajectories, engine: Engine) -> tuple[QuantisationLoss, ...]:
+    def _loss(self, trajectories: Trajectories, engine: Engine) -> tuple[QuantisationLoss, ...]:
         """On inputs from seeds that were not calibrated on, as many as were, by noise level. Raises ``BuildFailed``."""
-        rows = self._record(walks, self._walk.held_out, "recording trajectories to measure on", 0.6, 0.7)
+        rows = self._record(trajectories, self._plan.held_out, "recording trajectories to measure on", 0.6, 0.7)
         chosen = pick_rows(rows["timestep"], self._ask.samples, seed=self._ask.seed + 1)
         rows = {key: values[chosen] for key, values in rows.items()}
         self._phases.phase("measuring the loss", 0.7, 0.85, 2 * math.ceil(len(chosen) / 16))
-        want, got = walks.outputs(self._name, rows), walks.outputs(engine, rows)
+        want, got = trajectories.outputs(self._name, rows), trajectories.outputs(engine, rows)
         if not np.isfinite(got).all():
             raise BuildFailed(
                 f"the {self._ask.mode} graph of member {self._name!r} gives NaN or infinity",
@@ -234,12 +236,14 @@ class _Work:
             loss_of(rows["timestep"][part], got[part], want[part]) for part in group_levels(rows["timestep"], _GROUPS)
         )
 
-    def _latents(self, walks: Trajectories, member: Member, engine: Engine) -> tuple[float, ...]:
+    def _latents(self, trajectories: Trajectories, member: Member, engine: Engine) -> tuple[float, ...]:
         """Relative L2 of the final latents of each held-out seed."""
-        schedule, seeds = self._walk.default, self._walk.held_out
-        self._phases.phase("comparing final latents", 0.85, 0.95, 2 * self._walk.steps * walks.chunks(len(seeds)))
-        want = walks.latents(schedule, seeds, {})
-        got = walks.latents(schedule, seeds, {self._name: (member, engine)})
+        schedule, seeds = self._plan.default, self._plan.held_out
+        self._phases.phase(
+            "comparing final latents", 0.85, 0.95, 2 * self._plan.steps * trajectories.chunks(len(seeds))
+        )
+        want = trajectories.latents(schedule, seeds, {})
+        got = trajectories.latents(schedule, seeds, {self._name: (member, engine)})
         return tuple(relative_error(a, b) for a, b in zip(got, want, strict=True))
 
 

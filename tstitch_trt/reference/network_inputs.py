@@ -1,4 +1,4 @@
-"""The real inputs of every network of a bundle: recorded while its own graphs draw pictures, at any size."""
+"""Real inputs of every network of a bundle, recorded while its own graphs draw pictures of any size."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Size = tuple[int, int]  # height and width of the latent
 
 
 class Recordings:
-    """Each trajectory is walked when it is first asked for.
+    """Each trajectory is run when it is first needed.
 
-    Members with equal inputs share one over all noise levels, each running a part of it: what one is given another
-    could be. A member whose inputs no other has walks it alone. Text encoders that are there read real prompts, the
-    VAE's decoder gets final latents, its encoder the pictures made of them, and the ControlNet runs beside its members.
+    Members with equal inputs share one trajectory over all noise levels; each runs a part of it, and the inputs of one
+    serve all. Text encoders read prompts, the VAE's decoder gets final latents, its encoder the pictures decoded from
+    them, and the ControlNet runs beside its members.
     """
 
     def __init__(
@@ -85,8 +85,7 @@ class Recordings:
         """The parts that run while the members ``group`` draw."""
         manifest = self._bundle.manifest
         members = [manifest.members[name] for name in group]
-        encoders = {e for m in members if m.text is not None for e in (*m.text.hidden, m.text.pooled) if e is not None}
-        wanted = {"vae_decoder", "vae_encoder", *encoders}
+        wanted = {"vae_decoder", "vae_encoder", *(e for m in members if m.text is not None for e in m.text.encoders)}
         if any(member.controlled for member in members):
             wanted.add(CONTROLNET)
         return [name for name in manifest.parts if name in wanted]
@@ -108,7 +107,7 @@ class Recordings:
             # equal shares; steps are not counted here, since a solver may make one evaluation more
             "schedule": ",".join([*(f"{name}:{1 / len(group):.4g}" for name in group[:-1]), group[-1]]),
         }
-        asked = self._wishes(group, runtime.plan(**settings), size)
+        asked = self._keywords(group, runtime.plan(**settings), size)
         decode = "vae_decoder" in parts
         images = runtime.sample(seed=self._seed, decode=decode, **asked, **settings).images
         if "vae_encoder" in parts:
@@ -116,13 +115,13 @@ class Recordings:
                 factor = manifest.decoder.factor
                 images = stand_in_pictures(_IMAGES, factor * size[0], factor * size[1], seed=2)
             calls["vae_encoder"].append({"image": images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1})
-        # on engines that outlive it: the runtime is not closed, its buffers go with it
+        # the engines outlive the runtime, so it is not closed
         return {name: {key: np.concatenate([c[key] for c in into]) for key in into[0]} for name, into in calls.items()}
 
-    def _wishes(self, group: Sequence[str], plan: Plan, size: Size) -> dict[str, Any]:
+    def _keywords(self, group: Sequence[str], plan: Plan, size: Size) -> dict[str, Any]:
         manifest = self._bundle.manifest
         texts = [text for name in group if (text := manifest.members[name].text) is not None]
-        needed = {encoder for text in texts for encoder in (*text.hidden, text.pooled) if encoder is not None}
+        needed = {encoder for text in texts for encoder in text.encoders}
         readable = bool(texts) and all(text.hidden for text in texts) and needed <= set(manifest.parts)
         backend = next((r.identity.backend for r in manifest.members[group[0]].engines), "")
         asked = stand_in_wishes(
@@ -137,7 +136,7 @@ def _signature(network: Network) -> tuple[object, ...]:
 
 
 def _profile(network: Network, size: Size) -> ShapeProfile:
-    """Of one that draws few images of this size: no larger, for buffers are as large as a profile allows."""
+    """A profile for a few images of this size: buffers are as large as a profile allows."""
     found = {"B": Range(1, 2 * _IMAGES, 2 * _IMAGES), "T": _tokens(network)}
     found |= {name: Range(side, side, side) for name, side in zip("HW", size, strict=True)}
     dims = {name for spec in (*network.inputs, *network.outputs) for name in spec.dims}

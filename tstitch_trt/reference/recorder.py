@@ -1,4 +1,4 @@
-"""The members' own graphs on the CPU: widened where it lacks kernels, and their inputs recorded while they run."""
+"""The networks' own graphs on the CPU: bfloat16 widened to float32, inputs recorded while they run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle.manifest import Member, Network
+from tstitch_engines.backends.base import Backend, Engine
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Member, Network
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.host_call import Arrays, from_storage
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
-__all__ = ["AnyNetwork", "Recorder", "needs_widening", "widen_graph", "widened"]
+__all__ = ["AnyNetwork", "Recorder", "cpu_identity", "needs_widening", "widen_graph", "widened"]
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
-_NARROW: Final = "bfloat16"  # what ONNX Runtime has no kernels for on the CPU
+_NARROW: Final = "bfloat16"  # ONNX Runtime has no kernels for it on the CPU
 
 
 class Recorder(Engine):
-    """An engine that notes its inputs before it runs. ``profile``: a part of the engine's own, to be kept to."""
+    """An engine that appends its inputs to ``calls`` before it runs. ``profile``: a part of the engine's own."""
 
     def __init__(
         self, engine: Engine, device: Device, calls: list[Arrays], profile: ShapeProfile | None = None
@@ -46,8 +46,21 @@ class Recorder(Engine):
         self._buffers = {}
 
 
+def cpu_identity(backend: Backend, network: Network, profile: ShapeProfile) -> EngineIdentity:
+    """The identity of an engine that is made for one use and not stored."""
+    return EngineIdentity(
+        schema=SCHEMA,
+        backend=backend.name,
+        backend_version=backend.version(),
+        onnx_sha256="",
+        precision=network.precision,
+        profile=profile,
+        arch=backend.arch("cpu"),
+    )
+
+
 def needs_widening(network: Network) -> bool:
-    """Whether the network, or what of it is not quantised, computes in bfloat16."""
+    """Whether the network, or its layers that are not quantised, compute in bfloat16."""
     made = network.quantisation if isinstance(network, Member) else None
     return network.precision == "bf16" or (made is not None and made.high_precision == "bf16")
 

@@ -30,11 +30,12 @@ class ImageSet:
 
 
 def image_keywords(
-    manifest: Manifest, numbers: Sequence[int], prompts: Sequence[str], names: Iterable[str]
+    manifest: Manifest, numbers: Sequence[int], prompts: Sequence[str], names: Iterable[str], *, pictures: int = 1
 ) -> dict[str, Any]:
     """Keywords of ``Runtime.sample`` without seeds. Image number ``i`` is of class or prompt ``i % count``.
 
-    For members that inpaint there is one synthetic picture, whose left half is painted anew.
+    For members that inpaint there are ``pictures`` synthetic pictures (one, or one for each image), whose left half is
+    painted anew.
     """
     if manifest.conditioning.kind == "class":
         return {"labels": [i % manifest.conditioning.classes for i in numbers]}
@@ -43,18 +44,21 @@ def image_keywords(
         height, width = (s * manifest.decoder.factor for s in (manifest.latent.height, manifest.latent.width))
         mask = np.zeros((height, width), np.bool_)
         mask[:, : width // 2] = True
-        found |= {"image": stand_in_pictures(1, height, width), "mask": mask, "strength": 1.0}
+        found |= {"image": stand_in_pictures(pictures, height, width), "mask": mask, "strength": 1.0}
     return found
 
 
-def reads_prompts(manifest: Manifest) -> bool:
-    """Whether a text bundle has the text encoders of all its members."""
-    texts = [member.text for member in manifest.members.values() if member.text is not None]
+def reads_prompts(manifest: Manifest, names: Iterable[str] | None = None) -> bool:
+    """Whether a text bundle has the text encoders of the members ``names``, by default all."""
+    members = [manifest.members[name] for name in (manifest.members if names is None else names)]
+    texts = [member.text for member in members if member.text is not None]
     return all(text.hidden for text in texts) and {name for t in texts for name in t.encoders} <= set(manifest.parts)
 
 
-def prompts_for(manifest: Manifest, given: Sequence[str]) -> tuple[str, ...]:
+def prompts_for(manifest: Manifest, given: Sequence[str], names: Iterable[str] | None = None) -> tuple[str, ...]:
     """The prompts of a study: those given, else ``PROMPTS`` for a text bundle and none for a class bundle.
+
+    ``names``: the members that draw, by default all.
 
     Raises ``BadInput`` for prompts of a class bundle, ``Unavailable`` for a text bundle without its text encoders.
     """
@@ -65,7 +69,7 @@ def prompts_for(manifest: Manifest, given: Sequence[str]) -> tuple[str, ...]:
                 hint="leave out --prompts: all classes are drawn in turn",
             )
         return ()
-    if not reads_prompts(manifest):
+    if not reads_prompts(manifest, names):
         raise Unavailable(
             f"the bundle {manifest.name!r} has no text encoder for each of its members, so it can't read prompts",
             hint="build it from a whole pipeline folder",

@@ -1,4 +1,4 @@
-"""An engine's outputs against those of the references: on which inputs, how they differ, and how much they may."""
+"""Compares an engine's outputs with those of the references."""
 
 from __future__ import annotations
 
@@ -69,27 +69,27 @@ class EngineCheck(msgspec.Struct, frozen=True, kw_only=True):
     comparisons: tuple[Comparison, ...]
 
 
-Drawn = list[tuple[Kind, list[Arrays]]]
-"""Calls of one kind, batch and size each."""
+CallGroups = list[tuple[Kind, list[Arrays]]]
+"""Lists of calls, each of one kind, batch and size."""
 
 
-def draw_inputs(references: References, manifest: Manifest, name: str, profile: ShapeProfile) -> Drawn:
-    """What an engine of the network ``name`` with this profile is compared on.
+def draw_inputs(references: References, manifest: Manifest, name: str, profile: ShapeProfile) -> CallGroups:
+    """The inputs of an engine of the network ``name`` with this profile.
 
-    Random and recorded inputs at the usual sizes (the bundle's own where the profile has them, else what it is tuned
-    for) at the smallest, tuned and largest batch; both again at the smallest sizes, where those are others, and random
-    ones at the largest. Raises ``NotFinite`` when the bundle's own graphs give NaN.
+    At the usual sizes (``usual_sizes``) random and recorded ones at the smallest, tuned and largest batch. If they
+    differ from the usual sizes, also both at the smallest and random ones at the largest sizes. Raises ``NotFinite``
+    when the bundle's own graphs give NaN.
     """
     network, batches = manifest.networks()[name], profile.dims["B"]
     usual = usual_sizes(manifest, profile)
     cases = [(usual, batch) for batch in sorted({batches.min, batches.opt, batches.max})]
     least, most = (_end(network, profile, end) for end in ("min", "max"))
     cases += [(other, batches.min) for other in (least, most) if other != usual]
-    found: Drawn = []
+    found: CallGroups = []
     for sizes, batch in cases:
         found.append(("random", references.random(name, {**sizes, "B": batch})))
         if sizes != usual and (sizes != least or _sides(sizes) == _sides(usual)):
-            continue  # a trajectory at the largest size would take long; at the same size there is no other one
+            continue  # a trajectory at the largest size takes long, and one at the usual size is there already
         calls = references.trajectory(name, batch, _sides(sizes))
         try:
             for call in calls[:1]:
@@ -103,7 +103,7 @@ def draw_inputs(references: References, manifest: Manifest, name: str, profile: 
 
 
 def usual_sizes(manifest: Manifest, profile: ShapeProfile) -> dict[str, int]:
-    """Of all dimensions but the batch: the bundle's own latent where the profile has it, else what it is tuned for."""
+    """All dimensions but the batch: the bundle's own where the profile has it, else the one it is tuned for."""
     own = {"H": manifest.latent.height, "W": manifest.latent.width}
     return {
         name: own[name] if name in own and allowed.min <= own[name] <= allowed.max else allowed.opt
@@ -113,7 +113,7 @@ def usual_sizes(manifest: Manifest, profile: ShapeProfile) -> dict[str, int]:
 
 
 def _end(network: Network, profile: ShapeProfile, end: str) -> dict[str, int]:
-    """The smallest or largest sizes, those that the network takes multiples of being such."""
+    """The smallest or largest sizes that are multiples the network takes."""
     found = {}
     for name, allowed in profile.dims.items():
         by = network.multiples.get(name, 1)
@@ -128,15 +128,15 @@ def _sides(sizes: dict[str, int]) -> tuple[int, int] | None:
 
 def compare(
     name: str,
-    caller: HostRunner,
+    runner: HostRunner,
     references: References,
-    drawn: Drawn,
+    groups: CallGroups,
     *,
     limit: float,
     notes: dict[str, str],
     tick: Callable[[], object],
 ) -> tuple[Comparison, ...]:
-    """Every output on every input. ``notes`` takes PyTorch's version, or why it is left out."""
+    """Compares every output on every input. Puts PyTorch's version, or why it is left out, into ``notes``."""
     against: dict[Reference, Callable[[str, Arrays], Arrays]] = {"onnxruntime": references.onnx}
     try:
         notes["torch"] = references.torch_version(name)
@@ -144,12 +144,12 @@ def compare(
     except Unavailable as reason:
         notes.setdefault("torch", f"left out: {reason.message} ({reason.hint})")
     found: list[Comparison] = []
-    for kind, calls in drawn:
+    for kind, calls in groups:
         worst: dict[tuple[Reference, str], Error] = {}
         got = []
         for inputs in calls:
             tick()
-            got.append(caller(inputs))
+            got.append(runner(inputs))
         # One library after the other: threads of one that wait for work would slow the next one down.
         for other, run in against.items():
             for inputs, outputs in zip(calls, got, strict=True):
@@ -158,7 +158,7 @@ def compare(
                     error = measure_error(outputs[tensor], want)
                     before = worst.get((other, tensor))
                     worst[other, tensor] = error if before is None else before.worse(error)
-        sizes = sizes_of(caller.engine.inputs, calls[0])
+        sizes = sizes_of(runner.engine.inputs, calls[0])
         batch = sizes.pop("B")
         found += [
             Comparison(

@@ -1,4 +1,4 @@
-"""One engine under test: what is known of it before it runs, and whether it can run here."""
+"""One engine under test: checks its identity and loads it where it can run here."""
 
 from __future__ import annotations
 
@@ -20,38 +20,33 @@ __all__ = ["EngineUnderTest", "place_of"]
 
 
 class EngineUnderTest:
-    """One engine under test. ``caller`` is ``None`` until ``open`` has found that it can run here."""
+    """One engine under test. ``runner`` is ``None`` until ``open`` has loaded it."""
 
     def __init__(self, bundle: Bundle, name: str, record: EngineRecord, gpu: str, threads: int) -> None:
         self.name = name
         self.record = record
         self.network: Network = bundle.manifest.networks()[name]
         self.limit, self.why = LIMITS[self.network.precision]
-        self.caller: HostRunner | None = None
+        self.runner: HostRunner | None = None
         self.plan: str | None = None
         self._bundle = bundle
         self._gpu = gpu  # cpu: leave out
         self._threads = threads
 
     def open(self) -> tuple[Status, str | None]:
-        """The status as far as it is known before the engine has run. Raises nothing that is about this engine."""
+        """The status before the engine has run, and the reason. Never raises ``BadEngine`` or ``Unavailable``."""
         try:
             self._check_record()
-        except BadEngine as error:
-            return "failed", error.message
-        try:
             engine, device = self._load()
         except Unavailable as error:
             return "not checked", error.message
-        except _NotForHere as error:
-            return "not checked", str(error)
         except BadEngine as error:
             return "failed", error.message
-        self.caller = HostRunner(engine, device)
+        self.runner = HostRunner(engine, device)
         return "passed", None
 
     def _check_record(self) -> None:
-        """What is known without running it: that the manifest's records and the plan's header agree."""
+        """Checks the manifest's record and a plan's header, without running the engine. Raises ``BadEngine``."""
         identity, network = self.record.identity, self.network
         want = msgspec.structs.replace(
             identity, schema=SCHEMA, onnx_sha256=model_digest(network.onnx), precision=network.precision
@@ -81,7 +76,9 @@ class EngineUnderTest:
         identity = self.record.identity
         backend = open_backend(identity.backend)
         if (place := place_of(self.record, self._gpu)) == "cpu" and for_gpu(identity.backend, identity.arch):
-            raise _NotForHere(f"it is for GPUs ({identity.arch}), and the device asked for is {self._gpu}")
+            raise Unavailable(
+                f"it is for GPUs ({identity.arch}), and the device asked for is {self._gpu}", hint="ask for cuda"
+            )
         device = open_device(place)
         arch = backend.arch(device.name)
         path = self._bundle.path(self.record.files[0])
@@ -92,9 +89,11 @@ class EngineUnderTest:
 
                 header, number = read_plan_header(path), int(arch.removeprefix("sm_"))
                 if header is not None and not header.runs_on((number // 10, number % 10)):
-                    raise _NotForHere(f"the plan is for compute capability {header.gpus()}; this GPU is {arch}")
-        except BadEngine as error:
-            raise _NotForHere(error.message) from None
+                    raise BadEngine(
+                        f"the plan is for compute capability {header.gpus()}; this GPU is {arch}", hint=self._again
+                    )
+        except BadEngine as error:  # a sound engine for another machine or version
+            raise Unavailable(error.message, hint=error.hint) from None
         engine = backend.load(path, member=self.network, identity=identity, device=device, threads=self._threads)
         return engine, device
 
@@ -117,13 +116,9 @@ class EngineUnderTest:
         )
 
     def close(self) -> None:
-        if self.caller is not None:
-            self.caller.close()
-        self.caller = None
-
-
-class _NotForHere(Exception):
-    """A sound engine for another machine or version."""
+        if self.runner is not None:
+            self.runner.close()
+        self.runner = None
 
 
 def place_of(record: EngineRecord, gpu: str) -> str:

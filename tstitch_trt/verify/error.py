@@ -49,5 +49,5 @@ def measure_error(got: NDArray[Any], want: NDArray[Any]) -> Error:
     reference = np.where(np.isfinite(want), want, 0.0).astype(np.float64)
     largest, peak = float(abs(difference).max(initial=0.0)), float(abs(reference).max(initial=0.0))
     norm, total = math.sqrt(float((difference**2).sum())), math.sqrt(float((reference**2).sum()))
-    # Nothing to relate to: a reference of zeros allows zeros only, so that the figures themselves are taken.
+    # A reference of zeros allows zeros only, so there the absolute figures are taken.
     return Error(max_abs=largest, max_rel=largest / (peak or 1.0), rel_l2=norm / (total or 1.0))

@@ -1,4 +1,4 @@
-"""The first layer at which two graphs of one model part, found by making every intermediate tensor an output."""
+"""Finds the first layer at which two graphs of one model differ, with every intermediate tensor as an output."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class _Layer(NamedTuple):
 def compare_layers(
     bundle: Bundle, name: str, records: Sequence[EngineRecord], inputs: Arrays, limit: float, folder: Path
 ) -> list[LayerCheck]:
-    """Compares what can be looked into of one network: the graphs of ONNX Runtime's engines with the ONNX they were
-    compiled from, and an fp16 graph with its float32 twin. Other engines are closed: of those nothing can be told.
+    """Compares the graphs of ONNX Runtime's engines with their ONNX, and an fp16 graph with the same in float32.
 
-    ``inputs`` are float32 and integers, rounded to the network's precision. Raises ``Unavailable`` without onnx.
+    Other engines do not show their layers. ``inputs``: float32 and integers, rounded to the network's precision. Raises
+    ``Unavailable`` without onnx.
     """
     try:
         import onnx  # noqa: F401

@@ -1,4 +1,4 @@
-"""What engines are verified against, and on what: the networks' own ONNX and PyTorch, random and recorded inputs."""
+"""The references of verification (the networks' own ONNX, and PyTorch) and its inputs (random and recorded)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Member, Network
+from tstitch_engines.bundle.manifest import Member, Network
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import OutOfProfile, Unavailable
 from tstitch_engines.host_call import Arrays, HostRunner, from_storage, to_storage
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.reference.network_inputs import Recordings
-from tstitch_trt.reference.recorder import AnyNetwork, needs_widening, widen_graph, widened
+from tstitch_trt.reference.recorder import AnyNetwork, cpu_identity, needs_widening, widen_graph, widened
 from tstitch_trt.verify.random_inputs import random_inputs
 
 __all__ = ["References"]
@@ -31,10 +31,9 @@ _ANY: Final = Range(1, 1, 1 << 30)  # ONNX Runtime takes any size that the graph
 class References:
     """The reference results of one bundle.
 
-    ONNX Runtime runs every network's own graph on the CPU without any optimisation. It has no bfloat16 kernels there: a
-    bf16 graph is widened to float32 first, weights and all. PyTorch runs the family's module in float32 on the weights
-    of the graph, or of a checkpoint. Inputs are always rounded to the network's precision, so that both sides get the
-    same values. A graph is loaded when it is first needed.
+    ONNX Runtime runs every network's own graph on the CPU without any optimisation, a bf16 graph widened to float32.
+    PyTorch runs the family's module in float32 with the weights of the graph or of a checkpoint. Inputs are rounded to
+    the network's precision, so that all get the same values. A graph is loaded when it is first needed.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class References:
         self.version = self._backend.version()
         self._models: dict[str, Any] = {}
         self._engines: dict[str, Engine] = {}
-        self._callers: dict[str, HostRunner] = {}
+        self._runners: dict[str, HostRunner] = {}
         manifest = msgspec.structs.replace(
             bundle.manifest,
             members={name: _wide(member) for name, member in bundle.manifest.members.items()},
@@ -73,7 +72,7 @@ class References:
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()
-        self._engines, self._callers, self._models = {}, {}, {}
+        self._engines, self._runners, self._models = {}, {}, {}
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
@@ -81,15 +80,7 @@ class References:
             if needs_widening(network):
                 model = widen_graph(model, self._folder / f"{name}.onnx")
             dims = sorted({dim for spec in (*network.inputs, *network.outputs) for dim in spec.dims})
-            identity = EngineIdentity(
-                schema=SCHEMA,
-                backend=self._backend.name,
-                backend_version=self.version,
-                onnx_sha256="",
-                precision=self._wide[name].precision,
-                profile=ShapeProfile(dict.fromkeys(dims, _ANY)),
-                arch=self._backend.arch("cpu"),
-            )
+            identity = cpu_identity(self._backend, self._wide[name], ShapeProfile(dict.fromkeys(dims, _ANY)))
             self._engines[name] = self._backend.load(
                 model, member=self._wide[name], identity=identity, device=self._device, threads=self._threads
             )
@@ -98,7 +89,7 @@ class References:
     # --- inputs
 
     def random(self, name: str, sizes: Mapping[str, int]) -> list[Arrays]:
-        """See ``random_inputs``. ``sizes``: of all dimensions of the network, ``B`` among them."""
+        """See ``random_inputs``."""
         order = [sizes[dim] for dim in sorted(sizes)]
         return [
             self._rounded(
@@ -109,11 +100,10 @@ class References:
         ]
 
     def trajectory(self, name: str, batch: int, size: tuple[int, int] | None = None) -> list[Arrays]:
-        """Recorded inputs; the rows of each batch, and the batches together, are spread over all noise levels.
+        """Recorded inputs, each batch spread over all noise levels; no more batches than hold every recorded row.
 
-        ``size``: height and width of the latent, by default the bundle's own. At most as many batches as hold every
-        recorded row. None, and an entry of ``left_out``, where no trajectory gives such inputs. Raises ``NotFinite``
-        when the bundle's own graphs give NaN.
+        ``size``: height and width of the latent, by default the bundle's own. Where no trajectory gives such inputs the
+        list is empty and ``left_out`` says why. Raises ``NotFinite`` when the bundle's own graphs give NaN.
         """
         latent = self._bundle.manifest.latent
         try:
@@ -136,9 +126,9 @@ class References:
     # --- results
 
     def onnx(self, name: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        if name not in self._callers:
-            self._callers[name] = HostRunner(self._engine(name), self._device)
-        return self._callers[name](inputs)
+        if name not in self._runners:
+            self._runners[name] = HostRunner(self._engine(name), self._device)
+        return self._runners[name](inputs)
 
     def torch_version(self, name: str) -> str:
         """PyTorch's version. Raises ``Unavailable`` when the network can't be run in PyTorch."""

@@ -1,4 +1,4 @@
-"""Does every engine of a bundle compute what its network's ONNX and PyTorch compute? As data.
+"""Compares every engine of a bundle with its network's ONNX and PyTorch.
 
 passed       all outputs were within the limit on all inputs
 failed       one was not, the file is damaged, or it is not the engine that the manifest describes
@@ -64,23 +64,18 @@ def verify(
     rebuild: bool = False,
     progress: Progress = silent,
 ) -> Verification:
-    """Checks every engine of ``bundle``, or those of one backend or of some members.
+    """Checks every engine of ``bundle``, or those of one backend or of some members and parts.
 
-    Inputs are random, and recorded from a short trajectory of the bundle over all noise levels with guidance on, from
-    the prompt's tokens to the pictures; at the smallest, tuned and largest batch of each engine, and where it takes
-    several sizes at the smallest and largest too, ``samples`` calls of each kind (fewer where few batches hold the
-    whole trajectory). PyTorch is left out where it is not installed or has no module for the network.
+    Inputs are random, and recorded from a short guided trajectory over all noise levels, from the prompt's tokens to
+    the pictures. There are ``samples`` calls of each kind (fewer where few batches hold the whole trajectory) at the
+    smallest, tuned and largest batch of each engine, and at its smallest and largest sizes. PyTorch is left out where
+    it is not installed or has no module for the network.
 
-    ``members``: members and parts whose engines are checked, all by default.
-
-    ``layers``: also look for the first layer that differs: between an ONNX Runtime engine and the ONNX it was compiled
-    from, and between an fp16 graph and the same graph widened to float32.
-
-    ``checkpoints``: what members and parts were made from; their PyTorch side is then the family's module on the
-    checkpoint itself, and not the weights of the graph, from which only DiTs in the published layout can be made again.
-
-    ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: engines of every backend that
-    runs here, or of ``backend``, are compiled again first where they are missing, damaged or don't fit.
+    ``layers``: also find the first layer that differs between an ONNX Runtime engine and its ONNX, and between an fp16
+    graph and the same graph in float32. ``checkpoints``: the origins of members and parts. Their PyTorch side is then
+    the family's module with the checkpoint's weights, not the graph's, which works for DiTs in the published layout
+    only. ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: first compiles engines
+    that are missing, damaged or don't fit, of every backend that runs here or of ``backend``.
 
     Raises ``BadBundle`` for a damaged bundle, ``BadInput`` and its kinds for a selection that matches nothing,
     ``Unavailable`` without ONNX Runtime when an engine can run here, ``NotFinite`` when the members' own graphs give
@@ -108,11 +103,11 @@ def verify(
         for index, (name, record) in enumerate(chosen):
             what = f"{name}, {record.identity.backend}"
             progress(what, index / len(chosen))
-            subject = EngineUnderTest(opened, name, record, device, threads)
-            status, reason = subject.open()
+            engine_check = EngineUnderTest(opened, name, record, device, threads)
+            status, reason = engine_check.open()
             comparisons: tuple[Comparison, ...] = ()
-            if subject.caller is not None:
-                stack.callback(subject.close)
+            if engine_check.runner is not None:
+                stack.callback(engine_check.close)
                 if references is None:
                     references = References(
                         opened, samples=samples, seed=seed, threads=threads, folder=folder, checkpoints=given
@@ -120,22 +115,22 @@ def verify(
                     stack.callback(references.close)
                     notes["onnxruntime"] = references.version
                 progress(f"recording a trajectory for {name}", index / len(chosen))
-                drawn = draw_inputs(references, opened.manifest, name, subject.caller.engine.profile)
+                drawn = draw_inputs(references, opened.manifest, name, engine_check.runner.engine.profile)
                 try:
                     comparisons = compare(
                         name,
-                        subject.caller,
+                        engine_check.runner,
                         references,
                         drawn,
-                        limit=subject.limit,
+                        limit=engine_check.limit,
                         notes=notes,
                         tick=lambda: progress(what, index / len(chosen)),  # noqa: B023
                     )
-                    status, reason = verdict(comparisons, subject.limit)
+                    status, reason = verdict(comparisons, engine_check.limit)
                 except FailedWork as error:
                     status, reason = "failed", f"running it failed: {error.message}"
-                subject.close()
-            checks.append(subject.check(status, reason, comparisons))
+                engine_check.close()
+            checks.append(engine_check.check(status, reason, comparisons))
         if layers:
             progress("looking for the first layer that differs", 1.0)
             found = _layers(opened, chosen, references, folder, samples=samples, seed=seed, threads=threads)

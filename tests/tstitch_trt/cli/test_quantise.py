@@ -25,7 +25,7 @@ from tstitch_engines.bundle.manifest import Manifest, Quantisation
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt.quantise.quantise import quantise
-from tstitch_trt.reference.member_inputs import Trajectories, group_levels, pick_rows
+from tstitch_trt.quantise.trajectories import Trajectories, group_levels, pick_rows
 from tstitch_trt.verify.verify import verify
 
 needs_modelopt = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from tstitch_engines.bundle.manifest import TextInputs
 from tstitch_engines.errors import BadInput, BadSchedule, Unavailable
 from tstitch_engines.spec import Range
 from tstitch_trt.quantise.calibration_plan import plan_calibration
-from tstitch_trt.reference.member_inputs import Trajectories
+from tstitch_trt.quantise.trajectories import Trajectories
 from tstitch_trt.request.synthetic import PROMPTS
 
 SETTINGS: dict[str, Any] = {"steps": 4, "guidance": 3.0}

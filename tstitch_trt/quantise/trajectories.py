@@ -1,4 +1,4 @@
-"""What one member is given while a bundle samples: its real inputs, recorded over whole trajectories."""
+"""Whole trajectories of a bundle, with the inputs of one member recorded."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Manifest, Member, Network
+from tstitch_engines.bundle.manifest import Manifest, Member, Network
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.host_call import Arrays, HostRunner
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_trt.reference.recorder import AnyNetwork, Recorder, needs_widening, widen_graph, widened
-from tstitch_trt.request.synthetic import stand_in_pictures
+from tstitch_trt.reference.recorder import AnyNetwork, Recorder, cpu_identity, needs_widening, widen_graph, widened
 from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.study.image_set import image_keywords
 
 __all__ = ["Trajectories", "group_levels", "needed_parts", "pick_rows"]
 
@@ -33,9 +33,9 @@ Rows = dict[str, NDArray[Any]]  # inputs by name, one row per image and half
 
 
 class Trajectories:
-    """Members of a bundle on ONNX Runtime's CPU provider, compiled from the bundle's ONNX into ``folder``.
+    """Members of a bundle, with the encoders that they need, on ONNX Runtime's CPU provider.
 
-    With the text encoders that they need, and a picture encoder if one of them paints into pictures.
+    All are compiled from the bundle's ONNX into ``folder``.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trajectories:
         self._manifest: Manifest = msgspec.structs.replace(manifest, members=members, parts=parts)
 
     def _compile(self, name: str, network: AnyNetwork) -> AnyNetwork:
-        """Its engine is made; what it is of comes back: the network, widened where it must be."""
+        """Makes its engine and returns the network, widened where that was necessary."""
         model = self._bundle.path(network.onnx[0])
         if needs_widening(network):
             model, network = widen_graph(model, self._folder / f"{name}-wide.onnx"), widened(network)
@@ -96,15 +96,7 @@ class Trajectories:
         ranges |= {side: Range(size, size, size) for side, size in (("H", latent.height), ("W", latent.width))}
         dims = {name for spec in (*member.inputs, *member.outputs) for name in spec.dims}
         profile = ShapeProfile({name: ranges[name] for name in sorted(dims)})
-        identity = EngineIdentity(
-            schema=SCHEMA,
-            backend=backend.name,
-            backend_version=backend.version(),
-            onnx_sha256="",
-            precision=member.precision,
-            profile=profile,
-            arch=backend.arch("cpu"),
-        )
+        identity = cpu_identity(backend, member, profile)
         made = backend.compile(
             member=member,
             model=model,
@@ -134,58 +126,42 @@ class Trajectories:
         return found
 
     def chunks(self, images: int) -> int:
-        """In how many parts so many guided images are sampled."""
+        """The number of parts in which guided images are sampled."""
         return -(-images // (_BATCH // 2))
 
     def outputs(self, engine: Engine | str, rows: Rows) -> NDArray[np.float32]:
-        """What an engine, or the source engine of a member, makes of ``rows``."""
+        """The outputs ``[R,...]`` for ``rows`` of an engine, or of the source engine of a member."""
         used = self._engines[engine] if isinstance(engine, str) else engine
-        caller = HostRunner(used, self._device)
+        runner = HostRunner(used, self._device)
         count = len(next(iter(rows.values())))
         parts = []
         for start in range(0, count, _BATCH):
-            parts.append(caller({key: values[start : start + _BATCH] for key, values in rows.items()}))
+            parts.append(runner({key: values[start : start + _BATCH] for key, values in rows.items()}))
             self._tick()
         return np.concatenate([part[used.outputs[0].name] for part in parts])
 
     def _sample(self, runtime: Runtime, schedule: str, seeds: Sequence[int]) -> Any:
         return runtime.sample(
-            **self._wishes(seeds),
+            **image_keywords(self._manifest, seeds, self._prompts, self._names, pictures=len(seeds)),
             seeds=list(seeds),
             schedule=schedule,
             decode=False,
-            callback=lambda event: self._tick() or True,
+            callback=lambda event: self._tick(),
             **self._settings,
         )
 
-    def _wishes(self, seeds: Sequence[int]) -> dict[str, Any]:
-        manifest = self._manifest
-        if manifest.conditioning.kind == "class":
-            return {"labels": [seed % manifest.conditioning.classes for seed in seeds]}
-        wishes: dict[str, Any] = {"prompt": [self._prompts[seed % len(self._prompts)] for seed in seeds]}
-        if any(manifest.members[name].inpaints for name in self._names):
-            sides = (manifest.latent.height, manifest.latent.width)
-            height, width = (side * manifest.decoder.factor for side in sides)
-            mask = np.zeros((height, width), np.bool_)
-            mask[:, : width // 2] = True
-            wishes |= {"image": stand_in_pictures(len(seeds), height, width), "mask": mask, "strength": 1.0}
-        return wishes
-
     def _runtime(self, other: dict[str, Engine], manifest: Manifest | None = None) -> Runtime:
-        """On engines that outlive it: it is not closed, its buffers go with it."""
+        """A runtime on engines that outlive it, so it is not closed."""
         bundle = Bundle(self._bundle.root, manifest or self._manifest)
         return Runtime(bundle, self._device, "onnxruntime", {**self._engines, **other}, 0.0)
 
 
 def needed_parts(manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """The parts without which the members ``names`` can't be walked from prompts. Raises ``Unavailable``."""
-    members = [manifest.members[name] for name in names]
+    """The parts that the members ``names`` need to sample from prompts. Raises ``Unavailable`` for a missing one."""
     needed: dict[str, str] = {}
-    for member in members:
+    for member in (manifest.members[name] for name in names):
         if member.text is not None:
-            needed |= dict.fromkeys((*member.text.hidden, *filter(None, [member.text.pooled])), "read prompts")
-            if not member.text.hidden:
-                needed["text encoder"] = "read prompts"
+            needed |= dict.fromkeys(member.text.encoders if member.text.hidden else ["text encoder"], "read prompts")
         if member.inpaints:
             needed["vae_encoder"] = "take a picture to paint into"
     for part, purpose in needed.items():
@@ -199,10 +175,10 @@ def needed_parts(manifest: Manifest, names: Iterable[str]) -> list[str]:
 
 
 def pick_rows(timesteps: NDArray[np.float32], count: int, *, seed: int) -> NDArray[np.int64]:
-    """``count`` row numbers, as equal a share as possible of every noise level that is among ``timesteps [R]``.
+    """``count`` row numbers, rising, of every noise level in ``timesteps [R]`` as equally many as possible.
 
-    With fewer than there are levels, levels in equal distances, the noisiest and the cleanest among them; never more
-    than there are rows. In the order of the rows. The same for the same ``seed``.
+    With fewer than there are levels, of levels in equal distances, the noisiest and the cleanest included; never more
+    than there are rows. The same for the same ``seed``. Raises ``BadInput``.
     """
     if count < 1:
         raise BadInput(f"rows to pick = {count}; allowed is 1 or more", hint="e.g. --samples 256")
