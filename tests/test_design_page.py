@@ -1,0 +1,59 @@
+"""docs/design.md is true: its order is the one that is checked, its folders and files exist, and none is missing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from test_layers import ORDER
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "design.md").read_text()
+FOLDERS = {
+    "tstitch_engines": "engines/tstitch_engines",
+    "tstitch_export": "export/tstitch_export",
+    "tstitch_trt": "tstitch_trt",
+}
+PLANNED = "(planned)"
+
+
+def rows(package: str) -> list[tuple[int, str, str]]:
+    """(order, name, what it is) of a package's table."""
+    section = PAGE.split(f"### {FOLDERS[package]}:")[1].split("\n#")[0]
+    found = re.findall(r"^\| (\d+) \| `(\w+)` \| (.+) \|$", section, re.MULTILINE)
+    return [(int(order), name, what) for order, name, what in found]
+
+
+@pytest.mark.parametrize("package", list(ORDER))
+def test_the_order_is_the_one_that_is_checked(package: str) -> None:
+    lines: dict[int, set[str]] = {}
+    for order, name, _ in rows(package):
+        lines.setdefault(order, set()).add(name)
+    assert [lines[order] for order in sorted(lines)] == [set(line) for line in ORDER[package]]
+    assert len(rows(package)) == sum(map(len, ORDER[package]))
+
+
+@pytest.mark.parametrize("package", list(ORDER))
+def test_names_exist_and_none_is_missing(package: str) -> None:
+    folder = ROOT / FOLDERS[package]
+    there = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    named = {name for _, name, what in rows(package) if PLANNED not in what}
+    assert named == there
+
+
+def test_paths_exist() -> None:
+    paths = re.findall(r"`((?:engines|export|tests|tstitch_trt|tstitch_engines|docs)/[\w./-]+)`", PAGE)
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    blocks = "\n".join(re.findall(r"^    .+$", PAGE, re.MULTILINE))  # paths inside a package
+    inside = re.findall(r"\b([a-z_]+/\w+\.py)\b", blocks)
+    assert len(inside) > 8
+    assert [path for path in inside if not any((ROOT / root / path).exists() for root in FOLDERS.values())] == []
+
+
+def test_what_it_tells_to_extend_is_there() -> None:
+    """A name in capitals or a class, followed by its file in parentheses."""
+    for name, path in re.findall(r"`(\w+)`\s+\(`([\w./-]+\.py)`\)", PAGE):
+        assert re.search(rf"^(?:class |def )?{name}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)
