@@ -32,7 +32,7 @@ from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.load import load
 
 if TYPE_CHECKING:
-    from tstitch_engines.bundle.manifest import Precision
+    from tstitch_engines.bundle.manifest import ComponentName, Precision
 
 __all__ = ["accelerate"]
 
@@ -229,7 +229,7 @@ def _bundle(path: Path) -> Bundle:
     from tstitch_engines.bundle.manifest import Defaults
 
     opened = open_bundle(path)
-    if "vae_decoder" not in opened.manifest.parts:
+    if ComponentName.VAE_DECODER not in opened.manifest.parts:
         raise Unavailable(f"the bundle {path} has no VAE", hint="give the pipeline its vae")
     plain = Defaults(schedule="small:0.4,large")
     return Bundle(opened.root, msgspec.structs.replace(opened.manifest, defaults=plain))

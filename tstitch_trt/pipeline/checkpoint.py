@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.errors import BadInput
 
 __all__ = ["check_weights", "module_hash", "path_hash", "save_large", "save_small", "unwrap_compiled"]
@@ -102,7 +103,7 @@ def save_large(pipe: Any, folder: Path) -> dict[str, Path]:
         return {}
     controlnet = folder.parent / "controlnet"
     _save(unwrap_compiled(pipe.controlnet), controlnet)
-    return {"controlnet": controlnet}
+    return {ComponentName.CONTROLNET: controlnet}
 
 
 def _save(module: Any, folder: Path) -> None:

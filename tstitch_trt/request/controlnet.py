@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt.request.conditioning import Values
 from tstitch_trt.request.options import PictureWishes
 
 __all__ = ["CONTROLNET", "control_values"]
 
-CONTROLNET = "controlnet"  # its key among the parts
+CONTROLNET: Final = ComponentName.CONTROLNET
 
 _log = logging.getLogger(__name__)
 

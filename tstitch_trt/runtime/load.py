@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
@@ -90,7 +91,7 @@ def load(
     chosen = {network: select_engine(opened, network, library, place.name) for network in networks}
     for network, record in chosen.items():
         check_load_options(opened, network, record, library, place.name, wishes)
-    decoding = place.with_own_stream() if overlap and "vae_decoder" in chosen else place
+    decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
     engines: dict[str, Engine] = {}
     try:
         for network, record in chosen.items():
@@ -98,7 +99,7 @@ def load(
                 opened.path(record.files[0]),
                 member=networks[network],
                 identity=record.identity,
-                device=decoding if network == "vae_decoder" else place,
+                device=decoding if network == ComponentName.VAE_DECODER else place,
                 threads=used,
             )
     except BaseException:

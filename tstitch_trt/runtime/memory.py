@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.device.slab import slab_bytes
 from tstitch_engines.spec import ShapeProfile
-from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.runtime.arena import arena_bytes
 from tstitch_trt.runtime.io_buffers import io_buffer_sizes
@@ -34,7 +33,7 @@ def planned_memory(manifest: Manifest) -> dict[str, dict[str, int]]:
 def _profiles(manifest: Manifest, backend: str) -> dict[str, ShapeProfile]:
     """Of every network that a step runs and that has engines of ``backend``: the profile with the largest batch."""
     found: dict[str, ShapeProfile] = {}
-    for name in (*manifest.members, *({CONTROLNET} & set(manifest.parts))):
+    for name in (*manifest.members, *({ComponentName.CONTROLNET} & set(manifest.parts))):
         records = (r.identity.profile for r in manifest.networks()[name].engines if r.identity.backend == backend)
         if (largest := max(records, key=lambda profile: profile.dims["B"].max, default=None)) is not None:
             found[name] = largest

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.device.base import Device
 from tstitch_engines.errors import BadInput, Cancelled, unknown_name
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.batching import Splitting
-from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.init_image import check_start_wishes, start_step
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.request.options import PictureWishes, Wishes, asked_steps, split_wishes
@@ -78,12 +77,14 @@ class Runtime:
         self.load_ms = load_ms
         self.threads = threads
         self._engines = dict(engines)
-        stepped = {name: e for name, e in engines.items() if name in bundle.manifest.members or name == CONTROLNET}
+        members, control = bundle.manifest.members, ComponentName.CONTROLNET
+        stepped = {name: engine for name, engine in engines.items() if name in members or name == control}
+        places: dict[str, Device] = {ComponentName.VAE_DECODER: decoding or device}
         self._stepper = Stepper(bundle.manifest, device, stepped, graph)
         self._parts = {
-            name: Component(name, network, engines[name], decoding if decoding and name == "vae_decoder" else device)
+            name: Component(name, network, engines[name], places.get(name, device))
             for name, network in bundle.manifest.parts.items()
-            if name in engines and name != CONTROLNET
+            if name in engines and name not in stepped
         }
         self._texts = TextEncoders.of(bundle, self._parts)
         self._vae = Vae(bundle.manifest, self._parts)

@@ -10,7 +10,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.errors import BadInput, OutOfProfile, Unavailable
 from tstitch_engines.spec import Range
 from tstitch_trt.runtime.component import Component
@@ -144,8 +144,8 @@ class Vae:
 
     def __init__(self, manifest: Manifest, parts: Mapping[str, Component]) -> None:
         self._manifest = manifest
-        self._decoder = VaeDecoder(parts["vae_decoder"]) if "vae_decoder" in parts else None
-        self.encoder = VaeEncoder(parts["vae_encoder"]) if "vae_encoder" in parts else None
+        self._decoder = VaeDecoder(decoder) if (decoder := parts.get(ComponentName.VAE_DECODER)) else None
+        self.encoder = VaeEncoder(encoder) if (encoder := parts.get(ComponentName.VAE_ENCODER)) else None
 
     def check(self, tile: Tile, size: tuple[int, int] | None = None) -> None:
         """Raises ``BadInput`` for tiles that can't be, and where there is no VAE to take any.
@@ -193,7 +193,7 @@ class Vae:
         if self.encoder is None:
             raise Unavailable(
                 f"the bundle {self._manifest.name!r} has no picture encoder",
-                hint="build it from a whole pipeline folder, or with --part vae_encoder=FOLDER",
+                hint=f"build it from a whole pipeline folder, or with --part {ComponentName.VAE_ENCODER}=FOLDER",
             )
         return self.encoder.encode(pictures, tile=tile)
 

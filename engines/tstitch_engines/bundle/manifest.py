@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ from tstitch_engines.spec import ShapeProfile, TensorSpec
 __all__ = [
     "SCHEMA",
     "Component",
+    "ComponentName",
     "Conditioning",
     "Decoder",
     "Defaults",
@@ -261,6 +263,18 @@ class Member(Network, frozen=True, kw_only=True):
     quantisation: Quantisation | None = None
 
 
+class ComponentName(StrEnum):
+    """The names of ``Manifest.parts``."""
+
+    TEXT_ENCODER = "text_encoder"
+    TEXT_ENCODER_2 = "text_encoder_2"  # SDXL's second
+    VAE_DECODER = "vae_decoder"
+    VAE_ENCODER = "vae_encoder"
+    CONTROLNET = "controlnet"
+
+    __repr__ = str.__repr__  # messages show it like any other name
+
+
 class Quality(_Record, frozen=True, kw_only=True):
     """A feature network (ONNX: images -> features, logits) and the statistics of held-out real images."""
 
@@ -279,7 +293,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     defaults: Defaults
     decoder: Decoder
     members: dict[str, Member]
-    parts: dict[str, Network] = {}  # text_encoder, text_encoder_2, vae_decoder, vae_encoder, controlnet
+    parts: dict[str, Network] = {}  # by ComponentName; a member's own text encoder is MEMBER_text_encoder
     quality: Quality | None = None
     notes: tuple[str, ...] = ()  # what was adapted between members, and what is missing
 
