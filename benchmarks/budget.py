@@ -30,7 +30,7 @@ from tstitch_trt.files import write_text
 from tstitch_trt.progress import log, progress_bar
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.calibrate.calibrate import calibrate
-from tstitch_trt.study.calibrate.warm_up import warm_up
+from tstitch_trt.study.calibrate.trials import warm_up
 from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.records import Calibration
 from tstitch_trt.study.store import save_study, study_digest, weights_of

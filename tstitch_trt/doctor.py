@@ -1,4 +1,4 @@
-"""What this machine can build and run and, for what it can't, why and how to mend it."""
+"""Finds out what this machine can build and run, and how to mend what it can't."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from tstitch_engines.errors import TStitchError
-from tstitch_trt.study.machine import Machine, describe_machine, package_version
+from tstitch_trt.study.machine import Machine, describe_machine, gpu_names, package_version
 
 __all__ = ["Check", "Examination", "examine"]
 
@@ -54,38 +54,31 @@ PACKAGES = {
 
 
 def examine() -> Examination:
-    """Looks at everything; never raises for what is missing."""
+    """Examines everything; never raises for what is missing."""
     checks = (*_packages(), *_native(), *_cuda(), *_backends())
     by_name = {(c.group, c.name): c.ok for c in checks}
     usable = by_name.get(("native", "step kernels"), False) and by_name.get(("backend", "onnxruntime on cpu"), False)
     return Examination(usable=usable, machine=describe_machine(), checks=checks)
 
 
+def _check(group: str, name: str, ok: bool, detail: str, hint: str = "") -> Check:
+    return Check(group=group, name=name, ok=ok, detail=detail, hint="" if ok else hint)
+
+
 def _packages() -> Iterator[Check]:
     python = ".".join(map(str, sys.version_info[:3]))
-    yield Check(
-        group="python",
-        name="python",
-        ok=sys.version_info >= (3, 11),
-        detail=f"{python} at {sys.executable}",
-        hint="" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
-    )
+    modern = sys.version_info >= (3, 11)
+    yield _check("python", "python", modern, f"{python} at {sys.executable}", "install Python 3.11 or newer")
     for name, (purpose, how) in PACKAGES.items():
         found = package_version(name)
-        yield Check(
-            group="python",
-            name=name,
-            ok=found is not None,
-            detail=f"{found} ({purpose})" if found else f"not installed ({purpose})",
-            hint="" if found else how,
-        )
+        yield _check("python", name, found is not None, f"{found or 'not installed'} ({purpose})", how)
     if package_version("onnxruntime") and package_version("onnxruntime-gpu"):
-        yield Check(
-            group="python",
-            name="one ONNX Runtime",
-            ok=False,
-            detail="onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
-            hint="pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu",
+        yield _check(
+            "python",
+            "one ONNX Runtime",
+            False,
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            "pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu",
         )
 
 
@@ -101,27 +94,13 @@ def _native() -> Iterator[Check]:
 
 
 def _cuda() -> Iterator[Check]:
-    from tstitch_trt.study.machine import gpu_names
-
     gpus = gpu_names()
-    yield Check(
-        group="cuda",
-        name="gpu",
-        ok=bool(gpus),
-        detail="; ".join(gpus) or "no NVIDIA driver answers",
-        hint="" if gpus else "on a machine with an NVIDIA GPU install its driver; without one use --device cpu",
-    )
+    driver = "on a machine with an NVIDIA GPU install its driver; without one use --device cpu"
+    yield _check("cuda", "gpu", bool(gpus), "; ".join(gpus) or "no NVIDIA driver answers", driver)
     yield _attempt("cuda", "driver", _driver_version, hint="install an NVIDIA driver; without a GPU use --device cpu")
     nvcc = shutil.which("nvcc")
-    yield Check(
-        group="cuda",
-        name="nvcc",
-        ok=nvcc is not None,
-        detail=nvcc or "not on PATH",
-        hint=""
-        if nvcc
-        else "not needed: without it, python -m tstitch_engines.make_fatbin compiles the CUDA step kernels",
-    )
+    without = "not needed: without it, python -m tstitch_engines.make_fatbin compiles the CUDA step kernels"
+    yield _check("cuda", "nvcc", nvcc is not None, nvcc or "not on PATH", without)
     yield _attempt(
         "cuda",
         "step kernels for CUDA",
@@ -166,10 +145,10 @@ def _backends() -> Iterator[Check]:
             yield _attempt("backend", f"{name} on {device}", load, hint="see the findings above")
 
 
-def _attempt(group: str, name: str, look: Callable[[], str], *, hint: str) -> Check:
-    """``look`` says what it found, or raises: a library may fail to load in any way it likes."""
+def _attempt(group: str, name: str, examine: Callable[[], str], *, hint: str) -> Check:
+    """``examine`` returns the detail, or raises: libraries fail to load with any exception."""
     try:
-        return Check(group=group, name=name, ok=True, detail=look())
+        return Check(group=group, name=name, ok=True, detail=examine())
     except TStitchError as error:
         return Check(group=group, name=name, ok=False, detail=error.message, hint=error.hint)
     except Exception as error:

@@ -1,8 +1,7 @@
 """Latency of a bundle: bare engines, step kernels and stitched trajectories, measured side by side.
 
-What is compared is measured alternately. In every round each trajectory is enclosed by bare calls of the same engines,
-half of them before it and half after it, as many as it has steps, so a machine that is busy or changes its clock slows
-both alike:
+In every round each trajectory stands between bare calls of the same engines, half of them before and half after it, as
+many as it has steps, so that a busy machine slows both alike:
 
     overhead      median over the rounds of  trajectory time / sum of its bare engine calls
     predicted_ms  sum over the steps of step_ms of the member that runs there: bare engine times alone
@@ -132,7 +131,7 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Baseline:
-    """Something else that walks the same plan."""
+    """Another implementation that runs the same plan."""
 
     name: str
     version: str
@@ -140,7 +139,7 @@ class Baseline:
     tolerance: float  # relative L2 difference up to which its latents count as equal
 
     def tune(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> None:
-        """Chooses what makes it fastest on this machine."""
+        """Chooses the settings that are fastest on this machine."""
 
     def walk(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> NDArray[np.float32]:
         """The final latents, float32 ``[B,C,H,W]``, from unit Gaussian noise of that shape."""
@@ -165,8 +164,8 @@ def measure(
     And the schedule that is chosen for each of ``budgets``, milliseconds of a trajectory of the whole batch
     (``Runtime.within_budget``).
 
-    Raises ``OutOfProfile`` for a batch that one engine call can't hold: split batches would be measured as if they
-    were one. Raises ``BadInput`` when the baseline's latents differ from ours.
+    Raises ``OutOfProfile`` for a batch that one engine call can't hold, which would be split, and
+    ``BadInput`` when the baseline's latents differ from ours.
     """
     only = runtime.members[0] if len(runtime.members) == 1 else None
     if only is not None and fractions:
@@ -239,7 +238,7 @@ def measure(
 
 
 class _Trajectory:
-    """One fraction's plan and what was measured of it, one entry per round."""
+    """One fraction's plan and its measurements, one entry per round."""
 
     def __init__(
         self,
@@ -327,19 +326,8 @@ class _Trajectory:
         )
 
     def _outcome(self, budget: ChosenSchedule) -> BudgetTiming:
-        return BudgetTiming(
-            budget_ms=budget.budget_ms,
-            predicted_ms=budget.predicted_ms,
-            upper_ms=budget.upper_ms,
-            steps=budget.steps,
-            solver=budget.solver,
-            source=budget.source,
-            metric=budget.metric,
-            quality=budget.quality,
-            interpolated=budget.interpolated,
-            met=sum(taken <= budget.budget_ms for taken in self.times),
-            runs=len(self.times),
-        )
+        chosen = {name: getattr(budget, name) for name in BudgetTiming.__struct_fields__ if hasattr(budget, name)}
+        return BudgetTiming(**chosen, met=sum(ms <= budget.budget_ms for ms in self.times), runs=len(self.times))
 
     def against(self, difference: float) -> BaselineTiming:
         ms, low, high = spread(self.others)
@@ -366,7 +354,7 @@ def _batch(runtime: Runtime, batch: int | None, *, guided: bool) -> int:
 
 
 def _all_members(runtime: Runtime, settings: dict[str, Any]) -> Plan:
-    """A plan in which every member has a step, as far as there are steps: what it asks for, any choice may."""
+    """A plan in which every member has a step, as far as there are steps: it needs the inputs of any choice."""
     rows = runtime.plan(**settings, schedule=runtime.members[0]).steps
     return runtime.plan(**settings, schedule=list(islice(cycle(runtime.members), rows)))
 

@@ -1,7 +1,7 @@
-"""The baseline of ``bench --against torch``: the same plan walked by PyTorch, module by module, on the same weights.
+"""The baseline of ``bench --against torch``: PyTorch runs the same plan on the same weights.
 
-The weights are read back from the members' ONNX files, so a bundle needs nothing beside itself and both sides can't
-be told apart but by rounding; ``bench`` compares the latents before it compares times.
+The weights are read from the members' ONNX files, so a bundle needs nothing beside itself. ``bench`` compares the
+latents before it compares times.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class EagerTorch(Baseline):
         return EagerTorch(models, manifest.conditioning.null, version, threads or torch.get_num_threads())
 
     def tune(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> None:
-        """Walks with one thread and with all, and keeps what was faster: where other work shares the cores, PyTorch's
-        threads wait for each other so long that one alone wins, and the baseline is to be at its best."""
+        """Runs with one thread and with all, and keeps the faster: where other work shares the cores, PyTorch's threads
+        wait for each other so long that one alone is faster."""
         import torch
 
         times: dict[int, float] = {}

@@ -127,7 +127,7 @@ def command(
     from tstitch_trt.files import load_array, require_parent, save_array
     from tstitch_trt.images.write import kind_of, write_images
     from tstitch_trt.progress import log, progress_bar
-    from tstitch_trt.study.calibrate.warm_up import warm_up
+    from tstitch_trt.study.calibrate.trials import warm_up
 
     if trajectory["fraction"] is not None and trajectory["schedule"] is not None:
         raise BadInput(

@@ -20,10 +20,10 @@ _PUBLISHED: Final = {"depth", "width", "heads", "patch", "size", "channels", "la
 
 
 def dit_weights(model: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
-    """The state dict with these names and shapes out of an exported DiT's ONNX graph.
+    """The state dict with these names and shapes, read from an exported DiT's ONNX graph.
 
-    The exporter keeps the parameters' names, except for the weights of linear layers: those are transposed into the
-    right side of a MatMul whose sum with ``NAME.bias`` follows. Raises ``Unavailable`` when one can't be found.
+    The exporter keeps the parameters' names, except for the weights of linear layers: those are transposed and become
+    the right side of a MatMul, to which ``NAME.bias`` is added. Raises ``Unavailable`` when one can't be found.
     """
     import onnx
     from onnx import numpy_helper
@@ -49,9 +49,9 @@ def dit_weights(model: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, ND
 
 
 def checkpoint_module(name: str, network: Network, path: Path, word: str = "member") -> Any:
-    """The checkpoint that the network ``name`` was made from as a PyTorch module, float32, as its family loads it.
+    """The checkpoint of the network ``name`` as a PyTorch module, float32, loaded by its family.
 
-    ``word``: ``member`` or ``part``. Needs torch, and what the family needs. Raises ``BadCheckpoint`` for another file
+    ``word``: ``member`` or ``part``. Needs torch, and what the family needs. Raises ``BadCheckpoint`` for a file other
     than the one recorded.
     """
     from tstitch_engines.bundle.files import hash_file
@@ -72,7 +72,7 @@ def checkpoint_module(name: str, network: Network, path: Path, word: str = "memb
         raise BadCheckpoint(f"{path} does not exist", hint=f"check the path of --{word} {name}=CHECKPOINT")
     found = []
     problem: BadCheckpoint | BadInput | None = None
-    for options in ({}, given):  # a checkpoint may not tell everything itself, or not be asked what it tells
+    for options in ({}, given):  # some checkpoints need options, others refuse those that they state themselves
         try:
             found.append(family.inspect(path, options))
         except (BadCheckpoint, BadInput) as error:
@@ -135,17 +135,14 @@ def torch_module(name: str, network: Network, files: list[Path], word: str = "me
     from tstitch_export.families.dit.layout import expected_shapes
     from tstitch_export.families.dit.model import DiT
 
-    said = network.config
+    sizes: dict[str, Any] = {
+        name: int(network.config[name]) for name in ("depth", "width", "heads", "patch", "size", "channels")
+    }
     config = DiTConfig(
-        depth=int(said["depth"]),
-        width=int(said["width"]),
-        heads=int(said["heads"]),
-        patch=int(said["patch"]),
-        size=int(said["size"]),
-        channels=int(said["channels"]),
-        classes=int(said["labels"]) - 1,
-        learn_sigma=bool(said["learn_sigma"]),
-        mlp_ratio=float(said["mlp_ratio"]),
+        **sizes,
+        classes=int(network.config["labels"]) - 1,
+        learn_sigma=bool(network.config["learn_sigma"]),
+        mlp_ratio=float(network.config["mlp_ratio"]),
     )
     packed = next((file for file in files if file.suffix == ".safetensors"), None)
     if packed is not None:  # a shipped member: its graph refers to the weights in this file

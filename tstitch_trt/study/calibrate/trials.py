@@ -17,6 +17,7 @@ from tstitch_trt.study.calibrate.drift import Slot
 
 if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
+    from tstitch_trt.runtime.chooser import ChosenSchedule
     from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "rough_trials",
     "scale_of",
     "slots_of",
+    "warm_up",
 ]
 
 BLOCK_MS: Final = 200.0  # about the length of a trajectory of one member alone
@@ -208,3 +210,16 @@ def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, see
             settings["guidance_interval"] = (start, stop)
         found.append(Trial.of(runtime, bucket, schedule=schedule, steps=steps, **settings))
     return found
+
+
+def warm_up(runtime: Runtime, budget: ChosenSchedule) -> None:
+    """Runs a step of each kind that ``budget`` chose, once: a network's first run at a new size takes longer.
+
+    What was calibrated is a runtime that has run before, as a server's has.
+    """
+    plan = runtime.plan(**budget.settings)
+    guided = any(plan.guided)
+    names = list(dict.fromkeys(plan.schedule.names))
+    for images in dict.fromkeys(runtime.splitting.chunks(budget.images, guided=guided)):
+        bucket = Bucket(images, budget.size, guided)
+        alternating(runtime, bucket, names, len(names), guidance=budget.settings.get("guidance")).run(runtime)

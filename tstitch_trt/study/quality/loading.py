@@ -1,11 +1,11 @@
-"""A network file as something to call: ONNX (``.onnx``) by ONNX Runtime, else TorchScript by PyTorch, on the CPU."""
+"""Loads network files to run on the CPU: ONNX (``.onnx``) by ONNX Runtime, else TorchScript by PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
@@ -23,20 +23,22 @@ _DTYPES: Final = {
 }
 
 
-class Net(Protocol):
+@dataclass(kw_only=True)
+class Net:
     """``inputs``, ``outputs``: names, as far as they are known. ``dtype``, ``channels`` (0: any) and ``size`` (height,
     width; ``None``: any) are those of the first input. ``keywords``: further arguments of a ``scripted`` network."""
 
     inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dtype: str
-    channels: int
-    size: tuple[int, int] | None
-    keywords: frozenset[str]
-    scripted: bool
+    outputs: tuple[str, ...] = ()
+    dtype: str = "float32"
+    channels: int = 0
+    size: tuple[int, int] | None = None
+    keywords: frozenset[str] = frozenset()
+    scripted: bool = False
 
     def run(self, arrays: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
         """All outputs by name (by number where they have none) for the inputs in order."""
+        raise NotImplementedError
 
 
 def open_network(path: Path, *, threads: int, what: str) -> Net:
@@ -46,16 +48,9 @@ def open_network(path: Path, *, threads: int, what: str) -> Net:
     return _Onnx.open(path, threads, what) if path.suffix == ".onnx" else _Script.open(path, threads, what)
 
 
-@dataclass
-class _Onnx:
+@dataclass(kw_only=True)
+class _Onnx(Net):
     session: Any
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dtype: str
-    channels: int
-    size: tuple[int, int] | None
-    keywords: frozenset[str] = frozenset()
-    scripted: bool = False
 
     @staticmethod
     def open(path: Path, threads: int, what: str) -> _Onnx:
@@ -85,12 +80,12 @@ class _Onnx:
             )
         sides = tuple(s if isinstance(s, int) else 0 for s in shape[1:]) if len(shape) == 4 else (0, 0, 0)
         return _Onnx(
-            session,
-            tuple(i.name for i in takes),
-            tuple(o.name for o in session.get_outputs()),
-            _DTYPES[takes[0].type],
-            sides[0],
-            (sides[1], sides[2]) if sides[1] and sides[2] else None,
+            session=session,
+            inputs=tuple(i.name for i in takes),
+            outputs=tuple(o.name for o in session.get_outputs()),
+            dtype=_DTYPES[takes[0].type],
+            channels=sides[0],
+            size=(sides[1], sides[2]) if sides[1] and sides[2] else None,
         )
 
     def run(self, arrays: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,17 +96,10 @@ class _Onnx:
         return dict(zip(self.outputs, found, strict=True))
 
 
-@dataclass
-class _Script:
+@dataclass(kw_only=True)
+class _Script(Net):
     module: Any
     threads: int
-    inputs: tuple[str, ...]
-    keywords: frozenset[str]
-    outputs: tuple[str, ...] = ()
-    dtype: str = "float32"
-    channels: int = 0
-    size: tuple[int, int] | None = None
-    scripted: bool = True
 
     @staticmethod
     def open(path: Path, threads: int, what: str) -> _Script:
@@ -132,7 +120,9 @@ class _Script:
             ) from None
         module.eval()
         names = [argument.name for argument in module.forward.schema.arguments if argument.name != "self"]
-        return _Script(module, threads, tuple(names), frozenset(names[1:]))
+        return _Script(
+            module=module, threads=threads, inputs=tuple(names), keywords=frozenset(names[1:]), scripted=True
+        )
 
     def run(self, arrays: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
         import torch

@@ -421,14 +421,20 @@ def _open_clip(folder: Path, threads: int) -> Any:
     return Clip(folder, threads=threads)
 
 
+def _mean(scorer: Scorer, values: NDArray[Any], resamples: int, level: float) -> Estimate:
+    return estimate_mean(values, resamples=resamples, level=level)
+
+
+def _median(scorer: Scorer, values: NDArray[Any], resamples: int, level: float) -> Estimate:
+    return estimate_median(values, resamples=resamples, level=level)
+
+
 _ESTIMATES: Final[dict[str, Callable[[Scorer, Any, int, float], Estimate]]] = {
-    "fid": lambda scorer, found, n, level: scorer._fid(found, n, level),
-    "kid": lambda scorer, found, n, level: scorer._kid(found, n, level),
-    "precision": lambda scorer, found, n, level: scorer._precision(found, n, level),
-    "recall": lambda scorer, found, n, level: scorer._recall(found, n, level),
-    "psnr": lambda scorer, found, n, level: scorer._psnr(found, n, level),
-    "latent_error": lambda scorer, found, n, level: estimate_median(found, resamples=n, level=level),
-    "accuracy": lambda scorer, found, n, level: estimate_mean(found, resamples=n, level=level),
-    "lpips": lambda scorer, found, n, level: estimate_mean(found, resamples=n, level=level),
-    "clip": lambda scorer, found, n, level: estimate_mean(found, resamples=n, level=level),
+    "fid": Scorer._fid,
+    "kid": Scorer._kid,
+    "precision": Scorer._precision,
+    "recall": Scorer._recall,
+    "psnr": Scorer._psnr,
+    "latent_error": _median,
+    **dict.fromkeys(("accuracy", "lpips", "clip"), _mean),
 }
