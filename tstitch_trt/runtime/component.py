@@ -1,6 +1,6 @@
-"""The networks of a bundle beside its members, called with host arrays: text encoders and the halves of a VAE.
+"""Text encoders and the halves of a VAE, called with host arrays.
 
-They run once per request and not once per step, so that their inputs and outputs travel through the host.
+They run once per request, not once per step, so their inputs and outputs go through the host.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SIZES: Final = 32
 
 
 class Component:
-    """One such network and its engine. Any number of rows; the engine gets as many at a time as it was built for.
+    """A network with its engine. It takes any number of rows; the engine gets as many at a time as it was built for.
 
-    Its buffers are allocated at the first call, as large as the profile allows, and their addresses stay. Not for two
+    Its buffers are allocated at the first call, as large as the profile allows, and stay where they are. Not for two
     threads at once.
     """
 
@@ -50,7 +50,7 @@ class Component:
         return 0 if self._slab is None else self._slab.nbytes
 
     def __call__(self, inputs: Arrays, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.float32]]:
-        """Inputs by name, float32 or integer with ``N`` rows each; outputs likewise. Waits for the device.
+        """Inputs by name, float32 or integer, ``N`` rows each, to outputs by name. Waits for the device.
 
         ``sizes``: those of the dimensions besides the batch. Raises ``OutOfProfile``, and ``NotFinite`` where an output
         holds NaN or infinity.
@@ -91,7 +91,7 @@ class Component:
         return {spec.name: from_storage(found[spec.name], spec.dtype)[:rows] for spec in engine.outputs}
 
     def _remember(self, sizes: Mapping[str, int]) -> None:
-        """Keeps what the engine has set up for the last ``_SIZES`` sizes only."""
+        """The engine keeps what it has set up for the last ``_SIZES`` sizes only."""
         key = tuple(sorted(sizes.items()))
         self._recent[key] = None
         self._recent.move_to_end(key)

@@ -237,17 +237,23 @@ class _Stored(Mapping[str, NDArray[Any]]):
 
 
 def _uses(files: LoraFiles) -> tuple[LoraUse, ...]:
-    """Raises ``BadInput`` for a file that is not there and a weight that is no number."""
+    """Raises ``BadInput`` for what names no file, a file that is not there and a weight that is no number."""
     from tstitch_export.families.base import LoraUse
     from tstitch_export.families.lora.fuse import parse_loras
 
     found: list[LoraUse] = []
-    for item in (files,) if isinstance(files, (str, Path)) else files:
-        if isinstance(item, str):
-            found += parse_loras(item)
-        else:
-            path, weight = item if isinstance(item, tuple) else (item, 1.0)
-            found.append(LoraUse(Path(path), float(weight)))
+    try:
+        for item in (files,) if isinstance(files, (str, Path)) else files:
+            if isinstance(item, str):
+                found += parse_loras(item)
+            else:
+                path, weight = item if isinstance(item, tuple) else (item, 1.0)
+                found.append(LoraUse(Path(path), float(weight)))
+    except (TypeError, ValueError):
+        raise BadInput(
+            f"{files!r} are no LoRAs; allowed are a text, a path, and a list of paths and (path, weight)",
+            hint='e.g. "style.safetensors:0.8", or [("style.safetensors", 0.8)]',
+        ) from None
     for use in found:
         if not use.path.is_file():
             raise BadInput(f"the LoRA {use.path} does not exist", hint="give the path of a .safetensors file")

@@ -296,6 +296,8 @@ class Runtime:
         self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
     ) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
+        if name not in self.members:
+            raise unknown_name("member", name, self.members)
         with self._queue.work():
             return self._timer.time_member(name, batch, guided=guided, repeats=repeats, warmup=warmup)
 

@@ -107,12 +107,9 @@ class TextEncoder:
         pooled = found.get("pooled")
         return hidden, None if pooled is None else pooled[places[:, 0]]
 
-    def close(self) -> None:
-        self._part.close()
-
 
 class TextEncoders:
-    """The text encoders of a bundle by part (``text_encoder``, ``text_encoder_2``...); a ``prompts.Texts``."""
+    """The text encoders of a bundle by part (``text_encoder``, ``text_encoder_2``...)."""
 
     def __init__(self, encoders: Mapping[str, TextEncoder]) -> None:
         self._encoders = dict(encoders)
@@ -146,7 +143,3 @@ class TextEncoders:
             name: encoder.encode(np.stack([encoder.layout.lay_out(ids, chunks) for ids in tokens[name]]))
             for name, encoder in chosen.items()
         }
-
-    def close(self) -> None:
-        for encoder in self._encoders.values():
-            encoder.close()

@@ -1,11 +1,11 @@
-"""Pictures and latents: the VAE's engines, whole or in tiles, and picture files to start from."""
+"""Pictures and latents: the VAE's engines, whole or in tiles."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ _SIDES: Final = (("H", "height"), ("W", "width"))
 
 
 class _Half:
-    """What both halves of a VAE share: sizes, and which tiles to use."""
+    """One half of a VAE: its sizes, and its tiles."""
 
     def __init__(self, part: Component) -> None:
         self._part = part
@@ -50,7 +50,7 @@ class _Half:
         return tiles_of(size, (sides[0], sides[1]))
 
     def check(self, size: tuple[int, int], tile: Tile) -> None:
-        """Raises ``OutOfProfile`` and ``BadInput`` as working on latents of this size would; says so if in tiles."""
+        """Raises ``OutOfProfile`` and ``BadInput`` as a call with latents of this size would. Logs tiles."""
         tiles = self._tiles(size, tile)
         if len(tiles) > 1:
             f = self.factor
@@ -71,17 +71,12 @@ class _Half:
         return OutOfProfile(
             f"{self._part.name}: {word} {f * length} is outside its profile; allowed is {f * allowed.min} to "
             f"{f * allowed.max} pixels",
-            hint="let it work in tiles: tile='auto'"
-            if length > allowed.max
-            else f"build again with a wider --{word} MIN:OPT:MAX",
+            hint="use tiles: tile='auto'" if length > allowed.max else f"build again with a wider --{word} MIN:OPT:MAX",
         )
-
-    def close(self) -> None:
-        self._part.close()
 
 
 class VaeDecoder(_Half):
-    """The part ``vae_decoder``."""
+    """The component ``vae_decoder``."""
 
     def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
         """Latents float32 ``[N,C,h,w]`` in the bundle's scaling to images ``[N,3,H,W]`` in about [-1, 1].
@@ -97,13 +92,9 @@ class VaeDecoder(_Half):
             blend.add((y, x), self._part({"latent": part}, {"H": tiles.height, "W": tiles.width})["image"])
         return blend.result()
 
-    def decode(self, latents: Array, *, tile: Tile = "auto") -> Pixels:
-        """Latents float32 ``[N,C,h,w]`` to pictures uint8 ``[N,H,W,3]``."""
-        return to_pixels(self.images(latents, tile=tile))
-
 
 class VaeEncoder(_Half):
-    """The part ``vae_encoder``; a ``starting.Encoder``."""
+    """The component ``vae_encoder``."""
 
     def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
         """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
@@ -135,11 +126,11 @@ def to_pixels(images_NCHW: Array) -> Pixels:
 
 
 class Vae:
-    """``encoder``: what makes latents of pictures, if the bundle has that part.
+    """Decoder and encoder of a bundle, as far as it has them.
 
-    A VAE's decoder may be on a device object of its own, beside the steps' (``Device.with_own_stream``): then a chunk
-    is decoded while the next one's steps run. Its latents come through the host: they are small, and what waits for
-    them is the host, which has enqueued those steps already. Not run on a GPU.
+    The decoder may have a device object of its own (``Device.with_own_stream``): then a chunk is decoded while the
+    next one's steps run. Its latents come through the host, which has enqueued those steps before it waits for them.
+    Not run on a GPU.
     """
 
     def __init__(self, manifest: Manifest, parts: Mapping[str, Component]) -> None:
@@ -148,9 +139,9 @@ class Vae:
         self.encoder = VaeEncoder(encoder) if (encoder := parts.get(ComponentName.VAE_ENCODER)) else None
 
     def check(self, tile: Tile, size: tuple[int, int] | None = None) -> None:
-        """Raises ``BadInput`` for tiles that can't be, and where there is no VAE to take any.
+        """Raises ``BadInput`` for a wrong ``tile``, and for any in a bundle without a VAE.
 
-        With the ``size`` of latents that are to be decoded also ``OutOfProfile`` for one that the decoder can't take.
+        With the ``size`` of the latents to decode also ``OutOfProfile`` where the decoder can't take it.
         """
         number = isinstance(tile, int) and not isinstance(tile, bool) and tile > 0
         if not number and tile not in ("auto", "off"):
@@ -165,7 +156,7 @@ class Vae:
             self._decoder.check(size, tile)
 
     def encoding(self, tile: Tile) -> _Encoding | None:
-        """What makes latents of pictures, if the bundle has that part."""
+        """The encoder with this ``tile``, if the bundle has one."""
         return None if self.encoder is None else _Encoding(self.encoder, tile)
 
     def decode(self, latents: Array, *, tile: Tile = "auto") -> NDArray[np.uint8]:
@@ -175,6 +166,7 @@ class Vae:
     def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
         """Like ``decode``, as float32 ``[N,3,H,W]`` in about [-1, 1]."""
         manifest = self._manifest
+        latents = _checked(latents, manifest.latent.channels, "latents")
         if manifest.decoder.kind == "pixel":
             found = latents / np.float32(manifest.latent.scaling) + np.float32(manifest.latent.shift)
             return np.asarray(found, np.float32)
@@ -195,12 +187,24 @@ class Vae:
                 f"the bundle {self._manifest.name!r} has no picture encoder",
                 hint=f"build it from a whole pipeline folder, or with --part {ComponentName.VAE_ENCODER}=FOLDER",
             )
-        return self.encoder.encode(pictures, tile=tile)
+        return self.encoder.encode(_checked(pictures, 3, "pictures"), tile=tile)
+
+
+def _checked(array: Any, channels: int, what: str) -> Array:
+    """As float32 ``[N,channels,H,W]``. Raises ``BadInput``."""
+    try:
+        found = np.asarray(array)
+    except (RuntimeError, TypeError, ValueError):  # a ragged list, a tensor on a GPU
+        found = np.empty(0, np.object_)
+    if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1] != channels or not found.size:
+        got = f"{found.dtype}{list(found.shape)}" if found.dtype.kind in "biufc" else f"a {type(array).__name__}"
+        raise BadInput(f"{what} are {got}; needed is float32[N, {channels}, H, W]", hint="give one entry per picture")
+    return np.asarray(found, np.float32)
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """A ``starting.Encoder``."""
+    """An ``Encoder`` of ``tstitch_trt.request.init_image``."""
 
     encoder: VaeEncoder
     tile: Tile

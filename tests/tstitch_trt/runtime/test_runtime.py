@@ -273,6 +273,27 @@ def test_bare_times_and_memory_are_reported(runtime: Runtime) -> None:
     assert len(runtime.time_member("large", 2, repeats=3)) == 3
     assert len(runtime.time_step_kernels(2, repeats=5, guided=True)) == 5
     assert runtime.load_ms > 0
+    with pytest.raises(UnknownName, match="did you mean 'large'"):
+        runtime.time_member("larg", 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "a NoneType"),
+        ("latents", "a str"),
+        ([[1.0], [1.0, 2.0]], "a list"),
+        (np.zeros((4, 8, 8), np.float32), "float32[4, 8, 8]"),
+        (np.zeros((1, 3, 8, 8), np.float32), "float32[1, 3, 8, 8]"),
+        (np.zeros((0, 4, 8, 8), np.float32), "float32[0, 4, 8, 8]"),
+        (np.zeros((1, 4, 8, 8), np.int64), "int64[1, 4, 8, 8]"),
+    ],
+)
+def test_what_is_no_latents_is_not_decoded(runtime: Runtime, given: Any, said: str) -> None:
+    for verb in (runtime.decode, runtime.images):
+        with pytest.raises(BadInput) as caught:
+            verb(given)
+        assert caught.value.message == f"latents are {said}; needed is float32[N, 4, H, W]"
 
 
 def test_memory_is_what_inspect_plans(runtime: Runtime) -> None:
