@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from gpubench.script import parser_of, run_script, write_record
 
 import tstitch_trt
 from tstitch_engines.bundle.identity import digest
-from tstitch_engines.errors import BadInput, NotCalibrated, TStitchError
+from tstitch_engines.errors import BadInput, NotCalibrated
 from tstitch_trt.files import write_text
 from tstitch_trt.progress import log, progress_bar
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
@@ -37,7 +38,7 @@ from tstitch_trt.study.store import save_study, study_digest, weights_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--runs", type=int, default=100, help="budgets to try (default 100)")
     parser.add_argument("--steps", type=int, help="steps of every run (default: the choice is free)")
@@ -48,15 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "budget.json")
     parser.add_argument("--scratch", type=Path, default=Path("build/budget"), help="unfinished work is kept here")
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        log("interrupted: the same command goes on from here")
-        return 130
-    except TStitchError as error:
-        log(f"error: {error}")
-        return error.exit_code
-    return 0
+    return run_script(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -154,8 +147,7 @@ def write(
         "machine": msgspec.to_builtins(describe_machine()),
         "each": done,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(args.out, json.dumps(document, indent=2) + "\n")
+    write_record(args.out, document)
     log(f"written: {args.out}")
     print(
         f"{met} of {len(done)} budgets met; {document['budget_used']:.1%} of a budget used (median); prediction off "

@@ -31,16 +31,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from gpubench.script import parser_of, run_script, write_record
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Network, Precision
-from tstitch_engines.errors import BadInput, TStitchError, unknown_name
+from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import Inspection, open_family
 from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
-from tstitch_trt.files import write_text
 from tstitch_trt.progress import log
 from tstitch_trt.study.machine import describe_machine
 
@@ -85,7 +85,7 @@ MODELS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--parts", default="*", help="names or patterns with commas (default all)")
     parser.add_argument("--out", type=Path, default=RESULT, help=f"the JSON file (default {RESULT.name} in results/)")
     parser.add_argument(
@@ -96,28 +96,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the parts and end")
     parser.add_argument("--child", nargs=2, metavar=("PART", "PHASE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    try:
-        if args.child:
-            part, phase = args.child
-            print(json.dumps(_phase(part, phase, args.scratch)))
-            return 0
-        names = [f"{model}-{precision}" for model in MODELS for precision in PRECISIONS]
-        chosen = [name for name in names if any(fnmatch.fnmatch(name, p) for p in args.parts.split(","))]
-        if not chosen:
-            raise unknown_name("part", args.parts, names)
-        if args.list:
-            print("\n".join(chosen))
-            return 0
-        return _run(chosen, args)
-    except KeyboardInterrupt:
-        log("interrupted: the same command goes on from here")
-        return 130
-    except TStitchError as error:
-        log(f"error: {error}")
-        return error.exit_code
+    return run_script(lambda: _run(args))
 
 
-def _run(parts: list[str], args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
+    if args.child:
+        part, phase = args.child
+        print(json.dumps(_phase(part, phase, args.scratch)))
+        return 0
+    names = [f"{model}-{precision}" for model in MODELS for precision in PRECISIONS]
+    parts = [name for name in names if any(fnmatch.fnmatch(name, p) for p in args.parts.split(","))]
+    if not parts:
+        raise unknown_name("part", args.parts, names)
+    if args.list:
+        print("\n".join(parts))
+        return 0
     document: dict[str, Any] = {"parts": {}}
     if args.out.is_file():
         document = json.loads(args.out.read_text())
@@ -135,8 +128,7 @@ def _run(parts: list[str], args: argparse.Namespace) -> int:
             failed += "error" in done[phase]
             done["measured"] = msgspec.to_builtins(describe_machine())
             document["command"] = shlex.join(["python", "benchmarks/build_unets.py"])
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(args.out, json.dumps(document, indent=2, allow_nan=False) + "\n")
+            write_record(args.out, document)
             if "error" in done[phase] and phase in ("weights", "export"):
                 break
         if not args.keep:

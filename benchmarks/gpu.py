@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import json
 import os
 import shlex
 import signal
@@ -38,9 +37,9 @@ except ImportError:  # not installed: run from the checkout
 from gpubench.cases import CONTENDERS, dit_cases, part_names  # noqa: E402
 from gpubench.record import FINISHED, Context, Part, read_part  # noqa: E402
 from gpubench.report import report  # noqa: E402
+from gpubench.script import parser_of, run_script, write_record  # noqa: E402
 
-from tstitch_engines.errors import BadInput, TStitchError, unknown_name  # noqa: E402
-from tstitch_trt.files import write_text  # noqa: E402
+from tstitch_engines.errors import BadInput, unknown_name  # noqa: E402
 from tstitch_trt.progress import log  # noqa: E402
 
 _GRACE_SECONDS = 10.0
@@ -49,36 +48,31 @@ _GRACE_SECONDS = 10.0
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
-    try:
-        if args.child:
-            return _child(args, given)
-        names = _chosen(args.parts, part_names(smoke=args.smoke))
-        for name in args.contenders:
-            if name not in CONTENDERS:
-                raise unknown_name("contender", name, CONTENDERS)
-        if not args.budget_minutes > 0 or args.rounds < 1:
-            raise BadInput(
-                f"--budget-minutes {args.budget_minutes:g} --rounds {args.rounds}; allowed: more than 0, and 1 or more",
-                hint="leave them out for 9 and 5",
-            )
-        _sites(args.rtx_site)
-        if args.list:
-            for name in names:
-                print(f"{name}\t{_state(args.out, name)}")
-            return 0
-        code = 0 if args.report else _run(args, names, given)
-        print(report(args.out, part_names(smoke=args.smoke), smoke=args.smoke))
-        return code
-    except KeyboardInterrupt:
-        log("interrupted: the same command goes on from here")
-        return 130
-    except TStitchError as error:
-        log(f"error: {error}")
-        return error.exit_code
+    return run_script(lambda: _child(args, given) if args.child else _main(args, given))
+
+
+def _main(args: argparse.Namespace, given: list[str]) -> int:
+    names = _chosen(args.parts, part_names(smoke=args.smoke))
+    for name in args.contenders:
+        if name not in CONTENDERS:
+            raise unknown_name("contender", name, CONTENDERS)
+    if not args.budget_minutes > 0 or args.rounds < 1:
+        raise BadInput(
+            f"--budget-minutes {args.budget_minutes:g} --rounds {args.rounds}; allowed: more than 0, and 1 or more",
+            hint="leave them out for 9 and 5",
+        )
+    _sites(args.rtx_site)
+    if args.list:
+        for name in names:
+            print(f"{name}\t{_state(args.out, name)}")
+        return 0
+    code = 0 if args.report else _run(args, names, given)
+    print(report(args.out, part_names(smoke=args.smoke), smoke=args.smoke))
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files and report.md")
     parser.add_argument(
         "--scratch", type=Path, default=ROOT / "build" / "gpubench", help="checkpoints, bundles, caches"
@@ -162,7 +156,7 @@ def _run(args: argparse.Namespace, names: list[str], given: list[str]) -> int:
         part = read_part(path)
         if part is not None and problem is not None:
             part |= {"status": "partial", "reason": problem}
-            write_text(path, json.dumps(part, indent=1) + "\n")
+            write_record(path, part)
         log(f"{name}: {_state(args.out, name)}" + (f" ({problem})" if problem else ""))
         entries = [] if part is None else part["entries"].values()
         failed |= part is None or part["status"] == "failed" or any(e["status"] == "failed" for e in entries)

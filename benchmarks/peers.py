@@ -29,11 +29,12 @@ from gpubench.ceilings import synchronize
 from gpubench.contenders import Contender, Work, make_contender, need_contenders
 from gpubench.diffusers_walk import SOLVERS
 from gpubench.peers_report import markdown, plot
+from gpubench.script import parser_of, run_script, write_record
 from gpubench.walks import error_of
 
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.identity import digest, model_digest
-from tstitch_engines.errors import BadInput, FailedWork, TStitchError
+from tstitch_engines.errors import BadInput, FailedWork
 from tstitch_trt.cli._parsing import parse_fractions
 from tstitch_trt.files import write_text
 from tstitch_trt.plots.figure import check_plot
@@ -54,7 +55,7 @@ Round = dict[str, Any]  # {"load": the load average at its start, "ms": {fractio
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads of every contender (default: all cores)")
@@ -70,15 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, default=Path("build/peers"), help="unfinished work is kept here")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmarks/peers.py", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        run(args, command)
-    except KeyboardInterrupt:
-        log("interrupted: the same command goes on from here")
-        return 130
-    except TStitchError as error:
-        log(f"error: {error}")
-        return error.exit_code
-    return 0
+    return run_script(lambda: run(args, command))
 
 
 def run(args: argparse.Namespace, command: str) -> None:
@@ -142,7 +135,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         "compared_with": ours.name,
         "contenders": [row(contender, ours, work, differences[contender.name], rounds) for contender in made],
     }
-    write_text(args.out / "peers.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_record(args.out / "peers.json", document)
     write_text(args.out / "peers.md", markdown(document))
     plot(args.out / "peers.png", document)
     print(markdown(document), end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from gpubench.script import write_record
 
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_trt.quantise.quantise import quantise
@@ -58,8 +58,7 @@ def main() -> None:
                     **msgspec.to_builtins(made.quantisation),
                 }
             )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quantise.json").write_text(json.dumps(document | {"runs": runs}, indent=2) + "\n")
+    write_record(options.out / "quantise.json", document | {"runs": runs})
 
 
 if __name__ == "__main__":

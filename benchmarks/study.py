@@ -10,7 +10,6 @@ orders at equal cost, the large member alone in fewer steps, solvers and step co
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections import Counter
@@ -18,10 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from gpubench.script import parser_of, run_script
+
 from tstitch_engines.bundle.bundle import STUDIES, Bundle, open_bundle
-from tstitch_engines.errors import BadInput, TStitchError
+from tstitch_engines.errors import BadInput
 from tstitch_trt.files import write_text
-from tstitch_trt.progress import log
 from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Measure, Point
 from tstitch_trt.study.settings import share_of
@@ -32,22 +32,21 @@ NAMES: Final = {"fid": "Fréchet distance", "kid": "kernel distance"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "study")
     args = parser.parse_args(argv)
-    try:
-        bundle = open_bundle(args.bundle)
-        text = tables(bundle)
-        args.out.mkdir(parents=True, exist_ok=True)
-        for file in sorted((bundle.root / STUDIES).glob("*.json")):
-            shutil.copyfile(file, args.out / file.name)
-        write_text(args.out / "study.md", text)
-    except TStitchError as error:
-        log(f"error: {error}")
-        return error.exit_code
+    return run_script(lambda: run(args.bundle, args.out))
+
+
+def run(place: Path, out: Path) -> None:
+    bundle = open_bundle(place)
+    text = tables(bundle)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted((bundle.root / STUDIES).glob("*.json")):
+        shutil.copyfile(file, out / file.name)
+    write_text(out / "study.md", text)
     sys.stdout.write(text)
-    return 0
 
 
 def tables(bundle: Bundle) -> str:

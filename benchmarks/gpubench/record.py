@@ -16,6 +16,7 @@ import numpy as np
 from tstitch_engines.errors import TStitchError, Unavailable
 from tstitch_trt.files import write_text
 from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.statistics import spread
 
 __all__ = ["FINISHED", "Context", "Entry", "NotRun", "Part", "spread_of"]
 
@@ -112,9 +113,7 @@ class Part:
         try:
             entry |= work(entry) or {}
             entry["status"] = "ok"
-        except NotRun as error:
-            entry |= {"status": "not run", "reason": str(error)}
-        except Unavailable as error:
+        except (NotRun, Unavailable) as error:
             entry |= {"status": "not run", "reason": str(error)}
         except TStitchError as error:
             entry |= {"status": "failed", "reason": str(error)}
@@ -149,7 +148,7 @@ def read_part(path: Path) -> Entry | None:
 
 def spread_of(values: list[float]) -> Entry:
     """Median, 10th and 90th percentile, and how many."""
-    low, middle, high = (float(v) for v in np.percentile(values, [10, 50, 90]))
+    middle, low, high = spread(values)
     return {"median": middle, "p10": low, "p90": high, "count": len(values)}
 
 

@@ -19,6 +19,7 @@ from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.study.statistics import relative_error
 
 __all__ = ["TORCH_DTYPES", "Pair", "RuntimeWalk", "TorchWalk", "error_of", "initial_noise", "labels_of"]
 
@@ -196,5 +197,5 @@ def labels_of(case: DitCase) -> list[int]:
 
 def error_of(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
     """Relative L2 difference; infinite where a value is not finite."""
-    difference = float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
+    difference = relative_error(got, want)
     return difference if math.isfinite(difference) else math.inf
