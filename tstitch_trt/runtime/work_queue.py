@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -107,7 +106,7 @@ class WorkQueue:
             try:
                 came = self._changed.wait_for(
                     lambda: self._state != "open" or (self._turn is None and self._waiting[0] is turn),
-                    None if wait in (None, math.inf) else wait,
+                    None if wait is None else min(wait, threading.TIMEOUT_MAX),
                 )
                 self.check_open()
                 if not came:

@@ -147,10 +147,11 @@ def test_the_timeout_of_a_runtime(tiny_pair: TinyPair, other: ThreadPoolExecutor
         for verb in (lambda: runtime.decode(zeros), lambda: runtime.time_member("small", 1), runtime.restore):
             with pytest.raises(Busy):
                 verb()
-        waiting = other.submit(runtime.sample, **SHORT, timeout=float("inf"))
+        waiting = [other.submit(runtime.sample, **SHORT, timeout=wait) for wait in (1e300, float("inf"))]
         gate.open()
         first.result(SECONDS)
-        waiting.result(SECONDS)
+        for call in waiting:
+            call.result(SECONDS)
 
 
 # --- the request's own thread
