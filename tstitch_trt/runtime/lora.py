@@ -36,7 +36,7 @@ Delta = Callable[[], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class _Active:
-    """What is in an engine: ``said`` as manifests say it, ``deltas`` by weight."""
+    """The LoRAs in one engine: ``said`` as in manifests, ``deltas`` by weight."""
 
     said: str = ""
     deltas: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
@@ -47,9 +47,9 @@ _LARGEST: Final = {"float16": 65504.0}
 
 
 class Loras:
-    """Which LoRAs are in which engines. ``changed`` is called with the name of one that a recording can't go on with.
+    """The LoRAs in each engine. ``changed`` gets the name of an engine whose recorded steps are no longer valid.
 
-    Files are mapped and not read into memory; one weight at a time is computed, as the engine takes it.
+    Files are mapped, not read into memory. One weight at a time is computed, when the engine takes it.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Loras:
             )
 
     def current(self, name: str) -> object:
-        """What ``put`` puts back."""
+        """The state of a network, for ``put``."""
         return self._active.get(name, _NONE)
 
     def swap(self, name: str, files: LoraFiles) -> None:
@@ -84,12 +84,12 @@ class Loras:
         self._put(name, self._read(name, files))
 
     def put(self, name: str, current: object) -> None:
-        """Back to what ``current`` gave."""
+        """Restores a state that ``current`` returned."""
         assert isinstance(current, _Active)
         self._put(name, current)
 
     def restore(self, name: str | None = None) -> None:
-        """The weights of one network, or of all that LoRAs are in, as they were exported."""
+        """Gives one network, or all that have LoRAs, the weights that were exported."""
         if name is not None:
             self._refittable(name)
         for each in (name,) if name is not None else (*self._active, *(set(self._lost) - set(self._active))):
@@ -138,7 +138,7 @@ class Loras:
         return self._weights[name]
 
     def _put(self, name: str, wanted: _Active) -> None:
-        """Engine and record agree afterwards, whatever happens."""
+        """Engine and record agree afterwards, also when this raises."""
         engine, before = self._refittable(name), self._active.get(name, _NONE)
         _, lost = self._lost.get(name, ("", ()))
         keys = [*dict.fromkeys((*wanted.deltas, *before.deltas, *lost))]

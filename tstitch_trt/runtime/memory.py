@@ -1,4 +1,4 @@
-"""What a runtime will hold in device memory, as far as the manifest alone tells."""
+"""The device memory of a runtime, as far as the manifest tells it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["planned_limits", "planned_memory"]
 
 
 def planned_limits(manifest: Manifest) -> dict[str, Limits]:
-    """By backend, of those that all members have engines of: the sizes that a runtime will allow."""
+    """By backend the sizes that a runtime will allow, for backends that all members have engines of."""
     planned: dict[str, Limits] = {}
     for backend in dict.fromkeys(r.identity.backend for m in manifest.members.values() for r in m.engines):
         profiles = _profiles(manifest, backend)
@@ -31,7 +31,7 @@ def planned_memory(manifest: Manifest) -> dict[str, dict[str, int]]:
 
 
 def _profiles(manifest: Manifest, backend: str) -> dict[str, ShapeProfile]:
-    """Of every network that a step runs and that has engines of ``backend``: the profile with the largest batch."""
+    """The profile with the largest batch of each network that a step runs and that has engines of ``backend``."""
     found: dict[str, ShapeProfile] = {}
     for name in (*manifest.members, *({ComponentName.CONTROLNET} & set(manifest.parts))):
         records = (r.identity.profile for r in manifest.networks()[name].engines if r.identity.backend == backend)

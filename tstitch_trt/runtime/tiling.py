@@ -1,4 +1,4 @@
-"""A plane cut into overlapping tiles of one size, and put together again by weights that fade over the overlaps."""
+"""Overlapping tiles of one size over a plane, and their sum by weights that fade over the overlaps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tiles:
 
 
 def tiles_of(size: tuple[int, int], tile: tuple[int, int], *, overlap: float = 0.25) -> Tiles:
-    """As few tiles as cover ``size``, each overlapping the next by at least ``overlap`` of its side."""
+    """The fewest tiles that cover ``size``, where each overlaps the next by at least ``overlap`` of its side."""
     height, width = min(tile[0], size[0]), min(tile[1], size[1])
     return Tiles(height, width, _starts(size[0], height, overlap), _starts(size[1], width, overlap))
 

@@ -1,4 +1,4 @@
-"""What a calibration holds for, and finding the one that holds here."""
+"""The conditions that a calibration is valid for, and the search for a valid one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIBRARIES: Final[Mapping[str, tuple[str, ...]]] = {  # the packages whose versi
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """``machine``: what of the machine matters for speed. ``threads``: 0 is all cores. ``graph``: the mode in use."""
+    """``machine``: the facts that decide speed. ``threads``: 0 is all cores. ``graph``: the mode in use."""
 
     machine: dict[str, str]
     backend: str
@@ -81,7 +81,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
         return {**self.machine, **own}
 
     def command(self, bundle: str | Path) -> str:
-        """What measures ``bundle`` under these conditions."""
+        """The command that calibrates ``bundle`` under these conditions."""
         words = [f"tstitch-trt calibrate {shlex.quote(str(bundle))} --backend {self.backend}"]
         if self.device != "cpu":
             words += [f"--device {self.device}"] + ([] if self.graph == "step" else [f"--graph {self.graph}"])
@@ -89,7 +89,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def speed_of(machine: Machine, backend: str, device: str) -> dict[str, str]:
-    """What decides how fast engines of ``backend`` run on ``device``; load, memory and Python are no part of it."""
+    """The facts that decide how fast engines of ``backend`` run on ``device``: not load, memory or Python."""
     found = {"processor": machine.processor, "cores": str(machine.cores)}
     if device != "cpu":
         found["gpus and driver"] = "; ".join(machine.gpus) or "none"
@@ -98,7 +98,7 @@ def speed_of(machine: Machine, backend: str, device: str) -> dict[str, str]:
 
 
 def engine_digests(bundle: Bundle, backend: str, device: str) -> dict[str, str]:
-    """The identity digest of each member's engine that is loaded there. Raises ``BadEngine`` where one does not fit."""
+    """By member the identity digest of the engine that would load there. Raises ``BadEngine`` where none fits."""
     from tstitch_engines.backends import open_backend
 
     library = open_backend(backend)

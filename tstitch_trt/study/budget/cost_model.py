@@ -40,7 +40,7 @@ class _Priced:
 
 
 class Costs:
-    """What is known of cost and quality of a bundle's schedules under the conditions of one calibration."""
+    """Cost and quality of a bundle's schedules under the conditions of one calibration."""
 
     def __init__(self, manifest: Manifest, calibration: Calibration, studies: Sequence[Study], seen: object = None):
         """``studies``: searches, evaluations and divergences, of whatever weights. ``seen``: their state on disk."""
