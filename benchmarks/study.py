@@ -24,7 +24,7 @@ from tstitch_engines.errors import BadInput
 from tstitch_trt.files import write_text
 from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Measure, Point
-from tstitch_trt.study.settings import share_of
+from tstitch_trt.study.settings import share_in_order
 from tstitch_trt.study.store import differing_weights, load_studies
 
 METRICS: Final = ("fid", "kid", "precision", "recall", "accuracy")
@@ -104,7 +104,7 @@ def _of_evaluation(evaluation: Evaluation, members: Sequence[str]) -> list[str]:
 
 
 def _by_share(points: Iterable[Point], members: Sequence[str], order: str) -> list[Point]:
-    shares = [(share_of(point.setting, members, order), point) for point in points]
+    shares = [(share_in_order(point.setting, members, order), point) for point in points]
     return [point for _, point in sorted(((s, p) for s, p in shares if s is not None), key=lambda pair: pair[0])]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tstitch_trt.plots.figure import figure
 from tstitch_trt.study.records import Evaluation, Point
-from tstitch_trt.study.settings import ORDERS, share_of
+from tstitch_trt.study.settings import ORDERS, share_in_order
 
 __all__ = ["plot_evaluation"]
 
@@ -43,7 +43,7 @@ def _draw(axis: Any, points: Sequence[Point], members: Sequence[str], metric: st
             continue
         setting = point.setting
         family = f"{setting.solver} {setting.steps}"
-        shares = [(order, share_of(setting, members, order)) for order in ORDERS]
+        shares = [(order, share_in_order(setting, members, order)) for order in ORDERS]
         for order, share in shares:
             if share is not None:
                 lines.setdefault(f"{family}, {order}", []).append((point.ms if timed else share, point))

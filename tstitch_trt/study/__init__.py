@@ -1,1 +1,1 @@
-"""Choosing the stitch point: what is measured of a bundle on the user's own machine, and what follows from it."""
+"""Choosing the stitch point by measurements of a bundle on the user's own machine."""

@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, memory, accelerators, library versions."""
+"""The machine of a measurement: processor, memory, accelerators, library versions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def describe_machine() -> Machine:
 
 
 def gpu_names() -> tuple[str, ...]:
-    """The NVIDIA GPUs that the driver's own tool lists; empty where there is no driver."""
+    """The NVIDIA GPUs that nvidia-smi lists; empty where there is no driver."""
     import shutil
 
     tool = shutil.which("nvidia-smi")
@@ -71,7 +71,7 @@ def gpu_names() -> tuple[str, ...]:
 
 
 def peak_memory() -> int:
-    """The most memory this process has had resident since it started, in bytes."""
+    """The peak resident memory of this process, in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

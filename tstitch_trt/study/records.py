@@ -1,8 +1,7 @@
-"""What is measured of a bundle and kept with it: cost, divergence, quality, and the choice between schedules.
+"""The records of studies, kept in the bundle: cost, divergence, quality, and the choice between schedules.
 
-Every record names the weights it was measured on (``weights``: sha256 of each member's ONNX model) and the command that
-made it, so that a record of other weights is found out and never used silently. Times are milliseconds; points in time
-are ISO 8601 in UTC.
+Every record names the weights it was measured on (``weights``: sha256 of each member's ONNX model) and its command, so
+that a record of other weights is never used silently. Times are milliseconds; points in time are ISO 8601 in UTC.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Study(_Record, frozen=True, kw_only=True):
-    """What all studies say of themselves. ``made``: when. ``command``: what makes it again."""
+    """The fields of all studies. ``made``: when. ``command``: repeats the measurement."""
 
     schema: Annotated[int, msgspec.Meta(ge=1)] = STUDY_SCHEMA
     bundle: str
@@ -58,7 +57,7 @@ class Study(_Record, frozen=True, kw_only=True):
 
 
 class Setting(_Record, frozen=True, kw_only=True):
-    """One way to draw: everything that ``make_plan`` needs, resolved.
+    """One way to draw: the resolved arguments of ``make_plan``.
 
     ``schedule`` is the canonical text (``small:20,large:30``) of ``rows`` rows of the step table (one more than
     ``steps`` for ``pndm``). ``members``: rows by member. ``plan``: further keywords of ``make_plan``.
@@ -95,7 +94,7 @@ class StepCost(_Record, frozen=True, kw_only=True):
 
 
 class Overhead(_Record, frozen=True, kw_only=True):
-    """What a chunk of ``batch`` images costs beside its steps.
+    """The cost of a chunk of ``batch`` images beside its steps.
 
     ``ms`` once, and ``switch_ms`` for each change of the member, or from guided to unguided steps or back.
     """
@@ -176,7 +175,7 @@ class DivergenceStep(_Record, frozen=True, kw_only=True):
 
 
 class OrderTrial(_Record, frozen=True, kw_only=True):
-    """A schedule that was really run: relative L2 of its final latents from those of the reference alone.
+    """A schedule that was run: relative L2 of its final latents from those of the reference alone.
 
     ``order``: ``small-first``, ``large-first``, ``large-small-large``... ``share`` of the steps on the small member.
     ``latent_error``: median over the seeds.
@@ -219,7 +218,7 @@ class Measure(_Record, frozen=True, kw_only=True):
 
 
 class Point(_Record, frozen=True, kw_only=True):
-    """What one setting gave. ``measures``: by metric (``METRICS``). ``ms``: the whole trajectory of one batch of
+    """The results of one setting. ``measures``: by metric (``METRICS``). ``ms``: the whole trajectory of one batch of
     ``batch`` images, median of the batches drawn (0: not timed). ``samples_file``: the ``.npz`` of the pictures."""
 
     setting: Setting
@@ -234,7 +233,7 @@ class Evaluation(Study, frozen=True, kw_only=True):
     """``features``: the network, ``reference``: the real images (name, sha256 and count of each).
 
     ``baseline``: the setting that paired metrics compare with (the last member alone). ``notes``: warnings, such as
-    too few samples for the features. ``key``: what of it makes it another evaluation and not more of the same one.
+    too few samples for the features. ``key``: see ``evaluation_key``.
     """
 
     key: str = ""

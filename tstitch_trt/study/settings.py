@@ -11,7 +11,7 @@ from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.study.records import Setting
 
-__all__ = ["ORDERS", "baseline_of", "fraction_settings", "plan_of", "schedule_text", "setting_of", "share_of"]
+__all__ = ["ORDERS", "baseline_of", "fraction_settings", "plan_of", "schedule_text", "setting_of", "share_in_order"]
 
 ORDERS: Final = ("small-first", "large-first")
 
@@ -112,7 +112,7 @@ def fraction_settings(
     return found
 
 
-def share_of(setting: Setting, members: Sequence[str], order: str) -> float | None:
+def share_in_order(setting: Setting, members: Sequence[str], order: str) -> float | None:
     """The first member's share of the rows of a schedule in this order (one member alone is in both), else ``None``."""
     small, large = members[0], members[-1]
     runs = [part.split(":")[0] for part in setting.schedule.split(",")]

@@ -1,7 +1,7 @@
 """Studies in a bundle: one JSON file each under ``studies/``, written whole or not at all.
 
-They are no part of what the manifest vouches for: deleting them costs only the time to measure again. ``write_bundle``
-takes them along when a bundle is replaced; a study of other weights is then reported as stale where it is asked for.
+The manifest does not cover them, so they may be deleted. ``write_bundle`` keeps them when a bundle is replaced; a study
+of other weights is then reported as stale.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def weights_of(manifest: Manifest) -> dict[str, str]:
 
 
 def differing_weights(manifest: Manifest, study: Study) -> list[str]:
-    """The members of which the study saw other weights, or that only one of the two knows."""
+    """The members whose weights differ between the study and the manifest, or that only one of them has."""
     here = weights_of(manifest)
     return [name for name in {**study.weights, **here} if study.weights.get(name) != here.get(name)]
 
@@ -81,7 +81,7 @@ def save_study(bundle: Bundle, study: Study, *, key: str = "") -> Path:
 
 
 def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
-    """All studies of a kind in the bundle, the newest first, of whatever weights and machine.
+    """All studies of a kind in the bundle, of any weights and machine, the newest first.
 
     Raises ``BadBundle`` for a file that is damaged or of a newer version.
     """

@@ -35,7 +35,7 @@ UPPER_PERCENTILE: Final = 98
 
 
 def default_batches(runtime: Runtime) -> tuple[int, ...]:
-    """Powers of two, what the engines are tuned for and the most, with and without guidance, as far as they run."""
+    """Powers of two, the tuned and the largest batches, with and without guidance, within the engines' limits."""
     split = runtime.splitting
     guidable = runtime.manifest.conditioning.guidable and split.limit >= 2
     sizes = {split.floor, split.limit, *split.tuned, *(1 << i for i in range(31))}
@@ -56,10 +56,10 @@ def calibrate(
     command: str = "",
     progress: Progress = silent,
 ) -> Calibration:
-    """The cost of ``runtime``'s members and how well it predicts ``checks`` random schedules drawn with ``seed``.
+    """The cost of ``runtime``'s members, and its error on ``checks`` random schedules drawn with ``seed``.
 
     ``batches``: images per chunk to measure, by default ``default_batches``. ``sizes``: height and width of the latents
-    (not of the pictures), by default the bundle's own. ``command``: what measures it again.
+    (not of the pictures), by default the bundle's own. ``command``: repeats the measurement.
 
     Raises ``OutOfProfile`` for a batch or size that the engines do not run.
     """

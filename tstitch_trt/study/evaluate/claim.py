@@ -1,4 +1,4 @@
-"""What an evaluation says of T-Stitch: how many steps the small member may take before a metric shows it."""
+"""How many steps the small member may take before a metric of an evaluation gets worse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tstitch_trt.study.records import HIGHER_IS_BETTER, Evaluation, Measure, Point
-from tstitch_trt.study.settings import share_of
+from tstitch_trt.study.settings import share_in_order
 
 __all__ = ["Claim", "claims_of"]
 
@@ -34,7 +34,7 @@ def claims_of(evaluation: Evaluation, members: Sequence[str], metric: str = "fid
     """
     families: dict[tuple[object, ...], dict[float, Point]] = {}
     for point in evaluation.points:
-        share = share_of(point.setting, members, "small-first")
+        share = share_in_order(point.setting, members, "small-first")
         if share is not None and metric in point.measures:
             setting = point.setting
             family = (setting.solver, setting.steps, setting.guidance, msgspec.json.encode(setting.plan))

@@ -1,4 +1,4 @@
-"""The study behind ``tstitch-trt evaluate``: pictures of many settings from the same seeds, and how good they are."""
+"""The study of ``tstitch-trt evaluate``: quality and speed of many settings from the same seeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["evaluate", "evaluation_key", "npz_name"]
 
 
 def evaluation_key(scorer: Scorer, images: ImageSet, runtime: Runtime) -> str:
-    """What tells one evaluation from another, however many settings and metrics it has."""
+    """Identifies an evaluation, whatever settings and metrics it has."""
     network, reference = scorer.network, scorer.reference
     return digest(
         {
@@ -58,8 +58,8 @@ def evaluate(
 ) -> Evaluation:
     """Draws what ``work`` does not hold yet, times ``rounds`` direct runs of ``batch`` pictures, and measures.
 
-    ``settings``: each once. ``npz``: a folder for the pictures of each setting. What an evaluation in the bundle with
-    the same key knows of other settings and metrics is kept. Raises ``BadInput`` for too few samples.
+    ``npz``: a folder for the pictures of each setting. Other settings and metrics in the bundle's evaluation of the
+    same key are kept. Raises ``BadInput`` for too few samples.
     """
     if images.samples < 2:
         raise BadInput(f"{images.samples} sample; allowed is 2 or more", hint="e.g. --samples 2000")
@@ -170,15 +170,9 @@ def _origin(name: str, sha256: str, count: int) -> dict[str, str | int]:
 
 
 def _extended(found: Evaluation, runtime: Runtime, key: str) -> Evaluation:
-    """``found`` with what an earlier evaluation of the same key and weights knows beside it."""
-    earlier = next(
-        (
-            study
-            for study in load_studies(runtime.bundle, Evaluation)
-            if study.key == key and study.weights == found.weights
-        ),
-        None,
-    )
+    """``found`` with the other settings and metrics of an earlier evaluation of the same key and weights."""
+    studies = load_studies(runtime.bundle, Evaluation)
+    earlier = next((study for study in studies if (study.key, study.weights) == (key, found.weights)), None)
     found = msgspec.structs.replace(found, key=key)
     if earlier is None:
         return found

@@ -1,9 +1,9 @@
-"""Many settings drawn together: what they have in common is run once.
+"""Draws many settings together and runs their common first steps once.
 
-With equal seeds two schedules pass through the same states until they part. So one setting walks its whole trajectory,
-the state at every parting is kept, and the others are finished from there. The latents are bit for bit those of a run
-of the setting alone (a test compares them). Where a solver remembers more than the latent at a parting, the setting is
-drawn alone.
+With equal seeds two schedules pass through the same states until they differ. One setting runs its whole trajectory,
+its state before each first difference is kept, and the others go on from there. The latents are bit for bit those of a
+run of the setting alone (a test compares them). A setting whose solver remembers more than the latent there is drawn
+alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Latents = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class _Way:
+class _Branch:
     setting: Setting
     plan: Plan
 
@@ -37,50 +37,50 @@ class _Way:
 def draw_settings(
     runtime: Runtime, settings: Sequence[Setting], request: Mapping[str, Any]
 ) -> Iterator[tuple[Setting, Latents]]:
-    """Yields each setting's final latents, float32 ``[N,C,H,W]``: those of the first setting first.
+    """Yields each setting's final latents, float32 ``[N,C,H,W]``, those of the first setting first.
 
-    ``request``: keywords of ``Runtime.sample`` that say what the pictures are to be, with ``seeds``; with a picture to
-    start from nothing is shared.
+    ``request``: keywords of ``Runtime.sample`` for the pictures, with ``seeds``. Nothing is shared where it has an
+    initial image.
     """
-    ways = [_Way(setting, plan_of(runtime.manifest, setting)) for setting in settings]
+    branches = [_Branch(setting, plan_of(runtime.manifest, setting)) for setting in settings]
     if request.get("image") is not None:
-        for way in ways:
-            yield way.setting, _run(runtime, way, 0, None, request, {})
+        for branch in branches:
+            yield branch.setting, _run(runtime, branch, 0, None, request, {})
         return
-    yield from _walk(runtime, ways, 0, None, request)
+    yield from _draw(runtime, branches, 0, None, request)
 
 
-def _walk(
-    runtime: Runtime, ways: Sequence[_Way], start: int, state: Latents | None, request: Mapping[str, Any]
+def _draw(
+    runtime: Runtime, branches: Sequence[_Branch], start: int, state: Latents | None, request: Mapping[str, Any]
 ) -> Iterator[tuple[Setting, Latents]]:
-    """``ways`` have all rows before ``start`` in common, and can be entered there."""
-    if not ways:
+    """``branches`` have all rows before ``start`` in common and can be entered there."""
+    if not branches:
         return
-    leader, alone = ways[0], []
-    parted: dict[int, list[_Way]] = {}
-    for way in ways[1:]:
-        step = _parting(leader.plan, way.plan)
-        if step > start and not reads_before(way.plan.rows, step):
-            parted.setdefault(step, []).append(way)
+    leader, alone = branches[0], []
+    others: dict[int, list[_Branch]] = {}
+    for branch in branches[1:]:
+        step = _first_difference(leader.plan, branch.plan)
+        if step > start and not reads_before(branch.plan.rows, step):
+            others.setdefault(step, []).append(branch)
         else:
-            alone.append(way)
-    states: dict[int, list[Latents]] = {step: [] for step in parted}
+            alone.append(branch)
+    states: dict[int, list[Latents]] = {step: [] for step in others}
     yield leader.setting, _run(runtime, leader, start, state, request, states)
-    for step in sorted(parted, reverse=True):
-        yield from _walk(runtime, parted[step], step, np.concatenate(states.pop(step)), request)
-    yield from _walk(runtime, alone, start, state, request)
+    for step in sorted(others, reverse=True):
+        yield from _draw(runtime, others[step], step, np.concatenate(states.pop(step)), request)
+    yield from _draw(runtime, alone, start, state, request)
 
 
 def _run(
     runtime: Runtime,
-    way: _Way,
+    branch: _Branch,
     start: int,
     state: Latents | None,
     request: Mapping[str, Any],
     states: Mapping[int, list[Latents]],
 ) -> Latents:
-    """The final latents from ``state`` before row ``start``; those before the rows in ``states`` are put there."""
-    wishes = {**request, **wishes_of(way.setting)}
+    """The final latents from ``state`` before row ``start``. Appends those before the rows in ``states`` to it."""
+    wishes = {**request, **wishes_of(branch.setting)}
     if start:
         wishes |= {"latents": state, "start_step": start}
 
@@ -91,7 +91,7 @@ def _run(
     return runtime.sample(decode=False, callback=keep if states else None, **wishes).latents
 
 
-def _parting(a: Plan, b: Plan) -> int:
+def _first_difference(a: Plan, b: Plan) -> int:
     """The first row that differs."""
     if (a.rescale, dict(a.embedded)) != (b.rescale, dict(b.embedded)):
         return 0

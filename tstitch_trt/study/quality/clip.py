@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts (CLIPScore: Hessel et al., arXiv 2104.08718), by a CLIP model the user has.
+"""How well pictures fit their prompts (CLIPScore: Hessel et al., arXiv 2104.08718), by the user's CLIP model.
 
 ``100 max(cos(image, text), 0)``, as torchmetrics counts it. A model is a folder: one of transformers (``config.json``,
 weights, tokenizer), or ``image.onnx`` and ``text.onnx`` (or ``.pt``, TorchScript) with the ``tokenizer.json`` of the
@@ -68,7 +68,7 @@ class Clip:
 def normalised(images_NHWC: NDArray[np.uint8], size: int) -> Floats:
     """Float32 ``[N,3,size,size]``: shorter side resized (bicubic), middle cut out, CLIP's mean and deviation.
 
-    On bytes, as the pictures were that it was trained on.
+    Resized as bytes, as in CLIP's training.
     """
     from PIL import Image
 

@@ -1,7 +1,7 @@
 """The kernel distance of two sets of features (KID: Bińkowski et al., arXiv 1801.01401).
 
-The squared maximum mean discrepancy under ``k(x, y) = (x.y / F + 1)^3``, estimated without bias over all pairs: what
-the mean over random subsets comes to, without their noise. So it may be a little below zero.
+The squared maximum mean discrepancy under ``k(x, y) = (x.y / F + 1)^3``, estimated without bias over all pairs: the
+limit of the mean over random subsets, without their noise. It may be slightly negative.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class KernelTo:
     def resampled(self, features: NDArray[Any], counts: NDArray[np.integer[Any]]) -> Doubles:
         """The distances of resamples, float64 ``[R]``: row ``i`` of ``counts [R,N]`` says how often each is in.
 
-        Two copies of one sample are no pair, so that resampling does not add what the estimate has left out.
+        Two copies of one sample are no pair, so that the estimate stays unbiased.
         """
         x = _checked(features).astype(np.float64)
         if x.shape[1] != self._y.shape[1]:

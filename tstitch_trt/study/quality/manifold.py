@@ -1,8 +1,8 @@
 """Precision and recall of generated features (Kynkäänniemi et al., arXiv 1904.06991).
 
-A set of features spans the union of balls, one about each, that reach to its ``NEIGHBOURS``-th nearest neighbour in the
-set. Precision is the share of generated samples inside what the real ones span (do they look real?), recall the share
-of real ones inside what the generated span (is everything real also drawn?).
+The manifold of a set of features is the union of balls, one about each, that reach to its ``NEIGHBOURS``-th nearest
+neighbour. Precision is the share of generated samples inside the manifold of the real ones (do they look real?), recall
+the share of real ones inside the manifold of the generated (is everything real also drawn?).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def squared_distances(x: NDArray[Any], y: NDArray[Any]) -> Floats:
 
 
 class Manifold:
-    """What features ``[M,F]`` span, M > ``neighbours``."""
+    """The manifold of features ``[M,F]``, M > ``neighbours``."""
 
     def __init__(self, features: NDArray[Any], *, neighbours: int = NEIGHBOURS) -> None:
         if features.ndim != 2 or len(features) <= neighbours:
@@ -74,8 +74,8 @@ def recall_halves(
 ) -> NDArray[np.float64]:
     """The recall of ``halves`` random halves of ``features [N,F]``, float64 ``[halves]``.
 
-    A bootstrap draws samples twice, and twins have no distance: the balls would shrink. Halves have no twins, and the
-    variance over them is that of the whole (the delete-half jackknife: Shao and Wu, 1989).
+    A bootstrap draws samples twice, and copies have no distance, so the balls would shrink. Halves have no copies, and
+    the variance over them is that of the whole (the delete-half jackknife: Shao and Wu, 1989).
     """
     own, across = squared_distances(features, features), squared_distances(reference, features)
     rng = np.random.default_rng(seed)

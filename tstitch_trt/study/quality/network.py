@@ -1,9 +1,9 @@
 """Feature networks: ONNX on ONNX Runtime or TorchScript on PyTorch, both on the CPU.
 
-What a network is given, unless its options say otherwise: pictures float32 ``[N,C,H,W]`` in [-1, 1]. They are resized
-(bicubic with antialiasing, without rounding: Parmar et al., arXiv 2104.11222) where the network has a fixed size, and
-grey ones are repeated where it wants three channels. What it gives: features ``[N,F]`` (``[N,F,1,1]`` is flattened),
-the output called ``features``, else the first. An output ``logits [N,K]`` beside it makes it a classifier too.
+Input, unless the options differ: pictures float32 ``[N,C,H,W]`` in [-1, 1]. They are resized (bicubic with
+antialiasing, without rounding: Parmar et al., arXiv 2104.11222) where the network has a fixed size, and grey ones are
+repeated where it wants three channels. Output: features ``[N,F]`` (``[N,F,1,1]`` is flattened), the output called ``features``, else
+the first. A network with an output ``logits [N,K]`` besides is a classifier too.
 
 A TorchScript network that takes ``return_features`` is Inception in the common form ``inception-2015-12-05.pt``: it is
 given pictures in 0..255 in their own size, which it resizes itself, and ``return_features=True``.
@@ -37,7 +37,7 @@ _BATCH = 64
 
 
 class NetworkOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a network is to be called where that can't be read from its file: ``OPTIONS``."""
+    """How to call a network, where its file does not tell: ``OPTIONS``."""
 
     size: int = 0
     range: ValueRange | None = None
@@ -47,7 +47,7 @@ class NetworkOptions(msgspec.Struct, frozen=True, kw_only=True):
     @staticmethod
     def parse(pairs: Mapping[str, str]) -> NetworkOptions:
         """Of texts, as the command line has them. Raises ``UnknownName`` or ``BadInput``."""
-        said: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         for name, value in pairs.items():
             if name not in OPTIONS:
                 raise unknown_name("option of a feature network", name, OPTIONS)
@@ -56,14 +56,14 @@ class NetworkOptions(msgspec.Struct, frozen=True, kw_only=True):
             if name in ("size", "channels"):
                 if not value.isdigit() or (name == "channels" and value not in ("1", "3")) or int(value) < 1:
                     raise BadInput(f"option {name} is {value!r}; allowed: {OPTIONS[name]}", hint=f"e.g. {name}=3")
-                said[name] = int(value)
+                given[name] = int(value)
             else:
-                said[name] = value
-        return NetworkOptions(**said)
+                given[name] = value
+        return NetworkOptions(**given)
 
 
 class FeatureNetwork:
-    """A loaded network. ``name``: its file's; ``sha256``: of the file and of how it is called."""
+    """A loaded network. ``name``: its file's; ``sha256``: of the file."""
 
     def __init__(self, path: Path, *, options: NetworkOptions | None = None, threads: int = 0) -> None:
         """Raises ``BadInput`` for a file that is no such network, ``Unavailable`` for a missing library."""
@@ -83,13 +83,13 @@ class FeatureNetwork:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides what it gives."""
+        """All that its features depend on, beside the pictures."""
         return {"network": self.sha256, **msgspec.to_builtins(self._options)}
 
     def extract(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Features ``[N,F]`` of uint8 pictures, and their logits ``[N,K]`` where it classifies.
 
-        Raises ``BadInput`` for pictures that it can't take and for an output that is none.
+        Raises ``BadInput`` for pictures that it can't take and for an output of a wrong shape.
         """
         features, logits = [], []
         for start in range(0, len(images_NHWC), _BATCH):

@@ -1,4 +1,4 @@
-"""Metrics of a picture against the one that the large member alone draws from the same seed, one value for each."""
+"""Metrics of a picture against the large member's from the same seed, one value for each pair."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def squared_errors(images: NDArray[np.uint8], against: NDArray[np.uint8]) -> NDA
 def decibels(mean_squared: Any) -> Any:
     """Peak signal-to-noise ratio of pictures in 0..255 from their mean squared error: ``10 log10(255^2 / mse)``.
 
-    Of a set of pictures it is taken of their mean error, so that one pair of equal pictures does not make it infinite.
+    For a set of pictures use their mean error, so that one pair of equal pictures does not make it infinite.
     """
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / np.asarray(mean_squared, np.float64))
 
 
 class Lpips:
-    """A perceptual distance (Zhang et al., arXiv 1801.03924), by a network that the user has.
+    """A perceptual distance (Zhang et al., arXiv 1801.03924) by the user's network.
 
     ONNX or TorchScript: two batches of pictures float32 ``[N,C,H,W]`` in [-1, 1] to distances ``[N]`` (``[N,1,1,1]``
     as well), as ``lpips.LPIPS(...)`` takes and gives them.

@@ -1,4 +1,4 @@
-"""The real pictures that samples are compared with: their statistics, and their features where there are any.
+"""Real pictures that samples are compared with: their statistics, and their features where the file has any.
 
 Files are ``.npz``. Pictures: ``arr_0`` uint8 ``[N,H,W,C]``; statistics: ``mu`` ``[F]`` and ``sigma`` ``[F,F]`` (both as
 in ADM's reference batches, arXiv 2105.05233) or ``mean``, ``covariance`` and ``count``; features of our own files:
@@ -28,8 +28,8 @@ __all__ = ["MOST", "FeatureExtractor", "Reference", "knows_pictures", "read_refe
 _log = logging.getLogger(__name__)
 
 MOST: Final = 10_000  # features that all pairs are taken of (kernel distance, precision, recall)
-_BLOCK: Final = 256  # pictures of a reference that are looked at between two saves
-_SAME: Final = 0.3  # of the total variance: thousands of pictures are nearer to their whole, two networks farther
+_BLOCK: Final = 256  # pictures of a reference between two saves
+_SAME: Final = 0.3  # of the total variance: thousands of pictures are closer to their whole set, two networks are not
 _HOW: Final = "numpy.savez(FILE, pictures) of uint8 [N,H,W,C] makes a reference, as do the evaluators of ADM"
 
 
@@ -125,9 +125,9 @@ def read_reference(
 
 
 def _same_network(path: Path, statistics: Gaussian, features: NDArray[np.float32] | None) -> bool:
-    """Whether statistics that lie beside pictures are those of the network that has just looked at the pictures.
+    """Whether statistics beside pictures are of the network that gave ``features``.
 
-    They may be of more pictures, and then they are the better ones; those of another network are far away.
+    They may be of more pictures, and are then better; those of another network are far away.
     """
     if features is None or features.shape[1:] != statistics.mean.shape:
         return False

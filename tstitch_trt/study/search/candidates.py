@@ -1,6 +1,6 @@
-"""What a search chooses among: schedules of several families, step counts and solvers, in one list.
+"""The candidates of a search: schedules of several families, step counts and solvers.
 
-fewer steps          the last member alone, in every number of steps: what a stitched schedule has to beat
+fewer steps          the last member alone, in every number of steps, which a stitched schedule has to beat
 one member           another member alone
 two members          a share of the steps on one member, the others on a later (larger) one
 three members        shares on two members, the others on a third
@@ -52,8 +52,9 @@ def candidates(
     guidance: float,
     fractions: Sequence[float] = FRACTIONS,
 ) -> tuple[list[Candidate], list[str]]:
-    """Every candidate once, and which schedules the plan refuses. The first is the reference: the last member alone in
-    the most steps, by the first solver.
+    """Every candidate once, and the schedules that the plan refuses.
+
+    The first is the reference: the last member alone in the most steps, by the first solver.
 
     Raises ``BadInput`` for a bundle of one member, step counts and fractions out of range.
     """
@@ -78,7 +79,7 @@ def candidates(
                 text = counted(members)
                 try:
                     setting = setting_of(manifest, schedule=text, steps=count, solver=solver, guidance=guidance)
-                except BadSchedule as error:  # a member that was not trained on noise as strong
+                except BadSchedule as error:  # a member that was not trained on so much noise
                     refused.append(f"{solver} {count}: {text}: {error.message}")
                     continue
                 candidate = Candidate(kind, setting)
@@ -102,10 +103,8 @@ def _families(names: Sequence[str], rows: int, fractions: Sequence[float]) -> It
                     yield "three members", (first,) * one + (second,) * two + (third,) * (rows - one - two)
     for count in counts:
         if rows - count > 1:  # with one step left it would be large first
-            yield (
-                "large-small-large",
-                order_names("large-small-large", count, rows, small=names[0], large=names[-1]),
-            )
+            order = "large-small-large"
+            yield order, order_names(order, count, rows, small=names[0], large=names[-1])
 
 
 def chosen(every: Sequence[Candidate], trials: int | None, *, seed: int) -> list[Candidate]:

@@ -1,10 +1,10 @@
-"""A race of candidates by cost and quality: those that are clearly beaten early are drawn no further.
+"""A race of candidates by cost and quality: those that are clearly beaten get no more samples.
 
-All start with few samples. One that is worse than another that costs no more, by more than chance leaves open, is out;
-the samples of the others are doubled, until they are as many as were asked for (racing: Maron and Moore, "Hoeffding
-races", NIPS 1993). Chance is three standard deviations of the difference, resampled for both alike: they share seeds,
-so most of what moves one moves the other (blocking: Moore and Lee, ICML 1994). Values are compared between equal
-numbers of samples only, so that a metric that few samples bias is biased alike on both sides.
+All start with few samples. A candidate that is significantly worse than one that costs no more is dropped; the samples
+of the others are doubled until the number asked for is reached (racing: Maron and Moore, "Hoeffding races", NIPS 1993).
+Significant are three standard deviations of the difference, resampled for both alike: they share seeds, so most
+deviations cancel (blocking: Moore and Lee, ICML 1994). Only values of equally many samples are compared, so that the
+bias of few samples is the same on both sides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SURE: Final = 3.0  # standard deviations: there are many comparisons
 
 @dataclass(frozen=True)
 class Standing:
-    """The last value of a candidate, of ``samples``. ``dropped``: before the end."""
+    """A candidate's last value, of ``samples`` samples. ``dropped``: before the end."""
 
     estimate: Estimate
     samples: int
@@ -33,7 +33,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Race(Generic[K]):
-    """Every candidate's standing, and the number of samples that those who were not dropped were measured on."""
+    """Every candidate's standing, and the number of samples of those that were not dropped."""
 
     standings: Mapping[K, Standing]
     samples: int
@@ -65,7 +65,7 @@ def front(points: Sequence[tuple[float, float]], *, higher: bool = False) -> lis
 
 
 def beaten(cost: float, estimate: Estimate, others: Sequence[tuple[float, Estimate]], *, higher: bool = False) -> bool:
-    """Whether one of ``others`` costs no more and is better by more than chance leaves open."""
+    """Whether one of ``others`` costs no more and is significantly better."""
     for other_cost, other in others:
         if other_cost <= cost:
             gap, std = estimate.minus(other)

@@ -1,7 +1,7 @@
-"""The study behind ``tstitch-trt search``: which schedules, step counts and solvers are worth their time.
+"""The study of ``tstitch-trt search``: the schedules, step counts and solvers with the best quality for their cost.
 
-Cost is predicted by the bundle's calibration, quality is measured on samples. Both are compared over all candidates at
-once, the large member in fewer steps among them: that is what a stitched schedule has to beat.
+The bundle's calibration predicts the cost, samples give the quality. The large member in fewer steps is among the
+candidates, because a stitched schedule has to beat it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def usual_metric(manifest: Manifest) -> str:
 
 
 def check_search(metric: str | None, samples: int) -> None:
-    """What can be said before anything is loaded. Raises ``BadInput`` and ``UnknownName``."""
+    """Checks what needs no runtime. Raises ``BadInput`` and ``UnknownName``."""
     if metric is not None:
         check_metrics([metric])
         if metric not in SEARCHED:
@@ -79,8 +79,8 @@ def search(
 
     ``work``: where samples are kept; the same search again goes on from there. ``batch``: images of the request whose
     cost is predicted (8, or what fits one engine call). ``steps``, ``solvers``, ``guidance``: by default the bundle's
-    (``usual_steps``). ``trials``: at most so many candidates, drawn by ``seed``. ``budget_s``: no round of samples is
-    begun after so many seconds, and one that is not done is left out; the first is always done.
+    (``usual_steps``). ``trials``: the most candidates, drawn by ``seed``. ``budget_s``: seconds after which the current
+    round of samples is left out; the first is always finished.
 
     Raises ``NotCalibrated`` for a bundle that was not calibrated here, and ``BadInput``.
     """

@@ -21,7 +21,7 @@ from tstitch_trt.study.settings import (
     fraction_settings,
     plan_of,
     setting_of,
-    share_of,
+    share_in_order,
     wishes_of,
 )
 
@@ -110,9 +110,12 @@ def test_fractions_round_as_the_paper_does_in_both_orders(runtime: Runtime) -> N
     assert [s.schedule for s in found] == [
         "large:8", "small:2,large:6", "small:8", "large:8", "large:6,small:2", "small:8",
     ]  # fmt: skip
-    shares = [share_of(s, ["small", "large"], "small-first") for s in found]
+    shares = [share_in_order(s, ["small", "large"], "small-first") for s in found]
     assert shares == [0, 0.25, 1, 0, None, 1]
-    assert share_of(setting_of(runtime.manifest, schedule=MORE[0], steps=8), ["small", "large"], "large-first") is None
+    assert (
+        share_in_order(setting_of(runtime.manifest, schedule=MORE[0], steps=8), ["small", "large"], "large-first")
+        is None
+    )
 
 
 def test_orders_and_members_are_checked(runtime: Runtime, tiny_pair: TinyPair) -> None:
