@@ -2,8 +2,8 @@
 
 Input, unless the options differ: pictures float32 ``[N,C,H,W]`` in [-1, 1]. They are resized (bicubic with
 antialiasing, without rounding: Parmar et al., arXiv 2104.11222) where the network has a fixed size, and grey ones are
-repeated where it wants three channels. Output: features ``[N,F]`` (``[N,F,1,1]`` is flattened), the output called ``features``, else
-the first. A network with an output ``logits [N,K]`` besides is a classifier too.
+repeated where it wants three channels. Output: features ``[N,F]`` (``[N,F,1,1]`` is flattened), the
+output called ``features``, else the first. A network with an output ``logits [N,K]`` besides is a classifier too.
 
 A TorchScript network that takes ``return_features`` is Inception in the common form ``inception-2015-12-05.pt``: it is
 given pictures in 0..255 in their own size, which it resizes itself, and ``return_features=True``.
