@@ -131,7 +131,6 @@ def place(name: str) -> tuple[int, int, str]:
 # What is left to mend.
 KNOWN = {
     ("tstitch_engines.device.cuda_kernels", "tstitch_engines.device.cuda"),
-    ("tstitch_trt.ui.pareto", "tstitch_trt.report.figures"),
 }
 
 

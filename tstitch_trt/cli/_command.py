@@ -1,13 +1,22 @@
-"""What all commands share: help that ends in runnable examples, ``--traceback`` and ``--json``."""
+"""What all commands share: options as records, help that ends in runnable examples, ``--traceback``, ``--json``.
+
+An option is one field of a frozen dataclass: its type, default and help stand in one place, and the command gets the
+record. Records that several commands take are in ``_options.py``.
+"""
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import Field, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeVar
 
 import click
 
-__all__ = ["Command", "command_line", "json_option", "traceback_option"]
+__all__ = ["Command", "command_line", "json_option", "option", "traceback_option", "tstitch_command"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,6 +34,66 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
+def tstitch_command(
+    name: str, examples: str, *, bundle: bool = True, json: bool = True, **records: type[Any]
+) -> Callable[[Callable[..., object]], click.Command]:
+    """A function as the command ``name``. It is called with ``bundle`` (a ``Path``), ``as_json``, and each of the
+    ``records`` by its keyword; the help lists their options in this order."""
+
+    def decorate(function: Callable[..., object]) -> click.Command:
+        @functools.wraps(function)
+        def run(**values: Any) -> object:
+            made = {key: record(**{f.name: values.pop(f.name) for f in fields(record)})
+                    for key, record in records.items()}  # fmt: skip
+            return function(**values, **made)
+
+        found = [_option(item, hint) for record in records.values() for item, hint in _hinted(record)]
+        found += [json_option] * json + [traceback_option]
+        for add in reversed([click.argument("bundle", type=click.Path(path_type=Path))] * bundle + found):
+            run = add(run)
+        return click.command(name, cls=Command, examples=examples)(run)
+
+    return decorate
+
+
+def option(
+    text: str, metavar: str | None = None, *flags: str, default: Any = None, least: int | None = None,
+    most: int | None = None, required: bool = False,
+) -> Any:  # fmt: skip
+    """A field of a record as an option. ``text``: its help. ``flags``: instead of ``--`` and the field's name.
+    ``least`` and ``most`` bound whole numbers. A default is shown in the help."""
+    said = {"help": text, "metavar": metavar, "flags": flags, "least": least, "most": most, "required": required}
+    return field(default=default, metadata=said)
+
+
+def _hinted(record: type[Any]) -> list[tuple[Field[Any], Any]]:
+    hints = typing.get_type_hints(record)
+    return [(item, hints[item.name]) for item in fields(record)]
+
+
+def _option(item: Field[Any], hint: Any) -> Callable[[F], F]:
+    """The option of a field: ``X | None`` is an option of X, a tuple one that may be repeated, a bool a flag."""
+    said = item.metadata
+    names = said["flags"] or ("--" + item.name.replace("_", "-"),)
+    kinds = typing.get_args(hint)
+    kind = kinds[0] if NoneType in kinds else hint
+    if kind is bool:
+        return click.option(*names, item.name, is_flag=True, help=said["help"])
+    many = typing.get_origin(kind) is tuple
+    parsed: Any = str if many else kind
+    if typing.get_origin(kind) is Literal:
+        parsed = click.Choice(typing.get_args(kind))
+    elif kind is Path:
+        parsed = click.Path(path_type=Path)
+    elif said["least"] is not None:
+        parsed = click.IntRange(said["least"], said["most"])
+    default: dict[str, Any] = {} if item.default is None or many else {"default": item.default, "show_default": True}
+    return click.option(
+        *names, item.name, type=parsed, multiple=many, metavar=said["metavar"], help=said["help"],
+        required=said["required"], **default,
+    )  # fmt: skip
+
+
 def traceback_option(function: F) -> F:
     """``--traceback``, read by ``main`` from the arguments: it must work where parsing itself fails."""
     return click.option(
@@ -39,10 +108,11 @@ def json_option(function: F) -> F:
 _OF_THE_OUTPUT = ("as_json", "plot", "output", "rebuild")
 
 
-def command_line(context: click.Context, *, without: Sequence[str] = _OF_THE_OUTPUT) -> str:
-    """The command that makes a result again: what was said, but for the parameters ``without``."""
+def command_line(*, without: Sequence[str] = _OF_THE_OUTPUT) -> str:
+    """The running command as it was called, without the parameters ``without``: it makes the result again."""
     import shlex
 
+    context = click.get_current_context()
     words = ["tstitch-trt", str(context.command.name)]
     for parameter in context.command.params:
         name = parameter.name or ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["print_json", "print_table", "size", "table"]
+__all__ = ["fixed", "print_json", "print_table", "size", "table"]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -26,6 +26,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     click.echo(table(header, rows))
+
+
+def fixed(digits: int, *values: float) -> tuple[str, ...]:
+    """Cells of a table: each value with so many digits after the point."""
+    return tuple(f"{value:.{digits}f}" for value in values)
 
 
 def print_json(document: Any) -> None:

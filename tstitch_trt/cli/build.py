@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import lora_texts
 
 if TYPE_CHECKING:
@@ -34,99 +35,60 @@ tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --part
 """
 
 
-@click.command("build", cls=Command, examples=EXAMPLES)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    list_recipes: bool = option("List the recipes that come with the package.", None, "--list")
+    show_template: bool = option("Write a commented recipe to start one's own from.", None, "--template")
+    members: tuple[str, ...] = option(
+        "A member's checkpoint: .safetensors, .pt, .pth or a diffusers folder. May be repeated.",
+        "NAME=CHECKPOINT",
+        "--member",
+    )
+    parts: tuple[str, ...] = option(
+        "text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, where the members' pipeline folders "
+        "don't have it. May be repeated.",
+        "NAME=FOLDER",
+        "--part",
+    )
+    loras: tuple[str, ...] = option(
+        "A LoRA fused into a member or text encoder before the export, by default with weight 1. May be repeated.",
+        "NAME=FILE[:WEIGHT]",
+        "--lora",
+    )
+    backend: str = option("onnxruntime, tensorrt, tensorrt-rtx or torch.", "NAME", default="onnxruntime")
+    precisions: tuple[str, ...] = option(
+        "fp32, fp16 or bf16, for all members or one. May be repeated. [fp32]", "P | NAME=P", "--precision"
+    )
+    batch: str | None = option(
+        "Batch sizes of the engines; with guidance one image takes two places. [1:8:16, or the BUNDLE's]", "MIN:OPT:MAX"
+    )
+    height: str | None = option("Heights of the pictures, in pixels. [the models' native one]", "MIN:OPT:MAX")
+    width: str | None = option("Widths of the pictures, in pixels. [the models' native one]", "MIN:OPT:MAX")
+    tokens: str | None = option(
+        "Lengths of prompts in tokens; longer ones go in chunks of 77. [77:77:231]", "MIN:OPT:MAX"
+    )
+    device: str = option(
+        "cpu, cuda or cuda:N. tensorrt-rtx compiles on cpu for a list of GPUs and on cuda for that one.",
+        "NAME",
+        default="cpu",
+    )
+    options: tuple[str, ...] = option(
+        "An option of the backend, or MEMBER.NAME of a member's family. May be repeated.", "NAME=VALUE", "--option"
+    )
+    fresh: bool = option("Make everything again, also what did not change.")
+    output: Path | None = option("The bundle's directory. [RECIPE.bundle, or BUNDLE]", "DIR", "-o", "--output")
+
+    def ranges(self) -> dict[str, Range | None]:
+        """Batch, height, width and tokens, ``None`` where nothing was said."""
+        from tstitch_engines.spec import Range
+
+        said = {"batch": self.batch, "height": self.height, "width": self.width, "tokens": self.tokens}
+        return {name: None if text is None else Range.parse(text, option=f"--{name}") for name, text in said.items()}
+
+
+@tstitch_command("build", EXAMPLES, bundle=False, given=Options)
 @click.argument("source", metavar="RECIPE|BUNDLE", required=False)
-@click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with the package.")
-@click.option("--template", "show_template", is_flag=True, help="Write a commented recipe to start one's own from.")
-@click.option(
-    "--member",
-    "members",
-    multiple=True,
-    metavar="NAME=CHECKPOINT",
-    help="A member's checkpoint: .safetensors, .pt, .pth or a diffusers folder. May be repeated.",
-)
-@click.option(
-    "--part",
-    "parts",
-    multiple=True,
-    metavar="NAME=FOLDER",
-    help="text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, where the members' pipeline folders "
-    "don't have it. May be repeated.",
-)
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    metavar="NAME=FILE[:WEIGHT]",
-    help="A LoRA fused into a member or text encoder before the export, by default with weight 1. May be repeated.",
-)
-@click.option(
-    "--backend",
-    default="onnxruntime",
-    show_default=True,
-    metavar="NAME",
-    help="onnxruntime, tensorrt, tensorrt-rtx or torch.",
-)
-@click.option(
-    "--precision",
-    "precisions",
-    multiple=True,
-    metavar="P | NAME=P",
-    help="fp32, fp16 or bf16, for all members or one. May be repeated. [fp32]",
-)
-@click.option(
-    "--batch",
-    metavar="MIN:OPT:MAX",
-    help="Batch sizes of the engines; with guidance one image takes two places. [1:8:16, or the BUNDLE's]",
-)
-@click.option("--height", metavar="MIN:OPT:MAX", help="Heights of the pictures, in pixels. [the models' native one]")
-@click.option("--width", metavar="MIN:OPT:MAX", help="Widths of the pictures, in pixels. [the models' native one]")
-@click.option(
-    "--tokens", metavar="MIN:OPT:MAX", help="Lengths of prompts in tokens; longer ones go in chunks of 77. [77:77:231]"
-)
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    metavar="NAME",
-    help="cpu, cuda or cuda:N. tensorrt-rtx compiles on cpu for a list of GPUs and on cuda for that one.",
-)
-@click.option(
-    "--option",
-    "options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="An option of the backend, or MEMBER.NAME of a member's family. May be repeated.",
-)
-@click.option("--fresh", is_flag=True, help="Make everything again, also what did not change.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="The bundle's directory. [RECIPE.bundle, or BUNDLE]",
-)
-@json_option
-@traceback_option
-def command(
-    source: str | None,
-    list_recipes: bool,
-    show_template: bool,
-    members: tuple[str, ...],
-    parts: tuple[str, ...],
-    loras: tuple[str, ...],
-    backend: str,
-    precisions: tuple[str, ...],
-    batch: str | None,
-    height: str | None,
-    width: str | None,
-    tokens: str | None,
-    device: str,
-    options: tuple[str, ...],
-    fresh: bool,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def command(source: str | None, given: Options, as_json: bool) -> None:
     """Build RECIPE (a name, or the path of a .toml file) into a bundle, or BUNDLE's engines for one more backend.
 
     From a BUNDLE its own ONNX is compiled, without checkpoints or torch; batch sizes and options that are not given
@@ -138,11 +100,13 @@ def command(
     from tstitch_engines.spec import Range
     from tstitch_export.planning.recipe import recipe_names
     from tstitch_trt.cli._parsing import parse_pairs
+    from tstitch_trt.cli._text import print_json, size
+    from tstitch_trt.progress import log, progress_bar
 
-    if list_recipes:
+    if given.list_recipes:
         _list(as_json)
         return
-    if show_template:
+    if given.show_template:
         from tstitch_export.planning.recipe import template
 
         click.echo(template(), nl=False)
@@ -152,32 +116,25 @@ def command(
             f"build needs a RECIPE or a BUNDLE, got nothing; known: {', '.join(recipe_names())}",
             hint="write e.g. tstitch-trt build fashion; tstitch-trt build --list describes them",
         )
-    checkpoints = parse_pairs(members, option="--member", value="CHECKPOINT")
-    folders = parse_pairs(parts, option="--part", value="FOLDER")
-    profile = None if batch is None else Range.parse(batch)
-    chosen = parse_pairs(options, option="--option", value="VALUE")
-    ranges = {name: None if text is None else Range.parse(text, option=f"--{name}")
-              for name, text in (("height", height), ("width", width), ("tokens", tokens))}  # fmt: skip
-    precision = _precision(precisions)
+    checkpoints = parse_pairs(given.members, option="--member", value="CHECKPOINT")
+    folders = parse_pairs(given.parts, option="--part", value="FOLDER")
+    options = parse_pairs(given.options, option="--option", value="VALUE")
+    ranges = given.ranges()
+    precision = _precision(given.precisions)
     from_bundle = source not in recipe_names() and Path(source).is_dir()
-    place = output or Path(source if from_bundle else f"{Path(source).stem}.bundle")
-    if from_bundle:
-        for option, given in (
-            ("--member", members), ("--part", parts), ("--lora", loras), ("--precision", precisions),
-        ):  # fmt: skip
-            if given:
-                raise BadInput(
-                    f"{option} {given[0]} decides what is exported, and {source} is a bundle, whose ONNX is exported",
-                    hint=f"leave out {option}, or build from the recipe",
-                )
-
-    from tstitch_trt.cli._text import print_json, size
-    from tstitch_trt.progress import log, progress_bar
-
+    place = given.output or Path(source if from_bundle else f"{Path(source).stem}.bundle")
+    of_the_export = {
+        "--member": given.members, "--part": given.parts, "--lora": given.loras, "--precision": given.precisions,
+    }  # fmt: skip
+    for name, texts in of_the_export.items() if from_bundle else ():
+        if texts:
+            raise BadInput(
+                f"{name} {texts[0]} decides what is exported, and {source} is a bundle, whose ONNX is exported",
+                hint=f"leave out {name}, or build from the recipe",
+            )
     with progress_bar(f"building {source}", logs=("tstitch_engines", "tstitch_export")) as bar:
         if from_bundle:
-            ranges = {"batch": profile, **ranges}
-            manifest = _recompile(Path(source), backend, device, ranges, chosen, output, fresh, bar)
+            manifest = _recompile(Path(source), given, ranges, options, bar)
         else:
             from tstitch_export.build import build
 
@@ -186,20 +143,19 @@ def command(
                 members={name: Path(path) for name, path in checkpoints.items()},
                 parts={name: Path(path) for name, path in folders.items()},
                 output=place,
-                backend=backend,
+                backend=given.backend,
                 precision=precision,
-                profile=profile or Range(1, 8, 16),
+                profile=ranges.pop("batch") or Range(1, 8, 16),
                 **ranges,
-                device=device,
-                options={**chosen, **{f"{name}.lora": text for name, text in lora_texts(loras).items()}},
-                fresh=fresh,
+                device=given.device,
+                options=options | {f"{name}.lora": text for name, text in lora_texts(given.loras).items()},
+                fresh=given.fresh,
                 progress=bar,
             )
     if as_json:
         import msgspec
 
-        document: dict[str, Any] = msgspec.to_builtins(manifest)
-        print_json({"bundle": str(place), **document})
+        print_json({"bundle": str(place), **msgspec.to_builtins(manifest)})
         return
     files = manifest.components()
     log(f"{manifest.name}: {', '.join(manifest.members)}; {len(files)} files, {size(sum(f.bytes for f in files))}")
@@ -207,14 +163,7 @@ def command(
 
 
 def _recompile(
-    source: Path,
-    backend: str,
-    device: str,
-    ranges: dict[str, Range | None],
-    options: dict[str, str],
-    output: Path | None,
-    fresh: bool,
-    progress: Progress,
+    source: Path, given: Options, ranges: dict[str, Range | None], texts: dict[str, str], progress: Progress
 ) -> Manifest:
     from tstitch_engines.backends import open_backend
     from tstitch_engines.bundle.bundle import open_bundle
@@ -222,7 +171,8 @@ def _recompile(
     from tstitch_export.families.options import typed
     from tstitch_export.planning.sizes import in_latents
 
-    settings = typed(options, open_backend(backend).options, what=f"backend {backend!r}") if options else None
+    backend = given.backend
+    options = typed(texts, open_backend(backend).options, what=f"backend {backend!r}") if texts else None
     bundle = open_bundle(source, engines=False)
     profile = {"B": ranges["batch"], "T": ranges["tokens"]}
     for dim, side in (("H", "height"), ("W", "width")):
@@ -230,11 +180,11 @@ def _recompile(
     return recompile(
         bundle,
         backend=backend,
-        device=device,
+        device=given.device,
         profile={dim: found for dim, found in profile.items() if found is not None},
-        options=settings,
-        output=output,
-        fresh=fresh,
+        options=options,
+        output=given.output,
+        fresh=given.fresh,
         progress=progress,
     ).manifest
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._command import Command, option, traceback_option, tstitch_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,9 +43,7 @@ def command(context: click.Context) -> None:
         context.invoke(list_command, as_json=False)
 
 
-@command.command("list", cls=Command, examples="tstitch-trt cache list\ntstitch-trt cache list --json")
-@json_option
-@traceback_option
+@tstitch_command("list", "tstitch-trt cache list\ntstitch-trt cache list --json", bundle=False)
 def list_command(as_json: bool) -> None:
     """List what is stored, used last first."""
     import time
@@ -71,16 +70,19 @@ def list_command(as_json: bool) -> None:
     click.echo(f"{cache.root}: {len(entries)} entries, {size(total)}")
 
 
-@command.command(
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    max_size: str | None = option("Keep what was used last as far as it fits, e.g. 20GB or 500MiB.", "SIZE")
+    older_than: str | None = option("Remove what was not used for so long, e.g. 30d, 12h or 2w.", "AGE")
+
+
+@tstitch_command(
     "prune",
-    cls=Command,
-    examples="tstitch-trt cache prune --max-size 20GB\ntstitch-trt cache prune --older-than 30d",
+    "tstitch-trt cache prune --max-size 20GB\ntstitch-trt cache prune --older-than 30d",
+    bundle=False,
+    limits=Limits,
 )
-@click.option("--max-size", metavar="SIZE", help="Keep what was used last as far as it fits, e.g. 20GB or 500MiB.")
-@click.option("--older-than", metavar="AGE", help="Remove what was not used for so long, e.g. 30d, 12h or 2w.")
-@json_option
-@traceback_option
-def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -> None:
+def prune_command(limits: Limits, as_json: bool) -> None:
     """Remove what was not used for long, or what does not fit: pipelines' bundles before what they are made from.
 
     What a build is using stays.
@@ -89,28 +91,30 @@ def prune_command(max_size: str | None, older_than: str | None, as_json: bool) -
     from tstitch_trt.cli._parsing import parse_age, parse_size
     from tstitch_trt.pipeline.bundle_cache import prune_kept
 
-    if max_size is None and older_than is None:
+    if limits.max_size is None and limits.older_than is None:
         raise BadInput(
             "prune needs --max-size or --older-than, got neither",
             hint="e.g. tstitch-trt cache prune --max-size 20GB; tstitch-trt cache clear removes everything",
         )
-    limit = None if max_size is None else parse_size(max_size, option="--max-size")
-    age = None if older_than is None else parse_age(older_than, option="--older-than")
+    limit = None if limits.max_size is None else parse_size(limits.max_size, option="--max-size")
+    age = None if limits.older_than is None else parse_age(limits.older_than, option="--older-than")
     cache = Cache()
     removed = cache.prune(max_bytes=limit, older_than=age)
     left = None if limit is None else limit - sum(entry.bytes for entry in cache.stored())
     _say([*removed, *prune_kept(max_bytes=left, older_than=age)], as_json)
 
 
-@command.command("clear", cls=Command, examples="tstitch-trt cache clear")
-@json_option
-@traceback_option
+@tstitch_command("clear", "tstitch-trt cache clear", bundle=False)
 def clear_command(as_json: bool) -> None:
     """Remove everything, damaged and half-made entries too, but not what a build is using."""
     from tstitch_engines.bundle.cache import Cache
     from tstitch_trt.pipeline.bundle_cache import prune_kept
 
     _say([*Cache().prune(), *prune_kept()], as_json)
+
+
+for subcommand in (list_command, prune_command, clear_command):
+    command.add_command(subcommand)
 
 
 def _say(removed: Sequence[Stored], as_json: bool) -> None:

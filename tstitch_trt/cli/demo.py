@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._command import option, tstitch_command
+from tstitch_trt.cli._options import threads_option
 
 if TYPE_CHECKING:
     from tstitch_trt.demo import Demo
@@ -21,79 +24,52 @@ tstitch-trt demo --bundle fashion.bundle --guidance 1.5 --json
 """
 
 
-@click.command("demo", cls=Command, examples=EXAMPLES)
-@click.option(
-    "--samples", type=click.IntRange(10), default=100, show_default=True, metavar="N", help="Images scored per point."
-)
-@click.option("--steps", type=click.IntRange(4), default=20, show_default=True, metavar="N", help="Denoising steps.")
-@click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 is none. [the pair's default]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Seed of all images.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("tstitch-demo.png"),
-    show_default=True,
-    metavar="FILE.png",
-    help="The grid.",
-)
-@click.option(
-    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Where the built bundle is kept. [user cache]"
-)
-@click.option(
-    "--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads. [$OMP_NUM_THREADS, or all cores]"
-)
-@json_option
-@traceback_option
-def command(
-    samples: int,
-    steps: int,
-    guidance: float | None,
-    seed: int,
-    output: Path,
-    bundle: Path | None,
-    threads: int,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    samples: int = option("Images scored per point.", "N", default=100, least=10)
+    steps: int = option("Denoising steps.", "N", default=20, least=4)
+    guidance: float | None = option("Guidance scale; 1 is none. [the pair's default]", "G")
+    seed: int = option("Seed of all images.", "S", default=0, least=0)
+    output: Path = option("The grid.", "FILE.png", "-o", "--output", default=Path("tstitch-demo.png"))
+    bundle: Path | None = option("Where the built bundle is kept. [user cache]", "DIR")
+    threads: int | None = threads_option()
+
+
+@tstitch_command("demo", EXAMPLES, bundle=False, options=Options)
+def command(options: Options, as_json: bool) -> None:
     """Build the built-in Fashion-MNIST pair for this CPU and draw it at five stitch points.
 
     Needs no GPU, no torch and no network. Rows of the grid are shares of the steps on the small member, columns the
     ten classes; all rows start from the same noise. The table has the time and the quality of each row.
     """
+    import msgspec
+
+    import tstitch_trt
+    from tstitch_trt.cli._text import print_json
     from tstitch_trt.demo import draw, run
     from tstitch_trt.images.grid import save_png
     from tstitch_trt.images.write import METADATA_KEY, kind_of
     from tstitch_trt.progress import log, progress_bar
 
+    output, guidance = options.output, options.guidance
     if kind_of(output) != "png":
-        from tstitch_engines.errors import BadInput
-
         raise BadInput(
             f"-o {str(output)!r} is no .png file; the demo draws one grid", hint="write e.g. -o tstitch-demo.png"
         )
-    import msgspec
-
-    import tstitch_trt
-
-    place = _bundle(bundle)
-    runtime = tstitch_trt.load(place, threads=threads)
-    try:
+    place = _bundle(options.bundle)
+    with tstitch_trt.load(place, threads=options.threads) as runtime:
         with progress_bar("drawing") as bar:
             figures, pictures = run(
                 runtime,
-                steps=steps,
-                samples=samples,
+                steps=options.steps,
+                samples=options.samples,
                 guidance=runtime.manifest.defaults.guidance if guidance is None else guidance,
-                seed=seed,
+                seed=options.seed,
                 progress=bar,
             )
         image = draw(figures, pictures, runtime.manifest.conditioning.names)
-    finally:
-        runtime.close()
     save_png(output, image, {METADATA_KEY: msgspec.json.encode(figures).decode(), "Software": "tstitch-trt"})
     if as_json:
-        from tstitch_trt.cli._text import print_json
-
         print_json({"bundle_path": str(place), "grid": str(output), **msgspec.to_builtins(figures)})
         return
     _print(figures)
@@ -116,26 +92,18 @@ def _bundle(wanted: Path | None) -> Path:
 
 
 def _print(figures: Demo) -> None:
-    from tstitch_trt.cli._text import print_table
+    from tstitch_trt.cli._text import fixed, print_table
 
     click.echo(
         f"{figures.bundle}: {figures.steps} {figures.solver} steps, guidance {figures.guidance:g}, "
         f"{figures.samples} images per row on {figures.machine.processor}, {figures.machine.cores} cores"
     )
-    print_table(
-        ("fraction", "steps", "ms/image", "speed-up", "accuracy", "Fréchet distance"),
-        [
-            (
-                f"{p.fraction:g}",
-                " + ".join(f"{steps} {name}" for name, steps in p.members.items()),
-                f"{p.ms_per_image:.1f}",
-                f"{p.speedup:.2f}",
-                f"{p.accuracy:.3f}",
-                f"{p.frechet:.3f}",
-            )
-            for p in figures.points
-        ],
-    )
+    rows = []
+    for p in figures.points:
+        members = " + ".join(f"{steps} {name}" for name, steps in p.members.items())
+        quality = fixed(3, p.accuracy, p.frechet)
+        rows.append((f"{p.fraction:g}", members, f"{p.ms_per_image:.1f}", f"{p.speedup:.2f}", *quality))
+    print_table(("fraction", "steps", "ms/image", "speed-up", "accuracy", "Fréchet distance"), rows)
     click.echo(
         "Fréchet distance in the features of the bundle's own classifier, against held-out images; "
         f"{figures.samples} samples bias it upwards, so compare the rows with each other only."

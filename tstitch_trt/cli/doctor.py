@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tstitch_trt.cli._command import Command, json_option, traceback_option
+from tstitch_trt.cli._command import tstitch_command
 
 __all__ = ["command"]
 
@@ -14,9 +14,7 @@ tstitch-trt doctor --json
 """
 
 
-@click.command("doctor", cls=Command, examples=EXAMPLES)
-@json_option
-@traceback_option
+@tstitch_command("doctor", EXAMPLES, bundle=False)
 def command(as_json: bool) -> int:
     """Show what this machine can build and run and, for what it can't, why and how to mend it.
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._options import bundle_argument
+from tstitch_trt.cli._command import tstitch_command
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
@@ -24,10 +23,7 @@ tstitch-trt inspect fashion.bundle --json
 """
 
 
-@click.command("inspect", cls=Command, examples=EXAMPLES)
-@bundle_argument
-@json_option
-@traceback_option
+@tstitch_command("inspect", EXAMPLES)
 def command(bundle: Path, as_json: bool) -> None:
     """Show what BUNDLE holds. Every file's size and sha256 are checked first."""
     from tstitch_engines.bundle.bundle import open_bundle

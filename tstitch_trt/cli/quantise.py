@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._options import bundle_argument, step_options
+from tstitch_trt.cli._command import option, tstitch_command
+from tstitch_trt.cli._options import StepOptions, threads_option
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Member
@@ -24,78 +25,42 @@ tstitch-trt quantise sd15.bundle --member large --mode int8 --prompts prompts.tx
 """
 
 
-@click.command("quantise", cls=Command, examples=EXAMPLES)
-@bundle_argument
-@click.option("--member", required=True, metavar="NAME", help="The member to quantise.")
-@click.option("--mode", required=True, metavar="MODE", help="int8, or fp8 (compute capability 8.9 or newer).")
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new bundle's directory."
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Recorded inputs that set the ranges, spread evenly over all noise levels.",
-)
-@click.option(
-    "--schedule",
-    "schedules",
-    multiple=True,
-    metavar="TEXT",
-    help="A schedule to calibrate for. May be repeated. [the member alone, and the bundle's default]",
-)
-@step_options
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Of the trajectories.")
-@click.option(
-    "--calibration",
-    default="max",
-    show_default=True,
-    metavar="METHOD",
-    help="How ranges are set: max, or (int8) entropy.",
-)
-@click.option(
-    "--high-precision",
-    default="fp16",
-    show_default=True,
-    metavar="P",
-    help="What the layers that are not quantised compute in: fp16, bf16 or fp32.",
-)
-@click.option(
-    "--keep",
-    multiple=True,
-    metavar="LAYER",
-    help="A layer to leave in high precision, by name or pattern ('blocks.0.*'). May be repeated.",
-)
-@click.option("--prompt", multiple=True, metavar="TEXT", help="What a text bundle draws meanwhile. May be repeated.")
-@click.option(
-    "--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE", help="More of them, one a line."
-)
-@click.option(
-    "--threads", type=click.IntRange(0), default=0, metavar="N", help="CPU threads. [$OMP_NUM_THREADS, or all cores]"
-)
-@json_option
-@traceback_option
-def command(
-    bundle: Path,
-    member: str,
-    mode: str,
-    output: Path,
-    samples: int,
-    schedules: tuple[str, ...],
-    steps: int | None,
-    solver: str | None,
-    guidance: float | None,
-    seed: int,
-    calibration: str,
-    high_precision: str,
-    keep: tuple[str, ...],
-    prompt: tuple[str, ...],
-    prompts_file: Path | None,
-    threads: int,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    member: str = option("The member to quantise.", "NAME", required=True)
+    mode: str = option("int8, or fp8 (compute capability 8.9 or newer).", "MODE", required=True)
+    output: Path = option("The new bundle's directory.", "DIR", "-o", "--output", required=True)
+    samples: int = option(
+        "Recorded inputs that set the ranges, spread evenly over all noise levels.", "N", default=256, least=1
+    )
+    schedules: tuple[str, ...] = option(
+        "A schedule to calibrate for. May be repeated. [the member alone, and the bundle's default]",
+        "TEXT",
+        "--schedule",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    seed: int = option("Of the trajectories.", "S", default=0, least=0)
+    calibration: str = option("How ranges are set: max, or (int8) entropy.", "METHOD", default="max")
+    high_precision: str = option(
+        "What the layers that are not quantised compute in: fp16, bf16 or fp32.", "P", default="fp16"
+    )
+    keep: tuple[str, ...] = option(
+        "A layer to leave in high precision, by name or pattern ('blocks.0.*'). May be repeated.", "LAYER"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    prompt: tuple[str, ...] = option("What a text bundle draws meanwhile. May be repeated.", "TEXT")
+    prompts: Path | None = option("More of them, one a line.", "FILE")
+    threads: int | None = threads_option()
+
+
+@tstitch_command("quantise", EXAMPLES, inputs=Inputs, step=StepOptions, ranges=Ranges, texts=Prompts)
+def command(bundle: Path, inputs: Inputs, step: StepOptions, ranges: Ranges, texts: Prompts, as_json: bool) -> None:
     """Quantise one member of BUNDLE to 8 bits, as a new bundle, and report what that costs.
 
     The bundle is walked with guidance for several seeds and labels or prompts (made up where none are given), and the
@@ -107,42 +72,31 @@ def command(
     The new bundle has an ONNX Runtime engine of the member. Others are compiled from it: tstitch-trt build DIR
     --backend tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
     """
+    import msgspec
+
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import read_lines
     from tstitch_trt.progress import progress_bar
     from tstitch_trt.quantise.quantise import quantise
 
+    member, output = inputs.member, inputs.output
+    more = [] if texts.prompts is None else read_lines(texts.prompts, option="--prompts")
     with progress_bar(f"quantising {member}", logs=("tstitch_engines", "tstitch_export", "tstitch_trt")) as bar:
         manifest = quantise(
             bundle,
-            member=member,
-            mode=mode,
-            output=output,
-            samples=samples,
-            steps=steps,
-            solver=solver,
-            guidance=guidance,
-            schedules=schedules,
-            seed=seed,
-            calibration=calibration,
-            high_precision=high_precision,
-            keep=keep,
-            prompts=[*prompt, *([] if prompts_file is None else read_lines(prompts_file, option="--prompts"))],
-            threads=threads,
+            **asdict(inputs),
+            **asdict(step),
+            **asdict(ranges),
+            prompts=[*texts.prompt, *more],
+            threads=texts.threads or 0,
             progress=bar,
         )
     done = manifest.members[member]
     if as_json:
-        print_json({"bundle": str(output), "member": member, "precision": done.precision, **_document(done)})
+        document = msgspec.to_builtins(done.quantisation)
+        print_json({"bundle": str(output), "member": member, "precision": done.precision, **document})
         return
     _print(output, member, done)
-
-
-def _document(member: Member) -> dict[str, object]:
-    import msgspec
-
-    document: dict[str, object] = msgspec.to_builtins(member.quantisation)
-    return document
 
 
 def _print(output: Path, name: str, member: Member) -> None:
@@ -157,19 +111,11 @@ def _print(output: Path, name: str, member: Member) -> None:
         f"ranges ({made.method}) of {made.rows} inputs, timesteps {made.timesteps[0]:g} to {made.timesteps[1]:g}, over "
         f"{' and '.join(made.schedules)}"
     )
-    print_table(
-        ("timesteps", "inputs", "rel L2", "cosine", "max abs"),
-        [
-            (
-                f"{level.timesteps[0]:g} to {level.timesteps[1]:g}",
-                str(level.rows),
-                f"{level.rel_l2:.1e}",
-                f"{level.cosine:.6f}",
-                f"{level.max_abs:.1e}",
-            )
-            for level in made.loss
-        ],
-    )
+    rows = []
+    for loss in made.loss:
+        timesteps = f"{loss.timesteps[0]:g} to {loss.timesteps[1]:g}"
+        rows.append((timesteps, str(loss.rows), f"{loss.rel_l2:.1e}", f"{loss.cosine:.6f}", f"{loss.max_abs:.1e}"))
+    print_table(("timesteps", "inputs", "rel L2", "cosine", "max abs"), rows)
     spread = ", ".join(f"{value:.1e}" for value in made.latents)
     click.echo(f"final latents over {made.latents_schedule}, relative L2 of {len(made.latents)} seeds: {spread}")
     click.echo(output)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
-from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options, step_options
+from tstitch_trt.cli._command import command_line, option, tstitch_command
+from tstitch_trt.cli._options import LoadOptions, StepOptions
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Manifest
-    from tstitch_trt.report.samples import Samples
-    from tstitch_trt.runtime.step_graphs import GraphMode
     from tstitch_trt.study.gather import Studies
 
 __all__ = ["command"]
@@ -28,50 +27,22 @@ tstitch-trt report sd15.bundle -o studies.html --no-samples
 _MOST_PROMPTS = 6
 
 
-@click.command("report", cls=Command, examples=EXAMPLES)
-@bundle_argument
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("report.html"),
-    show_default=True,
-    metavar="FILE.html",
-    help="The page.",
-)
-@click.option(
-    "--fractions",
-    default="0:1:0.25",
-    show_default=True,
-    metavar="LIST",
-    help="Rows of samples: START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member.",
-)
-@click.option("--labels", metavar="LIST", help="Columns: classes, e.g. 3,5,0-9 or Bag. [the first ten]")
-@click.option(
-    "--prompt", "prompts", multiple=True, metavar="TEXT", help="A column of a text bundle. [those of the studies]"
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Seed of all columns.")
-@click.option("--no-samples", is_flag=True, help="Draw nothing: the studies alone.")
-@step_options
-@runtime_options
-@json_option
-@traceback_option
-def command(
-    bundle: Path,
-    output: Path,
-    fractions: str,
-    labels: str | None,
-    prompts: tuple[str, ...],
-    seed: int,
-    no_samples: bool,
-    device: str,
-    backend: str | None,
-    threads: int | None,
-    graph: GraphMode,
-    rebuild: bool,
-    as_json: bool,
-    **settings: Any,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    output: Path = option("The page.", "FILE.html", "-o", "--output", default=Path("report.html"))
+    fractions: str = option(
+        "Rows of samples: START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member.",
+        "LIST",
+        default="0:1:0.25",
+    )
+    labels: str | None = option("Columns: classes, e.g. 3,5,0-9 or Bag. [the first ten]", "LIST")
+    prompts: tuple[str, ...] = option("A column of a text bundle. [those of the studies]", "TEXT", "--prompt")
+    seed: int = option("Seed of all columns.", "S", default=0, least=0)
+    no_samples: bool = option("Draw nothing: the studies alone.")
+
+
+@tstitch_command("report", EXAMPLES, wanted=Columns, step=StepOptions, load=LoadOptions)
+def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions, as_json: bool) -> None:
     """Write one self-contained page about BUNDLE: samples by fraction, and all that was measured of it.
 
     The samples are drawn now, the same seeds in every row. Time and quality, divergence, order, cost and the search
@@ -80,38 +51,44 @@ def command(
     """
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._parsing import parse_fractions
+    from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import require_parent, write_text
-    from tstitch_trt.plots.svg import require_matplotlib
-    from tstitch_trt.progress import log
+    from tstitch_trt.plots.figure import require_matplotlib
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.report.page import Page, render
+    from tstitch_trt.report.samples import draw_samples
     from tstitch_trt.study.gather import gather, word_of
     from tstitch_trt.study.machine import describe_machine
     from tstitch_trt.study.store import now
 
+    output, no_samples = wanted.output, wanted.no_samples
     if output.suffix.lower() not in (".html", ".htm"):
         raise BadInput(
             f"-o {str(output)!r} is no .html file; the report is one page",
             hint=f"write -o {output.with_suffix('.html')}",
         )
     require_parent(output, option="-o")
-    points = parse_fractions(fractions)
-    opened = open_bundle(bundle, verify="size" if no_samples else "full", engines=not rebuild and not no_samples)
+    points = parse_fractions(wanted.fractions)
+    opened = open_bundle(bundle, verify="size" if no_samples else "full", engines=not load.rebuild and not no_samples)
     studies = gather(opened)
     if studies.used():
         require_matplotlib()
-    asked, reason = _asked(opened.manifest, studies, labels, prompts)
+    asked, reason = _asked(opened.manifest, studies, wanted.labels, wanted.prompts)
     samples = None
     if no_samples:
         reason = "No samples were drawn for this page (--no-samples)."
     elif asked is not None:
-        runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
-        try:
+        with load.open(bundle) as runtime, progress_bar("drawing") as bar:
             opened = runtime.bundle
-            samples = _draw(runtime, points, {**asked, "seed": seed}, settings)
-        finally:
-            runtime.close()
+            samples = draw_samples(
+                runtime,
+                fractions=points,
+                pictures=asked | {"seed": wanted.seed},
+                settings=asdict(step),
+                progress=bar,
+            )
     made = now()
-    said = command_line(click.get_current_context(), without=("as_json",))
+    said = command_line(without=("as_json",))
     page = Page(str(bundle), studies, samples, reason, said, made, describe_machine())
     text = render(opened, page)
     write_text(output, text)
@@ -120,8 +97,6 @@ def command(
             f"stale, not used: {type(study).__name__.lower()} of {study.made} (other weights of {', '.join(differing)})"
         )
     if as_json:
-        from tstitch_trt.cli._text import print_json
-
         print_json(
             {
                 "report": str(output),
@@ -151,30 +126,10 @@ def _asked(
         raise BadInput(f"--prompt {prompts[0]!r}: this bundle draws classes", hint="name them: --labels 0-9")
     if conditioning.kind == "text" and labels is not None:
         raise BadInput(f"--labels {labels!r}: this bundle draws from text", hint='write --prompt "a red fox"')
-    wanted: dict[str, Any]
     if (reason := undrawable(manifest)) is not None:
         return None, reason
     if conditioning.kind == "class":
         shown = f"0-{min(conditioning.classes, 10) - 1}" if labels is None else labels
-        wanted = {"labels": parse_labels(shown, classes=conditioning.classes, names=conditioning.names)}
-    else:
-        known = studies.prompts()
-        texts = list(prompts) or list(known[:_MOST_PROMPTS])
-        if not texts:
-            return None, "No prompt was given (--prompt TEXT), and no study has any."
-        wanted = {"prompt": texts}
-    return wanted, ""
-
-
-def _draw(runtime: Any, points: tuple[float, ...], pictures: dict[str, Any], settings: dict[str, Any]) -> Samples:
-    from tstitch_trt.progress import progress_bar
-    from tstitch_trt.report.samples import draw_samples
-
-    with progress_bar("drawing") as bar:
-        return draw_samples(
-            runtime,
-            fractions=points,
-            pictures=pictures,
-            settings=settings,
-            progress=bar,
-        )
+        return {"labels": parse_labels(shown, classes=conditioning.classes, names=conditioning.names)}, ""
+    texts = list(prompts) or list(studies.prompts()[:_MOST_PROMPTS])
+    return ({"prompt": texts}, "") if texts else (None, "No prompt was given (--prompt TEXT), and no study has any.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,28 +10,12 @@ import click
 
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._options import (
-    budget_option,
-    bundle_argument,
-    load_runtime,
-    lora_texts,
-    parse_budgets,
-    picture_options,
-    picture_settings,
-    picture_wishes,
-    runtime_options,
-    step_options,
-    tile_of,
-)
+from tstitch_trt.cli._command import option, tstitch_command
+from tstitch_trt.cli._options import LoadOptions, PictureOptions, StepOptions, lora_texts, parse_budgets
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from tstitch_engines.bundle.manifest import Manifest
     from tstitch_trt.runtime.result import Result
-    from tstitch_trt.runtime.step_graphs import GraphMode
 
 __all__ = ["command"]
 
@@ -53,68 +38,74 @@ tstitch-trt sample sdxl.bundle --prompt-embeds prompt.npz --latents-out latents.
 DEFAULT_LABELS = 10
 
 
-@click.command("sample", cls=Command, examples=EXAMPLES)
-@bundle_argument
-@click.option("--labels", metavar="LIST", help="Classes: numbers, ranges and names, e.g. 3,5,0-9 or Bag. [one of each]")
-@picture_options
-@click.option("-n", "count", type=click.IntRange(1), metavar="N", help="How many images; labels or prompts go round.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Seed of all images.")
-@click.option("--seeds", metavar="LIST", help="One seed per image, e.g. 1,2,5-9, instead of --seed.")
-@click.option("--fraction", type=float, metavar="R", help="Share of the steps on the first member, 0 to 1.")
-@click.option("--schedule", metavar="TEXT", help="Members over the steps, e.g. small:0.4,large or high@t>=875,low.")
-@click.option(
-    "--rounding", default="paper", show_default=True, metavar="RULE", help="paper, floor, timestep or timestep-strict."
-)
-@budget_option("The best schedule whose steps take at most so long, for all images (after: tstitch-trt calibrate).")
-@step_options
-@click.option("--spacing", metavar="NAME", help="Where the steps lie: leading, linspace, trailing or dit.")
-@click.option("--sigmas", metavar="NAME", help="Spacing in sigma instead: karras or exponential.")
-@click.option("--eta", type=float, metavar="E", help="Noise of DDIM, 0 to 1.")
-@click.option("--variance", metavar="NAME", help="Variance of DDPM: fixed-small, fixed-large or learned.")
-@click.option("--history", default="keep", show_default=True, metavar="RULE", help="At a member switch: keep or reset.")
-@click.option(
-    "--guidance-rescale", type=float, default=0.0, show_default=True, metavar="R", help="Rescale (arXiv 2305.08891)."
-)
-@click.option("--guidance-interval", metavar="FIRST:STOP", help="Guide only the steps FIRST to STOP - 1.")
-@click.option("--guided-channels", type=click.IntRange(1), metavar="K", help="Guide the first K channels only.")
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    metavar="NAME=FILE[:WEIGHT]",
-    help="A LoRA for a member or text encoder, of engines that can be refitted (backend torch). May be repeated.",
-)
-@click.option("--latents-in", type=click.Path(path_type=Path), metavar="FILE.npy", help="Start from these latents.")
-@click.option("--latents-out", type=click.Path(path_type=Path), metavar="FILE.npy", help="Write the final latents.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE.png|DIR|FILE.npz",
-    help="A grid, a folder of PNGs, or arr_0 uint8 NHWC. [samples.png]",
-)
-@runtime_options
-@json_option
-@traceback_option
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    labels: str | None = option("Classes: numbers, ranges and names, e.g. 3,5,0-9 or Bag. [one of each]", "LIST")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    count: int | None = option("How many images; labels or prompts go round.", "N", "-n", least=1)
+    seed: int = option("Seed of all images.", "S", default=0, least=0)
+    seeds: str | None = option("One seed per image, e.g. 1,2,5-9, instead of --seed.", "LIST")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    fraction: float | None = option("Share of the steps on the first member, 0 to 1.", "R")
+    schedule: str | None = option("Members over the steps, e.g. small:0.4,large or high@t>=875,low.", "TEXT")
+    rounding: str = option("paper, floor, timestep or timestep-strict.", "RULE", default="paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    budget_ms: str | None = option(
+        "The best schedule whose steps take at most so long, for all images (after: tstitch-trt calibrate).", "MS"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions:
+    spacing: str | None = option("Where the steps lie: leading, linspace, trailing or dit.", "NAME")
+    sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
+    eta: float | None = option("Noise of DDIM, 0 to 1.", "E")
+    variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")
+    history: str = option("At a member switch: keep or reset.", "RULE", default="keep")
+    guidance_rescale: float = option("Rescale (arXiv 2305.08891).", "R", default=0.0)
+    guidance_interval: str | None = option("Guide only the steps FIRST to STOP - 1.", "FIRST:STOP")
+    guided_channels: int | None = option("Guide the first K channels only.", "K", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    loras: tuple[str, ...] = option(
+        "A LoRA for a member or text encoder, of engines that can be refitted (backend torch). May be repeated.",
+        "NAME=FILE[:WEIGHT]",
+        "--lora",
+    )
+    latents_in: Path | None = option("Start from these latents.", "FILE.npy")
+    latents_out: Path | None = option("Write the final latents.", "FILE.npy")
+    output: Path | None = option(
+        "A grid, a folder of PNGs, or arr_0 uint8 NHWC. [samples.png]", "FILE.png|DIR|FILE.npz", "-o", "--output"
+    )
+
+
+@tstitch_command(
+    "sample", EXAMPLES, what=Labels, picture=PictureOptions, many=Count, members=Members, budget=Budget,
+    step=StepOptions, solver=SolverOptions, files=Files, load=LoadOptions,
+)  # fmt: skip
 def command(
     bundle: Path,
-    labels: str | None,
-    count: int | None,
-    seed: int,
-    seeds: str | None,
-    loras: tuple[str, ...],
-    latents_in: Path | None,
-    latents_out: Path | None,
-    output: Path | None,
-    guidance_interval: str | None,
-    budget_ms: str | None,
-    device: str,
-    backend: str | None,
-    threads: int | None,
-    graph: GraphMode,
-    rebuild: bool,
+    what: Labels,
+    picture: PictureOptions,
+    many: Count,
+    members: Members,
+    budget: Budget,
+    step: StepOptions,
+    solver: SolverOptions,
+    files: Files,
+    load: LoadOptions,
     as_json: bool,
-    **trajectory: Any,
 ) -> None:
     """Draw images from BUNDLE: of classes with --labels, or from text with --prompt.
 
@@ -124,22 +115,25 @@ def command(
     import msgspec
 
     from tstitch_trt.cli._parsing import parse_interval, parse_numbers
+    from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import load_array, require_parent, save_array
     from tstitch_trt.images.write import kind_of, write_images
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.calibrate.trials import warm_up
 
-    if trajectory["fraction"] is not None and trajectory["schedule"] is not None:
+    if members.fraction is not None and members.schedule is not None:
         raise BadInput(
-            f"--fraction {trajectory['fraction']} and --schedule {trajectory['schedule']!r} both say which member runs",
+            f"--fraction {members.fraction} and --schedule {members.schedule!r} both say which member runs",
             hint="give one of them",
         )
-    budgets = parse_budgets(budget_ms)
+    budgets = parse_budgets(budget.budget_ms)
     if len(budgets) > 1:
-        raise BadInput(f"--budget-ms {budget_ms!r} are {len(budgets)} budgets; allowed is one", hint="--budget-ms 500")
-    swapped = lora_texts(loras)
-    interval = None if guidance_interval is None else parse_interval(guidance_interval)
-    own_seeds = None if seeds is None else parse_numbers(seeds, what="seed", example="--seeds 1,2,5-9")
+        raise BadInput(
+            f"--budget-ms {budget.budget_ms!r} are {len(budgets)} budgets; allowed is one", hint="--budget-ms 500"
+        )
+    swapped, latents_out, output = lora_texts(files.loras), files.latents_out, files.output
+    interval = None if solver.guidance_interval is None else parse_interval(solver.guidance_interval)
+    seeds = None if many.seeds is None else parse_numbers(many.seeds, what="seed", example="--seeds 1,2,5-9")
     if latents_out is not None:
         if latents_out.suffix != ".npy":
             raise BadInput(
@@ -149,34 +143,26 @@ def command(
         require_parent(latents_out, option="--latents-out")
     if output is not None:
         kind_of(output)
-    settings = picture_settings(trajectory)
-    tile = tile_of(trajectory.pop("tile"))
-    start: NDArray[np.float32] | None = None if latents_in is None else load_array(latents_in, option="--latents-in")
-
-    runtime = load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
-    try:
+    tile = picture.tiles()
+    start = None if files.latents_in is None else load_array(files.latents_in, option="--latents-in")
+    with load.open(bundle) as runtime:
         manifest = runtime.manifest
         target = _target(manifest, output, latents_out)
-        wishes = {**picture_wishes(manifest, trajectory), "n": count}
-        if manifest.conditioning.kind == "class" and "prompt" not in wishes:
-            wanted = _labels(manifest, labels, count, own_seeds, None if start is None else len(start))
-            wishes |= {"labels": wanted, "n": None}
-        elif labels is not None:
-            wishes["labels"] = []  # refused with its reason
+        asked = {
+            **asdict(members), **asdict(step), **asdict(solver), "guidance_interval": interval,
+            **picture.keywords(manifest), "n": many.count, "seed": many.seed, "seeds": seeds, "latents": start,
+        }  # fmt: skip
+        if manifest.conditioning.kind == "class" and "prompt" not in asked:
+            asked["labels"] = _labels(manifest, what.labels, many.count, seeds, None if start is None else len(start))
+            asked["n"] = None
+        elif what.labels is not None:
+            asked["labels"] = []  # refused with its reason
         for name, text in swapped.items():
             runtime.swap_lora(name, text)
-        asked = {
-            **trajectory,
-            **wishes,
-            "seed": seed,
-            "seeds": own_seeds,
-            "latents": start,
-            "guidance_interval": interval,
-        }
         if budgets:
-            budget = runtime.within_budget(budgets[0], **asked)
-            log(str(budget))
-            warm_up(runtime, budget)
+            chosen = runtime.within_budget(budgets[0], **asked)
+            log(str(chosen))
+            warm_up(runtime, chosen)
         with progress_bar("sampling", counted="steps") as bar:
             result = runtime.sample(
                 decode=target is not None,
@@ -187,25 +173,21 @@ def command(
                 latency_budget_ms=budgets[0] if budgets else None,
                 **asked,
             )
-    finally:
-        runtime.close()
 
-    where = {"device": device, "backend": runtime.backend_name}
-    document = {**_describe(bundle, manifest, result, where), **settings}
+    where = {"device": load.device, "backend": runtime.backend_name}
+    document = {**_describe(bundle, manifest, result, where), **picture.kept()}
     if result.budget is not None:
         document["budget"] = {**msgspec.to_builtins(result.budget), "met": result.total_ms <= result.budget.budget_ms}
     if result.loras:
         document["loras"] = dict(result.loras)
     each = document.pop("images")
-    files: list[Path] = []
+    written: list[Path] = []
     if latents_out is not None:
         save_array(latents_out, result.latents)
     if target is not None and result.images is not None:
-        files = write_images(target, result.images, document, each)
-    document |= {"images": each, "files": [str(f) for f in files], "latents": latents_out and str(latents_out)}
+        written = write_images(target, result.images, document, each)
+    document |= {"images": each, "files": [str(f) for f in written], "latents": latents_out and str(latents_out)}
     if as_json:
-        from tstitch_trt.cli._text import print_json
-
         print_json(document)
         return
     log(

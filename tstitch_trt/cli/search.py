@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tstitch_trt.cli._command import Command, command_line, json_option, traceback_option
-from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options
+from tstitch_trt.cli._command import command_line, option, tstitch_command
+from tstitch_trt.cli._options import LoadOptions, PromptsFile, QualityOptions
 
 if TYPE_CHECKING:
-    from tstitch_trt.runtime.step_graphs import GraphMode
     from tstitch_trt.study.records import Search
 
 __all__ = ["command"]
@@ -23,80 +23,46 @@ tstitch-trt search fashion.bundle --metric latent_error --samples 64 --trials 12
 tstitch-trt search sd15.bundle --metric latent_error --steps 10,25 --samples 16 --prompts prompts.txt
 """
 
-_FILE = click.Path(path_type=Path)
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    metric: str | None = option(
+        "fid, kid, precision, recall, accuracy, lpips, clip or latent_error. [fid where the bundle has a network]",
+        "NAME",
+    )
+    steps: str | None = option("Step counts to search over. [a fifth, two fifths, all of the default]", "LIST")
+    solvers: str | None = option("Solvers to search over. [bundle's default]", "LIST")
+    fractions: str = option("Shares of the steps on each of the smaller members.", "LIST", default="0.2:0.8:0.2")
+    guidance: float | None = option("Guidance scale; 1 is none. [bundle's default]", "G")
+    samples: int = option("Of each that is not beaten.", "N", default=1000, least=1)
+    seed: int = option("Of the first sample.", "S", default=0, least=0)
 
 
-@click.command("search", cls=Command, examples=EXAMPLES)
-@bundle_argument
-@click.option(
-    "--metric",
-    metavar="NAME",
-    help="fid, kid, precision, recall, accuracy, lpips, clip or latent_error. [fid where the bundle has a network]",
-)
-@click.option("--steps", metavar="LIST", help="Step counts to search over. [a fifth, two fifths, all of the default]")
-@click.option("--solvers", metavar="LIST", help="Solvers to search over. [bundle's default]")
-@click.option(
-    "--fractions",
-    default="0.2:0.8:0.2",
-    show_default=True,
-    metavar="LIST",
-    help="Shares of the steps on each of the smaller members.",
-)
-@click.option("--guidance", type=float, metavar="G", help="Guidance scale; 1 is none. [bundle's default]")
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    default=1000,
-    show_default=True,
-    metavar="N",
-    help="Of each that is not beaten.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S", help="Of the first sample.")
-@click.option("--prompts", type=_FILE, metavar="FILE", help="What a text bundle draws, one text a line. [made up]")
-@click.option("--batch", type=click.IntRange(1), metavar="B", help="Images of the request whose cost counts. [8]")
-@click.option("--trials", type=click.IntRange(0), metavar="N", help="At most so many candidates, at random. [all]")
-@click.option("--budget-minutes", type=float, metavar="M", help="Begin no round of samples after so long.")
-@click.option("--reference", type=_FILE, metavar="FILE.npz", help="Real pictures or statistics. [the bundle's own]")
-@click.option("--features", type=_FILE, metavar="FILE", help="Feature network, ONNX or TorchScript. [the bundle's own]")
-@click.option(
-    "--features-option",
-    "features_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="How to call it: size=299, range=0:1, output=NAME, channels=3. May be repeated.",
-)
-@click.option("--lpips", type=_FILE, metavar="FILE", help="LPIPS network: two batches of pictures to distances.")
-@click.option("--clip", type=_FILE, metavar="DIR", help="A CLIP model's folder, for bundles that draw from text.")
-@click.option("--work", type=_FILE, metavar="DIR", help="Samples that were drawn. [in the cache directory]")
-@click.option("--plot", type=_FILE, metavar="FILE.png", help="Draw quality against cost.")
-@runtime_options
-@json_option
-@traceback_option
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    batch: int | None = option("Images of the request whose cost counts. [8]", "B", least=1)
+    trials: int | None = option("At most so many candidates, at random. [all]", "N", least=0)
+    budget_minutes: float | None = option("Begin no round of samples after so long.", "M")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    work: Path | None = option("Samples that were drawn. [in the cache directory]", "DIR")
+    plot: Path | None = option("Draw quality against cost.", "FILE.png")
+
+
+@tstitch_command(
+    "search", EXAMPLES, wanted=Candidates, texts=PromptsFile, limits=Limits, quality=QualityOptions, files=Files,
+    load=LoadOptions,
+)  # fmt: skip
 def command(
     bundle: Path,
-    metric: str | None,
-    steps: str | None,
-    solvers: str | None,
-    fractions: str,
-    guidance: float | None,
-    samples: int,
-    seed: int,
-    prompts: Path | None,
-    batch: int | None,
-    trials: int | None,
-    budget_minutes: float | None,
-    reference: Path | None,
-    features: Path | None,
-    features_options: tuple[str, ...],
-    lpips: Path | None,
-    clip: Path | None,
-    work: Path | None,
-    plot: Path | None,
-    device: str,
-    backend: str | None,
-    threads: int | None,
-    graph: GraphMode,
-    rebuild: bool,
+    wanted: Candidates,
+    texts: PromptsFile,
+    limits: Limits,
+    quality: QualityOptions,
+    files: Files,
+    load: LoadOptions,
     as_json: bool,
 ) -> None:
     """Find the settings of BUNDLE that no other beats in both time and quality.
@@ -109,60 +75,43 @@ def command(
     Stop it at any time: the same command goes on with the samples that were drawn.
     """
     from tstitch_engines.bundle.cache import default_root
-    from tstitch_trt.cli._parsing import parse_fractions, parse_numbers, parse_pairs
+    from tstitch_trt.cli._parsing import parse_fractions, parse_numbers
     from tstitch_trt.cli._text import print_json
-    from tstitch_trt.files import read_lines
     from tstitch_trt.plots.figure import check_plot
+    from tstitch_trt.plots.search import plot_search
     from tstitch_trt.progress import log, progress_bar
-    from tstitch_trt.study.quality.network import NetworkOptions
-    from tstitch_trt.study.quality.scorer import Scorer
     from tstitch_trt.study.search.search import check_search, search, usual_metric
     from tstitch_trt.study.store import save_study
 
-    check_search(metric, samples)
-    options = NetworkOptions.parse(parse_pairs(features_options, option="--features-option", value="VALUE"))
-    shares = parse_fractions(fractions)
-    counts = None if steps is None else parse_numbers(steps, what="steps", example="--steps 10,20,50")
-    texts = [] if prompts is None else read_lines(prompts, option="--prompts")
-    if plot is not None:
-        check_plot(plot)
-    with (
-        load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild) as runtime,
-        progress_bar("searching") as bar,
-    ):
-        scorer = Scorer.of(
-            runtime.bundle,
-            metric or usual_metric(runtime.manifest),
-            reference=reference,
-            features=features,
-            options=options,
-            lpips=lpips,
-            clip=clip,
-            threads=threads or 0,
-        )
+    check_search(wanted.metric, wanted.samples)
+    quality.check()
+    shares = parse_fractions(wanted.fractions)
+    steps = None if wanted.steps is None else parse_numbers(wanted.steps, what="steps", example="--steps 10,20,50")
+    prompts, minutes = texts.texts(), limits.budget_minutes
+    check_plot(files.plot)
+    with load.open(bundle) as runtime, progress_bar("searching") as bar:
+        metric = wanted.metric or usual_metric(runtime.manifest)
         study = search(
             runtime,
-            scorer,
-            work=work or default_root() / "search",
-            samples=samples,
-            seed=seed,
-            batch=batch,
-            steps=counts,
-            solvers=None if solvers is None else [part.strip() for part in solvers.split(",")],
+            quality.scorer(runtime.bundle, metric, threads=load.threads or 0),
+            work=files.work or default_root() / "search",
+            samples=wanted.samples,
+            seed=wanted.seed,
+            batch=limits.batch,
+            steps=steps,
+            solvers=None if wanted.solvers is None else [part.strip() for part in wanted.solvers.split(",")],
             fractions=shares,
-            guidance=guidance,
-            prompts=texts,
-            trials=trials,
-            budget_s=None if budget_minutes is None else 60 * budget_minutes,
-            command=command_line(click.get_current_context()),
+            guidance=wanted.guidance,
+            prompts=prompts,
+            trials=limits.trials,
+            budget_s=None if minutes is None else 60 * minutes,
+            command=command_line(),
             progress=bar,
         )
         place = save_study(runtime.bundle, study)
-    if plot is not None:
-        from tstitch_trt.plots.search import plot_search
-
-        plot_search(plot, study)
-        log(f"plot: {plot}")
+    if files.plot is not None:
+        plot_search(files.plot, study)
+        log(f"plot: {files.plot}")
     log(f"record: {place}")
     if as_json:
         print_json(study)
@@ -177,23 +126,12 @@ def _print(study: Search) -> None:
         f"{study.bundle}: {study.metric} of {study.samples} samples, time predicted of {study.batch} images, "
         f"{len(study.points)} candidates, {sum(p.dropped for p in study.points)} of them dropped early\n"
     )
-    print_table(
-        ("front", "ms", study.metric, "low", "high", "samples", "kind", "solver", "steps", "schedule"),
-        [
-            (
-                "*" if p.front else "",
-                f"{p.cost_ms:.1f}",
-                f"{p.quality.value:.4g}",
-                f"{p.quality.low:.4g}",
-                f"{p.quality.high:.4g}",
-                f"{p.samples}" + (" (dropped)" if p.dropped else ""),
-                p.kind,
-                p.setting.solver,
-                str(p.setting.steps),
-                p.setting.schedule,
-            )
-            for p in study.points
-        ],
-    )
+    rows = []
+    for p in study.points:
+        values = (f"{value:.4g}" for value in (p.quality.value, p.quality.low, p.quality.high))
+        samples = f"{p.samples}" + (" (dropped)" if p.dropped else "")
+        how = (p.kind, p.setting.solver, str(p.setting.steps), p.setting.schedule)
+        rows.append(("*" if p.front else "", f"{p.cost_ms:.1f}", *values, samples, *how))
+    print_table(("front", "ms", study.metric, "low", "high", "samples", "kind", "solver", "steps", "schedule"), rows)
     for note in study.notes:
         click.echo(f"\nnote: {note}")

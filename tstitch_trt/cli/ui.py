@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.cli._command import Command, traceback_option
-from tstitch_trt.cli._options import bundle_argument, load_runtime, runtime_options
-
-if TYPE_CHECKING:
-    from tstitch_trt.runtime.step_graphs import GraphMode
+from tstitch_trt.cli._command import option, tstitch_command
+from tstitch_trt.cli._options import LoadOptions
 
 __all__ = ["command"]
 
@@ -23,26 +20,14 @@ tstitch-trt ui sd15.bundle --backend torch --host 0.0.0.0 --port 8080
 """
 
 
-@click.command("ui", cls=Command, examples=EXAMPLES)
-@bundle_argument
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="0.0.0.0: all that reach this machine."
-)
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=7860, show_default=True, metavar="N", help="0: any free one."
-)
-@runtime_options
-@traceback_option
-def command(
-    bundle: Path,
-    host: str,
-    port: int,
-    device: str,
-    backend: str | None,
-    threads: int | None,
-    graph: GraphMode,
-    rebuild: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    host: str = option("0.0.0.0: all that reach this machine.", "ADDRESS", default="127.0.0.1")
+    port: int = option("0: any free one.", "N", default=7860, least=0, most=65535)
+
+
+@tstitch_command("ui", EXAMPLES, json=False, address=Address, load=LoadOptions)
+def command(bundle: Path, address: Address, load: LoadOptions) -> None:
     """Serve a page that draws from BUNDLE at any stitch point, until Ctrl-C.
 
     Class or prompt, steps, seed, guidance, solver and the share of the steps on the first member; the same seeds at
@@ -57,20 +42,18 @@ def command(
     from tstitch_trt.ui.app import build_page, import_gradio, serving, wait_for_interrupt
     from tstitch_trt.ui.draw import warm_up
 
-    free = _free(host, port)
+    free = _free(address.host, address.port)
     with tempfile.TemporaryDirectory(prefix="tstitch-ui-") as temporary, ExitStack() as stack:
         gradio = import_gradio(temporary=temporary)
-        runtime = stack.enter_context(
-            load_runtime(bundle, device=device, backend=backend, threads=threads, graph=graph, rebuild=rebuild)
-        )
+        runtime = stack.enter_context(load.open(bundle))
         manifest = runtime.manifest
         if (reason := undrawable(manifest)) is not None:
             raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
         pictures = {"labels": [0]} if manifest.conditioning.kind == "class" else {"prompt": ""}
         warm_up(runtime, pictures, manifest.defaults.guidance)
         page = build_page(gradio, runtime, str(bundle), temporary=Path(temporary))
-        with serving(gradio, page, host=host, port=free) as address:
-            click.echo(address)
+        with serving(gradio, page, host=address.host, port=free) as url:
+            click.echo(url)
             log("Ctrl-C stops it")
             wait_for_interrupt()
     log("stopped")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from tstitch_engines.errors import FailedWork
-from tstitch_trt.cli._command import Command, json_option, traceback_option
-from tstitch_trt.cli._options import bundle_argument, rebuild_option
+from tstitch_trt.cli._command import option, tstitch_command
+from tstitch_trt.cli._options import rebuild_option, threads_option
 
 if TYPE_CHECKING:
-    from tstitch_trt.verify.error import Error
     from tstitch_trt.verify.verify import Comparison, Verification
 
 __all__ = ["command"]
@@ -27,63 +27,31 @@ tstitch-trt verify fashion.bundle --json
 """
 
 
-@click.command("verify", cls=Command, examples=EXAMPLES)
-@bundle_argument
-@click.option("--backend", metavar="NAME", help="Engines of this backend only.")
-@click.option("--members", metavar="A,B", help="Engines of these members and parts only.")
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Calls on random and on recorded inputs, each, per batch size.",
-)
-@click.option(
-    "--device",
-    default="cuda",
-    show_default=True,
-    metavar="NAME",
-    help="Where engines for GPUs run: cuda, cuda:N, or cpu to leave them unchecked.",
-)
-@click.option(
-    "--member",
-    "checkpoints",
-    multiple=True,
-    metavar="NAME=CHECKPOINT",
-    help="What a member was made from, for PyTorch to run. Published DiTs need none. May be repeated.",
-)
-@click.option(
-    "--part",
-    "parts",
-    multiple=True,
-    metavar="NAME=CHECKPOINT",
-    help="What a part (text_encoder, vae_decoder...) was made from, for PyTorch to run. May be repeated.",
-)
-@rebuild_option
-@click.option("--layers", is_flag=True, help="Also name the first layer that differs, where layers can be seen.")
-@click.option(
-    "--threads",
-    type=click.IntRange(0),
-    default=0,
-    metavar="N",
-    help="CPU threads of engines and references. [$OMP_NUM_THREADS, or all cores]",
-)
-@json_option
-@traceback_option
-def command(
-    bundle: Path,
-    backend: str | None,
-    members: str | None,
-    samples: int,
-    device: str,
-    checkpoints: tuple[str, ...],
-    parts: tuple[str, ...],
-    rebuild: bool,
-    layers: bool,
-    threads: int,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    backend: str | None = option("Engines of this backend only.", "NAME")
+    members: str | None = option("Engines of these members and parts only.", "A,B")
+    samples: int = option("Calls on random and on recorded inputs, each, per batch size.", "N", default=2, least=1)
+    device: str = option(
+        "Where engines for GPUs run: cuda, cuda:N, or cpu to leave them unchecked.", "NAME", default="cuda"
+    )
+    checkpoints: tuple[str, ...] = option(
+        "What a member was made from, for PyTorch to run. Published DiTs need none. May be repeated.",
+        "NAME=CHECKPOINT",
+        "--member",
+    )
+    parts: tuple[str, ...] = option(
+        "What a part (text_encoder, vae_decoder...) was made from, for PyTorch to run. May be repeated.",
+        "NAME=CHECKPOINT",
+        "--part",
+    )
+    rebuild: bool = rebuild_option()
+    layers: bool = option("Also name the first layer that differs, where layers can be seen.")
+    threads: int | None = threads_option("CPU threads of engines and references.")
+
+
+@tstitch_command("verify", EXAMPLES, checks=Checks)
+def command(bundle: Path, checks: Checks, as_json: bool) -> None:
     """Compare every engine of BUNDLE with ONNX Runtime and PyTorch.
 
     Inputs are random ones, and those of a short trajectory of the bundle over all noise levels with guidance on, at the
@@ -94,25 +62,28 @@ def command(
     checked anyway. Exit code 1 when an engine fails. With --rebuild, engines of every backend that runs here are first
     compiled again where they don't fit.
     """
+    from tstitch_engines.backends import for_gpu
+    from tstitch_engines.bundle.bundle import open_bundle
+    from tstitch_engines.compile.bundle import compile_command
     from tstitch_trt.cli._parsing import parse_pairs
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.verify.verify import verify
 
-    names = None if members is None else [part.strip() for part in members.split(",") if part.strip()]
-    sources = parse_pairs(checkpoints, option="--member", value="CHECKPOINT")
-    sources |= parse_pairs(parts, option="--part", value="CHECKPOINT")
-    with progress_bar("verifying", logs=("tstitch_engines", "tstitch_trt") if rebuild else ()) as bar:
+    listed = checks.members
+    sources = parse_pairs(checks.checkpoints, option="--member", value="CHECKPOINT")
+    sources |= parse_pairs(checks.parts, option="--part", value="CHECKPOINT")
+    with progress_bar("verifying", logs=("tstitch_engines", "tstitch_trt") if checks.rebuild else ()) as bar:
         result = verify(
             bundle,
-            backend=backend,
-            members=names,
-            samples=samples,
-            threads=threads,
-            layers=layers,
-            device=device,
+            backend=checks.backend,
+            members=None if listed is None else [part.strip() for part in listed.split(",") if part.strip()],
+            samples=checks.samples,
+            threads=checks.threads or 0,
+            layers=checks.layers,
+            device=checks.device,
             checkpoints={name: Path(path) for name, path in sources.items()},
-            rebuild=rebuild,
+            rebuild=checks.rebuild,
             progress=bar,
         )
     if as_json:
@@ -121,16 +92,12 @@ def command(
         _print(result)
     failed = result.of("failed")
     if failed:
-        listed = "; ".join(f"the {c.backend} engine of {c.kind} {c.member!r}: {c.reason}" for c in failed)
-        from tstitch_engines.backends import for_gpu
-        from tstitch_engines.bundle.bundle import open_bundle
-        from tstitch_engines.compile.bundle import compile_command
-
+        reasons = "; ".join(f"the {c.backend} engine of {c.kind} {c.member!r}: {c.reason}" for c in failed)
         first = failed[0]
-        on = device if for_gpu(first.backend, first.arch) else "cpu"
+        on = checks.device if for_gpu(first.backend, first.arch) else "cpu"
         again = compile_command(open_bundle(bundle, verify="size", engines=False), first.backend, on)
         raise FailedWork(
-            f"{len(failed)} of {len(result.engines)} engines failed: {listed}",
+            f"{len(failed)} of {len(result.engines)} engines failed: {reasons}",
             hint=f"compile them again: {again} --fresh",
         )
     if not result.of("passed"):
@@ -178,10 +145,6 @@ def _print(result: Verification) -> None:
 def _row(c: Comparison) -> tuple[str, ...]:
     sizes = " ".join(f"{name}={size}" for name, size in c.sizes.items())
     result = "passed" if c.passed else "FAILED"
-    return (c.against, c.inputs, str(c.batch), sizes or "fixed", c.tensor, *_figures(c.error), result)
-
-
-def _figures(error: Error) -> tuple[str, str, str]:
-    figures = (error.max_abs, error.max_rel, error.rel_l2)
-    first, second, third = ("nan" if figure is None else f"{figure:.1e}" for figure in figures)
-    return first, second, third
+    errors = (c.error.max_abs, c.error.max_rel, c.error.rel_l2)
+    shown = ("nan" if error is None else f"{error:.1e}" for error in errors)
+    return (c.against, c.inputs, str(c.batch), sizes or "fixed", c.tensor, *shown, result)

@@ -1,31 +1,104 @@
-"""Plots of measurements, by matplotlib (the extra ``plot``), drawn without a display."""
+"""Figures by matplotlib (the extra ``plot``), drawn without a display, and their one style.
+
+A ``draw_*(axes, record)`` draws one record on axes, for PNG files (``figure``) and pages (``tstitch_trt.plots.svg``)
+alike. It takes its colours from the cycle of the style (``series``, ``INK``, ``MUTED``, ``GROUND``), which the two set
+to colours of their own, and leaves the legend to them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt.files import atomic_file, require_parent
 
 if TYPE_CHECKING:
-    from tstitch_trt.bench.bench import Bench
-    from tstitch_trt.study.records import Calibration
+    from tstitch_trt.study.records import Measure
 
-__all__ = ["check_plot", "figure", "plot_bench", "plot_calibration"]
+__all__ = [
+    "GROUND", "INK", "MUTED", "Palette", "check_plot", "error_bars", "figure", "point", "require_matplotlib", "series",
+    "style", "tip",
+]  # fmt: skip
+
+_SERIES: Final = 8
+INK, MUTED, GROUND = (f"C{_SERIES + i}" for i in range(3))
+_MARKERS: Final = "osD^vPX<"
+
+Palette = tuple[str, ...]
+"""Colours of the eight series, of text, lesser text, ground and rules."""
+
+_PAPER: Final[Palette] = (
+    "#2563c9", "#c2550a", "#12805c", "#9137a8", "#b3261e", "#0b7285", "#7a5d00", "#5f6b7a",
+    "#1b1f27", "#5b6472", "#ffffff", "#dde1e7",
+)  # fmt: skip
 
 
-def check_plot(path: Path, *, option: str = "--plot") -> None:
-    """Raises at once what would otherwise go wrong after minutes of measuring: suffix, folder, matplotlib."""
-    if path.suffix.lower() != ".png":
-        raise BadInput(
-            f"{option} {str(path)!r}: plots can't be written as {path.suffix or 'a file without suffix'!r}; "
-            "allowed: .png",
-            hint=f"write {option} {path.with_suffix('.png')}",
-        )
-    require_parent(path, option=option)
+def series(index: int) -> dict[str, Any]:
+    """Colour and marker of a series, the first eight of which differ."""
+    return {"color": f"C{index % _SERIES}", "marker": _MARKERS[index % len(_MARKERS)]}
+
+
+def tip(artist: Any, text: str) -> None:
+    """On a page ``text`` is shown when the pointer rests on ``artist``."""
+    artist.set_gid(f"tip {text}")
+
+
+def point(axes: Any, x: float, y: float, text: str, **look: Any) -> None:
+    """A marker with a tip. ``look``: of matplotlib's ``plot``."""
+    (line,) = axes.plot([x], [y], **{"linestyle": "none", "marker": "o", **look})
+    tip(line, text)
+
+
+def error_bars(axes: Any, x: Sequence[float], measures: Sequence[Measure], **look: Any) -> None:
+    """Values with their intervals. ``look``: of matplotlib's ``errorbar``."""
+    reach = [[max(m.value - m.low, 0.0) for m in measures], [max(m.high - m.value, 0.0) for m in measures]]
+    axes.errorbar(x, [m.value for m in measures], reach, **{"capsize": 2.5, "elinewidth": 1, **look})
+
+
+def style(colours: Palette) -> dict[Any, Any]:
+    """matplotlib's settings."""
+    from matplotlib.rcsetup import cycler
+
+    ink, muted, ground, rule = colours[_SERIES:]
+    return {
+        "axes.prop_cycle": cycler(color=colours),
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "axes.edgecolor": rule,
+        "axes.labelcolor": ink,
+        "axes.titlecolor": ink,
+        "axes.titlesize": 10,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.linewidth": 0.9,
+        "axes.labelpad": 6,
+        "figure.facecolor": "none",
+        "savefig.facecolor": ground,
+        "grid.color": rule,
+        "grid.linewidth": 0.6,
+        "xtick.color": rule,
+        "ytick.color": rule,
+        "xtick.labelcolor": muted,
+        "ytick.labelcolor": muted,
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
+        "text.color": ink,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5.5,
+        "lines.solid_capstyle": "round",
+    }
+
+
+def require_matplotlib() -> None:
+    """Raises ``Unavailable`` where plots can't be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -34,66 +107,33 @@ def check_plot(path: Path, *, option: str = "--plot") -> None:
         ) from None
 
 
+def check_plot(path: Path | None, *, option: str = "--plot") -> None:
+    """Raises at once what would otherwise go wrong after minutes of measuring: suffix, folder, matplotlib."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise BadInput(
+            f"{option} {str(path)!r}: plots can't be written as {path.suffix or 'a file without suffix'!r}; "
+            "allowed: .png",
+            hint=f"write {option} {path.with_suffix('.png')}",
+        )
+    require_parent(path, option=option)
+    require_matplotlib()
+
+
 @contextmanager
 def figure(path: Path, *, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> Iterator[Any]:
     """The axes of a new figure (an array of them for several), written to ``path`` when the block ends."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(made)
-    yield made.subplots(rows, columns)
-    with atomic_file(path) as file:
-        made.savefig(file, format="png", dpi=150)
-
-
-def plot_bench(path: Path, bench: Bench) -> None:
-    """Trajectory time against the fraction: measured (median, p10 to p90), predicted, and the baseline if there."""
-    runs = sorted(bench.trajectories, key=lambda t: t.fraction)
-    x = [t.fraction for t in runs]
-    with figure(path) as axes:
-        errors = [[t.ms - t.p10_ms for t in runs], [t.p90_ms - t.ms for t in runs]]
-        axes.errorbar(x, [t.ms for t in runs], errors, marker="o", capsize=3, label="measured (median, p10 to p90)")
-        axes.plot(x, [t.predicted_ms for t in runs], "--", label="predicted from bare engine times")
-        if bench.against is not None:
-            others = sorted(bench.against.trajectories, key=lambda t: t.fraction)
-            axes.plot(x, [t.ms for t in others], marker="s", label=bench.against.name)
-        axes.set_xlabel("share of the steps on the first member")
-        axes.set_ylabel(f"ms per trajectory of {bench.batch} images")
-        axes.set_ylim(bottom=0)
-        axes.set_title(f"{bench.bundle}: {bench.steps} steps, {bench.backend} on {bench.device}")
-        axes.grid(alpha=0.3)
-        axes.legend()
-
-
-def plot_calibration(path: Path, calibration: Calibration) -> None:
-    """Step cost against the batch, and measured against predicted time of the checks with their errors."""
-    with figure(path, columns=2, size=(10.4, 4.2)) as (left, right):
-        curves = dict.fromkeys((cost.member, cost.guided, cost.width, cost.height) for cost in calibration.steps)
-        several = len({curve[2:] for curve in curves}) > 1
-        for name, guided, width, height in curves:
-            own = sorted(
-                (cost.batch, cost.ms, cost.p10_ms, cost.p90_ms)
-                for cost in calibration.steps
-                if (cost.member, cost.guided, cost.width, cost.height) == (name, guided, width, height)
-            )
-            batches, middle, low, high = zip(*own, strict=True)
-            label = f"{name}{', guided' if guided else ''}{f', {width}x{height}' if several else ''}"
-            (line,) = left.plot(batches, middle, marker="o", label=label)
-            left.fill_between(batches, low, high, alpha=0.2, color=line.get_color())
-        left.set_xlabel("images per engine call")
-        left.set_ylabel("ms per step")
-        left.set_ylim(bottom=0)
-        predicted = [check.predicted_ms for check in calibration.checks]
-        right.plot(predicted, [100 * check.error for check in calibration.checks], "o")
-        right.axhline(0, color="black", linewidth=0.8)
-        right.set_xscale("log")
-        right.set_xlabel("predicted ms of a random schedule")
-        right.set_ylabel("error of the prediction, %")
-        right.set_title(
-            f"median {100 * calibration.median_error:.1f} %, worst {100 * calibration.worst_error:.1f} %", fontsize=10
-        )
-        left.set_title(f"{calibration.bundle}: {calibration.backend} on {calibration.device}", fontsize=10)
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-        left.legend()
+    with matplotlib.rc_context(style(_PAPER)):
+        made = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(made)
+        yield made.subplots(rows, columns)
+        for axes in made.axes:
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize="small")
+        with atomic_file(path) as file:
+            made.savefig(file, format="png", dpi=150)

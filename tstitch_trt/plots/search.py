@@ -1,57 +1,60 @@
-"""The plot of a search: cost and quality of all candidates, the Pareto set among them."""
+"""The plot of a search: cost and quality of all candidates, the Pareto front among them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tstitch_trt.plots.figure import figure
-from tstitch_trt.study.records import Search
-from tstitch_trt.study.search.candidates import KINDS
+from tstitch_trt.plots.figure import GROUND, INK, error_bars, figure, point, series
+from tstitch_trt.plots.words import interval, metric_axis, ms
+from tstitch_trt.study.records import Search, SearchPoint, Setting
 
-__all__ = ["draw_search", "plot_search"]
-
-_MARKERS = dict(zip(KINDS, "sDo^v", strict=True))
+__all__ = ["draw_search", "plot_search", "ring"]
 
 
 def plot_search(path: Path, study: Search) -> None:
-    """All candidates as one PNG."""
+    """The drawing as a PNG."""
+    last = max(study.points, key=lambda point: point.setting.rows).setting
     with figure(path, size=(8.0, 5.2)) as axes:
         draw_search(axes, study)
+        axes.set_title(
+            f"{study.bundle}, guidance {last.guidance:g}: {len(study.points)} candidates on at most "
+            f"{study.samples} samples (95 % intervals)"
+        )
 
 
-def draw_search(axes: Any, study: Search) -> None:
-    """Families by colour; dropped candidates pale, at the value that they had then; a line along the front."""
-    last = max(study.points, key=lambda point: point.setting.rows).setting
-    for index, kind in enumerate(KINDS):
-        points = [point for point in study.points if point.kind == kind]
-        named = False
-        for dropped in (False, True):
-            part = [point for point in points if point.dropped == dropped]
-            if not part:
-                continue
-            values = [point.quality.value for point in part]
-            reach = [
-                [max(p.quality.value - p.quality.low, 0.0) for p in part],
-                [max(p.quality.high - p.quality.value, 0.0) for p in part],
-            ]
-            axes.errorbar(
-                [point.cost_ms for point in part],
-                values,
-                None if dropped else reach,
-                linestyle="none",
-                marker=_MARKERS[kind],
-                capsize=2,
-                color=f"C{index}",
-                alpha=0.3 if dropped else 0.9,
-                label=None if named else kind,
+def draw_search(axes: Any, study: Search, *, chosen: SearchPoint | None = None) -> None:
+    """Cost against quality, families by colour: filled on the front, pale where dropped early, at the value that they
+    had then. The line is the front. ``chosen`` is ringed."""
+    front = sorted((p for p in study.points if p.front), key=lambda p: p.cost_ms)
+    costs, values = [p.cost_ms for p in front], [p.quality.value for p in front]
+    axes.plot(costs, values, color=INK, linewidth=1.3, label="Pareto front", zorder=2)
+    for index, kind in enumerate(dict.fromkeys(p.kind for p in study.points)):
+        look = series(index)
+        axes.plot([], [], **look, linestyle="none", label=kind)
+        own = [p for p in study.points if p.kind == kind]
+        judged = [p for p in own if not p.dropped]
+        error_bars(
+            axes, [p.cost_ms for p in judged], [p.quality for p in judged], color=look["color"], linestyle="none"
+        )
+        for p in own:
+            text = (
+                f"{p.setting.schedule}, {p.setting.steps} {p.setting.solver} steps: {ms(p.cost_ms)} ms predicted, "
+                f"{interval(p.quality)} on {p.samples} samples"
+                f"{', dropped early' if p.dropped else ''}{', on the front' if p.front else ''}"
             )
-            named = True
-    best = sorted((point for point in study.points if point.front), key=lambda point: point.cost_ms)
-    axes.plot([p.cost_ms for p in best], [p.quality.value for p in best], color="black", linewidth=1, label="front")
-    axes.set_xscale("log")
-    axes.set_xlabel(f"predicted ms of {study.batch} images")
-    axes.set_ylabel(f"{study.metric} of {study.samples} samples (95 % intervals; pale: dropped with fewer)")
-    axes.set_title(f"{study.bundle}, guidance {last.guidance:g}: {len(study.points)} candidates")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+            fill = {} if p.front else {"markerfacecolor": GROUND}
+            point(axes, p.cost_ms, p.quality.value, text, alpha=0.45 if p.dropped else 1, **look, **fill)
+    if chosen is not None:
+        ring(axes, chosen.cost_ms, chosen.quality.value, chosen.setting)
+    axes.set_xlabel(f"predicted ms for a batch of {study.batch}")
+    axes.set_ylabel(metric_axis(study.metric))
+    axes.margins(x=0.06, y=0.12)
+    axes.set_xlim(left=0)
+
+
+def ring(axes: Any, x: float, y: float, setting: Setting) -> None:
+    """Marks a chosen point."""
+    text = f"chosen: {setting.schedule}, {setting.steps} steps"
+    look = {"color": INK, "markerfacecolor": "none", "markersize": 13, "markeredgewidth": 1.6}
+    point(axes, x, y, text, **look, label="chosen", zorder=5)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tstitch_trt.plots.words import order_of
-from tstitch_trt.report.figures import share_of
+from tstitch_trt.plots.words import member_share, order_of
 from tstitch_trt.study.records import LOWER_IS_BETTER, Evaluation, Point
 
 __all__ = ["Finding", "finding"]
@@ -37,9 +36,9 @@ def finding(evaluation: Evaluation, metric: str, *, first: str, last: str) -> Fi
     good = [p for p in kin if _no_worse(p, alone, metric)]
     if not kin:
         return None
-    best = max(good, key=lambda point: share_of(point.setting, first), default=alone)
+    best = max(good, key=lambda point: member_share(point.setting, first), default=alone)
     timed = bool(alone.ms and best.ms and alone.batch == best.batch)
-    return Finding(metric, share_of(best.setting, first), best, alone, alone.ms / best.ms if timed else 0.0)
+    return Finding(metric, member_share(best.setting, first), best, alone, alone.ms / best.ms if timed else 0.0)
 
 
 def _alike(point: Point, other: Point) -> bool:

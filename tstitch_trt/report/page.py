@@ -1,19 +1,29 @@
-"""The page as a whole: head, summary, sections, style. It asks nothing of the network and needs no JavaScript."""
+"""The page as a whole: what ``page.html`` is filled with. It asks nothing of the network and needs no JavaScript."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 
+from markupsafe import Markup
+
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_trt.plots.markup import Markup, paragraph, tag
+from tstitch_engines.bundle.manifest import Manifest, Member
+from tstitch_trt.plots.calibration import draw_checks
+from tstitch_trt.plots.divergence import draw_divergence, draw_orders
+from tstitch_trt.plots.search import draw_search
+from tstitch_trt.plots.svg import NARROW, svg
+from tstitch_trt.plots.templates import fill
 from tstitch_trt.plots.words import METRIC_NAMES, date, interval, machine_text, ms
-from tstitch_trt.report.facts import about_bundle, commands, machines, sample_rows, stale, weight_of
 from tstitch_trt.report.finding import finding
-from tstitch_trt.report.samples import Samples
-from tstitch_trt.report.sections import Context, cost, divergence, orders, quality, searching
+from tstitch_trt.report.quality import quality_of
+from tstitch_trt.report.samples import Samples, png_url
 from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of, word_of
 from tstitch_trt.study.machine import Machine, version
+from tstitch_trt.study.store import weights_of
 
 __all__ = ["Page", "render"]
 
@@ -34,96 +44,135 @@ class Page:
 
 def render(bundle: Bundle, page: Page) -> str:
     """The HTML. Raises ``Unavailable`` where there are plots to draw and no matplotlib."""
-    manifest = bundle.manifest
+    manifest, studies = bundle.manifest, page.studies
     members = list(manifest.members)
-    context = Context(page.path, members[0], members[-1], page.studies)
+    first, last = members[0], members[-1]
     when = f"{page.made[:10]} {page.made[11:16]} UTC"
-    sections = {
-        "Samples": sample_rows(context, page.samples, page.reason),
-        "Time and quality": quality(context),
-        "Search": searching(context),
-        "Divergence": divergence(context),
-        "Order": orders(context),
-        "Cost": cost(context),
-        "Bundle": about_bundle(manifest, page.path),
-        "Machines": machines(context, page.machine, when),
-        "Commands": commands(context, page.command),
-    }
-    if (old := stale(context)) is not None:
-        sections["Stale studies"] = old
-    keys = ("samples", "quality", "search", "divergence", "orders", "cost", "bundle", "machines", "commands", "stale")
-    links = [tag("a", name, href=f"#{key}") for key, name in zip(keys, sections, strict=False)]
-    title = f"{manifest.name}: choosing the stitch point"
-    sizes = " and ".join(f"{name} ({weight_of(member)})" for name, member in manifest.members.items())
-    body = tag(
-        "body",
-        tag("a", "Skip to the samples", href="#samples", class_="skip"),
-        tag(
-            "header",
-            paragraph("tstitch-trt report", class_="kicker"),
-            tag("h1", title),
-            paragraph(f"Members {sizes}. Made on {when} with tstitch-trt {version()}.", class_="lead"),
-            _cards(context),
-            _warnings(context, page.machine),
-        ),
-        tag("nav", *links, aria_label="Sections"),
-        tag("main", *sections.values()),
-        tag("footer", paragraph(f"Made by tstitch-trt {version()} on {when}. One file; it loads nothing.")),
-    )
-    style = Markup(files("tstitch_trt.report").joinpath("style.css").read_text(encoding="utf-8"))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", name="generator", content=f"tstitch-trt {version()}"),
-        tag("title", title),
-        tag("style", style),
-    )
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    words = {"sample": ("-o", "samples.png"), **dict.fromkeys(("evaluate", "search", "profile", "calibrate"), ())}
+    return fill(
+        "report/page.html",
+        page=page,
+        manifest=manifest,
+        studies=studies,
+        samples=page.samples,
+        first=first,
+        when=when,
+        version=version(),
+        style=Markup(files("tstitch_trt.report").joinpath("style.css").read_text(encoding="utf-8")),  # noqa: S704
+        weights={name: _weight(member) for name, member in manifest.members.items()},
+        cards=list(_cards(studies, first, last)),
+        notes=list(_warnings(studies, page.machine)),
+        commands={word: shlex.join(("tstitch-trt", word, page.path, *more)) for word, more in words.items()},
+        quality=quality_of(studies, first, last),
+        tried=next((study for study in studies.divergences if study.orders), None),
+        plots=_plots(studies),
+        bundle={"facts": _facts(manifest, page.path), "members": _members(manifest)},
+        machines=_machines(studies, page.machine, when),
+        png_url=png_url,
+    ) + "\n"  # fmt: skip
 
 
-def _cards(context: Context) -> Markup | None:
+def _plots(studies: Studies) -> dict[str, Markup | list[Markup | None] | None]:
+    """The drawings of the newest search and divergence, of the newest orders, and of each calibration's checks."""
+    found: dict[str, Markup | list[Markup | None] | None] = {"search": None}
+    for search in studies.searches[:1]:
+        if search.points:
+            title = f"The search: {METRIC_NAMES.get(search.metric, search.metric)} against predicted time"
+            found["search"] = svg("search-0", title, partial(draw_search, study=search))
+    for study in studies.divergences[:1]:
+        title = f"Divergence from {study.reference} per step"
+        found["divergence"] = svg("divergence-0", title, partial(draw_divergence, study=study))
+    for tried in [study for study in studies.divergences if study.orders][:1]:
+        title = "Error of the final latents by order of the members"
+        found["orders"] = svg("orders-0", title, partial(draw_orders, study=tried))
+    title = "Predicted against measured time"
+    found["checks"] = [
+        svg(f"checks-{index}", title, partial(draw_checks, calibration=study), size=NARROW) if study.checks else None
+        for index, study in enumerate(studies.calibrations)
+    ]
+    return found
+
+
+def _cards(studies: Studies, first: str, last: str) -> Iterator[tuple[str, str]]:
     """The few numbers that answer "why this fraction?", as far as they were measured."""
-    cards: list[Markup] = []
-    studies = context.studies
     for metric in metrics_of(studies.evaluations)[:1]:
         evaluation = evaluation_of(studies.evaluations, metric)
         assert evaluation is not None
-        found = finding(evaluation, metric, first=context.first, last=context.last)
+        found = finding(evaluation, metric, first=first, last=last)
         if found is not None:
             name, base = METRIC_NAMES.get(metric, metric), found.alone.measures[metric]
-            text = f"of the steps on {context.first} with {name} no worse than {context.last} alone {interval(base)}"
-            cards.append(_card(f"{found.share:.0%}", text))
+            text = f"of the steps on {first} with {name} no worse than {last} alone {interval(base)}"
+            yield f"{found.share:.0%}", text
             if found.speedup:
                 here, alone = (ms(p.ms / p.batch) for p in (found.point, found.alone))
-                cards.append(_card(f"{found.speedup:.2f}×", f"faster there: {here} ms per image instead of {alone}"))
-    cards += [
-        _card(study.suggested, f"suggested by the divergence from {study.reference}, order {study.order}")
-        for study in studies.divergences[:1]
-    ]
+                yield f"{found.speedup:.2f}×", f"faster there: {here} ms per image instead of {alone}"
+    for study in studies.divergences[:1]:
+        yield study.suggested, f"suggested by the divergence from {study.reference}, order {study.order}"
     for calibration in studies.calibrations[:1]:
         if calibration.checks:
             text = f"median error of predicted times, worst {calibration.worst_error:.1%}"
-            cards.append(_card(f"{calibration.median_error:.1%}", text))
-    return tag("div", *cards, class_="cards") if cards else None
+            yield f"{calibration.median_error:.1%}", text
 
 
-def _warnings(context: Context, here: Machine) -> Markup | None:
+def _warnings(studies: Studies, here: Machine) -> Iterator[str]:
     """What a reader must know before the numbers are believed."""
-    said = []
-    if count := len(context.studies.stale):
-        said.append(
-            f"{count} stud{'ies are' if count > 1 else 'y is'} of other weights than the bundle has now, and not used."
-        )
-    busy = [study for study in context.studies.used() if study.machine.load > study.machine.cores]
+    if count := len(studies.stale):
+        studied = "studies are" if count > 1 else "study is"
+        yield f"{count} {studied} of other weights than the bundle has now, and not used."
+    busy = [study for study in studies.used() if study.machine.load > study.machine.cores]
     if busy:
         listed = ", ".join(f"{word_of(s)} (load {s.machine.load:g} on {s.machine.cores} cores)" for s in busy)
-        said.append(f"Made on a busy machine, so that times may be too long: {listed}.")
-    away = [study for study in context.studies.used() if machine_text(study.machine) != machine_text(here)]
-    said += [f"The {word_of(s)} of {date(s)} was made on another machine: {machine_text(s.machine)}." for s in away]
-    return tag("ul", *(tag("li", text) for text in said), class_="warnings", id="notes") if said else None
+        yield f"Made on a busy machine, so that times may be too long: {listed}."
+    for study in studies.used():
+        if machine_text(study.machine) != machine_text(here):
+            made = f"The {word_of(study)} of {date(study)} was made"
+            yield f"{made} on another machine: {machine_text(study.machine)}."
 
 
-def _card(value: str, text: str) -> Markup:
-    return tag("div", tag("strong", value), tag("span", text), class_="card long" if len(value) > 12 else "card")
+def _facts(manifest: Manifest, path: str) -> list[tuple[str, str]]:
+    latent, noise, defaults, asked = manifest.latent, manifest.noise, manifest.defaults, manifest.conditioning
+    kind = f"{asked.classes} classes" if asked.kind == "class" else "text"
+    return [
+        ("path", Markup("<code>{}</code>").format(path)),
+        ("recipe", manifest.recipe),
+        ("latent", f"{latent.channels} × {latent.height} × {latent.width}, decoder {manifest.decoder.kind}"),
+        ("noise", f"{noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}"),
+        ("asked for", kind + ("" if asked.guidable else ", without guidance")),
+        (
+            "defaults",
+            f"{defaults.solver}, {defaults.steps} steps, spacing {defaults.spacing}, guidance "
+            f"{defaults.guidance:g}, schedule {defaults.schedule}",
+        ),
+        ("parts", ", ".join(f"{name} ({part.family}, {part.precision})" for name, part in manifest.parts.items())),
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+    ]
+
+
+def _members(manifest: Manifest) -> list[list[str]]:
+    rows = []
+    for (name, member), sha in zip(manifest.members.items(), weights_of(manifest).values(), strict=True):
+        predicts = member.parametrisation + (", learned variance" if member.learned_variance else "")
+        engines = "; ".join(
+            f"{e.identity.backend} {e.identity.backend_version}, {e.identity.precision}, {e.identity.arch}"
+            for e in member.engines
+        )
+        digest = Markup('<code title="{}">{}</code>').format(sha, sha[:12])
+        sources = ", ".join(source.name for source in member.sources)
+        what = [Markup("<strong>{}</strong>").format(name), member.family, predicts, member.precision, _weight(member)]
+        rows.append([*what, digest, engines or "none", sources])
+    return rows
+
+
+def _weight(member: Member) -> str:
+    """The size of the network's files: ``41.2 MB``."""
+    return f"{sum(part.bytes for part in member.onnx) / 1e6:,.1f} MB"
+
+
+def _machines(studies: Studies, here: Machine, made: str) -> list[tuple[Machine, list[str]]]:
+    """Every machine once, with what was made there."""
+    found: dict[str, tuple[Machine, list[str]]] = {}
+    said = [(study.machine, f"{word_of(study)} of {date(study)}") for study in studies.used()]
+    for machine, what in [(here, f"this page, {made}"), *said]:
+        key = f"{machine_text(machine)}|{machine.system}|{machine.python}|{machine.versions}"
+        found.setdefault(key, (machine, []))[1].append(f"{what} (load {machine.load:g})")
+    return list(found.values())

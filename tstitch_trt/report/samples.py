@@ -18,6 +18,7 @@ from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["LARGEST", "Row", "Samples", "draw_samples", "png_url", "undrawable"]
 
+_SMALLEST: Final = 84  # pixels a side on the page; smaller pictures are enlarged by the browser
 LARGEST: Final = 256  # pixels a side; larger pictures are made smaller, or a page of them would not be read
 
 
@@ -96,7 +97,7 @@ def undrawable(manifest: Manifest) -> str | None:
 
 
 def png_url(image_HWC: NDArray[np.uint8]) -> tuple[str, int, int]:
-    """A picture as a ``data:`` URL of a PNG of at most ``LARGEST`` pixels a side, its width and its height."""
+    """A picture as a ``data:`` URL of a PNG, at most ``LARGEST`` pixels a side, its width and height on the page."""
     from PIL import Image
 
     image = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
@@ -104,4 +105,6 @@ def png_url(image_HWC: NDArray[np.uint8]) -> tuple[str, int, int]:
         image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", image.width, image.height
+    factor = max(1, _SMALLEST // max(image.size))
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return url, image.width * factor, image.height * factor

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
+
+from markupsafe import Markup
 
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt.plan.plan import Plan
-from tstitch_trt.plots.markup import Markup, command, join, paragraph, tag
-from tstitch_trt.plots.svg import require_matplotlib
-from tstitch_trt.plots.words import METRIC_NAMES, date, interval, ms
-from tstitch_trt.report.figures import quality_figure, search_figure
+from tstitch_trt.plots.evaluation import draw_quality, timed
+from tstitch_trt.plots.figure import require_matplotlib
+from tstitch_trt.plots.search import draw_search
+from tstitch_trt.plots.svg import NARROW, svg
+from tstitch_trt.plots.templates import fill
+from tstitch_trt.plots.words import METRIC_NAMES, date
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
@@ -27,37 +32,46 @@ def pareto(runtime: Runtime, studies: Studies, path: str, plan: Plan, *, guidanc
 
     ``path``: the bundle as it was named, for the commands of what was not measured.
     """
-    members = runtime.members
-    said = [_predicted(runtime, path, plan)]
-    figure: Markup | None = None
-    if studies.searches:
-        search = studies.searches[0]
+    said: dict[str, Any] = {"fault": "", "metric": "", "plot": "", "value": None, "source": "", "cost": 0, "reason": ""}
+    try:
+        said["cost"] = predict_ms(find_calibration(runtime.bundle, Conditions.here(runtime.setup)), plan, batch=1)
+    except BadInput as error:
+        said["reason"] = error.message.partition("\n")[0]
+    if studies.searches or studies.evaluations:
+        try:
+            require_matplotlib()
+            said |= _measured(runtime, studies, plan, guidance)
+        except Unavailable as error:
+            said["fault"] = f"{error.message}; {error.hint}"
+    commands = {word: shlex.join(("tstitch-trt", word, path)) for word in ("evaluate", "search", "calibrate")}
+    return fill("ui/pareto.html", commands=commands, schedule=counts_text(plan), steps=plan.steps, **said)
+
+
+def _measured(runtime: Runtime, studies: Studies, plan: Plan, guidance: float) -> dict[str, Any]:
+    """The plot, and the metric and value of the chosen point."""
+    for search in studies.searches[:1]:
         found = _chosen(search.points, plan, guidance)
-        if (fault := _no_plots()) is not None:
-            return join((fault, *said))
-        figure = search_figure("ui-pareto", search, chosen=found)
-        source = f"search of {date(search)}, at most {search.samples:,} samples a point"
-        metric, value = search.metric, found.quality if found else None
-    elif metrics := metrics_of(studies.evaluations):
-        metric = metrics[0]
+        title = f"The search: {METRIC_NAMES.get(search.metric, search.metric)} against predicted time"
+        return {
+            "metric": search.metric,
+            "value": found.quality if found else None,
+            "source": f"search of {date(search)}, at most {search.samples:,} samples a point",
+            "plot": svg("ui-pareto", title, partial(draw_search, study=search, chosen=found)) if search.points else "",
+        }
+    for metric in metrics_of(studies.evaluations)[:1]:
         evaluation = evaluation_of(studies.evaluations, metric)
         assert evaluation is not None
         point = _chosen([p for p in evaluation.points if metric in p.measures], plan, guidance)
-        if (fault := _no_plots()) is not None:
-            return join((fault, *said))
-        figure = quality_figure(
-            "ui-pareto", evaluation, metric, first=members[0], last=members[-1], wide=False, chosen=point
-        )
-        source = f"evaluation of {date(evaluation)}, {evaluation.samples:,} samples a point"
-        value = point.measures[metric] if point else None
-    else:
-        words = ("evaluate", "search")
-        fixes = [command(shlex.join(("tstitch-trt", word, path))) for word in words]
-        return join((paragraph("The quality of schedules was not measured yet:"), *fixes, *said))
-    name = METRIC_NAMES.get(metric, metric)
-    quality = f"{name} {interval(value)}" if value is not None else f"{name}: this schedule was not measured"
-    chosen = paragraph("Chosen: ", tag("code", counts_text(plan)), f", {plan.steps} steps. {quality}.")
-    return join((figure, chosen, *said, paragraph(f"From the {source}.", class_="note")))
+        first, last = runtime.members[0], runtime.members[-1]
+        draw = partial(draw_quality, evaluation=evaluation, metric=metric, first=first, last=last, chosen=point)
+        title = f"{METRIC_NAMES.get(metric, metric)} against time per image"
+        return {
+            "metric": metric,
+            "value": point.measures[metric] if point else None,
+            "source": f"evaluation of {date(evaluation)}, {evaluation.samples:,} samples a point",
+            "plot": svg("ui-pareto", title, draw, size=NARROW) if timed(evaluation, metric) else "",
+        }
+    return {}
 
 
 def counts_text(plan: Plan) -> str:
@@ -78,23 +92,3 @@ def _same(setting: Setting, plan: Plan, guidance: float) -> bool:
         and setting.guidance == guidance
         and not setting.plan
     )
-
-
-def _predicted(runtime: Runtime, path: str, plan: Plan) -> Markup:
-    """What one image costs by the calibration of this machine."""
-    try:
-        cost = predict_ms(find_calibration(runtime.bundle, Conditions.here(runtime.setup)), plan, batch=1)
-    except BadInput as error:
-        first = error.message.partition("\n")[0]
-        return paragraph(
-            f"No prediction of the time: {first}. ", tag("code", f"tstitch-trt calibrate {shlex.quote(path)}")
-        )
-    return paragraph(f"Predicted: {ms(cost)} ms for one image.")
-
-
-def _no_plots() -> Markup | None:
-    try:
-        require_matplotlib()
-    except Unavailable as error:
-        return paragraph(f"{error.message}; {error.hint}")
-    return None

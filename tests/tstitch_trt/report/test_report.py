@@ -25,7 +25,7 @@ from support.report_studies import check, divergence, evaluation, evaluation_poi
 from support.studies import calibration, search
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import Conditioning, Decoder, Manifest
-from tstitch_trt.plots.markup import tag
+from tstitch_trt.plots.templates import environment
 from tstitch_trt.plots.words import ms
 from tstitch_trt.report.finding import finding
 from tstitch_trt.report.page import Page, render
@@ -277,8 +277,15 @@ def test_texts_of_manifests_and_studies_are_never_markup(fashion: Bundle) -> Non
 
 
 def test_escaping_is_by_construction() -> None:
-    assert tag("b", "<i>", title='"x"') == '<b title="&quot;x&quot;">&lt;i&gt;</b>'
-    assert tag("b", tag("i", "&"), None) == "<b><i>&amp;</i></b>"
+    assert environment().from_string('<b title="{{ a }}">{{ b }}</b>').render(a='"x"', b="<i>") == (
+        '<b title="&#34;x&#34;">&lt;i&gt;</b>'
+    )
+    macros = environment().get_template("plots/macros.html").module
+    table = str(macros.table((EVIL,), [(EVIL,)], caption=EVIL, code=(EVIL,)))  # type: ignore[attr-defined]
+    texts = [*(str(macros.command(EVIL)), str(macros.missing(EVIL, EVIL)), table)]  # type: ignore[attr-defined]
+    for text in (*texts, str(macros.facts([(EVIL, EVIL)])), str(macros.figure(EVIL, EVIL))):  # type: ignore[attr-defined]
+        assert "<script" not in text
+        assert "&lt;script&gt;" in text
 
 
 def test_stale_studies_are_listed_and_not_used(fashion: Bundle, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def asked(**changes: Any) -> Asked:
 
 def test_each_fraction_is_what_the_runtime_draws(runtime: Runtime) -> None:
     shares: list[float] = []
-    found = list(draw(runtime, asked(), [0.0, 0.5, 1.0], lambda share, text: shares.append(share)))
+    found = list(draw(runtime, asked(), [0.0, 0.5, 1.0], lambda phase, share: shares.append(share)))
     assert [drawn.fraction for drawn in found] == [0.0, 0.5, 1.0]
     for drawn in found:
         wanted = runtime.sample(labels=[3], n=2, seed=7, steps=4, guidance=1.5, fraction=drawn.fraction).images
@@ -112,7 +112,7 @@ def test_the_chosen_point_is_ringed_where_it_was_measured(runtime: Runtime) -> N
 def test_without_studies_the_commands_are_said(runtime: Runtime) -> None:
     text = pareto(runtime, Studies(), "my a.bundle", runtime.plan(fraction=0.4), guidance=1.0)
     for word in ("evaluate", "search", "calibrate"):
-        assert f"tstitch-trt {word} &#x27;my a.bundle&#x27;" in text
+        assert f"tstitch-trt {word} &#39;my a.bundle&#39;" in text
     assert "<svg" not in text
 
 

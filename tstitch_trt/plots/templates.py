@@ -1,0 +1,60 @@
+"""The HTML templates of pages (jinja2, autoescape on): a text becomes markup only in a template's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from markupsafe import Markup
+
+from tstitch_trt.plots.words import METRIC_NAMES, better, date, interval, machine_text, ms
+from tstitch_trt.study.gather import word_of
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+__all__ = ["environment", "fill"]
+
+_NUMBER: Final = re.compile(r"–|[-+.×]?\d[\d.,e+-]*(%|×\d+)?( \[.*\])?")
+
+
+@cache
+def environment() -> Environment:
+    """Templates by their path in this package, with the words of ``tstitch_trt.plots.words`` as filters."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("tstitch_trt", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {
+        "better": better,
+        "date": date,
+        "interval": interval,
+        "machine": machine_text,
+        "metric": lambda name: METRIC_NAMES.get(name, name),
+        "ms": ms,
+        "percent": lambda value, digits=0: f"{value:.{digits}%}",
+        "word": word_of,
+        "g": lambda value: f"{value:g}",
+        "digits": lambda value, digits=3: f"{value:.{digits}g}",
+        "number": lambda value: f"{value:,}",
+    }
+    made.globals["number_columns"] = _number_columns
+    return made
+
+
+def fill(template: str, **values: Any) -> Markup:
+    """The template filled in. Raises ``jinja2.UndefinedError`` for a name that it was not given."""
+    return Markup(environment().get_template(template).render(values))  # noqa: S704 (the template escapes texts)
+
+
+def _number_columns(width: int, rows: Sequence[Sequence[str]]) -> list[bool]:
+    """The columns of a table that hold numbers alone."""
+    return [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(width)]
+
+
+def _numeric(cell: str) -> bool:
+    return not cell or (not isinstance(cell, Markup) and _NUMBER.fullmatch(cell) is not None)
