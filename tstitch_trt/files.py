@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: they are written beside their place and renamed into it."""
+"""Files that appear whole or not at all: written beside their place and renamed into it."""
 
 from __future__ import annotations
 

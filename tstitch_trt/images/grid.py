@@ -1,4 +1,4 @@
-"""Pictures: labelled grids, PNG files that say how they were made, ``.npz`` for evaluators."""
+"""Pictures: labelled grids, PNG files with their settings, ``.npz`` for evaluators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of a picture as people read them and picture browsers know them: the prompt, then ``Name: value``."""
+"""The settings of a picture in the form that picture browsers know: the prompt, then ``Name: value``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["parameters_text"]
 def parameters_text(settings: Mapping[str, Any], *, size: tuple[int, int]) -> str | None:
     """The PNG text ``parameters`` of settings as ``outputs.write_images`` gets them; ``None`` without a prompt.
 
-    The prompt, a line ``Negative prompt:`` where there is one, and a line of settings parted by commas; a value with a
-    comma or colon in it is quoted. Of several images the prompts are one a line. ``size``: width and height in pixels.
+    The prompt, a line ``Negative prompt:`` where there is one, and a line of settings separated by commas; a value with
+    a comma or colon in it is quoted. Several images have one prompt a line. ``size``: width and height in pixels.
     """
     images = settings.get("images") or [settings]
     prompts = _distinct(images, settings, "prompt")
@@ -41,8 +41,8 @@ def parameters_text(settings: Mapping[str, Any], *, size: tuple[int, int]) -> st
 
 def _distinct(images: Any, settings: Mapping[str, Any], key: str) -> list[str]:
     found: dict[str, None] = {}
-    for said in (*(image.get(key) for image in images), settings.get(key)):
-        texts = [said] if isinstance(said, str) else said or ()
+    for given in (*(image.get(key) for image in images), settings.get(key)):
+        texts = [given] if isinstance(given, str) else given or ()
         found.update(dict.fromkeys(str(text) for text in texts if text))
     return list(found)
 

@@ -26,7 +26,7 @@ Kind = Literal["png", "npz", "folder"]
 
 
 def kind_of(path: Path, *, option: str = "-o") -> Kind:
-    """What ``path`` asks for, by its suffix. Raises ``BadInput`` for another kind of file or a missing parent."""
+    """The kind of output, by the suffix of ``path``. Raises ``BadInput`` for another suffix or a missing parent."""
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == "":
         if path.exists() and not path.is_dir():
@@ -48,8 +48,8 @@ def write_images(
 ) -> list[Path]:
     """Writes the images as ``kind_of(path)`` says and returns the files, whole or none of them.
 
-    ``settings`` go into every PNG's text; ``each`` adds what is an image's own (seed, label or prompt). Pictures of
-    prompts have a text ``parameters`` besides, for people and picture browsers.
+    ``settings`` go into every PNG's text; ``each`` adds an image's own (seed, label or prompt). Pictures of prompts
+    have a text ``parameters`` besides, for picture browsers.
     """
     kind = kind_of(path)
     if kind == "npz":
@@ -84,5 +84,5 @@ def _write_folder(
 
 def _text(settings: Mapping[str, Any], images_NHWC: NDArray[np.uint8]) -> dict[str, str]:
     text = {METADATA_KEY: json.dumps(settings, allow_nan=False), "Software": "tstitch-trt"}
-    said = parameters_text(settings, size=(images_NHWC.shape[2], images_NHWC.shape[1]))
-    return text if said is None else {"parameters": said, **text}
+    parameters = parameters_text(settings, size=(images_NHWC.shape[2], images_NHWC.shape[1]))
+    return text if parameters is None else {"parameters": parameters, **text}

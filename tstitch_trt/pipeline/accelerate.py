@@ -45,7 +45,7 @@ _PRECISIONS: Final[Mapping[str, Precision]] = {
     "torch.float16": "fp16",
     "torch.bfloat16": "bf16",
 }
-Sizes = int | str | Range | None
+RangeLike = int | str | Range | None
 
 
 def accelerate(
@@ -57,9 +57,9 @@ def accelerate(
     backend: str = "onnxruntime",
     device: str | None = None,
     precision: Precision | Mapping[str, Precision] | None = None,
-    batch: Sizes = "1:2:8",
-    height: Sizes = None,
-    width: Sizes = None,
+    batch: RangeLike = "1:2:8",
+    height: RangeLike = None,
+    width: RangeLike = None,
     options: Mapping[str, int | float | bool | str] | None = None,
     cache: str | Path | None = None,
     fresh: bool = False,
@@ -164,7 +164,7 @@ def _precision(pipe: Any) -> Precision:
     return _PRECISIONS[found]
 
 
-def _range(value: Sizes, name: str) -> Range | None:
+def _range(value: RangeLike, name: str) -> Range | None:
     if value is None or isinstance(value, Range):
         return value
     return Range.parse(str(value), option=f"--{name}")

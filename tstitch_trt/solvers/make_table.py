@@ -30,7 +30,7 @@ def make_table(
     restarts: Collection[int] = frozenset(),
     **options: object,
 ) -> StepTable:
-    """The step table of ``steps`` steps, or of the caller's own falling ``timesteps``.
+    """The step table of ``steps`` steps, or of the given falling ``timesteps``.
 
     A table has one row for each evaluation of a model. That is one for each step, but ``pndm`` takes its first step
     twice: it has one row more, and restarts and schedules count rows.
@@ -78,7 +78,7 @@ def _levels(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps:
                 )
         sigma = space_sigmas(options.sigmas, steps, sigma_min=sigma_min, sigma_max=sigma_max)
         t = noise.timestep_of(sigma)
-        if options.sigma_timesteps != "exact":  # what a rounding leaves below a whole timestep is meant to be one
+        if options.sigma_timesteps != "exact":  # 1e-6: a whole timestep may be a rounding error lower
             t = np.rint(t) if options.sigma_timesteps == "nearest" else np.floor(t + 1e-6)
         return t, sigma
     t = _spaced(family, options, noise, steps)
@@ -152,7 +152,7 @@ def _table(
 
 
 def _init_scale(family: Solver, options: SolverOptions, sigma: float) -> float:
-    """diffusers' init_noise_sigma: ``leading`` starts below the noisiest timestep, where signal has its share too."""
+    """diffusers' init_noise_sigma: ``leading`` starts below the noisiest timestep, where there is some signal too."""
     if family.space == "vp":
         return 1.0
     return float(np.hypot(1.0, sigma)) if options.spacing == "leading" else float(sigma)

@@ -1,4 +1,4 @@
-"""The forward process of a model: how much noise each training timestep stands for."""
+"""The forward process of a model: the noise level of each training timestep."""
 
 from __future__ import annotations
 

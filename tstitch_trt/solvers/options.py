@@ -1,4 +1,4 @@
-"""What can be asked of a solver, before a noise schedule or a step count is known."""
+"""The options of solvers, checked before a noise schedule or a step count is known."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SolverOptions:
     sigma_min: float | None = None  # ends of the sigma spacing; default: those that sigma_ends names
     sigma_max: float | None = None
     sigma_ends: str | None = None  # of the noise schedule, or of the timestep spacing, which is then given too
-    sigma_timesteps: str | None = None  # what the members are told at these sigmas: exact, or whole timesteps
+    sigma_timesteps: str | None = None  # the timesteps at these sigmas: exact, or rounded to whole ones
     final: str | None = None  # noise left after the last step: "zero", or "sigma-min", that of timestep 0
     eta: float | None = None  # share of the noise that is drawn afresh: 0 = deterministic, 1 = ancestral
     s_noise: float | None = None  # factor on the drawn noise, as in k-diffusion
@@ -64,13 +64,13 @@ class SolverOptions:
     variant: str | None = None  # of the third-order formula of dpmpp-3m-sde
     original_steps: int | None = None  # LCM: length of the chain it was distilled on
     step_to: str | None = None  # where a step ends: the next timestep, or one "stride" of T // N below its own
-    remember: str | None = None  # PNDM: what it extrapolates, noise or (as diffusers for v-prediction) velocity
+    remember: str | None = None  # PNDM extrapolates the noise, or the velocity (diffusers for v-prediction)
     second_order: str | None = None  # DPM-Solver++: formula of the second-order steps
     lower_order_final: bool | None = None  # lower the order near the end
     euler_at_final: bool | None = None  # the last step of order 1
     order: int | None = None  # UniPC
     formula: str | None = None  # UniPC: its B(h)
-    uncorrected: str | None = None  # UniPC: steps whose result is not corrected, e.g. "0,1"
+    uncorrected: str | None = None  # UniPC: steps that are not corrected, e.g. "0,1"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):

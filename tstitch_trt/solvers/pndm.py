@@ -1,8 +1,8 @@
 """PLMS of pseudo numerical methods (arXiv 2202.09778) without Runge-Kutta steps, as Stable Diffusion pipelines run it.
 
-The noise prediction ``e`` is extrapolated by Adams-Bashforth over the evaluations before, and DDIM's step is taken with
-it. The first step is taken twice: after it the model is asked again at the second timestep, and the step is repeated
-from the latent it started from with the mean of both predictions. That second prediction is not used again:
+The noise prediction ``e`` is extrapolated by Adams-Bashforth over earlier evaluations and used in DDIM's step. The
+first step is taken twice: after it the model runs at the second timestep, and the step is repeated from its first
+latent with the mean of both predictions. That second prediction is not used again:
 
     row 0   t0 -> t1 with e0;  y <- x
     row 1   t0 -> t1 from y with (e1 + e0) / 2;  y <- e0
@@ -48,7 +48,7 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
     for i in range(n):
         start = int(starts[i])
         if i == 1:
-            if start == 1:  # nothing to take again: the latent is at t1 already
+            if start == 1:  # nothing to repeat: the latent is at t1 already
                 columns["A"][1] = 1.0
                 continue
             columns["Y"][1] = from_x[0]

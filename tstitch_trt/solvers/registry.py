@@ -1,4 +1,4 @@
-"""The known solvers, and options made complete."""
+"""The known solvers, and their default options."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def find_solver(name: str) -> Solver:
 
 
 def with_default_spacing(options: SolverOptions, spacing: str, steps_offset: int | None = None) -> SolverOptions:
-    """``options`` with a bundle's default ``spacing`` where the solver takes one and the caller has said nothing.
+    """``options`` with a bundle's default ``spacing`` where the solver takes one and none is given.
 
-    ``steps_offset`` goes with the spacing ``leading``, unless the caller gives one.
+    ``steps_offset`` goes with the spacing ``leading``, unless one is given.
     """
     placed = options.spacing or (options.sigmas and options.sigma_ends != "spacing")
     if find_solver(options.name).timesteps is not None or placed:
@@ -51,9 +51,9 @@ def with_default_spacing(options: SolverOptions, spacing: str, steps_offset: int
 
 
 def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOptions:
-    """``options`` with every default filled in; what remains ``None`` is not used.
+    """``options`` with every default filled in; what is still ``None`` is not used.
 
-    ``own_timesteps``: the caller gives the timesteps, so there is no spacing. Raises ``UnknownName`` for the solver
+    ``own_timesteps``: timesteps are given one by one, so there is no spacing. Raises ``UnknownName`` for the solver
     and ``BadInput`` for an option that the solver or the spacing would have to ignore.
     """
     solver = find_solver(options.name)

@@ -1,4 +1,4 @@
-"""Which noise levels a trajectory visits: timestep spacings and sigma spacings, always from noisy to clean."""
+"""The noise levels of a trajectory: timestep spacings and sigma spacings, from noisy to clean."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def space_timesteps(
 
     ``steps_offset`` shifts ``leading``. With ``extra_point``, ``leading`` and ``linspace`` are laid out for one step
     more, whose timestep (0) is dropped, as diffusers' DPM-Solver has it. ``rounded=False`` keeps ``linspace``
-    fractional, as diffusers' Euler has it. One step of ``linspace`` or ``dit`` starts at the noisy end: the published
-    code would start at 0, where there is nothing to denoise.
+    fractional, as diffusers' Euler has it. A single step of ``linspace`` or ``dit`` starts at the noisy end; the
+    published code starts at 0, where there is nothing to denoise.
 
     Raises ``UnknownName``, or ``BadInput`` when that many distinct timesteps don't fit.
     """
@@ -66,7 +66,7 @@ def space_timesteps(
     elif spacing == "linspace":
         t = np.linspace(0, last, points)
         t = np.round(t) if rounded else t
-    else:  # the stride is summed up as in the published code, so that ties round alike
+    else:  # sums the stride as the published code does, so that ties round alike
         t = np.round(list(accumulate(repeat(last / (points - 1), points - 1), initial=0.0)))
     return np.ascontiguousarray(t[::-1][:steps])
 
@@ -97,7 +97,7 @@ def space_sigmas(spacing: str, steps: int, *, sigma_min: float, sigma_max: float
 
 
 def check_timesteps(timesteps: Array, *, train_steps: int) -> Array:
-    """The caller's own timesteps (fractional ones too) as float64 ``[N]``. Raises ``BadInput``."""
+    """Given timesteps, which may be fractional, as float64 ``[N]``. Raises ``BadInput``."""
     t = np.array(timesteps, dtype=np.float64)
     if t.ndim != 1 or t.size == 0 or not np.isfinite(t).all():
         raise BadInput(

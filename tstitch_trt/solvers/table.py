@@ -1,4 +1,4 @@
-"""The step table: what a solver does at each evaluation of a model, as checked numbers."""
+"""The step table: a solver's update at each evaluation of a model, as checked coefficients."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class StepTable(Coefficients):
     s: Array
     a_end: float
     s_end: float
-    init_scale: float  # what unit Gaussian noise is multiplied by to start
+    init_scale: float  # factor on the unit Gaussian noise at the start
     ends: tuple[Array, Array] | None = None
 
     def __post_init__(self) -> None:

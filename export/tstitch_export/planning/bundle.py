@@ -14,7 +14,7 @@ from tstitch_export.families.options import split_options
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import NetworkPlan, part_names, plan_member, plan_parts, precision_of
 from tstitch_export.planning.recipe import Recipe, check_member_name, load_recipe
-from tstitch_export.planning.sizes import Sizes, sizes_of
+from tstitch_export.planning.sizes import SizeRanges, sizes_of
 
 __all__ = ["BundlePlan", "plan_bundle"]
 
@@ -35,7 +35,7 @@ class BundlePlan:
         """Members first, then parts."""
         return (*self.members, *self.parts.values())
 
-    def sizes(self, *, batch: Range, height: Range | None, width: Range | None, tokens: Range | None) -> Sizes:
+    def sizes(self, *, batch: Range, height: Range | None, width: Range | None, tokens: Range | None) -> SizeRanges:
         """``height`` and ``width`` are in pixels. Raises ``BadInput`` for what the models can't take."""
         latent, factor = self.conventions.latent, self.conventions.decoder.factor
         networks = [(plan.what, plan.dynamic) for plan in self.members]

@@ -17,7 +17,7 @@ from tstitch_export.families.base import TORCH_NAMES, Scalar
 from tstitch_export.families.options import typed
 from tstitch_export.planning.recipe import PARTS, TEXT_ENCODERS, MemberRecipe, PartRecipe, Recipe
 from tstitch_export.planning.shipped import ShippedMember, read_shipped
-from tstitch_export.planning.sizes import Sizes
+from tstitch_export.planning.sizes import SizeRanges
 
 __all__ = ["NetworkPlan", "part_names", "part_of", "plan_member", "plan_part", "plan_parts", "precision_of"]
 
@@ -50,7 +50,7 @@ class NetworkPlan:
         """Whether the latent's height and width may vary."""
         return "H" in self.family.dims(self.inspection)
 
-    def profile(self, sizes: Sizes) -> ShapeProfile:
+    def profile(self, sizes: SizeRanges) -> ShapeProfile:
         """The ranges its engine is built for. Raises ``BadInput`` for a size that the model can't take."""
         batch = _PART_BATCH.get(self.name, sizes.batch)
         if isinstance(self.recipe, PartRecipe) and self.recipe.batch is not None:

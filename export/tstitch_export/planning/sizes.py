@@ -9,11 +9,11 @@ from tstitch_engines.bundle.manifest import Latent
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import Range
 
-__all__ = ["Sizes", "in_latents", "sizes_of"]
+__all__ = ["SizeRanges", "in_latents", "sizes_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class SizeRanges:
     """Ranges of the engines' dimensions; ``height`` and ``width`` are of the latent. Without ``tokens`` the model's."""
 
     batch: Range
@@ -31,7 +31,7 @@ def sizes_of(
     height: Range | None,
     width: Range | None,
     tokens: Range | None,
-) -> Sizes:
+) -> SizeRanges:
     """The sizes that all networks are built for. ``networks``: their names, and whether their sizes are dynamic.
 
     ``height`` and ``width`` are in pixels, ``factor`` of them per latent element; ``None``: those of ``latent``. Raises
@@ -47,7 +47,7 @@ def sizes_of(
                 f"{side} {asked} was asked for, and {fixed} takes {native * factor} pixels alone",
                 hint=f"leave out --{side}",
             )
-    return Sizes(batch=batch, height=found["height"], width=found["width"], tokens=tokens)
+    return SizeRanges(batch=batch, height=found["height"], width=found["width"], tokens=tokens)
 
 
 def in_latents(pixels: Range | None, factor: int, side: str) -> Range | None:
