@@ -129,9 +129,7 @@ def place(name: str) -> tuple[int, int, str]:
 
 
 # What is left to mend.
-KNOWN = {
-    ("tstitch_engines.device.cuda_kernels", "tstitch_engines.device.cuda"),
-}
+KNOWN: set[tuple[str, str]] = set()
 
 
 def upward(name: str, target: str) -> bool:

@@ -61,13 +61,21 @@ int thread_count(int asked) {
     return asked == 0 ? available_threads() : asked;
 }
 
+void check_active(const std::int32_t* active, std::int64_t batch, std::int64_t lanes) {
+    for (std::int64_t i = 0; i < batch; ++i) {
+        const std::int32_t lane = active[i];
+        if (lane < (i == 0 ? 0 : -1) || lane >= lanes)
+            refuse("active[" + std::to_string(i) + "] = " + std::to_string(lane) + " is no lane; allowed is 0 to " +
+                   std::to_string(lanes - 1) + (i == 0 ? "" : ", or -1 for a spare position"));
+    }
+}
+
 void HostArena::check(const std::int32_t* active, std::int64_t batch) {
+    check_active(active, batch, lanes);
     ++calls;
     for (std::int64_t i = 0; i < batch; ++i) {
         const std::int32_t lane = active[i];
-        if (lane < 0 || lane >= lanes)
-            refuse("active[" + std::to_string(i) + "] = " + std::to_string(lane) + " is no lane; allowed is 0 to " +
-                   std::to_string(lanes - 1));
+        if (lane < 0) continue;
         if (last_used[static_cast<std::size_t>(lane)] == calls)
             refuse("active[" + std::to_string(i) + "] = " + std::to_string(lane) +
                    " names a lane again; allowed is each at most once");
@@ -80,6 +88,7 @@ void HostArena::check(const std::int32_t* active, std::int64_t batch) {
 
 void HostArena::check_rows(const std::int32_t* active, std::int64_t batch, bool learned_given) const {
     for (std::int64_t i = 0; i < batch; ++i) {
+        if (active[i] < 0) continue;
         const float* const r = row(active[i]);
         const auto refuse_lane = [&](const std::string& why) {
             refuse("lane " + std::to_string(active[i]) + " " + why);
@@ -102,32 +111,34 @@ void HostArena::prepare(const std::int32_t* active, std::int64_t batch, Dtype dt
     const std::int64_t count = elements(), lane_bytes = count * bytes_of(dtype);
     const std::int64_t halves = guided ? 2 : 1;
     for (std::int64_t i = 0; i < batch * halves; ++i) {
-        const float t = row(active[i % batch])[ROW_T];
+        const float t = row(lane_at(active, i % batch))[ROW_T];
         if (timestep_float != nullptr) timestep_float[i] = t;
         if (timestep_int != nullptr) timestep_int[i] = std::llrint(t);
     }
     for_chunks(batch * halves, count, batch * halves * count, threads,
                [&](std::int64_t i, std::int64_t, std::int64_t begin, std::int64_t end) {
-                   const std::int32_t lane = active[i % batch];
-                   kernels->prepare(dtype, latents + lane * count, row(lane)[ROW_C_IN],
+                   const std::int32_t lane = lane_at(active, i % batch);
+                   kernels->prepare(dtype, latents + lane * stride, row(lane)[ROW_C_IN],
                                     static_cast<char*>(sample) + i * lane_bytes, begin, end);
                });
 }
 
 void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dtype, const void* output,
                         std::int64_t output_channels, bool guided, bool rescale) const {
-    const std::int64_t count = elements(), half = lanes * count;
+    const std::int64_t count = elements(), past = lanes * stride;
     const std::int64_t lane_bytes = output_channels * spatial * bytes_of(dtype);
     std::int64_t work = 0;
-    std::vector<LaneStep> steps(static_cast<std::size_t>(batch));
+    std::vector<LaneStep> steps;
+    steps.reserve(static_cast<std::size_t>(batch));
     for (std::int64_t i = 0; i < batch; ++i) {
+        if (active[i] < 0) continue;
         const std::int32_t lane = active[i], now = step[lane];
         const float* r = row(lane);
         const char* out = static_cast<const char*>(output) + i * lane_bytes;
-        const auto slot = [&](std::int32_t at) { return history + history_slot(at) * half + lane * count; };
-        LaneStep& one = steps[static_cast<std::size_t>(i)];
+        const auto slot = [&](std::int32_t at) { return history + history_slot(at) * past + lane * stride; };
+        LaneStep& one = steps.emplace_back();
         one.row = r;
-        one.x = latents + lane * count;
+        one.x = latents + lane * stride;
         one.cond = out;
         one.uncond = guided ? out + batch * lane_bytes : nullptr;
         one.learned = has_flag(r, FLAG_LEARNED) ? out + count * bytes_of(dtype) : nullptr;
@@ -135,11 +146,11 @@ void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dt
         one.d1 = slot(now + 2);
         one.d2 = slot(now + 1);
         one.d3 = slot(now);
-        one.y = uses_y(r) ? y + lane * count : nullptr;
+        one.y = uses_y(r) ? y + lane * stride : nullptr;
         const bool blends = has_flag(r, FLAG_BLEND);
-        one.known = blends ? known + lane * count : nullptr;
-        one.mask = blends ? mask + lane * spatial : nullptr;
-        one.noise = blends && has_flag(r, FLAG_GIVEN_NOISE) ? noise + lane * count : nullptr;
+        one.known = blends ? known + lane * stride : nullptr;
+        one.mask = blends ? mask + lane * (stride / channels) : nullptr;
+        one.noise = blends && has_flag(r, FLAG_GIVEN_NOISE) ? noise + lane * stride : nullptr;
         one.spatial = spatial;
         one.seed = seed[lane];
         one.step = static_cast<std::uint32_t>(now);
@@ -149,16 +160,17 @@ void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dt
         work += count * (1 + (NOISE_WORK - 1) * ((r[ROW_S] != 0.0f) + draws_known));
     }
 
+    const auto used = static_cast<std::int64_t>(steps.size());
     const std::int64_t chunks = chunks_of(count);
     if (guided && rescale) {
-        std::vector<Moments> part(static_cast<std::size_t>(batch * chunks));
-        for_chunks(batch, count, batch * count, threads,
+        std::vector<Moments> part(static_cast<std::size_t>(used * chunks));
+        for_chunks(used, count, used * count, threads,
                    [&](std::int64_t i, std::int64_t at, std::int64_t begin, std::int64_t end) {
                        const LaneStep& one = steps[static_cast<std::size_t>(i)];
                        part[static_cast<std::size_t>(at)] =
                            one.row[ROW_RESCALE] != 0.0f ? kernels->moments(dtype, one, begin, end) : Moments{};
                    });
-        for (std::int64_t i = 0; i < batch; ++i) {
+        for (std::int64_t i = 0; i < used; ++i) {
             LaneStep& one = steps[static_cast<std::size_t>(i)];
             if (one.row[ROW_RESCALE] == 0.0f || one.guided == 0) continue;
             Moments sum = {};
@@ -167,16 +179,18 @@ void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dt
         }
     }
 
-    std::vector<unsigned char> finite(static_cast<std::size_t>(batch * chunks));
-    for_chunks(batch, count, work, threads, [&](std::int64_t i, std::int64_t at, std::int64_t begin, std::int64_t end) {
+    std::vector<unsigned char> finite(static_cast<std::size_t>(used * chunks));
+    for_chunks(used, count, work, threads, [&](std::int64_t i, std::int64_t at, std::int64_t begin, std::int64_t end) {
         finite[static_cast<std::size_t>(at)] =
             kernels->advance(dtype, steps[static_cast<std::size_t>(i)], begin, end) ? 1 : 0;
     });
+    auto first = finite.begin();
     for (std::int64_t i = 0; i < batch; ++i) {
-        const auto first = finite.begin() + i * chunks;
         const std::int32_t lane = active[i];
+        if (lane < 0) continue;
         if (fault[lane] == -1 && std::find(first, first + chunks, 0) != first + chunks) fault[lane] = step[lane];
         step[lane] += 1;
+        first += chunks;
     }
 }
 

@@ -18,17 +18,18 @@ const HostKernels& find_kernels(const char* isa);
 int thread_count(int asked);
 
 struct HostArena {
-    float* latents;             // [lanes, channels * spatial]
-    float* history;             // [HISTORY, lanes, channels * spatial]
+    float* latents;             // [lanes, stride], of which channels * spatial are used
+    float* history;             // [HISTORY, lanes, stride]
     float* y;                   // as latents, or null
     const float* rows;          // [lanes, row_count, ROW_SIZE]
     std::int32_t* step;         // [lanes]
     const std::uint64_t* seed;  // [lanes]
     std::int32_t* fault;        // [lanes]
     const float* known;         // as latents, or null
-    const float* mask;          // [lanes, spatial], or null
+    const float* mask;          // [lanes, stride / channels], or null
     const float* noise;         // as latents, or null
     std::int64_t lanes, row_count, channels, spatial;
+    std::int64_t stride;  // elements from one lane to the next; stride / channels in mask
     const HostKernels* kernels;
     int threads;
 
@@ -39,7 +40,7 @@ struct HostArena {
     std::vector<std::uint64_t> last_used;  // [lanes]: the last call that named the lane
 
     // Throws std::invalid_argument when something is wrong with the lanes: a slot outside the arena or named twice, a
-    // lane at the end of its table.
+    // lane at the end of its table, a spare position (-1) that comes first.
     void check(const std::int32_t* active, std::int64_t batch);
 
     // Throws std::invalid_argument for a row that uses what is not there: memory that is null, or the model's second
@@ -54,6 +55,14 @@ struct HostArena {
     void advance(const std::int32_t* active, std::int64_t batch, Dtype dtype, const void* output,
                  std::int64_t output_channels, bool guided, bool rescale) const;
 };
+
+// Throws std::invalid_argument for positions that are neither one of `lanes` nor, but for the first, spare (-1).
+void check_active(const std::int32_t* active, std::int64_t batch, std::int64_t lanes);
+
+// The lane whose data a position of the batch is given.
+inline std::int32_t lane_at(const std::int32_t* active, std::int64_t at) {
+    return active[at] < 0 ? active[0] : active[at];
+}
 
 // out[e] = scale * z_e
 void normals(const HostKernels& kernels, int threads, float* out, std::int64_t count, std::uint64_t seed,

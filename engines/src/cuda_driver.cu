@@ -7,7 +7,8 @@
 // `advance` that wrote it could be ahead of one that still has to read; a counter of finished blocks would need atomics
 // and a reset, for about a microsecond.
 //
-// "elements" is channels * spatial of one lane; "output_elements" is that or twice that (learned variance).
+// "elements" is channels * spatial of one lane; "output_elements" is that or twice that (learned variance); "stride" is
+// the number of elements from one lane to the next in the arena, at least "elements".
 //
 // No header of CUDA is used: NVRTC comes without any, and all that the kernels need of them is four conversions.
 #include "dtypes.hpp"
@@ -96,6 +97,9 @@ __device__ void store4(T* target, bool aligned, int n, const float (&in)[4]) {
 __device__ void put_timestep(float* out, float t) { *out = t; }
 __device__ void put_timestep(long long* out, float t) { *out = llrintf(t); }
 
+// The lane whose data a position of the batch is given: a spare position (-1) is given that of the first.
+__device__ int lane_at(const int* active, int at) { return active[at] < 0 ? active[0] : active[at]; }
+
 // The lane's current row, or null when its step lies outside the table (advance notes that as a fault).
 __device__ const float* current_row(const float* rows, int row_count, int lane, int step) {
     if (step < 0 || step >= row_count) return nullptr;
@@ -104,8 +108,8 @@ __device__ const float* current_row(const float* rows, int row_count, int lane, 
 
 template <typename T, typename Time>
 __device__ void prepare(const float* latents, const float* rows, const int* step, const int* active, T* sample,
-                        Time* timestep, int row_count, int elements, int guided) {
-    const int batch = gridDim.y, at = blockIdx.y, lane = active[at];
+                        Time* timestep, int row_count, int elements, int stride, int guided) {
+    const int batch = gridDim.y, at = blockIdx.y, lane = lane_at(active, at);
     const float* row = current_row(rows, row_count, lane, step[lane]);
     if (row == nullptr) return;
     const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
@@ -117,7 +121,7 @@ __device__ void prepare(const float* latents, const float* rows, const int* step
     const int n = elements - element;
     const bool aligned = elements % 4 == 0;
     float x[4];
-    load4(latents + static_cast<long long>(lane) * elements + element, aligned, n, x);
+    load4(latents + static_cast<long long>(lane) * stride + element, aligned && stride % 4 == 0, n, x);
     for (float& value : x) value *= row[ROW_C_IN];
     store4(sample + static_cast<long long>(at) * elements + element, aligned, n, x);
     if (guided) store4(sample + static_cast<long long>(batch + at) * elements + element, aligned, n, x);
@@ -129,7 +133,7 @@ template <typename T>
 __device__ void guidance_factor(const float* rows, const int* step, const int* active, const T* output, float* factors,
                                 int row_count, int elements, int spatial, int output_elements) {
     __shared__ Moments sums[MOMENT_THREADS];
-    const int batch = gridDim.x, at = blockIdx.x, lane = active[at], thread = threadIdx.x;
+    const int batch = gridDim.x, at = blockIdx.x, lane = lane_at(active, at), thread = threadIdx.x;
     const float* row = current_row(rows, row_count, lane, step[lane]);
     const long long guided =
         row == nullptr || row[ROW_RESCALE] == 0.0f ? 0 : guided_elements(row, elements / spatial, spatial);
@@ -169,8 +173,11 @@ template <typename T>
 __device__ void advance(float* latents, float* history, const float* rows, const int* step,
                         const unsigned long long* seed, int* fault, const int* active, const T* output,
                         const float* factors, float* second, const float* known, const float* mask, const float* noise,
-                        int lanes, int row_count, int elements, int spatial, int output_elements, int guided) {
-    const int batch = gridDim.y, at = blockIdx.y, lane = active[at], now = step[lane];
+                        int lanes, int row_count, int elements, int stride, int spatial, int output_elements,
+                        int guided) {
+    const int batch = gridDim.y, at = blockIdx.y, lane = active[at];
+    if (lane < 0) return;
+    const int now = step[lane];
     const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
     const float* row = current_row(rows, row_count, lane, now);
     if (row == nullptr) {
@@ -179,22 +186,22 @@ __device__ void advance(float* latents, float* history, const float* rows, const
     }
     if (element >= elements) return;
     const int n = min(4, elements - element);
-    const bool aligned = elements % 4 == 0;
-    const long long offset = static_cast<long long>(lane) * elements + element;
-    const long long half = static_cast<long long>(lanes) * elements;
-    float* const slot = history + history_slot(now) * half + offset;  // of D3, then of D
-    const float* const slot1 = history + history_slot(now + 2) * half + offset;
-    const float* const slot2 = history + history_slot(now + 1) * half + offset;
+    const bool dense = elements % 4 == 0, aligned = dense && stride % 4 == 0;  // the model's lanes, the arena's
+    const long long offset = static_cast<long long>(lane) * stride + element;
+    const long long past = static_cast<long long>(lanes) * stride;
+    float* const slot = history + history_slot(now) * past + offset;  // of D3, then of D
+    const float* const slot1 = history + history_slot(now + 2) * past + offset;
+    const float* const slot2 = history + history_slot(now + 1) * past + offset;
     const T* const cond = output + static_cast<long long>(at) * output_elements + element;
 
     float x[4], m[4], d[4], next[4];
     load4(latents + offset, aligned, n, x);
-    load4(cond, aligned, n, m);
+    load4(cond, dense, n, m);
     const long long touched = guided ? guided_elements(row, elements / spatial, spatial) : 0;
     if (element < touched) {
         const float factor = factors != nullptr ? factors[at] : 1.0f;
         float u[4];
-        load4(cond + static_cast<long long>(batch) * output_elements, aligned, n, u);
+        load4(cond + static_cast<long long>(batch) * output_elements, dense, n, u);
         for (int k = 0; k < 4; ++k)
             if (element + k < touched) m[k] = factor * guide(row, m[k], u[k]);
     }
@@ -229,7 +236,7 @@ __device__ void advance(float* latents, float* history, const float* rows, const
                      z[2], z[3]);
         if (has_flag(row, FLAG_LEARNED)) {
             if (output_elements == 2 * elements) {
-                load4(cond + elements, aligned, n, scale);
+                load4(cond + elements, dense, n, scale);
                 for (float& value : scale) value = learned_scale(row, value);
             } else {  // the model has no second half
                 spoil(scale);
@@ -252,7 +259,7 @@ __device__ void advance(float* latents, float* history, const float* rows, const
                              z[3]);
                 for (int k = 0; k < 4; ++k) level[k] += row[ROW_KNOWN_S] * z[k];
             }
-            const float* const of_lane = mask + static_cast<long long>(lane) * spatial;
+            const float* const of_lane = mask + static_cast<long long>(lane) * (stride / (elements / spatial));
             for (int k = 0; k < 4; ++k)
                 if (k < n) next[k] = blend(of_lane[(element + k) % spatial], next[k], level[k]);
         }
@@ -268,8 +275,8 @@ __device__ void advance(float* latents, float* history, const float* rows, const
 #define TSTITCH_PREPARE(name, T, Time)                                                                     \
     extern "C" __global__ void prepare_##name(const float* latents, const float* rows, const int* step,    \
                                               const int* active, T* sample, Time* timestep, int row_count, \
-                                              int elements, int guided) {                                  \
-        prepare(latents, rows, step, active, sample, timestep, row_count, elements, guided);               \
+                                              int elements, int stride, int guided) {                      \
+        prepare(latents, rows, step, active, sample, timestep, row_count, elements, stride, guided);       \
     }
 #define TSTITCH_KERNELS(name, T)                                                                                       \
     TSTITCH_PREPARE(name##_float32, T, float)                                                                          \
@@ -279,13 +286,13 @@ __device__ void advance(float* latents, float* history, const float* rows, const
                                int row_count, int elements, int spatial, int output_elements) {                        \
         guidance_factor(rows, step, active, output, factors, row_count, elements, spatial, output_elements);           \
     }                                                                                                                  \
-    extern "C" __global__ void advance_##name(float* latents, float* history, const float* rows, const int* step,      \
-                                              const unsigned long long* seed, int* fault, const int* active,           \
-                                              const T* output, const float* factors, float* y, const float* known,     \
-                                              const float* mask, const float* noise, int lanes, int row_count,         \
-                                              int elements, int spatial, int output_elements, int guided) {            \
+    extern "C" __global__ void advance_##name(                                                                         \
+        float* latents, float* history, const float* rows, const int* step, const unsigned long long* seed,            \
+        int* fault, const int* active, const T* output, const float* factors, float* y, const float* known,            \
+        const float* mask, const float* noise, int lanes, int row_count, int elements, int stride, int spatial,        \
+        int output_elements, int guided) {                                                                             \
         advance(latents, history, rows, step, seed, fault, active, output, factors, y, known, mask, noise, lanes,      \
-                row_count, elements, spatial, output_elements, guided);                                                \
+                row_count, elements, stride, spatial, output_elements, guided);                                        \
     }
 
 TSTITCH_KERNELS(float32, float)
@@ -294,7 +301,28 @@ TSTITCH_KERNELS(bfloat16, Bfloat16)
 
 extern "C" __global__ void next_step(int* step, const int* active, int batch) {
     const int at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at < batch) step[active[at]] += 1;
+    if (at < batch && active[at] >= 0) step[active[at]] += 1;
+}
+
+struct alignas(16) Sixteen {
+    unsigned char bytes[16];
+};
+
+// target[half, i] = source[half, active[i]], rows of bytes; y of the grid is half * batch + i. A thread copies 16
+// bytes: at once where rows start at multiples of 16.
+extern "C" __global__ void gather_rows(const int* active, const unsigned char* source, unsigned char* target, int batch,
+                                       int lanes, unsigned long long row_bytes, unsigned long long source_stride) {
+    const unsigned long long byte = 16 * (blockIdx.x * static_cast<unsigned long long>(blockDim.x) + threadIdx.x);
+    if (byte >= row_bytes) return;
+    const int at = blockIdx.y, half = at / batch;
+    const unsigned long long row = static_cast<unsigned long long>(half) * lanes + lane_at(active, at % batch);
+    source += row * source_stride + byte;
+    target += at * row_bytes + byte;
+    if (row_bytes % 16 == 0 && source_stride % 16 == 0) {
+        *reinterpret_cast<Sixteen*>(target) = *reinterpret_cast<const Sixteen*>(source);
+    } else {
+        for (int k = 0; k < 16 && byte + k < row_bytes; ++k) target[k] = source[k];
+    }
 }
 
 // One lane's latent: scale * z of the initial step.

@@ -68,7 +68,8 @@ class Arena {
     Arena(Array<float> latents, Array<float> history, Array<const float, nb::shape<-1, -1, ROW_SIZE>> rows, Ints step,
           Array<const std::int64_t, nb::ndim<1>> seed, Ints fault, std::optional<Array<float>> y,
           std::optional<Array<const float>> known, std::optional<Array<const float>> mask,
-          std::optional<Array<const float>> noise, int threads, const std::optional<std::string>& isa)
+          std::optional<Array<const float>> noise, std::int64_t spatial, int threads,
+          const std::optional<std::string>& isa)
         : keep_{nb::cast(latents), nb::cast(history), nb::cast(rows),  nb::cast(step), nb::cast(seed),
                 nb::cast(fault),   nb::cast(y),       nb::cast(known), nb::cast(mask), nb::cast(noise)} {
         if (latents.ndim() < 2 || latents.size() == 0)
@@ -81,8 +82,12 @@ class Arena {
         if (rows.shape(0) != lanes || step.size() != lanes || seed.size() != lanes || fault.size() != lanes)
             refuse("rows " + shape_text(rows) + ", step " + shape_text(step) + ", seed " + shape_text(seed) +
                    ", fault " + shape_text(fault) + " must be for the " + std::to_string(lanes) + " lanes of latents");
-        elements_ = static_cast<std::int64_t>(latents.size() / lanes);
+        const auto stride = static_cast<std::int64_t>(latents.size() / lanes);
         channels_ = static_cast<std::int64_t>(latents.shape(1));
+        if (spatial < 0 || spatial > stride / channels_)
+            refuse("spatial " + std::to_string(spatial) + " must be 0 (all) to " + std::to_string(stride / channels_) +
+                   ", the elements of a channel of latents " + shape_text(latents));
+        elements_ = spatial == 0 ? stride : spatial * channels_;
         const auto pointer = [&](const auto& array, const char* name, std::size_t size, const std::string& what) {
             if (array && array->size() != size)
                 refuse(std::string(name) + " " + shape_text(*array) + " must be " + what + " of latents " +
@@ -101,6 +106,7 @@ class Arena {
         all.row_count = static_cast<std::int64_t>(rows.shape(1));
         all.channels = channels_;
         all.spatial = elements_ / channels_;
+        all.stride = stride;
         all.y = pointer(y, "y", size, "the shape");
         all.known = pointer(known, "known", size, "the shape");
         all.mask = pointer(mask, "mask", size / latents.shape(1), "the shape, with one channel,");
@@ -157,6 +163,21 @@ class Arena {
     std::unique_ptr<tstitch_arena, Destroy> arena_;
     std::int64_t elements_ = 0, channels_ = 0;
 };
+
+// target [batch or 2 batch, ...] from source [halves, lanes, bytes of a row].
+void gather_rows(const Arena::ConstInts& active, const Array<const std::uint8_t, nb::ndim<3>>& source,
+                 const AnyArray& target) {
+    const std::size_t batch = active.size();
+    if (batch == 0 || target.ndim() == 0 || target.shape(0) % batch != 0 || target.shape(0) > batch * source.shape(0) ||
+        target.size() == 0 || target.nbytes() / target.shape(0) > source.shape(2))
+        refuse("target " + shape_text(target) + " must have one row, of at most " + std::to_string(source.shape(2)) +
+               " bytes, for each of the " + std::to_string(batch) + " active lanes in 1 to " +
+               std::to_string(source.shape(0)) + " halves");
+    raise_if(tstitch_gather_rows(active.data(), static_cast<std::int64_t>(batch), source.data(),
+                                 static_cast<std::int64_t>(source.shape(1)), static_cast<std::int64_t>(source.shape(2)),
+                                 target.data(), static_cast<std::int64_t>(target.nbytes() / target.shape(0)),
+                                 static_cast<std::int64_t>(target.shape(0) / batch)));
+}
 
 void draw_normals(const Array<float>& out, std::uint64_t seed, std::uint32_t step, float scale, int threads,
                   const std::optional<std::string>& isa) {
@@ -229,14 +250,15 @@ NB_MODULE(_kernels, m) {
         .def(nb::init<Array<float>, Array<float>, Array<const float, nb::shape<-1, -1, ROW_SIZE>>, Arena::Ints,
                       Array<const std::int64_t, nb::ndim<1>>, Arena::Ints, std::optional<Array<float>>,
                       std::optional<Array<const float>>, std::optional<Array<const float>>,
-                      std::optional<Array<const float>>, int, const std::optional<std::string>&>(),
+                      std::optional<Array<const float>>, std::int64_t, int, const std::optional<std::string>&>(),
              "latents"_a.noconvert(), "history"_a.noconvert(), "rows"_a.noconvert(), "step"_a.noconvert(),
              "seed"_a.noconvert(), "fault"_a.noconvert(), "y"_a.noconvert() = nb::none(),
              "known"_a.noconvert() = nb::none(), "mask"_a.noconvert() = nb::none(), "noise"_a.noconvert() = nb::none(),
-             "threads"_a = 0, "isa"_a = nb::none())
+             "spatial"_a = 0, "threads"_a = 0, "isa"_a = nb::none())
         .def("prepare", &Arena::prepare, "active"_a.noconvert(), "sample"_a.noconvert(), "timestep"_a.noconvert(),
              "guided"_a)
         .def("advance", &Arena::advance, "active"_a.noconvert(), "model_output"_a.noconvert(), "guided"_a, "rescale"_a);
+    m.def("gather_rows", &gather_rows, "active"_a.noconvert(), "source"_a.noconvert(), "target"_a.noconvert());
     m.def("normals", &draw_normals, "out"_a.noconvert(), "seed"_a, "step"_a, "scale"_a = 1.0f, "threads"_a = 0,
           "isa"_a = nb::none());
     m.def("philox", &philox);

@@ -1,6 +1,7 @@
 // The C interface (include/tstitch/step.h) over the host driver: checks its arguments and lets no exception out. The
 // Python binding calls the same functions.
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <new>
 #include <stdexcept>
@@ -92,12 +93,18 @@ void require_sizes(const tstitch_lanes& lanes) {
     std::int64_t table = static_cast<std::int64_t>(sizeof(float)) * ROW_SIZE;
     bool large = __builtin_mul_overflow(table, lanes.lanes, &table);
     large = __builtin_mul_overflow(table, lanes.row_count, &table) || large;
-    for (const std::int64_t factor : {lanes.lanes, std::int64_t{2}, lanes.channels, lanes.spatial})
+    const std::int64_t per_channel = lanes.stride / lanes.channels;
+    for (const std::int64_t factor :
+         {lanes.lanes, std::int64_t{2}, lanes.channels, per_channel > lanes.spatial ? per_channel : lanes.spatial})
         large = __builtin_mul_overflow(bytes, factor, &bytes) || large;
     if (large || lanes.lanes > INT32_MAX || lanes.row_count > INT32_MAX)
         refuse("lanes = " + std::to_string(lanes.lanes) + ", row_count = " + std::to_string(lanes.row_count) +
                ", channels = " + std::to_string(lanes.channels) + ", spatial = " + std::to_string(lanes.spatial) +
-               " are more than fits into memory");
+               ", stride = " + std::to_string(lanes.stride) + " are more than fits into memory");
+    if (lanes.stride != 0 && (lanes.stride < lanes.channels * lanes.spatial || lanes.stride % lanes.channels != 0))
+        refuse("stride = " + std::to_string(lanes.stride) + "; allowed is 0, or a multiple of the " +
+               std::to_string(lanes.channels) + " channels from " + std::to_string(lanes.channels * lanes.spatial) +
+               " on");
 }
 
 tstitch_arena* make_arena(const tstitch_lanes& lanes, int threads, const char* isa) {
@@ -123,6 +130,7 @@ tstitch_arena* make_arena(const tstitch_lanes& lanes, int threads, const char* i
     host.row_count = lanes.row_count;
     host.channels = lanes.channels;
     host.spatial = lanes.spatial;
+    host.stride = lanes.stride == 0 ? host.elements() : lanes.stride;
     host.kernels = &find_kernels(isa);
     host.threads = thread_count(threads);
     host.last_used.resize(static_cast<std::size_t>(lanes.lanes));
@@ -157,7 +165,7 @@ tstitch_status tstitch_initial_noise(tstitch_arena* arena, int32_t lane, float s
         const HostArena& host = arena->host;
         if (lane < 0 || lane >= host.lanes)
             refuse("lane = " + std::to_string(lane) + "; allowed is 0 to " + std::to_string(host.lanes - 1));
-        normals(*host.kernels, host.threads, host.latents + lane * host.elements(), host.elements(), host.seed[lane],
+        normals(*host.kernels, host.threads, host.latents + lane * host.stride, host.elements(), host.seed[lane],
                 INITIAL_NOISE_STEP, scale);
     });
 }
@@ -196,6 +204,30 @@ tstitch_status tstitch_advance(tstitch_arena* arena, const int32_t* active, int6
         host.check(active, batch);
         host.check_rows(active, batch, learned);
         host.advance(active, batch, type, model_output, output_channels, guided, rescale);
+    });
+}
+
+tstitch_status tstitch_gather_rows(const int32_t* active, int64_t batch, const void* source, int64_t lanes,
+                                   int64_t source_stride, void* target, int64_t row_bytes, int64_t halves) {
+    return guarded([&] {
+        require_positive(lanes, "lanes");
+        require_positive(row_bytes, "row_bytes");
+        require_positive(halves, "halves");
+        std::int64_t bytes = source_stride;
+        if (source_stride < row_bytes || __builtin_mul_overflow(bytes, lanes, &bytes) ||
+            __builtin_mul_overflow(bytes, halves, &bytes))
+            refuse("source_stride = " + std::to_string(source_stride) + "; allowed is row_bytes (" +
+                   std::to_string(row_bytes) + ") or more, as far as the rows fit into memory");
+        if (!has_lanes(active, batch)) return;
+        require(source, "source");
+        require(target, "target");
+        check_active(active, batch, lanes);
+        const char* const rows = static_cast<const char*>(source);
+        char* out = static_cast<char*>(target);
+        for (std::int64_t half = 0; half < halves; ++half)
+            for (std::int64_t i = 0; i < batch; ++i, out += row_bytes)
+                std::memcpy(out, rows + (half * lanes + lane_at(active, i)) * source_stride,
+                            static_cast<std::size_t>(row_bytes));
     });
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device.base import Device
+from tstitch_engines.device.base import ArenaBuffers, Device
 from tstitch_engines.device.step_row import (
     FLAG_BLEND,
     FLAG_GIVEN_NOISE,
@@ -20,8 +20,19 @@ from tstitch_engines.device.step_row import (
 )
 
 
-def run(device: Device, dtype: str, timestep: str, shape: tuple[int, ...], *, guided: bool) -> list[NDArray[Any]]:
-    """Five steps of rows that use every term, on lanes at different steps; all arrays that the kernels wrote."""
+def run(
+    device: Device,
+    dtype: str,
+    timestep: str,
+    shape: tuple[int, ...],
+    *,
+    guided: bool,
+    largest: tuple[int, ...] | None = None,
+) -> list[NDArray[Any]]:
+    """Five steps of rows that use every term, on lanes at different steps; all arrays that the kernels wrote.
+
+    ``largest``: the latent that the arena has memory for, by default ``shape``.
+    """
     rng = np.random.default_rng(0)
     lanes, steps = 4, 6
     table = rng.uniform(0.2, 0.8, (lanes, steps, len(ROW_FIELDS))).astype(np.float32)
@@ -33,13 +44,14 @@ def run(device: Device, dtype: str, timestep: str, shape: tuple[int, ...], *, gu
     for back, names in enumerate(("CY", "E", "F"), 1):
         table[:, :back, [ROW[name] for letter in names for name in (letter, f"Y{letter}")]] = 0
     table[1::2, :, ROW["FLAGS"]] += FLAG_GIVEN_NOISE
+    room = shape if largest is None else largest
     values: dict[str, tuple[NDArray[Any], str]] = {
-        "latents": (rng.standard_normal((lanes, *shape)).astype(np.float32), "float32"),
-        "history": (np.zeros((HISTORY, lanes, *shape), np.float32), "float32"),
-        "y": (np.zeros((lanes, *shape), np.float32), "float32"),
-        "known": (rng.standard_normal((lanes, *shape)).astype(np.float32), "float32"),
-        "mask": (rng.uniform(0, 1, (lanes, 1, *shape[1:])).astype(np.float32), "float32"),
-        "noise": (rng.standard_normal((lanes, *shape)).astype(np.float32), "float32"),
+        "latents": (rng.standard_normal((lanes, *room)).astype(np.float32), "float32"),
+        "history": (np.zeros((HISTORY, lanes, *room), np.float32), "float32"),
+        "y": (np.zeros((lanes, *room), np.float32), "float32"),
+        "known": (rng.standard_normal((lanes, *room)).astype(np.float32), "float32"),
+        "mask": (rng.uniform(0, 1, (lanes, 1, *room[1:])).astype(np.float32), "float32"),
+        "noise": (rng.standard_normal((lanes, *room)).astype(np.float32), "float32"),
         "rows": (table, "float32"),
         "step": (np.zeros(lanes, np.int32), "int32"),
         "seed": (np.array([1, -2, 3, 2**62], np.int64), "int64"),
@@ -49,9 +61,10 @@ def run(device: Device, dtype: str, timestep: str, shape: tuple[int, ...], *, gu
     for name, (array, kind) in values.items():
         arena[name] = device.empty(array.shape, kind)
         device.upload(arena[name], array)
-    kernels = device.step_kernels(**arena)
-    device.initial_noise(arena["latents"], 1, 5, 2.0)
-    for order in ([0, 1, 2, 3], [3, 1], [2, 3, 0], [1], [3, 0, 1]):
+    kernels = device.step_kernels(ArenaBuffers(**arena), shape)
+    stride = 4 * int(np.prod(room))
+    device.initial_noise(device.view(arena["latents"], stride, (1, *shape), "float32"), 0, 5, 2.0)
+    for order in ([0, 1, 2, 3], [3, 1], [2, 3, -1, 0], [1, -1, -1], [3, 0, 1, -1]):
         total = len(order) * (1 + guided)
         active = device.empty((len(order),), "int32")
         device.upload(active, np.array(order, np.int32))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device.base import Buffer, Device, StepKernels
+from tstitch_engines.device.base import ArenaBuffers, Buffer, Device, StepKernels
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
 
 __all__ = ["LaneArena", "arena_bytes"]
@@ -47,14 +47,16 @@ class LaneArena:
 
     def _kernels(self, **kept: Buffer) -> StepKernels:
         return self._device.step_kernels(
-            **kept,
-            latents=self.latents,
-            history=self.history,
-            rows=self.rows,
-            step=self.step,
-            seed=self.seed,
-            fault=self.fault,
-            y=self.y,
+            ArenaBuffers(
+                **kept,
+                latents=self.latents,
+                history=self.history,
+                rows=self.rows,
+                step=self.step,
+                seed=self.seed,
+                fault=self.fault,
+                y=self.y,
+            )
         )
 
     def shape(self, latent_shape: tuple[int, int, int]) -> None:

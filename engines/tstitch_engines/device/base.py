@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import FailedWork
 
-__all__ = ["ALIGNMENT", "Buffer", "Device", "Download", "Graph", "NotCaptured", "StepKernels", "Stopwatch"]
+__all__ = [
+    "ALIGNMENT",
+    "ArenaBuffers",
+    "Buffer",
+    "Device",
+    "Download",
+    "Graph",
+    "NotCaptured",
+    "StepKernels",
+    "Stopwatch",
+]
 
 ALIGNMENT = 256  # bytes: what TensorRT wants of every address it is given, and what CUDA's allocators give
 
@@ -28,10 +39,39 @@ class Buffer(Protocol):
     def nbytes(self) -> int: ...
 
 
-class StepKernels(Protocol):
-    """``prepare`` and ``advance`` over one arena of lanes (see ``rows`` for the arithmetic).
+@dataclass(frozen=True)
+class ArenaBuffers:
+    """Device memory of ``L`` lanes of latents ``[C,...]`` with tables of up to ``N`` rows.
 
-    Neither synchronises or allocates. ``active`` holds the arena slots of the lanes of this batch, int32 ``[B]``.
+    A smaller latent lies C-contiguous at the start of its slot. ``seed`` holds the bits of a uint64; ``fault`` is
+    -1, or the first step after which the lane's latent was not finite. The optional buffers may be left out where no
+    row uses them: ``y``, the second state, and those of inpainting: ``known`` latents, the ``mask`` (1 = drawn,
+    0 = known), and unit ``noise``.
+    """
+
+    latents: Buffer  # float32 [L,C,...]
+    history: Buffer  # float32 [3,L,C,...]
+    rows: Buffer  # float32 [L,N,25]
+    step: Buffer  # int32 [L]
+    seed: Buffer  # int64 [L]
+    fault: Buffer  # int32 [L]
+    y: Buffer | None = None  # float32 [L,C,...]
+    known: Buffer | None = None  # float32 [L,C,...]
+    mask: Buffer | None = None  # float32 [L,1,...]
+    noise: Buffer | None = None  # float32 [L,C,...]
+
+    def items(self) -> list[tuple[str, Buffer]]:
+        """The buffers that are there, by name."""
+        every = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, buffer) for name, buffer in every if buffer is not None]
+
+
+class StepKernels(Protocol):
+    """``prepare`` and ``advance`` over the lanes of one arena (see ``step_row`` for the arithmetic).
+
+    Neither synchronises or allocates. ``active`` int32 ``[B]`` holds the slots of the lanes of this batch, each at most
+    once. -1 marks a spare position, which fills a batch up: the member is given there what it is given at the first
+    position, which is never spare, and ``advance`` changes nothing.
     """
 
     def prepare(self, active: Buffer, sample: Buffer, timestep: Buffer, *, guided: bool) -> None:
@@ -133,33 +173,19 @@ class Device(Protocol):
         Run ``work`` once before (libraries set things up in their first call), and allocate nothing in it.
         """
 
-    def step_kernels(
-        self,
-        *,
-        latents: Buffer,
-        history: Buffer,
-        rows: Buffer,
-        step: Buffer,
-        seed: Buffer,
-        fault: Buffer,
-        y: Buffer | None = None,
-        known: Buffer | None = None,
-        mask: Buffer | None = None,
-        noise: Buffer | None = None,
-    ) -> StepKernels:
-        """The step kernels over an arena of ``L`` lanes of ``C*H*W`` elements and tables of ``N`` rows.
+    def step_kernels(self, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> StepKernels:
+        """The step kernels over the arena's lanes as latents of ``shape`` ``[C,...]``, at most as large as the arena's.
 
-        ``latents`` float32 ``[L,C,H,W]``; ``history`` float32 ``[3,L,C,H,W]``; ``rows`` float32 ``[L,N,25]``;
-        ``step`` int32 ``[L]``; ``seed`` int64 ``[L]`` (bits of a uint64); ``fault`` int32 ``[L]``: -1, or the step at
-        which a lane's latent first was not finite.
+        Cheap, and meant to be made once for each latent size: lanes of several sizes lie side by side in one arena. By
+        default lanes have the size that the arena was made for. A row that uses an optional buffer which is not there
+        is refused on the host, and a fault on CUDA.
+        """
 
-        What no row uses may be left out: ``y`` float32 ``[L,C,H,W]``, and for the blend ``known`` and ``noise``
-        float32 ``[L,C,H,W]`` and ``mask`` float32 ``[L,1,H,W]`` (1 = drawn, 0 = known). A row that uses what was left
-        out is refused on the host, and a fault on CUDA.
+    def gather_rows(self, active: Buffer, source: Buffer, target: Buffer) -> None:
+        """Copies the active slots' rows of bytes together: ``target[half * B + i] = source[half, active[i]]``.
 
-        Cheap, and meant to be made several times over the same memory: views (``Device.view``) of other ``C``, ``H``
-        and ``W`` at the start of the same blocks, with the same ``L``, give kernels for another latent size. A
-        trajectory stays with the kernels it began with.
+        ``source`` uint8 ``[halves, L, pitch]``; ``target`` of any dtype ``[B or halves * B, ...]``, with rows of at
+        most ``pitch`` bytes. A spare position (-1) gets what the first position gets.
         """
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:

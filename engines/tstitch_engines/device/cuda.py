@@ -20,9 +20,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device.base import ALIGNMENT, Buffer, Stopwatch
+from tstitch_engines.device.base import ALIGNMENT, ArenaBuffers, Buffer, StepKernels, Stopwatch
 from tstitch_engines.device.cuda_graph import CudaGraph, capture
 from tstitch_engines.device.cuda_interop import CudaArray, borrow, foreign_stream
+from tstitch_engines.device.cuda_kernels import (
+    CudaStepKernels,
+    Launcher,
+    enqueue_gather_rows,
+    enqueue_initial_noise,
+    enqueue_scaled_copy,
+    load_module,
+)
 from tstitch_engines.device.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
 from tstitch_engines.errors import BadInput, FailedWork, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
@@ -72,6 +80,11 @@ class CudaDevice:
         self._pinned = Blocks(lambda nbytes: resource.allocate(nbytes, stream=self._stream))
         self._bounces = Blocks(lambda nbytes: self._allocate(nbytes, "a block to copy through", self._side))
         self._module: Any = None
+        self._kernels: dict[str, Any] = {}
+
+    @property
+    def _launch(self) -> Launcher:
+        return Launcher(self._stream, self.calls, self.kernel, self.empty)
 
     @property
     def stream_handle(self) -> int:
@@ -204,44 +217,25 @@ class CudaDevice:
     def _count(self, kind: str) -> None:
         self.calls[kind] += 1
 
-    def step_kernels(
-        self,
-        *,
-        latents: Buffer,
-        history: Buffer,
-        rows: Buffer,
-        step: Buffer,
-        seed: Buffer,
-        fault: Buffer,
-        y: Buffer | None = None,
-        known: Buffer | None = None,
-        mask: Buffer | None = None,
-        noise: Buffer | None = None,
-    ) -> Any:
-        from tstitch_engines.device.cuda_kernels import CudaStepKernels
+    def step_kernels(self, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> StepKernels:
+        return CudaStepKernels(self._launch, arena, shape)
 
-        return CudaStepKernels(
-            self, latents=latents, history=history, rows=rows, step=step, seed=seed, fault=fault,
-            y=y, known=known, mask=mask, noise=noise,
-        )  # fmt: skip
+    def gather_rows(self, active: Buffer, source: Buffer, target: Buffer) -> None:
+        enqueue_gather_rows(self._launch, active, source, target)
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
-        from tstitch_engines.device.cuda_kernels import enqueue_initial_noise
+        enqueue_initial_noise(self._launch, latents, slot, seed, scale)
 
-        enqueue_initial_noise(self, latents, slot, seed, scale)
+    def scaled_copy(self, target: Buffer, source: Buffer, scale: float) -> None:
+        enqueue_scaled_copy(self._launch, target, source, scale)
 
     def kernel(self, name: str) -> Any:
         """The step kernel called ``name``. Raises ``Unavailable`` when this build has none."""
-        if self._module is None:
-            from tstitch_engines.device.cuda_kernels import load_module
-
-            self._module = load_module()
-        return self._module.get_kernel(name)
-
-    def scaled_copy(self, target: Buffer, source: Buffer, scale: float) -> None:
-        from tstitch_engines.device.cuda_kernels import enqueue_scaled_copy
-
-        enqueue_scaled_copy(self, target, source, scale)
+        if name not in self._kernels:
+            if self._module is None:
+                self._module = load_module()
+            self._kernels[name] = self._module.get_kernel(name)
+        return self._kernels[name]
 
     def stopwatch(self) -> Stopwatch:
         return CudaStopwatch(self._stream)

@@ -6,20 +6,23 @@ construction nothing allocates device memory, so ``prepare`` and ``advance`` can
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.base import ArenaBuffers, Buffer
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
 from tstitch_engines.errors import BadInput, Unavailable
 
-if TYPE_CHECKING:
-    from tstitch_engines.device.cuda import CudaDevice
-
 __all__ = [
     "CudaStepKernels",
+    "Launcher",
+    "enqueue_gather_rows",
     "enqueue_initial_noise",
     "enqueue_scaled_copy",
     "fatbin_path",
@@ -61,102 +64,103 @@ def load_module() -> Any:
     return ObjectCode.from_fatbin(path.read_bytes(), name="step_kernels")
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """Puts step kernels into one stream and counts them in ``calls``."""
+
+    stream: Any
+    calls: Counter[str]
+    kernel: Callable[[str], Any]
+    empty: Callable[[tuple[int, ...], str], Buffer]
+
+    def __call__(self, name: str, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+        """Python integers go as 8-byte pointers, numpy scalars as what they are."""
+        from cuda.core import LaunchConfig, launch
+
+        self.calls["launch"] += 1
+        launch(self.stream, LaunchConfig(grid=(*grid, 1), block=(threads, 1, 1)), self.kernel(name), *arguments)
+
+
 class CudaStepKernels:
     """``StepKernels`` on the buffers of one arena, which it keeps alive. An arena is used by one thread at a time."""
 
-    def __init__(
-        self,
-        device: CudaDevice,
-        *,
-        latents: Buffer,
-        history: Buffer,
-        rows: Buffer,
-        step: Buffer,
-        seed: Buffer,
-        fault: Buffer,
-        y: Buffer | None = None,
-        known: Buffer | None = None,
-        mask: Buffer | None = None,
-        noise: Buffer | None = None,
-    ) -> None:
-        lanes, channels = latents.shape[:2]
-        self._elements = int(np.prod(latents.shape[1:]))
-        self._spatial = self._elements // channels
-        if 2 * self._elements >= 2**31:
+    def __init__(self, launch: Launcher, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> None:
+        lanes, *largest = arena.latents.shape
+        self._shape = shape = tuple(largest) if shape is None else shape
+        stride, elements = math.prod(largest), math.prod(shape)
+        if shape[:1] != tuple(largest[:1]) or not 0 < elements <= stride:
             raise BadInput(
-                f"a lane of {self._elements} elements is too large; allowed is less than {2**30}",
+                f"latents {list(shape)} do not fit into an arena of latents {largest}",
+                hint="ask for the arena's channels and at most its size",
+            )
+        if 2 * stride >= 2**31:
+            raise BadInput(
+                f"a lane of {stride} elements is too large; allowed is less than {2**30}",
                 hint="use smaller latents or fewer frames",
             )
+        like = ("float32", arena.latents.shape)
         wanted = {
-            "latents": (latents, "float32", latents.shape),
-            "history": (history, "float32", (HISTORY, *latents.shape)),
-            "rows": (rows, "float32", (lanes, *rows.shape[1:2], len(ROW_FIELDS))),
-            "step": (step, "int32", (lanes,)),
-            "seed": (seed, "int64", (lanes,)),
-            "fault": (fault, "int32", (lanes,)),
-            "y": (y, "float32", latents.shape),
-            "known": (known, "float32", latents.shape),
-            "mask": (mask, "float32", (lanes, 1, *latents.shape[2:])),
-            "noise": (noise, "float32", latents.shape),
+            "latents": like,
+            "history": ("float32", (HISTORY, *arena.latents.shape)),
+            "rows": ("float32", (lanes, *arena.rows.shape[1:2], len(ROW_FIELDS))),
+            "step": ("int32", (lanes,)),
+            "seed": ("int64", (lanes,)),
+            "fault": ("int32", (lanes,)),
+            "y": like,
+            "known": like,
+            "mask": ("float32", (lanes, 1, *largest[1:])),
+            "noise": like,
         }
-        for name, (buffer, dtype, shape) in wanted.items():
-            if buffer is not None:
-                _require(name, buffer, (dtype,), shape)
-        self._device = device
-        self._arena = (latents, history, rows, step, seed, fault)
-        self._optional = (y, known, mask, noise)
+        for name, buffer in arena.items():
+            dtype, size = wanted[name]
+            _require(name, buffer, (dtype,), size)
+        self._launch = launch
+        self._arena = arena
         self._lanes = lanes
-        self._row_count = np.int32(rows.shape[1])
-        self._factors = device.empty((lanes,), "float32")  # one per position in the batch, for the rescale
-        blocks = -(-self._elements // (4 * THREADS))
-        self._grid = (blocks, THREADS)
-        self._kernels = {
-            name: device.kernel(name)
-            for name in (
-                "next_step",
-                *(f"prepare_{model}_{time}" for model in _MODEL_DTYPES for time in _TIMESTEP_DTYPES),
-                *(f"{part}_{model}" for part in ("advance", "guidance_factor") for model in _MODEL_DTYPES),
-            )
-        }
+        self._row_count = np.int32(arena.rows.shape[1])
+        self._elements, self._stride = np.int32(elements), np.int32(stride)
+        self._spatial = np.int32(elements // shape[0])
+        self._factors = launch.empty((lanes,), "float32")  # one per position in the batch, for the rescale
+        self._blocks = -(-elements // (4 * THREADS))
 
     def prepare(self, active: Buffer, sample: Buffer, timestep: Buffer, *, guided: bool) -> None:
         """See ``StepKernels``. Enqueues one kernel."""
         batch = self._batch(active)
         total = 2 * batch if guided else batch
-        _require("sample", sample, _MODEL_DTYPES, (total, *self._arena[0].shape[1:]))
+        _require("sample", sample, _MODEL_DTYPES, (total, *self._shape))
         _require("timestep", timestep, _TIMESTEP_DTYPES, (total,))
-        latents, _, rows, step, _, _ = self._arena
+        arena = self._arena
         self._launch(
-            f"prepare_{sample.dtype}_{timestep.dtype}", (self._grid[0], batch), THREADS,
-            latents.ptr, rows.ptr, step.ptr, active.ptr, sample.ptr, timestep.ptr,
-            self._row_count, np.int32(self._elements), np.int32(guided),
+            f"prepare_{sample.dtype}_{timestep.dtype}", (self._blocks, batch), THREADS,
+            arena.latents.ptr, arena.rows.ptr, arena.step.ptr, active.ptr, sample.ptr, timestep.ptr,
+            self._row_count, self._elements, self._stride, np.int32(guided),
         )  # fmt: skip
 
     def advance(self, active: Buffer, model_output: Buffer, *, guided: bool, rescale: bool) -> None:
         """See ``StepKernels``. Enqueues two kernels, three with ``rescale``."""
         batch = self._batch(active)
         total = 2 * batch if guided else batch
-        channels, *spatial = self._arena[0].shape[1:]
+        channels, *spatial = self._shape
         twice = model_output.shape[1:2] == (2 * channels,)
         _require("model_output", model_output, _MODEL_DTYPES, (total, (1 + twice) * channels, *spatial))
-        latents, history, rows, step, seed, fault = self._arena
-        elements, output_elements = np.int32(self._elements), np.int32(self._elements * (1 + twice))
+        arena, output_elements = self._arena, np.int32(int(self._elements) * (1 + twice))
         rescaled = guided and rescale
         if rescaled:
             self._launch(
                 f"guidance_factor_{model_output.dtype}", (batch, 1), MOMENT_THREADS,
-                rows.ptr, step.ptr, active.ptr, model_output.ptr, self._factors.ptr,
-                self._row_count, elements, np.int32(self._spatial), output_elements,
+                arena.rows.ptr, arena.step.ptr, active.ptr, model_output.ptr, self._factors.ptr,
+                self._row_count, self._elements, self._spatial, output_elements,
             )  # fmt: skip
+        optional = (arena.y, arena.known, arena.mask, arena.noise)
         self._launch(
-            f"advance_{model_output.dtype}", (self._grid[0], batch), THREADS,
-            latents.ptr, history.ptr, rows.ptr, step.ptr, seed.ptr, fault.ptr, active.ptr, model_output.ptr,
-            self._factors.ptr if rescaled else 0,
-            *(0 if part is None else part.ptr for part in self._optional),
-            np.int32(self._lanes), self._row_count, elements, np.int32(self._spatial), output_elements,
+            f"advance_{model_output.dtype}", (self._blocks, batch), THREADS,
+            arena.latents.ptr, arena.history.ptr, arena.rows.ptr, arena.step.ptr, arena.seed.ptr, arena.fault.ptr,
+            active.ptr, model_output.ptr, self._factors.ptr if rescaled else 0,
+            *(0 if part is None else part.ptr for part in optional),
+            np.int32(self._lanes), self._row_count, self._elements, self._stride, self._spatial, output_elements,
             np.int32(guided),
         )  # fmt: skip
-        self._launch("next_step", (-(-batch // THREADS), 1), THREADS, step.ptr, active.ptr, np.int32(batch))
+        self._launch("next_step", (-(-batch // THREADS), 1), THREADS, arena.step.ptr, active.ptr, np.int32(batch))
 
     def _batch(self, active: Buffer) -> int:
         _require("active", active, ("int32",), active.shape[:1])
@@ -167,36 +171,42 @@ class CudaStepKernels:
             )
         return active.shape[0]
 
-    def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
-        _launch(self._device, self._kernels[name], grid, threads, *arguments)
+
+def enqueue_gather_rows(launch: Launcher, active: Buffer, source: Buffer, target: Buffer) -> None:
+    """See ``Device.gather_rows``. Enqueues one kernel."""
+    _require("active", active, ("int32",), active.shape[:1])
+    batch, total = active.shape[0], target.shape[0]
+    halves, lanes, pitch = source.shape
+    row = target.nbytes // max(1, total)
+    if batch == 0 or total % batch or not 1 <= total // batch <= halves or not 1 <= row <= pitch:
+        raise BadInput(
+            f"can't gather {total} rows of {row} bytes for {batch} active lanes from uint8{list(source.shape)}",
+            hint="see Device.gather_rows for the shapes",
+        )
+    launch(
+        "gather_rows", (-(-row // (16 * THREADS)), total), THREADS,
+        active.ptr, source.ptr, target.ptr, np.int32(batch), np.int32(lanes), np.uint64(row), np.uint64(pitch),
+    )  # fmt: skip
 
 
-def enqueue_initial_noise(device: CudaDevice, latents: Buffer, slot: int, seed: int, scale: float) -> None:
+def enqueue_initial_noise(launch: Launcher, latents: Buffer, slot: int, seed: int, scale: float) -> None:
     """Writes ``scale * z`` into lane ``slot`` of ``latents``, in stream order."""
-    elements = int(np.prod(latents.shape[1:]))
-    _launch(
-        device, device.kernel("initial_noise"), (-(-elements // (4 * THREADS)), 1), THREADS,
+    elements = math.prod(latents.shape[1:])
+    launch(
+        "initial_noise", (-(-elements // (4 * THREADS)), 1), THREADS,
         latents.ptr + slot * elements * 4, np.uint64(seed & (2**64 - 1)), np.float32(scale), np.int32(elements),
     )  # fmt: skip
 
 
-def enqueue_scaled_copy(device: CudaDevice, target: Buffer, source: Buffer, scale: float) -> None:
+def enqueue_scaled_copy(launch: Launcher, target: Buffer, source: Buffer, scale: float) -> None:
     """``target = scale * source``, float32, in stream order."""
     _require("source", source, ("float32",), target.shape)
     _require("target", target, ("float32",), source.shape)
-    elements = int(np.prod(target.shape))
-    _launch(
-        device, device.kernel("scaled_copy"), (-(-elements // THREADS), 1), THREADS,
+    elements = math.prod(target.shape)
+    launch(
+        "scaled_copy", (-(-elements // THREADS), 1), THREADS,
         target.ptr, source.ptr, np.float32(scale), np.uint64(elements),
     )  # fmt: skip
-
-
-def _launch(device: CudaDevice, kernel: Any, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
-    """Python integers go as 8-byte pointers, numpy scalars as what they are."""
-    from cuda.core import LaunchConfig, launch
-
-    device.calls["launch"] += 1
-    launch(device.stream, LaunchConfig(grid=(*grid, 1), block=(threads, 1, 1)), kernel, *arguments)
 
 
 def _require(name: str, buffer: Buffer, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device.base import Buffer, Download, Graph, NotCaptured, StepKernels, Stopwatch
+from tstitch_engines.device.base import ArenaBuffers, Buffer, Download, Graph, NotCaptured, StepKernels, Stopwatch
 from tstitch_engines.device.host_memory import HostBuffer, _HostDownload
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import itemsize, storage_dtype
@@ -76,34 +76,15 @@ class HostDevice:
     def capture(self, work: Callable[[], None]) -> Graph:
         raise NotCaptured("the CPU has no graphs", hint="nothing to do: calls cost little there")
 
-    def step_kernels(
-        self,
-        *,
-        latents: Buffer,
-        history: Buffer,
-        rows: Buffer,
-        step: Buffer,
-        seed: Buffer,
-        fault: Buffer,
-        y: Buffer | None = None,
-        known: Buffer | None = None,
-        mask: Buffer | None = None,
-        noise: Buffer | None = None,
-    ) -> StepKernels:
+    def step_kernels(self, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> StepKernels:
         from tstitch_engines.device.host_kernels import HostStepKernels
 
-        return HostStepKernels(
-            latents=_host(latents),
-            history=_host(history),
-            rows=_host(rows),
-            step=_host(step),
-            seed=_host(seed),
-            fault=_host(fault),
-            y=None if y is None else _host(y),
-            known=None if known is None else _host(known),
-            mask=None if mask is None else _host(mask),
-            noise=None if noise is None else _host(noise),
-        )
+        return HostStepKernels(arena, shape)
+
+    def gather_rows(self, active: Buffer, source: Buffer, target: Buffer) -> None:
+        from tstitch_engines.device.host_kernels import gather_rows
+
+        gather_rows(active, source, target)
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
         from tstitch_engines.device.host_kernels import fill_initial_noise

@@ -76,6 +76,7 @@ extern "C" int launch(const char* name, int grid_x, int grid_y, int threads, int
     RUN_ALL(float16)
     RUN_ALL(bfloat16)
     RUN(next_step, false)
+    RUN(gather_rows, false)
     RUN(initial_noise, false)
     RUN(scaled_copy, false)
     return -1;

@@ -97,6 +97,7 @@ int main(int argc, char** argv) {
         .timestep = timestep,
         .row_count = STEPS,
         .elements = ELEMENTS,
+        .stride = ELEMENTS,
         .guided = 0,
     };
     tstitch_cuda_advance after = {
@@ -111,6 +112,7 @@ int main(int argc, char** argv) {
         .lanes = 1,
         .row_count = STEPS,
         .elements = ELEMENTS,
+        .stride = ELEMENTS,
         .spatial = SPATIAL,
         .output_elements = ELEMENTS,
     };

@@ -8,6 +8,7 @@
 #include "check.h"
 
 enum { LANES = 3, BATCH = 2, STEPS = 2, CHANNELS = 3, SPATIAL = 400, ELEMENTS = CHANNELS * SPATIAL };
+enum { ROOM = 404, STRIDE = CHANNELS * ROOM, ROW = 96, PITCH = 128 }; /* lanes lie further apart than their size */
 
 /* Of cuda_on_host/launch.cpp: the number of arguments that the kernel takes. */
 int launch(const char* name, int grid_x, int grid_y, int threads, int count, void** arguments);
@@ -21,16 +22,18 @@ int launch(const char* name, int grid_x, int grid_y, int threads, int count, voi
 #define ALIGNED __attribute__((aligned(16))) /* as the kernels ask for */
 
 typedef struct state {
-    ALIGNED float latents[LANES * ELEMENTS];
-    ALIGNED float history[TSTITCH_HISTORY * LANES * ELEMENTS], y[LANES * ELEMENTS];
+    ALIGNED float latents[LANES * STRIDE];
+    ALIGNED float history[TSTITCH_HISTORY * LANES * STRIDE], y[LANES * STRIDE];
     ALIGNED float sample[2 * BATCH * ELEMENTS];
-    ALIGNED float copy[LANES * ELEMENTS];
+    ALIGNED float copy[LANES * STRIDE];
+    ALIGNED unsigned char gathered[2 * BATCH * ROW];
     ALIGNED int64_t timestep[2 * BATCH];
     int32_t step[LANES], fault[LANES];
 } state;
 
 ALIGNED static float rows[LANES * STEPS * TSTITCH_ROW_SIZE], output[2 * BATCH * 2 * ELEMENTS];
-ALIGNED static float known[LANES * ELEMENTS], mask[LANES * SPATIAL], given[LANES * ELEMENTS];
+ALIGNED static float known[LANES * STRIDE], mask[LANES * ROOM], given[LANES * STRIDE];
+ALIGNED static unsigned char conditioning[2 * LANES * PITCH];
 static const uint64_t seed[LANES] = {1, 2, (uint64_t)-3};
 static const int32_t active[BATCH] = {2, 0};
 
@@ -55,14 +58,16 @@ static void on_host(state* s) {
     all.row_count = STEPS;
     all.channels = CHANNELS;
     all.spatial = SPATIAL;
+    all.stride = STRIDE;
     CHECK_OK(tstitch_arena_create(&all, 1, NULL, &arena));
     CHECK_OK(tstitch_initial_noise(arena, 2, 3.0f));
+    CHECK_OK(tstitch_gather_rows(active, BATCH, conditioning, LANES, PITCH, s->gathered, ROW, 2));
     for (int i = 0; i < STEPS; ++i) {
         CHECK_OK(tstitch_prepare(arena, active, BATCH, s->sample, TSTITCH_FLOAT32, s->timestep, TSTITCH_INT64, true));
         CHECK_OK(tstitch_advance(arena, active, BATCH, output, TSTITCH_FLOAT32, 2 * CHANNELS, true, true));
     }
     tstitch_arena_destroy(arena);
-    for (int i = 0; i < LANES * ELEMENTS; ++i) s->copy[i] = 0.25f * s->latents[i];
+    for (int i = 0; i < LANES * STRIDE; ++i) s->copy[i] = 0.25f * s->latents[i];
 }
 
 static void on_cuda(state* s) {
@@ -74,8 +79,9 @@ static void on_cuda(state* s) {
     tstitch_cuda_advance advance = {0};
     tstitch_cuda_next_step next = {0};
     tstitch_cuda_scaled_copy copy = {0};
+    tstitch_cuda_gather_rows gather = {0};
 
-    noise.latent = address(s->latents + 2 * ELEMENTS);
+    noise.latent = address(s->latents + 2 * STRIDE);
     noise.seed = seed[2];
     noise.scale = 3.0f;
     noise.elements = ELEMENTS;
@@ -88,6 +94,7 @@ static void on_cuda(state* s) {
     prepare.timestep = address(s->timestep);
     prepare.row_count = factor.row_count = advance.row_count = STEPS;
     prepare.elements = factor.elements = advance.elements = ELEMENTS;
+    prepare.stride = advance.stride = STRIDE;
     prepare.guided = advance.guided = 1;
 
     factor.output = advance.output = address(output);
@@ -108,22 +115,32 @@ static void on_cuda(state* s) {
     copy.target = address(s->copy);
     copy.source = address(s->latents);
     copy.scale = 0.25f;
-    copy.elements = LANES * ELEMENTS;
+    copy.elements = LANES * STRIDE;
+
+    gather.active = address(active);
+    gather.source = address(conditioning);
+    gather.target = address(s->gathered);
+    gather.batch = BATCH;
+    gather.lanes = LANES;
+    gather.row_bytes = ROW;
+    gather.source_stride = PITCH;
 
     void* of_noise[] = TSTITCH_CUDA_INITIAL_NOISE_PARAMETERS(noise);
     void* of_prepare[] = TSTITCH_CUDA_PREPARE_PARAMETERS(prepare);
     void* of_factor[] = TSTITCH_CUDA_GUIDANCE_FACTOR_PARAMETERS(factor);
     void* of_advance[] = TSTITCH_CUDA_ADVANCE_PARAMETERS(advance);
     void* of_next[] = TSTITCH_CUDA_NEXT_STEP_PARAMETERS(next);
+    void* of_gather[] = TSTITCH_CUDA_GATHER_ROWS_PARAMETERS(gather);
     void* of_copy[] = TSTITCH_CUDA_SCALED_COPY_PARAMETERS(copy);
     LAUNCH("initial_noise", blocks, 1, TSTITCH_CUDA_THREADS, of_noise);
+    LAUNCH("gather_rows", tstitch_cuda_row_blocks(ROW), 2 * BATCH, TSTITCH_CUDA_THREADS, of_gather);
     for (int i = 0; i < STEPS; ++i) {
         LAUNCH("prepare_float32_int64", blocks, BATCH, TSTITCH_CUDA_THREADS, of_prepare);
         LAUNCH("guidance_factor_float32", BATCH, 1, TSTITCH_CUDA_MOMENT_THREADS, of_factor);
         LAUNCH("advance_float32", blocks, BATCH, TSTITCH_CUDA_THREADS, of_advance);
         LAUNCH("next_step", 1, 1, TSTITCH_CUDA_THREADS, of_next);
     }
-    LAUNCH("scaled_copy", (LANES * ELEMENTS + TSTITCH_CUDA_THREADS - 1) / TSTITCH_CUDA_THREADS, 1, TSTITCH_CUDA_THREADS,
+    LAUNCH("scaled_copy", (LANES * STRIDE + TSTITCH_CUDA_THREADS - 1) / TSTITCH_CUDA_THREADS, 1, TSTITCH_CUDA_THREADS,
            of_copy);
 }
 
@@ -141,23 +158,29 @@ int main(void) {
                                  (i % 2 ? TSTITCH_FLAG_GIVEN_NOISE : 0);
     }
     for (size_t i = 0; i < sizeof output / sizeof output[0]; ++i) output[i] = 2 * uniform() - 1;
-    for (int i = 0; i < LANES * ELEMENTS; ++i) {
+    for (int i = 0; i < LANES * STRIDE; ++i) {
         host.latents[i] = 2 * uniform() - 1;
         known[i] = 2 * uniform() - 1;
         given[i] = 2 * uniform() - 1;
     }
-    for (int i = 0; i < LANES * SPATIAL; ++i) mask[i] = uniform();
+    for (int i = 0; i < LANES * ROOM; ++i) mask[i] = uniform();
+    for (int i = 0; i < 2 * LANES * PITCH; ++i) conditioning[i] = (unsigned char)rand();
     for (int lane = 0; lane < LANES; ++lane) host.fault[lane] = -1;
     cuda = host;
     on_host(&host);
     on_cuda(&cuda);
-    for (int i = 0; i < LANES * ELEMENTS; ++i) {
+    for (int i = 0; i < LANES * STRIDE; ++i) {
         CHECK_CLOSE(cuda.latents[i], host.latents[i], 1e-5);
         CHECK_CLOSE(cuda.copy[i], host.copy[i], 1e-5);
         CHECK_CLOSE(cuda.y[i], host.y[i], 1e-5);
     }
-    for (int i = 0; i < TSTITCH_HISTORY * LANES * ELEMENTS; ++i) CHECK_CLOSE(cuda.history[i], host.history[i], 1e-5);
+    for (int i = 0; i < TSTITCH_HISTORY * LANES * STRIDE; ++i) CHECK_CLOSE(cuda.history[i], host.history[i], 1e-5);
     for (int i = 0; i < 2 * BATCH * ELEMENTS; ++i) CHECK_CLOSE(cuda.sample[i], host.sample[i], 1e-5);
+    for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < BATCH; ++i)
+            CHECK(memcmp(host.gathered + (half * BATCH + i) * ROW, conditioning + (half * LANES + active[i]) * PITCH,
+                         ROW) == 0);
+    CHECK(memcmp(cuda.gathered, host.gathered, sizeof host.gathered) == 0);
     CHECK(memcmp(cuda.timestep, host.timestep, sizeof host.timestep) == 0);
     CHECK(memcmp(cuda.step, host.step, sizeof host.step) == 0);
     CHECK(memcmp(cuda.fault, host.fault, sizeof host.fault) == 0);

@@ -57,9 +57,27 @@ int main(void) {
     REFUSED_WITH(spatial, 0, "spatial = 0");
     REFUSED_WITH(spatial, INT64_MAX / 8, "more than fits into memory");
     REFUSED_WITH(row_count, INT64_MAX / 8, "more than fits into memory");
+    REFUSED_WITH(stride, INT64_MAX / 8, "more than fits into memory");
+    REFUSED_WITH(stride, 9, "stride = 9; allowed is 0, or a multiple of the 3 channels from 12 on");
+    REFUSED_WITH(stride, 13, "stride = 13");
+    REFUSED_WITH(stride, -12, "stride = -12");
 
     REFUSED(tstitch_initial_noise(NULL, 0, 1), "arena is null");
     REFUSED(tstitch_initial_noise(arena, 2, 1), "lane = 2; allowed is 0 to 1");
+#define GATHER(active, batch, source, lanes, stride, target, bytes, halves) \
+    tstitch_gather_rows(active, batch, source, lanes, stride, target, bytes, halves)
+    REFUSED(GATHER(NULL, 2, rows, 2, 8, out, 8, 1), "active is null");
+    REFUSED(GATHER(both, -1, rows, 2, 8, out, 8, 1), "batch = -1");
+    REFUSED(GATHER(both, 2, NULL, 2, 8, out, 8, 1), "source is null");
+    REFUSED(GATHER(both, 2, rows, 2, 8, NULL, 8, 1), "target is null");
+    REFUSED(GATHER(both, 2, rows, 0, 8, out, 8, 1), "lanes = 0");
+    REFUSED(GATHER(both, 2, rows, 2, 8, out, 0, 1), "row_bytes = 0");
+    REFUSED(GATHER(both, 2, rows, 2, 8, out, 8, 0), "halves = 0");
+    REFUSED(GATHER(both, 2, rows, 2, 7, out, 8, 1), "source_stride = 7; allowed is row_bytes (8) or more");
+    REFUSED(GATHER(both, 2, rows, 2, INT64_MAX / 3, out, 8, 2), "as far as the rows fit into memory");
+    REFUSED(GATHER(outside, 1, rows, 2, 8, out, 8, 1), "active[0] = 2 is no lane; allowed is 0 to 1");
+    REFUSED(GATHER(negative, 1, rows, 2, 8, out, 8, 1), "active[0] = -1 is no lane; allowed is 0 to 1");
+    CHECK_OK(GATHER(NULL, 0, NULL, 2, 8, NULL, 8, 1));
     REFUSED(tstitch_normals(NULL, 4, 0, 0, 1, 1, NULL), "out is null");
     REFUSED(tstitch_normals(out, -4, 0, 0, 1, 1, NULL), "count = -4");
 

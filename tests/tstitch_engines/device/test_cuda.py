@@ -18,7 +18,7 @@ import pytest
 from support.step_runs import run
 from tstitch_engines import _kernels
 from tstitch_engines.device import cuda_graph, cuda_kernels
-from tstitch_engines.device.base import Device
+from tstitch_engines.device.base import ArenaBuffers, Device
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
@@ -217,7 +217,7 @@ def test_cuda_reports_a_fault(cuda: Device) -> None:
     output, active = cuda.empty((1, 1, 4, 4), "float32"), cuda.empty((1,), "int32")
     cuda.upload(output, np.zeros((1, 1, 4, 4), np.float32))
     cuda.upload(active, np.zeros(1, np.int32))
-    cuda.step_kernels(**arena).advance(active, output, guided=False, rescale=False)
+    cuda.step_kernels(ArenaBuffers(**arena)).advance(active, output, guided=False, rescale=False)
     np.testing.assert_array_equal(cuda.download(arena["fault"]), 0)
 
 

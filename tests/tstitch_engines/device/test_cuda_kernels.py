@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from support.cuda_stand_in import launch_on_host
 from support.step_runs import run
-from tstitch_engines.device.cuda_kernels import CudaStepKernels, enqueue_initial_noise
+from tstitch_engines.device.base import ArenaBuffers, Buffer
+from tstitch_engines.device.cuda_kernels import (
+    CudaStepKernels,
+    Launcher,
+    enqueue_gather_rows,
+    enqueue_initial_noise,
+)
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.host_memory import HostBuffer
 from tstitch_engines.device.step_row import (
@@ -31,16 +37,18 @@ from tstitch_engines.errors import BadInput
 class WalkedDevice(HostDevice):
     """Host memory, CUDA kernels: what ``CudaDevice`` gives to ``CudaStepKernels``, with launches that walk the grid."""
 
-    stream = None
+    @property
+    def _launch(self) -> Launcher:
+        return Launcher(None, self.calls, str, self.empty)
 
-    def kernel(self, name: str) -> str:
-        return name
+    def step_kernels(self, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> CudaStepKernels:
+        return CudaStepKernels(self._launch, arena, shape)
 
-    def step_kernels(self, **arena: Any) -> CudaStepKernels:
-        return CudaStepKernels(self, **arena)  # type: ignore[arg-type]
+    def gather_rows(self, active: Buffer, source: Buffer, target: Buffer) -> None:
+        enqueue_gather_rows(self._launch, active, source, target)
 
-    def initial_noise(self, latents: Any, slot: int, seed: int, scale: float) -> None:
-        enqueue_initial_noise(self, latents, slot, seed, scale)  # type: ignore[arg-type]
+    def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
+        enqueue_initial_noise(self._launch, latents, slot, seed, scale)
 
 
 @pytest.fixture
@@ -74,6 +82,57 @@ def test_cuda_driver_equals_host_driver(
     compare(got, want)
 
 
+@pytest.mark.parametrize(
+    ("shape", "largest"), [((4, 6, 10), (4, 8, 10)), ((4, 5, 8), (4, 7, 9)), ((4, 5, 7), (4, 5, 8))]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lanes_smaller_than_their_slots(
+    device: WalkedDevice, dtype: str, shape: tuple[int, ...], largest: tuple[int, ...]
+) -> None:
+    """With strides that are multiples of 4, that are none, and elements that are none: against the host driver."""
+    got, want = (run(one, dtype, "int64", shape, guided=True, largest=largest) for one in (device, HostDevice()))
+    if dtype != "float32":
+        del got[5], want[5]
+    compare(got, want)
+
+
+@pytest.mark.parametrize("row", [8, 16, 40, 4096, 16 * 256 + 16, 5000])
+@pytest.mark.parametrize("spare", [0, 24])
+@pytest.mark.parametrize("halves", [1, 2])
+def test_gather_rows_equals_numpy(device: WalkedDevice, row: int, spare: int, halves: int) -> None:
+    """Rows of whole sixteens and others, as long as their slots and shorter, on both drivers."""
+    rng = np.random.default_rng(row)
+    source = HostBuffer((2, 5, row + spare), "uint8")
+    source.array[...] = rng.integers(0, 256, source.shape)
+    active = HostBuffer((4,), "int32")
+    active.array[...] = [3, -1, 0, 4]
+    want = source.array[:halves, [3, 3, 0, 4], :row].reshape(4 * halves, row)
+    for one in (device, HostDevice()):
+        target = HostBuffer((4 * halves, row // 8), "int64")
+        one.gather_rows(active, source, target)
+        np.testing.assert_array_equal(target.array.view(np.uint8), want)
+
+
+@pytest.mark.parametrize(
+    "target", [((3, 2), "int64"), ((12, 2), "int64"), ((4, 3), "int64"), ((0, 2), "int64"), ((4, 0), "int64")]
+)
+def test_gather_rows_refuses(device: WalkedDevice, target: tuple[tuple[int, int], str]) -> None:
+    """No whole number of halves, more than there are, rows longer than a slot's, none at all."""
+    active, source = HostBuffer((4,), "int32"), HostBuffer((2, 5, 16), "uint8")
+    active.array[...] = 0
+    for one in (device, HostDevice()):
+        with pytest.raises(BadInput, match="gather"):
+            one.gather_rows(active, source, HostBuffer(*target))
+
+
+@pytest.mark.parametrize("slots", [[5], [-1, 0], [0, -2]])
+def test_the_host_refuses_to_gather_from_no_lane(slots: list[int]) -> None:
+    active, target = HostBuffer((len(slots),), "int32"), HostBuffer((len(slots), 2), "int64")
+    active.array[...] = slots
+    with pytest.raises(BadInput, match="is no lane; allowed is 0 to 4"):
+        HostDevice().gather_rows(active, HostBuffer((1, 5, 16), "uint8"), target)
+
+
 def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
     shape = (1, 1, 2, 2)
     kinds = {
@@ -90,7 +149,7 @@ def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
 def advance(device: WalkedDevice, parts: dict[str, HostBuffer], channels: int = 1) -> None:
     active, output = device.empty((1,), "int32"), device.empty((1, channels, 2, 2), "float32")
     active.array[...] = output.array[...] = 0
-    device.step_kernels(**parts).advance(active, output, guided=False, rescale=False)
+    device.step_kernels(ArenaBuffers(**parts)).advance(active, output, guided=False, rescale=False)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -151,8 +210,8 @@ def test_wrong_buffers_are_refused(device: WalkedDevice) -> None:
     with pytest.raises(BadInput, match=r"model_output is float32\[1, 3, 2, 2\]; allowed is .* \[1, 1, 2, 2\]"):
         advance(device, parts, channels=3)
     with pytest.raises(BadInput, match=r"history is float32\[1, 1, 2, 2\]; allowed is float32 \[3, 1, 1, 2, 2\]"):
-        device.step_kernels(**{**parts, "history": parts["latents"]})
-    kernels = device.step_kernels(**parts)
+        device.step_kernels(ArenaBuffers(**{**parts, "history": parts["latents"]}))
+    kernels = device.step_kernels(ArenaBuffers(**parts))
     two, output = device.empty((2,), "int32"), device.empty((2, 1, 2, 2), "float32")
     with pytest.raises(BadInput, match="2 active lanes; allowed is 1 to 1"):
         kernels.advance(two, output, guided=False, rescale=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from support import step_reference
 from tstitch_engines import _kernels
 from tstitch_engines.device import step_row as rows
+from tstitch_engines.device.base import ArenaBuffers
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.host_kernels import ISAS, HostStepKernels, fill_initial_noise, normal, philox
 from tstitch_engines.device.host_memory import HostBuffer
@@ -78,8 +79,8 @@ def make_arena(latents: NDArray[np.float32], table: NDArray[np.float32], seeds: 
         "seed": buffer(np.array(seeds, np.uint64).view(np.int64)),
         "fault": buffer(np.full(lanes, -1, np.int32)),
     }
-    arrays: dict[str, Any] = {name: part.array for name, part in {"latents": x, "history": history, **parts}.items()}
-    return Arena(x, history, **parts, kernels=HostStepKernels(**arrays, **options))
+    given = {name: buffer(options.pop(name)) for name in ("known", "mask", "noise") if name in options}
+    return Arena(x, history, **parts, kernels=HostStepKernels(ArenaBuffers(x, history, **parts, **given), **options))
 
 
 def random_table(rng: np.random.Generator, lanes: int, steps: int, *, channels: int, **fixed: float) -> Any:
@@ -485,6 +486,7 @@ def small_arena(**options: Any) -> Arena:
     [
         ([2], (1, 3, 4, 4), "active[0] = 2 is no lane; allowed is 0 to 1"),
         ([-1], (1, 3, 4, 4), "active[0] = -1"),
+        ([0, -2], (2, 3, 4, 4), "active[1] = -2 is no lane; allowed is 0 to 1, or -1 for a spare position"),
         ([0, 1], (1, 3, 4, 4), "must hold 2 lanes"),
         ([0], (1, 4, 4, 4), "[1, 4, 4, 4]"),
     ],
@@ -538,50 +540,49 @@ def test_rows_need_the_memory_they_use(row: dict[str, float], given: tuple[str, 
     table = random_table(np.random.default_rng(0), 1, 1, channels=2)
     for name, value in row.items():
         table[..., ROW[name]] = value
-    more = {name: np.zeros((1, 1, 3, 3) if name == "mask" else shape, np.float32) for name in given}
+    more = {name: buffer(np.zeros((1, 1, 3, 3) if name == "mask" else shape, np.float32)) for name in given}
     arena = make_arena(np.zeros(shape, np.float32), table, [0])
-    parts = {name: getattr(arena, name).array for name in ("history", "rows", "step", "seed", "fault")}
-    kernels = HostStepKernels(latents=arena.x.array, **parts, **more)
+    parts = {name: getattr(arena, name) for name in ("history", "rows", "step", "seed", "fault")}
+    kernels = HostStepKernels(ArenaBuffers(latents=arena.x, **parts, **more))
     with pytest.raises(BadInput) as caught:
         kernels.advance(buffer(np.zeros(1, np.int32)), buffer(np.zeros(shape, np.float32)), guided=False, rescale=False)
     assert says in caught.value.message
     assert arena.step.array[0] == 0
 
 
-def test_kernels_of_several_sizes_share_memory() -> None:
-    """Views of other heights and widths over one arena: each walks as in an arena of its own."""
+def test_lanes_of_several_sizes_lie_side_by_side() -> None:
+    """Each walks as in an arena of its own, bit for bit, and writes nothing outside its own latent."""
     rng = np.random.default_rng(9)
-    lanes, steps, largest = 2, 5, (2, 12, 10)
-    table = random_table(rng, lanes, steps, channels=2, **KINDS["y-of-history"] | {"S": 0.3})
-    seeds = np.array([3, 4], np.int64)
-    device = HostDevice()
-
-    blocks = {
-        name: device.empty((n * lanes * 240,), "float32") for name, n in (("latents", 1), ("history", 3), ("y", 1))
-    }
-    for block in blocks.values():
-        block.array[...] = np.nan
-    counters = {
-        "rows": buffer(table), "step": buffer(np.zeros(lanes, np.int32)), "seed": buffer(seeds),
-        "fault": buffer(np.full(lanes, -1, np.int32)),
-    }  # fmt: skip
-    for shape in (largest, (2, 5, 7), (2, 12, 10), (1, 3, 3)):
-        views = {
-            name: device.view(block, 0, ((HISTORY, lanes, *shape) if name == "history" else (lanes, *shape)), "float32")
-            for name, block in blocks.items()
-        }
-        kernels = device.step_kernels(**views, **counters)
-        latents = rng.standard_normal((lanes, *shape)).astype(np.float32)
-        alone = make_arena(latents, table, seeds.tolist())
-        views["latents"].array[...] = latents
-        counters["step"].array[...] = 0
-        active = buffer(np.arange(lanes, dtype=np.int32))
-        for _ in range(steps):
-            output = buffer(rng.standard_normal(latents.shape).astype(np.float32))
-            for one in (kernels, alone.kernels):
-                one.advance(active, output, guided=False, rescale=False)
-        np.testing.assert_array_equal(views["latents"].array, alone.x.array)
-        assert np.isfinite(alone.x.array).all()
+    shapes, steps, largest = [(2, 12, 10), (2, 5, 7), (2, 9, 10), (2, 1, 2)], 5, (2, 12, 10)
+    lanes = len(shapes)
+    table = random_table(rng, lanes, steps, channels=2, **KINDS["y-of-history"] | {"S": 0.3, "GUIDED_CHANNELS": 1})
+    shared = make_arena(np.full((lanes, *largest), np.nan, np.float32), table, list(range(lanes)))
+    buffers = ArenaBuffers(shared.x, shared.history, shared.rows, shared.step, shared.seed, shared.fault, shared.y)
+    alone = []
+    for slot, shape in enumerate(shapes):
+        latents = rng.standard_normal((1, *shape)).astype(np.float32)
+        shared.x.array[slot].reshape(-1)[: latents.size] = latents.reshape(-1)
+        alone.append((HostStepKernels(buffers, shape), make_arena(latents, table[slot : slot + 1], [slot])))
+    for _ in range(steps):
+        for slot, (kernels, own) in enumerate(alone):
+            output = buffer(rng.standard_normal((4, *shapes[slot])).astype(np.float32))
+            kernels.advance(buffer(np.array([slot, -1], np.int32)), output, guided=True, rescale=True)
+            half = buffer(output.array[[0, 2]])
+            own.kernels.advance(buffer(np.zeros(1, np.int32)), half, guided=True, rescale=True)
+    for slot, (kernels, own) in enumerate(alone):
+        for ours, theirs in ((shared.x, own.x), (shared.y, own.y)):
+            flat, size = ours.array[slot].reshape(-1), theirs.array.size
+            np.testing.assert_array_equal(flat[:size], theirs.array.reshape(-1))
+            assert np.isnan(flat[size:]).all()
+        ours = shared.history.array[:, slot].reshape(HISTORY, -1)
+        size = own.x.array.size
+        np.testing.assert_array_equal(ours[:, :size], own.history.array.reshape(HISTORY, -1))
+        assert np.isnan(ours[:, size:]).all()
+        sample, times = HostBuffer((2, *shapes[slot]), "float32"), HostBuffer((2,), "int64")
+        shared.step.array[slot] = 0
+        kernels.prepare(buffer(np.array([slot, -1], np.int32)), sample, times, guided=False)
+        np.testing.assert_array_equal(sample.array[0], sample.array[1])  # a spare position is given the first
+    np.testing.assert_array_equal(shared.fault.array, -1)
 
 
 @pytest.mark.parametrize(
@@ -603,10 +604,7 @@ def test_prepare_refuses(sample: Any, timestep: Any, says: str) -> None:
 
 def test_an_arena_that_does_not_fit_together_is_refused() -> None:
     arena = small_arena()
-    good: dict[str, Any] = {
-        "latents": arena.x.array, "history": arena.history.array, "rows": arena.rows.array,
-        "step": arena.step.array, "seed": arena.seed.array, "fault": arena.fault.array, "y": arena.y.array,
-    }  # fmt: skip
+    good = ArenaBuffers(arena.x, arena.history, arena.rows, arena.step, arena.seed, arena.fault, arena.y)
     wrong = {
         "history": arena.history.array[:2],
         "y": arena.y.array[:1],
@@ -620,11 +618,14 @@ def test_an_arena_that_does_not_fit_together_is_refused() -> None:
     }
     for name, value in wrong.items():
         with pytest.raises(BadInput, match="no arena of lanes"):
-            HostStepKernels(**{**good, name: value})
+            HostStepKernels(replace(good, **{name: HostBuffer(value.shape, str(value.dtype), value)}))
+    for shape in ((2, 4, 4), (3, 4, 5), (3, 0, 4)):
+        with pytest.raises(BadInput, match="no arena of lanes"):
+            HostStepKernels(good, shape)
     with pytest.raises(BadInput, match="no instruction set 'mmx'; allowed are"):
-        HostStepKernels(**good, isa="mmx")
+        HostStepKernels(good, isa="mmx")
     with pytest.raises(BadInput, match="threads = -1"):
-        HostStepKernels(**good, threads=-1)
+        HostStepKernels(good, threads=-1)
 
 
 def test_buffers_of_another_device_are_refused() -> None:

@@ -4,7 +4,7 @@
  * needs nothing of CUDA's. The arrays are those of tstitch_lanes (tstitch/step.h) in device memory. One step, in the
  * order of one stream:
  *
- *     prepare -> your engine -> [guidance_factor] -> advance -> next_step
+ *     [gather_rows ...] -> prepare -> your engine -> [guidance_factor] -> advance -> next_step
  *
  * Nothing in it reads the host or waits, so it may be captured into a CUDA graph that is then replayed for every step.
  *
@@ -21,16 +21,18 @@
  *     guidance_factor_OUTPUT        batch                           TSTITCH_CUDA_MOMENT_THREADS
  *     advance_OUTPUT                tstitch_cuda_blocks(e), batch   TSTITCH_CUDA_THREADS
  *     next_step                     (batch + T - 1) / T             TSTITCH_CUDA_THREADS
+ *     gather_rows                   tstitch_cuda_row_blocks(bytes), TSTITCH_CUDA_THREADS
+ *                                   halves * batch
  *     initial_noise                 tstitch_cuda_blocks(e)          TSTITCH_CUDA_THREADS
  *     scaled_copy                   (elements + T - 1) / T          TSTITCH_CUDA_THREADS
  *
  * SAMPLE and OUTPUT: float32, float16, bfloat16; TIMESTEP: float32, int64.
  *
  * "elements" (e) is channels * spatial of one lane, below 2^30; "output_elements" is that, or twice that for a model
- * that predicts its variance. Arrays are aligned to 16 bytes. The kernels can't check what the host driver refuses:
- * active holds lanes of the arena, each at most once. A lane whose step lies outside its table, a row with
- * TSTITCH_FLAG_LEARNED without the model's second half, a row that uses an array which is 0, and a latent that is not
- * finite are noted in fault.
+ * that predicts its variance. "stride" is that of tstitch_lanes, but never 0. Arrays are aligned to 16 bytes. The
+ * kernels can't check what the host driver refuses: active holds lanes of the arena, each at most once, and -1 for
+ * spare positions after the first. A lane whose step lies outside its table, a row with TSTITCH_FLAG_LEARNED without
+ * the model's second half, a row that uses an array which is 0, and a latent that is not finite are noted in fault.
  */
 #ifndef TSTITCH_CUDA_H
 #define TSTITCH_CUDA_H
@@ -48,15 +50,19 @@ static inline unsigned tstitch_cuda_blocks(int64_t elements) {
     return (unsigned)((elements + 4 * TSTITCH_CUDA_THREADS - 1) / (4 * TSTITCH_CUDA_THREADS));
 }
 
+static inline unsigned tstitch_cuda_row_blocks(uint64_t row_bytes) {
+    return (unsigned)((row_bytes + 16 * TSTITCH_CUDA_THREADS - 1) / (16 * TSTITCH_CUDA_THREADS));
+}
+
 /* See tstitch_prepare. */
 typedef struct tstitch_cuda_prepare {
     tstitch_cuda_pointer latents, rows, step, active; /* float, float, int32, int32 */
     tstitch_cuda_pointer sample, timestep;            /* written */
-    int32_t row_count, elements, guided;
+    int32_t row_count, elements, stride, guided;
 } tstitch_cuda_prepare;
 #define TSTITCH_CUDA_PREPARE_PARAMETERS(a)                                   \
     {&(a).latents,  &(a).rows,      &(a).step,     &(a).active, &(a).sample, \
-     &(a).timestep, &(a).row_count, &(a).elements, &(a).guided}
+     &(a).timestep, &(a).row_count, &(a).elements, &(a).stride, &(a).guided}
 
 /* Only where rows have a RESCALE: writes one factor for each position of the batch, which advance then reads. */
 typedef struct tstitch_cuda_guidance_factor {
@@ -73,13 +79,13 @@ typedef struct tstitch_cuda_advance {
     tstitch_cuda_pointer latents, history, rows, step, seed, fault, active, output;
     tstitch_cuda_pointer factors;               /* of guidance_factor, or 0: no rescale */
     tstitch_cuda_pointer y, known, mask, noise; /* or 0 where no row uses them */
-    int32_t lanes, row_count, elements, spatial, output_elements, guided;
+    int32_t lanes, row_count, elements, stride, spatial, output_elements, guided;
 } tstitch_cuda_advance;
-#define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                                          \
-    {&(a).latents, &(a).history, &(a).rows,      &(a).step,     &(a).seed,    &(a).fault,           \
-     &(a).active,  &(a).output,  &(a).factors,   &(a).y,        &(a).known,   &(a).mask,            \
-     &(a).noise,   &(a).lanes,   &(a).row_count, &(a).elements, &(a).spatial, &(a).output_elements, \
-     &(a).guided}
+#define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                                         \
+    {&(a).latents,         &(a).history, &(a).rows,      &(a).step,     &(a).seed,   &(a).fault,   \
+     &(a).active,          &(a).output,  &(a).factors,   &(a).y,        &(a).known,  &(a).mask,    \
+     &(a).noise,           &(a).lanes,   &(a).row_count, &(a).elements, &(a).stride, &(a).spatial, \
+     &(a).output_elements, &(a).guided}
 
 /* Adds 1 to the step of each active lane. */
 typedef struct tstitch_cuda_next_step {
@@ -88,9 +94,18 @@ typedef struct tstitch_cuda_next_step {
 } tstitch_cuda_next_step;
 #define TSTITCH_CUDA_NEXT_STEP_PARAMETERS(a) {&(a).step, &(a).active, &(a).batch}
 
+/* See tstitch_gather_rows. Rows are copied 16 bytes at once where row_bytes and source_stride are multiples of 16. */
+typedef struct tstitch_cuda_gather_rows {
+    tstitch_cuda_pointer active, source, target; /* int32, bytes, bytes */
+    int32_t batch, lanes;
+    uint64_t row_bytes, source_stride;
+} tstitch_cuda_gather_rows;
+#define TSTITCH_CUDA_GATHER_ROWS_PARAMETERS(a) \
+    {&(a).active, &(a).source, &(a).target, &(a).batch, &(a).lanes, &(a).row_bytes, &(a).source_stride}
+
 /* Writes scale * z into one lane's latent. */
 typedef struct tstitch_cuda_initial_noise {
-    tstitch_cuda_pointer latent; /* of the lane: latents + lane * elements * 4 bytes */
+    tstitch_cuda_pointer latent; /* of the lane: latents + lane * stride * 4 bytes */
     uint64_t seed;
     float scale;
     int32_t elements;

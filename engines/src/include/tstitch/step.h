@@ -113,7 +113,11 @@ TSTITCH_API const char* tstitch_version(void); /* "major.minor.patch" */
 /* ---------------------------------------------------------------------------------------------------------- arena */
 
 /* The caller's memory, C-contiguous and naturally aligned; no two arrays overlap. Set unused fields to 0. spatial is
- * height * width (times frames): its shape does not matter here. Read here only: rows, seed. */
+ * height * width (times frames): its shape does not matter here. Read here only: rows, seed.
+ *
+ * Lanes may lie further apart than their elements: stride is the number of elements from one lane to the next in
+ * latents, history, y, known and noise, and stride / channels that in mask; 0 means channels * spatial. So arenas of
+ * several latent sizes can share the same arrays: each lane is used through the arena of its size. */
 typedef struct tstitch_lanes {
     float* latents;       /* [lanes, channels, spatial] */
     float* history;       /* [TSTITCH_HISTORY, lanes, channels, spatial]; need not be initialised */
@@ -127,6 +131,7 @@ typedef struct tstitch_lanes {
     const float* known; /* [lanes, channels, spatial]: x0 of the blend */
     const float* mask;  /* [lanes, 1, spatial]: 1 where the picture is drawn, 0 where it is known */
     const float* noise; /* [lanes, channels, spatial]: z0 of the blend, unit Gaussian */
+    int64_t stride;     /* 0, or a multiple of channels, at least channels * spatial */
 } tstitch_lanes;
 
 typedef struct tstitch_arena tstitch_arena;
@@ -141,7 +146,12 @@ TSTITCH_API void tstitch_arena_destroy(tstitch_arena* arena); /* null is allowed
 /* Writes scale * z into the lane's latent; z is keyed by seed[lane] and TSTITCH_INITIAL_NOISE_STEP. */
 TSTITCH_API tstitch_status tstitch_initial_noise(tstitch_arena* arena, int32_t lane, float scale);
 
-/* The model's input from the lanes active[0 .. batch - 1], each at most once, at their own steps:
+/* active[0 .. batch - 1] are the lanes of a call, each at most once. -1 is a spare position, which fills a batch up;
+ * the first position is none. The model is given there what it is given at the first position, and advance changes
+ * nothing.
+ */
+
+/* The model's input from the active lanes at their own steps:
  *     sample[i] = C_IN * latents[active[i]], rounded to sample_dtype;  timestep[i] = T, to the nearest for
  * TSTITCH_INT64. With guided both arrays hold 2 * batch entries: i and batch + i are the same, for the conditional and
  * the unconditional half. sample is [batch or 2 * batch, channels, spatial]. */
@@ -157,6 +167,13 @@ TSTITCH_API tstitch_status tstitch_prepare(tstitch_arena* arena, const int32_t* 
 TSTITCH_API tstitch_status tstitch_advance(tstitch_arena* arena, const int32_t* active, int64_t batch,
                                            const void* model_output, tstitch_dtype dtype, int64_t output_channels,
                                            bool guided, bool rescale);
+
+/* Rows of bytes that each lane has, such as its conditioning, gathered for a batch:
+ *     target[half, i] = source[half, active[i]]    for half in [0, halves) and i in [0, batch)
+ * source is [halves, lanes] rows that start source_stride bytes apart, target [halves, batch] rows of row_bytes without
+ * gaps. */
+TSTITCH_API tstitch_status tstitch_gather_rows(const int32_t* active, int64_t batch, const void* source, int64_t lanes,
+                                               int64_t source_stride, void* target, int64_t row_bytes, int64_t halves);
 
 /* --------------------------------------------------------------------------------------------------------- random */
 
