@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.progress import Progress
 from tstitch_trt.study.machine import Machine, describe_machine
-from tstitch_trt.study.quality.meter import QualityMeter
+from tstitch_trt.study.quality.scorer import Scorer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +57,7 @@ def run(
     classes = runtime.manifest.conditioning.classes
     labels = [i % classes for i in range(samples)]
     batch = max(1, runtime.batch_limit // (1 if guidance == 1 else 2))
-    meter = QualityMeter.of(runtime.bundle)
+    scorer = Scorer.of(runtime.bundle, ("fid", "accuracy"))
     plans = [runtime.plan(fraction=f, steps=steps, guidance=guidance) for f in FRACTIONS]
     images: list[list[NDArray[np.uint8]]] = [[] for _ in FRACTIONS]
     times: list[list[float]] = [[] for _ in FRACTIONS]
@@ -77,7 +77,8 @@ def run(
     costs = [statistics.median(t) for t in times]
     points = []
     for fraction, plan, cost, drawn_images in zip(FRACTIONS, plans, costs, pictures, strict=True):
-        score = meter.score(*meter.extract(drawn_images), labels)
+        features = scorer.extract(drawn_images, labels=labels)
+        frechet, accuracy = (scorer.measure(features, name, resamples=2).value for name in ("fid", "accuracy"))
         names = plan.schedule.names
         points.append(
             Point(
@@ -86,8 +87,8 @@ def run(
                 members={name: names.count(name) for name in dict.fromkeys(names)},
                 ms_per_image=cost,
                 speedup=costs[0] / cost,
-                accuracy=score.accuracy,
-                frechet=score.frechet,
+                accuracy=accuracy,
+                frechet=frechet,
             )
         )
     figures = Demo(

@@ -17,7 +17,7 @@ from tstitch_trt.plan.plan import Plan
 from tstitch_trt.runtime.result import StepEvent
 from tstitch_trt.runtime.runtime import Runtime
 
-__all__ = ["Asked", "Drawn", "draw", "enlarged", "kept", "warm_up"]
+__all__ = ["Asked", "FractionImages", "draw", "enlarged", "kept", "warm_up"]
 
 _SMALLEST: Final = 224  # pixels a side; smaller pictures are enlarged for the page, pixel by pixel
 
@@ -38,7 +38,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class FractionImages:
     """One image per seed at one fraction, uint8 ``[N,H,W,C]``; ``ms``: per image, without decoding."""
 
     fraction: float
@@ -53,7 +53,7 @@ class Drawn:
         return f"{self.fraction:.0%}: {members}, {self.ms:,.0f} ms per image"
 
 
-def draw(runtime: Runtime, asked: Asked, fractions: Sequence[float], progress: Progress) -> Iterator[Drawn]:
+def draw(runtime: Runtime, asked: Asked, fractions: Sequence[float], progress: Progress) -> Iterator[FractionImages]:
     """Each fraction in turn, in the order given. Raises what ``sample`` raises."""
     plans = [runtime.plan(fraction=fraction, **asked.settings()) for fraction in fractions]
     for index, (fraction, plan) in enumerate(zip(fractions, plans, strict=True)):
@@ -64,7 +64,7 @@ def draw(runtime: Runtime, asked: Asked, fractions: Sequence[float], progress: P
 
         drawn = runtime.sample(**asked.pictures, seed=asked.seed, fraction=fraction, callback=tell, **asked.settings())
         assert drawn.images is not None, "bundles without a decoder are refused before"
-        yield Drawn(fraction, plan, drawn.images, drawn.total_ms / len(drawn.images))
+        yield FractionImages(fraction, plan, drawn.images, drawn.total_ms / len(drawn.images))
 
 
 def warm_up(runtime: Runtime, pictures: Mapping[str, Any], guidance: float) -> None:

@@ -9,7 +9,9 @@ import scipy.linalg
 from support.networks import means_network
 from tstitch_engines.errors import BadInput
 from tstitch_trt.study.quality.gaussian import Gaussian, frechet_distance, gaussian_of
-from tstitch_trt.study.quality.meter import QualityMeter, accuracy
+from tstitch_trt.study.quality.network import FeatureNetwork
+from tstitch_trt.study.quality.real_images import read_reference
+from tstitch_trt.study.quality.scorer import Scorer
 
 
 def by_scipy(a: Gaussian, b: Gaussian) -> float:
@@ -63,20 +65,26 @@ def test_features_of_two_networks_are_refused() -> None:
         frechet_distance(some_gaussian(0, 2, 9), some_gaussian(0, 3, 9))
 
 
-def test_accuracy_is_the_share_of_labels_that_win() -> None:
-    logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
-    assert accuracy(logits, np.array([1, 0, 0, 0])) == 0.75
-
-
-def test_the_meter_feeds_images_in_minus_one_to_one(tmp_path: Path) -> None:
-    network, reference = means_network(tmp_path, channels=2)
-    meter = QualityMeter(network, reference)
+def test_a_scorer_feeds_images_in_minus_one_to_one(tmp_path: Path) -> None:
+    path, reference = means_network(tmp_path, channels=2)
+    network = FeatureNetwork(path)
+    real = read_reference(reference, network, picture=None)
+    scorer = Scorer(("fid", "accuracy"), network=network, reference=real, classifier=network)
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 2), np.uint8)
-    features, logits = meter.extract(images)
     want = (images / 127.5 - 1).mean((1, 2))
-    np.testing.assert_allclose(features, want, atol=1e-6)
-    score = meter.score(features, logits, want.argmax(1))
-    assert score.accuracy == 1.0
-    assert score.samples == 7
+    features = scorer.extract(images, labels=want.argmax(1).tolist())
+    np.testing.assert_allclose(features["features"], want, atol=1e-6)
+    assert scorer.measure(features, "accuracy").value == 1.0
     known = Gaussian(np.zeros(2), np.eye(2), 10)
-    assert score.frechet == pytest.approx(by_scipy(gaussian_of(features), known), rel=1e-6)
+    distance = scorer.measure(features, "fid").value
+    assert distance == pytest.approx(by_scipy(gaussian_of(features["features"]), known), rel=1e-6)
+
+
+def test_accuracy_is_the_share_of_labels_that_win(tmp_path: Path) -> None:
+    path, _ = means_network(tmp_path, channels=2)
+    scorer = Scorer(("accuracy",), classifier=FeatureNetwork(path))
+    images = np.zeros((4, 4, 4, 2), np.uint8)
+    images[[0, 1, 3], ..., [1, 0, 0]] = 200  # the channel that is brighter wins
+    images[2, ..., 1] = 200
+    found = scorer.extract(images, labels=[1, 0, 0, 0])
+    assert scorer.measure(found).value == 0.75
