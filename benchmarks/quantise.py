@@ -41,12 +41,7 @@ def main() -> None:
             print(f"{options.member} to {mode}, {method}", file=sys.stderr)
             output = Path(folder) / f"{mode}-{method}.bundle"
             made = quantise(
-                source,
-                member=options.member,
-                mode=mode,
-                calibration=method,
-                samples=options.samples,
-                output=output,
+                source, member=options.member, mode=mode, calibration=method, samples=options.samples, output=output
             ).members[options.member]
             words = ["--member", options.member, "--mode", mode, "--calibration", method]
             words += ["--samples", str(options.samples), "-o", "NEW"]

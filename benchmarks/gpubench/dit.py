@@ -96,12 +96,7 @@ def _checked(case: DitCase) -> list[int]:
 
 
 def _reference(
-    context: Context,
-    case: DitCase,
-    plans: dict[float, Plan],
-    noise: NDArray[np.float32],
-    labels: list[int],
-    path: Any,
+    context: Context, case: DitCase, plans: dict[float, Plan], noise: NDArray[np.float32], labels: list[int], path: Any
 ) -> Entry:
     """PyTorch in float32 (no TF32) on the images that are compared."""
     import torch

@@ -55,11 +55,7 @@ def _compare(context: Context, case: DitCase, backend: str) -> Entry:
         walks = {}
         for mode in ("step", "segment"):
             runtime = tstitch_trt.load(
-                bundle,
-                device=context.device,
-                backend=backend,
-                graph=mode if context.cuda else "auto",
-                verify="size",
+                bundle, device=context.device, backend=backend, graph=mode if context.cuda else "auto", verify="size"
             )
             walks[mode] = OurWalk(stack.enter_context(runtime), case, noise, labels)
         for fraction in case.fractions:

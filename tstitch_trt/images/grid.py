@@ -37,12 +37,7 @@ def grid(images_NHWC: Pixels, *, columns: int | None = None, gap: int = 2, scale
 
 
 def labelled_rows(
-    rows: Sequence[tuple[str, Pixels]],
-    *,
-    heads: Sequence[str] = (),
-    scale: int = 2,
-    gap: int = 2,
-    text_size: int = 13,
+    rows: Sequence[tuple[str, Pixels]], *, heads: Sequence[str] = (), scale: int = 2, gap: int = 2, text_size: int = 13
 ) -> Image:
     """One row of images per entry, its text (lines split by newlines) to the left, ``heads`` above the columns."""
     from PIL import Image, ImageDraw, ImageFont

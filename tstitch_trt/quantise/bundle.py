@@ -36,8 +36,7 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
     for part in msgspec.structs.replace(old, members=others).components():
         if copy_component(bundle.path(part), staging, part.path) != part:
             raise BadBundle(
-                f"{bundle.path(part)} was altered meanwhile",
-                hint=f"build it again: {bundle.rebuild_command}",
+                f"{bundle.path(part)} was altered meanwhile", hint=f"build it again: {bundle.rebuild_command}"
             )
     backend = open_backend("onnxruntime")
     records: tuple[EngineRecord, ...] = ()

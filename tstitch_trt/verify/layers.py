@@ -119,14 +119,7 @@ def first_difference(
         compared_tensors += 1
         error = measure_error(got, want)
         if first is None and not error.within(limit):
-            first = LayerDifference(
-                position=layer.position,
-                nodes=layers[-1].position,
-                node=layer.node,
-                op=layer.op,
-                tensor=layer.tensor,
-                error=error,
-            )
+            first = LayerDifference(**layer._asdict(), nodes=layers[-1].position, error=error)
     return LayerCheck(member=member, compared=compared, limit=limit, tensors=compared_tensors, first=first)
 
 

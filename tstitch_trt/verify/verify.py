@@ -100,6 +100,17 @@ def verify(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-verify-")))
         references: References | None = None
+
+        def opened_references() -> References:
+            nonlocal references
+            if references is None:
+                references = References(
+                    opened, samples=samples, seed=seed, threads=threads, folder=folder, checkpoints=given
+                )
+                stack.callback(references.close)
+                notes["onnxruntime"] = references.version
+            return references
+
         for index, (name, record) in enumerate(chosen):
             what = f"{name}, {record.identity.backend}"
             progress(what, index / len(chosen))
@@ -108,19 +119,14 @@ def verify(
             comparisons: tuple[Comparison, ...] = ()
             if engine_check.runner is not None:
                 stack.callback(engine_check.close)
-                if references is None:
-                    references = References(
-                        opened, samples=samples, seed=seed, threads=threads, folder=folder, checkpoints=given
-                    )
-                    stack.callback(references.close)
-                    notes["onnxruntime"] = references.version
+                against = opened_references()
                 progress(f"recording a trajectory for {name}", index / len(chosen))
-                drawn = draw_inputs(references, opened.manifest, name, engine_check.runner.engine.profile)
+                drawn = draw_inputs(against, opened.manifest, name, engine_check.runner.engine.profile)
                 try:
                     comparisons = compare(
                         name,
                         engine_check.runner,
-                        references,
+                        against,
                         drawn,
                         limit=engine_check.limit,
                         notes=notes,
@@ -133,7 +139,7 @@ def verify(
             checks.append(engine_check.check(status, reason, comparisons))
         if layers:
             progress("looking for the first layer that differs", 1.0)
-            found = _layers(opened, chosen, references, folder, samples=samples, seed=seed, threads=threads)
+            found = _layers(opened, chosen, opened_references(), folder)
         if references is not None:
             for name, why in references.left_out.items():
                 notes[f"recorded inputs of {name}"] = f"left out: {why}"
@@ -192,29 +198,15 @@ def _select(bundle: Bundle, backend: str | None, members: Sequence[str] | None) 
 
 
 def _layers(
-    bundle: Bundle,
-    chosen: Sequence[tuple[str, EngineRecord]],
-    references: References | None,
-    folder: Path,
-    *,
-    samples: int,
-    seed: int,
-    threads: int,
+    bundle: Bundle, chosen: Sequence[tuple[str, EngineRecord]], references: References, folder: Path
 ) -> list[LayerCheck]:
-    made = references is None
-    if references is None:
-        references = References(bundle, samples=samples, seed=seed, threads=threads, folder=folder)
     found: list[LayerCheck] = []
-    try:
-        for name in dict.fromkeys(name for name, _ in chosen):
-            records = [record for other, record in chosen if other == name]
-            calls = references.trajectory(name, 2)
-            if not calls:
-                sizes = {**usual_sizes(bundle.manifest, records[0].identity.profile), "B": 2}
-                calls = references.random(name, sizes)
-            limit = LIMITS[bundle.manifest.networks()[name].precision][0]
-            found += compare_layers(bundle, name, records, calls[0], limit, folder)
-    finally:
-        if made:
-            references.close()
+    for name in dict.fromkeys(name for name, _ in chosen):
+        records = [record for other, record in chosen if other == name]
+        calls = references.trajectory(name, 2)
+        if not calls:
+            sizes = {**usual_sizes(bundle.manifest, records[0].identity.profile), "B": 2}
+            calls = references.random(name, sizes)
+        limit = LIMITS[bundle.manifest.networks()[name].precision][0]
+        found += compare_layers(bundle, name, records, calls[0], limit, folder)
     return found

@@ -235,11 +235,4 @@ class _Trials:
             errors = [compare_rows(one.final(names), one.final(want))[1] for one in self._every]
             self._known[names] = np.concatenate(errors)
         middle, low, high = spread(self._known[names])
-        return OrderTrial(
-            order=order,
-            share=share,
-            schedule=counted(names),
-            latent_error=middle,
-            p10=low,
-            p90=high,
-        )
+        return OrderTrial(order=order, share=share, schedule=counted(names), latent_error=middle, p10=low, p90=high)

@@ -135,12 +135,7 @@ class FeatureNetwork:
 
 
 def scaled(
-    images_NHWC: NDArray[np.uint8],
-    values: ValueRange,
-    *,
-    channels: int,
-    size: tuple[int, int] | None = None,
-    what: str,
+    images_NHWC: NDArray[np.uint8], values: ValueRange, *, channels: int, size: tuple[int, int] | None = None, what: str
 ) -> NDArray[np.float32]:
     """Pictures as float32 ``[N,channels,H,W]`` in the range ``values``, resized to ``size`` (height, width)."""
     have = images_NHWC.shape[-1]
