@@ -25,7 +25,12 @@ from tstitch_trt.solvers.table import Coefficients
 
 __all__ = ["PNDM"]
 
-_WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+_WEIGHTS = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
