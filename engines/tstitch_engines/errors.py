@@ -9,6 +9,7 @@
     │   ├── BadEngine            an engine file that is truncated, altered or not for this machine
     │   ├── PairMismatch         members that can't share one latent
     │   ├── OutOfProfile         a size outside what the engine was built for
+    │   ├── NotFiniteInput       NaN or infinity in an array that was given; a NotFinite as well
     │   ├── NotCalibrated        no calibration of these engines on this machine
     │   └── Unavailable          a library, device or feature that this machine lacks
     └── FailedWork               the request was fine, carrying it out failed             exit code 1
@@ -40,6 +41,7 @@ __all__ = [
     "FailedWork",
     "NotCalibrated",
     "NotFinite",
+    "NotFiniteInput",
     "OutOfProfile",
     "PairMismatch",
     "TStitchError",
@@ -122,6 +124,10 @@ class BuildFailed(FailedWork):
 
 
 class NotFinite(FailedWork):
+    pass
+
+
+class NotFiniteInput(BadInput, NotFinite):
     pass
 
 

@@ -6,65 +6,36 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from tstitch_engines.errors import BadInput, nearest
+from tstitch_engines.errors import BadInput
+from tstitch_trt.request.labels import RANGE, expand_range, split_list
 
 __all__ = [
     "cycle",
     "parse_age",
     "parse_fractions",
     "parse_interval",
-    "parse_labels",
     "parse_numbers",
     "parse_pairs",
     "parse_pixels",
     "parse_size",
 ]
 
-_RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SECONDS = {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_MOST = 1_000_000  # values in one list: far more is a typing mistake and would fill the memory
 
 
 def parse_numbers(text: str, *, what: str, example: str) -> list[int]:
     """``"3,5,0-9"`` -> ``[3, 5, 0, 1, ... 9]``; ``"9-7"`` counts down. Raises ``BadInput``."""
     numbers: list[int] = []
-    for part in _parts(text, what=what, example=example):
-        match = _RANGE.fullmatch(part)
+    for part in split_list(text, what=what, example=example):
+        match = RANGE.fullmatch(part)
         if match is None:
             raise BadInput(
                 f"{what} {part!r} in {text!r} is neither a whole number nor a range A-B", hint=f"write e.g. {example}"
             )
-        numbers += _expand(match, text, what=what, example=example)
+        numbers += expand_range(match, text, what=what, example=example)
     return numbers
-
-
-def parse_labels(text: str, *, classes: int, names: Sequence[str] = ()) -> list[int]:
-    """Numbers, ranges and class names, in the order given: ``"3,5,0-9"``, ``"Ankle boot,Bag"``.
-
-    A name may hold a dash ("T-shirt/top") and is compared without regard to case. Raises ``BadInput`` for what is
-    neither, and for a number outside ``0..classes-1``.
-    """
-    by_name: Mapping[str, int] = {name.casefold(): index for index, name in enumerate(names)}
-    labels: list[int] = []
-    allowed = f"0 to {classes - 1}" + (f" and the names {', '.join(names)}" if 0 < len(names) <= 20 else "")
-    example = f"--labels 0-{min(classes, 10) - 1}"
-    for part in _parts(text, what="label", example=example):
-        if part.casefold() in by_name:
-            labels.append(by_name[part.casefold()])
-            continue
-        match = _RANGE.fullmatch(part)
-        if match is None:
-            close = nearest(part.casefold(), by_name)
-            fix = f"did you mean {names[by_name[close]]!r}?" if close else f"write e.g. {example}"
-            raise BadInput(f"label {part!r} is no number, range or class name; allowed: {allowed}", hint=fix)
-        numbers = _expand(match, text, what="label", example=example)
-        wrong = next((n for n in numbers if not 0 <= n < classes), None)
-        if wrong is not None:
-            raise BadInput(f"label {wrong} is out of range; allowed: {allowed}", hint=f"write e.g. {example}")
-        labels += numbers
-    return labels
 
 
 def cycle(values: Sequence[int], count: int) -> list[int]:
@@ -87,7 +58,7 @@ def parse_fractions(text: str) -> tuple[float, ...]:
             )
         values = [start + i * step for i in range(int((stop - start) / step) + 1)]
     else:
-        values = [_fraction(p, text, example) for p in _parts(text, what="fraction", example=example)]
+        values = [_fraction(p, text, example) for p in split_list(text, what="fraction", example=example)]
     if len(set(values)) != len(values):
         raise BadInput(f"fractions {text!r} name a value twice", hint="name each fraction once")
     return tuple(float(v) for v in values)
@@ -126,21 +97,6 @@ def parse_pairs(texts: Sequence[str], *, option: str, value: str) -> dict[str, s
             raise BadInput(f"{option} names {name!r} twice: {pairs[name]!r} and {rest!r}", hint="give each name once")
         pairs[name] = rest
     return pairs
-
-
-def _parts(text: str, *, what: str, example: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise BadInput(f"{what} list {text!r} has an empty place", hint=f"write e.g. {example}")
-    return parts
-
-
-def _expand(match: re.Match[str], text: str, *, what: str, example: str) -> list[int]:
-    first = int(match[1])
-    last = int(match[2]) if match[2] is not None else first
-    if abs(last - first) >= _MOST:
-        raise BadInput(f"{what} range {match[0]!r} in {text!r} has more than {_MOST:,} values", hint=f"write {example}")
-    return list(range(first, last + 1)) if first <= last else list(range(first, last - 1, -1))
 
 
 def _fraction(part: str, text: str, example: str) -> Fraction:

@@ -118,8 +118,8 @@ def _asked(
     manifest: Manifest, studies: Studies, labels: str | None, prompts: tuple[str, ...]
 ) -> tuple[dict[str, Any] | None, str]:
     """The keywords of ``Runtime.sample`` for the columns, or ``None`` and why there are none. Raises ``BadInput``."""
-    from tstitch_trt.cli._parsing import parse_labels
     from tstitch_trt.report.samples import undrawable
+    from tstitch_trt.request.labels import parse_labels
 
     conditioning = manifest.conditioning
     if conditioning.kind == "class" and prompts:

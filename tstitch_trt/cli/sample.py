@@ -220,7 +220,8 @@ def _labels(
     manifest: Manifest, text: str | None, count: int | None, seeds: list[int] | None, latents: int | None
 ) -> list[int]:
     """The label of every image: the list given, gone round as often as images are asked for."""
-    from tstitch_trt.cli._parsing import cycle, parse_labels
+    from tstitch_trt.cli._parsing import cycle
+    from tstitch_trt.request.labels import parse_labels
 
     conditioning = manifest.conditioning
     if text is None:

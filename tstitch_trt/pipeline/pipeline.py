@@ -25,8 +25,9 @@ from tstitch_trt.pipeline.inputs import (
 )
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.outputs import call_back, pipeline_output
-from tstitch_trt.plan.plan import Plan
-from tstitch_trt.runtime.chooser import chosen_settings
+from tstitch_trt.plan.options import PlanOptions
+from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.runtime.chooser import chosen_options
 from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["AcceleratedPipeline"]
@@ -110,20 +111,20 @@ class AcceleratedPipeline:
         self._interrupt = False
         try:
             with torch.no_grad():
-                settings = self._settings(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
+                options = self._options(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
                 given = self._texts(a)
                 count = given["n"]
                 given |= self._pictures(a, count, *default_size(self.pipe, self._kind, a))
                 if latency_budget_ms is not None:
-                    settings = self._within(latency_budget_ms, a, given, settings)
-                plan = self.runtime.plan(**settings)
+                    options = self._within(latency_budget_ms, a, given, options)
+                plan = make_plan(self.runtime.manifest, options)
                 if a.denoising_start is not None:
                     given |= self._state(given, plan, a.denoising_start)
                 elif a.timesteps is not None and not self._kind.starts:
                     given["latents"] = given["latents"] * self._more_noise(plan)
                 if plan.rows[:, ROW["S"]].any():
                     given["seeds"] = step_noise_seeds(a.generator, count)
-                found = self._run(a, given, settings, self._stop(a, plan))
+                found = self._run(a, given, options, self._stop(a, plan))
                 return pipeline_output(self.pipe, self.runtime, found, a, xl=self._kind.xl)
         finally:
             self.pipe.maybe_free_model_hooks()  # where it offloads its text encoders
@@ -131,21 +132,21 @@ class AcceleratedPipeline:
     # --- what is asked for
 
     def _within(
-        self, budget_ms: float, a: SimpleNamespace, given: Mapping[str, Any], settings: dict[str, Any]
-    ) -> dict[str, Any]:
-        """``settings`` with the schedule that the budget allows."""
+        self, budget_ms: float, a: SimpleNamespace, given: Mapping[str, Any], options: PlanOptions
+    ) -> PlanOptions:
+        """``options`` with the schedule that the budget allows."""
         if a.denoising_start is not None or a.denoising_end is not None:
             raise BadInput(
                 "latency_budget_ms was given beside denoising_start or denoising_end: a budget is for a whole "
                 "trajectory",
                 hint="leave out one of them, or give schedule=",
             )
-        return chosen_settings(settings, self.runtime.within_budget(budget_ms, **given, **settings))
+        return chosen_options(options, self.runtime.within_budget(budget_ms, **given, **options.explicit()))
 
-    def _settings(
+    def _options(
         self, a: SimpleNamespace, fraction: float | None, schedule: str | None, usual: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The keywords of a plan: the pipeline's scheduler as it is now. ``usual``: without fraction and schedule."""
+    ) -> PlanOptions:
+        """How to draw: the pipeline's scheduler as it is now. ``usual``: without fraction and schedule."""
         found = self._scheduler()
         settings: dict[str, Any] = {"solver": found.solver, "solver_options": dict(found.options)}
         if a.timesteps is not None:
@@ -163,8 +164,8 @@ class AcceleratedPipeline:
         settings |= {key: value for key, value in asked.items() if value is not None} or dict(usual)
         embedded = any(member.guidance_embedding for member in self.runtime.manifest.members.values())
         settings["guidance"] = float(a.guidance_scale) if embedded or self._guided(a) else 1.0
-        settings["guidance_rescale"] = a.guidance_rescale or 0.0
-        return settings
+        settings["guidance_rescale"] = a.guidance_rescale
+        return PlanOptions.from_keywords(settings)
 
     def _guided(self, a: SimpleNamespace) -> bool:
         """Whether some steps have a second half, which a member that is told the scale does not run."""
@@ -325,12 +326,12 @@ class AcceleratedPipeline:
         return {"latents": given["latents"], "start_step": start}
 
     def _run(
-        self, a: SimpleNamespace, given: Mapping[str, Any], settings: dict[str, Any], stop: int | None
+        self, a: SimpleNamespace, given: Mapping[str, Any], options: PlanOptions, stop: int | None
     ) -> NDArray[np.float32]:
         callback = a.callback_on_step_end
         if callback is None and stop is None:
-            return self.runtime.sample(**given, **settings, decode=False).latents
-        walk = self.runtime.iterate(**given, **settings, decode=False)
+            return self.runtime.sample(**given, **options.explicit(), decode=False).latents
+        walk = self.runtime.iterate(**given, **options.explicit(), decode=False)
         done = 0
         try:
             while True:

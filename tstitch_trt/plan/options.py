@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Final, TypedDict
+from typing import Final, TypedDict, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -114,9 +114,10 @@ class PlanOptions:
                 raise unknown_keyword("plan", name, NAMES)
         return PlanOptions(**keywords)  # type: ignore[arg-type]  # __post_init__ checks the types
 
-    def explicit(self) -> dict[str, object]:
-        """The fields that were said, by name."""
-        return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
+    def explicit(self) -> StepKeywords:
+        """The fields that were said, by name, as keywords of ``Runtime.plan``; of ``sample`` too without ``start``."""
+        said = {name: value for name in NAMES if (value := getattr(self, name)) is not None}
+        return cast(StepKeywords, said)
 
     def on_top_of(self, others: PlanOptions) -> PlanOptions:
         """``others`` with all that was said here in place of its own."""

@@ -30,7 +30,8 @@ class Plan:
     A row is one evaluation of a member, and "step" means a row from here on: in schedules, fractions, events, timings
     and results. Solvers make as many rows as they were asked for steps, but ``pndm``, which has one more.
 
-    ``embedded``: the guidance scale that distilled members are given as an input, in place of a second half.
+    ``start``: the row at which the trajectory is entered from a picture. ``embedded``: the guidance scale that
+    distilled members are given as an input, in place of a second half.
     """
 
     schedule: Schedule
@@ -39,6 +40,7 @@ class Plan:
     guided: tuple[bool, ...]
     rescale: bool
     embedded: Mapping[str, float] = field(default_factory=dict)
+    start: int = 0
 
     @property
     def steps(self) -> int:
@@ -100,7 +102,7 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
     )
     rows[:, ROW["T"]], rows[:, ROW["C_IN"]] = t, c_in
     rows.flags.writeable = False
-    return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), embedded)
+    return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), embedded, options.start or 0)
 
 
 def _solver(manifest: Manifest, options: PlanOptions) -> SolverOptions:

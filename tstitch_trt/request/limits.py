@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_trt.checks import shown
 
 __all__ = ["Limits", "Sizes", "network_sizes"]
 
 Sizes = tuple[tuple[str, int], ...]
 """The sizes of a network's dynamic dimensions other than the batch, in the order of their names. Empty: it has none."""
 
+_MOST_PIXELS: Final = 1_000_000  # along one side
 _SIDES: Final = {"H": ("height", 2), "W": ("width", 3)}  # name of the latent's side, its place in [B,C,H,W]
 
 
@@ -90,7 +94,7 @@ class Limits:
         tokens = {"T": self.tokens[name].max} if name in self.tokens else {}
         return {"B": self.batch.max, "H": height, "W": width, **tokens}
 
-    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def latent_size(self, height: object, width: object) -> tuple[int, int]:
         """Height and width of the latent for a picture of ``height x width`` pixels; ``None`` is the bundle's own.
 
         Raises ``BadInput`` for a size that is no multiple, ``OutOfProfile`` for one that a member was not built for.
@@ -103,8 +107,11 @@ class Limits:
                 found.append(own)
                 continue
             pixels = own * factor if asked is None else asked
-            if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1:
-                raise BadInput(f"{word} {pixels!r}; allowed are whole numbers of pixels", hint=f"e.g. {own * factor}")
+            if isinstance(pixels, bool) or not isinstance(pixels, int | np.integer) or not 1 <= pixels <= _MOST_PIXELS:
+                raise BadInput(
+                    f"{word} {shown(pixels)}; allowed are whole numbers of pixels", hint=f"e.g. {own * factor}"
+                )
+            pixels = int(pixels)
             multiple = self.multiple(dim)
             if allowed is None or not allowed.min * factor <= pixels <= allowed.max * factor:
                 raise OutOfProfile(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import msgspec
 
 from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.request.init_image import check_start_wishes, start_step
-from tstitch_trt.request.limits import Limits
-from tstitch_trt.request.options import Wishes, split_wishes
-from tstitch_trt.request.request import extent
+from tstitch_trt.checks import shown
+from tstitch_trt.plan.options import PlanOptions
+from tstitch_trt.request.parse import ParsedRequest
 
-__all__ = ["ChooserFactory", "ChosenSchedule", "ScheduleChooser", "Setup", "check_budget", "choose", "chosen_settings"]
+__all__ = ["ChooserFactory", "ChosenSchedule", "ScheduleChooser", "Setup", "check_budget", "choose", "chosen_options"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ChosenSchedule(msgspec.Struct, frozen=True, kw_only=True):
 
     ``predicted_ms``: the median to expect of ``Result.total_ms`` for ``images`` images; ``upper_ms``: what 98 of 100
     runs stay under, which is compared with ``budget_ms``. ``size``: height and width of the latents. ``settings``:
-    keywords of ``make_plan``, ``schedule``, ``steps`` and ``solver`` among them. ``source``: the kind of measurement
+    keywords of ``make_plan``, with ``schedule``, ``steps`` and ``solver``. ``source``: the kind of measurement
     that knows the quality, made at ``made``, or ``rule`` for T-Stitch's own; ``interpolated``: its ``metric`` was
     measured of schedules on both sides of it. ``calibration``: when the costs were measured. ``notes``: which
     measurements were not used, and why.
@@ -76,14 +76,13 @@ class ScheduleChooser(Protocol):
         *,
         images: int,
         size: tuple[int, int],
-        settings: Mapping[str, Any],
+        options: PlanOptions,
         start: Callable[[int], int],
     ) -> ChosenSchedule:
         """The best schedule whose trajectories take at most ``budget_ms``.
 
-        ``size``: height and width of the latent. ``settings``: keywords of ``make_plan`` that the request fixes,
-        without a schedule. ``start``: the first step to run, by the steps asked for. Raises ``BadInput`` where nothing
-        fits.
+        ``size``: height and width of the latent. ``options``: what the request fixes, without a schedule. ``start``:
+        the first step to run, by the steps asked for. Raises ``BadInput`` where nothing fits.
         """
 
 
@@ -91,7 +90,7 @@ ChooserFactory = Callable[[Bundle, Setup], ScheduleChooser]
 
 
 def choose(
-    chooser: ScheduleChooser | None, bundle: Bundle, limits: Limits, budget_ms: float, wishes: Wishes
+    chooser: ScheduleChooser | None, manifest: Manifest, budget_ms: float, options: PlanOptions, parsed: ParsedRequest
 ) -> ChosenSchedule:
     """The schedule for one request. See ``Runtime.within_budget``."""
     check_budget(budget_ms)
@@ -100,41 +99,31 @@ def choose(
             f"a latency budget of {budget_ms:g} ms, and this runtime was loaded without a chooser of schedules",
             hint="load it with tstitch_trt.load, or give schedule= or fraction= in place of latency_budget_ms=",
         )
-    pictures, settings = split_wishes(wishes)
-    for name in ("schedule", "fraction"):
-        if settings.get(name) is not None:
+    for name, value in (("schedule", options.schedule), ("fraction", options.fraction)):
+        if value is not None:
             raise BadInput(
-                f"{name} {settings[name]!r} is given beside a budget of {budget_ms:g} ms, which chooses it",
+                f"{name} {shown(value)} is given beside a budget of {budget_ms:g} ms, which chooses it",
                 hint=f"leave out one of the two: --{name} or --budget-ms ({name}= or latency_budget_ms=)",
             )
-    if pictures.get("control") is not None:
+    if parsed.control is not None:
         raise BadInput(
             "a budget is given beside a control picture, and what the ControlNet costs is not calibrated",
             hint="leave out one of the two: --control or --budget-ms (control= or latency_budget_ms=)",
         )
-    check_start_wishes(pictures)
-    settings = {name: value for name, value in settings.items() if value is not None}
-    entered: int = pictures.get("start_step", 0)
-    if entered and settings.get("timesteps") is None:
-        settings.setdefault("steps", bundle.manifest.defaults.steps)  # the state given is that of one number of steps
-
-    def start(steps: int) -> int:
-        return entered if pictures.get("image") is None else start_step(pictures, steps)
-
-    images, size = extent(bundle.manifest, limits, pictures)
-    return chooser.choose(budget_ms, images=images, size=size, settings=settings, start=start)
+    if parsed.start_step and options.timesteps is None:  # the state given is that of one number of steps
+        options = replace(options, steps=options.asked_steps(manifest))
+    return chooser.choose(budget_ms, images=parsed.n, size=parsed.size, options=options, start=parsed.first_step)
 
 
-def chosen_settings(settings: Mapping[str, Any], chosen: ChosenSchedule) -> dict[str, Any]:
-    """The keywords of ``make_plan`` of the request for which ``chosen`` was chosen."""
-    kept = {name: value for name, value in settings.items() if name not in ("schedule", "fraction")}
-    return {**kept, **chosen.settings}
+def chosen_options(options: PlanOptions, chosen: ChosenSchedule) -> PlanOptions:
+    """The options of the request for which ``chosen`` was chosen."""
+    return PlanOptions.from_keywords(chosen.settings).on_top_of(options)
 
 
 def check_budget(budget_ms: float) -> None:
     """Raises ``BadInput`` for what is no time."""
     if isinstance(budget_ms, bool) or not isinstance(budget_ms, (int, float)) or not 0 < budget_ms < math.inf:
         raise BadInput(
-            f"a latency budget of {budget_ms!r} ms; allowed are finite numbers above 0",
+            f"a latency budget of {shown(budget_ms)} ms; allowed are finite numbers above 0",
             hint="e.g. --budget-ms 500 (latency_budget_ms=500)",
         )

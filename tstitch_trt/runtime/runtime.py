@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, Unpack
+from typing import Final, Literal, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,16 @@ from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.device.base import Device
 from tstitch_engines.errors import BadInput, Cancelled, unknown_name
+from tstitch_trt.checks import check_choice
+from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.request.arrays import ForeignLatents
 from tstitch_trt.request.batching import Splitting
-from tstitch_trt.request.init_image import check_start_wishes, start_step
 from tstitch_trt.request.limits import Limits
-from tstitch_trt.request.options import PictureWishes, Wishes, asked_steps, split_wishes
-from tstitch_trt.request.request import Request, host_array
-from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, choose, chosen_settings
+from tstitch_trt.request.options import SampleKeywords, SampleOptions
+from tstitch_trt.request.parse import ParsedRequest, parse_request
+from tstitch_trt.request.request import Request
+from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, choose, chosen_options
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.lora import LoraFiles, Loras
 from tstitch_trt.runtime.result import Result, StepEvent
@@ -179,14 +182,14 @@ class Runtime:
 
     # --- sampling
 
-    def plan(self, **settings: Any) -> Plan:
-        """The plan of a request, without running it. Takes the keywords of ``tstitch_trt.plan.plan.make_plan``."""
-        return make_plan(self.manifest, **settings)
+    def plan(self, **keywords: Unpack[PlanKeywords]) -> Plan:
+        """The plan of a request, without running it. ``keywords``: see ``tstitch_trt.plan.options.PlanOptions``."""
+        return make_plan(self.manifest, PlanOptions.from_keywords(keywords))
 
-    def within_budget(self, latency_budget_ms: float, **wishes: Unpack[Wishes]) -> ChosenSchedule:
+    def within_budget(self, latency_budget_ms: float, **keywords: Unpack[SampleKeywords]) -> ChosenSchedule:
         """The best schedule for a request that takes at most ``latency_budget_ms``; ``sample`` takes it as well.
 
-        ``wishes``: the request as ``sample`` gets it, without ``schedule`` and ``fraction``; what it fixes besides
+        ``keywords``: the request as ``sample`` gets it, without ``schedule`` and ``fraction``; what it fixes besides
         (steps, solver, guidance...) stays so, and the rest is chosen. The budget is for ``Result.total_ms``, the
         trajectories of all its images: reading prompts and making pictures of latents is no part of it.
 
@@ -195,7 +198,9 @@ class Runtime:
         ``NotCalibrated``, ``BadInput`` for a budget that nothing meets, naming the nearest one that is met, and
         ``Unavailable`` where the runtime was loaded without a chooser.
         """
-        return choose(self._chooser, self.bundle, self.limits, latency_budget_ms, wishes)
+        options = SampleOptions.from_keywords(keywords)
+        parsed = parse_request(self.manifest, self.limits, options)
+        return choose(self._chooser, self.manifest, latency_budget_ms, options.plan, parsed)
 
     def sample(
         self,
@@ -206,14 +211,14 @@ class Runtime:
         tile: Tile = "auto",
         latency_budget_ms: float | None = None,
         timeout: float | None = None,
-        **wishes: Unpack[Wishes],
+        **keywords: Unpack[SampleKeywords],
     ) -> Result:
         """Draws images.
 
-        ``wishes``: what the pictures are to be (``tstitch_trt.request.options.PictureWishes``: labels or prompt, n,
-        seed, size, a picture to start from...) and how they are drawn (the keywords of
-        ``tstitch_trt.plan.plan.make_plan``: steps, solver, schedule, fraction, guidance...). ``callback`` gets a
-        ``StepEvent`` after each step and cancels by returning ``False``.
+        ``keywords``: what the images are to be (``tstitch_trt.request.options.SampleOptions``: labels or prompt, n,
+        seed, size, a picture to start from...) and how they are drawn (``tstitch_trt.plan.options.PlanOptions``: steps,
+        solver, schedule, fraction, guidance...). ``callback`` gets a ``StepEvent`` after each step and cancels by
+        returning ``False``.
 
         ``decode``: whether to make pictures; by default where the bundle has a decoder. ``output="device"`` leaves the
         latents on the device, as ``Result.device_latents``, and makes no pictures. ``tile``: how the VAE takes them,
@@ -229,7 +234,7 @@ class Runtime:
         request that can't be right, ``NotFinite`` with step and member, ``Cancelled``, ``Busy`` and ``Closed``.
         """
         job = self._job(
-            wishes, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
+            keywords, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
         )
         walk = self._walk(job, None, timeout)
         try:
@@ -255,14 +260,14 @@ class Runtime:
         tile: Tile = "auto",
         latency_budget_ms: float | None = None,
         timeout: float | None = None,
-        **wishes: Unpack[Wishes],
+        **keywords: Unpack[SampleKeywords],
     ) -> Generator[StepEvent, None, Result]:
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel.
 
         From its first step to its end, closing or dropping it has the runtime's turn: other threads wait, and another
         request of the same thread raises ``Busy``.
         """
-        job = self._job(wishes, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
+        job = self._job(keywords, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
         with self._queue.work(timeout):
             request = self._request(job)
         return self._walk(job, request, timeout)
@@ -339,50 +344,46 @@ class Runtime:
     # --- how
 
     def _job(
-        self, wishes: Wishes, *, decode: bool | None, output: Output, tile: Tile, events: bool, within: float | None
+        self,
+        keywords: SampleKeywords,
+        *,
+        decode: bool | None,
+        output: Output,
+        tile: Tile,
+        events: bool,
+        within: float | None,
     ) -> _Job:
         """Checks what can be checked before an engine runs."""
         self._queue.check_open()
-        if output not in OUTPUTS:
-            raise unknown_name("output", output, OUTPUTS)
+        check_choice(output, "output", OUTPUTS)
         if decode and output == "device":
             raise BadInput(
                 "decode=True with output='device': pictures are made on the host",
                 hint="leave out one of the two; runtime.decode(latents) makes pictures of host latents",
             )
-        pictures, settings = split_wishes(wishes)
-        check_start_wishes(pictures)
-        budget = None if within is None else self.within_budget(within, **wishes)
-        if budget is not None:
-            settings = chosen_settings(settings, budget)
-        start = pictures.get("start_step", 0)
-        if pictures.get("image") is not None:
-            start = start_step(pictures, asked_steps(self.manifest, settings))
-            settings["start"] = start
-        plan = self.plan(**settings)
+        options = SampleOptions.from_keywords(keywords)
+        parsed = parse_request(self.manifest, self.limits, options)
+        wanted, budget = options.plan, None
+        if within is not None:
+            budget = choose(self._chooser, self.manifest, within, wanted, parsed)
+            wanted = chosen_options(wanted, budget)
+        if parsed.init is not None:
+            wanted = replace(wanted, start=parsed.first_step(wanted.asked_steps(self.manifest)))
+        plan = make_plan(self.manifest, wanted)
+        parsed.check(self.manifest, plan)
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
         self._vae.check(tile)
-        return _Job(pictures, plan, start, tile, decode, output, events, budget)
+        return _Job(parsed, plan, tile, decode, output, events, budget)
 
     def _request(self, job: _Job) -> Request:
         """Encodes prompts and pictures."""
         self._loras.check()
-        pictures = job.pictures
-        latents = pictures.get("latents")
-        if latents is not None:
-            borrowed = self.device.borrow(latents)
-            pictures = {**pictures, "latents": host_array(latents) if borrowed is None else borrowed}
-        request = Request.make(
-            self.manifest,
-            self._stepper.limits,
-            job.plan,
-            pictures,
-            start=job.start,
-            texts=self._texts,
-            encoder=self._vae.encoding(job.tile),
-        )
-        request.check_start(job.plan)
+        parsed = job.parsed
+        if isinstance(parsed.latents, ForeignLatents):
+            parsed = replace(parsed, latents=parsed.latents.read(self.device.borrow(parsed.latents.value)))
+        encoder = self._vae.encoding(job.tile)
+        request = Request.make(self.manifest, parsed, job.plan, texts=self._texts, encoder=encoder)
         if job.decode:
             self._vae.check(job.tile, request.size)
         return request
@@ -443,9 +444,8 @@ class Runtime:
 class _Job:
     """The keywords of one request, checked as far as that needs no engine."""
 
-    pictures: PictureWishes
+    parsed: ParsedRequest
     plan: Plan
-    start: int
     tile: Tile
     decode: bool
     output: Output

@@ -8,10 +8,20 @@ from typing import Any, Final
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.study.records import Setting
 
-__all__ = ["ORDERS", "baseline_of", "fraction_settings", "plan_of", "schedule_text", "setting_of", "share_in_order"]
+__all__ = [
+    "ORDERS",
+    "baseline_of",
+    "fraction_settings",
+    "options_of",
+    "plan_of",
+    "schedule_text",
+    "setting_of",
+    "share_in_order",
+]
 
 ORDERS: Final = ("small-first", "large-first")
 
@@ -38,7 +48,8 @@ def setting_of(
     Raises ``BadInput`` and its kinds for one that can't be.
     """
     scale = manifest.defaults.guidance if guidance is None else guidance
-    plan = make_plan(manifest, schedule=schedule, steps=steps, solver=solver, guidance=scale, **(more or {}))
+    own = {"schedule": schedule, "steps": steps, "solver": solver, "guidance": scale}
+    plan = make_plan(manifest, PlanOptions.from_keywords({**own, **(more or {})}))
     names = plan.schedule.names
     return Setting(
         schedule=schedule_text(plan),
@@ -52,18 +63,13 @@ def setting_of(
 
 
 def plan_of(manifest: Manifest, setting: Setting) -> Plan:
-    return make_plan(manifest, **wishes_of(setting))
+    return make_plan(manifest, options_of(setting))
 
 
-def wishes_of(setting: Setting) -> dict[str, Any]:
-    """The keywords of ``make_plan`` and ``Runtime.sample``."""
-    return {
-        "schedule": setting.schedule,
-        "steps": setting.steps,
-        "solver": setting.solver,
-        "guidance": setting.guidance,
-        **setting.plan,
-    }
+def options_of(setting: Setting) -> PlanOptions:
+    """The options that make a setting again."""
+    own = {"schedule": setting.schedule, "steps": setting.steps, "solver": setting.solver, "guidance": setting.guidance}
+    return PlanOptions.from_keywords({**own, **setting.plan})
 
 
 def baseline_of(manifest: Manifest, setting: Setting) -> Setting:

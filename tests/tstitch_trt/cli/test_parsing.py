@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._parsing import cycle, parse_fractions, parse_interval, parse_labels, parse_numbers, parse_pairs
+from tstitch_trt.cli._parsing import cycle, parse_fractions, parse_interval, parse_numbers, parse_pairs
+from tstitch_trt.request.labels import parse_labels
 
 NAMES = ("T-shirt/top", "Trouser", "Ankle boot")
 

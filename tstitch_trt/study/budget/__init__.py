@@ -7,10 +7,9 @@ predict_ms(calibration, plan, batch=8)
 
 from __future__ import annotations
 
-from tstitch_trt.study.budget.candidates import keywords_of
 from tstitch_trt.study.budget.choose import StudyChooser
 from tstitch_trt.study.budget.conditions import Conditions, find_calibration
 from tstitch_trt.study.budget.cost_model import Costs
 from tstitch_trt.study.budget.predict import predict_ms
 
-__all__ = ["Conditions", "Costs", "StudyChooser", "find_calibration", "keywords_of", "predict_ms"]
+__all__ = ["Conditions", "Costs", "StudyChooser", "find_calibration", "predict_ms"]

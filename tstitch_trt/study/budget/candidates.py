@@ -18,19 +18,20 @@ Nothing is extrapolated beyond the outermost measured ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from tstitch_engines.bundle.identity import canonical
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_trt.plan.options import DEFAULTS
+from tstitch_trt.plan.options import DEFAULTS, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.solvers import SolverOptions
-from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Setting, Study
+from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Study
+from tstitch_trt.study.settings import options_of
 from tstitch_trt.study.store import differing_weights
 
-__all__ = ["Candidate", "Source", "SourceName", "keywords_of", "said_settings", "sources"]
+__all__ = ["Candidate", "Source", "SourceName", "sources"]
 
 SourceName = Literal["search", "evaluation", "divergence", "rule"]
 
@@ -41,9 +42,9 @@ SHARE: Final = "share of the last member"
 
 @dataclass(frozen=True)
 class Candidate:
-    """``keywords``: of ``make_plan``. ``interpolated``: its quality is that between two schedules measured."""
+    """``interpolated``: its quality is that between two schedules measured."""
 
-    keywords: Mapping[str, Any]
+    options: PlanOptions
     plan: Plan
     quality: float
     interpolated: bool = False
@@ -63,25 +64,12 @@ class Source:
         return quality if self.metric in (*HIGHER_IS_BETTER, SHARE) else -quality
 
 
-def keywords_of(setting: Setting) -> dict[str, Any]:
-    """The keywords of ``make_plan`` that make a setting again."""
-    own = {"schedule": setting.schedule, "steps": setting.steps, "solver": setting.solver, "guidance": setting.guidance}
-    return {**own, **setting.plan}
+def sources(manifest: Manifest, studies: Iterable[Study], options: PlanOptions) -> tuple[list[Source], tuple[str, ...]]:
+    """What ``studies`` (the newest first) and the rule offer for a request with ``options``, the best source first.
 
-
-def said_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keywords of ``make_plan`` that say something else than its defaults."""
-    return {name: value for name, value in settings.items() if value not in (None, DEFAULTS.get(name))}
-
-
-def sources(
-    manifest: Manifest, studies: Iterable[Study], settings: Mapping[str, Any]
-) -> tuple[list[Source], tuple[str, ...]]:
-    """What ``studies`` (the newest first) and the rule offer for a request with ``settings``, the best source first.
-
-    And notes: which studies are of no use, and why. ``settings``: keywords of ``make_plan``, without a schedule.
+    And notes: which studies are of no use, and why. ``options`` name no schedule.
     """
-    said = said_settings(settings)
+    asked = _asked(manifest, options)
     found: list[Source] = []
     notes: list[str] = []
     for study in sorted(studies, key=lambda study: _ORDER.index(_name(study))):  # stable: the newest stays first
@@ -91,13 +79,13 @@ def sources(
                 f"the {name} of {study.made} is of other weights ({', '.join(map(repr, differing))}) and not used"
             )
             continue
-        made = _source(manifest, study, said)
+        made = _source(manifest, study, asked)
         if made.candidates:
             found.append(made)
         else:
-            asked = ", ".join(f"{key} {value}" for key, value in _asked(manifest, said).items())
-            notes.append(f"the {name} of {study.made} has no {made.metric or 'quality'} measured at {asked}")
-    return [*found, _rule(manifest, settings)], tuple(notes)
+            text = ", ".join(f"{key} {value}" for key, value in asked.items())
+            notes.append(f"the {name} of {study.made} has no {made.metric or 'quality'} measured at {text}")
+    return [*found, _rule(manifest, options)], tuple(notes)
 
 
 def _name(study: Study) -> SourceName:
@@ -106,38 +94,41 @@ def _name(study: Study) -> SourceName:
     return "evaluation" if isinstance(study, Evaluation) else "divergence"
 
 
-def _asked(manifest: Manifest, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a request has to be as it was measured: how fractions become steps is no part of it, there are none."""
-    return {"guidance": manifest.defaults.guidance, **{k: v for k, v in said.items() if k not in ("start", "rounding")}}
+def _asked(manifest: Manifest, options: PlanOptions) -> Mapping[str, object]:
+    """The options that must be as they were measured. Rounding is none of them: a study has no fractions left."""
+    said = {name: value for name, value in options.explicit().items() if value != DEFAULTS.get(name)}
+    asked = {name: value for name, value in said.items() if name not in ("start", "rounding")}
+    return {"guidance": manifest.defaults.guidance, **asked}
 
 
-def _source(manifest: Manifest, study: Study, said: Mapping[str, Any]) -> Source:
-    metric, measured = "", list[tuple[dict[str, Any], float]]()
+def _source(manifest: Manifest, study: Study, asked: Mapping[str, object]) -> Source:
+    metric, measured = "", list[tuple[PlanOptions, float]]()
     if isinstance(study, Search):
         metric = study.metric
-        measured = [(keywords_of(p.setting), p.quality.value) for p in study.points if not p.dropped]
+        measured = [(options_of(p.setting), p.quality.value) for p in study.points if not p.dropped]
     elif isinstance(study, Evaluation):
         metric = next((m for m in METRICS if any(m in p.measures for p in study.points)), "")
-        measured = [(keywords_of(p.setting), p.measures[metric].value) for p in study.points if metric in p.measures]
+        measured = [(options_of(p.setting), p.measures[metric].value) for p in study.points if metric in p.measures]
     elif isinstance(study, Divergence):
         metric = "latent_error"
-        own: dict[str, Any] = {"steps": study.steps, "solver": study.solver, "guidance": study.guidance}
-        measured = [({**own, "schedule": trial.schedule}, trial.latent_error) for trial in study.orders]
-        rows = make_plan(manifest, **own, schedule=study.reference).steps
-        measured.append(({**own, "schedule": f"{study.reference}:{rows}"}, 0.0))
-    fitting = [(keywords, value) for keywords, value in measured if _fits(manifest, keywords, said)]
-    candidates = [Candidate(keywords, make_plan(manifest, **keywords), quality) for keywords, quality in fitting]
+        own = PlanOptions(steps=study.steps, solver=study.solver, guidance=study.guidance)
+        measured = [(replace(own, schedule=trial.schedule), trial.latent_error) for trial in study.orders]
+        rows = make_plan(manifest, own, schedule=study.reference).steps
+        measured.append((replace(own, schedule=f"{study.reference}:{rows}"), 0.0))
+    fitting = [(options, value) for options, value in measured if _fits(options, asked)]
+    candidates = [Candidate(options, make_plan(manifest, options), quality) for options, quality in fitting]
     return Source(_name(study), study.made, metric, (*candidates, *_between(manifest, candidates)))
 
 
-def _fits(manifest: Manifest, keywords: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+def _fits(measured: PlanOptions, asked: Mapping[str, object]) -> bool:
     """Whether what the request says is what was measured."""
-    for name, value in _asked(manifest, said).items():
+    known = {**DEFAULTS, **measured.explicit()}
+    for name, value in asked.items():
         if isinstance(value, SolverOptions):
-            options = {key: option for key, option in value.explicit().items() if keywords.get(key) != option}
-            if value.name != keywords["solver"] or options:
+            differing = {key for key, option in value.explicit().items() if known.get(key) != option}
+            if value.name != measured.solver or differing:
                 return False
-        elif keywords.get(name, DEFAULTS.get(name)) != value:
+        elif known.get(name) != value:
             return False
     return True
 
@@ -148,7 +139,7 @@ def _between(manifest: Manifest, candidates: Sequence[Candidate]) -> Iterator[Ca
     families: dict[tuple[bytes, int], list[Candidate]] = {}
     for candidate in candidates:
         if len(candidate.plan.schedule.segments) <= 2:
-            rest = {key: value for key, value in candidate.keywords.items() if key != "schedule"}
+            rest = {key: value for key, value in candidate.options.explicit().items() if key != "schedule"}
             families.setdefault((canonical(rest), candidate.plan.steps), []).append(candidate)
     for (_, rows), family in families.items():
         pairs = {tuple(segment.name for segment in c.plan.schedule.segments) for c in family}
@@ -162,9 +153,9 @@ def _between(manifest: Manifest, candidates: Sequence[Candidate]) -> Iterator[Ca
                 for steps in range(low + 1, high):
                     share = (steps - low) / (high - low)
                     schedule = f"{first}:{steps},{second}:{rows - steps}"
-                    keywords = {**before.keywords, "schedule": schedule}
+                    options = replace(before.options, schedule=schedule)
                     quality = before.quality + share * (after.quality - before.quality)
-                    yield Candidate(keywords, make_plan(manifest, **keywords), quality, interpolated=True)
+                    yield Candidate(options, make_plan(manifest, options), quality, interpolated=True)
 
 
 def _pairs(names: list[str], found: set[tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -176,14 +167,14 @@ def _pairs(names: list[str], found: set[tuple[str, ...]]) -> list[tuple[str, str
     return sorted((pair[0], pair[1]) for pair in pairs)
 
 
-def _rule(manifest: Manifest, settings: Mapping[str, Any]) -> Source:
+def _rule(manifest: Manifest, options: PlanOptions) -> Source:
     first, last = next(iter(manifest.members)), list(manifest.members)[-1]
-    rows = make_plan(manifest, **{**settings, "schedule": last}).steps
+    rows = make_plan(manifest, options, schedule=last).steps
     found = []
     for early in range(rows + 1 if first != last else 1):
         schedule = (
             f"{first}:{early},{last}:{rows - early}" if 0 < early < rows else f"{first if early else last}:{rows}"
         )
-        keywords = {**settings, "schedule": schedule}
-        found.append(Candidate(keywords, make_plan(manifest, **keywords), (rows - early) / rows))
+        own = replace(options, schedule=schedule)
+        found.append(Candidate(own, make_plan(manifest, own), (rows - early) / rows))
     return Source("rule", "", SHARE, tuple(found))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from tstitch_engines.bundle.bundle import Bundle
+from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.runtime.chooser import ChosenSchedule, Setup
 from tstitch_trt.study.budget.conditions import Conditions
 from tstitch_trt.study.budget.cost_model import Costs
@@ -29,10 +29,10 @@ class StudyChooser:
         *,
         images: int,
         size: tuple[int, int],
-        settings: Mapping[str, Any],
+        options: PlanOptions,
         start: Callable[[int], int],
     ) -> ChosenSchedule:
         """See ``Costs.choose``. Raises ``NotCalibrated`` besides."""
         with self._lock:
             self._costs = Costs.of(self._bundle, Conditions.here(self._setup), self._costs)
-            return self._costs.choose(budget_ms, images=images, size=size, settings=settings, start=start)
+            return self._costs.choose(budget_ms, images=images, size=size, options=options, start=start)

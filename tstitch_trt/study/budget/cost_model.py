@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from tstitch_engines.bundle.bundle import STUDIES
 from tstitch_engines.errors import BadInput
-from tstitch_trt.request.options import asked_steps
+from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.runtime.chooser import ChosenSchedule, check_budget
 from tstitch_trt.study.budget.candidates import Candidate, Source, sources
 from tstitch_trt.study.budget.conditions import Conditions, find_calibration
@@ -48,7 +48,7 @@ class Costs:
         self.calibration = calibration
         self._studies = tuple(studies)
         self.seen = seen
-        self._sources: dict[str, tuple[list[Source], tuple[str, ...]]] = {}  # by settings: plans take the time
+        self._sources: dict[str, tuple[list[Source], tuple[str, ...]]] = {}  # by options: plans take the time
         self._tables: dict[str, list[tuple[Source, list[_Priced]]]] = {}
 
     @staticmethod
@@ -67,17 +67,17 @@ class Costs:
         *,
         images: int,
         size: tuple[int, int] | None = None,
-        settings: Mapping[str, Any] | None = None,
+        options: PlanOptions | None = None,
         start: Callable[[int], int] = lambda steps: 0,
     ) -> ChosenSchedule:
         """The best schedule whose predicted time, with the spread of single runs, is at most ``budget_ms``.
 
-        Of equally good ones the cheapest. ``size``: height and width of the latent. ``settings``: keywords of
-        ``make_plan`` that the request fixes, without a schedule. ``start``: the first step to run, by the steps asked
-        for. Raises ``BadInput`` where nothing fits, naming the cheapest schedule and its time.
+        Of equally good ones the cheapest. ``size``: height and width of the latent. ``options``: what the
+        request fixes, without a schedule. ``start``: the first step to run, by the steps asked for. Raises ``BadInput``
+        where nothing fits, naming the cheapest schedule and its time.
         """
         check_budget(budget_ms)
-        fixed = dict(settings or {})
+        fixed = options or PlanOptions()
         table = self._table(images, size, fixed, start)
         for source, priced in table:
             within = [one for one in priced if one.upper_ms <= budget_ms * _ROUNDING]
@@ -113,9 +113,9 @@ class Costs:
             images=images,
             size=size or (first.height, first.width),
             schedule=plan.schedule.text,
-            steps=asked_steps(self._manifest, best.candidate.keywords),
+            steps=best.candidate.options.asked_steps(self._manifest),
             solver=plan.solver.name,
-            settings=dict(best.candidate.keywords),
+            settings=dict(best.candidate.options.explicit()),
             source=source.name,
             made=source.made,
             metric=source.metric,
@@ -125,29 +125,29 @@ class Costs:
             notes=notes,
         )
 
-    def _offers(self, settings: dict[str, Any]) -> tuple[list[Source], tuple[str, ...]]:
-        """The sources for requests with ``settings``, and what was not used, which is said once."""
-        key = _key(settings)
+    def _offers(self, options: PlanOptions) -> tuple[list[Source], tuple[str, ...]]:
+        """The sources for requests with ``options``, and what was not used, which is said once."""
+        key = _key(options)
         if key not in self._sources:
-            found, notes = sources(self._manifest, self._studies, settings)
+            found, notes = sources(self._manifest, self._studies, options)
             for note in notes:
                 _log.warning("%s", note)
             _remember(self._sources, key, (found, notes))
         return self._sources[key]
 
     def _table(
-        self, images: int, size: tuple[int, int] | None, settings: dict[str, Any], start: Callable[[int], int]
+        self, images: int, size: tuple[int, int] | None, options: PlanOptions, start: Callable[[int], int]
     ) -> list[tuple[Source, list[_Priced]]]:
         """Every source with its candidates and what they cost."""
         usual = self._manifest.defaults.steps
-        key = repr((images, size, _key(settings), start(1000 * usual)))
+        key = repr((images, size, _key(options), start(1000 * usual)))
         if key not in self._tables:
             table = []
-            for source in self._offers(settings)[0]:
+            for source in self._offers(options)[0]:
                 priced = []
                 for candidate in source.candidates:
                     try:
-                        first = start(asked_steps(self._manifest, candidate.keywords))
+                        first = start(candidate.options.asked_steps(self._manifest))
                     except BadInput:  # the strength leaves no step of so few
                         if source.name == "rule":
                             raise
@@ -159,8 +159,8 @@ class Costs:
         return self._tables[key]
 
 
-def _key(settings: Mapping[str, Any]) -> str:
-    return repr(sorted(settings.items(), key=lambda item: item[0]))
+def _key(options: PlanOptions) -> str:
+    return repr(options.explicit())
 
 
 def _remember(known: dict[str, V], key: str, value: V) -> None:

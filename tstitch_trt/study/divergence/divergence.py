@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule, unknown_name
 from tstitch_engines.progress import Progress, silent
+from tstitch_trt.plan.options import PlanOptions
+from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.progress import Phases
 from tstitch_trt.study.divergence.orders import (
     MEMBER_ORDERS,
@@ -41,7 +43,6 @@ from tstitch_trt.study.statistics import compare_rows, spread
 from tstitch_trt.study.store import provenance
 
 if TYPE_CHECKING:
-    from tstitch_trt.plan.plan import Plan
     from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["LEAST_SAMPLES", "LEAST_STEPS", "profile", "profile_solver", "reference_of"]
@@ -67,8 +68,6 @@ def reference_of(manifest: Manifest, wanted: str | None) -> str:
 
 def profile_solver(manifest: Manifest, wanted: str | None) -> str:
     """The solver of a profile: ``wanted``, else the bundle's own, or ``ddim`` where that one remembers estimates."""
-    from tstitch_trt.plan.plan import make_plan
-
     if wanted is not None:
         return wanted
     usual = manifest.defaults.solver
@@ -104,7 +103,8 @@ def profile(
     small = next(name for name in manifest.members if name != chosen)
     scale = manifest.defaults.guidance if guidance is None else guidance
     settings = {"steps": steps, "solver": profile_solver(manifest, solver), "guidance": scale}
-    plan = runtime.plan(schedule=chosen, **settings)
+    options = PlanOptions.from_keywords(settings)
+    plan = make_plan(manifest, options, schedule=chosen)
     _check_plan(plan)
     images = images_of(manifest, samples=samples, seed=seed, prompts=prompts)
     tried = [(order, count) for count in small_counts(SHARES, plan.steps) for order in MEMBER_ORDERS]
@@ -141,7 +141,7 @@ def profile(
         more=lambda order: [trial for count in curve if (trial := trials.run(order, count, phases)) is not None],
         small=small,
         large=chosen,
-        resolve=lambda text: runtime.plan(schedule=text, **settings).schedule.names,
+        resolve=lambda text: make_plan(manifest, options, schedule=text).schedule.names,
     )
     progress("done", 1.0)
     return Divergence(

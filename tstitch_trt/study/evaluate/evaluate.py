@@ -19,7 +19,7 @@ from tstitch_trt.study.image_set import ImageSet
 from tstitch_trt.study.quality.resampling import LEVEL, RESAMPLES
 from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.records import METRICS, Evaluation, Measure, Point, Setting
-from tstitch_trt.study.settings import baseline_of, wishes_of
+from tstitch_trt.study.settings import baseline_of, options_of
 from tstitch_trt.study.store import load_studies, provenance
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _measure_times(
 
     def run(setting: Setting) -> float:
         keywords = images.keywords(runtime.manifest, 0, batch, setting.members)
-        return runtime.sample(decode=False, **keywords, **wishes_of(setting)).total_ms
+        return runtime.sample(decode=False, **keywords, **options_of(setting).explicit()).total_ms
 
     unfinished = [setting for setting in settings if len(stored[digest(setting)].times()) < rounds]
     if unfinished:

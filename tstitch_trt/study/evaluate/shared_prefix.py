@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plan.step_rows import reads_before
 from tstitch_trt.study.records import Setting
-from tstitch_trt.study.settings import plan_of, wishes_of
+from tstitch_trt.study.settings import options_of, plan_of
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -80,15 +80,15 @@ def _run(
     states: Mapping[int, list[Latents]],
 ) -> Latents:
     """The final latents from ``state`` before row ``start``. Appends those before the rows in ``states`` to it."""
-    wishes = {**request, **wishes_of(branch.setting)}
+    keywords = {**request, **options_of(branch.setting).explicit()}
     if start:
-        wishes |= {"latents": state, "start_step": start}
+        keywords |= {"latents": state, "start_step": start}
 
     def keep(event: Any) -> None:
         if event.step in states:
             states[event.step].append(event.latents())
 
-    return runtime.sample(decode=False, callback=keep if states else None, **wishes).latents
+    return runtime.sample(decode=False, callback=keep if states else None, **keywords).latents
 
 
 def _first_difference(a: Plan, b: Plan) -> int:

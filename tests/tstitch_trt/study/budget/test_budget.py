@@ -13,11 +13,13 @@ from support.manifests import manifest, member
 from support.studies import calibration, divergence, evaluation, overhead, search, search_point, step_cost
 from tstitch_engines.bundle.manifest import Component, Defaults
 from tstitch_engines.errors import BadInput
+from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.request.batching import Splitting
 from tstitch_trt.runtime.chooser import ChosenSchedule
-from tstitch_trt.study.budget import Costs, keywords_of, predict_ms
+from tstitch_trt.study.budget import Costs, predict_ms
 from tstitch_trt.study.records import Calibration, Study
+from tstitch_trt.study.settings import options_of
 from tstitch_trt.study.store import weights_of
 
 
@@ -52,7 +54,7 @@ def costs(**changes: Any) -> Calibration:
 
 
 def choose(budget_ms: float, *studies: Study, made: Any = MANIFEST, images: int = 4, **settings: Any) -> ChosenSchedule:
-    return Costs(made, costs(), studies).choose(budget_ms, images=images, settings=settings)
+    return Costs(made, costs(), studies).choose(budget_ms, images=images, options=PlanOptions(**settings))
 
 
 def test_without_studies_the_rule_gives_the_large_member_what_fits() -> None:
@@ -96,14 +98,14 @@ def test_the_choice_is_that_of_trying_all(metric: str, sign: int) -> None:
     """Of points and of what lies between small:10, small:5,large:5 and large:10, by hand."""
     made = pair("small", "base", "large")
     study = search(weights=weights_of(made), metric=metric, points=POINTS)
-    known = {point.setting.schedule: (keywords_of(point.setting), point.quality.value) for point in POINTS[:-2]}
-    known["small:20"] = (keywords_of(POINTS[-1].setting), 50.0)
+    known = {point.setting.schedule: (options_of(point.setting), point.quality.value) for point in POINTS[:-2]}
+    known["small:20"] = (options_of(POINTS[-1].setting), 50.0)
     base = {"steps": 10, "solver": "ddim", "guidance": 1.0}
     for k in range(1, 10):
         value = 18 + (20 - 18) * k / 5 if k < 5 else 20 + (60 - 20) * (k - 5) / 5
         if k != 5:
-            known[f"small:{k},large:{10 - k}"] = ({**base, "schedule": f"small:{k},large:{10 - k}"}, value)
-    plans = [(make_plan(made, **keywords), keywords["schedule"], value) for keywords, value in known.values()]
+            known[f"small:{k},large:{10 - k}"] = (PlanOptions(**base, schedule=f"small:{k},large:{10 - k}"), value)
+    plans = [(make_plan(made, options), options.schedule, value) for options, value in known.values()]
     chooser = Costs(made, costs(), [study])
     for images, budget_ms in itertools.product((1, 8, 20), (15, 24, 40, 66, 90, 130, 400)):
         fitting = []
@@ -229,11 +231,11 @@ def test_a_budget_is_a_time(budget_ms: Any) -> None:
 def test_only_the_steps_that_run_are_paid_for() -> None:
     """From a picture at strength 0.5 the later half runs, all of it large."""
     known = Costs(MANIFEST, costs(), [])
-    got = known.choose(60, images=1, settings={"steps": 10}, start=lambda steps: steps // 2)
+    got = known.choose(60, images=1, options=PlanOptions(steps=10), start=lambda steps: steps // 2)
     assert (got.schedule, got.predicted_ms) == ("large:10", pytest.approx(2 + 50))
-    got = known.choose(50, images=1, settings={"steps": 10}, start=lambda steps: steps // 2)
+    got = known.choose(50, images=1, options=PlanOptions(steps=10), start=lambda steps: steps // 2)
     assert (got.schedule, got.predicted_ms) == ("small:6,large:4", pytest.approx(2 + 1 + 1 + 40))
-    assert known.choose(60, images=1, settings={"steps": 10}).schedule == "small:6,large:4"
+    assert known.choose(60, images=1, options=PlanOptions(steps=10)).schedule == "small:6,large:4"
 
 
 def test_more_images_cost_their_chunks() -> None:

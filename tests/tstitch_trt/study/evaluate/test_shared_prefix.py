@@ -19,10 +19,10 @@ from tstitch_trt.study.settings import (
     ORDERS,
     baseline_of,
     fraction_settings,
+    options_of,
     plan_of,
     setting_of,
     share_in_order,
-    wishes_of,
 )
 
 REQUEST: dict[str, Any] = {"labels": [i % 10 for i in range(11)], "seeds": list(range(100, 111))}  # over a batch of 8
@@ -52,7 +52,7 @@ def test_shared_drawing_is_bit_for_bit_a_direct_run(runtime: Runtime, solver: st
     assert drawn[0][0] == settings[0]
     assert sorted(s.schedule for s, _ in drawn) == sorted(s.schedule for s in settings)
     for setting, latents in drawn:
-        direct = runtime.sample(decode=False, **REQUEST, **wishes_of(setting))
+        direct = runtime.sample(decode=False, **REQUEST, **options_of(setting).explicit())
         np.testing.assert_array_equal(latents, direct.latents, err_msg=setting.schedule)
 
 
@@ -60,7 +60,7 @@ def test_a_history_that_starts_again_at_a_switch_is_shared_too(runtime: Runtime)
     wanted: dict[str, Any] = {"steps": 6, "solver": "dpmpp-2m", "guidance": 1.0, "more": {"history": "reset"}}
     settings = [setting_of(runtime.manifest, schedule=text, **wanted) for text in ("small:3,large:3", "small:6")]
     for setting, latents in draw_settings(runtime, settings, REQUEST):
-        direct = runtime.sample(decode=False, **REQUEST, **wishes_of(setting))
+        direct = runtime.sample(decode=False, **REQUEST, **options_of(setting).explicit())
         np.testing.assert_array_equal(latents, direct.latents, err_msg=setting.schedule)
 
 

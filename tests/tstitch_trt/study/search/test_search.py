@@ -25,7 +25,7 @@ from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.records import Search, SearchPoint
 from tstitch_trt.study.search.racing import front
 from tstitch_trt.study.search.search import search, usual_metric
-from tstitch_trt.study.settings import wishes_of
+from tstitch_trt.study.settings import options_of
 from tstitch_trt.study.store import load_studies, save_study, study_digest, weights_of
 
 SMALL: dict[str, Any] = {"steps": [4, 2], "samples": 20, "fractions": (0.5,), "seed": 3}
@@ -92,10 +92,10 @@ def test_points_are_what_plain_sampling_gives(runtime: Runtime, tmp_path: Path) 
     assert study.calibration == study_digest(known)
     assert len(study.points) == 2 * (4 + 3)  # of 2 steps there is no large-small-large
     for point in study.points:
-        found = latents(**wishes_of(point.setting))[: point.samples]
+        found = latents(**options_of(point.setting).explicit())[: point.samples]
         errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, reference, strict=False)]
         assert point.quality.value == pytest.approx(np.median(errors), rel=1e-5, abs=1e-12)
-        assert point.cost_ms == predict_ms(known, runtime.plan(**wishes_of(point.setting)), batch=8)
+        assert point.cost_ms == predict_ms(known, runtime.plan(**options_of(point.setting).explicit()), batch=8)
         assert point.samples == 20 or point.dropped
     whole = [point for point in study.points if not point.dropped]
     inside = front([(point.cost_ms, point.quality.value) for point in whole])
