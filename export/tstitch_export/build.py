@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -78,8 +77,8 @@ def build(
         check=lambda common: typed(common, opened.options, what=f"backend {backend!r}"),
     )
     settings = plan.options
-    compiler = Compiler.of(
-        opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache(fresh=fresh)
+    compiler = Compiler(
+        backend=opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache(fresh=fresh)
     )
     sizes = plan.sizes(batch=profile, height=height, width=width, tokens=tokens)
     profiles = {network.name: network.profile(sizes) for network in plan.networks}
@@ -112,10 +111,11 @@ class _Builder:
         versions = versions_of(("tstitch-trt",))
         made: dict[str, Network] = {}
         for index, planned in enumerate(plan.networks):
-            part = replace(self, report=self._share(planned.name, index, len(plan.networks)))
-            network, used = part.export(planned, staging)
+            report = _within(self.report, index / len(plan.networks), 1 / len(plan.networks), f"{planned.name}: ")
+            export, cache = _within(report, 0.0, 0.6), self.compiler.cache
+            network, used = exported_network(planned, staging, cache=cache, report=export)
             versions |= used
-            made[planned.name] = part.compiled(planned, network, staging)
+            made[planned.name] = self.compiled(planned, network, staging, report)
         versions[self.compiler.backend.name] = self.compiler.backend.version()
         if self.previous is not None:
             backends = {record.identity.backend for network in made.values() for record in network.engines}
@@ -144,37 +144,31 @@ class _Builder:
             notes=conventions.notes,
         )
 
-    def compiled(self, plan: NetworkPlan, network: Network, staging: Path) -> Network:
+    def compiled(self, plan: NetworkPlan, network: Network, staging: Path, report: Progress) -> Network:
         """``network`` with its engine, and those that the old bundle has for other backends."""
         compiler = replace(self.compiler, profile=self.profiles[plan.name])
-        model = partial(self.model, plan, network, staging)
+
+        def model() -> Path:
+            if compiler.backend.model_kind == "onnx":
+                return staging / network.onnx[0].path
+            return exported_program(plan, cache=compiler.cache, report=_within(report, 0.6, 0.2))
+
         engine = compiler.engine(
-            plan.name, network, model, staging, what=plan.what, previous=self.previous, report=self.compiling
+            plan.name,
+            network,
+            model,
+            staging,
+            what=plan.what,
+            previous=self.previous,
+            report=_within(report, 0.6, 0.4, "compile, "),
         )
         engines = compiler.beside(plan.name, network, engine, staging, previous=self.previous)
         return msgspec.structs.replace(network, engines=engines)
 
-    def _share(self, name: str, index: int, count: int) -> Progress:
-        return lambda phase, share: self.report(f"{name}: {phase}", (index + share) / count)
 
-    def compiling(self, phase: str, share: float) -> None:
-        self.report(f"compile, {phase}", 0.6 + 0.4 * share)
-
-    def export(self, plan: NetworkPlan, staging: Path) -> tuple[Network, dict[str, str]]:
-        def report(phase: str, share: float) -> None:
-            self.report(phase, 0.6 * share)
-
-        return exported_network(plan, staging, cache=self.compiler.cache, report=report)
-
-    def model(self, plan: NetworkPlan, network: Network, staging: Path) -> Path:
-        """What the backend compiles."""
-        if self.compiler.backend.model_kind == "onnx":
-            return staging / network.onnx[0].path
-
-        def report(phase: str, share: float) -> None:
-            self.report(phase, 0.6 + 0.2 * share)
-
-        return exported_program(plan, cache=self.compiler.cache, report=report)
+def _within(report: Progress, start: float, length: float, word: str = "") -> Progress:
+    """Reports a part of the work: shares from ``start`` on, phases that begin with ``word``."""
+    return lambda phase, share: report(f"{word}{phase}", start + length * share)
 
 
 def _defaults(spec: Recipe, conventions: PairConventions) -> Defaults:

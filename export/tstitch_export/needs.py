@@ -7,7 +7,7 @@ from typing import Any
 
 from tstitch_engines.errors import Unavailable
 
-__all__ = ["need_torch", "require"]
+__all__ = ["require"]
 
 
 def require(module: str, what: str, *, extra: str = "export") -> Any:
@@ -20,7 +20,3 @@ def require(module: str, what: str, *, extra: str = "export") -> Any:
             f"{what} needs {package}, which is not installed or does not start ({error})",
             hint=f'pip install "tstitch-trt[{extra}]"',
         ) from error
-
-
-def need_torch(what: str) -> Any:
-    return require("torch", what)

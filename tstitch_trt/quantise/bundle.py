@@ -43,7 +43,7 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
     if not needs_widening(member):
         engines = [e for e in replaced.engines if e.identity.backend == backend.name] or [*replaced.engines]
         profile = engines[0].identity.profile if engines else _profile(old, member)
-        compiler = Compiler.of(backend, device="cpu", profile=profile, settings={}, cache=Cache())
+        compiler = Compiler(backend=backend, device="cpu", profile=profile, settings={}, cache=Cache())
         records = (
             compiler.engine(
                 name,

@@ -83,8 +83,8 @@ class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
 class Conditioning(_Record, frozen=True, kw_only=True):
     """What the request says about the picture.
 
-    ``class``: labels ``0..classes-1``; ``null`` is the label of the unconditional half, if there is one. ``text``:
-    prompts, or embeddings where the bundle has no text encoder; the unconditional half is the negative prompt.
+    ``class``: labels ``0..classes-1``; ``null`` is the label of the unconditional half, if any. ``text``: prompts, or
+    embeddings without a text encoder; the unconditional half is the negative prompt.
     """
 
     kind: Literal["class", "text"] = "class"
@@ -156,10 +156,8 @@ class ExportCheck(_Record, frozen=True, kw_only=True):
 class Network(_Record, frozen=True, kw_only=True):
     """One model of the bundle. ``onnx[0]`` is the graph, the others its external data; ``config`` its own shape.
 
-    ``files`` are what else it needs at run time, by purpose: ``tokenizer``, ``weights``
-    (``tstitch_engines.bundle.weights``).
-    ``multiples``: what the sizes of its dynamic dimensions must be multiples of, where that is not 1 (``H``, ``W`` of a
-    UNet that halves them).
+    ``files``: what else it needs at run time, by purpose: ``tokenizer``, ``weights`` (``bundle.weights``).
+    ``multiples``: of what its dynamic dimensions must be multiples, where not 1 (``H``, ``W`` of a UNet).
     """
 
     family: str
@@ -178,11 +176,11 @@ class Network(_Record, frozen=True, kw_only=True):
 class TextInputs(_Record, frozen=True, kw_only=True):
     """How text reaches a member: ``encoder_hidden_states [B,T,width]`` and, for SDXL, ``text_embeds`` and ``time_ids``.
 
-    ``hidden``: the text encoders (keys of ``Manifest.parts``) whose hidden states, side by side, are the first;
-    ``pooled``: the one whose projection ``[B,pooled_width]`` is ``text_embeds``. ``time_ids``: ``sizes`` is height and
-    width of the original, top and left of the crop, height and width of the picture (SDXL, arXiv 2307.01952, section
-    2.2); ``aesthetic`` has a score in place of the last two (the refiner). ``zero_null``: where no negative prompt is
-    given, the unconditional half is zeros and not the encoded empty prompt.
+    ``hidden``: the text encoders (keys of ``Manifest.parts``) whose hidden states are concatenated; ``pooled``: the one
+    whose projection ``[B,pooled_width]`` is ``text_embeds``. ``time_ids``: ``sizes`` is height and width of the
+    original, top and left of the crop, height and width of the image (SDXL, arXiv 2307.01952, section 2.2);
+    ``aesthetic`` has a score in place of the last two (the refiner). ``zero_null``: without a negative prompt the
+    unconditional half is zeros.
     """
 
     hidden: tuple[str, ...]
@@ -245,11 +243,11 @@ class Quantisation(_Record, frozen=True, kw_only=True):
 class Member(Network, frozen=True, kw_only=True):
     """One denoiser.
 
-    What differs from the bundle's own conventions is stated here and adapted in the rows of the plan: ``noise`` is
-    the schedule it was trained with (``None``: the bundle's), ``latent_ratio`` its latent over the bundle's (its
-    scaling factor over theirs). ``guidance_embedding``: width of ``timestep_cond``, the embedded guidance scale of
-    distilled members (arXiv 2310.04378), 0 without. ``controlled``: it takes a ControlNet's residuals. ``inpaints``:
-    it takes ``inpaint [B,1+C,H,W]``, mask and masked latent. ``quantisation``: how an int8 or fp8 member was made.
+    Its differences from the bundle's conventions are adapted in the rows of the plan: ``noise`` is the schedule it was
+    trained with (``None``: the bundle's), ``latent_ratio`` its scaling factor over the bundle's.
+    ``guidance_embedding``: width of ``timestep_cond``, the embedded guidance scale of distilled members (arXiv
+    2310.04378), 0 without. ``controlled``: it takes a ControlNet's residuals. ``inpaints``: it takes ``inpaint
+    [B,1+C,H,W]``, mask and masked latent. ``quantisation``: how an int8 or fp8 member was made.
     """
 
     parametrisation: PredictionType

@@ -1,8 +1,7 @@
 """diffusers' ``scheduler_config.json`` as our own terms: a solver with options, a spacing, a noise schedule.
 
-The solver's table then equals what ``SchedulerClass.from_config(config)`` does. A key that is missing has the default
-of its class in diffusers; a key that asks for something no table can do is an error that names it; keys without an
-effect on the class are passed over, as diffusers does.
+The solver's table then equals ``SchedulerClass.from_config(config)``. A missing key has the default of its class in
+diffusers; a key that no table can express is an error; keys without an effect on the class are ignored, as there.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ Option = str | int | float | bool
 class Scheduler:
     """What a scheduler's configuration says.
 
-    ``solver`` and ``options`` are those of ``tstitch_trt.solvers``. ``spacing`` is that of the class; the options do
-    not repeat it, and where they name ``sigmas`` it is for other solvers only (but see ``sigma_ends``).
+    ``solver`` and ``options`` are those of ``tstitch_trt.solvers``. ``spacing`` is not repeated in the options; where
+    they name ``sigmas`` it is for other solvers only (but see ``sigma_ends``).
     """
 
     solver: str

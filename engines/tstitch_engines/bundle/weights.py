@@ -1,8 +1,7 @@
-"""Where the weights of a network lie in its ONNX files, and under which names an engine knows them.
+"""Where the weights of a network are in its ONNX files, and the names an engine knows them by.
 
-Tracers rename and transpose weights on the way from a checkpoint's modules to a graph. The map says what became of each
-one, so that an engine that can take other weights (``Engine.refit``) gets them, and that the original ones can be read
-from the ONNX again at any time, without a library.
+Tracers rename and transpose a checkpoint's weights. With this map an engine can be given others (``Engine.refit``), and
+the original ones can be read from the ONNX without a library.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ class Stored(_Record, frozen=True):
 class Weight(_Record, frozen=True):
     """One weight of the checkpoint, of ``shape`` there.
 
-    ``parameter``: its name in the exported program; ``None`` where the model leaves it out. ``initialiser``: the one
-    that holds it in the graph, ``transposed`` or not; ``None`` where no initialiser has its values. ``shared``: other
-    weights are in that initialiser too, so that it can be read and not be replaced.
+    ``parameter``: its name in the exported program; ``None`` where the model leaves it out. ``initialiser``: that of
+    the graph with its values, ``transposed`` or not, if any. ``shared``: other weights use it too, so it can't be
+    replaced.
     """
 
     shape: tuple[int, ...]

@@ -110,7 +110,7 @@ def _compiler(
         dims[name] = found
     if options is None:
         options = backend.options_for(same[0].options, device) if same else {}
-    return Compiler.of(backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache)
+    return Compiler(backend=backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache)
 
 
 def _dims(network: Network) -> list[str]:

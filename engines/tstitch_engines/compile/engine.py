@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
@@ -28,19 +28,15 @@ class Compiler:
     """A backend with all that decides what it makes, and the cache of what it made. ``settings`` are typed options."""
 
     backend: Backend
-    arch: str
     device: str
     profile: ShapeProfile
     settings: Mapping[str, Option]
     cache: Cache
+    arch: str = field(init=False)
 
-    @staticmethod
-    def of(
-        backend: Backend, *, device: str, profile: ShapeProfile, settings: Mapping[str, Option], cache: Cache
-    ) -> Compiler:
-        """Raises ``Unavailable`` or ``BadInput`` where this backend can't compile for ``device`` with ``settings``."""
-        arch = backend.build_arch(device, settings)
-        return Compiler(backend=backend, arch=arch, device=device, profile=profile, settings=settings, cache=cache)
+    def __post_init__(self) -> None:
+        """Raises ``Unavailable`` or ``BadInput`` where the backend can't compile for ``device`` with ``settings``."""
+        object.__setattr__(self, "arch", self.backend.build_arch(self.device, self.settings))
 
     def identity(self, member: Network) -> EngineIdentity:
         return EngineIdentity(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.quiet import silence_output
-from tstitch_export.needs import need_torch
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class Checkpoint:
             return {name: tensor for shard in self._shards for name, tensor in shard.tensors().items()}
         if self._stored is not None:
             return dict(self._stored)
-        need_torch(f"the checkpoint {self.path.name}")
+        require("torch", f"the checkpoint {self.path.name}")
         from safetensors.torch import load_file
 
         return {_plain(name): tensor for name, tensor in load_file(self.path).items()}
@@ -195,7 +195,7 @@ def _plain(name: str) -> str:
 
 
 def _load_pickled(path: Path) -> object:
-    torch = need_torch(f"the checkpoint {path.name} (only .safetensors can be inspected without)")
+    torch = require("torch", f"the checkpoint {path.name} (only .safetensors can be inspected without)")
     kind = _guess(path)
     if kind is not None:
         raise BadCheckpoint(f"{path.name} is not a PyTorch checkpoint: {kind}", hint="download or copy it again")

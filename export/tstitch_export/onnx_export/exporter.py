@@ -18,7 +18,7 @@ from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import parse_dimension
 from tstitch_engines.threads import default_threads
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
-from tstitch_export.needs import need_torch, require
+from tstitch_export.needs import require
 from tstitch_export.onnx_export.graph import retyped_to_float32, tidy, validate
 from tstitch_export.onnx_export.weight_map import write_weight_map
 
@@ -57,7 +57,7 @@ def export_onnx(
 
     Raises ``BuildFailed`` when the export fails or computes something else than PyTorch.
     """
-    torch = need_torch("exporting a checkpoint")
+    torch = require("torch", "exporting a checkpoint")
     require("onnxscript", "exporting to ONNX")
     path = folder / GRAPH
     progress("load", 0.0)
@@ -96,7 +96,7 @@ def export_program(
     family: Family, inspection: Inspection, *, precision: Precision, output: Path, progress: Progress
 ) -> None:
     """Writes the member as a ``torch.export`` archive (.pt2), what the ``torch`` backend compiles."""
-    torch = need_torch("exporting a checkpoint for --backend torch")
+    torch = require("torch", "exporting a checkpoint for --backend torch")
     progress("trace", 0.0)
     with _explained("exporting", inspection), silence_output():
         # Through memory: PyTorch's own file writer ends the whole process when the disk is full.

@@ -33,11 +33,10 @@ def store_half(model: Any) -> None:
 def refer_to_safetensors(model: Any, weights: Path) -> None:
     """Drops the graph's own copy of its weights: they are read from the safetensors file beside it.
 
-    A safetensors file is raw little-endian data at known offsets, which is what ONNX external data may point into.
-    The tracer renames and transposes weights, so each large initialiser is found among the file's tensors by value,
-    as it is or transposed, and gets a Cast to float32 (and a Transpose) in front, which a compiler folds so that its
-    engine depends on no other file. float32 tables stay in the graph: with nothing to fold, the engine would go on
-    referring to the file. Raises ``BuildFailed`` when a weight is in the file in neither form.
+    A safetensors file is raw little-endian data, which ONNX external data may point into. Each large initialiser is
+    found in the file by value, as it is or transposed, and gets a Cast to float32 (and a Transpose), which a compiler
+    folds so that its engine needs no other file. float32 tables stay in the graph: with nothing to fold, the engine
+    would go on referring to the file. Raises ``BuildFailed`` when a weight is not in the file.
     """
     onnx = require("onnx", "packing a graph")
     tensors = {name: value for name, value in _load(weights).items() if value.dtype == np.float16}

@@ -1,4 +1,4 @@
-"""What became of a checkpoint's weights in a graph: the map that replacing them in a finished engine needs."""
+"""The map from a checkpoint's weights to a graph's, which an engine needs to replace them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LIKE: Final = {4: "int32", 2: "int16"}  # PyTorch's integers of a size: numpy h
 
 
 def write_weight_map(graph: Path, model: nn.Module, target: LoraTarget, output: Path) -> None:
-    """Writes the map of the weights of ``model``, which ``graph`` was made from and in whose precision it is.
+    """Writes the map of the weights of ``model``, from which ``graph`` was made in the same precision.
 
-    PyTorch's exporter folds the transposition of a linear layer into its weight, which then has another name; a weight
-    is found by its name, or by its values. One tensor at a time is in memory beside the model.
+    PyTorch's exporter transposes and renames the weights of linear layers: a weight is found by name or by values. One
+    tensor at a time is in memory beside the model.
     """
     stored = locate(graph)
     files = [graph, *(graph.parent / name for name in {s.file for s in stored.values()} if name != graph.name)]

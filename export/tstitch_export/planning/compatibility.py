@@ -140,16 +140,14 @@ def _decoder(recipe: Recipe, latent: Latent, parts: Mapping[str, NetworkPlan], n
             raise _other_autoencoder(plan, f"has latents of {channels} channels; the members' have {latent.channels}")
         if not _states_latent(plan):
             continue
-        scaling, shift = plan.inspection.scaling, plan.inspection.shift
-        assert scaling is not None, "as every autoencoder's"
-        if not math.isclose(scaling, latent.scaling):
-            own = f"; if it is the same one: --option {plan.name}.scaling={latent.scaling:g}"
-            problem = f"scales its latents by {scaling:g}; the members' are by {latent.scaling:g}"
-            raise _other_autoencoder(plan, problem, own)
-        if shift is not None and not math.isclose(shift, latent.shift):
-            own = f"; if it is the same one: --option {plan.name}.shift={latent.shift:g}"
-            problem = f"shifts its latents by {shift:g}; the members' are by {latent.shift:g}"
-            raise _other_autoencoder(plan, problem, own)
+        for word, field in (("scales", "scaling"), ("shifts", "shift")):
+            own, shared = getattr(plan.inspection, field), getattr(latent, field)
+            if own is not None and not math.isclose(own, shared):
+                raise _other_autoencoder(
+                    plan,
+                    f"{word} its latents by {own:g}; the members' are by {shared:g}",
+                    f"; if it is the same one: --option {plan.name}.{field}={shared:g}",
+                )
     decoder = recipe.decoder
     sized = [*vaes, *([parts["controlnet"]] if "controlnet" in parts else [])]
     factors = {plan: int(plan.inspection.config["factor"]) for plan in sized}

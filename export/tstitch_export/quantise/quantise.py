@@ -109,12 +109,12 @@ def quantise_graph(
 ) -> QuantisedGraph:
     """Writes ``model``, the graph of ``member``, to ``output`` with Q/DQ nodes.
 
-    ``calibration``: float32 and int64 arrays of real inputs by name, ``[N, ...]`` each. ``method``: ``max`` takes the
-    largest magnitude that was met as an activation's range, ``entropy`` (int8) the range that loses the least
-    information. ``keep``: layers to leave in high precision, by name or pattern.
+    ``calibration``: float32 and int64 arrays of real inputs by name, ``[N, ...]`` each. ``method``: an activation's
+    range is its largest magnitude (``max``) or loses the least information (``entropy``, int8). ``keep``: layers to
+    leave in high precision, by name or pattern.
 
-    Raises ``UnknownName`` and ``BadInput`` for settings that can't be right, ``Unavailable`` without modelopt,
-    ``BuildFailed`` when modelopt fails, is killed, or its graph is not what was asked for. Nothing is left then.
+    Raises ``BadInput``, ``Unavailable`` without modelopt, ``BuildFailed`` when modelopt fails or its graph is not as
+    asked for. Nothing is left then.
     """
     for what, value, known in (
         ("quantisation mode", mode, MODES),

@@ -2,8 +2,7 @@
 
     python -m tstitch_export.quantise.worker
 
-It is a process of its own because modelopt replaces parts of ONNX Runtime for good, logs to stdout and leaves files in
-the temporary directory. Whatever writes to stdout goes to stderr.
+A process of its own, because modelopt replaces parts of ONNX Runtime, logs to stdout and leaves temporary files.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from tstitch_engines.spec import TensorSpec
 from tstitch_export.onnx_export.graph import tidy
 from tstitch_export.onnx_export.pack import store_half
 from tstitch_export.train.data import load_split
-from tstitch_export.train.loop import Budget, load_state, parse_options, run, save_state, training_parser
+from tstitch_export.train.loop import Budget, parse_options, resume, run, save_state, training_parser
 
 __all__ = ["Classifier", "export", "main"]
 
@@ -135,13 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     model = Classifier()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.02)
     budget = Budget(args.images, args.minutes)
-    step = 0
-    state = load_state(args.out / "state.pt")
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, budget.seconds_before = state["step"], state["seconds"]
-        print(f"resumed at step {step}", file=sys.stderr)
+    step = resume(args.out / "state.pt", model, optimiser, budget)["step"]
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}

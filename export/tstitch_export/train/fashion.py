@@ -26,7 +26,7 @@ from torch import Tensor
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.model import DiT
 from tstitch_export.train.data import load_split
-from tstitch_export.train.loop import Budget, Ema, load_state, parse_options, run, save_state, training_parser
+from tstitch_export.train.loop import Budget, Ema, parse_options, resume, run, save_state, training_parser
 
 __all__ = ["MEMBERS", "main", "v_loss"]
 
@@ -91,15 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     ema = Ema(model, 0.999)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
     budget = Budget(args.images, args.minutes)
-    step = 0
-    history: list[list[float]] = []
-    state = load_state(args.out / "state.pt")
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        ema.values = {name: value.to(args.device) for name, value in state["ema"].items()}
-        step, history, budget.seconds_before = state["step"], state["history"], state["seconds"]
-        print(f"resumed at step {step}", file=sys.stderr)
+    state = resume(args.out / "state.pt", model, optimiser, budget)
+    step, history = state["step"], state.get("history", [])
+    ema.values |= {name: value.to(args.device) for name, value in state.get("ema", {}).items()}
 
     def save(step: int) -> None:
         if rank:

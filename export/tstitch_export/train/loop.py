@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Budget", "Ema", "learning_rate", "load_state", "parse_options", "run", "save_state", "training_parser"]
+__all__ = ["Budget", "Ema", "learning_rate", "parse_options", "resume", "run", "save_state", "training_parser"]
 
 _WARMUP = 200  # steps
 _SAVE_SECONDS = 60
@@ -115,15 +115,20 @@ class Ema:
             self.values[name].lerp_(p, 1 - keep)
 
 
+def resume(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, budget: Budget) -> dict[str, Any]:
+    """Puts the state at ``path`` back and gives all of it; at the start, one that says step 0."""
+    if not path.is_file():
+        return {"step": 0}
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    budget.seconds_before = state["seconds"]
+    print(f"resumed at step {state['step']}", file=sys.stderr)
+    return state
+
+
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Writes beside ``path`` and renames: an interruption leaves the last whole checkpoint."""
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     temporary.replace(path)
-
-
-def load_state(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state

@@ -1,8 +1,7 @@
 """The part of TensorRT's Python API that is used, as types: mypy lets nothing else through.
 
-The names of the protocols' members are held against the real bindings of every supported version by a test. Those in
-``PROBED`` are missing in some of them and are looked for with ``has`` before use. Signatures are held against the type
-stubs of TensorRT 10.13 by another; there are none for 11 and TensorRT-RTX.
+Tests compare the names with the bindings of every supported version and the signatures with the type stubs of TensorRT
+10.13 (11 and TensorRT-RTX have none). Names in ``PROBED`` are missing in some versions: ask ``has`` first.
 
 Failures come back as ``False``, ``None`` or -1, not as exceptions: every such result is checked where it is got.
 """

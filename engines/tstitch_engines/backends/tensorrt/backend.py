@@ -22,6 +22,7 @@ from tstitch_engines.backends.tensorrt.options import (
     DEFAULT_LIST,
     OPTIONS,
     UNRECORDED,
+    BuildOptions,
     list_arch,
     require_float8,
     resolve,
@@ -77,7 +78,9 @@ class TensorRtBackend(Backend):
         return f"sm_{major}{minor}"
 
     def build_arch(self, device: str, options: Mapping[str, Option]) -> str:
-        chosen = resolve(self.flavour, self._library, options, device)
+        return self._arch_of(resolve(self.flavour, self._library, options, device), device)
+
+    def _arch_of(self, chosen: BuildOptions, device: str) -> str:
         return list_arch(chosen.capabilities) if self.flavour.compiles_without_gpu else self.arch(device)
 
     def options_for(self, options: Mapping[str, Option], device: str) -> dict[str, Option]:
@@ -129,8 +132,8 @@ class TensorRtBackend(Backend):
         if kind == "cpu" and not flavour.compiles_without_gpu:
             self.arch(device)
         chosen = resolve(flavour, self._library, options, device)
+        arch = self._arch_of(chosen, device)
         if member.precision == "fp8":
-            arch = list_arch(chosen.capabilities) if flavour.compiles_without_gpu else self.arch(device)
             require_float8(flavour, arch)
         if chosen.weight_streaming and has(self._library, "BuilderFlag.REQUIRE_USER_ALLOCATION"):
             _log.warning("weight-streaming: the engine allocates while it runs, so its steps can't be captured")
@@ -148,7 +151,6 @@ class TensorRtBackend(Backend):
         )
         weights = sum(part.bytes for part in member.onnx)
         timed = not flavour.compiles_without_gpu
-        arch = list_arch(chosen.capabilities) if flavour.compiles_without_gpu else self.arch(device)
         expected = estimate(
             weights,
             streamed=has(self._library, "Builder.build_serialized_network_to_stream"),

@@ -16,7 +16,7 @@ from tstitch_engines.backends.tensorrt.api import Context, CudaEngine, Library, 
 from tstitch_engines.backends.tensorrt.enums import Invalidities, declared
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path, gpu_and_driver
-from tstitch_engines.backends.tensorrt.library import Messages, logger_of
+from tstitch_engines.backends.tensorrt.library import Messages, Session, session
 from tstitch_engines.backends.tensorrt.network import DTYPES
 from tstitch_engines.backends.tensorrt.plan import DIAGNOSES, rebuild
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
@@ -67,21 +67,20 @@ class TensorRtEngine(Engine):
         self._library = library
         self._name = path.name
         self._device = device
-        self._logger, self._listener = logger_of(library)
         self._streamed = bool(identity.options.get("weight-streaming", False))
         self._device.activate()
         self._stream = self._device.stream_handle
-        with self._listener.listen() as messages:
-            self._engine = self._deserialise(path, messages, bool(identity.options.get("version-compatible", False)))
-            self._check_tensors(messages)
+        with session(flavour, library) as opened:
+            self._engine = self._deserialise(path, opened, bool(identity.options.get("version-compatible", False)))
+            self._check_tensors()
             if identity.options.get("strip-weights"):
-                self._restore_weights(path, member, messages)
+                self._restore_weights(path, member, opened)
             if self._streamed:  # before the first context
                 self._engine.weight_streaming_budget_v2 = self._engine.streamable_weights_size // 2
             # Neither is kept alive by the contexts made from it.
             self._kernels: KernelCache | None = None
             self._runtime_cache: Any = None
-            self._how = self._context_settings(identity, messages)
+            self._how = self._context_settings(identity, opened.messages)
         if identity.options.get("refit"):
             self.refit_names = "initialiser"
         else:
@@ -96,9 +95,9 @@ class TensorRtEngine(Engine):
 
     # --- loading
 
-    def _deserialise(self, path: Path, messages: Messages, host_code: bool) -> CudaEngine:
-        plan = path.read_bytes()
-        runtime = self._library.Runtime(self._logger)
+    def _deserialise(self, path: Path, opened: Session, host_code: bool) -> CudaEngine:
+        plan, messages = path.read_bytes(), opened.messages
+        runtime = self._library.Runtime(opened.logger)
         if host_code:
             runtime.engine_host_code_allowed = True  # a version-compatible plan carries its own runtime
         diagnosis = None
@@ -113,13 +112,12 @@ class TensorRtEngine(Engine):
         if engine is None:
             what, fix = DIAGNOSES[diagnosis] if diagnosis else ("it refuses it", None)
             raise BadEngine(
-                f"{self._flavour.title} {self._library.__version__} can't load the engine {path.name}: {what} "
-                f"({messages.reason()})",
+                f"{opened} can't load the engine {path.name}: {what} ({messages.reason()})",
                 hint=fix or rebuild(self._flavour),
             )
         return engine
 
-    def _check_tensors(self, messages: Messages) -> None:
+    def _check_tensors(self) -> None:
         """The plan must have the member's tensors, types and profile: it was made for this very ONNX."""
         library, engine = self._library, self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -143,7 +141,7 @@ class TensorRtEngine(Engine):
     def _foreign(self, what: str) -> BadEngine:
         return BadEngine(f"the engine {self._name} {what}", hint=rebuild(self._flavour))
 
-    def _restore_weights(self, path: Path, member: Network, messages: Messages) -> None:
+    def _restore_weights(self, path: Path, member: Network, opened: Session) -> None:
         """Fills a stripped plan from the ONNX of the bundle that it lies in."""
         onnx = member.onnx[0].path
         model = next((folder / onnx for folder in path.resolve().parents if (folder / onnx).is_file()), None)
@@ -152,11 +150,11 @@ class TensorRtEngine(Engine):
                 f"the engine {path.name} was built without weights, and {onnx} is not beside it",
                 hint="load the whole bundle, or build again without --option strip-weights",
             )
-        refitter = self._library.Refitter(self._engine, self._logger)
-        restorer = self._library.OnnxParserRefitter(refitter, self._logger)
+        refitter = self._library.Refitter(self._engine, opened.logger)
+        restorer = self._library.OnnxParserRefitter(refitter, opened.logger)
         if not restorer.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
             raise BadEngine(
-                f"the weights of {model.name} don't go into the engine {path.name}: {messages.reason()}",
+                f"the weights of {model.name} don't go into the engine {path.name}: {opened.messages.reason()}",
                 hint=rebuild(self._flavour),
             )
 
@@ -214,8 +212,8 @@ class TensorRtEngine(Engine):
         """Allocates and waits the first time these buffers are met."""
         key = self._key(buffers, self.sizes)
         if key not in self._contexts:
-            with self._listener.listen() as messages:
-                self._contexts[key] = self._ready(buffers, messages)
+            with session(self._flavour, self._library) as opened:
+                self._contexts[key] = self._ready(buffers, opened.messages)
         self._bound = self._contexts[key]
         self.capturable = not self._streamed
         if self.capturable and has(self._library, "IExecutionContext.is_stream_capturable"):
@@ -274,17 +272,9 @@ class TensorRtEngine(Engine):
 
     def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
         self._device.synchronize()
-        with self._listener.listen() as messages:
-            refit(
-                self._library,
-                self._logger,
-                self._engine,
-                weights,
-                others,
-                what=f"the engine {self._name}",
-                fix=f"{rebuild(self._flavour)} --option refit=true, or with the LoRA fused (--lora NAME=FILE)",
-                messages=messages,
-            )
+        fix = f"{rebuild(self._flavour)} --option refit=true, or with the LoRA fused (--lora NAME=FILE)"
+        with session(self._flavour, self._library) as opened:
+            refit(opened, self._engine, weights, others, what=f"the engine {self._name}", fix=fix)
         self._device.synchronize()
 
     def scratch(self) -> Mapping[int, int]:

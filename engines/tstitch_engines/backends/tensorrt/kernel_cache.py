@@ -1,7 +1,6 @@
 """TensorRT-RTX's cache of the kernels it compiles for this GPU when an engine is loaded, kept in a file.
 
-Not run on a GPU. The library checks a cache itself (its own version, the GPU, the driver...) and refuses a foreign one;
-the file name only keeps apart what can't be shared.
+Not run on a GPU. The library refuses a cache of another version, GPU or driver; the file name only keeps them apart.
 """
 
 from __future__ import annotations

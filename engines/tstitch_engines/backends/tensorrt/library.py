@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tstitch_engines.backends.tensorrt.api import Library
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.errors import Unavailable
 
-__all__ = ["Messages", "logger_of", "open_library"]
+__all__ = ["Messages", "Session", "logger_of", "open_library", "session"]
 
 _log = logging.getLogger(__name__)
 
@@ -130,3 +130,22 @@ def logger_of(library: Library) -> tuple[Any, Listener]:
 
             _made[key] = (Logger(), listener)
         return _made[key]
+
+
+class Session(NamedTuple):
+    """A library at work: ``messages`` are what it said so far."""
+
+    flavour: Flavour
+    library: Library
+    logger: Any
+    messages: Messages
+
+    def __str__(self) -> str:
+        return f"{self.flavour.title} {self.library.__version__}"
+
+
+@contextmanager
+def session(flavour: Flavour, library: Library) -> Iterator[Session]:
+    logger, listener = logger_of(library)
+    with listener.listen() as messages:
+        yield Session(flavour, library, logger, messages)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tstitch_engines.backends.tensorrt.api import AttentionOutput, Config, Library, Network, NetworkBuilder, Parser, has
-from tstitch_engines.backends.tensorrt.flavour import Flavour
-from tstitch_engines.backends.tensorrt.library import Messages
+from tstitch_engines.backends.tensorrt.library import Session
 from tstitch_engines.errors import BuildFailed
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
@@ -37,31 +36,26 @@ _OTHERWISE: Final = "build this member with --backend onnxruntime, or express th
 
 
 def parse(
-    library: Library,
-    flavour: Flavour,
-    logger: Any,
-    messages: Messages,
-    model: Path,
-    family: str,
-    expected: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
+    opened: Session, model: Path, family: str, expected: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 ) -> tuple[NetworkBuilder, Network, Parser]:
     """The network of ``model``; the parser holds its weights and must outlive the build.
 
     Raises ``BuildFailed`` naming the operators that can't be imported, or tensors that are not the ``expected`` inputs
     and outputs.
     """
-    builder = library.Builder(logger)
+    library = opened.library
+    builder = library.Builder(opened.logger)
     # Always asked for: 10.x would else choose precisions of its own. It is bit 1 there and bit 0 elsewhere.
     flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     if network is None:
         raise BuildFailed(
-            f"{flavour.title} {library.__version__} can't make a strongly typed network: {messages.reason()}",
-            hint=f"pip install -U tstitch-trt[{flavour.extra}]; supported is {flavour.versions}",
+            f"{opened} can't make a strongly typed network: {opened.messages.reason()}",
+            hint=f"pip install -U tstitch-trt[{opened.flavour.extra}]; supported is {opened.flavour.versions}",
         )
-    parser = library.OnnxParser(network, logger)
+    parser = library.OnnxParser(network, opened.logger)
     if not parser.parse_from_file(str(model)):
-        raise _unsupported(library, flavour, parser, messages, model, family)
+        raise _unsupported(opened, parser, model, family)
     for what, specs, count, get in (
         ("inputs", expected[0], network.num_inputs, network.get_input),
         ("outputs", expected[1], network.num_outputs, network.get_output),
@@ -82,9 +76,7 @@ def parse(
     return builder, network, parser
 
 
-def _unsupported(
-    library: Library, flavour: Flavour, parser: Parser, messages: Messages, model: Path, family: str
-) -> BuildFailed:
+def _unsupported(opened: Session, parser: Parser, model: Path, family: str) -> BuildFailed:
     found = [parser.get_error(index) for index in range(parser.num_errors)]
     lines = []
     for error in found:
@@ -92,11 +84,9 @@ def _unsupported(
         place = f"{operator} ({error.node_name()}): " if operator else ""
         if (line := f"{place}{error.desc()}") not in lines:
             lines.append(line)
-    text = "; ".join(lines) or messages.reason()
+    text = "; ".join(lines) or opened.messages.reason()
     hint = next((fix for words, fix in _WORKAROUNDS if words in text), _OTHERWISE)
-    return BuildFailed(
-        f"{flavour.title} {library.__version__} can't import {model.name} (family {family}): {text}", hint=hint
-    )
+    return BuildFailed(f"{opened} can't import {model.name} (family {family}): {text}", hint=hint)
 
 
 def settle_attention(library: Library, network: Network) -> int:
@@ -130,17 +120,12 @@ def _as_attention(library: Library, layer: Any) -> AttentionOutput:
 
 
 def add_profile(
-    flavour: Flavour,
-    builder: NetworkBuilder,
-    config: Config,
-    messages: Messages,
-    inputs: tuple[TensorSpec, ...],
-    profile: ShapeProfile,
+    opened: Session, builder: NetworkBuilder, config: Config, inputs: tuple[TensorSpec, ...], profile: ShapeProfile
 ) -> None:
     """Adds the member's only optimisation profile. Raises ``BuildFailed`` when the library refuses it."""
     made = builder.create_optimization_profile()
     if made is None:
-        raise BuildFailed(f"{flavour.title} makes no optimisation profile: {messages.reason()}", hint="free memory")
+        raise BuildFailed(f"{opened} makes no optimisation profile: {opened.messages.reason()}", hint="free memory")
     for spec in inputs:
         low, best, high = (
             spec.resolve({name: getattr(sizes, end) for name, sizes in profile.dims.items()})
@@ -151,6 +136,6 @@ def add_profile(
     if not made or config.add_optimization_profile(made) < 0:
         sizes = ", ".join(f"{name} {size}" for name, size in profile.dims.items())
         raise BuildFailed(
-            f"{flavour.title} refuses the profile {sizes}: {messages.reason()}",
+            f"{opened} refuses the profile {sizes}: {opened.messages.reason()}",
             hint="choose smaller sizes: --batch MIN:OPT:MAX",
         )

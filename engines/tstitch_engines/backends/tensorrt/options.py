@@ -49,6 +49,7 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = MappingProxyType(
 UNRECORDED: Final = frozenset({"timing-cache"})
 DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs
 
+_SWITCHES: Final = ("version-compatible", "refit", "strip-weights", "weight-streaming", "tf32")
 _LOSES_BIASES: Final = "11.3."  # named in the documentation of 11.3; nothing else than the version tells
 _FLOAT8: Final = 89  # Ada; 75, 80 and 86 have no float8 products
 # our words -> TensorRT's names
@@ -93,11 +94,7 @@ def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], d
         tiling=_word(options, "tiling", TILING),
         timing_cache=str(Path(str(options["timing-cache"])).resolve()) if "timing-cache" in options else None,
         hardware=_word(options, "hardware-compatible", HARDWARE),
-        version_compatible=bool(options.get("version-compatible", False)),
-        refit=bool(options.get("refit", False)),
-        strip_weights=bool(options.get("strip-weights", False)),
-        weight_streaming=bool(options.get("weight-streaming", False)),
-        tf32=bool(options.get("tf32", False)),
+        **{name.replace("-", "_"): bool(options.get(name, False)) for name in _SWITCHES},
         capabilities=capabilities(flavour, library, options, device),
         max_aux_streams=None if "max-aux-streams" in flavour.refused else aux or 0,
     )

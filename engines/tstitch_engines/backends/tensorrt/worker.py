@@ -2,8 +2,7 @@
 
     python -m tstitch_engines.backends.tensorrt.worker
 
-It is a process of its own so that a crash of the library or the kernel's out-of-memory killer ends this one and
-not the caller's. Whatever else writes to stdout goes to stderr.
+A process of its own, so that a crash of the library or the kernel's out-of-memory killer does not end the caller.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import msgspec
 
 from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, TimingCache, has
-from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
-from tstitch_engines.backends.tensorrt.library import Messages, logger_of, open_library
+from tstitch_engines.backends.tensorrt.flavour import FLAVOURS
+from tstitch_engines.backends.tensorrt.library import Session, logger_of, open_library, session
 from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
 from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
 from tstitch_engines.bundle.files import replace_file
@@ -114,29 +113,26 @@ def compile_engine(request: Request, channel: Channel) -> int:
     """Compiles into ``request.output``; the size of the plan in bytes. Raises ``TStitchError``."""
     flavour = FLAVOURS[request.flavour]
     library = open_library(flavour)
-    logger, listener = logger_of(library)
-    listener.forward = lambda level, text: channel.send(Said(level, text))
+    logger_of(library)[1].forward = lambda level, text: channel.send(Said(level, text))
     device = None
     if request.gpu is not None:
         from tstitch_engines.device.cuda import CudaDevice
 
         device = CudaDevice(request.gpu)  # makes it the current one
-    with listener.listen() as messages:
-        model = Path(request.model)
-        builder, network, parser = parse(
-            library, flavour, logger, messages, model, request.family, (request.inputs, request.outputs)
-        )
+    with session(flavour, library) as opened:
+        model, messages = Path(request.model), opened.messages
+        builder, network, parser = parse(opened, model, request.family, (request.inputs, request.outputs))
         fused = settle_attention(library, network)
         config = builder.create_builder_config()
         if config is None:
-            raise BuildFailed(f"{flavour.title} makes no build configuration: {messages.reason()}", hint="free memory")
-        timings = _configure(library, flavour, config, request, messages)
-        add_profile(flavour, builder, config, messages, request.inputs, request.profile)
+            raise BuildFailed(f"{opened} makes no build configuration: {messages.reason()}", hint="free memory")
+        timings = _configure(opened, config, request)
+        add_profile(opened, builder, config, request.inputs, request.profile)
         config.progress_monitor = _monitor(library, _Phases(channel))
-        size = _write(library, builder, network, config, request, messages)
+        size = _write(library, builder, network, config, Path(request.output))
         del parser  # held the weights
         if size is None:
-            raise _failed(flavour, library, request, messages, fused, device)
+            raise _failed(opened, request, fused, device)
         if any(_INCONSISTENT in text for text in messages.warnings):
             # It still makes an engine, one that runs at no other size than the first.
             raise BuildFailed(
@@ -148,9 +144,8 @@ def compile_engine(request: Request, channel: Channel) -> int:
     return size
 
 
-def _configure(
-    library: Library, flavour: Flavour, config: Config, request: Request, messages: Messages
-) -> TimingCache | None:
+def _configure(opened: Session, config: Config, request: Request) -> TimingCache | None:
+    library, messages = opened.library, opened.messages
     options, flags = request.options, library.BuilderFlag
     if options.workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace * _MEGABYTE)
@@ -183,8 +178,7 @@ def _configure(
             capability = getattr(library.ComputeCapability, f"SM{number}")
             if not config.set_compute_capability(capability, index):
                 raise BuildFailed(
-                    f"{flavour.title} {library.__version__} refuses compute capability {number // 10}.{number % 10}: "
-                    f"{messages.reason()}",
+                    f"{opened} refuses compute capability {number // 10}.{number % 10}: {messages.reason()}",
                     hint="leave it out of --option compute-capabilities",
                 )
     if options.timing_cache is None:
@@ -196,7 +190,7 @@ def _configure(
         messages.add(30, f"{path.name} is of another GPU or version: kernels are timed again")
         cache = config.create_timing_cache(b"")
         if cache is None or not config.set_timing_cache(cache, False):
-            raise BuildFailed(f"{flavour.title} makes no timing cache: {messages.reason()}", hint="leave it out")
+            raise BuildFailed(f"{opened} makes no timing cache: {messages.reason()}", hint="leave it out")
     return cache
 
 
@@ -207,11 +201,9 @@ def _keep_timings(config: Config, timings: TimingCache | None, request: Request)
     replace_file(Path(request.options.timing_cache), bytes(memoryview(kept.serialize())))
 
 
-def _write(
-    library: Library, builder: NetworkBuilder, network: Network, config: Config, request: Request, messages: Messages
-) -> int | None:
-    """Builds into the output file: its size, or ``None`` when the library gave up. Raises ``OSError``."""
-    with Path(request.output).open("wb") as file:
+def _write(library: Library, builder: NetworkBuilder, network: Network, config: Config, output: Path) -> int | None:
+    """Builds into the file ``output``: its size, or ``None`` when the library gave up. Raises ``OSError``."""
+    with output.open("wb") as file:
         if not (has(library, "Builder.build_serialized_network_to_stream") and has(library, "IStreamWriter")):
             plan = builder.build_serialized_network(network, config)
             if plan is None:
@@ -240,11 +232,9 @@ def _write(
         return file.tell() if made else None
 
 
-def _failed(
-    flavour: Flavour, library: Library, request: Request, messages: Messages, fused: int, device: CudaDevice | None
-) -> BuildFailed:
-    reason = messages.reason()
-    if device is not None and messages.of_memory():  # the library says how much it asked for
+def _failed(opened: Session, request: Request, fused: int, device: CudaDevice | None) -> BuildFailed:
+    reason = opened.messages.reason()
+    if device is not None and opened.messages.of_memory():  # the library says how much it asked for
         reason += f" ({device.name} has {device.free_memory() / 2**20:.1f} MiB free)"
     if "not supported by a dedicated kernel" in reason:
         hint = "export up to opset 22, where attention is MatMul and Softmax, or build with --precision fp32"
@@ -259,13 +249,11 @@ def _failed(
             "tstitch-trt build --traceback with this message helps to report it; --backend onnxruntime builds as well"
         )
     kind = f"{request.precision}, {fused} fused attention nodes" if fused else request.precision
-    return BuildFailed(
-        f"{flavour.title} {library.__version__} can't compile {Path(request.model).name} ({kind}): {reason}", hint=hint
-    )
+    return BuildFailed(f"{opened} can't compile {Path(request.model).name} ({kind}): {reason}", hint=hint)
 
 
 def _stay_behind_no_one() -> None:
-    """The worker ends with its parent and is the first to go when memory runs out. Ctrl-C is the parent's affair."""
+    """The worker ends with its parent, ignores Ctrl-C and is the first to be killed when memory runs out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     with suppress(OSError):

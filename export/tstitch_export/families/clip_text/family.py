@@ -22,7 +22,7 @@ from tstitch_export.families.clip_text.layout import PREFIXES, Piece, Shapes, fi
 from tstitch_export.families.clip_text.tokenizer import ClipTokenizer, read_tokenizer
 from tstitch_export.families.lora.fuse import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
 from tstitch_export.families.options import typed
-from tstitch_export.needs import need_torch
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,17 +33,17 @@ _CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _ACTIVATIONS: Final = ("quick_gelu", "gelu")
 _TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _HIGHEST: Final = -1  # pooled_at: the highest token ends the text, not a certain one
-# transformers' own defaults, for what a config.json leaves out
-_DEFAULTS: Final = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "quick_gelu",
-    "eos_token_id": 49407,
+# our name -> transformers' key, and its default for what a config.json leaves out
+_DEFAULTS: Final[dict[str, tuple[str, Any]]] = {
+    "vocabulary": ("vocab_size", 49408),
+    "width": ("hidden_size", 512),
+    "inner": ("intermediate_size", 2048),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 8),
+    "tokens": ("max_position_embeddings", 77),
+    "epsilon": ("layer_norm_eps", 1e-5),
+    "activation": ("hidden_act", "quick_gelu"),
+    "pooled_at": ("eos_token_id", 49407),
 }
 
 
@@ -93,7 +93,7 @@ class ClipTextFamily(Family):
         return part in PREFIXES and find_tower(shapes, part) is not None
 
     def load(self, inspection: Inspection) -> nn.Module:
-        torch = need_torch("exporting a text encoder")
+        torch = require("torch", "exporting a text encoder")
         from tstitch_export.families.assemble import fill
         from tstitch_export.families.clip_text.model import ClipText, ClipTextConfig
 
@@ -177,41 +177,29 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
             f"{path} is no CLIP text encoder: it looks like {describe_folder(path)}",
             hint="give the text_encoder folder of a Stable Diffusion pipeline (config.json and model.safetensors)",
         )
-    value = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
-    if type(value["eos_token_id"]) is not int:
+    value = {name: config.get(key, default) for name, (key, default) in _DEFAULTS.items()}
+    if type(value["pooled_at"]) is not int:
         raise BadCheckpoint(
-            f"{path}: eos_token_id is {value['eos_token_id']!r}; wanted is one token", hint="give a CLIP text encoder"
+            f"{path}: eos_token_id is {value['pooled_at']!r}; wanted is one token", hint="give a CLIP text encoder"
         )
-    if value["hidden_act"] not in _ACTIVATIONS:
+    if value["pooled_at"] == 2:
+        value["pooled_at"] = _HIGHEST  # what text models of before transformers 4.31 mean by 2
+    if value["activation"] not in _ACTIVATIONS:
         raise BadCheckpoint(
-            f"{path}: hidden_act is {value['hidden_act']!r}; known are {', '.join(_ACTIVATIONS)}",
+            f"{path}: hidden_act is {value['activation']!r}; known are {', '.join(_ACTIVATIONS)}",
             hint="give a CLIP text encoder",
         )
     weights = weights_file(folder, ("model", "pytorch_model"))
     projection = read_checkpoint(weights).shapes.get("text_projection.weight") if "CLIPTextModel" not in kinds else None
     index = read_json(folder.parent / "model_index.json") or {}
     return _inspection(
-        layout="transformers",
-        path=folder,
-        part=part,
+        "transformers",
+        folder,
+        part,
         files=(folder / "config.json", *files_of(weights)),
-        tokenizer=_find_tokenizer(folder, part, options),
         options=options,
         hidden_state=-2 if "XL" in str(index.get("_class_name")) else -1,
-        final_norm=None,
-        config={
-            "layers": value["num_hidden_layers"],
-            "width": value["hidden_size"],
-            "heads": value["num_attention_heads"],
-            "inner": value["intermediate_size"],
-            "vocabulary": value["vocab_size"],
-            "tokens": value["max_position_embeddings"],
-            "activation": value["hidden_act"],
-            "epsilon": value["layer_norm_eps"],
-            "projection": projection[0] if projection else 0,
-            # Text models of before transformers 4.31 say 2, and mean the highest token.
-            "pooled_at": _HIGHEST if value["eos_token_id"] == 2 else value["eos_token_id"],
-        },
+        config={**value, "projection": projection[0] if projection else 0},
     )
 
 
@@ -243,11 +231,10 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
     xl = prefix.startswith("conditioner.")
     projection = pieces.get("text_projection.weight") if xl and is_open else None
     return _inspection(
-        layout="single-file",
-        path=path,
-        part=part,
+        "single-file",
+        path,
+        part,
         files=(path,),
-        tokenizer=_find_tokenizer(path, part, options),
         options=options,
         # Stable Diffusion 2.x takes the state before the last too, and normalises it.
         hidden_state=-2 if xl or is_open else -1,
@@ -269,17 +256,17 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
 
 
 def _inspection(
-    *,
     layout: str,
     path: Path,
     part: str,
+    *,
     files: tuple[Path, ...],
-    tokenizer: ClipTokenizer,
     options: Mapping[str, Scalar],
     hidden_state: int,
-    final_norm: bool | None,
     config: Mapping[str, Any],
+    final_norm: bool | None = None,
 ) -> Inspection:
+    tokenizer = _find_tokenizer(path, part, options)
     if tokenizer.size > config["vocabulary"]:
         raise BadCheckpoint(
             f"{tokenizer.folder} has {tokenizer.size} tokens, the text encoder {path.name} {config['vocabulary']}",

@@ -1,6 +1,6 @@
 """How CLIP text towers are stored: transformers folders and the original single files, under one set of names.
 
-The names are those of ``clip_text_model.ClipText``. No torch: maps are made from names and shapes alone.
+The names are those of ``model.ClipText``. No torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The text tower of CLIP (Radford et al., arXiv 2103.00020), with the parameter names of transformers' CLIPTextModel.
 
-One causal transformer serves OpenAI's CLIP-L and OpenCLIP's ViT-H and bigG; they differ in sizes and activation. Only
-the layers that the asked outputs need are there. Importing this module imports torch; only the exporter does so.
+OpenAI's CLIP-L and OpenCLIP's ViT-H and bigG differ in sizes and activation. Only the layers that the outputs need are
+there. Importing this module imports torch; only the exporter does so.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ class Encoder(nn.Module):
 class ClipText(nn.Module):
     """input_ids int64 ``[B,T]`` -> hidden ``[B,T,D]`` and, with a projection, pooled ``[B,E]``.
 
-    hidden: the states after ``hidden_layers`` layers, normalised where ``final_norm`` says so. pooled: the projected,
-    normalised last state of the token that ends the text. That is the first ``eos`` or, in checkpoints from before
-    transformers 4.31 (their ``eos_token_id`` is a wrong 2) and in OpenCLIP, the first of the highest token.
+    hidden: the states after ``hidden_layers`` layers, normalised with ``final_norm``. pooled: the projected, normalised
+    last state of the token that ends the text: the first ``eos`` or, in OpenCLIP and before transformers 4.31 (whose
+    ``eos_token_id`` is a wrong 2), the first of the highest token.
     """
 
     def __init__(self, config: ClipTextConfig) -> None:

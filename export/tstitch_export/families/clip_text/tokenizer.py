@@ -26,9 +26,9 @@ _END: Final = "</w>"
 
 @dataclass(frozen=True)
 class ClipTokenizer:
-    """``special``: the begin, end and pad tokens and any that were added (textual inversion), with their ids.
+    """``special``: begin, end, pad and added tokens (textual inversion), with their ids.
 
-    ``normalised``: those of them that are looked for in the text after it was made lower case.
+    ``normalised``: those of them that match the lower-case text.
     """
 
     folder: Path

@@ -26,7 +26,7 @@ from tstitch_export.families.unet.family import (
 )
 from tstitch_export.families.unet.sdxl import sdxl_text
 from tstitch_export.families.unet.source import Source, read_diffusers
-from tstitch_export.needs import need_torch, require
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +86,7 @@ class ControlNetFamily(TextConditioned):
 
     def load(self, inspection: Inspection) -> nn.Module:
         assert isinstance(inspection, UNetInspection)
-        need_torch("exporting a ControlNet")
+        require("torch", "exporting a ControlNet")
         diffusers = require("diffusers", f"the ControlNet {inspection.path.name}")
         from tstitch_export.families.assemble import assemble
         from tstitch_export.families.unet.model import ControlNet

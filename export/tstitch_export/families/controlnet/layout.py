@@ -1,8 +1,7 @@
 """Single-file ControlNets: what their shapes say, and diffusers' name of every tensor. No torch.
 
-Either the original layout (github.com/lllyasviel/ControlNet, with or without ``control_model.`` before every name, also
-within the file of a whole pipeline), whose blocks are numbered as in a UNet's file, or diffusers' own names without a
-``config.json``. Both are read through the original names.
+Either the original layout (github.com/lllyasviel/ControlNet, alone or within a whole pipeline under
+``control_model.``), or diffusers' names without a ``config.json``. Both are read through the original names.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.dit import diffusers as dit_diffusers
 from tstitch_export.families.dit.layout import config_from_shapes, published_name
 from tstitch_export.families.options import typed
-from tstitch_export.needs import need_torch
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ class DiTFamily(ClassMember):
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
-        need_torch("exporting a DiT")
+        require("torch", "exporting a DiT")
         if inspection.layout == "diffusers":
             return dit_diffusers.load(inspection)
         from tstitch_export.families.assemble import fill

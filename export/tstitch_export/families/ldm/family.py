@@ -30,7 +30,7 @@ from tstitch_export.families.ldm.layout import (
 from tstitch_export.families.options import typed
 from tstitch_export.families.unet.config import UNetConfig
 from tstitch_export.families.unet.layout import module_names, rename
-from tstitch_export.needs import need_torch, require
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,7 +85,7 @@ class LDMFamily(ClassMember):
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
-        need_torch("exporting a latent diffusion model")
+        require("torch", "exporting a latent diffusion model")
         model = ldm_diffusers.load(inspection) if inspection.layout == "diffusers" else _load_original(inspection)
         _add_null(model, str(inspection.config["null_embedding"]))
         return model.eval().requires_grad_(False)

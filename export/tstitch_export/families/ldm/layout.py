@@ -27,7 +27,6 @@ __all__ = [
     "expected_shapes",
     "native_size",
     "noise_of",
-    "published_heads",
     "published_name",
 ]
 
@@ -74,27 +73,25 @@ class LDMConfig:
         return int(2 ** (len(self.widths) - 1))
 
 
-# What was published: (name, base, channels, widths, heads, latent side). The heads leave no trace in the shapes.
+# What was published: (channels, widths) -> (name, heads, latent side). The heads leave no trace in the shapes.
 # cin256-v2 and cin-ldm-vq-f8 are from github.com/CompVis/latent-diffusion, the narrow ones from T-Stitch.
-_PUBLISHED: Final = (
-    ("LDM-4 (cin256-v2)", 192, 3, (192, 384, 576, 960), Heads(number=1), 64),
-    ("LDM-4-S (cin256-v2-lite)", 64, 3, (64, 128, 192, 320), Heads(number=1), 64),
-    ("LDM-8 (cin-ldm-vq-f8)", 256, 4, (256, 512, 1024), Heads(channels=32), 32),
-    ("LDM-8-S (cin-ldm-vq-f8-lite)", 64, 4, (64, 128, 256), Heads(channels=32), 32),
-)
+_PUBLISHED: Final = {
+    (3, (192, 384, 576, 960)): ("LDM-4 (cin256-v2)", Heads(number=1), 64),
+    (3, (64, 128, 192, 320)): ("LDM-4-S (cin256-v2-lite)", Heads(number=1), 64),
+    (4, (256, 512, 1024)): ("LDM-8 (cin-ldm-vq-f8)", Heads(channels=32), 32),
+    (4, (64, 128, 256)): ("LDM-8-S (cin-ldm-vq-f8-lite)", Heads(channels=32), 32),
+}
 
 
 def published_name(config: LDMConfig) -> str:
-    return next((row[0] for row in _PUBLISHED if row[1:4] == (config.base, config.channels, config.widths)), "LDM")
-
-
-def published_heads(base: int, channels: int, widths: tuple[int, ...]) -> Heads | None:
-    return next((row[4] for row in _PUBLISHED if row[1:4] == (base, channels, widths)), None)
+    found = _PUBLISHED.get((config.channels, config.widths))
+    return found[0] if found else "LDM"
 
 
 def native_size(config: LDMConfig) -> int | None:
     """The side of the latent that the published model was trained on."""
-    return next((row[5] for row in _PUBLISHED if row[1:4] == (config.base, config.channels, config.widths)), None)
+    found = _PUBLISHED.get((config.channels, config.widths))
+    return found[2] if found else None
 
 
 def ema_name(name: str) -> str:
@@ -234,7 +231,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: Heads | None) -> LDM
         depth=len({key[len(prefix) :].split(".")[0] for key in unet if key.startswith(prefix)}),
         context=context,
         labels=labels,
-        heads=_heads(heads, base, channels, widths, name),
+        heads=_heads(heads, channels, widths, name),
     )
     compare(expected_shapes(config), unet, name, "latent diffusion UNet", _WHOLE)
     return config
@@ -262,10 +259,11 @@ def _levels(unet: Shapes, base: int) -> tuple[tuple[int, ...], int, tuple[int, .
     return tuple(widths), counts[0], tuple(sorted(attention))
 
 
-def _heads(given: Heads | None, base: int, channels: int, widths: Sequence[int], name: str) -> Heads:
-    heads = given or published_heads(base, channels, tuple(widths))
+def _heads(given: Heads | None, channels: int, widths: tuple[int, ...], name: str) -> Heads:
+    published = _PUBLISHED.get((channels, widths))
+    heads = given or (published[1] if published else None)
     if heads is None:
-        known = ", ".join(row[0] for row in _PUBLISHED)
+        known = ", ".join(row[0] for row in _PUBLISHED.values())
         raise BadCheckpoint(
             f"{name}: a UNet of {', '.join(map(str, widths))} channels may have any number of attention heads; known "
             f"are those of {known}",

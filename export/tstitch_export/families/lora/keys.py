@@ -48,7 +48,7 @@ _OTHER_METHODS: Final = {
 
 @dataclass
 class LoraLayer:
-    """One layer: ``part`` of the pipeline, ``name`` of the module as it is spelt, and the keys of its tensors."""
+    """One layer: its part of the pipeline, the module's name in the file, and the keys of its tensors."""
 
     part: str
     name: str

@@ -1,4 +1,4 @@
-"""Text-conditioned UNets as data: what a diffusers ``UNet2DConditionModel`` config says of inputs and shapes. No torch.
+"""Text-conditioned UNets as data: the inputs and shapes of a diffusers ``UNet2DConditionModel`` config. No torch.
 
 Stable Diffusion (arXiv 2112.10752), SDXL (arXiv 2307.01952) and their pruned relatives (BK-SDM arXiv 2305.15798,
 SSD-1B and Vega arXiv 2401.02677) differ in this table alone.

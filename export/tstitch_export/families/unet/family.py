@@ -17,7 +17,7 @@ from tstitch_export.families.lora.fuse import LORA_OPTION, check_loras, describe
 from tstitch_export.families.unet.config import CLASS, Kind, UNetConfig, published_name
 from tstitch_export.families.unet.layout import module_names
 from tstitch_export.families.unet.source import Source, read_state, read_unet
-from tstitch_export.needs import need_torch, require
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,7 +130,7 @@ class UNetFamily(TextConditioned):
 
     def load(self, inspection: Inspection) -> nn.Module:
         assert isinstance(inspection, UNetInspection)
-        need_torch("exporting a UNet")
+        require("torch", "exporting a UNet")
         diffusers = require("diffusers", f"the UNet {inspection.path.name}")
         from tstitch_export.families.assemble import assemble
         from tstitch_export.families.unet.model import UNetMember

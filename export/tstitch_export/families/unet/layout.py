@@ -2,8 +2,7 @@
 
 The layout is that of github.com/CompVis/latent-diffusion and github.com/Stability-AI/generative-models: numbered
 ``input_blocks``, ``middle_block`` and ``output_blocks``, each a list of a residual block, a transformer and a
-convolution that changes the size. Every fact that shapes determine is read from them; the number of attention heads,
-which leaves no trace, is what the published models have.
+convolution that changes the size. Attention heads leave no trace in the shapes: they are those of the published models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Family ``unet-sdxl``: SDXL's UNets (arXiv 2307.01952), SSD-1B and Vega (arXiv 2401.02677), and SDXL's refiner.
 
-Beside the prompt's hidden states they take its projection and six numbers, the sizes the picture had and is to have;
-the refiner takes five, the last an aesthetic score, and knows the second text encoder alone.
+Besides the prompt's hidden states they take its projection and six sizes of the image; the refiner takes five numbers,
+the last an aesthetic score, and has the second text encoder only.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ class SdxlFamily(UNetFamily):
 def sdxl_text(source: Source, config: UNetConfig) -> TextInputs:
     """How a prompt reaches a UNet or ControlNet of the SDXL kind. Raises ``BadCheckpoint``.
 
-    The refiner is told from the base by its arithmetic: the projection is as wide as its text, since both come from
-    the same encoder.
+    The refiner's projection is as wide as its text, since both come from the same encoder.
     """
     total, embedded = config.pooled_and_time
     width = config.width

@@ -1,4 +1,4 @@
-"""Where a model's weights are and what they are called: folders, pipelines, shards, single files. No torch."""
+"""Finds a model's weights and names them: folders, pipelines, shards, single files. No torch."""
 
 from __future__ import annotations
 

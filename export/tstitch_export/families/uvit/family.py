@@ -14,7 +14,7 @@ from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.options import typed
 from tstitch_export.families.uvit.layout import NOISE, config_from_shapes, published_name, time_of
-from tstitch_export.needs import need_torch
+from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +64,7 @@ class UViTFamily(ClassMember):
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
-        need_torch("exporting a U-ViT")
+        require("torch", "exporting a U-ViT")
         from tstitch_export.families.assemble import fill
         from tstitch_export.families.uvit.model import UViT
 

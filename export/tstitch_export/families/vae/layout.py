@@ -22,14 +22,23 @@ PREFIX: Final = "first_stage_model."
 SDXL_MARK: Final = "conditioner.embedders."  # prefix that only SDXL's whole files have
 
 _IGNORED: Final = ("loss.", "model_ema.", "discriminator.")
-_BLOCK: Final = re.compile(r"(encoder|decoder)\.(?:down|up)\.(\d+)\.block\.(\d+)\.(.+)")
-_RESIZE: Final = re.compile(r"(encoder|decoder)\.(?:down|up)\.(\d+)\.(?:down|up)sample\.conv\.(weight|bias)")
-_MID: Final = re.compile(r"(encoder|decoder)\.mid\.block_([12])\.(.+)")
-_ATTENTION: Final = re.compile(r"(encoder|decoder)\.mid\.attn_1\.(norm|q|k|v|proj_out)\.(weight|bias)")
-_ATTENTION_NAMES: Final = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_PLAIN: Final = re.compile(
-    r"(?:(?:encoder|decoder)\.(?:conv_in|conv_out)|quant_conv|post_quant_conv)\.(?:weight|bias)"
-    r"|quantize\.embedding\.weight"
+# original name -> diffusers' name; the decoder's levels are counted from the latent already
+_RULES: Final = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"((?:encoder|decoder)\.conv_(?:in|out)|(?:post_)?quant_conv)\.(weight|bias)", r"\1.\2"),
+        (r"quantize\.embedding\.weight", r"quantize.embedding.weight"),
+        (r"encoder\.down\.(\d+)\.block\.(\d+)\.(.+)", r"encoder.down_blocks.\1.resnets.\2.\3"),
+        (r"decoder\.up\.(\d+)\.block\.(\d+)\.(.+)", r"decoder.up_blocks.\1.resnets.\2.\3"),
+        (r"encoder\.down\.(\d+)\.downsample\.(conv\.\w+)", r"encoder.down_blocks.\1.downsamplers.0.\2"),
+        (r"decoder\.up\.(\d+)\.upsample\.(conv\.\w+)", r"decoder.up_blocks.\1.upsamplers.0.\2"),
+        (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
+        (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),
+        (r"(encoder|decoder)\.mid\.attn_1\.norm\.(weight|bias)", r"\1.mid_block.attentions.0.group_norm.\2"),
+        (r"(encoder|decoder)\.mid\.attn_1\.([qkv]\.(?:weight|bias))", r"\1.mid_block.attentions.0.to_\2"),
+        (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(weight|bias)", r"\1.mid_block.attentions.0.to_out.0.\2"),
+        (r"(encoder|decoder)\.norm_out\.(weight|bias)", r"\1.conv_norm_out.\2"),
+    )
 )
 # Attention before diffusers 0.12
 _OLD: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -103,29 +112,7 @@ def _levels(shapes: Shapes, prefix: str) -> int:
 
 
 def _target(name: str, levels: int) -> str | None:
-    if _PLAIN.fullmatch(name):
-        return name
-    if match := _BLOCK.fullmatch(name):
-        side, level, block, rest = match.groups()
-        return f"{_side(side, int(level), levels)}.resnets.{block}.{_resnet(rest)}"
-    if match := _RESIZE.fullmatch(name):
-        side, level, kind = match.groups()
-        return f"{_side(side, int(level), levels)}.{'down' if side == 'encoder' else 'up'}samplers.0.conv.{kind}"
-    if match := _MID.fullmatch(name):
-        side, block, rest = match.groups()
-        return f"{side}.mid_block.resnets.{int(block) - 1}.{_resnet(rest)}"
-    if match := _ATTENTION.fullmatch(name):
-        side, part, kind = match.groups()
-        return f"{side}.mid_block.attentions.0.{_ATTENTION_NAMES[part]}.{kind}"
-    if match := re.fullmatch(r"(encoder|decoder)\.norm_out\.(weight|bias)", name):
-        return f"{match[1]}.conv_norm_out.{match[2]}"
-    return None
-
-
-def _side(side: str, level: int, levels: int) -> str:
-    """The original counts the decoder's levels from the picture, diffusers from the latent."""
-    return f"encoder.down_blocks.{level}" if side == "encoder" else f"decoder.up_blocks.{levels - 1 - level}"
-
-
-def _resnet(rest: str) -> str:
-    return rest.replace("nin_shortcut", "conv_shortcut")
+    # the original counts the decoder's levels from the picture, diffusers from the latent
+    name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{levels - 1 - int(match[1])}", name)
+    found = (match.expand(target) for pattern, target in _RULES if (match := pattern.fullmatch(name)))
+    return next((target.replace("nin_shortcut", "conv_shortcut") for target in found), None)

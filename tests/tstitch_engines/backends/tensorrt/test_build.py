@@ -14,7 +14,7 @@ from support.tiny import TinyPair
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, backend, read_plan_header
 from tstitch_engines.backends.tensorrt.flavour import RTX
-from tstitch_engines.backends.tensorrt.library import logger_of, open_library
+from tstitch_engines.backends.tensorrt.library import open_library, session
 from tstitch_engines.backends.tensorrt.network import parse, settle_attention
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.files import hash_file
@@ -80,11 +80,8 @@ def test_the_tiny_dit_in_every_precision(
     assert header is not None
     assert header.capabilities == ((8, 6), (8, 9))
     library = open_library(RTX)
-    logger, listener = logger_of(library)
-    with listener.listen() as messages:
-        kept = parse(
-            library, RTX, logger, messages, output / member.onnx[0].path, "dit", (member.inputs, member.outputs)
-        )
+    with session(RTX, library) as opened:
+        kept = parse(opened, output / member.onnx[0].path, "dit", (member.inputs, member.outputs))
         assert settle_attention(library, kept[1]) == fused
 
 
@@ -95,9 +92,8 @@ def test_attention_is_fused_where_there_is_a_kernel_and_taken_apart_elsewhere(
     model = tmp_path / "attention.onnx"
     member = attention_graph(model, dtype=dtype, head=head)
     library = open_library(RTX)
-    logger, listener = logger_of(library)
-    with listener.listen() as messages:
-        kept = parse(library, RTX, logger, messages, model, "dit", (member.inputs, member.outputs))
+    with session(RTX, library) as opened:
+        kept = parse(opened, model, "dit", (member.inputs, member.outputs))
         assert settle_attention(library, kept[1]) == fused
     assert compile_member(rtx, member, model, tmp_path / "attention.rtx").stat().st_size > 10_000
 

@@ -11,7 +11,7 @@ from support.rtx_families import CHECKPOINTS
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, read_plan_header
 from tstitch_engines.backends.tensorrt.flavour import RTX
-from tstitch_engines.backends.tensorrt.library import logger_of, open_library
+from tstitch_engines.backends.tensorrt.library import open_library, session
 from tstitch_engines.backends.tensorrt.network import parse, settle_attention
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.compile.bundle import recompile
@@ -71,9 +71,8 @@ def test_a_tiny_network_of_every_family(name: str, layout: str, rtx: TensorRtBac
     assert header_of(engine, rtx) == ((8, 9), (12, 0))
     assert "building engine" in seen
     library = open_library(RTX)
-    logger, listener = logger_of(library)
-    with listener.listen() as messages:
-        kept = parse(library, RTX, logger, messages, graph, name, (network.inputs, network.outputs))
+    with session(RTX, library) as opened:
+        kept = parse(opened, graph, name, (network.inputs, network.outputs))
         attention = _attention_nodes(graph)
         assert settle_attention(library, kept[1]) == attention
         assert kept[1].num_inputs == len(network.inputs)
