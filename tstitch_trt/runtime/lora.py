@@ -63,7 +63,7 @@ class Loras:
         self._active: dict[str, _Active] = {}
         self._lost: dict[str, tuple[str, tuple[str, ...]]] = {}  # why, and the weights that may be anything
 
-    def said(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, str]:
         """The LoRAs in use by network: ``{"large": "style.safetensors:0.8"}``."""
         return {name: active.said for name, active in self._active.items() if active.said}
 

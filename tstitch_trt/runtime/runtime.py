@@ -130,7 +130,7 @@ class Runtime:
     @property
     def loras(self) -> dict[str, str]:
         """Those that ``swap_lora`` put in, by network: ``{"large": "style.safetensors:0.8"}``."""
-        return self._loras.said()
+        return self._loras.to_dict()
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device by purpose: ``arena``, ``engine io``, ``activations`` and ``parts io``.
@@ -236,7 +236,7 @@ class Runtime:
         job = self._job(
             keywords, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
         )
-        walk = self._walk(job, None, timeout)
+        walk = self._walk(job, timeout)
         try:
             while True:
                 try:
@@ -264,13 +264,11 @@ class Runtime:
     ) -> Generator[StepEvent, None, Result]:
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel.
 
-        From its first step to its end, closing or dropping it has the runtime's turn: other threads wait, and another
-        request of the same thread raises ``Busy``.
+        The call checks the request; the first ``next`` encodes it. From there until it ends, is closed or dropped, it
+        has the runtime to itself: other threads wait, and another request of the same thread raises ``Busy``.
         """
         job = self._job(keywords, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
-        with self._queue.work(timeout):
-            request = self._request(job)
-        return self._walk(job, request, timeout)
+        return self._walk(job, timeout)
 
     # --- parts of it
 
@@ -373,7 +371,7 @@ class Runtime:
         parsed.check(self.manifest, plan)
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
-        self._vae.check(tile)
+        self._vae.check(tile, parsed.size if decode else None)
         return _Job(parsed, plan, tile, decode, output, events, budget)
 
     def _request(self, job: _Job) -> Request:
@@ -383,15 +381,12 @@ class Runtime:
         if isinstance(parsed.latents, ForeignLatents):
             parsed = replace(parsed, latents=parsed.latents.read(self.device.borrow(parsed.latents.value)))
         encoder = self._vae.encoding(job.tile)
-        request = Request.make(self.manifest, parsed, job.plan, texts=self._texts, encoder=encoder)
-        if job.decode:
-            self._vae.check(job.tile, request.size)
-        return request
+        return Request.make(self.manifest, parsed, job.plan, texts=self._texts, encoder=encoder)
 
-    def _walk(self, job: _Job, request: Request | None, timeout: float | None) -> Generator[StepEvent, None, Result]:
-        """One turn, in which the request is encoded, unless it was, and its chunks run."""
+    def _walk(self, job: _Job, timeout: float | None) -> Generator[StepEvent, None, Result]:
+        """One turn, in which the request is encoded and its chunks run."""
         with self._queue.turn(timeout) as turn:
-            steps = self._chunks(turn, job, request)
+            steps = self._chunks(turn, job)
             try:
                 while True:
                     with turn.next_step():
@@ -404,9 +399,9 @@ class Runtime:
                 with turn.mutex:
                     steps.close()
 
-    def _chunks(self, turn: Turn, job: _Job, request: Request | None) -> Generator[StepEvent, None, Result]:
+    def _chunks(self, turn: Turn, job: _Job) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
-        request = self._request(job) if request is None else request
+        request = self._request(job)
         decode = partial(self._vae.decode, tile=job.tile)
         walk = Trajectory(
             self._stepper, self.device, request, job.plan, decode=decode, events=job.events, check=turn.check
@@ -435,7 +430,7 @@ class Runtime:
             tuple(found.timings),
             None if kept is None else self.device.share(kept),
             prompts=request.prompts,
-            loras=self._loras.said(),
+            loras=self._loras.to_dict(),
             budget=job.budget,
         )
 

@@ -125,7 +125,7 @@ def test_a_second_thread_waits_its_turn_or_is_told(runtime: Runtime, other: Thre
     assert not isinstance(caught.value, BadInput)
     assert caught.value.exit_code == 1
     with pytest.raises(Busy):
-        runtime.iterate(**SHORT, timeout=0)
+        next(runtime.iterate(**SHORT, timeout=0))
     second = other.submit(runtime.sample, **SHORT)
     decoded = other.submit(runtime.decode, expected)
     assert not second.done()
