@@ -10,8 +10,8 @@ refuse() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 out='' pyver=3.12 split='' own=1 only='' rtx=()
-packages=(msgspec click rich markdown-it-py mdurl pygments pillow cuda-core cuda-bindings cuda-pathfinder
-  onnx onnxscript onnx-ir ml-dtypes protobuf safetensors typing-extensions onnxruntime-gpu flatbuffers
+packages=(msgspec click jinja2 markupsafe rich markdown-it-py mdurl pygments pillow cuda-core cuda-bindings
+  cuda-pathfinder onnx onnxscript onnx-ir ml-dtypes protobuf safetensors typing-extensions onnxruntime-gpu flatbuffers
   pytest iniconfig pluggy packaging hypothesis sortedcontainers scipy)
 diffusers=1
 while (($#)); do

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import click
 
-__all__ = ["fixed", "print_json", "print_table", "size", "table"]
+__all__ = ["fixed", "print_json", "print_result", "print_table", "size", "table"]
+
+R = TypeVar("R")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -38,6 +40,14 @@ def print_json(document: Any) -> None:
     import msgspec
 
     click.echo(json.dumps(msgspec.to_builtins(document), indent=2, allow_nan=False))
+
+
+def print_result(result: R, as_json: bool, as_text: Callable[[R], None]) -> None:
+    """A record as JSON, or in words."""
+    if as_json:
+        print_json(result)
+    else:
+        as_text(result)
 
 
 def size(count: int) -> str:

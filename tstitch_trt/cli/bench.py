@@ -53,7 +53,7 @@ def command(bundle: Path, points: Points, step: StepOptions, rounds: Rounds, loa
     """
     from tstitch_trt.bench.bench import measure
     from tstitch_trt.cli._parsing import parse_fractions
-    from tstitch_trt.cli._text import print_json
+    from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.bench import plot_bench
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress_bar
@@ -83,10 +83,7 @@ def command(bundle: Path, points: Points, step: StepOptions, rounds: Rounds, loa
     if rounds.plot is not None:
         plot_bench(rounds.plot, result)
         log(f"plot: {rounds.plot}")
-    if as_json:
-        print_json(result)
-    else:
-        _print(result)
+    print_result(result, as_json, _print)
 
 
 def _print(bench: Bench) -> None:

@@ -50,7 +50,7 @@ def command(bundle: Path, measured: Measured, load: LoadOptions, as_json: bool) 
     version, backend, device or number of threads is never used. Run it when the machine is as busy as it will be.
     """
     from tstitch_trt.cli._parsing import parse_numbers
-    from tstitch_trt.cli._text import print_json
+    from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.calibration import plot_calibration
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress_bar
@@ -79,10 +79,7 @@ def command(bundle: Path, measured: Measured, load: LoadOptions, as_json: bool) 
     if plot is not None:
         plot_calibration(plot, found)
         log(f"plot: {plot}")
-    if as_json:
-        print_json(found)
-    else:
-        _print(found)
+    print_result(found, as_json, _print)
 
 
 def _sizes(runtime: Runtime, text: str) -> list[tuple[int, int]]:

@@ -45,7 +45,7 @@ def command(
     Latents near the reference's mean pictures that are alike. How good pictures are is measured by: tstitch-trt
     evaluate. Needs a solver without memory, such as ddim, which is also the default where the bundle's own has one.
     """
-    from tstitch_trt.cli._text import print_json
+    from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.divergence import plot_divergence
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress_bar
@@ -77,10 +77,7 @@ def command(
         plot_divergence(walked.plot, study)
         log(f"plot: {walked.plot}")
     log(f"kept in {place}")
-    if as_json:
-        print_json(study)
-    else:
-        _print(study)
+    print_result(study, as_json, _print)
 
 
 def _print(study: Divergence) -> None:

@@ -76,7 +76,7 @@ def command(
     """
     from tstitch_engines.bundle.cache import default_root
     from tstitch_trt.cli._parsing import parse_fractions, parse_numbers
-    from tstitch_trt.cli._text import print_json
+    from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.plots.search import plot_search
     from tstitch_trt.progress import log, progress_bar
@@ -113,10 +113,7 @@ def command(
         plot_search(files.plot, study)
         log(f"plot: {files.plot}")
     log(f"record: {place}")
-    if as_json:
-        print_json(study)
-    else:
-        _print(study)
+    print_result(study, as_json, _print)
 
 
 def _print(study: Search) -> None:

@@ -66,7 +66,7 @@ def command(bundle: Path, checks: Checks, as_json: bool) -> None:
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_engines.compile.bundle import compile_command
     from tstitch_trt.cli._parsing import parse_pairs
-    from tstitch_trt.cli._text import print_json
+    from tstitch_trt.cli._text import print_result
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.verify.verify import verify
 
@@ -86,10 +86,7 @@ def command(bundle: Path, checks: Checks, as_json: bool) -> None:
             rebuild=checks.rebuild,
             progress=bar,
         )
-    if as_json:
-        print_json(result)
-    else:
-        _print(result)
+    print_result(result, as_json, _print)
     failed = result.of("failed")
     if failed:
         reasons = "; ".join(f"the {c.backend} engine of {c.kind} {c.member!r}: {c.reason}" for c in failed)
