@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
     from tstitch_trt.runtime.chooser import ChosenSchedule
     from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.request.synthetic import stand_in_wishes
+from tstitch_trt.request.synthetic import synthetic_request
 
 __all__ = ["Baseline", "BaselineTiming", "Bench", "BudgetTiming", "MemberTiming", "TrajectoryTiming", "measure"]
 
@@ -178,7 +178,7 @@ def measure(
     every = _all_members(runtime, settings) if budgets else None
     size = _batch(runtime, batch, guided=any(any(plan.guided) for plan in [*plans, *([every] if every else [])]))
     if every is not None:
-        asked = stand_in_wishes(runtime.manifest, runtime.backend_name, every, size)
+        asked = synthetic_request(runtime.manifest, runtime.backend_name, every, size)
         for budget_ms in budgets:
             chosen = runtime.within_budget(budget_ms, **asked, **settings)
             plans.append(runtime.plan(**chosen.settings))
@@ -255,7 +255,7 @@ class _Trajectory:
         self.plan = plan
         self.budget = budget
         self.batch = batch
-        self.asked = stand_in_wishes(runtime.manifest, runtime.backend_name, plan, batch)
+        self.asked: dict[str, Any] = dict(synthetic_request(runtime.manifest, runtime.backend_name, plan, batch))
         self.labels: list[int] = self.asked.get("labels", [])  # a baseline draws classes
         latent = runtime.manifest.latent
         shape = (batch, latent.channels, latent.height, latent.width)

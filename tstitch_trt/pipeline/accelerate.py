@@ -12,6 +12,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle
 from tstitch_engines.bundle.files import remove_stale, temporary_directory
 from tstitch_engines.bundle.identity import digest
+from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable
 from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range
@@ -32,7 +33,7 @@ from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.load import load
 
 if TYPE_CHECKING:
-    from tstitch_engines.bundle.manifest import ComponentName, Precision
+    from tstitch_engines.bundle.manifest import Precision
 
 __all__ = ["accelerate"]
 

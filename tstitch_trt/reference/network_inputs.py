@@ -18,7 +18,7 @@ from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.reference.recorder import Recorder
 from tstitch_trt.request.controlnet import CONTROLNET
-from tstitch_trt.request.synthetic import stand_in_pictures, stand_in_wishes
+from tstitch_trt.request.synthetic import synthetic_pictures, synthetic_request
 from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["Recordings", "Rows"]
@@ -113,7 +113,7 @@ class Recordings:
         if "vae_encoder" in parts:
             if images is None:
                 factor = manifest.decoder.factor
-                images = stand_in_pictures(_IMAGES, factor * size[0], factor * size[1], seed=2)
+                images = synthetic_pictures(_IMAGES, factor * size[0], factor * size[1], seed=2)
             calls["vae_encoder"].append({"image": images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1})
         # the engines outlive the runtime, so it is not closed
         return {name: {key: np.concatenate([c[key] for c in into]) for key in into[0]} for name, into in calls.items()}
@@ -124,7 +124,7 @@ class Recordings:
         needed = {encoder for text in texts for encoder in text.encoders}
         readable = bool(texts) and all(text.hidden for text in texts) and needed <= set(manifest.parts)
         backend = next((r.identity.backend for r in manifest.members[group[0]].engines), "")
-        asked = stand_in_wishes(
+        asked = synthetic_request(
             manifest, backend, plan, _IMAGES, prompts=_PROMPTS if readable else (), control=True, size=size
         )
         factor = manifest.decoder.factor

@@ -1,9 +1,9 @@
-"""Requests for measuring and recording: any picture will do."""
+"""Made-up requests for timing, recording and calibration, where the contents of the images do not matter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.controlnet import CONTROLNET
+from tstitch_trt.request.options import ImageKeywords
 
-__all__ = ["PROMPTS", "stand_in_pictures", "stand_in_wishes"]
+__all__ = ["PROMPTS", "synthetic_pictures", "synthetic_request"]
 
 PROMPTS: Final = (
     "a photograph of a red fox in the snow",
@@ -32,10 +33,10 @@ PROMPTS: Final = (
     "the interior of a cathedral, wide angle",
     "a plate of sushi",
 )
-"""Of many kinds and lengths, for trajectories that are to be like those that users draw."""
+"""Prompts of many kinds and lengths, like those that users draw from."""
 
 
-def stand_in_wishes(
+def synthetic_request(
     manifest: Manifest,
     backend: str,
     plan: Plan,
@@ -44,7 +45,7 @@ def stand_in_wishes(
     prompts: Sequence[str] = (),
     control: bool = False,
     size: tuple[int, int] | None = None,
-) -> dict[str, Any]:
+) -> ImageKeywords:
     """Keywords of ``Runtime.sample`` for ``count`` images: classes in turn, or text, which is made up for each member.
 
     Texts are ``prompts`` in turn, else random embeddings of as many tokens as the engines of ``backend`` are tuned for,
@@ -55,23 +56,23 @@ def stand_in_wishes(
     if manifest.conditioning.kind == "class":
         return {"labels": [i % manifest.conditioning.classes for i in range(count)]}
     names = list(dict.fromkeys(plan.schedule.names))
-    wishes: dict[str, Any] = {"n": count}
+    asked: ImageKeywords = {"n": count}
     if prompts:
-        wishes["prompt"] = list(prompts)
+        asked["prompt"] = list(prompts)
     else:
-        wishes |= _embeddings(manifest, names, backend, guided=any(plan.guided))
+        asked |= _embeddings(manifest, names, backend, guided=any(plan.guided))
     members = [manifest.members[name] for name in names]
     height, width = (side * manifest.decoder.factor for side in size or (manifest.latent.height, manifest.latent.width))
     if any(member.inpaints for member in members):
         mask = np.zeros((height, width), np.bool_)
         mask[:, : width // 2] = True
-        wishes |= {"image": stand_in_pictures(1, height, width), "mask": mask, "strength": 1.0}
+        asked |= {"image": synthetic_pictures(1, height, width), "mask": mask, "strength": 1.0}
     if control and CONTROLNET in manifest.parts and any(member.controlled for member in members):
-        wishes["control"] = stand_in_pictures(1, height, width, seed=1)
-    return wishes
+        asked["control"] = synthetic_pictures(1, height, width, seed=1)
+    return asked
 
 
-def stand_in_pictures(count: int, height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:
+def synthetic_pictures(count: int, height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:
     """Smooth pictures uint8 ``[count,height,width,3]``, each another: what a picture encoder may well be given."""
     rng = np.random.default_rng(seed)
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
@@ -83,9 +84,9 @@ def stand_in_pictures(count: int, height: int, width: int, *, seed: int = 0) -> 
     return np.asarray(np.clip(127.5 + 50 * total, 0, 255).astype(np.uint8))
 
 
-def _embeddings(manifest: Manifest, names: Sequence[str], backend: str, *, guided: bool) -> dict[str, dict[str, Any]]:
+def _embeddings(manifest: Manifest, names: Sequence[str], backend: str, *, guided: bool) -> ImageKeywords:
     rng = np.random.default_rng(0)
-    wishes: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, NDArray[np.float32]]] = {}
     for name in names:
         text = manifest.members[name].text
         if text is None:
@@ -96,8 +97,8 @@ def _embeddings(manifest: Manifest, names: Sequence[str], backend: str, *, guide
         if guided:
             shapes |= {f"negative_{key}": shape for key, shape in shapes.items()}
         for key, shape in shapes.items():
-            wishes.setdefault(key, {})[name] = rng.standard_normal(shape, np.float32)
-    return wishes
+            found.setdefault(key, {})[name] = rng.standard_normal(shape, np.float32)
+    return cast(ImageKeywords, found)
 
 
 def _tokens(manifest: Manifest, name: str, backend: str) -> int:

@@ -87,10 +87,10 @@ def load(
         every = opened.manifest.networks()
         opened = rebuild_engines(opened, library, place.name, names=every, verify=verify, progress=progress)
     networks = opened.manifest.networks()
-    wishes = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
+    options = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
     chosen = {network: select_engine(opened, network, library, place.name) for network in networks}
     for network, record in chosen.items():
-        check_load_options(opened, network, record, library, place.name, wishes)
+        check_load_options(opened, network, record, library, place.name, options)
     decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
     engines: dict[str, Engine] = {}
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.request.synthetic import PROMPTS, stand_in_pictures
+from tstitch_trt.request.synthetic import PROMPTS, synthetic_pictures
 
 __all__ = ["ImageSet", "image_keywords", "prompts_for", "reads_prompts"]
 
@@ -44,7 +44,7 @@ def image_keywords(
         height, width = (s * manifest.decoder.factor for s in (manifest.latent.height, manifest.latent.width))
         mask = np.zeros((height, width), np.bool_)
         mask[:, : width // 2] = True
-        found |= {"image": stand_in_pictures(pictures, height, width), "mask": mask, "strength": 1.0}
+        found |= {"image": synthetic_pictures(pictures, height, width), "mask": mask, "strength": 1.0}
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, groupby, islice
 from typing import TYPE_CHECKING, Any, Final
 
-from tstitch_trt.request.synthetic import stand_in_wishes
+from tstitch_trt.request.synthetic import synthetic_request
 from tstitch_trt.study.budget.predict import Kinds, kinds_of
 from tstitch_trt.study.calibrate.drift import Slot
 
@@ -62,7 +62,7 @@ class Trial:
     bucket: Bucket
     settings: Mapping[str, Any]
     plan: Plan
-    wishes: dict[str, Any]
+    keywords: dict[str, Any]
     times: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
@@ -71,11 +71,13 @@ class Trial:
     @staticmethod
     def of(runtime: Runtime, bucket: Bucket, **settings: Any) -> Trial:
         manifest, plan = runtime.manifest, runtime.plan(**settings)
-        wishes = stand_in_wishes(manifest, runtime.backend_name, plan, bucket.batch, size=bucket.size)
+        keywords: dict[str, Any] = dict(
+            synthetic_request(manifest, runtime.backend_name, plan, bucket.batch, size=bucket.size)
+        )
         if bucket.size != runtime.limits.native:
             height, width = (side * manifest.decoder.factor for side in bucket.size)
-            wishes |= {"height": height, "width": width}
-        return Trial(bucket, settings, plan, wishes)
+            keywords |= {"height": height, "width": width}
+        return Trial(bucket, settings, plan, keywords)
 
     @property
     def kinds(self) -> Kinds:
@@ -105,7 +107,7 @@ class Trial:
 
     def run(self, runtime: Runtime) -> float:
         """Milliseconds of one run."""
-        return runtime.sample(**self.wishes, seed=0, decode=False, **self.settings).total_ms
+        return runtime.sample(**self.keywords, seed=0, decode=False, **self.settings).total_ms
 
 
 def runs_of(ms: float) -> int:
