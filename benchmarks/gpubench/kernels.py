@@ -12,6 +12,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.device.step_row import ROW, ROW_FIELDS
 from tstitch_engines.spec import itemsize
 from tstitch_trt.runtime.arena import LaneArena
+from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
 
 __all__ = ["kernel_part", "pair_bytes"]
 
@@ -45,8 +46,10 @@ def kernel_part(context: Context, part: Part) -> None:
 
 def _measure(device: Device, dtype: str, lanes: int, rounds: int) -> Entry:
     """Pairs recorded into one graph where there are graphs, so that launches do not hide the kernels."""
-    arena = LaneArena(device, slots=lanes, latent_shape=SHAPE, table_rows=_PAIRS)
+    arena = LaneArena(device, slots=lanes, latent_shape=SHAPE, table_rows=_PAIRS, conditioning={})
+    kernels = arena.kernels(SHAPE)
     channels, height, width = SHAPE
+    key = StepKey("", lanes, True, False, (height, width))
     active = device.empty((lanes,), "int32")
     sample = device.empty((2 * lanes, *SHAPE), dtype)
     timestep = device.empty((2 * lanes,), "float32")
@@ -69,11 +72,11 @@ def _measure(device: Device, dtype: str, lanes: int, rounds: int) -> Entry:
 
     def pairs() -> None:
         for _ in range(_PAIRS):
-            arena.kernels.prepare(active, sample, timestep, guided=True)
-            arena.kernels.advance(active, output, guided=True, rescale=False)
+            kernels.prepare(active, sample, timestep, guided=True)
+            kernels.advance(active, output, guided=True, rescale=False)
 
     def start() -> None:
-        arena.start(rows, list(range(lanes)), step=0, scale=1.0, latents=None)
+        arena.write(0, [LaneProgram(rows, seed, 0, (key,) * len(rows)) for seed in range(lanes)])
         device.synchronize()
 
     start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,9 +18,9 @@ from gpubench.trace import traced
 from gpubench.walks import RuntimeWalk
 from tstitch_engines.device.base import NotCaptured
 from tstitch_trt.plan.plan import Plan
-from tstitch_trt.request.conditioning import Conditioning, class_values
+from tstitch_trt.request.conditioning import class_values
+from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.runtime.step_graphs import StepKey
 
 __all__ = ["OurWalk"]
 
@@ -33,8 +33,8 @@ class OurWalk(RuntimeWalk):
         self.device = runtime.device
         self.case = case
         self._stepper = runtime._stepper
-        values = {"labels": class_values(runtime.manifest, labels)}
-        self._conditioning = Conditioning(dict.fromkeys(runtime.members, values))
+        values = class_values(runtime.manifest, labels)
+        self._rows = [values.row(image) for image in range(case.batch)]
 
     # --- times
 
@@ -84,8 +84,9 @@ class OurWalk(RuntimeWalk):
         """Milliseconds of n engine calls in a row, by marks in the device's queue; replays where it can be recorded."""
         engine = self._stepper._engines[name]
         lanes = self.case.batch
-        self._condition([name])
-        self._stepper.bind(name, lanes, True)
+        key = self._stepper.usual_key(name, lanes, guided=True)
+        self._stepper.synthetic(key, 0)
+        self._stepper.bind(name, lanes, True, key.sizes)
         for _ in range(engine.warmups):
             engine.enqueue()
         self.device.synchronize()
@@ -99,7 +100,7 @@ class OurWalk(RuntimeWalk):
         def calls(count: int) -> float:
             if not count:
                 return 0.0
-            self._stepper.bind(name, lanes, True)
+            self._stepper.bind(name, lanes, True, key.sizes)
             self.device.synchronize()
             watch = self.device.stopwatch()
             watch.mark()
@@ -114,18 +115,21 @@ class OurWalk(RuntimeWalk):
         """Milliseconds of one ``prepare`` and ``advance``, enqueued back to back."""
         plan = self.runtime.plan(steps=self.case.steps, fraction=0.0, **SETTINGS)
         arena, lanes = self._stepper.arena, self.case.batch
-        bound = self._stepper.bind(self.runtime.members[0], lanes, True)
+        key = self._stepper.usual_key(self.runtime.members[0], lanes, guided=True)
+        bound = self._stepper.bind(key.member, lanes, True, key.sizes)
+        kernels = arena.kernels(self._stepper.latent_shape(key))
+        self._stepper.activate(range(lanes), lanes)
         assert bound.model_output is not None, "a member has one"
         rows = np.resize(plan.rows, (min(pairs, arena.table_rows), plan.rows.shape[1])).astype(np.float32)
         times = []
         for _ in range(5):
-            arena.start(rows, [0] * lanes, step=0, scale=1.0, latents=None)
+            arena.write(0, [LaneProgram(rows, 0, 0, (key,) * len(rows))] * lanes)
             self.device.synchronize()
             watch = self.device.stopwatch()
             watch.mark()
             for _ in range(len(rows)):
-                arena.kernels.prepare(bound.active, bound.sample, bound.timestep, guided=True)
-                arena.kernels.advance(bound.active, bound.model_output, guided=True, rescale=False)
+                kernels.prepare(bound.active, bound.sample, bound.timestep, guided=True)
+                kernels.advance(bound.active, bound.model_output, guided=True, rescale=False)
             watch.mark()
             times.append(watch.milliseconds()[0] / len(rows))
         return {"pair_ms": spread_of(times[1:])}
@@ -158,20 +162,21 @@ class OurWalk(RuntimeWalk):
     def _kinds(self, fraction: float, steps: int) -> list[StepKey]:
         plan = self.runtime.plan(steps=steps, fraction=fraction, **SETTINGS)
         return [
-            StepKey(name, self.case.batch, guided, False)
+            self._stepper.usual_key(name, self.case.batch, guided=guided)
             for name, guided in zip(plan.schedule.names, plan.guided, strict=True)
         ]
 
     def _start(self, fraction: float, steps: int) -> None:
         plan = self.runtime.plan(steps=steps, fraction=fraction, **SETTINGS)
-        rows, seeds = plan.rows.astype(np.float32), list(range(self.case.batch))
-        self._stepper.arena.start(rows, seeds, step=0, scale=plan.init_scale, latents=None)
-        self._condition(self.runtime.members)
-
-    def _condition(self, names: Sequence[str]) -> None:
-        lanes = self.case.batch
-        kinds = [StepKey(name, lanes, True, False) for name in names]
-        self._stepper.condition(self._conditioning, kinds, start=0, stop=lanes, guided=True)
+        rows, keys = plan.rows.astype(np.float32), tuple(self._kinds(fraction, steps))
+        programs = [
+            LaneProgram(
+                rows, seed, 0, keys, plan.init_scale, None, {name: {"labels": labels} for name in self.runtime.members}
+            )
+            for seed, labels in enumerate(self._rows)
+        ]
+        self._stepper.start(0, *programs)
+        self._stepper.activate(range(len(programs)), len(programs))
 
     def _steps(self, fraction: float, steps: int) -> Callable[[], None]:
         """The very loop of a request, without its beginning and end."""

@@ -14,19 +14,14 @@ from tstitch_engines.errors import BadInput
 
 __all__ = [
     "Conditioning",
-    "Part",
     "Values",
     "class_values",
     "conditioning_inputs",
     "guidance_embedding",
     "is_residual",
-    "stand_in",
 ]
 
 Array = NDArray[Any]
-Part = Mapping[str, Mapping[str, Array]]
-"""Network -> input -> one row per lane and half: float32 or integer, whatever the engine computes in."""
-
 _STEP_INPUTS = ("sample", "timestep")  # the step kernels write these
 
 
@@ -50,14 +45,10 @@ class Values:
     conditional: Array
     unconditional: Array | None = None
 
-    def rows(self, start: int, stop: int, lanes: int, *, guided: bool) -> Array:
-        """Of images ``start`` to ``stop`` in ``lanes`` lanes: ``[lanes or 2 lanes, ...]``; spare lanes repeat."""
-        images = np.arange(start, start + lanes)
-        images[stop - start :] = start
-        halves = [self.conditional]
-        if guided:
-            halves.append(self.conditional if self.unconditional is None else self.unconditional)
-        return np.concatenate([half[images % len(half)] for half in halves])
+    def row(self, image: int) -> tuple[Array, Array]:
+        """What the conditional and the unconditional half of an image are given."""
+        other = self.conditional if self.unconditional is None else self.unconditional
+        return np.asarray(self.conditional[image % len(self.conditional)]), np.asarray(other[image % len(other)])
 
 
 @dataclass(frozen=True)
@@ -65,13 +56,6 @@ class Conditioning:
     """``networks``: members, and the ControlNet where one runs, with all that ``conditioning_inputs`` names."""
 
     networks: Mapping[str, Mapping[str, Values]]
-
-    def part(self, start: int, stop: int, lanes: int, *, guided: bool) -> Part:
-        """What images ``start`` to ``stop`` are given, each network's inputs by name."""
-        return {
-            name: {key: values.rows(start, stop, lanes, guided=guided) for key, values in inputs.items()}
-            for name, inputs in self.networks.items()
-        }
 
     def tokens(self, name: str) -> int:
         """``T`` of a network, 0 for one without text."""
@@ -107,19 +91,3 @@ def guidance_embedding(scale: float, width: int) -> NDArray[np.float32]:
     angles = 1000.0 * (scale - 1) * frequencies
     found = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2)])
     return found.astype(np.float32)[None]
-
-
-def stand_in(manifest: Manifest, name: str, sizes: Mapping[str, int], variant: int) -> Mapping[str, Array]:
-    """Made-up values of a network's conditioning inputs, other ones for each ``variant``, for trials and timing."""
-    network = manifest.networks()[name]
-    rng = np.random.default_rng(variant)
-    found: dict[str, Array] = {}
-    for spec in network.inputs:
-        if spec.name not in conditioning_inputs(network):
-            continue
-        shape = spec.resolve(sizes)
-        if spec.dtype == "int64":
-            found[spec.name] = (variant + np.arange(shape[0])) % max(1, manifest.conditioning.classes)
-        else:
-            found[spec.name] = rng.standard_normal(shape, np.float32)
-    return found

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_trt.plan.plan import Plan
+from tstitch_trt.request.conditioning import conditioning_inputs
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.options import ImageKeywords
 
-__all__ = ["PROMPTS", "synthetic_pictures", "synthetic_request"]
+__all__ = ["PROMPTS", "synthetic_conditioning", "synthetic_pictures", "synthetic_request"]
 
 PROMPTS: Final = (
     "a photograph of a red fox in the snow",
@@ -108,3 +109,21 @@ def _tokens(manifest: Manifest, name: str, backend: str) -> int:
         return size
     records = sorted(member.engines, key=lambda record: record.identity.backend != backend)
     return records[0].identity.profile.dims["T"].opt
+
+
+def synthetic_conditioning(
+    manifest: Manifest, name: str, sizes: Mapping[str, int], variant: int
+) -> dict[str, NDArray[Any]]:
+    """Made-up values of a network's conditioning inputs, other ones for each ``variant``, for trials and timing."""
+    network = manifest.networks()[name]
+    rng = np.random.default_rng(variant)
+    found: dict[str, NDArray[Any]] = {}
+    for spec in network.inputs:
+        if spec.name not in conditioning_inputs(network):
+            continue
+        shape = spec.resolve(sizes)
+        if spec.dtype == "int64":
+            found[spec.name] = (variant + np.arange(shape[0])) % max(1, manifest.conditioning.classes)
+        else:
+            found[spec.name] = rng.standard_normal(shape, np.float32)
+    return found

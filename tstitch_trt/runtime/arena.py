@@ -1,153 +1,179 @@
-"""The arena: the latents, history, tables and counters of all lanes, in device buffers that never move."""
+"""The arena: latents, history, tables, counters and conditioning of all lanes, in device buffers that never move."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device.base import ArenaBuffers, Buffer, Device, StepKernels
+from tstitch_engines.device.slab import Slab, slab_bytes
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
+from tstitch_trt.runtime.lane_program import LaneProgram
 
 __all__ = ["LaneArena", "arena_bytes"]
 
 
-def arena_bytes(slots: int, elements: int, table_rows: int) -> int:
-    """Of an arena: latents, the estimates remembered and y, a table, step, fault and seed for each lane."""
-    return slots * ((2 + HISTORY) * 4 * elements + 4 * len(ROW_FIELDS) * table_rows + 4 + 4 + 8)
+def arena_bytes(slots: int, elements: int, table_rows: int, conditioning: Mapping[str, int]) -> int:
+    """Bytes of an arena: latents, history and y; a table, step, fault and seed for each lane; conditioning.
+
+    ``conditioning``: bytes of a lane's row by input; each lane has two.
+    """
+    lane = (2 + HISTORY) * 4 * elements + 4 * len(ROW_FIELDS) * table_rows + 4 + 4 + 8
+    return slots * lane + slab_bytes({name: 2 * slots * row for name, row in conditioning.items()})
 
 
 class LaneArena:
-    """``slots`` lanes of ``[C,H,W]`` float32 latents, each with its own table of up to ``table_rows`` rows.
+    """``slots`` lanes of latents up to ``latent_shape`` ``[C,H,W]``, each with a table of up to ``table_rows`` rows.
 
-    Everything a captured step touches lives here for as long as the runtime does; a new request only writes into it.
-    It is made for the largest latent; ``shape`` looks at the same memory as lanes of a smaller one.
+    A lane is written without touching the others, whatever they are doing, and lanes of several latent sizes lie side
+    by side. ``conditioning``: for each input the bytes of its largest row. Every lane has two rows of it, for the
+    conditional and the unconditional half.
     """
 
-    def __init__(self, device: Device, *, slots: int, latent_shape: tuple[int, int, int], table_rows: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        slots: int,
+        latent_shape: tuple[int, int, int],
+        table_rows: int,
+        conditioning: Mapping[str, int],
+    ) -> None:
         self.slots = slots
         self.latent_shape = latent_shape
         self.table_rows = table_rows
         self._device = device
-        self._largest = latent_shape
-        self._latents = self.latents = device.empty((slots, *latent_shape), "float32")
-        self._history = self.history = device.empty((HISTORY, slots, *latent_shape), "float32")
-        self._y = self.y = device.empty((slots, *latent_shape), "float32")
-        self.rows = device.empty((slots, table_rows, len(ROW_FIELDS)), "float32")
-        self.step = device.empty((slots,), "int32")
-        self.seed = device.empty((slots,), "int64")
-        self.fault = device.empty((slots,), "int32")
-        for buffer in (self.latents, self.history, self.y, self.rows):
-            device.upload(buffer, np.zeros(buffer.shape, np.float32))
-        self.kernels = self._kernels()
-        self._shapes = {latent_shape: (self.latents, self.history, self.y, self.kernels)}
-        self._kept: dict[str, Buffer] = {}  # known, mask and noise, for the largest latent; from the first use on
-        self._blending: dict[tuple[int, int, int], tuple[dict[str, Buffer], StepKernels]] = {}
-
-    def _kernels(self, **kept: Buffer) -> StepKernels:
-        return self._device.step_kernels(
-            ArenaBuffers(
-                **kept,
-                latents=self.latents,
-                history=self.history,
-                rows=self.rows,
-                step=self.step,
-                seed=self.seed,
-                fault=self.fault,
-                y=self.y,
-            )
+        self.buffers = ArenaBuffers(
+            latents=device.empty((slots, *latent_shape), "float32"),
+            history=device.empty((HISTORY, slots, *latent_shape), "float32"),
+            y=device.empty((slots, *latent_shape), "float32"),
+            rows=device.empty((slots, table_rows, len(ROW_FIELDS)), "float32"),
+            step=device.empty((slots,), "int32"),
+            seed=device.empty((slots,), "int64"),
+            fault=device.empty((slots,), "int32"),
         )
-
-    def shape(self, latent_shape: tuple[int, int, int]) -> None:
-        """Makes the lanes ``[C,H,W]``, at most as large as they were made; what they hold is then meaningless.
-
-        The kernels of a shape stay the same for good, for steps that were recorded with them. Allocates at most when a
-        shape is new.
-        """
-        if latent_shape == self.latent_shape:
-            return
-        self.latent_shape = latent_shape
-        if latent_shape not in self._shapes:
-            assert math.prod(latent_shape) <= math.prod(self._largest), "the arena is too small for this latent"
-            self.latents = self._device.view(self._latents, 0, (self.slots, *latent_shape), "float32")
-            self.history = self._device.view(self._history, 0, (HISTORY, self.slots, *latent_shape), "float32")
-            self.y = self._device.view(self._y, 0, (self.slots, *latent_shape), "float32")
-            self._shapes[latent_shape] = (self.latents, self.history, self.y, self._kernels())
-        self.latents, self.history, self.y, self.kernels = self._shapes[latent_shape]
-
-    @property
-    def blending(self) -> StepKernels:
-        """The kernels for rows ``with_blend``: those of ``kernels``, with what ``keep`` writes. May allocate, once."""
-        return self._blend()[1]
-
-    def keep(self, known: NDArray[np.float32], mask: NDArray[np.float32], noise: NDArray[np.float32]) -> None:
-        """What stays of a picture in the first B slots: its latent ``[B,C,H,W]`` outside ``mask [B,1,H,W]`` (0: known).
-
-        ``noise`` ``[B,C,H,W]`` is the unit noise that these lanes started from.
-        """
-        buffers = self._blend()[0]
-        for name, values in (("known", known), ("mask", mask), ("noise", noise)):
-            whole = np.zeros(buffers[name].shape, np.float32)
-            whole[: len(values)] = values
-            self._device.upload(buffers[name], whole)
-
-    def _blend(self) -> tuple[dict[str, Buffer], StepKernels]:
-        if not self._kept:
-            channels, height, width = self._largest
-            for name, depth in (("known", channels), ("mask", 1), ("noise", channels)):
-                self._kept[name] = self._device.empty((self.slots, depth, height, width), "float32")
-        if self.latent_shape not in self._blending:
-            channels, height, width = self.latent_shape
-            views = {
-                name: self._device.view(
-                    block, 0, (self.slots, 1 if name == "mask" else channels, height, width), "float32"
-                )
-                for name, block in self._kept.items()
-            }
-            self._blending[self.latent_shape] = (views, self._kernels(**views))
-        return self._blending[self.latent_shape]
+        for _, buffer in self.buffers.items():  # noqa: PERF102 - no dict
+            device.upload(buffer, np.zeros(buffer.shape, buffer.dtype))
+        slab = Slab(device, {name: 2 * slots * row for name, row in conditioning.items()})
+        device.upload(slab.block, np.zeros(slab.block.shape, np.uint8))
+        self._slab = slab
+        self.conditioning = {name: slab.view(name, (2, slots, row), "uint8") for name, row in conditioning.items()}
+        self._kernels: dict[tuple[tuple[int, int, int], bool], StepKernels] = {}
+        self._inpainting: ArenaBuffers | None = None  # the buffers with known, mask and noise; from the first use on
+        self._collected: Buffer | None = None
 
     @property
     def nbytes(self) -> int:
-        parts = (self._latents, self._history, self._y, self.rows, self.step, self.seed, self.fault)
-        return sum(part.nbytes for part in (*parts, *self._kept.values()))
+        buffers = self.buffers if self._inpainting is None else self._inpainting
+        more = 0 if self._collected is None else self._collected.nbytes
+        return sum(buffer.nbytes for _, buffer in buffers.items()) + self._slab.nbytes + more
 
-    def start(
-        self,
-        rows: NDArray[np.float32],
-        seeds: list[int],
-        *,
-        step: int,
-        scale: float,
-        latents: NDArray[np.float32] | Buffer | None,
-    ) -> None:
-        """Fills the first ``len(seeds)`` slots: one table ``rows`` float32 ``[N,25]`` for all, a seed for each.
+    def kernels(self, shape: tuple[int, int, int], *, blend: bool = False) -> StepKernels:
+        """The step kernels for latents of ``shape``, always the same ones; ``blend``: for rows ``with_blend``."""
+        if (shape, blend) not in self._kernels:
+            buffers = self._with_inpainting() if blend else self.buffers
+            self._kernels[shape, blend] = self._device.step_kernels(buffers, shape)
+        return self._kernels[shape, blend]
 
-        ``scale * latents`` (float32 ``[B,C,H,W]`` on the host or on the device, for the first B slots) are the state
-        before ``step``; ``None`` draws the latents by each seed.
-        """
-        count = len(seeds)
-        table = np.zeros(self.rows.shape, np.float32)
-        table[:, : len(rows)] = rows
-        self._device.upload(self.rows, table)
-        self._device.upload(self.step, np.full(self.slots, step, np.int32))
-        self._device.upload(self.fault, np.full(self.slots, -1, np.int32))
-        bits = np.zeros(self.slots, np.uint64)
-        bits[:count] = np.array(seeds, np.uint64)
-        self._device.upload(self.seed, bits.view(np.int64))
-        if latents is None:
-            for slot, seed in enumerate(seeds):
-                self._device.initial_noise(self.latents, slot, seed, scale)
-        elif isinstance(latents, np.ndarray):
-            state = np.zeros(self.latents.shape, np.float32)
-            np.multiply(latents, np.float32(scale), out=state[: len(latents)])
-            self._device.upload(self.latents, state)
-        else:
-            for slot, seed in enumerate(seeds[latents.shape[0] :], latents.shape[0]):  # spare lanes: anything finite
-                self._device.initial_noise(self.latents, slot, seed, scale)
-            self._device.scaled_copy(self.first(latents.shape[0]), latents, scale)
+    def _with_inpainting(self) -> ArenaBuffers:
+        if self._inpainting is None:
+            channels, height, width = self.latent_shape
+            known, mask, noise = (
+                self._device.empty((self.slots, depth, height, width), "float32") for depth in (channels, 1, channels)
+            )
+            self._inpainting = replace(self.buffers, known=known, mask=mask, noise=noise)
+        return self._inpainting
 
-    def first(self, count: int) -> Buffer:
-        """The latents of the first ``count`` slots, float32 ``[count,C,H,W]``."""
-        return self._device.view(self.latents, 0, (count, *self.latent_shape), "float32")
+    # --- writing lanes
+
+    def write(self, first: int, programs: Sequence[LaneProgram]) -> None:
+        """Puts programs into the slots from ``first`` on. No other slot is touched. Conditioning is written apart."""
+        device, count = self._device, len(programs)
+        counters: dict[str, NDArray[Any]] = {
+            "step": np.array([program.start for program in programs], np.int32),
+            "fault": np.full(count, -1, np.int32),
+            "seed": np.array([program.seed for program in programs], np.uint64).view(np.int64),
+        }
+        for name, values in counters.items():
+            buffer: Buffer = getattr(self.buffers, name)
+            device.upload(device.view(buffer, first * values.itemsize, (count,), buffer.dtype), values)
+        for slot, program in enumerate(programs, first):
+            row_bytes = 4 * len(ROW_FIELDS) * self.table_rows
+            device.upload(device.view(self.buffers.rows, slot * row_bytes, program.rows.shape, "float32"), program.rows)
+            shape = (self.latent_shape[0], *program.size)
+            lane = self._lane(self.buffers.latents, slot, shape)
+            if program.latents is None:
+                device.initial_noise(device.view(lane, 0, (1, *shape), "float32"), 0, program.seed, program.scale)
+            elif isinstance(program.latents, np.ndarray):
+                device.upload(lane, np.multiply(program.latents, np.float32(program.scale)))
+            else:
+                given = program.latents.buffer
+                offset = program.latents.index * (given.nbytes // given.shape[0])
+                source = device.view(given, offset, shape, "float32")
+                device.scaled_copy(lane, source, program.scale)
+            if program.inpainting is not None:
+                self._set_inpainting(slot, program)
+
+    def _set_inpainting(self, slot: int, program: LaneProgram) -> None:
+        buffers, kept = self._with_inpainting(), program.inpainting
+        for name in ("known", "mask", "noise"):
+            values: NDArray[np.float32] = getattr(kept, name)
+            target = self._lane(getattr(buffers, name), slot, values.shape)
+            self._device.upload(target, np.ascontiguousarray(values, np.float32))
+
+    def _lane(self, buffer: Buffer, slot: int, shape: tuple[int, ...]) -> Buffer:
+        """The start of a slot in one of the buffers ``[slots, ...]``, as ``shape``."""
+        return self._device.view(buffer, slot * (buffer.nbytes // self.slots), shape, "float32")
+
+    def set_conditioning(self, name: str, first: int, half: int, rows: NDArray[Any]) -> None:
+        """Writes input ``name`` of the slots from ``first`` on: rows ``[n, ...]`` as the engine stores them."""
+        buffer = self.conditioning[name]
+        raw = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
+        pitch, start = buffer.shape[2], (half * self.slots + first) * buffer.shape[2]
+        if raw.shape[1] == pitch:
+            self._device.upload(self._device.view(buffer, start, raw.shape, "uint8"), raw)
+            return
+        for index, row in enumerate(raw):
+            self._device.upload(self._device.view(buffer, start + index * pitch, row.shape, "uint8"), row)
+
+    # --- reading lanes
+
+    def lanes(self, first: int, count: int, size: tuple[int, int]) -> Buffer:
+        """The latents of consecutive slots, float32 ``[count,C,H,W]``; smaller ones are copied together first."""
+        device, shape = self._device, (self.latent_shape[0], *size)
+        latents, lane_bytes = self.buffers.latents, 4 * math.prod(shape)
+        if shape == self.latent_shape:
+            return device.view(latents, first * lane_bytes, (count, *shape), "float32")
+        if self._collected is None:
+            self._collected = device.empty(latents.shape, "float32")
+        for index in range(count):
+            target = device.view(self._collected, index * lane_bytes, shape, "float32")
+            device.copy(target, self._lane(latents, first + index, shape))
+        return device.view(self._collected, 0, (count, *shape), "float32")
+
+    def estimates(self, place: int, first: int, count: int, size: tuple[int, int]) -> NDArray[np.float32]:
+        """What the history of consecutive slots holds at ``place``, float32 ``[count,C,H,W]``. Waits."""
+        shape = (self.latent_shape[0], *size)
+        stored = self._device.download(self.buffers.history)[place, first : first + count]
+        found: NDArray[np.float32] = stored.reshape(count, -1)[:, : math.prod(shape)].reshape(count, *shape)
+        return found
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Puts back at the end of a ``with`` block all that the lanes hold now. Allocates for that time."""
+        buffers = self.buffers if self._inpainting is None else self._inpainting
+        held = [*(buffer for _, buffer in buffers.items()), self._slab.block]
+        copies = [self._device.empty(buffer.shape, buffer.dtype) for buffer in held]
+        for copy, buffer in zip(copies, held, strict=True):
+            self._device.copy(copy, buffer)
+        try:
+            yield
+        finally:
+            for copy, buffer in zip(copies, held, strict=True):
+                self._device.copy(buffer, copy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,12 @@ import numpy as np
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.device.slab import Slab
-from tstitch_engines.host_call import to_storage
 from tstitch_engines.spec import TensorSpec
-from tstitch_trt.request.conditioning import Part, is_residual
+from tstitch_trt.request.conditioning import conditioning_inputs, is_residual
+from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.limits import Limits, Sizes
 
-__all__ = ["Bindings", "IoBuffers", "io_buffer_sizes"]
+__all__ = ["Bindings", "IoBuffers", "conditioning_name", "conditioning_rows", "io_buffer_sizes"]
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,21 @@ class Bindings:
     sample: Buffer
     timestep: Buffer
     model_output: Buffer | None  # a ControlNet has residuals instead
+    conditioning: tuple[tuple[Buffer, Buffer], ...]  # all lanes' rows in the arena, the engine's input
     all: Mapping[str, Buffer]
 
 
 class IoBuffers:
     """Every tensor of every network has a slice, sized for the largest batch and latent.
 
-    What is written anew in every step (sample, timestep, output, residuals) is one slice for all networks in which it
-    is equal but for its owner, since only one member runs at a time; so are labels, which all members are given alike.
-    Other conditioning may differ from member to member and is there for the whole trajectory. A smaller batch is the
-    start of the slice, so every address is fixed, and the unguided batch is the first half of the guided one.
+    All of it is written anew in every step. A tensor that is equal in several members but for its owner is one slice,
+    since only one member runs at a time; the ControlNet, which runs beside a member, has its own conditioning. A
+    smaller batch is the start of the slice, so every address is fixed.
     """
 
-    def __init__(self, manifest: Manifest, device: Device, limits: Limits) -> None:
+    def __init__(self, manifest: Manifest, device: Device, limits: Limits, conditioning: Mapping[str, Buffer]) -> None:
+        """``conditioning``: where the arena has the rows of all lanes, by the names of ``conditioning_rows``."""
+        self._conditioning = conditioning
         self._device = device
         self._networks = {name: manifest.networks()[name] for name in limits.sides}
         most = limits.batch.max
@@ -50,6 +52,7 @@ class IoBuffers:
         )
         self._blank = False  # whether the residuals are zero
         device.upload(self._slab.view("active", (most,), "int32"), np.arange(most, dtype=np.int32))
+        self._active = tuple(range(most))
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +68,14 @@ class IoBuffers:
                 for spec in (*network.inputs, *network.outputs)
             }
             active = self._slab.view("active", (lanes,), "int32")
-            found = Bindings(active, buffers["sample"], buffers["timestep"], buffers.get("model_output"), buffers)
+            gathered = tuple(
+                (self._conditioning[conditioning_name(name, spec)], buffers[spec.name])
+                for spec in network.inputs
+                if spec.name in conditioning_inputs(network)
+            )
+            found = Bindings(
+                active, buffers["sample"], buffers["timestep"], buffers.get("model_output"), gathered, buffers
+            )
             self._bound[name, lanes, guided, sizes] = found
         return found
 
@@ -73,15 +83,12 @@ class IoBuffers:
         """Lets go of the views; the memory they look at stays."""
         self._bound.pop((name, lanes, guided, sizes), None)
 
-    def fill(self, part: Part, bound: Mapping[str, Bindings]) -> None:
-        """Writes conditioning into the buffers of each network; a slice that two of them share is written once."""
-        written: set[int] = set()
-        for name, values in part.items():
-            for key, rows in values.items():
-                buffer = bound[name].all[key]
-                if buffer.ptr not in written:
-                    written.add(buffer.ptr)
-                    self._device.upload(buffer, to_storage(rows, buffer.dtype))
+    def activate(self, slots: Sequence[int], lanes: int) -> None:
+        """Makes ``slots`` the ones that steps of ``lanes`` lanes run; more lanes than slots are spare positions."""
+        active = (*slots, *[-1] * (lanes - len(slots)))
+        if self._active[:lanes] != active:
+            self._device.upload(self._slab.view("active", (lanes,), "int32"), np.array(active, np.int32))
+            self._active = (*active, *self._active[lanes:])
 
     def blank_residuals(self) -> None:
         """Makes the residuals zero for members that run without control; costs something only after control ran."""
@@ -109,8 +116,26 @@ def io_buffer_sizes(manifest: Manifest, limits: Limits) -> dict[str, int]:
     return found
 
 
+def conditioning_rows(manifest: Manifest, limits: Limits) -> dict[str, int]:
+    """Bytes of one lane's largest row of every conditioning input; a multiple of 16 from 16 on, for wide copies."""
+    networks = manifest.networks()
+    found: dict[str, int] = {}
+    for name in limits.sides:
+        for spec in networks[name].inputs:
+            if spec.name in conditioning_inputs(networks[name]):
+                row = spec.nbytes({**limits.largest_of(name), "B": 1})
+                found[conditioning_name(name, spec)] = row if row < 16 else -(-row // 16) * 16
+    return found
+
+
+def conditioning_name(owner: str, spec: TensorSpec) -> str:
+    """Which rows in the arena an input reads: its network's own, but labels, which all members are given alike."""
+    text = f"{spec.name} {spec.dtype}{list(spec.shape[1:])}"
+    return text if spec.name == "labels" else f"{owner}: {text}"
+
+
 def _slice(owner: str, spec: TensorSpec) -> str:
     """Which slice a tensor lives in."""
-    shared = spec.name in ("sample", "timestep", "labels", "model_output") or is_residual(spec.name)
+    own = owner == CONTROLNET and spec.name not in ("sample", "timestep") and not is_residual(spec.name)
     text = f"{spec.name} {spec.dtype}{list(spec.shape[1:])}"
-    return text if shared else f"{owner}: {text}"
+    return f"{owner}: {text}" if own else text

@@ -7,7 +7,7 @@ from tstitch_engines.device.slab import slab_bytes
 from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.runtime.arena import arena_bytes
-from tstitch_trt.runtime.io_buffers import io_buffer_sizes
+from tstitch_trt.runtime.io_buffers import conditioning_rows, io_buffer_sizes
 
 __all__ = ["planned_limits", "planned_memory"]
 
@@ -44,6 +44,6 @@ def _planned(manifest: Manifest, limits: Limits) -> dict[str, int]:
     height, width = limits.largest
     elements = manifest.latent.channels * height * width
     return {
-        "arena": arena_bytes(limits.batch.max, elements, manifest.noise.steps),
+        "arena": arena_bytes(limits.batch.max, elements, manifest.noise.steps, conditioning_rows(manifest, limits)),
         "engine io": slab_bytes(io_buffer_sizes(manifest, limits)),
     }

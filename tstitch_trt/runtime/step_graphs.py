@@ -1,8 +1,7 @@
-"""Recorded steps: ``prepare + engine + advance`` of one kind as one launch, checked before it is trusted.
+"""Recorded steps: ``prepare + engine + advance`` of one ``StepKey`` as one launch, checked before it is trusted.
 
-A kind is a member at a number of lanes and a size, guided or not, rescaled or not, with control or without, blended
-with a known picture or not. Rows, step index, guidance scale and seed of every lane are read on the device, so a kind's
-graph serves any schedule, solver, step count, guidance and seed.
+Which slots run, their rows, step index, guidance scale, seed and conditioning are read on the device, so a key's graph
+serves any lanes, schedule, solver, step count, guidance and seed.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import msgspec
 import numpy as np
@@ -20,10 +19,10 @@ from tstitch_engines.backends.base import Engine
 from tstitch_engines.device.base import Device, Graph, NotCaptured
 from tstitch_engines.device.step_row import FLAG_STORE, ROW, ROW_FIELDS
 from tstitch_engines.errors import unknown_name
-from tstitch_trt.request.limits import Sizes
 from tstitch_trt.runtime.arena import LaneArena
+from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
 
-__all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "StepGraphs", "StepKey", "check_mode"]
+__all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "StepGraphs", "check_mode"]
 
 GraphMode = Literal["auto", "step", "segment", "off"]
 GRAPH_MODES: Final = ("auto", "step", "segment", "off")
@@ -36,34 +35,13 @@ _TOLERANCE: Final = (
 _logger = logging.getLogger(__name__)
 
 
-class StepKey(NamedTuple):
-    """``sizes``: of the member's dynamic dimensions, empty where it has none. ``control``: the ControlNet's sizes.
-
-    ``blend``: a known picture is kept outside a mask.
-    """
-
-    member: str
-    lanes: int
-    guided: bool
-    rescale: bool
-    sizes: Sizes = ()
-    control: Sizes | None = None
-    blend: bool = False
-
-    def __str__(self) -> str:
-        size = "".join(f", {name} {value}" for name, value in self.sizes)
-        said = {"guided": self.guided, "controlled": self.control is not None, "blended": self.blend}
-        more = "".join(f", {word}" for word, true in said.items() if true)
-        return f"member {self.member!r}, {self.lanes} lanes{size}{more}"
-
-
 def check_mode(mode: str) -> None:
     if mode not in GRAPH_MODES:
         raise unknown_name("graph mode", mode, GRAPH_MODES)
 
 
 class GraphState(msgspec.Struct, frozen=True, kw_only=True):
-    """``mode`` in use and why; how many kinds of step were ``recorded``, and those that run call by call, with why."""
+    """``mode`` in use and why; how many keys of steps were ``recorded``, and those that run call by call, with why."""
 
     mode: Literal["step", "segment", "off"]
     reason: str
@@ -78,7 +56,7 @@ class GraphState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepGraphs:
-    """Graphs by kind. A kind that could not be recorded is remembered with the reason, and said once in the log."""
+    """Graphs by key. A key that could not be recorded is remembered with the reason, and said once in the log."""
 
     def __init__(self, device: Device, arena: LaneArena, mode: GraphMode) -> None:
         self._device = device
@@ -98,22 +76,22 @@ class StepGraphs:
         recorded = sum(graph is not None for graph in self._steps.values())
         return GraphState(mode=self.mode, reason=self._reason, recorded=recorded, call_by_call=dict(self._plain))
 
-    def step(self, kind: StepKey) -> Graph | None:
+    def step(self, key: StepKey) -> Graph | None:
         """The graph of one step, or ``None`` when the step runs call by call."""
-        return self._steps.get(kind)
+        return self._steps.get(key)
 
-    def lacks(self, kind: StepKey) -> bool:
-        """Whether ``record`` was not called for this kind yet and there is reason to."""
-        return self.mode != "off" and kind not in self._steps
+    def lacks(self, key: StepKey) -> bool:
+        """Whether ``record`` was not called for this key yet and there is reason to."""
+        return self.mode != "off" and key not in self._steps
 
-    def segment(self, kind: StepKey, steps: int, make: Callable[[], Callable[[], None]]) -> Graph | None:
+    def segment(self, key: StepKey, steps: int, make: Callable[[], Callable[[], None]]) -> Graph | None:
         """A graph of ``steps`` equal steps, recorded when it is first asked for; ``None`` where there is no such.
 
         ``make`` binds the engine and gives what does one step.
         """
-        if self.mode != "segment" or self._steps.get(kind) is None:
+        if self.mode != "segment" or self._steps.get(key) is None:
             return None
-        graph = self._segments.get((kind, steps))
+        graph = self._segments.get((key, steps))
         if graph is None:
             run = make()
 
@@ -124,26 +102,25 @@ class StepGraphs:
             try:
                 graph = self._device.capture(all_steps)
             except NotCaptured as error:
-                _logger.warning("%d steps of %s run one by one: %s", steps, kind, error.message)
+                _logger.warning("%d steps of %s run one by one: %s", steps, key, error.message)
                 return None
-            self._segments[kind, steps] = graph
+            self._segments[key, steps] = graph
             if len(self._segments) > _SEGMENTS:
                 self._device.synchronize()
                 self._segments.popitem(last=False)[1].close()
-        self._segments.move_to_end((kind, steps))
+        self._segments.move_to_end((key, steps))
         return graph
 
     def record(
-        self, kind: StepKey, engines: Sequence[Engine], run: Callable[[], None], condition: Callable[[int], None]
+        self, key: StepKey, engines: Sequence[Engine], run: Callable[[], None], condition: Callable[[int], None]
     ) -> None:
-        """Records ``run`` (one step of ``kind``), which the kind ``lacks``. Waits; overwrites arena and conditioning.
+        """Records ``run`` (one step of ``key``), which the key ``lacks``. Waits; overwrites arena and conditioning.
 
         ``engines``: those that ``run`` enqueues. ``condition`` writes made-up conditioning, other one for each number.
         """
-        self._steps[kind] = None
-        lanes = range(kind.lanes)
+        self._steps[key] = None
         try:
-            self._rehearse(list(lanes), 0)
+            self._rehearse(key, 0, 0)
             condition(0)
             for _ in range(max(engine.warmups for engine in engines)):
                 run()
@@ -157,40 +134,41 @@ class StepGraphs:
             graph = self._device.capture(run)
             states = []
             for step in (graph.launch, run):  # in this order: a replay that does nothing must not find the right output
-                self._rehearse([7919 + i for i in lanes], 2)
+                self._rehearse(key, 7919, 2)
                 condition(1)
                 step()
-                states.append(self._device.download(self._arena.latents)[: kind.lanes])
+                states.append(self._device.download(self._arena.lanes(0, key.lanes, key.size)))
         except NotCaptured as error:
-            self._call_by_call(kind, error.message)
+            self._call_by_call(key, error.message)
             return
         if not _equal(states[1], states[0]):
             graph.close()
-            self._call_by_call(kind, "a replay on other data differed from a plain run")
+            self._call_by_call(key, "a replay on other data differed from a plain run")
             return
-        self._steps[kind] = graph
+        self._steps[key] = graph
 
-    def drop(self, kinds: Collection[StepKey]) -> None:
-        """Closes what was recorded of these kinds: they are recorded again when they come back. Waits."""
-        if not kinds:
+    def drop(self, keys: Collection[StepKey]) -> None:
+        """Closes what was recorded of these keys: they are recorded again when they come back. Waits."""
+        if not keys:
             return
         self._device.synchronize()
-        for key in [key for key in self._segments if key[0] in kinds]:
-            self._segments.pop(key).close()
-        for kind in kinds:
-            graph = self._steps.pop(kind, None)
+        for segment in [segment for segment in self._segments if segment[0] in keys]:
+            self._segments.pop(segment).close()
+        for key in keys:
+            graph = self._steps.pop(key, None)
             if graph is not None:
                 graph.close()
 
-    def _call_by_call(self, kind: StepKey, why: str) -> None:
-        if self._plain.get(str(kind)) != why:  # it may have made room for others and come back
-            _logger.warning("%s runs call by call: %s", kind, why)
-        self._plain[str(kind)] = why
+    def _call_by_call(self, key: StepKey, why: str) -> None:
+        if self._plain.get(str(key)) != why:  # it may have made room for others and come back
+            _logger.warning("%s runs call by call: %s", key, why)
+        self._plain[str(key)] = why
 
-    def _rehearse(self, seeds: list[int], step: int) -> None:
+    def _rehearse(self, key: StepKey, seed: int, step: int) -> None:
         """Lanes in the middle of a made-up trajectory, so that nothing of a request is touched by trying."""
         rows = _rows(min(8, self._arena.table_rows), self._arena.latent_shape[0], self._arena.table_rows)
-        self._arena.start(rows, seeds, step=min(step, len(rows) - 1), scale=1.0, latents=None)
+        start, keys = min(step, len(rows) - 1), (key,) * len(rows)
+        self._arena.write(0, [LaneProgram(rows, seed + i, start, keys) for i in range(key.lanes)])
 
     def close(self) -> None:
         for graph in (*self._segments.values(), *self._steps.values()):

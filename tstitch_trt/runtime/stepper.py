@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -12,20 +13,22 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.device.base import Device
+from tstitch_engines.host_call import to_storage
 from tstitch_trt.request.batching import Splitting
-from tstitch_trt.request.conditioning import Conditioning, stand_in
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.limits import Limits, Sizes, network_sizes
+from tstitch_trt.request.synthetic import synthetic_conditioning
 from tstitch_trt.runtime.arena import LaneArena
-from tstitch_trt.runtime.io_buffers import Bindings, IoBuffers
-from tstitch_trt.runtime.step_graphs import GraphMode, GraphState, StepGraphs, StepKey
+from tstitch_trt.runtime.io_buffers import Bindings, IoBuffers, conditioning_name, conditioning_rows
+from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
+from tstitch_trt.runtime.step_graphs import GraphMode, GraphState, StepGraphs
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.base import Engine
 
-__all__ = ["KINDS", "Stepper"]
+__all__ = ["STEP_KEYS", "Stepper"]
 
-KINDS: Final = 32  # of step that are kept: each has a graph, and engines a context for its size
+STEP_KEYS: Final = 32  # of step that are kept: each has a graph, and engines a context for its size
 
 _log = logging.getLogger(__name__)
 
@@ -44,22 +47,23 @@ class Stepper:
         self._device = device
         self._engines = dict(engines)
         self.members = tuple(name for name in engines if name in manifest.members)
-        self.limits = Limits.of(manifest, {name: engine.profile for name, engine in engines.items()})
+        self.profiles = {name: engine.profile for name, engine in engines.items()}
+        self.limits = Limits.of(manifest, self.profiles)
         self.batch_floor, self.batch_limit = self.limits.batch.min, self.limits.batch.max
         self.arena = LaneArena(
             device,
             slots=self.batch_limit,
             latent_shape=(manifest.latent.channels, *self.limits.largest),
             table_rows=manifest.noise.steps,
+            conditioning=conditioning_rows(manifest, self.limits),
         )
         # Where the arena is host memory a fault is seen at once; elsewhere reading it would wait for the device.
-        self.host_fault: NDArray[np.int32] | None = getattr(self.arena.fault, "array", None)
-        self._io = IoBuffers(manifest, device, self.limits)
+        self.host_fault: NDArray[np.int32] | None = getattr(self.arena.buffers.fault, "array", None)
+        self._io = IoBuffers(manifest, device, self.limits, self.arena.conditioning)
         self._holds: dict[str, Bindings] = {}  # what each engine was bound to last
         self._graphs = StepGraphs(device, self.arena, graph)
-        self._recent: OrderedDict[StepKey, None] = OrderedDict()  # the kinds that are set up, the oldest first
+        self._recent: OrderedDict[StepKey, None] = OrderedDict()  # the keys that are set up, the oldest first
         self._said = False
-        self.shape(*self.limits.native_or_largest())
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose."""
@@ -70,7 +74,7 @@ class Stepper:
 
     def forget(self, network: str) -> None:
         """Records the steps that run ``network`` again, when they next come: its engine was changed."""
-        self._graphs.drop([kind for kind in self._recent if network in _networks(kind)])
+        self._graphs.drop([key for key in self._recent if network in key.networks])
 
     @property
     def splitting(self) -> Splitting:
@@ -82,64 +86,69 @@ class Stepper:
             rounded=self._graphs.mode != "off",
         )
 
-    # --- sizes
+    # --- keys
 
-    def shape(self, height: int, width: int) -> None:
-        """Makes all lanes latents of this size, which ``limits`` allows."""
-        self.arena.shape((self.manifest.latent.channels, height, width))
+    def usual_key(self, member: str, lanes: int, *, guided: bool) -> StepKey:
+        """A plain step of ``member`` on latents of the bundle's own size, with the text its engine is tuned for."""
+        size, tokens = self.limits.native_or_largest(), self.limits.usual_tokens(member)
+        sizes = network_sizes(member, self.profiles[member], *size, tokens)
+        return StepKey(member, lanes, guided, False, size, sizes)
 
-    def sizes(self, name: str, tokens: int = 0) -> Sizes:
-        """Those of a network's dynamic dimensions with the present latents and ``tokens``. Raises ``OutOfProfile``."""
-        _, height, width = self.arena.latent_shape
-        return network_sizes(name, self._engines[name].profile, height, width, tokens)
+    def latent_shape(self, key: StepKey) -> tuple[int, int, int]:
+        return (self.manifest.latent.channels, *key.size)
 
-    def kind(
-        self,
-        member: str,
-        lanes: int,
-        conditioning: Conditioning,
-        *,
-        guided: bool,
-        rescale: bool,
-        control: bool = False,
-        blend: bool = False,
-    ) -> StepKey:
-        """The kind of step that runs ``member`` under ``conditioning`` on latents of the present size.
+    # --- lanes
 
-        ``control``: beside a ControlNet, if the member takes one. ``blend``: a known picture is kept outside a mask.
-        """
-        controlled = control and self.manifest.members[member].controlled
-        return StepKey(
-            member,
-            lanes,
-            guided,
-            rescale,
-            self.sizes(member, conditioning.tokens(member)),
-            self.sizes(CONTROLNET, conditioning.tokens(CONTROLNET)) if controlled else None,
-            blend,
-        )
+    def start(self, first: int, *programs: LaneProgram) -> None:
+        """Writes lanes of one request into the slots from ``first`` on, while other slots may be in mid-flight."""
+        self.arena.write(first, programs)
+        one, written = programs[0], set()
+        for network in dict.fromkeys(name for key in one.keys[one.start :] for name in key.networks):
+            for spec in self.manifest.networks()[network].inputs:
+                name = conditioning_name(network, spec)
+                if spec.name not in one.conditioning.get(network, {}) or name in written:
+                    continue
+                written.add(name)
+                for half in range(2 if one.guided else 1):
+                    rows = np.stack([program.conditioning[network][spec.name][half] for program in programs])
+                    self.arena.set_conditioning(name, first, half, to_storage(rows, spec.dtype))
+
+    def activate(self, slots: Sequence[int], lanes: int) -> None:
+        """Makes ``slots`` the ones that the next steps of ``lanes`` lanes run, until others are named."""
+        self._io.activate(slots, lanes)
+
+    def step(self, key: StepKey, slots: Sequence[int]) -> None:
+        """One step of the lanes in ``slots``, whose programs have ``key`` next. All other slots stay as they are."""
+        if key.lanes == 0:
+            key = key._replace(lanes=self.splitting.lanes(len(slots), guided=(key.guided,)))
+        self.ready([key], preserve=True)
+        self.activate(slots, key.lanes)
+        self.stepping(key)()
 
     # --- stepping
 
-    def ready(self, kinds: Iterable[StepKey]) -> None:
-        """Records the steps of these kinds that were not recorded before, which overwrites lanes and conditioning.
+    def ready(self, keys: Iterable[StepKey], *, preserve: bool = False) -> None:
+        """Records the steps of these keys that were not recorded before, in the first slots.
 
-        Of all kinds the last ``KINDS`` are kept. One that was longest not asked for makes room: its graphs and what
+        ``preserve``: what the lanes hold is put back afterwards; otherwise it is lost.
+
+        Of all keys the last ``STEP_KEYS`` are kept. One that was longest not asked for makes room: its graphs and what
         its engines hold for its size (TensorRT: an execution context) are let go of, and made again if it comes back.
         """
-        kinds = list(kinds)
-        for kind in kinds:
-            self._recent[kind] = None
-            self._recent.move_to_end(kind)
-        self._make_room(max(KINDS, len(kinds)))
-        for kind in kinds:
-            if self._graphs.lacks(kind):
-                engines = [self._engines[name] for name in _networks(kind)]
+        keys = list(keys)
+        for key in keys:
+            self._recent[key] = None
+            self._recent.move_to_end(key)
+        self._make_room(max(STEP_KEYS, len(keys)))
+        for key in keys:
+            if self._graphs.lacks(key):
+                engines = [self._engines[name] for name in key.networks]
 
-                def condition(variant: int, kind: StepKey = kind) -> None:
-                    self.stand_in(kind, variant)
+                def condition(variant: int, key: StepKey = key) -> None:
+                    self.synthetic(key, variant)
 
-                self._graphs.record(kind, engines, self._work(kind), condition)
+                with self.arena.preserved() if preserve else nullcontext():
+                    self._graphs.record(key, engines, self._work(key), condition)
 
     def _make_room(self, most: int) -> None:
         gone = [self._recent.popitem(last=False)[0] for _ in range(len(self._recent) - most)]
@@ -150,8 +159,8 @@ class Stepper:
             _log.warning("more than %d kinds of step (member, lanes, size...): the oldest are set up again", most)
         self._device.synchronize()
         self._graphs.drop(gone)
-        used = {key for kind in self._recent for key in _bindings(kind)}
-        for name, lanes, guided, sizes in {key for kind in gone for key in _bindings(kind)} - used:
+        used = {binding for key in self._recent for binding in _bindings(key)}
+        for name, lanes, guided, sizes in {binding for key in gone for binding in _bindings(key)} - used:
             bound = self._io.bound(name, lanes, guided, sizes)
             dims = {**dict(sizes), "B": lanes * (2 if guided else 1)}
             self._engines[name].release(bound.all, sizes=dims)
@@ -159,49 +168,52 @@ class Stepper:
             if self._holds.get(name) is bound:
                 del self._holds[name]
 
-    def stepping(self, kind: StepKey) -> Callable[[], None]:
-        """What does one step of ``kind``, again and again until another kind of the same member is asked for.
+    def stepping(self, key: StepKey) -> Callable[[], None]:
+        """What does one step of ``key``, again and again until another key of the same member is asked for.
 
-        ``prepare -> engine -> advance`` for the first slots: no wait, allocation or copy.
+        ``gather -> prepare -> engine -> advance`` for the active slots: no wait or allocation.
         """
-        graph = self._graphs.step(kind)
-        return self._work(kind) if graph is None else graph.launch
+        self._set_residuals(key)
+        graph = self._graphs.step(key)
+        return self._work(key) if graph is None else graph.launch
 
-    def segment(self, kind: StepKey, steps: int) -> Callable[[], None] | None:
+    def segment(self, key: StepKey, steps: int) -> Callable[[], None] | None:
         """What does ``steps`` equal steps in one launch, if the graph mode is ``segment`` and it could be recorded."""
-        graph = self._graphs.segment(kind, steps, lambda: self._work(kind))
+        self._set_residuals(key)
+        graph = self._graphs.segment(key, steps, lambda: self._work(key))
         return None if graph is None else graph.launch
 
-    def _work(self, kind: StepKey) -> Callable[[], None]:
-        bound = self.bind(kind.member, kind.lanes, kind.guided, kind.sizes)
-        kernels = self.arena.blending if kind.blend else self.arena.kernels
-        prepare, advance = kernels.prepare, kernels.advance
-        enqueue = self._engines[kind.member].enqueue
+    def _work(self, key: StepKey) -> Callable[[], None]:
+        bound = self.bind(key.member, key.lanes, key.guided, key.sizes)
+        kernels = self.arena.kernels(self.latent_shape(key), blend=key.blend)
+        prepare, advance, gather = kernels.prepare, kernels.advance, self._device.gather_rows
         active, sample, timestep, output = bound.active, bound.sample, bound.timestep, bound.model_output
         assert output is not None, "members have a model_output"
-        guided, rescale = kind.guided, kind.rescale
+        guided, rescale = key.guided, key.rescale
+        gathers, enqueues = bound.conditioning, [self._engines[key.member].enqueue]
+        if key.control is not None:
+            gathers += self.bind(CONTROLNET, key.lanes, key.guided, key.control).conditioning
+            enqueues = [self._engines[CONTROLNET].enqueue, *enqueues]
 
         def work() -> None:
+            for source, target in gathers:
+                gather(active, source, target)
             prepare(active, sample, timestep, guided=guided)
-            enqueue()
+            for enqueue in enqueues:
+                enqueue()
             advance(active, output, guided=guided, rescale=rescale)
 
-        if kind.control is None:
-            return work
-        self.bind(CONTROLNET, kind.lanes, kind.guided, kind.control)
-        control = self._engines[CONTROLNET].enqueue
+        return work
 
-        def controlled() -> None:
-            prepare(active, sample, timestep, guided=guided)
-            control()
-            enqueue()
-            advance(active, output, guided=guided, rescale=rescale)
+    def _set_residuals(self, key: StepKey) -> None:
+        """Blank residuals for a member that takes control and runs without; such a step writes none itself."""
+        if key.control is not None:
+            self._io.residuals_written()
+        elif self.manifest.members[key.member].controlled:
+            self._io.blank_residuals()
 
-        return controlled
-
-    def bind(self, name: str, lanes: int, guided: bool, sizes: Sizes | None = None) -> Bindings:
-        """Gives the engine its buffers for this batch; ``sizes`` are by default those of the present latents."""
-        sizes = self.sizes(name) if sizes is None else sizes
+    def bind(self, name: str, lanes: int, guided: bool, sizes: Sizes) -> Bindings:
+        """Gives the engine its buffers for this batch and these sizes."""
         dims = {**dict(sizes), "B": lanes * (2 if guided else 1)}
         self.limits.check_batch(dims["B"])
         bound = self._io.bound(name, lanes, guided, sizes)
@@ -210,37 +222,25 @@ class Stepper:
             self._holds[name] = bound
         return bound
 
-    def condition(
-        self, conditioning: Conditioning, kinds: Iterable[StepKey], *, start: int, stop: int, guided: bool
-    ) -> None:
-        """Writes what images ``start`` to ``stop`` of a request are given, for the networks that ``kinds`` run."""
-        bound: dict[str, Bindings] = {}
-        lanes = 0
-        for kind in kinds:
-            lanes = kind.lanes
-            bound[kind.member] = self._io.bound(kind.member, lanes, guided, kind.sizes)
-            if kind.control is None:
-                if self.manifest.members[kind.member].controlled:
-                    self._io.blank_residuals()
-            else:
-                bound[CONTROLNET] = self._io.bound(CONTROLNET, lanes, guided, kind.control)
-                self._io.residuals_written()
-        part = conditioning.part(start, stop, lanes, guided=guided)
-        self._io.fill({name: part[name] for name in bound}, bound)
-
     def engine(self, name: str) -> Engine:
         return self._engines[name]
 
-    def stand_in(self, kind: StepKey, variant: int) -> None:
-        """Made-up conditioning for a kind."""
-        for name, sizes in _networks(kind).items():
-            bound = self._io.bound(name, kind.lanes, kind.guided, sizes)
-            dims = {**dict(sizes), "B": kind.lanes * (2 if kind.guided else 1)}
-            self._io.fill({name: stand_in(self.manifest, name, dims, variant)}, {name: bound})
-        if kind.control is not None:
-            self._io.residuals_written()
-        elif self.manifest.members[kind.member].controlled:
-            self._io.blank_residuals()
+    def synthetic(self, key: StepKey, variant: int) -> None:
+        """Made-up conditioning in the first slots and the engines' inputs. Makes these slots the active ones."""
+        self.activate(range(key.lanes), key.lanes)
+        halves = 2 if key.guided else 1
+        for network, sizes in key.networks.items():
+            values = synthetic_conditioning(self.manifest, network, {**dict(sizes), "B": key.lanes * halves}, variant)
+            bound = self._io.bound(network, key.lanes, key.guided, sizes)
+            for spec in self.manifest.networks()[network].inputs:
+                if spec.name in values:
+                    rows = to_storage(values[spec.name], spec.dtype)
+                    for half in range(halves):
+                        part = rows[half * key.lanes : (half + 1) * key.lanes]
+                        self.arena.set_conditioning(conditioning_name(network, spec), 0, half, part)
+            for source, target in bound.conditioning:
+                self._device.gather_rows(bound.active, source, target)
+        self._set_residuals(key)
 
     def close(self) -> None:
         self._device.activate()
@@ -252,11 +252,6 @@ class Stepper:
         self._engines, self._holds = {}, {}
 
 
-def _networks(kind: StepKey) -> dict[str, Sizes]:
-    """What a step of ``kind`` runs, each with its sizes."""
-    return {kind.member: kind.sizes, **({} if kind.control is None else {CONTROLNET: kind.control})}
-
-
-def _bindings(kind: StepKey) -> list[tuple[str, int, bool, Sizes]]:
+def _bindings(key: StepKey) -> list[tuple[str, int, bool, Sizes]]:
     """What its engines are bound to."""
-    return [(name, kind.lanes, kind.guided, sizes) for name, sizes in _networks(kind).items()]
+    return [(name, key.lanes, key.guided, sizes) for name, sizes in key.networks.items()]

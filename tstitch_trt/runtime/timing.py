@@ -10,7 +10,7 @@ import numpy as np
 from tstitch_engines.device.base import Device
 from tstitch_engines.spec import storage_dtype
 from tstitch_trt.plan.plan import make_plan
-from tstitch_trt.runtime.step_graphs import StepKey
+from tstitch_trt.runtime.lane_program import LaneProgram
 from tstitch_trt.runtime.stepper import Stepper
 
 __all__ = ["StepTimer"]
@@ -26,24 +26,24 @@ class StepTimer:
     def time_member(self, name: str, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
         stepper = self._stepper
-        stepper.shape(*stepper.limits.native_or_largest())
-        sizes = stepper.sizes(name, stepper.limits.usual_tokens(name))
-        stepper.stand_in(StepKey(name, batch, guided, False, sizes), 0)
-        stepper.bind(name, batch, guided, sizes)
+        key = stepper.usual_key(name, batch, guided=guided)
+        stepper.synthetic(key, 0)
+        stepper.bind(name, batch, guided, key.sizes)
         return self._times(stepper.engine(name).enqueue, repeats=repeats, warmup=warmup)
 
     def time_step_kernels(self, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
         stepper, device, name = self._stepper, self._device, self._stepper.members[0]
         rows = make_plan(stepper.manifest, schedule=name, guidance=1.0).rows.astype(np.float32)
-        stepper.shape(*stepper.limits.native_or_largest())
-        bound = stepper.bind(name, batch, guided, stepper.sizes(name, stepper.limits.usual_tokens(name)))
+        key = stepper.usual_key(name, batch, guided=guided)
+        bound = stepper.bind(name, batch, guided, key.sizes)
         output = bound.model_output
         assert output is not None, "members have a model_output"
         device.upload(output, np.zeros(output.shape, storage_dtype(output.dtype)))
         arena = stepper.arena
-        arena.start(rows, [0] * batch, step=0, scale=1.0, latents=None)
-        kernels = arena.kernels
+        arena.write(0, [LaneProgram(rows, 0, 0, (key,) * len(rows))] * batch)
+        stepper.activate(range(batch), batch)
+        kernels = arena.kernels(stepper.latent_shape(key))
 
         def pair() -> None:
             kernels.prepare(bound.active, bound.sample, bound.timestep, guided=guided)
@@ -51,7 +51,7 @@ class StepTimer:
 
         times: list[float] = []
         while len(times) < warmup + repeats:  # as long as there are rows, then from the first again
-            device.upload(arena.step, np.zeros(arena.slots, np.int32))
+            device.upload(arena.buffers.step, np.zeros(arena.slots, np.int32))
             device.synchronize()
             times += self._times(pair, repeats=min(len(rows), warmup + repeats - len(times)), warmup=0)
         return times[warmup:]

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device.base import Buffer, Device, Download, Stopwatch
-from tstitch_engines.device.step_row import FLAG_STORE, HISTORY, ROW
+from tstitch_engines.device.step_row import HISTORY
 from tstitch_engines.errors import NotFinite
 from tstitch_trt.plan.plan import Plan
-from tstitch_trt.plan.step_rows import with_blend
 from tstitch_trt.request.request import Request
+from tstitch_trt.runtime.lane_program import StepKey, lane_programs
 from tstitch_trt.runtime.result import Decode, SegmentTiming, StepEvent
-from tstitch_trt.runtime.step_graphs import StepKey
 from tstitch_trt.runtime.stepper import Stepper
 
 __all__ = ["Chunk", "PendingChunk", "ResultCollector", "Trajectory"]
@@ -75,17 +74,6 @@ class Trajectory:
         self._guided = any(plan.guided)
         self._splitting = stepper.splitting
         self._counts = self._splitting.chunks(request.n, guided=self._guided)
-        # A member that paints into a picture is given the picture; for any other the picture is put back.
-        self._blends = {
-            name: request.picture is not None and request.picture.mask is not None and not member.inpaints
-            for name, member in stepper.manifest.members.items()
-        }
-        blended = np.array([self._blends[name] for name in plan.schedule.names])
-        rows = np.where(blended[:, None], with_blend(plan.rows, given_noise=True), plan.rows)
-        self._rows = rows.astype(np.float32)
-        if events:  # previews read every step's estimate
-            flags = self._rows[:, ROW["FLAGS"]].astype(np.int64) | FLAG_STORE
-            self._rows[:, ROW["FLAGS"]] = flags.astype(np.float32)
 
     def chunks(self) -> list[Chunk]:
         ends = list(accumulate(self._counts))
@@ -98,56 +86,31 @@ class Trajectory:
         """Enqueues all steps. The latents go to the buffer ``keep`` on the device, or without one to the host."""
         plan, request, stepper = self._plan, self._request, self._stepper
         lanes = self._splitting.lanes(chunk.count, guided=plan.guided)
-        stepper.shape(*request.size)
-        made = {
-            (name, guided): stepper.kind(
-                name,
-                lanes,
-                request.conditioning,
-                guided=guided,
-                rescale=guided and plan.rescale,
-                control=request.control,
-                blend=self._blends[name],
-            )
-            for name, guided in dict.fromkeys(zip(plan.schedule.names, plan.guided, strict=True))
-        }
-        kinds = [made[which] for which in zip(plan.schedule.names, plan.guided, strict=True)]
-        used = dict.fromkeys(kinds[request.start :])
-        stepper.ready(used)
-        pad = [0] * (lanes - chunk.count)
-        latents = request.latents
-        if isinstance(latents, np.ndarray):
-            latents = latents[chunk.start : chunk.stop]
-        elif latents is not None:
-            shape = (chunk.count, *latents.shape[1:])
-            latents = self._device.view(latents, chunk.start * latents.nbytes // latents.shape[0], shape, "float32")
-        stepper.arena.start(
-            self._rows,
-            [*request.seeds[chunk.start : chunk.stop], *pad],
-            step=request.start,
-            scale=plan.init_scale if request.from_noise else 1.0,
-            latents=latents,
+        images = range(chunk.start, chunk.stop)
+        programs = lane_programs(
+            stepper.manifest, stepper.profiles, plan, request, images, store_estimates=self._events
         )
-        if (kept := request.picture) is not None and kept.mask is not None and any(kind.blend for kind in used):
-            part = slice(chunk.start, chunk.stop)
-            stepper.arena.keep(kept.clean[part], kept.mask[part], kept.noise[part])
-        stepper.condition(request.conditioning, used, start=chunk.start, stop=chunk.stop, guided=self._guided)
+        made = {key: key._replace(lanes=lanes) for key in dict.fromkeys(programs[0].keys)}
+        keys = [made[key] for key in programs[0].keys]
+        stepper.ready(dict.fromkeys(keys[request.start :]))
+        stepper.start(0, *programs)
+        stepper.activate(range(chunk.count), lanes)
         watch = self._device.stopwatch()
-        segments = yield from self._segments(chunk, kinds, watch)
+        segments = yield from self._segments(chunk, keys, watch)
         watch.mark()
-        final = stepper.arena.first(chunk.count)
+        final = stepper.arena.lanes(0, chunk.count, request.size)
         if keep is not None:
             self._device.copy(keep, final)
         return PendingChunk(
             chunk,
             None if keep is not None else self._device.download_later(final),
-            self._device.download_later(stepper.arena.fault),
+            self._device.download_later(stepper.arena.buffers.fault),
             watch,
             tuple(segments),
         )
 
     def _segments(
-        self, chunk: Chunk, kinds: Sequence[StepKey], watch: Stopwatch
+        self, chunk: Chunk, keys: Sequence[StepKey], watch: Stopwatch
     ) -> Generator[StepEvent, None, list[tuple[str, int]]]:
         stepper, fault = self._stepper, self._stepper.host_fault
         segments = []
@@ -157,15 +120,15 @@ class Trajectory:
                 continue
             watch.mark()
             segments.append((segment.name, segment.stop - step))
-            for kind, equal in groupby(kinds[step : segment.stop]):
+            for key, equal in groupby(keys[step : segment.stop]):
                 count = len(list(equal))
-                whole = None if self._events else stepper.segment(kind, count)
+                whole = None if self._events else stepper.segment(key, count)
                 if whole is not None:
                     self._check()
                     whole()
                     step += count
                     continue
-                one = stepper.stepping(kind)
+                one = stepper.stepping(key)
                 for _ in range(count):
                     self._check()
                     one()
@@ -203,10 +166,10 @@ class Trajectory:
         arena, device = self._stepper.arena, self._device
 
         def latents() -> NDArray[np.float32]:
-            return device.download(arena.first(chunk.count))
+            return device.download(arena.lanes(0, chunk.count, self._request.size))
 
         def estimate() -> NDArray[np.float32]:
-            stored: NDArray[np.float32] = device.download(arena.history)[step % HISTORY, : chunk.count]
+            stored = arena.estimates(step % HISTORY, 0, chunk.count, self._request.size)
             p, q = self._plan.table.clean_estimate(step)
             return stored if p == 0 else np.float32(p) * latents() + np.float32(q) * stored
 
@@ -224,7 +187,7 @@ class Trajectory:
 
 
 class ResultCollector:
-    """What the chunks of a walk gave, as far as they were added: in the order of the images."""
+    """What the chunks of a trajectory gave, as far as they were added: in the order of the images."""
 
     def __init__(self, walk: Trajectory, shape: tuple[int, ...] | None, decode: Decode | None) -> None:
         """``shape``: of all latents, ``None`` when they stay on the device. ``decode``: to make pictures of them."""

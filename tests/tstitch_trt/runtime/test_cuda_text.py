@@ -204,7 +204,7 @@ def test_many_sizes_keep_a_bounded_number_of_graphs_and_contexts(
     load: Callable[..., Runtime], cpu: Runtime, machine: Machine, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(stepper, "KINDS", 4)
+    monkeypatch.setattr(stepper, "STEP_KEYS", 4)
     monkeypatch.setattr(parts, "_SIZES", 3)
     gpu = load(graph="step")
     sizes = [(32, 32), (32, 48), (48, 32), (48, 48), (64, 32), (32, 64)]
@@ -229,7 +229,7 @@ def test_many_sizes_keep_a_bounded_number_of_graphs_and_contexts(
 
 def test_kinds_that_share_a_context_keep_it(load: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch) -> None:
     """A rescaled step and a plain one are two kinds on the same buffers."""
-    monkeypatch.setattr(stepper, "KINDS", 2)
+    monkeypatch.setattr(stepper, "STEP_KEYS", 2)
     gpu = load()
     engines: Any = gpu._engines
     asked: dict[str, Any] = {"prompt": "a red fox", "steps": 2, "n": 1, "schedule": "plain", "guidance": 2.0}
