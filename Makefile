@@ -1,7 +1,7 @@
 # Short verbs for people who work on tstitch-trt; users need only the two commands of the README.
 PYTHON ?= python3
 
-.PHONY: install lint format check test bench clean
+.PHONY: install lint format check test test-slow bench clean
 
 install:  ## editable install with everything the tests and the linters need
 	$(PYTHON) -m pip install scikit-build-core nanobind cmake ninja
@@ -20,8 +20,11 @@ format:  ## rewrite the sources in place
 check:  ## types
 	$(PYTHON) -m mypy
 
-test:
-	$(PYTHON) -m pytest
+test:  ## on all cores
+	$(PYTHON) -m pytest -n auto
+
+test-slow:  ## the same on further models
+	$(PYTHON) -m pytest -n auto -m slow
 
 bench:  ## the built-in pair on this machine
 	$(PYTHON) -m tstitch_trt.cli build fashion -o build/fashion.bundle

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.tiny import TinyPair
+
+# Before numpy, torch and ONNX Runtime are loaded: one process a core with one thread each, so that they don't compete.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Started in the background (`pytest &`, some CI runners) this process ignores Ctrl-C, and so would every child that the
 # tests interrupt: a handler here is the default there.
@@ -35,8 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """As ``--dist loadfile``, but the pipelines all go to one process: they build the same bundles, and two processes
-    would wait for each other."""
+    """With ``-n``: a file stays in one process, in the order above; and the pipelines all go to one process, because
+    they build the same bundles, and two processes would wait for each other."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
@@ -44,7 +48,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::", 1)[0]
             return str(Path(file).parent) if Path(file).parent.name == "pipeline" else file
 
-    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
+    if config.getoption("dist") not in ("load", "loadfile"):
+        return None  # another --dist was asked for
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def _shared(factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole run, of all processes (pytest-xdist)."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A file or folder that the first process of a run to want it makes, and the others wait for."""
+    path = _shared(factory) / "once" / name
+    path.parent.mkdir(exist_ok=True)
+    with path.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make(path)
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,8 +78,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ``$TSTITCH_TEST_CACHE`` keeps it between runs, for people who change nothing about exporting.
     """
     before = os.environ.get("TSTITCH_TRT_CACHE")
-    base = tmp_path_factory.getbasetemp()
-    own = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
+    own = str(_shared(tmp_path_factory) / "cache")
     os.environ["TSTITCH_TRT_CACHE"] = os.environ.get("TSTITCH_TEST_CACHE", own)
     yield
     if before is None:
@@ -72,7 +95,8 @@ def kernels_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    return compile_kernels(compiler, tmp_path_factory.mktemp("cuda_on_host") / "launch.so")
+    built = _made_once(tmp_path_factory, "launch.so", lambda path: compile_kernels(compiler, path))
+    return ctypes.CDLL(str(built))
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +109,7 @@ def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The built-in pair, built once from what the package ships; who adds studies to it works on a copy."""
     from tstitch_export.build import build
 
-    output = tmp_path_factory.mktemp("fashion") / "fashion.bundle"
-    build("fashion", output=output)
+    output = _made_once(tmp_path_factory, "fashion.bundle", lambda path: build("fashion", output=path))
     yield output
     assert not (output / "studies").exists(), "a test wrote its studies into the bundle that all tests share"
 
