@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -65,12 +66,21 @@ def of_published(line: str) -> bool:
     return any(name in line for name in (*PUBLISHED, *BUNDLES))
 
 
-def commands() -> list[str]:
-    return [line for line in lines() if not of_published(line)]
+# Take half a minute each: by default their options alone are held; test_calibrate and test_quantise run the commands.
+LONG = ("calibrate", "quantise")
 
 
-@pytest.mark.parametrize("line", [line for line in lines() if of_published(line)])
-def test_commands_over_published_checkpoints_parse(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def is_long(line: str) -> bool:
+    return shlex.split(line)[1] in LONG
+
+
+def commands() -> list[Any]:
+    own = [line for line in lines() if not of_published(line)]
+    return [pytest.param(line, id=line, marks=pytest.mark.slow if is_long(line) else ()) for line in own]
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if of_published(line) or is_long(line)])
+def test_commands_that_do_not_run_here_parse(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, name, *words = shlex.split(line)
     monkeypatch.chdir(folder)
     assert isinstance(cli, click.Group)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from support.diffusers_pipelines import relative
+from support.compare import relative_error
 from support.tiny_pipelines import PIXELS, picture, scheduler
 
 __all__ = ["LIMIT", "SD", "equal", "fast", "mask", "pictures", "pipeline", "seeded"]
@@ -75,5 +75,5 @@ def equal(pipe: Any, made: Any, *, seeds: int | list[int] = 1, fraction: float =
     for call, more in ((pipe, {}), (made, {"fraction": fraction})):
         generator = [seeded(seed) for seed in seeds] if isinstance(seeds, list) else seeded(seeds)
         found.append(call(**{**SD, **asked}, **more, generator=generator, output_type="latent").images.numpy())
-    assert relative(found[1], found[0]) < LIMIT
+    assert relative_error(found[1], found[0]) < LIMIT
     return found[1]

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from support.exports import graph_of, network_plan, onnx_of
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Backend
-from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Network, Precision
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Network
 from tstitch_engines.device.open import open_device
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_export.families import Family, Inspection
-from tstitch_export.onnx_export.exporter import GRAPH, export_onnx
+from tstitch_export.families.base import Scalar
 from tstitch_trt.runtime.component import Component
 
 __all__ = ["compile_part", "export_network", "load_part"]
 
 
-def export_network(family: Family, found: Inspection, folder: Path, *, precision: Precision = "fp32") -> Network:
-    """Exports into the new ``folder``."""
-    folder.mkdir(parents=True)
-    export_onnx(family, found, precision=precision, folder=folder, progress=silent)
-    return Network(
-        family=family.name,
-        precision=precision,
-        inputs=family.inputs(found, precision),
-        outputs=family.outputs(found, precision),
-        onnx=(),
-        sources=(),
-        check=None,
-        config=dict(found.config),
-    )
+def export_network(family: str, path: Path, folder: Path, options: Mapping[str, Scalar] | None = None) -> Network:
+    """Into the new ``folder``, through the cache that all tests of a run share."""
+    return onnx_of(network_plan(family, path, options), folder)
 
 
 def compile_part(backend: Backend, network: Network, folder: Path, profile: dict[str, Range]) -> Path:
     return backend.compile(
         member=network,
-        model=folder / GRAPH,
+        model=graph_of(network, folder),
         profile=ShapeProfile(profile),
         device="cpu",
         options={},

@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from support.tiny_families import clip_text_folder, unet_folder, vae_folder
 from tstitch_engines.bundle.scheduler_config import read_scheduler
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.planning.recipe import load_recipe
 
-__all__ = ["LATENTS", "NEGATIVE", "PROMPTS", "bundle", "relative", "sd_pipeline", "sdxl_pipeline", "settings_of"]
+__all__ = ["LATENTS", "NEGATIVE", "PROMPTS", "bundle", "sd_pipeline", "sdxl_pipeline", "settings_of"]
 
 PROMPTS = ["a photo of an astronaut", "the cat's whiskers"]
 NEGATIVE = "blurry"
@@ -34,13 +31,6 @@ def LATENTS() -> Any:  # noqa: N802 - a constant that needs torch
     return _noise(2, 4, 8, 12)
 
 
-def relative(got: NDArray[Any], want: Any) -> float:
-    """The largest difference over the largest value."""
-    right = np.asarray(want, np.float64)
-    assert got.shape == right.shape
-    return float(abs(got - right).max() / abs(right).max())
-
-
 def sd_pipeline(folder: Path, **unet: Any) -> Any:
     """A ``StableDiffusionPipeline`` (PNDM, as Stable Diffusion 1.5) saved in ``folder``."""
     import torch
@@ -51,7 +41,7 @@ def sd_pipeline(folder: Path, **unet: Any) -> Any:
     pipe = StableDiffusionPipeline(
         text_encoder=clip_text_folder(folder),
         unet=unet_folder(folder, **{"kind": "one", **unet}),
-        vae=_seeded_vae(folder / "vae"),
+        vae=vae_folder(folder / "vae", levels=4, latent_channels=4),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False),
         safety_checker=None,
@@ -62,7 +52,8 @@ def sd_pipeline(folder: Path, **unet: Any) -> Any:
 
 
 def sdxl_pipeline(folder: Path, kind: str = "sdxl") -> Any:
-    """SDXL's pipeline of this kind (sdxl, ssd1b, refiner) with its Euler scheduler, saved in ``folder``."""
+    """SDXL's pipeline with its Euler scheduler, saved in ``folder``. ``kind``: that of its UNet (sdxl, ssd1b, refiner,
+    xl-one)."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
@@ -77,20 +68,13 @@ def sdxl_pipeline(folder: Path, kind: str = "sdxl") -> Any:
         tokenizer=None if refiner else CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
         unet=unet_folder(folder, kind, seed=len(kind)),
-        vae=_seeded_vae(folder / "vae", scaling_factor=0.13025),
+        vae=vae_folder(folder / "vae", levels=4, latent_channels=4, scaling_factor=0.13025),
         scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
         add_watermarker=False,
         force_zeros_for_empty_prompt=not refiner,
         **({"requires_aesthetics_score": True} if refiner else {}),
     )
     return _saved(pipe, folder)
-
-
-def _seeded_vae(folder: Path, **settings: Any) -> Any:
-    import torch
-
-    torch.manual_seed(0)
-    return vae_folder(folder, levels=4, latent_channels=4, **settings)
 
 
 def _saved(pipe: Any, folder: Path) -> Any:

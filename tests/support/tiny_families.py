@@ -169,9 +169,9 @@ _UNETS["xl-one"] = {
 def unet_folder(pipeline: Path, kind: str = "sd", *, part: str | None = "unet", seed: int = 3, **changes: Any) -> Any:
     """Writes a tiny UNet of this kind into ``pipeline/part`` and returns the module.
 
-    ``kind``: sd, sdxl, refiner, ssd1b, bksdm, one, least, or xl-one. ``part=None`` writes a bare folder; ``changes``
-    are settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide for Stable Diffusion and the refiner, 2 x 32
-    with a projection of 16 for SDXL.
+    ``kind``: sd, sdxl, refiner, ssd1b, bksdm, one, least or xl-one. ``part=None`` writes a bare folder;
+    ``changes`` are settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide for Stable Diffusion and the
+    refiner, 2 x 32 with a projection of 16 for SDXL.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -209,8 +209,10 @@ def controlnet_folder(folder: Path, kind: str = "sd", *, seed: int = 4, **change
 
 def vae_folder(folder: Path, kind: str = "kl", *, levels: int = 3, **changes: Any) -> Any:
     """Saves a diffusers autoencoder of ``kind`` (kl, tiny, vq) with ``2**(levels-1)`` pixels per latent element."""
+    import torch
     from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
+    torch.manual_seed(0)  # equal ones are exported once
     if kind == "tiny":
         layers: dict[str, Any] = {"num_encoder_blocks": (1,) * levels, "num_decoder_blocks": (1,) * levels}
         layers |= {"encoder_block_out_channels": (16,) * levels, "decoder_block_out_channels": (16,) * levels}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tstitch_trt
+from support.compare import relative_error
 from support.tiny_checkpoints import MEMBER, PNDM, pieces, text_recipe
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.manifest import Manifest
@@ -60,10 +61,6 @@ def drawn(runtime: Runtime, schedule: str, **changes: Any) -> Any:
     return found.latents
 
 
-def difference(a: Any, b: Any) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
 def test_manifest(trio: Trio) -> None:
     manifest = trio.manifest
     assert {name: member.precision for name, member in manifest.members.items()} == {
@@ -85,16 +82,16 @@ def test_manifest(trio: Trio) -> None:
 def test_one_model_at_two_precisions(runtime: Runtime) -> None:
     """The text encoder in float32 serves both."""
     full, half = drawn(runtime, "small"), drawn(runtime, "large")
-    assert 0 < difference(half, full) < 1e-2
-    assert 0 < difference(drawn(runtime, "small:0.5,large"), full) < 1e-2
+    assert 0 < relative_error(half, full) < 1e-2
+    assert 0 < relative_error(drawn(runtime, "small:0.5,large"), full) < 1e-2
 
 
 def test_pruned_with_full_and_three_members(runtime: Runtime) -> None:
     full, pruned = drawn(runtime, "small"), drawn(runtime, "base")
-    assert difference(pruned, full) > 1e-2
+    assert relative_error(pruned, full) > 1e-2
     two, three = drawn(runtime, "base:0.4,small"), drawn(runtime, "base:0.4,small:0.3,large")
-    assert min(difference(two, full), difference(two, pruned)) > 1e-3
-    assert 0 < difference(three, two) < 1e-2, "float16 in the last steps alone"
+    assert min(relative_error(two, full), relative_error(two, pruned)) > 1e-3
+    assert 0 < relative_error(three, two) < 1e-2, "float16 in the last steps alone"
 
 
 def test_embeddings_in_place_of_prompts(runtime: Runtime, trio: Trio) -> None:
@@ -108,7 +105,7 @@ def test_embeddings_in_place_of_prompts(runtime: Runtime, trio: Trio) -> None:
         encoded = CLIPTextModel.from_pretrained(trio.full / "text_encoder")(ids).last_hidden_state.numpy()
     given = {"prompt_embeds": encoded[:1], "negative_prompt_embeds": encoded[1:]}
     got = drawn(runtime, "base:0.4,small:0.3,large", prompt=None, negative_prompt=None, **given)
-    assert difference(got, drawn(runtime, "base:0.4,small:0.3,large")) < 1e-4
+    assert relative_error(got, drawn(runtime, "base:0.4,small:0.3,large")) < 1e-4
 
 
 def test_pictures(runtime: Runtime) -> None:

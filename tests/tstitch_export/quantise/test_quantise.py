@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import tstitch_export.quantise.quantise
+from support.compare import relative_error
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.manifest import Member
@@ -72,10 +73,6 @@ def session(path: Path, *outputs: str) -> Any:
     model = onnx.load(path)
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-def relative(got: NDArray[Any], want: NDArray[Any]) -> float:
-    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
 
 
 # --- which layers
@@ -212,7 +209,7 @@ def test_it_computes_what_pytorch_computes(quantised: tuple[str, QuantisedGraph]
     (got,) = session(quantised[1].files[0]).run(None, dict(rows))
     with torch.inference_mode():
         want = tiny_pair.model("large")(*(torch.from_numpy(values) for values in rows.values())).numpy()
-    assert 1e-4 < relative(got, want) < 4e-2
+    assert 1e-4 < relative_error(got, want) < 4e-2
 
 
 @needs_modelopt

@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import tstitch_trt
 from support.command import Command, refused
+from support.compare import relative_error
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import MANIFEST, open_bundle
 from tstitch_engines.bundle.manifest import Manifest, Quantisation
@@ -69,10 +69,6 @@ def session(path: Path, *outputs: str) -> Any:
     model = onnx.load(path)
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-def relative(got: NDArray[Any], want: NDArray[Any]) -> float:
-    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
 
 
 # --- the rows
@@ -172,7 +168,7 @@ def test_the_loss_is_what_onnx_runtime_finds_on_other_inputs(int8: Path, tiny_pa
     (want,), (got,) = (session(model_of(bundle)).run(None, rows) for bundle in (tiny_pair.bundle, int8))
     for level in record_of(int8).loss:
         at = (rows["timestep"] <= level.timesteps[0]) & (rows["timestep"] >= level.timesteps[1])
-        assert level.rel_l2 == pytest.approx(relative(got[at], want[at]), rel=0.5), level.timesteps
+        assert level.rel_l2 == pytest.approx(relative_error(got[at], want[at]), rel=0.5), level.timesteps
 
 
 @needs_modelopt
@@ -199,7 +195,7 @@ def test_it_samples_close_to_the_unquantised_one(int8: Path, tiny_pair: TinyPair
     for bundle in (tiny_pair.bundle, int8):
         with tstitch_trt.load(bundle) as runtime:
             latents.append(runtime.sample(**settings).latents)
-    assert 0 < relative(latents[1], latents[0]) < 5e-2
+    assert 0 < relative_error(latents[1], latents[0]) < 5e-2
 
 
 @needs_modelopt

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from support.accelerating import SD, fast, pipeline, seeded
-from support.diffusers_pipelines import relative
+from support.compare import relative_error
 from support.tiny_pipelines import PIXELS, noise, scheduler, stitched
 from tstitch_engines.errors import BadInput
 from tstitch_trt.study.budget import Conditions
@@ -47,7 +47,7 @@ def test_equal_seeds_draw_equal_pictures(accelerated: Any, solver: str) -> None:
         assert type(got) is type(want)
         assert got.nsfw_content_detected is None
         images = [np.asarray(found.images if output == "np" else found.images.numpy()) for found in (got, want)]
-        assert relative(images[0], images[1]) < 1e-3
+        assert relative_error(images[0], images[1]) < 1e-3
 
 
 def test_the_small_one_alone_is_the_pipeline_with_its_unet(accelerated: Any, sd: Path) -> None:
@@ -56,9 +56,9 @@ def test_the_small_one_alone_is_the_pipeline_with_its_unet(accelerated: Any, sd:
     other = pipeline(sd, unet=UNet2DConditionModel.from_pretrained(sd / "small"))
     want = other(**SD, generator=seeded(2), output_type="latent").images
     got = accelerated(**SD, generator=seeded(2), output_type="latent", fraction=1.0).images
-    assert relative(got.numpy(), want.numpy()) < 1e-3
+    assert relative_error(got.numpy(), want.numpy()) < 1e-3
     both = accelerated(**SD, generator=seeded(2), output_type="latent").images
-    assert relative(both.numpy(), want.numpy()) > 1e-2
+    assert relative_error(both.numpy(), want.numpy()) > 1e-2
     named = accelerated(**SD, generator=seeded(2), output_type="latent", schedule="small:3,large").images
     np.testing.assert_array_equal(both.numpy(), named.numpy())  # 0.4 of PNDM's 7 evaluations
 
@@ -77,7 +77,7 @@ def test_stitched_is_a_loop_over_both_modules(accelerated: Any, sd: Path, solver
     halves = {"encoder_hidden_states": u}, {"encoder_hidden_states": c}
     want = stitched(scheduler(solver), order, x, 6, 5.0, lambda unet: halves)
     got = accelerated(**SD, latents=torch.from_numpy(x), output_type="latent").images  # 0.4 where nothing is said
-    assert relative(got.numpy(), want) < 1e-3
+    assert relative_error(got.numpy(), want) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_arguments_mean_what_they_mean_to_the_pipeline(accelerated: Any, asked: 
         return {**given, **more}
 
     want, got = accelerated.pipe(**again()).images, accelerated(**again(), fraction=0.0).images
-    assert relative(got.numpy(), want.numpy()) < 1e-3
+    assert relative_error(got.numpy(), want.numpy()) < 1e-3
 
 
 def test_embeddings_and_pil_and_tuples(accelerated: Any) -> None:
@@ -137,9 +137,9 @@ def test_callbacks_see_each_step_and_may_end_it(accelerated: Any) -> None:
         asked = {**SD, "output_type": "latent"}
         want = accelerated.pipe(**asked, generator=seeded(0), callback_on_step_end=record(theirs, last)).images
         got = accelerated(**asked, generator=seeded(0), callback_on_step_end=record(ours, last), fraction=0.0).images
-        assert relative(got.numpy(), want.numpy()) < 1e-3
+        assert relative_error(got.numpy(), want.numpy()) < 1e-3
         assert [call[:2] for call in ours] == [call[:2] for call in theirs]
-        assert all(relative(a[2], b[2]) < 1e-3 for a, b in zip(ours, theirs, strict=True))
+        assert all(relative_error(a[2], b[2]) < 1e-3 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_callbacks_may_look_at_the_pipeline_and_change_nothing(accelerated: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.accelerating import LIMIT, SD, fast, pipeline, seeded
-from support.diffusers_pipelines import relative
+from support.compare import relative_error
 from support.tiny_checkpoints import single_file
 from support.tiny_families import original_unet
 from support.tiny_pipelines import scheduler
@@ -114,7 +114,7 @@ def test_small_is_a_single_file(sd: Path, cache: Path, tmp_path: Path) -> None:
         members = made.runtime.manifest.members
         assert {member.parametrisation for member in members.values()} == {"v"}
         got = made(**asked, generator=seeded(1), output_type="latent", fraction=1.0).images
-    assert relative(got.numpy(), want.numpy()) < LIMIT
+    assert relative_error(got.numpy(), want.numpy()) < LIMIT
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support.accelerating import LIMIT, SD, equal, fast, mask, pictures, pipeline, seeded
-from support.diffusers_pipelines import relative
+from support.compare import relative_error
 from support.tiny_families import controlnet_folder, unet_folder, vae_folder
 from support.tiny_pipelines import noise
 from tstitch_engines.errors import BadInput, PairMismatch
@@ -94,7 +94,7 @@ def test_control(sd: Path, cache: Path, tmp_path: Path) -> None:
         held = equal(pipe, made, fraction=0.4, **asked)
         asked["controlnet_conditioning_scale"] = 0.0
         free = made(**SD, **asked, generator=seeded(1), output_type="latent").images
-        assert relative(free.numpy(), held) > 10 * LIMIT
+        assert relative_error(free.numpy(), held) > 10 * LIMIT
         with pytest.raises(BadInput, match="the control picture is missing"):
             made(**SD)
         with pytest.raises(BadInput, match="control_guidance_end was given, which compiled engines can't honour"):
@@ -124,6 +124,6 @@ def test_a_small_unet_that_the_controlnet_does_not_fit(sd: Path, cache: Path, tm
             made(**asked, controlnet_conditioning_scale=scale, generator=seeded(1), fraction=0.5).images.numpy()
             for scale in (0.0, 1.0)
         )
-        assert relative(held, free) > 10 * LIMIT  # the large one's steps are steered
+        assert relative_error(held, free) > 10 * LIMIT  # the large one's steps are steered
         with pytest.raises(BadInput, match="none of the members that run takes control: small"):
             made(**asked, fraction=1.0)

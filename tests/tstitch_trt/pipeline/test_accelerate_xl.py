@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from support.accelerating import LIMIT, SD, equal, fast, mask, pictures, pipeline, seeded
-from support.diffusers_pipelines import relative, sdxl_pipeline
+from support.compare import relative_error
+from support.diffusers_pipelines import sdxl_pipeline
 from support.tiny_families import controlnet_folder, unet_folder
 from support.tiny_pipelines import PIXELS, noise
 from tstitch_engines.errors import BadInput
@@ -36,7 +37,7 @@ def test_sdxl(xl: Path, cache: Path) -> None:
             equal(pipe, made, **asked, **more)
         want = pipe(**SD, **asked, generator=seeded(1), output_type="np").images
         got = made(**SD, **asked, generator=seeded(1), output_type="np", fraction=0.0)
-        assert relative(got.images, want) < LIMIT
+        assert relative_error(got.images, want) < LIMIT
         large = pipe.unet
         call = {**SD, **asked, "output_type": "latent"}
 
@@ -50,7 +51,7 @@ def test_sdxl(xl: Path, cache: Path) -> None:
             want = pipe(**call, **more, generator=seeded(1)).images
             pipe.unet = large
             got = made(**call, generator=seeded(1), fraction=fraction).images
-            assert relative(got.numpy(), want.numpy()) < LIMIT
+            assert relative_error(got.numpy(), want.numpy()) < LIMIT
         embeds = pipe.encode_prompt(SD["prompt"], do_classifier_free_guidance=False)[0]
         with pytest.raises(BadInput, match="prompt_embeds were given without pooled_prompt_embeds"):
             made(prompt_embeds=embeds)
@@ -133,9 +134,9 @@ def test_a_distilled_member_is_told_its_guidance(sd: Path, cache: Path, cls: str
         want = pipe(**asked, latents=latents, output_type="latent").images
         assert next(drawn) == 3  # three times
         got = made(**asked, generator=seeded(1), output_type="latent").images
-        assert relative(got.numpy(), want.numpy()) < LIMIT
+        assert relative_error(got.numpy(), want.numpy()) < LIMIT
         other = made(**{**asked, "guidance_scale": 2.0}, generator=seeded(1), output_type="latent").images
-        assert relative(other.numpy(), want.numpy()) > 10 * LIMIT
+        assert relative_error(other.numpy(), want.numpy()) > 10 * LIMIT
         if cls.startswith("Latent"):
             made.scheduler = pipeline(sd, "ddim").scheduler
             with pytest.raises(BadInput, match="original_inference_steps was given, and the scheduler is a DDIM"):

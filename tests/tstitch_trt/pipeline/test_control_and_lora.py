@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import tstitch_trt
-from support.diffusers_pipelines import LATENTS, NEGATIVE, PROMPTS, bundle, relative, sd_pipeline
+from support.compare import relative_error
+from support.diffusers_pipelines import LATENTS, NEGATIVE, PROMPTS, bundle, sd_pipeline
 from support.tiny_families import controlnet_folder, lora_file, unet_folder
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
@@ -75,13 +76,13 @@ def test_control_of_one_member_is_that_of_diffusers(controlled: Controlled, memb
     want = call(pipe, image=control, controlnet_conditioning_scale=scale)
     ask = {"latents": LATENTS().numpy(), "schedule": member, **ASK, **DDIM}
     got = controlled.runtime.sample(control=picture, control_scale=scale, **ask)
-    assert relative(got.latents, want) < LIMIT
+    assert relative_error(got.latents, want) < LIMIT
     free = controlled.runtime.sample(height=64, width=96, **ask)  # the residuals of the call before are gone
     pipe = controlled.pipe.__class__(**{**controlled.pipe.components, "unet": unet, "scheduler": scheduler()},
                                      requires_safety_checker=False)  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    assert relative(free.latents, call(pipe)) < LIMIT
-    assert relative(got.latents, free.latents) > 10 * LIMIT
+    assert relative_error(free.latents, call(pipe)) < LIMIT
+    assert relative_error(got.latents, free.latents) > 10 * LIMIT
 
 
 def test_a_lora_is_that_of_diffusers(tmp_path: Path) -> None:
@@ -101,5 +102,5 @@ def test_a_lora_is_that_of_diffusers(tmp_path: Path) -> None:
     want = call(pipe)
     with tstitch_trt.load(made) as runtime:
         got = runtime.sample(latents=LATENTS().numpy(), fraction=0.0, **ASK, **DDIM)
-    assert relative(got.latents, want) < LIMIT
-    assert relative(got.latents, plain) > 10 * LIMIT
+    assert relative_error(got.latents, want) < LIMIT
+    assert relative_error(got.latents, plain) > 10 * LIMIT

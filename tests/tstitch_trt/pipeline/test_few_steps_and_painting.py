@@ -11,7 +11,8 @@ import pytest
 
 import tstitch_trt
 from support.accelerating import LIMIT, SD, pipeline
-from support.diffusers_pipelines import relative, settings_of
+from support.compare import relative_error
+from support.diffusers_pipelines import settings_of
 from support.tiny_families import unet_folder
 from support.tiny_pipelines import PIXELS, noise, scheduler
 from tstitch_engines.device.host_kernels import normal
@@ -102,9 +103,9 @@ def test_latent_consistency_models(
     given: dict[str, Any] = {"prompt": SD["prompt"], "seeds": SEEDS, "latents": x, "steps": 4, "fraction": fraction}
     got = distilled.runtime.sample(**given, guidance=6.0, **settings_of(scheduler("lcm")))
     assert not any(got.plan.guided)
-    assert relative(got.latents, want) < LIMIT
+    assert relative_error(got.latents, want) < LIMIT
     other = distilled.runtime.sample(**given, guidance=2.0, **settings_of(scheduler("lcm")))
-    assert relative(other.latents, want) > 10 * LIMIT
+    assert relative_error(other.latents, want) > 10 * LIMIT
 
 
 @pytest.mark.slow
@@ -133,9 +134,9 @@ def test_members_that_paint_into_a_picture(painting: Pair, sd: Path, strength: f
     asked = {"prompt": SD["prompt"], "negative_prompt": SD["negative_prompt"], "steps": steps, "guidance": 5.0}
     settings = settings_of(scheduler("ddim"))
     got = painting.runtime.sample(**asked, **given, fraction=fraction, **settings)
-    assert relative(got.latents, want) < LIMIT
+    assert relative_error(got.latents, want) < LIMIT
     given["masked_image"] = np.zeros_like(outside)
     other = painting.runtime.sample(**asked, **given, fraction=fraction, **settings)
-    assert relative(other.latents, want) > 10 * LIMIT
+    assert relative_error(other.latents, want) > 10 * LIMIT
     with pytest.raises(BadInput, match="paints into a picture, and there is no picture or no mask"):
         painting.runtime.sample(**asked)

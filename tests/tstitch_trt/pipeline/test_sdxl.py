@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import tstitch_trt
-from support.diffusers_pipelines import LATENTS, NEGATIVE, PROMPTS, bundle, relative, sdxl_pipeline
+from support.compare import relative_error
+from support.diffusers_pipelines import LATENTS, NEGATIVE, PROMPTS, bundle, sdxl_pipeline
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -64,7 +65,7 @@ def test_one_member_alone_is_its_pipeline(pair: Loaded, fraction: float, negativ
         **ASK,
     )
     assert got.plan.solver.name == "euler"
-    assert relative(got.latents, want) < LIMIT
+    assert relative_error(got.latents, want) < LIMIT
 
 
 def test_stitched_is_one_pipeline_whose_unet_is_swapped(pair: Loaded) -> None:
@@ -87,7 +88,7 @@ def test_stitched_is_one_pipeline_whose_unet_is_swapped(pair: Loaded) -> None:
         ).images.numpy()  # fmt: skip
     finally:
         large.unet = kept
-    assert relative(got.latents, want) < LIMIT
+    assert relative_error(got.latents, want) < LIMIT
 
 
 def test_pictures(pair: Loaded) -> None:
@@ -113,4 +114,4 @@ def test_base_and_refiner(refined: Loaded, end: float) -> None:
         **ASK,
     )
     assert set(got.schedule.names) == {"base", "refiner"}
-    assert relative(got.latents, want) < LIMIT
+    assert relative_error(got.latents, want) < LIMIT

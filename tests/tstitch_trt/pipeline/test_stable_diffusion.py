@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import tstitch_trt
-from support.diffusers_pipelines import relative, settings_of
+from support.compare import relative_error
+from support.diffusers_pipelines import settings_of
 from support.tiny_families import clip_vocabulary
 from support.tiny_pipelines import PIXELS, noise, picture, scheduler, stitched
 from tstitch_engines.errors import Unavailable
@@ -85,7 +86,7 @@ def test_one_member_alone_is_its_own_pipeline(
     result = runtime.sample(
         **ASKED, steps=STEPS, guidance=5.0, latents=x, fraction=fraction, decode=False, **ours(solver)
     )
-    assert relative(result.latents, theirs(pipe, latents=x)) < 1e-3
+    assert relative_error(result.latents, theirs(pipe, latents=x)) < 1e-3
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -101,7 +102,7 @@ def test_a_stitched_trajectory_is_a_loop_over_both_modules(
         schedule, order, x, STEPS, 5.0, lambda unet: ({"encoder_hidden_states": u}, {"encoder_hidden_states": c})
     )
     result = runtime.sample(**ASKED, steps=STEPS, guidance=5.0, latents=x, fraction=0.4, decode=False, **ours(solver))
-    assert relative(result.latents, want) < 1e-3
+    assert relative_error(result.latents, want) < 1e-3
 
 
 def test_pictures_are_those_of_diffusers(runtime: Runtime, sd: Path) -> None:
@@ -121,7 +122,7 @@ def test_guidance_is_rescaled_as_in_diffusers(runtime: Runtime, sd: Path) -> Non
     want = theirs(pipeline(sd, "ddim"), latents=x, guidance_rescale=0.7)
     got = runtime.sample(**ASKED, steps=STEPS, guidance=5.0, guidance_rescale=0.7, latents=x, fraction=0.0,
                          decode=False, **ours("ddim"))  # fmt: skip
-    assert relative(got.latents, want) < 1e-3
+    assert relative_error(got.latents, want) < 1e-3
 
 
 @pytest.mark.parametrize(("solver", "strength"), [("ddim", 0.7), ("euler", 0.5), ("dpmpp-2m", 0.5), ("unipc", 0.5)])
@@ -144,7 +145,7 @@ def test_a_picture_is_drawn_over_as_img2img(runtime: Runtime, sd: Path, solver: 
         ).images.numpy()  # fmt: skip
     got = runtime.sample(**ASKED, image=clean, latents=z, strength=strength, steps=STEPS, guidance=5.0, fraction=0.0,
                          decode=False, **ours(solver))  # fmt: skip
-    assert relative(got.latents, want) < 1e-3
+    assert relative_error(got.latents, want) < 1e-3
 
 
 def test_an_encoded_picture_is_that_of_diffusers(runtime: Runtime, sd: Path) -> None:
@@ -157,8 +158,8 @@ def test_an_encoded_picture_is_that_of_diffusers(runtime: Runtime, sd: Path) -> 
     encoder = runtime._vae.encoder
     assert encoder is not None
     mean, std = encoder.encode(pixels.numpy())
-    assert relative(mean, theirs.mean.numpy() * pipe.vae.config.scaling_factor) < 1e-4
-    assert relative(std, theirs.std.numpy() * pipe.vae.config.scaling_factor) < 1e-4
+    assert relative_error(mean, theirs.mean.numpy() * pipe.vae.config.scaling_factor) < 1e-4
+    assert relative_error(std, theirs.std.numpy() * pipe.vae.config.scaling_factor) < 1e-4
 
 
 @pytest.mark.parametrize(("solver", "strength"), [("ddim", 1.0), ("ddim", 0.6), ("pndm", 1.0), ("euler", 0.6)])
@@ -183,7 +184,7 @@ def test_what_lies_outside_the_mask_stays_as_in_inpainting(
         ).images.numpy()  # fmt: skip
     got = runtime.sample(**asked, image=clean, mask=mask, latents=z, strength=strength, steps=STEPS, guidance=5.0,
                          fraction=0.0, decode=False, **ours(solver))  # fmt: skip
-    assert relative(got.latents, want) < 1e-3
+    assert relative_error(got.latents, want) < 1e-3
 
 
 def test_long_prompts_are_read_in_chunks(runtime: Runtime, sd: Path) -> None:
@@ -205,7 +206,7 @@ def test_long_prompts_are_read_in_chunks(runtime: Runtime, sd: Path) -> None:
     x = noise(1)
     want = theirs(pipe, latents=x, prompt=None, negative_prompt=None, prompt_embeds=c, negative_prompt_embeds=u)
     got = runtime.sample(prompt=text, latents=x, steps=STEPS, guidance=5.0, fraction=0.0, decode=False)
-    assert relative(got.latents, want) < 1e-3
+    assert relative_error(got.latents, want) < 1e-3
 
 
 def test_bare_unets_take_embeddings_and_give_latents(sd: Path, unets: dict[str, Any], tmp_path: Path) -> None:
@@ -227,6 +228,6 @@ def test_bare_unets_take_embeddings_and_give_latents(sd: Path, unets: dict[str, 
         embeds = {"prompt_embeds": c.detach().numpy(), "negative_prompt_embeds": u.detach().numpy()}
         result = runtime.sample(**embeds, steps=STEPS, guidance=5.0, latents=x, fraction=0.0)
         assert result.images is None
-        assert relative(result.latents, theirs(pipe, latents=x)) < 1e-3
+        assert relative_error(result.latents, theirs(pipe, latents=x)) < 1e-3
         with pytest.raises(Unavailable, match="has no text encoder, so it can't read prompts"):
             runtime.sample(prompt="a cat")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tstitch_trt
+from support.compare import relative_error
 from support.reference import walk
 from support.tiny import TinyPair
 from tstitch_engines.device.host_kernels import normal
@@ -28,10 +29,6 @@ def runtime(tiny_pair: TinyPair) -> Runtime:
 def painting(tiny_pair: TinyPair) -> Runtime:
     """One that paints into pictures, for which it takes more memory."""
     return tstitch_trt.load(tiny_pair.bundle, threads=2)
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 SETTINGS = [
@@ -67,7 +64,7 @@ def test_trajectory_equals_a_float64_walk_over_the_torch_members(
 
     start = plan.init_scale * noise(INITIAL_NOISE_STEP)
     expected = walk(plan.rows, start, model, np.stack([noise(step) for step in range(steps)]))  # type: ignore[arg-type]
-    assert relative(result.latents, expected[-1]) < 1e-4
+    assert relative_error(result.latents, expected[-1]) < 1e-4
     assert result.images is not None
     assert result.images.dtype == np.uint8
     assert result.images.shape == (3, 8, 8, 4)
@@ -117,10 +114,10 @@ def test_a_mask_keeps_the_rest_of_the_picture(painting: Runtime, tiny_pair: Tiny
         with_blend(plan.rows)[start:], state, model, np.stack([noise(step) for step in range(start, plan.steps)]),
         blend=(known, mask[:, None], unit),
     )  # fmt: skip
-    assert relative(result.latents, expected[-1]) < 1e-4
+    assert relative_error(result.latents, expected[-1]) < 1e-4
     kept = np.broadcast_to(~mask[:, None], known.shape)
     np.testing.assert_array_equal(result.latents[kept], known[kept])
-    assert relative(result.latents[~kept], known[~kept]) > 0.1
+    assert relative_error(result.latents[~kept], known[~kept]) > 0.1
 
 
 def test_fraction_ends_are_the_members_alone_bit_for_bit(tiny_pair: TinyPair, runtime: Runtime) -> None:
@@ -138,7 +135,7 @@ def test_same_seed_same_image_twice(runtime: Runtime) -> None:
     b = runtime.sample(labels=[1, 2, 3], steps=8, solver="euler-ancestral", seed=4)
     c = runtime.sample(labels=[1, 2, 3], steps=8, solver="euler-ancestral", seed=5)
     np.testing.assert_array_equal(a.latents, b.latents)
-    assert relative(c.latents, a.latents) > 0.1
+    assert relative_error(c.latents, a.latents) > 0.1
     assert a.seeds == (4, 5, 6)
 
 
@@ -149,7 +146,7 @@ def test_a_lane_is_the_same_alone_and_in_any_batch(runtime: Runtime, guidance: f
     assert together.labels == (*range(10), 0, 1, 2)
     for lane in (0, 6, 12):
         alone = runtime.sample(labels=lane % 10, seed=lane, steps=8, solver="ddpm", guidance=guidance)
-        assert relative(alone.latents, together.latents[[lane]]) < 1e-4
+        assert relative_error(alone.latents, together.latents[[lane]]) < 1e-4
 
 
 def test_latents_in_replace_the_noise_of_the_seeds(runtime: Runtime) -> None:
@@ -198,7 +195,7 @@ def test_the_last_estimate_is_the_result(runtime: Runtime, settings: dict[str, A
     noise, and what it then leaves of the latent is the preview.)"""
     for event in runtime.iterate(labels=[1, 2], steps=5, **settings):
         estimate, latents = event.estimate(), event.latents()
-    assert relative(estimate, latents) < 1e-5
+    assert relative_error(estimate, latents) < 1e-5
 
 
 def test_cancel_by_callback_and_by_closing(runtime: Runtime) -> None:

@@ -38,7 +38,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     networks = {}
     for name in models:
         found = family.inspect(folder / "pipe" / name, OPTIONS[name])
-        networks[name] = export_network(family, found, folder / name)
+        networks[name] = export_network("clip-text", folder / "pipe" / name, folder / name, OPTIONS[name])
         family.assets(found, folder / name)
     return folder, models, networks
 

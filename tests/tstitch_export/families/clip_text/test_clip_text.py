@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from support.compare import relative_error
 from support.tiny_families import clip_text_folder, clip_tokenizer_folder, clip_vocabulary
 from tstitch_engines.errors import BadCheckpoint, BadInput, BuildFailed, UnknownName
 from tstitch_export.families import Inspection, open_family
@@ -44,9 +45,7 @@ def ids(batch: int, *, pad: int | None = None) -> torch.Tensor:
 
 
 def assert_close(got: Any, want: torch.Tensor, limit: float = 1e-4) -> None:
-    right = want.detach().double().numpy()
-    assert got.shape == right.shape
-    assert np.linalg.norm(got - right) <= limit * np.linalg.norm(right)
+    assert relative_error(got, want.detach()) <= limit
 
 
 @pytest.mark.parametrize("legacy", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.compare import relative_error
 from support.dits import sparse_safetensors
 from support.ldms import ldm_checkpoint, ldm_folder
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
@@ -35,10 +36,6 @@ from tstitch_export.onnx_export.exporter import export_onnx
 LDM = open_family("ldm")
 TINY: dict[str, Scalar] = {"num_heads": 2, "size": 8}
 LDM_NOISE = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.0015, beta_end=0.0195)
-
-
-def relative(got: Any, want: Any) -> float:
-    return float((got - want).abs().max() / want.abs().max())
 
 
 def through_diffusers(unet: Any, table: Any, sample: Any, timestep: Any, labels: Any) -> Any:
@@ -94,7 +91,7 @@ def test_the_original_layout_equals_diffusers(
     sample, timestep, labels = LDM.example(inspection, batch=3, seed=0)
     with torch.no_grad():
         got = LDM.load(inspection)(sample, timestep, labels)
-    assert relative(got, through_diffusers(unet, table, sample, timestep, labels)) < 1e-4
+    assert relative_error(got, through_diffusers(unet, table, sample, timestep, labels)) < 1e-4
     assert inspection.noise == LDM_NOISE
 
 
@@ -106,8 +103,8 @@ def test_the_moving_average_is_taken_where_there_is_one(tmp_path: Path) -> None:
     inputs = LDM.example(averaged, batch=2, seed=0)
     want = through_diffusers(unet, table, *inputs)
     with torch.no_grad():
-        assert relative(LDM.load(averaged)(*inputs), want) < 1e-4
-        assert relative(LDM.load(raw)(*inputs), want) > 0.01
+        assert relative_error(LDM.load(averaged)(*inputs), want) < 1e-4
+        assert relative_error(LDM.load(raw)(*inputs), want) > 0.01
     state = torch.load(path, weights_only=True)["state_dict"]
     state.pop("model_ema.diffusion_modelout2bias")
     torch.save(state, path)
@@ -138,7 +135,7 @@ def test_a_null_class_can_be_added(tmp_path: Path, kind: str) -> None:
     labels = torch.tensor([10, 3])
     with torch.no_grad():
         got = model(sample, timestep, labels)
-    assert relative(got, through_diffusers(unet, longer, sample, timestep, labels)) < 1e-4
+    assert relative_error(got, through_diffusers(unet, longer, sample, timestep, labels)) < 1e-4
     with pytest.raises(UnknownName, match="did you mean 'zeros'"):
         LDM.inspect(path, {**TINY, "null_embedding": "zero"})
 
@@ -179,9 +176,9 @@ def test_diffusers_folders_equal_diffusers(tmp_path: Path, kind: str) -> None:
             want = unet(sample, timestep, class_labels=labels).sample
         else:
             want = through_diffusers(unet, table, *inputs)
-        assert relative(LDM.load(inspection)(*inputs), want) < 1e-5
+        assert relative_error(LDM.load(inspection)(*inputs), want) < 1e-5
         wider = LDM.load(LDM.inspect(tmp_path, {"null_embedding": "mean"}))
-        assert relative(wider(*inputs), want) < 1e-5
+        assert relative_error(wider(*inputs), want) < 1e-5
         assert torch.isfinite(wider(sample, timestep, torch.full((3,), 11))).all()
 
 
