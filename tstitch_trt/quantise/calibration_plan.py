@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule
+from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.quantise.trajectories import needed_parts
 from tstitch_trt.study.image_set import prompts_for
@@ -26,7 +27,7 @@ class CalibrationPlan:
     """``default``: the schedule of the final comparison. ``names``: the members that run."""
 
     schedules: tuple[str, ...]
-    settings: dict[str, Any]  # keywords of `make_plan`
+    options: PlanOptions
     steps: int
     solver: str
     guidance: float
@@ -47,16 +48,19 @@ def plan_calibration(
     seed: int,
     prompts: Sequence[str] = (),
 ) -> CalibrationPlan:
-    """``wanted``: keywords of ``make_plan``. ``prompts``: of a text bundle, by default ``PROMPTS``.
+    """``wanted``: keywords of ``PlanOptions``. ``prompts``: of a text bundle, by default ``PROMPTS``.
 
     Raises ``BadSchedule`` for a schedule without the member, and what ``make_plan``, ``needed_parts`` and
     ``prompts_for`` raise.
     """
-    settings = {key: value for key, value in wanted.items() if value is not None}
-    if "guidance" not in settings and manifest.defaults.guidance == 1 and manifest.conditioning.guidable:
-        settings["guidance"] = _GUIDANCE
+    options = PlanOptions.from_keywords(wanted)
+    if options.guidance is None and manifest.defaults.guidance == 1 and manifest.conditioning.guidable:
+        options = replace(options, guidance=_GUIDANCE)
+    scale = manifest.defaults.guidance if options.guidance is None else options.guidance
+    if isinstance(scale, Mapping):
+        raise BadInput(f"guidance is {dict(scale)}; allowed here is one number", hint="e.g. --guidance 1.5")
     default = manifest.defaults.schedule if len(manifest.members) > 1 else name
-    plans = {text: make_plan(manifest, schedule=text, **settings) for text in dict.fromkeys(schedules)}
+    plans = {text: make_plan(manifest, options, schedule=text) for text in dict.fromkeys(schedules)}
     for text, plan in plans.items():
         if name not in plan.schedule.names:
             raise BadSchedule(
@@ -64,9 +68,9 @@ def plan_calibration(
                 hint=f"give a schedule that it is in, e.g. --schedule {name}",
             )
     if not plans:
-        plans[name] = make_plan(manifest, schedule=name, **settings)
+        plans[name] = make_plan(manifest, options, schedule=name)
         try:
-            plan = make_plan(manifest, schedule=default, **settings)
+            plan = make_plan(manifest, options, schedule=default)
         except BadSchedule:  # for another number of steps
             plan = plans[name]
         if name in plan.schedule.names and set(plan.schedule.names) != {name}:
@@ -83,10 +87,10 @@ def plan_calibration(
     base = seed * 2 * _SEED_STRIDE
     return CalibrationPlan(
         schedules=tuple(plans),
-        settings=settings,
+        options=options,
         steps=first.steps,
         solver=first.solver.name,
-        guidance=float(settings.get("guidance", manifest.defaults.guidance)),
+        guidance=scale,
         seeds=tuple(range(base, base + images)),
         held_out=tuple(range(base + _SEED_STRIDE, base + _SEED_STRIDE + _HELD_OUT)),
         default=default if default in plans else next(iter(plans)),

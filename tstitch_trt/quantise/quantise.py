@@ -134,7 +134,7 @@ class _Work:
             self._phases.phase("compiling the members", 0.0, 0.05)
             trajectories = Trajectories(
                 self._bundle,
-                settings=self._plan.settings,
+                options=self._plan.options,
                 folder=folder,
                 threads=self._threads,
                 tick=self._phases.tick,

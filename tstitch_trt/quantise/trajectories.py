@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.host_call import Arrays, HostRunner
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.reference.recorder import AnyNetwork, Recorder, cpu_identity, needs_widening, widen_graph, widened
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.image_set import image_keywords
@@ -42,21 +44,21 @@ class Trajectories:
         self,
         bundle: Bundle,
         *,
-        settings: dict[str, Any],
+        options: PlanOptions,
         folder: Path,
         threads: int,
         tick: Callable[[], None],
         names: Iterable[str] | None = None,
         prompts: Sequence[str] = (),
     ) -> None:
-        """``settings``: keywords of ``make_plan`` that all trajectories share. ``tick`` is called after every step.
+        """``options``: shared by all trajectories, without a schedule. ``tick`` is called after every step.
 
         ``names``: the members that run, by default all. ``prompts``: of a text bundle; image ``seed`` is of prompt
         ``seed % len(prompts)``.
         """
         self._bundle = bundle
         self._prompts = tuple(prompts)
-        self._settings = settings
+        self._options = options
         self._folder = folder
         self._threads = threads
         self._tick = tick
@@ -144,10 +146,9 @@ class Trajectories:
         return runtime.sample(
             **image_keywords(self._manifest, seeds, self._prompts, self._names, pictures=len(seeds)),
             seeds=list(seeds),
-            schedule=schedule,
             decode=False,
             callback=lambda event: self._tick(),
-            **self._settings,
+            **replace(self._options, schedule=schedule).explicit(),
         )
 
     def _runtime(self, other: dict[str, Engine], manifest: Manifest | None = None) -> Runtime:

@@ -18,11 +18,13 @@ from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import TextInputs
 from tstitch_engines.errors import BadInput, BadSchedule, Unavailable
 from tstitch_engines.spec import Range
+from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.quantise.calibration_plan import plan_calibration
 from tstitch_trt.quantise.trajectories import Trajectories
 from tstitch_trt.request.synthetic import PROMPTS
 
 SETTINGS: dict[str, Any] = {"steps": 4, "guidance": 3.0}
+OPTIONS = PlanOptions(**SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_every_seed_has_its_prompt(whole: Bundle, tmp_path: Path) -> None:
     prompts = ("a red fox", "blue sky", "a bear")
     walks = Trajectories(
-        whole, settings=SETTINGS, folder=tmp_path, threads=1, tick=lambda: None, names=["plain"], prompts=prompts
+        whole,
+        options=PlanOptions(**SETTINGS),
+        folder=tmp_path,
+        threads=1,
+        tick=lambda: None,
+        names=["plain"],
+        prompts=prompts,
     )
     rows = walks.record("plain", "plain", [4, 6])
     latents = walks.latents("plain", [4, 6], {})
@@ -49,7 +57,13 @@ def test_every_seed_has_its_prompt(whole: Bundle, tmp_path: Path) -> None:
 
 def test_a_member_that_paints_is_given_a_picture(whole: Bundle, tmp_path: Path) -> None:
     walks = Trajectories(
-        whole, settings=SETTINGS, folder=tmp_path, threads=1, tick=lambda: None, names=["painter"], prompts=PROMPTS[:1]
+        whole,
+        options=PlanOptions(**SETTINGS),
+        folder=tmp_path,
+        threads=1,
+        tick=lambda: None,
+        names=["painter"],
+        prompts=PROMPTS[:1],
     )
     rows = walks.record("painter", "painter", [0, 1])
     walks.close()
