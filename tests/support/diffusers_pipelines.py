@@ -53,7 +53,7 @@ def sd_pipeline(folder: Path, **unet: Any) -> Any:
 
 def sdxl_pipeline(folder: Path, kind: str = "sdxl") -> Any:
     """SDXL's pipeline with its Euler scheduler, saved in ``folder``. ``kind``: that of its UNet (sdxl, ssd1b, refiner,
-    xl-one)."""
+    xl-one, xl-least)."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer

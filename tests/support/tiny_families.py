@@ -164,12 +164,13 @@ _UNETS["xl-one"] = {
     "attention_head_dim": 2,
     "transformer_layers_per_block": 1,
 }
+_UNETS["xl-least"] = {**_UNETS["xl-one"], "mid_block_type": "UNetMidBlock2D"}
 
 
 def unet_folder(pipeline: Path, kind: str = "sd", *, part: str | None = "unet", seed: int = 3, **changes: Any) -> Any:
     """Writes a tiny UNet of this kind into ``pipeline/part`` and returns the module.
 
-    ``kind``: sd, sdxl, refiner, ssd1b, bksdm, one, least or xl-one. ``part=None`` writes a bare folder;
+    ``kind``: sd, sdxl, refiner, ssd1b, bksdm, one, least, xl-one or xl-least. ``part=None`` writes a bare folder;
     ``changes`` are settings of diffusers' ``UNet2DConditionModel``. Text is 32 wide for Stable Diffusion and the
     refiner, 2 x 32 with a projection of 16 for SDXL.
     """

@@ -25,7 +25,7 @@ Loaded = tuple[Any, Any, tstitch_trt.Runtime]
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     folder = tmp_path_factory.mktemp("sdxl")
-    small, large = sdxl_pipeline(folder / "small", "ssd1b"), sdxl_pipeline(folder / "large")
+    small, large = sdxl_pipeline(folder / "small", "xl-least"), sdxl_pipeline(folder / "large", "xl-one")
     made = bundle("sdxl-ssd1b", folder, members={"small": folder / "small", "large": folder / "large"})
     with tstitch_trt.load(made) as runtime:
         yield small, large, runtime
@@ -44,7 +44,6 @@ def refined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_one_member_alone_is_its_pipeline(pair: Loaded, fraction: float, negative: str | None) -> None:
     small, large, runtime = pair
-    assert runtime.manifest.members["large"].multiples == {"H": 2, "W": 2}
     want = (large if fraction == 0 else small)(
         prompt=PROMPTS,
         negative_prompt=None if negative is None else [negative] * 2,
@@ -103,6 +102,7 @@ def test_pictures(pair: Loaded) -> None:
 @pytest.mark.parametrize("end", [0.5, 0.8])
 def test_base_and_refiner(refined: Loaded, end: float) -> None:
     base, refiner, runtime = refined
+    assert runtime.manifest.members["base"].multiples == {"H": 2, "W": 2}
     common = {"prompt": PROMPTS, "negative_prompt": [NEGATIVE] * 2, **CALL}
     half = base(latents=LATENTS(), height=64, width=96, denoising_end=end, **common).images
     want = refiner(image=half, denoising_start=end, **common).images.numpy()
