@@ -95,9 +95,10 @@ def _of_evaluation(evaluation: Evaluation, members: Sequence[str]) -> list[str]:
     if rest:
         parts += ["### Solvers and step counts\n", _table(rest, _full(members), f"solver, steps, {members[0]}'s share")]
     for claim in claims_of(evaluation, members):
+        alone = claim.large.setting
         parts.append(
-            f"{claim.solver}, {claim.steps} steps: up to {claim.fraction:.0%} on {members[0]} the Fréchet distance, "
-            f"{claim.value:.2f}, stays within {members[-1]}'s interval (at most {claim.large.high:.2f})"
+            f"{alone.solver}, {alone.steps} steps: up to {claim.fraction:.0%} on {members[0]} the Fréchet distance, "
+            f"{claim.value:.2f}, stays within {members[-1]}'s interval (at most {claim.bounds.high:.2f})"
             + (f", {claim.speedup:.2f} times as fast.\n" if claim.speedup else ".\n")
         )
     return parts

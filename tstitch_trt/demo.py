@@ -79,12 +79,11 @@ def run(
     for fraction, plan, cost, drawn_images in zip(FRACTIONS, plans, costs, pictures, strict=True):
         features = scorer.extract(drawn_images, labels=labels)
         frechet, accuracy = (scorer.measure(features, name, resamples=2).value for name in ("fid", "accuracy"))
-        names = plan.schedule.names
         points.append(
             Point(
                 fraction=fraction,
                 schedule=plan.schedule.text,
-                members={name: names.count(name) for name in dict.fromkeys(names)},
+                members=plan.schedule.counts,
                 ms_per_image=cost,
                 speedup=costs[0] / cost,
                 accuracy=accuracy,

@@ -307,13 +307,10 @@ class _Trajectory:
     def timing(self, step_ms: dict[tuple[str, bool], float]) -> TrajectoryTiming:
         ms, low, high = spread(self.times)
         predicted = sum(step_ms[kind] * steps for kind, steps in self.kinds.items())
-        counts: dict[str, int] = {}
-        for (name, _), steps in self.kinds.items():
-            counts[name] = counts.get(name, 0) + steps
         return TrajectoryTiming(
             fraction=self.fraction,
             schedule=self.plan.schedule.text,
-            members=counts,
+            members=self.plan.schedule.counts,
             ms=ms,
             p10_ms=low,
             p90_ms=high,

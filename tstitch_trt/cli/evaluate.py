@@ -149,11 +149,12 @@ def command(
         return
     _print(found)
     for claim in claims_of(found, members, "fid"):
+        alone = claim.large.setting
         faster = f", {claim.speedup:.2f} times as fast" if claim.speedup else ""
         click.echo(
-            f"\n{claim.solver}, {claim.steps} steps: up to {claim.fraction:.0%} of the steps on {members[0]!r} "
-            f"({claim.schedule}) fid stays within {members[-1]!r}'s interval, at most {claim.large.high:.3f}: "
-            f"{claim.value:.3f}{faster}"
+            f"\n{alone.solver}, {alone.steps} steps: up to {claim.fraction:.0%} of the steps on {members[0]!r} "
+            f"({claim.point.setting.schedule}) fid stays within {members[-1]!r}'s interval, at most "
+            f"{claim.bounds.high:.3f}: {claim.value:.3f}{faster}"
         )
 
 

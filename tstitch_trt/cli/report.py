@@ -57,7 +57,7 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.report.page import Page, render
     from tstitch_trt.report.samples import draw_samples
-    from tstitch_trt.study.gather import gather, word_of
+    from tstitch_trt.study.gather import gather
     from tstitch_trt.study.machine import describe_machine
     from tstitch_trt.study.store import now
 
@@ -104,9 +104,9 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
                 "bundle": str(bundle),
                 "made": made,
                 "images": 0 if samples is None else len(samples.rows) * len(samples.asked),
-                "studies": [{"study": word_of(s), "made": s.made} for s in studies.used()],
+                "studies": [{"study": s.kind, "made": s.made} for s in studies.used()],
                 "stale": [
-                    {"study": word_of(s), "made": s.made, "members": list(differing)} for s, differing in studies.stale
+                    {"study": s.kind, "made": s.made, "members": list(differing)} for s, differing in studies.stale
                 ],
             }
         )

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
@@ -65,6 +66,11 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps by member."""
+        return dict(Counter(self.names))
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 from markupsafe import Markup
 
 from tstitch_trt.plots.words import METRIC_NAMES, better, date, interval, machine_text, ms
-from tstitch_trt.study.gather import word_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,7 +36,6 @@ def environment() -> Environment:
         "metric": lambda name: METRIC_NAMES.get(name, name),
         "ms": ms,
         "percent": lambda value, digits=0: f"{value:.{digits}%}",
-        "word": word_of,
         "g": lambda value: f"{value:g}",
         "digits": lambda value, digits=3: f"{value:.{digits}g}",
         "number": lambda value: f"{value:,}",

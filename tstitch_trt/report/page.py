@@ -18,10 +18,10 @@ from tstitch_trt.plots.search import draw_search
 from tstitch_trt.plots.svg import NARROW, svg
 from tstitch_trt.plots.templates import fill
 from tstitch_trt.plots.words import METRIC_NAMES, date, interval, machine_text, ms
-from tstitch_trt.report.finding import finding
 from tstitch_trt.report.quality import quality_of
 from tstitch_trt.report.samples import Samples, png_url
-from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of, word_of
+from tstitch_trt.study.evaluate.claim import claims_of
+from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
 from tstitch_trt.study.machine import Machine, version
 from tstitch_trt.study.store import weights_of
 
@@ -98,13 +98,13 @@ def _cards(studies: Studies, first: str, last: str) -> Iterator[tuple[str, str]]
     for metric in metrics_of(studies.evaluations)[:1]:
         evaluation = evaluation_of(studies.evaluations, metric)
         assert evaluation is not None
-        found = finding(evaluation, metric, first=first, last=last)
-        if found is not None:
-            name, base = METRIC_NAMES.get(metric, metric), found.alone.measures[metric]
-            text = f"of the steps on {first} with {name} no worse than {last} alone {interval(base)}"
-            yield f"{found.share:.0%}", text
+        claims = sorted(claims_of(evaluation, (first, last), metric), key=lambda claim: -claim.large.setting.rows)
+        for found in claims[:1]:
+            name = METRIC_NAMES.get(metric, metric)
+            text = f"of the steps on {first} with {name} no worse than {last} alone {interval(found.bounds)}"
+            yield f"{found.fraction:.0%}", text
             if found.speedup:
-                here, alone = (ms(p.ms / p.batch) for p in (found.point, found.alone))
+                here, alone = (ms(p.ms / p.batch) for p in (found.point, found.large))
                 yield f"{found.speedup:.2f}×", f"faster there: {here} ms per image instead of {alone}"
     for study in studies.divergences[:1]:
         yield study.suggested, f"suggested by the divergence from {study.reference}, order {study.order}"
@@ -121,11 +121,11 @@ def _warnings(studies: Studies, here: Machine) -> Iterator[str]:
         yield f"{count} {studied} of other weights than the bundle has now, and not used."
     busy = [study for study in studies.used() if study.machine.load > study.machine.cores]
     if busy:
-        listed = ", ".join(f"{word_of(s)} (load {s.machine.load:g} on {s.machine.cores} cores)" for s in busy)
+        listed = ", ".join(f"{s.kind} (load {s.machine.load:g} on {s.machine.cores} cores)" for s in busy)
         yield f"Made on a busy machine, so that times may be too long: {listed}."
     for study in studies.used():
         if machine_text(study.machine) != machine_text(here):
-            made = f"The {word_of(study)} of {date(study)} was made"
+            made = f"The {study.kind} of {date(study)} was made"
             yield f"{made} on another machine: {machine_text(study.machine)}."
 
 
@@ -171,7 +171,7 @@ def _weight(member: Member) -> str:
 def _machines(studies: Studies, here: Machine, made: str) -> list[tuple[Machine, list[str]]]:
     """Every machine once, with what was made there."""
     found: dict[str, tuple[Machine, list[str]]] = {}
-    said = [(study.machine, f"{word_of(study)} of {date(study)}") for study in studies.used()]
+    said = [(study.machine, f"{study.kind} of {date(study)}") for study in studies.used()]
     for machine, what in [(here, f"this page, {made}"), *said]:
         key = f"{machine_text(machine)}|{machine.system}|{machine.python}|{machine.versions}"
         found.setdefault(key, (machine, []))[1].append(f"{what} (load {machine.load:g})")

@@ -27,7 +27,6 @@ class Row:
     """One fraction. ``images`` uint8 ``[N,H,W,C]``; ``ms_per_image``: of this one run, without decoding."""
 
     fraction: float
-    schedule: str
     members: Mapping[str, int]
     images: NDArray[np.uint8]
     ms_per_image: float
@@ -65,10 +64,7 @@ def draw_samples(
         progress(f"drawing at fraction {fraction:g}", index / len(fractions))
         drawn = runtime.sample(**pictures, **settings, fraction=fraction)
         assert drawn.images is not None, "the caller asks bundles that have a decoder only"
-        names = plan.schedule.names
-        counts = {name: names.count(name) for name in dict.fromkeys(names)}
-        text = ",".join(f"{s.name}:{s.stop - s.start}" for s in plan.schedule.segments)
-        rows.append(Row(fraction, text, counts, drawn.images, drawn.total_ms / len(drawn.seeds)))
+        rows.append(Row(fraction, plan.schedule.counts, drawn.images, drawn.total_ms / len(drawn.seeds)))
     assert drawn is not None, "there is at least one fraction"
     names = runtime.manifest.conditioning.names
     asked = drawn.prompts or tuple(names[i] if names else f"class {i}" for i in drawn.labels)

@@ -13,16 +13,9 @@ from tstitch_engines.bundle.bundle import Bundle
 from tstitch_trt.study.records import METRICS, Calibration, Divergence, Evaluation, Point, Search, Study
 from tstitch_trt.study.store import differing_weights, load_studies
 
-__all__ = ["Studies", "evaluation_of", "gather", "metrics_of", "word_of"]
+__all__ = ["Studies", "evaluation_of", "gather", "metrics_of"]
 
 S = TypeVar("S", bound=Study)
-
-_WORDS: dict[type[Study], str] = {
-    Calibration: "calibration",
-    Divergence: "divergence",
-    Evaluation: "evaluation",
-    Search: "search",
-}
 
 
 @dataclass(frozen=True)
@@ -63,11 +56,6 @@ def gather(bundle: Bundle) -> Studies:
     calibrations, divergences = current(Calibration), current(Divergence)
     evaluations, searches = current(Evaluation), current(Search)
     return Studies(calibrations, divergences, evaluations, searches, tuple(stale))
-
-
-def word_of(study: Study) -> str:
-    """What a study is called in a sentence."""
-    return _WORDS[type(study)]
 
 
 def metrics_of(evaluations: Sequence[Evaluation]) -> list[str]:

@@ -32,6 +32,8 @@ __all__ = [
     "Setting",
     "StepCost",
     "Study",
+    "StudyKind",
+    "kind_of",
 ]
 
 STUDY_SCHEMA: Final = 1
@@ -54,6 +56,10 @@ class Study(_Record, frozen=True, kw_only=True):
     machine: Machine
     command: str
     made: str
+
+    @property
+    def kind(self) -> StudyKind:
+        return kind_of(type(self))
 
 
 class Setting(_Record, frozen=True, kw_only=True):
@@ -292,3 +298,8 @@ KINDS: Final[dict[StudyKind, type[Study]]] = {
     "evaluation": Evaluation,
     "search": Search,
 }
+
+
+def kind_of(record: type[Study]) -> StudyKind:
+    """What a study is called in sentences and files."""
+    return next(kind for kind, known in KINDS.items() if known is record)

@@ -50,10 +50,9 @@ def setting_of(
     scale = manifest.defaults.guidance if guidance is None else guidance
     own = {"schedule": schedule, "steps": steps, "solver": solver, "guidance": scale}
     plan = make_plan(manifest, PlanOptions.from_keywords({**own, **(more or {})}))
-    names = plan.schedule.names
     return Setting(
         schedule=schedule_text(plan),
-        members={name: names.count(name) for name in dict.fromkeys(names)},
+        members=plan.schedule.counts,
         steps=steps,
         rows=plan.steps,
         solver=plan.solver.name,

@@ -22,7 +22,7 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.files import atomic_file
 from tstitch_trt.study.machine import describe_machine
-from tstitch_trt.study.records import KINDS, STUDY_SCHEMA, Study
+from tstitch_trt.study.records import STUDY_SCHEMA, Study, kind_of
 
 __all__ = ["differing_weights", "load_studies", "now", "provenance", "save_study", "study_digest", "weights_of"]
 
@@ -67,7 +67,7 @@ def save_study(bundle: Bundle, study: Study, *, key: str = "") -> Path:
 
     Raises ``BuildFailed`` where the bundle can't be written.
     """
-    kind = next(name for name, record in KINDS.items() if type(study) is record)
+    kind = kind_of(type(study))
     place = bundle.root / STUDIES / f"{kind}{f'-{key}' if key else ''}.json"
     try:
         place.parent.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
 
     Raises ``BadBundle`` for a file that is damaged or of a newer version.
     """
-    kind = next(name for name, known in KINDS.items() if known is record)
+    kind = kind_of(record)
     folder = bundle.root / STUDIES
     files = [folder / f"{kind}.json", *sorted(folder.glob(f"{kind}-*.json"))] if folder.is_dir() else []
     found = [_read(path, record) for path in files if path.is_file()]

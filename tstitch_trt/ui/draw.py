@@ -48,8 +48,7 @@ class FractionImages:
 
     @property
     def caption(self) -> str:
-        names = self.plan.schedule.names
-        members = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+        members = " + ".join(f"{steps} {name}" for name, steps in self.plan.schedule.counts.items())
         return f"{self.fraction:.0%}: {members}, {self.ms:,.0f} ms per image"
 
 

@@ -21,6 +21,7 @@ from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
 from tstitch_trt.study.records import Point, SearchPoint, Setting
+from tstitch_trt.study.settings import schedule_text
 
 __all__ = ["pareto"]
 
@@ -44,7 +45,7 @@ def pareto(runtime: Runtime, studies: Studies, path: str, plan: Plan, *, guidanc
         except Unavailable as error:
             said["fault"] = f"{error.message}; {error.hint}"
     commands = {word: shlex.join(("tstitch-trt", word, path)) for word in ("evaluate", "search", "calibrate")}
-    return fill("ui/pareto.html", commands=commands, schedule=counts_text(plan), steps=plan.steps, **said)
+    return fill("ui/pareto.html", commands=commands, schedule=schedule_text(plan), steps=plan.steps, **said)
 
 
 def _measured(runtime: Runtime, studies: Studies, plan: Plan, guidance: float) -> dict[str, Any]:
@@ -74,11 +75,6 @@ def _measured(runtime: Runtime, studies: Studies, plan: Plan, guidance: float) -
     return {}
 
 
-def counts_text(plan: Plan) -> str:
-    """The schedule by counts: ``small:20,large:30``."""
-    return ",".join(f"{part.name}:{part.stop - part.start}" for part in plan.schedule.segments)
-
-
 def _chosen(points: Iterable[P], plan: Plan, guidance: float) -> P | None:
     """The point that was measured as ``plan`` draws."""
     return next((point for point in points if _same(point.setting, plan, guidance)), None)
@@ -86,7 +82,7 @@ def _chosen(points: Iterable[P], plan: Plan, guidance: float) -> P | None:
 
 def _same(setting: Setting, plan: Plan, guidance: float) -> bool:
     return (
-        setting.schedule == counts_text(plan)
+        setting.schedule == schedule_text(plan)
         and setting.rows == plan.steps
         and setting.solver == plan.solver.name
         and setting.guidance == guidance

@@ -27,9 +27,9 @@ from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import Conditioning, Decoder, Manifest
 from tstitch_trt.plots.templates import environment
 from tstitch_trt.plots.words import ms
-from tstitch_trt.report.finding import finding
 from tstitch_trt.report.page import Page, render
 from tstitch_trt.report.samples import undrawable
+from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.gather import Studies, evaluation_of, gather
 from tstitch_trt.study.records import Study
 from tstitch_trt.study.store import save_study, weights_of
@@ -306,13 +306,11 @@ def test_stale_studies_are_listed_and_not_used(fashion: Bundle, tmp_path: Path) 
 
 def test_the_largest_share_within_the_interval_and_its_speed(fashion: Bundle) -> None:
     study = evaluation(weights=weights_of(fashion.manifest))
-    found = finding(study, "fid", first="small", last="large")
-    assert found is not None
-    assert found.share == 0.4  # 18.2 is within 18.54, 60 is not
+    (found,) = claims_of(study, ("small", "large"), "fid")
+    assert found.fraction == 0.4  # 18.2 is within 18.54, 60 is not
     assert found.speedup == pytest.approx(100.5 / 64.5)
-    better = finding(study, "precision", first="small", last="large")
-    assert better is not None
-    assert better.share == 0.4  # 0.79 is above 0.776
+    (better,) = claims_of(study, ("small", "large"), "precision")
+    assert better.fraction == 0.4  # 0.79 is above 0.776
     page = page_of(fashion, studies_of(fashion))
     assert "40% of the steps on small with Fréchet distance no worse than large alone" in page.text
     assert "1.56× faster there: 8.06 ms per image instead of 12.6" in page.text

@@ -27,13 +27,13 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_trt.plan.options import DEFAULTS, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.solvers import SolverOptions
-from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Study
+from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Study, StudyKind
 from tstitch_trt.study.settings import options_of
 from tstitch_trt.study.store import differing_weights
 
 __all__ = ["Candidate", "Source", "SourceName", "sources"]
 
-SourceName = Literal["search", "evaluation", "divergence", "rule"]
+SourceName = StudyKind | Literal["rule"]
 
 METRICS: Final = ("fid", "kid", "lpips", "psnr")  # of an evaluation, the first that it has
 _ORDER: Final = ("search", "evaluation", "divergence")
@@ -72,8 +72,8 @@ def sources(manifest: Manifest, studies: Iterable[Study], options: PlanOptions) 
     asked = _asked(manifest, options)
     found: list[Source] = []
     notes: list[str] = []
-    for study in sorted(studies, key=lambda study: _ORDER.index(_name(study))):  # stable: the newest stays first
-        name = _name(study)
+    for study in sorted(studies, key=lambda study: _ORDER.index(study.kind)):  # stable: the newest stays first
+        name = study.kind
         if differing := differing_weights(manifest, study):
             notes.append(
                 f"the {name} of {study.made} is of other weights ({', '.join(map(repr, differing))}) and not used"
@@ -86,12 +86,6 @@ def sources(manifest: Manifest, studies: Iterable[Study], options: PlanOptions) 
             text = ", ".join(f"{key} {value}" for key, value in asked.items())
             notes.append(f"the {name} of {study.made} has no {made.metric or 'quality'} measured at {text}")
     return [*found, _rule(manifest, options)], tuple(notes)
-
-
-def _name(study: Study) -> SourceName:
-    if isinstance(study, Search):
-        return "search"
-    return "evaluation" if isinstance(study, Evaluation) else "divergence"
 
 
 def _asked(manifest: Manifest, options: PlanOptions) -> Mapping[str, object]:
@@ -117,7 +111,7 @@ def _source(manifest: Manifest, study: Study, asked: Mapping[str, object]) -> So
         measured.append((replace(own, schedule=f"{study.reference}:{rows}"), 0.0))
     fitting = [(options, value) for options, value in measured if _fits(options, asked)]
     candidates = [Candidate(options, make_plan(manifest, options), quality) for options, quality in fitting]
-    return Source(_name(study), study.made, metric, (*candidates, *_between(manifest, candidates)))
+    return Source(study.kind, study.made, metric, (*candidates, *_between(manifest, candidates)))
 
 
 def _fits(measured: PlanOptions, asked: Mapping[str, object]) -> bool:

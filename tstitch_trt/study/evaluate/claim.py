@@ -17,14 +17,19 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     interval of the last member alone (``large``). ``speedup``: of the whole trajectory, measured; 0 where not timed."""
 
     metric: str
-    solver: str
-    steps: int
-    guidance: float
     fraction: float
-    schedule: str
-    value: float
-    large: Measure
+    point: Point
+    large: Point
     speedup: float
+
+    @property
+    def value(self) -> float:
+        return self.point.measures[self.metric].value
+
+    @property
+    def bounds(self) -> Measure:
+        """The interval of the last member alone."""
+        return self.large.measures[self.metric]
 
 
 def claims_of(evaluation: Evaluation, members: Sequence[str], metric: str = "fid") -> list[Claim]:
@@ -53,14 +58,5 @@ def _claim(metric: str, points: dict[float, Point]) -> Claim:
     fraction = max(share for share, point in points.items() if within(point))
     found = points[fraction]
     timed = found.ms and large.ms and found.batch == large.batch
-    return Claim(
-        metric=metric,
-        solver=large.setting.solver,
-        steps=large.setting.steps,
-        guidance=large.setting.guidance,
-        fraction=fraction,
-        schedule=found.setting.schedule,
-        value=found.measures[metric].value,
-        large=bounds,
-        speedup=large.ms / found.ms if timed else 0.0,
-    )
+    speedup = large.ms / found.ms if timed else 0.0
+    return Claim(metric=metric, fraction=fraction, point=found, large=large, speedup=speedup)

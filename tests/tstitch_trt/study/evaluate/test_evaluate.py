@@ -281,7 +281,7 @@ def test_the_claim_is_the_largest_fraction_within_the_large_members_interval(run
 
     points = tuple(point(schedule, fid, 100 - 10 * i) for i, (schedule, fid) in enumerate(fids.items()))
     (claim,) = claims_of(msgspec.structs.replace(found, points=points), ["small", "large"])
-    assert (claim.fraction, claim.schedule, claim.value) == (0.5, "small:2,large:2", 5.9)
+    assert (claim.fraction, claim.point.setting.schedule, claim.value) == (0.5, "small:2,large:2", 5.9)
     assert claim.speedup == pytest.approx(100 / 80)
     assert claims_of(msgspec.structs.replace(found, points=points[1:]), ["small", "large"]) == []
     worse = (point("large:4", 5, 100), point("small:4", 6.1, 50))
