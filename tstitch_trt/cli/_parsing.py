@@ -10,7 +10,6 @@ from tstitch_engines.errors import BadInput
 from tstitch_trt.request.labels import RANGE, expand_range, split_list
 
 __all__ = [
-    "cycle",
     "parse_age",
     "parse_fractions",
     "parse_interval",
@@ -36,11 +35,6 @@ def parse_numbers(text: str, *, what: str, example: str) -> list[int]:
             )
         numbers += expand_range(match, text, what=what, example=example)
     return numbers
-
-
-def cycle(values: Sequence[int], count: int) -> list[int]:
-    """``count`` values, going round ``values`` as often as needed."""
-    return [values[i % len(values)] for i in range(count)]
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +221,6 @@ def _labels(
     manifest: Manifest, text: str | None, count: int | None, seeds: list[int] | None, latents: int | None
 ) -> list[int]:
     """The label of every image: the list given, gone round as often as images are asked for."""
-    from tstitch_trt.cli._parsing import cycle
     from tstitch_trt.request.labels import parse_labels
 
     conditioning = manifest.conditioning
@@ -247,7 +247,7 @@ def _labels(
             f"--labels names {len(labels)} images and {option} gives {wanted}; allowed is at least one per label",
             hint=f"name at most {wanted} labels, or raise {option} to {len(labels)}",
         )
-    return cycle(labels, wanted)
+    return list(islice(cycle(labels), wanted))
 
 
 def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str, str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,10 +31,9 @@ class Asked:
     steps: int
     solver: str
     guidance: float
-    plan: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        return {"steps": self.steps, "solver": self.solver, "guidance": self.guidance, **self.plan}
+        return {"steps": self.steps, "solver": self.solver, "guidance": self.guidance}
 
 
 @dataclass(frozen=True)

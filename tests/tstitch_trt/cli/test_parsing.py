@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._parsing import cycle, parse_fractions, parse_interval, parse_numbers, parse_pairs
+from tstitch_trt.cli._parsing import parse_fractions, parse_interval, parse_numbers, parse_pairs
 from tstitch_trt.request.labels import parse_labels
 
 NAMES = ("T-shirt/top", "Trouser", "Ankle boot")
@@ -71,7 +71,6 @@ def test_seeds_and_intervals_and_pairs() -> None:
         "small": "S.pt",
         "large": "a=b.pt",
     }
-    assert cycle([3, 5], 5) == [3, 5, 3, 5, 3]
 
 
 @pytest.mark.parametrize("text", ["40:10", "10", "a:b", "5:5", "-1:3"])

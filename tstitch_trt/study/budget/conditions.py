@@ -41,24 +41,21 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
     @staticmethod
     def of(calibration: Calibration) -> Conditions:
-        c = calibration
-        return Conditions(
-            machine=speed_of(c.machine, c.backend, c.device),
-            backend=c.backend,
-            device=c.device,
-            threads=c.threads,
-            graph=c.graph,
-        )
+        return Conditions._on(calibration.machine, calibration)
 
     @staticmethod
     def here(setup: Setup) -> Conditions:
         """Those of a runtime on this machine (``Runtime.setup``)."""
+        return Conditions._on(describe_machine(), setup)
+
+    @staticmethod
+    def _on(machine: Machine, how: Calibration | Setup) -> Conditions:
         return Conditions(
-            machine=speed_of(describe_machine(), setup.backend, setup.device),
-            backend=setup.backend,
-            device=setup.device,
-            threads=setup.threads,
-            graph=setup.graph,
+            machine=speed_of(machine, how.backend, how.device),
+            backend=how.backend,
+            device=how.device,
+            threads=how.threads,
+            graph=how.graph,
         )
 
     @property

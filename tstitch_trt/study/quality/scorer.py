@@ -22,6 +22,7 @@ from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
+from tstitch_trt.study.quality.clip import Clip
 from tstitch_trt.study.quality.gaussian import FrechetTo, gaussian_of
 from tstitch_trt.study.quality.kernel import KernelTo
 from tstitch_trt.study.quality.manifold import NEIGHBOURS, Manifold, recall_halves
@@ -170,7 +171,7 @@ class Scorer:
             reference=found,
             classifier=judge if "accuracy" in metrics else None,
             lpips=Lpips(lpips, threads=threads) if "lpips" in metrics and lpips is not None else None,
-            clip=_open_clip(clip, threads) if "clip" in metrics and clip is not None else None,
+            clip=Clip(clip, threads=threads) if "clip" in metrics and clip is not None else None,
         )
         if found is not None:
             for name in ("kid", "precision", "recall"):
@@ -297,8 +298,11 @@ class Scorer:
         counts = bootstrap_counts(len(features), resamples)
         return estimate(self._kernel(features), self._kernel.resampled(features, counts), level=level)
 
+    def _mean(self, values: NDArray[Any], resamples: int, level: float) -> Estimate:
+        return estimate_mean(values, resamples=resamples, level=level)
+
     def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
-        return estimate_mean(self._manifold.holds(thinned(features)), resamples=resamples, level=level)
+        return self._mean(self._manifold.holds(thinned(features)), resamples, level)
 
     def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
         features, real = thinned(features), self._real
@@ -415,26 +419,12 @@ def _check_clip(manifest: Manifest, clip: Path | None) -> None:
         )
 
 
-def _open_clip(folder: Path, threads: int) -> Any:
-    from tstitch_trt.study.quality.clip import Clip
-
-    return Clip(folder, threads=threads)
-
-
-def _mean(scorer: Scorer, values: NDArray[Any], resamples: int, level: float) -> Estimate:
-    return estimate_mean(values, resamples=resamples, level=level)
-
-
-def _median(scorer: Scorer, values: NDArray[Any], resamples: int, level: float) -> Estimate:
-    return estimate_median(values, resamples=resamples, level=level)
-
-
 _ESTIMATES: Final[dict[str, Callable[[Scorer, Any, int, float], Estimate]]] = {
     "fid": Scorer._fid,
     "kid": Scorer._kid,
     "precision": Scorer._precision,
     "recall": Scorer._recall,
     "psnr": Scorer._psnr,
-    "latent_error": _median,
-    **dict.fromkeys(("accuracy", "lpips", "clip"), _mean),
+    "latent_error": lambda _, values, resamples, level: estimate_median(values, resamples=resamples, level=level),
+    **dict.fromkeys(("accuracy", "lpips", "clip"), Scorer._mean),
 }
