@@ -47,6 +47,7 @@ __all__ = [
     "TStitchError",
     "Unavailable",
     "UnknownName",
+    "first_line",
     "nearest",
     "unknown_name",
 ]
@@ -141,6 +142,11 @@ class Busy(FailedWork):
 
 class Closed(FailedWork):
     pass
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message that says something, or the name of its class."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nearest(got: str, known: Iterable[str]) -> str | None:

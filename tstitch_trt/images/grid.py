@@ -15,7 +15,7 @@ from tstitch_trt.files import atomic_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["grid", "labelled_rows", "read_metadata", "save_npz", "save_png"]
+__all__ = ["grid", "labelled_rows", "save_npz", "save_png"]
 
 Pixels = NDArray[np.uint8]
 
@@ -81,15 +81,6 @@ def save_png(path: Path, image: Image, metadata: Mapping[str, str]) -> None:
         info.add_itxt(key, value)
     with atomic_file(path) as file:
         image.save(file, format="PNG", pnginfo=info)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG file."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image.load()  # text chunks may follow the pixels
-        return {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
 
 
 def save_npz(path: Path, images_NHWC: Pixels) -> None:

@@ -97,10 +97,9 @@ class _Prompts:
     def _parts(self, names: Sequence[str]) -> Mapping[str, Encoded]:
         if self._encoded is None:
             members = [(n, t) for n in names if (t := self._manifest.members[n].text) is not None]
-            wanted = dict.fromkeys(e for _, t in members for e in (*t.hidden, *([t.pooled] if t.pooled else [])))
+            wanted = dict.fromkeys(e for _, t in members for e in t.encoders)
             for name, text in members:
-                own = (*text.hidden, *([text.pooled] if text.pooled else []))
-                missing = [e for e in own if self._texts is None or e not in self._texts]
+                missing = [e for e in text.encoders if self._texts is None or e not in self._texts]
                 if missing or not text.hidden:
                     lacking = f"has no {' and no '.join(missing)}" if missing else "has no text encoder"
                     raise Unavailable(

@@ -11,7 +11,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import EngineIdentity, Network
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_engines.progress import Progress
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
@@ -161,6 +161,12 @@ class Backend(ABC):
     def refused(self, identity: EngineIdentity, device: str) -> Mapping[str, str]:
         """Options of ``tstitch_trt.load`` (``threads``, ``graph``) that an engine can't honour, with the reason."""
         return {} if device == "cpu" else {"threads": f"its engine runs on {device}, not on the CPU's threads"}
+
+    def check_names(self, options: Mapping[str, Option]) -> None:
+        """Raises ``UnknownName`` for an option that ``compile`` does not understand."""
+        for name in options:
+            if name not in self.options:
+                raise unknown_name(f"{self.name} option", name, self.options)
 
     def check_file(self, path: Path, device: str) -> None:
         """Raises ``BadEngine`` for a file that can't run on ``device``, as far as that is told without loading it."""

@@ -77,20 +77,14 @@ class OnnxRuntimeBackend(Backend):
             return cpu_arch()
         from tstitch_engines.device.cuda import compute_capability
 
-        major, minor = compute_capability(index)
-        return f"sm_{major}{minor}"
+        return "sm_{}{}".format(*compute_capability(index))
 
     def _providers(self, device: str, stream: int | None = None) -> list[Any]:
         kind, index = parse_device(device)
         if kind == "cpu":
             return ["CPUExecutionProvider"]
         self._find_cuda()
-        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
-            raise Unavailable(
-                f"this ONNX Runtime {self.version()} has no CUDA provider "
-                f"(it has: {', '.join(self._ort.get_available_providers())})",
-                hint='pip uninstall onnxruntime && pip install "tstitch-trt[gpu]", or use --device cpu',
-            )
+        self._need("CUDA", "use --device cpu")
         cuda = {
             "device_id": str(index),
             "use_tf32": "0",  # float32 is float32; by default products have 10 bits of mantissa
@@ -103,12 +97,12 @@ class OnnxRuntimeBackend(Backend):
             cuda |= {"user_compute_stream": str(stream), "use_ep_level_unified_stream": "1"}
         return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
-    def _need_tensorrt(self) -> None:
-        if _TENSORRT not in self._ort.get_available_providers():
+    def _need(self, provider: str, way_out: str) -> None:
+        there = self._ort.get_available_providers()
+        if f"{provider}ExecutionProvider" not in there:
             raise Unavailable(
-                f"this ONNX Runtime {self.version()} has no TensorRT provider "
-                f"(it has: {', '.join(self._ort.get_available_providers())})",
-                hint='pip uninstall onnxruntime && pip install "tstitch-trt[gpu]", or leave out --option provider',
+                f"this ONNX Runtime {self.version()} has no {provider} provider (it has: {', '.join(there)})",
+                hint=f'pip uninstall onnxruntime && pip install "tstitch-trt[gpu]", or {way_out}',
             )
 
     def _find_cuda(self) -> None:
@@ -142,9 +136,7 @@ class OnnxRuntimeBackend(Backend):
         output: Path,
         progress: Progress,
     ) -> tuple[Path, ...]:
-        for name in options:
-            if name not in self.options:
-                raise unknown_name("onnxruntime option", name, self.options)
+        self.check_names(options)
         provider = str(options.get("provider", "cuda"))
         if provider not in _PROVIDERS:
             raise unknown_name("provider of ONNX Runtime", provider, _PROVIDERS)
@@ -158,7 +150,7 @@ class OnnxRuntimeBackend(Backend):
         if level not in _LEVELS:
             raise unknown_name("graph optimisation level", level, _LEVELS)
         if provider == "tensorrt":
-            self._need_tensorrt()
+            self._need("TensorRT", "leave out --option provider")
         providers = self._providers(device)
         settings = self._session_options()
         settings.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[level])
@@ -201,7 +193,7 @@ class OnnxRuntimeBackend(Backend):
         providers = self._providers(device.name, stream)
         compiled = identity.options.get("provider") == "tensorrt"
         if compiled:
-            self._need_tensorrt()
+            self._need("TensorRT", "leave out --option provider")
             settled = tensorrt_options(member, identity, device.name, stream)
             Path(settled["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
             providers.insert(0, (_TENSORRT, settled))

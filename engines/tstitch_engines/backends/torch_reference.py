@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from tstitch_engines.backends.base import Backend, Engine, Option
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device.open import parse_device
-from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, first_line
 from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import storage_dtype
@@ -84,9 +84,7 @@ class TorchBackend(Backend):
         progress: Progress,
     ) -> tuple[Path, ...]:
         """Keeps the program as it is, after loading it once to see that it is whole."""
-        for name in options:
-            if name not in self.options:
-                raise unknown_name("torch option", name, self.options)
+        self.check_names(options)
         if mode_of(options.get("compile")) is not None:
             need_toolchain(parse_device(device)[0])
         progress("check", 0.0)
@@ -98,7 +96,7 @@ class TorchBackend(Backend):
             if not isinstance(error, Exception) or isinstance(error, OSError):
                 raise
             raise BuildFailed(
-                f"{model.name} is no exported program that PyTorch {self.version()} can load: {_first_line(error)}",
+                f"{model.name} is no exported program that PyTorch {self.version()} can load: {first_line(error)}",
                 hint="build again with an empty cache: TSTITCH_TRT_CACHE=DIR tstitch-trt build RECIPE --backend torch",
             ) from error
         progress("check", 1.0)
@@ -118,7 +116,7 @@ class TorchBackend(Backend):
             program = self._program(path)
         except Exception as error:
             raise BadEngine(
-                f"PyTorch {self.version()} can't load the engine {path.name}: {_first_line(error)}", hint=_REBUILD
+                f"PyTorch {self.version()} can't load the engine {path.name}: {first_line(error)}", hint=_REBUILD
             ) from error
         if threads:
             self._torch.set_num_threads(threads)
@@ -211,7 +209,7 @@ class _TorchEngine(Engine):
                         self._run(*self._results, *self._arguments)
         except RuntimeError as error:
             raise FailedWork(
-                f"PyTorch failed while running a member: {_first_line(error)}",
+                f"PyTorch failed while running a member: {first_line(error)}",
                 hint="check the free memory: a smaller batch needs less",
             ) from error
 
@@ -345,7 +343,3 @@ def _pool_of(torch: Any, device: Device, place: Any) -> Any:
         with torch.cuda.device(place):
             _pools[device] = torch.cuda.MemPool()
     return _pools[device]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -7,12 +7,13 @@ import io
 import logging
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.bundle.manifest import ExportCheck, Precision
-from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.errors import BuildFailed, TStitchError, first_line
 from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import parse_dimension
@@ -257,22 +258,18 @@ def _session(path: Path) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-class _explained:  # noqa: N801 - reads as a statement
+@contextmanager
+def _explained(doing: str, inspection: Inspection) -> Iterator[None]:
     """Turns what another library raises into ``BuildFailed``; our own errors and a full disk pass as they are."""
-
-    def __init__(self, doing: str, inspection: Inspection) -> None:
-        self._what = f"{doing} {inspection.path.name}"
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, (TStitchError, OSError)):
-            return
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    try:
+        yield
+    except (TStitchError, OSError):
+        raise
+    except Exception as error:
+        reason = first_line(error)
         memory = isinstance(error, MemoryError) or "alloc" in reason
         raise BuildFailed(
-            f"{self._what} failed: {type(error).__name__}: {reason}",
+            f"{doing} {inspection.path.name} failed: {type(error).__name__}: {reason}",
             hint="free memory, or export on a larger machine and copy the bundle"
             if memory
             else "run again with --traceback for the whole story; tstitch-trt doctor lists the library versions",

@@ -213,8 +213,7 @@ def _text(plan: NetworkPlan, parts: Mapping[str, NetworkPlan], notes: list[str])
     def part_of(encoder: str) -> str | None:
         return next((name for name in (f"{plan.name}_{encoder}", encoder) if name in parts), None)
 
-    wanted = (*text.hidden, *((text.pooled,) if text.pooled else ()))
-    missing = [name for name in dict.fromkeys(wanted) if part_of(name) is None]
+    missing = [name for name in text.encoders if part_of(name) is None]
     if missing:
         more = f" and pooled_prompt_embeds [N,{text.pooled_width}]" if text.pooled_width else ""
         notes.append(

@@ -19,9 +19,9 @@ from PIL import Image
 
 import tstitch_trt
 from support.command import Command, refused
+from support.pictures import read_metadata
 from support.tiny import TinyPair
 from tstitch_trt.cli import COMMANDS, cli
-from tstitch_trt.images.grid import read_metadata
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from PIL import Image
 import tstitch_trt
 from support.command import Command, refused
 from support.hand_made_parts import World
+from support.pictures import read_metadata
 from support.tiny import TinyPair
-from tstitch_trt.images.grid import read_metadata
 
 
 @pytest.fixture(scope="module")

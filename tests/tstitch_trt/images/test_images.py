@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.pictures import read_metadata
 from tstitch_engines.errors import BadInput
 from tstitch_trt.files import atomic_file, load_array, save_array
-from tstitch_trt.images.grid import grid, labelled_rows, read_metadata, save_npz, save_png
+from tstitch_trt.images.grid import grid, labelled_rows, save_npz, save_png
 from tstitch_trt.images.write import kind_of, write_images
 
 

@@ -8,13 +8,11 @@ Failures come back as ``False``, ``None`` or -1, not as exceptions: every such r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from tstitch_engines.backends.tensorrt import enums
 
 __all__ = [
-    "CLASSES",
     "PROBED",
     "AttentionOutput",
     "Config",
@@ -218,29 +216,6 @@ class Library(Protocol):
     def Weights(self, kind: Any, address: int, count: int) -> WeightValues: ...  # noqa: N802
     def OnnxParserRefitter(self, refitter: WeightRefitter, logger: Any) -> OnnxRefitter: ...  # noqa: N802
 
-
-# TensorRT's class -> the protocol that lists what is used of it
-CLASSES: Final[Mapping[str, type]] = {
-    "Builder": NetworkBuilder,
-    "INetworkDefinition": Network,
-    "IBuilderConfig": Config,
-    "IOptimizationProfile": Profile,
-    "ITimingCache": TimingCache,
-    "ITensor": Tensor,
-    "ILayer": Layer,
-    "IAttention": Attention,
-    "IAttentionOutputLayer": AttentionOutput,
-    "OnnxParser": Parser,
-    "ParserError": ParserError,
-    "Runtime": PlanRuntime,
-    "ICudaEngine": CudaEngine,
-    "IExecutionContext": Context,
-    "IRuntimeConfig": RuntimeConfig,
-    "IRuntimeCache": RuntimeCache,
-    "Refitter": WeightRefitter,
-    "Weights": WeightValues,
-    "OnnxParserRefitter": OnnxRefitter,
-}
 
 # What at least one supported version lacks; of a class that is lacking, its members go without saying
 PROBED: Final = frozenset(

@@ -74,8 +74,7 @@ class TensorRtBackend(Backend):
             )
         from tstitch_engines.device.cuda import compute_capability
 
-        major, minor = compute_capability(index)
-        return f"sm_{major}{minor}"
+        return "sm_{}{}".format(*compute_capability(index))
 
     def build_arch(self, device: str, options: Mapping[str, Option]) -> str:
         return self._arch_of(resolve(self.flavour, self._library, options, device), device)

@@ -6,10 +6,9 @@ Values are ``Any``: their integers differ between versions, and so does what may
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 __all__ = [
-    "ENUMS",
     "AllocationStrategies",
     "BuilderFlags",
     "ComputeCapabilities",
@@ -112,25 +111,6 @@ class Invalidities(Protocol):
     INSUFFICIENT_GPU_MEMORY: Any
     MALFORMED_ENGINE: Any
     CUDA_ERROR: Any
-
-
-# TensorRT's enumeration -> the protocol that lists what is used of it
-ENUMS: Final[Mapping[str, type]] = {
-    "NetworkDefinitionCreationFlag": CreationFlags,
-    "BuilderFlag": BuilderFlags,
-    "ILogger": Severities,
-    "MemoryPoolType": MemoryPools,
-    "HardwareCompatibilityLevel": HardwareLevels,
-    "TilingOptimizationLevel": TilingLevels,
-    "ComputeCapability": ComputeCapabilities,
-    "LayerType": LayerTypes,
-    "DataType": DataTypes,
-    "TensorIOMode": TensorModes,
-    "ExecutionContextAllocationStrategy": AllocationStrategies,
-    "DynamicShapesKernelSpecializationStrategy": SpecialisationStrategies,
-    "CudaGraphStrategy": GraphStrategies,
-    "EngineInvalidityDiagnostics": Invalidities,
-}
 
 
 def declared(protocol: type) -> tuple[str, ...]:

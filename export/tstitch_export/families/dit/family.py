@@ -23,8 +23,6 @@ __all__ = ["DiTFamily"]
 
 
 class DiTFamily(ClassMember):
-    """sample ``[B,C,H,W]``, timestep ``[B]`` float32, labels ``[B]`` int64 -> model_output ``[B,C or 2C,H,W]``."""
-
     name = "dit"
     options: Mapping[str, tuple[type, str]] = MappingProxyType(
         {"num_heads": (int, "attention heads, where width and config.json do not tell")}

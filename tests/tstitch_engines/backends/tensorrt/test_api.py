@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.bindings import Surface, surface
+from support.tensorrt_names import CLASSES, ENUMS
 from tstitch_engines.backends import tensorrt
 from tstitch_engines.backends.tensorrt import api, enums, network, options, plan
 from tstitch_engines.backends.tensorrt.enums import declared
@@ -38,7 +39,7 @@ def bound(version: str, wheels: Path) -> Surface:
 def used() -> list[str]:
     """``Class`` and ``Class.member`` for all that the package can name."""
     names = {"__version__", *declared(api.Library), *overridden()}
-    for owner, protocol in {**api.CLASSES, **enums.ENUMS}.items():
+    for owner, protocol in {**CLASSES, **ENUMS}.items():
         names |= {owner, *(f"{owner}.{member}" for member in declared(protocol))}
     return sorted(names)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.bindings import unpacked
+from support.tensorrt_names import CLASSES, ENUMS
 from support.type_stubs import STUBS, Check, repair
 from tstitch_engines.backends.tensorrt import api, enums
 
@@ -20,8 +21,8 @@ SOURCE = "".join(Path(str(module.__file__)).read_text() for module in (enums, ap
 def check(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
     return Check(
         stubs=repair(unpacked(STUBS, wheels), tmp_path_factory.mktemp("stubs")),
-        classes={name: protocol.__name__ for name, protocol in api.CLASSES.items()},
-        enums={name: protocol.__name__ for name, protocol in enums.ENUMS.items()},
+        classes={name: protocol.__name__ for name, protocol in CLASSES.items()},
+        enums={name: protocol.__name__ for name, protocol in ENUMS.items()},
         probed=api.PROBED,
     )
 
