@@ -132,16 +132,14 @@ class PlanOptions:
 
 NAMES: Final = tuple(field.name for field in fields(PlanOptions))
 
-_DIFFUSERS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "num_inference_steps": "steps", "guidance_scale": "guidance", "scheduler": "solver",
-        "num_images_per_prompt": "n", "num_images": "n", "batch_size": "n", "generator": "seed",
-        "class_labels": "labels", "prompt_2": "prompt", "prompt_3": "prompt", "negative_prompt_2": "negative_prompt",
-        "negative_prompt_3": "negative_prompt", "mask_image": "mask", "masked_image_latents": "masked_image",
-        "control_image": "control", "controlnet_conditioning_scale": "control_scale", "init_image": "image",
-        "crops_coords_top_left": "crop", "output_type": "decode", "callback_on_step_end": "callback",
-    }
-)  # fmt: skip
+_DIFFUSERS: Final[Mapping[str, str]] = {
+    "num_inference_steps": "steps", "guidance_scale": "guidance", "scheduler": "solver",
+    "num_images_per_prompt": "n", "num_images": "n", "batch_size": "n", "generator": "seed",
+    "class_labels": "labels", "prompt_2": "prompt", "prompt_3": "prompt", "negative_prompt_2": "negative_prompt",
+    "negative_prompt_3": "negative_prompt", "mask_image": "mask", "masked_image_latents": "masked_image",
+    "control_image": "control", "controlnet_conditioning_scale": "control_scale", "init_image": "image",
+    "crops_coords_top_left": "crop", "output_type": "decode", "callback_on_step_end": "callback",
+}  # fmt: skip
 """Keywords of diffusers' pipelines and what they are called here."""
 
 
@@ -212,24 +210,22 @@ def _choice(allowed: Sequence[str]) -> Callable[[object, str], str]:
     return lambda value, what: check_choice(value, what, allowed)
 
 
-_CHECKS: Final[Mapping[str, Callable[[object, str], object]]] = MappingProxyType(
-    {
-        "steps": check_whole,  # the length of the noise schedule bounds it when the table is made
-        "solver": _solver,
-        "spacing": _choice(CHOICES["spacing"]),
-        "sigmas": _choice(CHOICES["sigmas"]),
-        "eta": check_number,  # its range is the solver's
-        "variance": _choice(CHOICES["variance"]),
-        "solver_options": _solver_options,
-        "timesteps": _timesteps,
-        "history": _choice(HISTORIES),
-        "schedule": _schedule,
-        "fraction": check_number,  # 0 to 1, checked where it becomes a schedule
-        "rounding": _choice(ROUNDINGS),
-        "guidance": _guidance,
-        "guidance_rescale": lambda value, what: check_number(value, what, 0, 1),
-        "guidance_interval": _interval,
-        "guided_channels": check_whole,
-        "start": check_whole,
-    }
-)
+_CHECKS: Final[Mapping[str, Callable[[object, str], object]]] = {
+    "steps": check_whole,  # the length of the noise schedule bounds it when the table is made
+    "solver": _solver,
+    "spacing": _choice(CHOICES["spacing"]),
+    "sigmas": _choice(CHOICES["sigmas"]),
+    "eta": check_number,  # its range is the solver's
+    "variance": _choice(CHOICES["variance"]),
+    "solver_options": _solver_options,
+    "timesteps": _timesteps,
+    "history": _choice(HISTORIES),
+    "schedule": _schedule,
+    "fraction": check_number,  # 0 to 1, checked where it becomes a schedule
+    "rounding": _choice(ROUNDINGS),
+    "guidance": _guidance,
+    "guidance_rescale": lambda value, what: check_number(value, what, 0, 1),
+    "guidance_interval": _interval,
+    "guided_channels": check_whole,
+    "start": check_whole,
+}

@@ -24,14 +24,7 @@ Array = NDArray[np.float64]
 _FROM_TABLE = {
     "T": "t",
     "C_IN": "c_in",
-    "A": "A",
-    "B": "B",
-    "C": "C",
-    "E": "E",
-    "F": "F",
-    "S": "S",
-    "Y": "Y",
-    **{name: name for name in Y_COLUMNS},
+    **{name: name for name in ("A", "B", "C", "E", "F", "S", "Y", *Y_COLUMNS)},
     "LOG_STD_MIN": "log_std_min",
     "LOG_STD_MAX": "log_std_max",
 }

@@ -42,15 +42,15 @@ def text_values(
 
     Raises ``Unavailable`` for a prompt without its text encoder, ``BadInput`` for embeddings that do not fit.
     """
-    source = _Prompts(manifest, parsed, texts, guided) if parsed.prompts else None
+    encoded = _encode(manifest, names, parsed, texts, guided) if parsed.prompts else {}
     found: dict[str, dict[str, Values]] = {}
     for name in names:
         text = manifest.members[name].text
         if text is None:
             found[name] = {}
             continue
-        if source is not None:
-            hidden, pooled = source.values(name, names)
+        if parsed.prompts:
+            hidden, pooled = _spoken(name, text, encoded, parsed, guided)
         else:
             hidden, pooled = _given(name, text, parsed, guided)
         found[name] = {"encoder_hidden_states": hidden}
@@ -61,56 +61,46 @@ def text_values(
     return found
 
 
-class _Prompts:
-    """The texts of a request, encoded once for all members."""
-
-    def __init__(self, manifest: Manifest, parsed: ParsedRequest, texts: Texts | None, guided: bool) -> None:
-        self._manifest = manifest
-        self._texts = texts
-        self._guided = guided
-        self._prompts = parsed.prompts
-        self._negatives = ("",) if parsed.negative_prompts is None else parsed.negative_prompts
-        self._zeros = parsed.negative_prompts is None  # the unconditional half of members that say so
-        self._encoded: Mapping[str, Encoded] | None = None
-
-    def values(self, name: str, names: Sequence[str]) -> tuple[Values, Values | None]:
-        """Hidden states and pooled projection for member ``name``, one of ``names``."""
-        text = self._manifest.members[name].text
-        assert text is not None, "asked for members with text only"
-        parts = self._parts(names)
-        hidden = np.concatenate([parts[encoder][0] for encoder in text.hidden], axis=-1)
-        pooled = None if text.pooled is None else parts[text.pooled][1]
-        if text.pooled is not None and pooled is None:
-            raise BadInput(
-                f"member {name!r} takes the pooled projection of {text.pooled!r}, which gives none",
-                hint="build the bundle again from a pipeline whose text encoder has a projection",
+def _encode(
+    manifest: Manifest, names: Sequence[str], parsed: ParsedRequest, texts: Texts | None, guided: bool
+) -> Mapping[str, Encoded]:
+    """The prompts, and when ``guided`` the negative ones after them, by every encoder of the members ``names``."""
+    members = {name: text for name in names if (text := manifest.members[name].text) is not None}
+    for name, text in members.items():
+        missing = [encoder for encoder in text.encoders if texts is None or encoder not in texts]
+        if missing or not text.hidden:
+            lacking = f"has no {' and no '.join(missing)}" if missing else "has no text encoder"
+            raise Unavailable(
+                f"the bundle {manifest.name!r} {lacking}, so it can't read prompts",
+                hint=f"encode the prompt yourself and give {_needed(name, text)}; or build the bundle from a "
+                "whole pipeline folder",
             )
-        zeros = text.zero_null and self._zeros
-        return self._halves(hidden, zeros), None if pooled is None else self._halves(pooled, zeros)
+    if texts is None or not members:
+        return {}
+    wanted = dict.fromkeys(encoder for text in members.values() for encoder in text.encoders)
+    negatives = ("",) if parsed.negative_prompts is None else parsed.negative_prompts
+    return texts.encode(list(wanted), [*parsed.prompts, *(negatives if guided else ())])
 
-    def _halves(self, rows: Array, zeros: bool) -> Values:
-        count = len(self._prompts)
-        if not self._guided:
+
+def _spoken(
+    name: str, text: TextInputs, parts: Mapping[str, Encoded], parsed: ParsedRequest, guided: bool
+) -> tuple[Values, Values | None]:
+    """Hidden states and pooled projection for one member, from what its encoders made of the texts."""
+    hidden = np.concatenate([parts[encoder][0] for encoder in text.hidden], axis=-1)
+    pooled = None if text.pooled is None else parts[text.pooled][1]
+    if text.pooled is not None and pooled is None:
+        raise BadInput(
+            f"member {name!r} takes the pooled projection of {text.pooled!r}, which gives none",
+            hint="build the bundle again from a pipeline whose text encoder has a projection",
+        )
+    count, zeros = len(parsed.prompts), text.zero_null and parsed.negative_prompts is None
+
+    def halves(rows: Array) -> Values:
+        if not guided:
             return Values(rows[:count])
         return Values(rows[:count], np.zeros_like(rows[:1]) if zeros else rows[count:])
 
-    def _parts(self, names: Sequence[str]) -> Mapping[str, Encoded]:
-        if self._encoded is None:
-            members = [(n, t) for n in names if (t := self._manifest.members[n].text) is not None]
-            wanted = dict.fromkeys(e for _, t in members for e in t.encoders)
-            for name, text in members:
-                missing = [e for e in text.encoders if self._texts is None or e not in self._texts]
-                if missing or not text.hidden:
-                    lacking = f"has no {' and no '.join(missing)}" if missing else "has no text encoder"
-                    raise Unavailable(
-                        f"the bundle {self._manifest.name!r} {lacking}, so it can't read prompts",
-                        hint=f"encode the prompt yourself and give {_needed(name, text)}; or build the bundle from a "
-                        "whole pipeline folder",
-                    )
-            assert self._texts is not None, "a bundle whose members take text was refused above"
-            both = [*self._prompts, *(self._negatives if self._guided else [])]
-            self._encoded = self._texts.encode(list(wanted), both)
-        return self._encoded
+    return halves(hidden), None if pooled is None else halves(pooled)
 
 
 def _needed(name: str, text: TextInputs) -> str:

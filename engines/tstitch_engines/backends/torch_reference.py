@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 from tstitch_engines.backends.base import Backend, Engine, Option
@@ -44,15 +43,13 @@ class TorchBackend(Backend):
     name = "torch"
     model_kind = "exported-program"
     engine_suffix = ".pt2"
-    options = MappingProxyType(
-        {
-            "compile": (
-                str,
-                f"{', '.join(MODES)} (or true): compile the program with TorchInductor for each batch size, when that "
-                "is first used; max-autotune without its own CUDA graphs, which can't run inside ours (default: false)",
-            )
-        }
-    )
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "compile": (
+            str,
+            f"{', '.join(MODES)} (or true): compile the program with TorchInductor for each batch size, when that "
+            "is first used; max-autotune without its own CUDA graphs, which can't run inside ours (default: false)",
+        )
+    }
 
     def __init__(self) -> None:
         try:

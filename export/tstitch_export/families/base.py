@@ -97,7 +97,7 @@ class Family(ABC):
 
     name: str
     role: ClassVar[Role] = "member"
-    options: Mapping[str, tuple[type, str]]  # what a recipe or `--option MEMBER.NAME=VALUE` may set
+    options: ClassVar[Mapping[str, tuple[type, str]]]  # what a recipe or `--option MEMBER.NAME=VALUE` may set
     # Those that say how to export and not what the checkpoint is: a recipe's hold for any checkpoint that is given.
     choices: ClassVar[frozenset[str]] = frozenset()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -28,23 +27,21 @@ __all__ = [
 
 Option = str | int | float | bool
 
-OPTIONS: Final[Mapping[str, tuple[type, str]]] = MappingProxyType(
-    {
-        "workspace": (int, "memory limit of a single kernel in MiB (default: the library's)"),
-        "optimisation-level": (int, "0 to 5, how long to look for fast kernels (default: the library's, 3)"),
-        "tiling": (str, "none, fast, moderate or full: how long to look for tilings (default: none)"),
-        "timing-cache": (str, "a file that keeps kernel timings for the next build"),
-        "hardware-compatible": (str, "none, ampere+ or same (compute capability): other GPUs that run the engine"),
-        "version-compatible": (bool, "the engine also runs on newer versions of the library (default: false)"),
-        "refit": (bool, "the weights can be replaced later: LoRAs at run time (default: false)"),
-        "strip-weights": (bool, "leave the weights out; they are read from the ONNX on loading (default: false)"),
-        "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
-        "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
-        "tf32": (bool, "round the factors of float32 products to 11 bits, which is faster (default: false)"),
-        "max-aux-streams": (int, "streams of its own an engine may use (default: 0)"),
-        "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),
-    }
-)
+OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
+    "workspace": (int, "memory limit of a single kernel in MiB (default: the library's)"),
+    "optimisation-level": (int, "0 to 5, how long to look for fast kernels (default: the library's, 3)"),
+    "tiling": (str, "none, fast, moderate or full: how long to look for tilings (default: none)"),
+    "timing-cache": (str, "a file that keeps kernel timings for the next build"),
+    "hardware-compatible": (str, "none, ampere+ or same (compute capability): other GPUs that run the engine"),
+    "version-compatible": (bool, "the engine also runs on newer versions of the library (default: false)"),
+    "refit": (bool, "the weights can be replaced later: LoRAs at run time (default: false)"),
+    "strip-weights": (bool, "leave the weights out; they are read from the ONNX on loading (default: false)"),
+    "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
+    "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
+    "tf32": (bool, "round the factors of float32 products to 11 bits, which is faster (default: false)"),
+    "max-aux-streams": (int, "streams of its own an engine may use (default: 0)"),
+    "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),
+}
 # Options that change how the compiler finds what it makes, and not what that is.
 UNRECORDED: Final = frozenset({"timing-cache"})
 DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs

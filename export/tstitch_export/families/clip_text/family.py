@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import Precision
@@ -52,15 +51,13 @@ class ClipTextFamily(Family):
 
     name = "clip-text"
     role: ClassVar[Role] = "text_encoder"
-    options: Mapping[str, tuple[type, str]] = MappingProxyType(
-        {
-            "hidden_state": (int, "which hidden state conditions: -1 the last, -2 the one before (SDXL), -3..."),
-            "final_norm": (bool, "whether the final norm is applied to it; by default to the last only"),
-            "tokenizer": (str, "the tokenizer's folder, where it does not lie beside the text encoder"),
-            "part": (str, "which encoder of a pipeline or single file: text_encoder or text_encoder_2"),
-            "lora": LORA_OPTION,
-        }
-    )
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "hidden_state": (int, "which hidden state conditions: -1 the last, -2 the one before (SDXL), -3..."),
+        "final_norm": (bool, "whether the final norm is applied to it; by default to the last only"),
+        "tokenizer": (str, "the tokenizer's folder, where it does not lie beside the text encoder"),
+        "part": (str, "which encoder of a pipeline or single file: text_encoder or text_encoder_2"),
+        "lora": LORA_OPTION,
+    }
 
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         options = typed(options, self.options, what=f"family {self.name!r}")

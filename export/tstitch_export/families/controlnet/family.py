@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import Precision, TextInputs
@@ -46,7 +45,7 @@ class ControlNetFamily(TextConditioned):
 
     name = "controlnet"
     role: ClassVar[Role] = "controlnet"
-    options: Mapping[str, tuple[type, str]] = MappingProxyType({})
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {}
 
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
         source = _single(path) if path.is_file() else read_diffusers(path, part="controlnet", kind=_CLASS)

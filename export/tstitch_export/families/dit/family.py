@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families.base import Inspection, Scalar
@@ -24,9 +23,9 @@ __all__ = ["DiTFamily"]
 
 class DiTFamily(ClassMember):
     name = "dit"
-    options: Mapping[str, tuple[type, str]] = MappingProxyType(
-        {"num_heads": (int, "attention heads, where width and config.json do not tell")}
-    )
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "num_heads": (int, "attention heads, where width and config.json do not tell")
+    }
 
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         given = typed(options, self.options, what="family 'dit'").get("num_heads")

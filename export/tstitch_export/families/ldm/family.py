@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
@@ -52,16 +51,14 @@ class LDMFamily(ClassMember):
     """
 
     name = "ldm"
-    options: Mapping[str, tuple[type, str]] = MappingProxyType(
-        {
-            "num_heads": (int, "attention heads of every block, where the widths do not tell"),
-            "head_channels": (int, "channels of an attention head, in place of num_heads"),
-            "size": (int, "side of the latent, where the widths do not tell"),
-            "ema": (bool, "take the moving average of the weights where the checkpoint has one; default true"),
-            "null_embedding": (str, "a null class for a table without one: none, uniform, mean or zeros"),
-            "dynamic": (bool, "any height and width in place of one size"),
-        }
-    )
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "num_heads": (int, "attention heads of every block, where the widths do not tell"),
+        "head_channels": (int, "channels of an attention head, in place of num_heads"),
+        "size": (int, "side of the latent, where the widths do not tell"),
+        "ema": (bool, "take the moving average of the weights where the checkpoint has one; default true"),
+        "null_embedding": (str, "a null class for a table without one: none, uniform, mean or zeros"),
+        "dynamic": (bool, "any height and width in place of one size"),
+    }
     choices: ClassVar[frozenset[str]] = frozenset({"null_embedding", "dynamic"})
 
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_engines.bundle.manifest import Precision, TextInputs
@@ -62,12 +61,10 @@ class UNetFamily(TextConditioned):
     """sample ``[B,C,H,W]``, timestep ``[B]``, ``encoder_hidden_states [B,T,D]`` and what else the UNet has."""
 
     kind: ClassVar[Kind]
-    options: Mapping[str, tuple[type, str]] = MappingProxyType(
-        {
-            "lora": LORA_OPTION,
-            "controlled": (bool, "take the residuals of a ControlNet (the bundle needs the part controlnet)"),
-        }
-    )
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "lora": LORA_OPTION,
+        "controlled": (bool, "take the residuals of a ControlNet (the bundle needs the part controlnet)"),
+    }
 
     choices: ClassVar[frozenset[str]] = frozenset({"lora", "controlled"})
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
@@ -31,12 +30,10 @@ class UViTFamily(ClassMember):
     """
 
     name = "uvit"
-    options: Mapping[str, tuple[type, str]] = MappingProxyType(
-        {
-            "num_heads": (int, "attention heads, where the width does not tell"),
-            "time": (str, "discrete or continuous: the noise it was trained with, where the size does not tell"),
-        }
-    )
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "num_heads": (int, "attention heads, where the width does not tell"),
+        "time": (str, "discrete or continuous: the noise it was trained with, where the size does not tell"),
+    }
 
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         given = typed(options, self.options, what="family 'uvit'")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import Precision
@@ -36,12 +35,10 @@ _CHANNELS: Final = {"kl": 4, "tiny": 4, "vq": 3}
 
 
 class _VaeFamily(Family):
-    options: Mapping[str, tuple[type, str]] = MappingProxyType(
-        {
-            "scaling": (float, "latents of the diffusion model over those of the autoencoder, if not as stated"),
-            "shift": (float, "what is added to the autoencoder's latent when decoding, if not as stated"),
-        }
-    )
+    options: ClassVar[Mapping[str, tuple[type, str]]] = {
+        "scaling": (float, "latents of the diffusion model over those of the autoencoder, if not as stated"),
+        "shift": (float, "what is added to the autoencoder's latent when decoding, if not as stated"),
+    }
 
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         options = typed(options, self.options, what=f"family {self.name!r}")
