@@ -85,6 +85,13 @@ class ShapeProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dims: dict[str, Range]
 
+    def ends(self, spec: TensorSpec) -> list[tuple[int, ...]]:
+        """The smallest, the usual and the largest shape of a tensor."""
+        return [
+            spec.resolve({name: getattr(sizes, end) for name, sizes in self.dims.items()})
+            for end in ("min", "opt", "max")
+        ]
+
     def check(self, sizes: Mapping[str, int], *, what: str) -> None:
         """Raises ``OutOfProfile`` when a size lies outside its range."""
         for name, size in sizes.items():

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "Engine"]
 
-
 Option = str | int | float | bool
 
 

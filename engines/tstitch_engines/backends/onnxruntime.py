@@ -246,10 +246,10 @@ def tensorrt_options(
         "trt_fp16_enable": str(int(member.precision == "fp16")),
         "trt_bf16_enable": str(int(member.precision == "bf16")),
     }
-    for end in ("min", "opt", "max"):
-        sizes = {name: getattr(known, end) for name, known in identity.profile.dims.items()}
-        shapes = (f"{spec.name}:{'x'.join(map(str, spec.resolve(sizes)))}" for spec in member.inputs)
-        found[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+    shapes = zip(*(identity.profile.ends(spec) for spec in member.inputs), strict=True)
+    for end, sizes in zip(("min", "opt", "max"), shapes, strict=True):
+        named = zip(member.inputs, sizes, strict=True)
+        found[f"trt_profile_{end}_shapes"] = ",".join(f"{spec.name}:{'x'.join(map(str, size))}" for spec, size in named)
     if stream is not None:
         found |= {"has_user_compute_stream": "1", "user_compute_stream": str(stream)}
     return found

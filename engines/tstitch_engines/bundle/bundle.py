@@ -21,7 +21,7 @@ from tstitch_engines.bundle.files import (
     exchange,
     hash_file,
     remove_stale,
-    sync_directory,
+    sync,
     temporary_directory,
     write_durably,
 )
@@ -216,7 +216,7 @@ def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
                 shutil.copytree(output / STUDIES, staging / STUDIES)
             write_durably(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
             for directory in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
-                sync_directory(directory)
+                sync(directory)
             _replace(staging, output, backup)
     except OSError as error:
         raise BuildFailed(
@@ -250,7 +250,7 @@ def _replace(staging: Path, output: Path, backup: Path) -> None:
             backup.rename(output)
             raise
         backup.rename(staging)  # removed together with the temporary directory
-    sync_directory(output.parent)
+    sync(output.parent)
 
 
 def _restore(output: Path, backup: Path) -> None:

@@ -21,7 +21,7 @@ from tstitch_engines.bundle.files import (
     hash_file,
     hold,
     remove_stale,
-    sync_directory,
+    sync,
     temporary_directory,
     write_durably,
 )
@@ -245,11 +245,11 @@ class Cache:
             info = build(staging)
             files = []
             for path in sorted(staging.iterdir()):
-                _sync_file(path)
+                sync(path)
                 files.append(describe_file(path))
             record = _Record(key=key, files=tuple(files), info=info)
             write_durably(staging / _RECORD, msgspec.json.encode(record))
-            sync_directory(staging)
+            sync(staging)
             if self.fresh and folder.exists():
                 self._put_aside(folder)
             self._made.add(key)
@@ -262,7 +262,7 @@ class Cache:
                     return theirs
                 shutil.rmtree(folder, ignore_errors=True)
                 _rename(staging, folder)
-            sync_directory(folder.parent)
+            sync(folder.parent)
         return None
 
     def _folder(self, key: str) -> Path:
@@ -308,14 +308,6 @@ def _rename(staging: Path, folder: Path) -> None:
                 raise
         else:
             return
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _listed(folder: Path) -> list[Path]:

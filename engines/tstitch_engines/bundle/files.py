@@ -23,7 +23,7 @@ __all__ = [
     "hold",
     "remove_stale",
     "replace_file",
-    "sync_directory",
+    "sync",
     "temporary_directory",
     "write_durably",
 ]
@@ -37,13 +37,8 @@ _AT_FDCWD = -100
 
 def hash_file(path: Path) -> tuple[str, int]:
     """The sha256 of a file in hex, and its size in bytes."""
-    digest = hashlib.sha256()
-    size = 0
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size
+        return hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
 
 
 def copy_component(source: Path, root: Path, relative: str) -> Component:
@@ -86,9 +81,9 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(out.fileno())
 
 
-def sync_directory(path: Path) -> None:
-    """Flushes a directory's own entries, so that a rename in it survives a power cut."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Flushes a file, or a directory's own entries, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -12,7 +12,6 @@ from tstitch_export.checkpoint.checkpoint import read_index
 
 __all__ = ["describe_folder", "files_of", "read_json", "weights_file"]
 
-
 _ENDINGS: Final = ("safetensors", "bin")
 
 

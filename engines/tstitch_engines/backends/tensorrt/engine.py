@@ -131,10 +131,7 @@ class TensorRtEngine(Engine):
                 raise self._foreign(f"has {name} of type {kind}; wanted is {spec.dtype}")
         for spec in self.inputs:
             ends = [tuple(shape) for shape in engine.get_tensor_profile_shape(spec.name, 0)]
-            want = [
-                spec.resolve({name: getattr(sizes, end) for name, sizes in self.profile.dims.items()})
-                for end in ("min", "opt", "max")
-            ]
+            want = self.profile.ends(spec)
             if ends != want:
                 raise self._foreign(f"takes {spec.name} of the sizes {ends}; wanted are {want}")
 

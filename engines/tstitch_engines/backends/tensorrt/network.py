@@ -127,11 +127,7 @@ def add_profile(
     if made is None:
         raise BuildFailed(f"{opened} makes no optimisation profile: {opened.messages.reason()}", hint="free memory")
     for spec in inputs:
-        low, best, high = (
-            spec.resolve({name: getattr(sizes, end) for name, sizes in profile.dims.items()})
-            for end in ("min", "opt", "max")
-        )
-        made.set_shape(spec.name, low, best, high)
+        made.set_shape(spec.name, *profile.ends(spec))
     # `set_shape` says nothing when the sizes make no sense; the profile as a whole then is false.
     if not made or config.add_optimization_profile(made) < 0:
         sizes = ", ".join(f"{name} {size}" for name, size in profile.dims.items())

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PREFIXES", "Piece", "Shapes", "find_tower", "name_pieces", "take"]
 
-
 # Where a whole pipeline's single file keeps each text encoder: part -> (prefix, whether it is stored as OpenCLIP does).
 # Stable Diffusion 1.x, 2.x, SDXL and its refiner, in the names of github.com/Stability-AI/generative-models.
 PREFIXES: Final[dict[str, tuple[tuple[str, bool], ...]]] = {

@@ -7,7 +7,7 @@ Either the original layout (github.com/lllyasviel/ControlNet, alone or within a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
@@ -16,7 +16,6 @@ from tstitch_export.families.unet.config import UNetConfig
 from tstitch_export.families.unet.layout import down_names, rename, way_down
 
 __all__ = ["control_config", "control_names"]
-
 
 _PREFIX: Final = "control_model."
 _HINT: Final = "give a ControlNet for Stable Diffusion 1.x, 2.x or SDXL: a single file, or a diffusers folder"
@@ -36,7 +35,8 @@ def control_config(shapes: Shapes, *, name: str) -> UNetConfig:
     inside = _inside(shapes, name)
     originals = _originals(inside)
     if originals is not None:
-        theirs = _rename_back(inside, originals, name=name)
+        back = {theirs: ours for ours, theirs in originals.items()}
+        theirs = rename(inside, back, name=name, kind="ControlNet", hint=_HINT)
         inside = {theirs[key]: shape for key, shape in inside.items()}
     raw = way_down(inside, name=name)
     layers = set(raw["layers_per_block"])
@@ -112,8 +112,3 @@ def _originals(inside: Shapes) -> dict[str, str] | None:
         "addition_embed_type": "text_time" if "add_embedding.linear_1.weight" in inside else None,
     }
     return _names(UNetConfig(raw))
-
-
-def _rename_back(inside: Shapes, names: Mapping[str, str], *, name: str) -> dict[str, str]:
-    """diffusers' keys -> the original ones."""
-    return rename(inside, {theirs: ours for ours, theirs in names.items()}, name=name, kind="ControlNet", hint=_HINT)

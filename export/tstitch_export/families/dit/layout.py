@@ -12,7 +12,6 @@ from tstitch_export.families.dit.config import PUBLISHED_HEADS, DiTConfig
 
 __all__ = ["PUBLISHED_SIZES", "config_from_shapes", "expected_shapes", "heads_of", "linear", "published_name"]
 
-
 # letter -> (depth, width), arXiv 2212.09748, table 1
 PUBLISHED_SIZES: Final = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
 

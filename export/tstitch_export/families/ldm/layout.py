@@ -30,7 +30,6 @@ __all__ = [
     "published_name",
 ]
 
-
 UNET: Final = "model.diffusion_model."
 EMA: Final = "model_ema."
 TABLE: Final = "cond_stage_model.embedding.weight"

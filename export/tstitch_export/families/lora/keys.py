@@ -18,7 +18,6 @@ from tstitch_export.checkpoint.signatures import Shapes
 
 __all__ = ["LoraLayer", "lora_layers", "lora_looks_like"]
 
-
 _PARTS: Final = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 _KOHYA: Final = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(?:lora_(down|up|mid)\.weight|(alpha))")
 _DOTTED: Final = re.compile(r"(?:base_model\.model\.)?(?:(unet|text_encoder|text_encoder_2)\.)?(.+)")

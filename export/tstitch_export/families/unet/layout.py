@@ -16,7 +16,6 @@ from tstitch_export.families.unet.config import UNetConfig
 
 __all__ = ["PREFIX", "config_from_shapes", "down_names", "module_names", "rename", "unet_shapes", "way_down"]
 
-
 PREFIX: Final = "model.diffusion_model."
 _WHOLE: Final = "give a whole checkpoint of Stable Diffusion 1.x, 2.x or SDXL, or a diffusers folder"
 _HEAD: Final = 64  # channels of an attention head where the projections are linear: Stable Diffusion 2.x and SDXL

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PREFIX", "SDXL_MARK", "config_from_shapes", "diffusers_names", "diffusers_tensor", "modern"]
 
-
 PREFIX: Final = "first_stage_model."
 SDXL_MARK: Final = "conditioner.embedders."  # prefix that only SDXL's whole files have
 
