@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -14,6 +13,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import SCHEMA, Defaults, Manifest, Member, Network, Precision, Quality
+from tstitch_engines.compile.bundle import DEFAULT_BATCH
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.progress import Progress, silent
@@ -30,8 +30,6 @@ __all__ = ["build", "versions_of"]
 
 _log = logging.getLogger(__name__)
 
-_DEFAULT_PROFILE: Final = Range(1, 8, 16)
-
 
 def build(
     recipe: str | Path,
@@ -41,7 +39,7 @@ def build(
     output: Path,
     backend: str = "onnxruntime",
     precision: Precision | Mapping[str, Precision] = "fp32",
-    profile: Range = _DEFAULT_PROFILE,
+    profile: Range = DEFAULT_BATCH,
     height: Range | None = None,
     width: Range | None = None,
     tokens: Range | None = None,

@@ -23,11 +23,11 @@ from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_nam
 from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range, ShapeProfile
 
-__all__ = ["compile_command", "recompile"]
+__all__ = ["DEFAULT_BATCH", "compile_command", "recompile"]
 
 _log = logging.getLogger(__name__)
 
-_DEFAULT_BATCH: Final = Range(1, 8, 16)
+DEFAULT_BATCH: Final = Range(1, 8, 16)
 
 
 def compile_command(bundle: Bundle, backend: str, device: str = "cpu") -> str:
@@ -101,7 +101,7 @@ def _compiler(
     dims: dict[str, Range] = {}
     for name in _dims(network):
         known = next((one.profile.dims[name] for one in every if name in one.profile.dims), None)
-        found = profile.get(name, known or (_DEFAULT_BATCH if name == "B" else None))
+        found = profile.get(name, known or (DEFAULT_BATCH if name == "B" else None))
         if found is None:
             raise BadInput(
                 f"no range of the dimension {name} is given, and the bundle has no engine that tells",

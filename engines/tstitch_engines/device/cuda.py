@@ -97,7 +97,6 @@ class CudaDevice:
         return self._stream
 
     def activate(self) -> None:
-        """Makes the device's context current on the calling thread."""
         self._device.set_current()
 
     def with_own_stream(self) -> CudaDevice:
@@ -164,7 +163,6 @@ class CudaDevice:
         self._bounces.give(bounce, self._stream.record())
 
     def download(self, source: Buffer) -> NDArray[Any]:
-        """A host copy of the buffer. Waits for all work enqueued before."""
         if source.nbytes == 0:
             return np.empty(source.shape, storage_dtype(source.dtype))
         self.calls["download"] += 1
@@ -201,7 +199,6 @@ class CudaDevice:
         return CudaArray(buffer, self.index)
 
     def synchronize(self) -> None:
-        """Waits for all work enqueued before."""
         self.calls["sync"] += 1
         self._stream.sync()
 

@@ -18,8 +18,6 @@ __all__ = ["HostDevice"]
 
 
 class HostDevice:
-    """The CPU: every call is finished when it returns."""
-
     name = "cpu"
     graphs = False
 

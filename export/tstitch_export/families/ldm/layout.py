@@ -201,7 +201,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: Heads | None) -> LDM
             hint="for Stable Diffusion use family unet-sd; else " + _WHOLE,
         )
     base, channels = unet["input_blocks.0.0.weight"][:2]
-    widths, blocks, attention = _levels(unet, base)
+    widths, blocks, attention = _levels(unet)
     if any(width % _GROUPS for width in widths) or widths[:1] != (base,):
         raise BadCheckpoint(
             f"{name}: its levels have {', '.join(map(str, widths))} channels; allowed are multiples of {_GROUPS} that "
@@ -236,7 +236,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: Heads | None) -> LDM
     return config
 
 
-def _levels(unet: Shapes, base: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+def _levels(unet: Shapes) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     """Widths, residual blocks a level and levels with attention, walking down ``input_blocks``."""
     widths: list[int] = []
     counts = [0]
