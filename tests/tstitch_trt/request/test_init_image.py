@@ -17,7 +17,8 @@ from tstitch_engines.device.host_kernels import normal
 from tstitch_engines.device.step_row import INITIAL_NOISE_STEP, ROW
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt import Runtime
-from tstitch_trt.request.init_image import ENCODER_NOISE_STEP
+from tstitch_trt.request.init_image import ENCODER_NOISE_STEP, make_init_image
+from tstitch_trt.request.parse import InitOptions
 from tstitch_trt.runtime.stepper import Stepper
 
 STEPS = 6
@@ -149,6 +150,21 @@ def test_a_picture_is_drawn_again_from_where_strength_says(
     want = expected(world, plan, start, lambda x, name: {"encoder_hidden_states": hidden}, first=first)
     assert close(result.latents, want)
     assert [(t.member, t.steps) for t in result.timings] == [("plain", STEPS - first)]
+
+
+def test_what_the_encoder_draws_is_not_the_noise_of_the_trajectory(runtime: Runtime) -> None:
+    """A latent drawn with the noise that is then added to it would start from too much noise, or too little."""
+
+    class Unit:
+        def encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            shape = (len(pictures), CHANNELS, *(side // FACTOR for side in pictures.shape[2:]))
+            return np.zeros(shape, np.float32), np.ones(shape, np.float32)
+
+    size = (256, 256)
+    init = InitOptions(picture(size=size)[None], None, None, 1.0)
+    made = make_init_image(runtime.manifest, Unit(), init, (5, 6), (CHANNELS, *(side // FACTOR for side in size)), None)
+    found = np.corrcoef([*made.clean.reshape(2, -1), *made.noise.reshape(2, -1)])
+    assert np.abs(found - np.eye(4)).max() < 6 / made.clean[0].size ** 0.5
 
 
 def test_a_mask_keeps_the_rest_of_the_picture(runtime: Runtime, world: World) -> None:

@@ -24,8 +24,9 @@ SHORT: dict[str, Any] = {"labels": [1, 2], "steps": 4, "seed": 3}
 
 @pytest.fixture
 def runtime(tiny_pair: TinyPair) -> Iterator[Runtime]:
-    with tstitch_trt.load(tiny_pair.bundle, threads=1, verify="size", timeout=SECONDS) as loaded:
-        yield loaded
+    loaded = tstitch_trt.load(tiny_pair.bundle, threads=1, verify="size", timeout=SECONDS)
+    yield loaded
+    loaded.close(cancel=True)  # what a failed test left is not waited for
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import tstitch_trt
 from support.compare import relative_error
@@ -156,6 +157,41 @@ def test_latents_in_replace_the_noise_of_the_seeds(runtime: Runtime) -> None:
         given = runtime.sample(labels=[5, 6], latents=noise, steps=6, solver=solver)
         drawn = runtime.sample(labels=[5, 6], seeds=[3, 4], steps=6, solver=solver)
         np.testing.assert_array_equal(given.latents, drawn.latents)
+
+
+@pytest.mark.parametrize("output", ["host", "device"])
+def test_what_is_given_for_each_image_follows_it_into_its_chunk(painting: Runtime, output: Any) -> None:
+    """11 images in chunks of 8 and 3: latents, pictures and masks are the image's own, and so is its place."""
+    count, rng = 11, np.random.default_rng(1)
+    shape = painting.sample(labels=0, steps=1).latents.shape[1:]
+    given, known = rng.standard_normal((2, count, *shape)).astype(np.float32)
+    mask = rng.uniform(0, 1, (count, *shape[1:])) < 0.5
+    settings: dict[str, Any] = {"steps": 4, "solver": "ddim", "guidance": 1.0, "output": output}
+
+    def sample(some: slice, *, paint: bool) -> NDArray[np.float32]:
+        picture = {"image": known[some], "mask": mask[some]} if paint else {}
+        result = painting.sample(labels=[*range(10), 4][some], latents=given[some], **picture, **settings)
+        return np.array(result.latents if output == "host" else result.device_latents)
+
+    for paint in (False, True):
+        together = sample(slice(count), paint=paint)
+        for image in (0, 7, 8, 10):
+            assert relative_error(sample(slice(image, image + 1), paint=paint)[0], together[image]) < 1e-4
+
+
+def test_the_times_of_all_chunks_are_added(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watch:
+        marks = 0
+
+        def mark(self) -> None:
+            self.marks += 1
+
+        def milliseconds(self) -> list[float]:
+            return [2.0] * (self.marks - 1)
+
+    monkeypatch.setattr(runtime.device, "stopwatch", Watch)
+    result = runtime.sample(labels=0, n=13, steps=4, fraction=0.25, guidance=2.0)  # chunks of 4, 4, 4 and 1
+    assert [(t.member, t.steps, t.ms) for t in result.timings] == [("small", 1, 8.0), ("large", 3, 8.0)]
 
 
 def test_entering_in_the_middle_goes_on_bit_for_bit(runtime: Runtime) -> None:

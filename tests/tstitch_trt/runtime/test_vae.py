@@ -12,12 +12,16 @@ from PIL import Image
 
 from support.compare import relative_error
 from support.compiled_parts import export_network, load_part
+from support.manifests import manifest
 from support.tiny_families import vae_folder
+from tstitch_engines.bundle.manifest import Latent
 from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_engines.spec import Range
 from tstitch_export.families import open_family
 from tstitch_trt.images.read import read_mask, read_picture
-from tstitch_trt.runtime.vae import VaeDecoder, VaeEncoder, to_pixels
+from tstitch_trt.request.init_image import make_init_image
+from tstitch_trt.request.parse import InitOptions
+from tstitch_trt.runtime.vae import Vae, VaeDecoder, VaeEncoder, to_pixels
 
 PROFILE = {"B": Range(1, 1, 2), "H": Range(4, 16, 16), "W": Range(4, 16, 16)}
 
@@ -120,6 +124,16 @@ def test_sizes_outside_the_profile(vae: Any) -> None:
 def test_pixels_are_clamped_and_rounded() -> None:
     values = np.array([-3.0, -1.0, 0.0, 1.0, 7.0], np.float32).reshape(1, 1, 1, 5)
     assert to_pixels(values).ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_latents_that_are_pixels_are_scaled_and_shifted() -> None:
+    """The picture is ``latent / scaling + shift``, and one to start from goes the other way."""
+    bundle = manifest(latent=Latent(channels=3, height=5, width=4, scaling=0.5, shift=0.25))
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
+    latents = ((pictures / 127.5 - 1 - 0.25) * 0.5).transpose(0, 3, 1, 2).astype(np.float32)
+    np.testing.assert_array_equal(Vae(bundle, {}).decode(latents), pictures)
+    made = make_init_image(bundle, None, InitOptions(pictures, None, None, 1.0), (1, 2), (3, 5, 4), None)
+    np.testing.assert_allclose(made.clean, latents, atol=1e-6)
 
 
 # --- files
