@@ -1,8 +1,8 @@
 // The arithmetic of one sampler step, written once for the host (host_kernels.cpp) and CUDA (cuda_driver.cu).
 //
-// The equations and the layout of a row are documented in tstitch_engines/device/step_row.py; a test compares the two files.
-// Everything here is per element and forced inline: no symbol of this header ever reaches the linker, so it may be
-// compiled for several instruction sets into one binary.
+// The equations and the layout of a row are documented in tstitch_engines/device/step_row.py; a test compares the two
+// files. Everything here is per element and forced inline: no symbol of this header ever reaches the linker, so it may
+// be compiled for several instruction sets into one binary.
 #pragma once
 
 #if defined(__CUDACC_RTC__)  // NVRTC, which make_fatbin.py uses, has no standard headers
