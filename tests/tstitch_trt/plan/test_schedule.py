@@ -80,6 +80,16 @@ def test_boundaries_in_timestep_and_sigma() -> None:
     assert three.rule == "boundary"
 
 
+@pytest.mark.parametrize("what", ["t", "sigma"])
+def test_a_step_on_the_boundary_belongs_to_the_first_member_where_it_says_so(what: str) -> None:
+    levels = np.array([900.0, 875.0, 500.0, 100.0])
+    for op, count in ((">=", 2), (">", 1)):
+        schedule = resolve(
+            f"base@{what}{op}875,large", members=MEMBERS, timesteps=levels, sigmas=levels, train_steps=1000
+        )
+        assert schedule.names.count("base") == count
+
+
 @pytest.mark.parametrize("end", [0.0, 0.2, 0.55, 0.8, 1.0])
 @pytest.mark.parametrize("steps", [10, 30, 50])
 def test_base_refiner_cut_is_diffusers_denoising_end(end: float, steps: int) -> None:

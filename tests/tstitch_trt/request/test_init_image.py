@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tstitch_trt
 from support.hand_made import CHANNELS
@@ -150,6 +151,15 @@ def test_a_picture_is_drawn_again_from_where_strength_says(
     want = expected(world, plan, start, lambda x, name: {"encoder_hidden_states": hidden}, first=first)
     assert close(result.latents, want)
     assert [(t.member, t.steps) for t in result.timings] == [("plain", STEPS - first)]
+
+
+def test_masks_become_smaller_as_torch_makes_them(runtime: Runtime) -> None:
+    """The mask is in pixels and ends anywhere, also between two elements of the latent."""
+    mask = (np.random.default_rng(0).uniform(size=(2, 1, 64, 96)) < 0.5).astype(np.float32)
+    init = InitOptions(np.zeros((1, CHANNELS, 8, 12), np.float32), mask, mask[:, :, :8, :12], 1.0)
+    made = make_init_image(runtime.manifest, None, init, (5, 6), (CHANNELS, 8, 12), None)
+    want = torch.nn.functional.interpolate(torch.from_numpy(mask), size=(8, 12), mode="nearest")
+    np.testing.assert_array_equal(made.mask, want.numpy())
 
 
 def test_what_the_encoder_draws_is_not_the_noise_of_the_trajectory(runtime: Runtime) -> None:
