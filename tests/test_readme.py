@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -66,21 +65,12 @@ def of_published(line: str) -> bool:
     return any(name in line for name in (*PUBLISHED, *BUNDLES))
 
 
-# Take half a minute each: by default their options alone are held; test_calibrate and test_quantise run the commands.
-LONG = ("calibrate", "quantise")
+def commands() -> list[str]:
+    return [line for line in lines() if not of_published(line)]
 
 
-def is_long(line: str) -> bool:
-    return shlex.split(line)[1] in LONG
-
-
-def commands() -> list[Any]:
-    own = [line for line in lines() if not of_published(line)]
-    return [pytest.param(line, id=line, marks=pytest.mark.slow if is_long(line) else ()) for line in own]
-
-
-@pytest.mark.parametrize("line", [line for line in lines() if of_published(line) or is_long(line)])
-def test_commands_that_do_not_run_here_parse(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", [line for line in lines() if of_published(line)])
+def test_commands_over_published_checkpoints_parse(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, name, *words = shlex.split(line)
     monkeypatch.chdir(folder)
     assert isinstance(cli, click.Group)

@@ -348,8 +348,8 @@ def test_weights_that_do_not_fit(pipeline: Path, tmp_path: Path) -> None:
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ({"trained_betas": [0.1]}, "trained_betas"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true"),
-        ({"_class_name": "EDMEulerScheduler"}, "_class_name is EDMEulerScheduler"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"_class_name": "EDMEulerScheduler"}, "_class_name is 'EDMEulerScheduler'"),
     ],
 )
 def test_noise_that_no_schedule_expresses(changes: dict[str, Any], words: str, pipeline: Path, tmp_path: Path) -> None:
