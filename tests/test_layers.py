@@ -112,10 +112,7 @@ def imports(name: str, source: str) -> Iterator[tuple[str, bool]]:
 
 @cache
 def graph() -> dict[str, frozenset[str]]:
-    return {
-        name: frozenset(t for t, _ in imports(name, path.read_text()) if (name, t) not in KNOWN)
-        for name, path in modules().items()
-    }
+    return {name: frozenset(t for t, _ in imports(name, path.read_text())) for name, path in modules().items()}
 
 
 def place(name: str) -> tuple[int, int, str]:
@@ -126,10 +123,6 @@ def place(name: str) -> tuple[int, int, str]:
         if folder in folders:
             return PACKAGES.index(package), line, folder
     raise AssertionError(f"{name}: {folder} has no line in ORDER")
-
-
-# What is left to mend.
-KNOWN: set[tuple[str, str]] = set()
 
 
 def upward(name: str, target: str) -> bool:
