@@ -159,7 +159,7 @@ class Trajectory:
             f"{name!r} (timestep {self._plan.table.t[step]:g}, seed {self._request.seeds[chunk.start + bad[0]]}; "
             f"{len(bad)} of {chunk.count} lanes)",
             hint=f"if {name!r} is an fp16 engine, build it with --precision {name}=fp32 or bf16; "
-            "otherwise check its checkpoint and parametrisation with: tstitch-trt inspect BUNDLE",
+            "otherwise check its checkpoint and prediction type with: tstitch-trt inspect BUNDLE",
         )
 
     def _event(self, step: int, chunk: Chunk) -> StepEvent:

@@ -74,10 +74,10 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
                 yield found
 
     def plotted(fraction: float, *request: Any) -> str:
-        wishes = asked(*request)
+        wanted = asked(*request)
         with _shown(gr):
-            plan = runtime.plan(fraction=float(fraction), **wishes.settings())
-            return pareto(runtime, studies, path, plan, guidance=wishes.guidance)
+            plan = runtime.plan(fraction=float(fraction), **wanted.settings())
+            return pareto(runtime, studies, path, plan, guidance=wanted.guidance)
 
     with gr.Blocks(title=f"{manifest.name}: stitch point") as page:
         gr.Markdown(
