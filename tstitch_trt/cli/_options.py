@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.cli._command import option
@@ -13,7 +13,9 @@ from tstitch_trt.cli._command import option
 if TYPE_CHECKING:
     from tstitch_engines.bundle.bundle import Bundle
     from tstitch_engines.bundle.manifest import Manifest
+    from tstitch_trt.request.options import ImageKeywords
     from tstitch_trt.runtime.runtime import Runtime
+    from tstitch_trt.runtime.vae import Tile
     from tstitch_trt.study.quality.scorer import Scorer
 
 __all__ = [
@@ -132,25 +134,26 @@ class PictureOptions:
     control: Path | None = option("A picture for the ControlNet (edges, depth...).", "FILE")
     control_scale: float | None = option("How much the ControlNet has to say. [1]", "X")
 
-    def keywords(self, manifest: Manifest) -> dict[str, Any]:
-        """The keywords of ``Runtime.sample`` that were given. Reads the files."""
+    def keywords(self, manifest: Manifest) -> ImageKeywords:
+        """Keywords of ``Runtime.sample``. Reads the files."""
         from tstitch_trt.cli._parsing import parse_pixels
         from tstitch_trt.images.read import read_mask, read_picture
 
         if self.resize and not (self.image or self.mask or self.control):
             raise BadInput("--resize was given without a picture", hint="leave it out, or add --image FILE")
-        found: dict[str, Any] = {
-            "prompt": list(self.prompt) or None,
+        found: ImageKeywords = {
+            "prompt": self.prompt or None,
             "strength": self.strength,
             "control_scale": self.control_scale,
             "negative_prompt": self.negative,
         }
         if self.prompt_embeds is not None:
-            found |= _embeddings(manifest, self.prompt_embeds)
+            found.update(_embeddings(manifest, self.prompt_embeds))
         target = None
         if self.size is not None:
-            found["width"], found["height"] = parse_pixels(self.size)
-            target = (found["height"], found["width"])
+            width, height = parse_pixels(self.size)
+            found["width"], found["height"] = width, height
+            target = (height, width)
         elif self.resize and self.image is None:
             target = (manifest.latent.height * manifest.decoder.factor, manifest.latent.width * manifest.decoder.factor)
         if self.image is not None:
@@ -160,26 +163,28 @@ class PictureOptions:
             found["mask"] = read_mask(self.mask, size=target, resize=self.resize, what="--mask")
         if self.control is not None:
             found["control"] = read_picture(self.control, size=target, resize=self.resize, what="--control")
-        return {name: value for name, value in found.items() if value is not None}
+        return found
 
-    def tiles(self) -> Any:
+    def tiles(self) -> Tile:
         """``--tile`` as the keyword of ``Runtime.sample``. Raises ``BadInput``."""
-        if self.tile in (None, "auto", "off"):
-            return self.tile or "auto"
+        if self.tile in (None, "auto"):
+            return "auto"
+        if self.tile == "off":
+            return "off"
         if not self.tile.isdigit():
             raise BadInput(
                 f"--tile {self.tile!r}; allowed are auto, off and a number of pixels", hint="e.g. --tile 512"
             )
         return int(self.tile)
 
-    def kept(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, object]:
         """What is kept beside the pictures: texts and numbers, and the names of the files."""
         names = ("negative", "strength", "control_scale", "image", "mask", "control", "prompt_embeds")
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {name: value.name if isinstance(value, Path) else value for name, value in said.items()}
 
 
-def _embeddings(manifest: Manifest, path: Path) -> dict[str, Any]:
+def _embeddings(manifest: Manifest, path: Path) -> ImageKeywords:
     """Embeddings of a ``.npz``: arrays by name, or by ``MEMBER.NAME`` where the members' differ."""
     import zipfile
 
@@ -193,7 +198,7 @@ def _embeddings(manifest: Manifest, path: Path) -> dict[str, Any]:
         raise BadInput(
             f"--prompt-embeds {path} {problem}", hint="write it with numpy.savez(FILE, prompt_embeds=...)"
         ) from None
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {}  # by a name of EMBEDDINGS
     for name, array in arrays.items():
         member, dot, key = name.rpartition(".")
         if key not in EMBEDDINGS:
@@ -204,7 +209,7 @@ def _embeddings(manifest: Manifest, path: Path) -> dict[str, Any]:
             found.setdefault(key, {})[member] = array
         else:
             found[key] = array
-    return found
+    return cast("ImageKeywords", found)
 
 
 def parse_budgets(text: str | None) -> tuple[float, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,8 @@ from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import LoadOptions, PictureOptions, StepOptions, lora_texts, parse_budgets
 
 if TYPE_CHECKING:
-    from tstitch_engines.bundle.manifest import Manifest
+    from tstitch_engines.bundle.manifest import Conditioning, Manifest
+    from tstitch_trt.request.options import SampleKeywords
     from tstitch_trt.runtime.result import Result
 
 __all__ = ["command"]
@@ -47,7 +47,7 @@ class Labels:
 @dataclass(frozen=True, kw_only=True)
 class Count:
     count: int | None = option("How many images; labels or prompts go round.", "N", "-n", least=1)
-    seed: int = option("Seed of all images.", "S", default=0, least=0)
+    seed: int | None = option("Seed of the first image; the others' follow. [0]", "S", least=0)
     seeds: str | None = option("One seed per image, e.g. 1,2,5-9, instead of --seed.", "LIST")
 
 
@@ -55,7 +55,7 @@ class Count:
 class Members:
     fraction: float | None = option("Share of the steps on the first member, 0 to 1.", "R")
     schedule: str | None = option("Members over the steps, e.g. small:0.4,large or high@t>=875,low.", "TEXT")
-    rounding: str = option("paper, floor, timestep or timestep-strict.", "RULE", default="paper")
+    rounding: str | None = option("paper, floor, timestep or timestep-strict. [paper]", "RULE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class SolverOptions:
     sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
     eta: float | None = option("Noise of DDIM, 0 to 1.", "E")
     variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")
-    history: str = option("At a member switch: keep or reset.", "RULE", default="keep")
-    guidance_rescale: float = option("Rescale (arXiv 2305.08891).", "R", default=0.0)
+    history: str | None = option("At a member switch: keep or reset. [keep]", "RULE")
+    guidance_rescale: float | None = option("Rescale (arXiv 2305.08891). [0]", "R")
     guidance_interval: str | None = option("Guide only the steps FIRST to STOP - 1.", "FIRST:STOP")
     guided_channels: int | None = option("Guide the first K channels only.", "K", least=1)
 
@@ -119,14 +119,10 @@ def command(
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import load_array, require_parent, save_array
     from tstitch_trt.images.write import kind_of, write_images
+    from tstitch_trt.plan.options import PlanOptions
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.calibrate.trials import warm_up
 
-    if members.fraction is not None and members.schedule is not None:
-        raise BadInput(
-            f"--fraction {members.fraction} and --schedule {members.schedule!r} both say which member runs",
-            hint="give one of them",
-        )
     budgets = parse_budgets(budget.budget_ms)
     if len(budgets) > 1:
         raise BadInput(
@@ -134,6 +130,9 @@ def command(
         )
     swapped, latents_out, output = lora_texts(files.loras), files.latents_out, files.output
     interval = None if solver.guidance_interval is None else parse_interval(solver.guidance_interval)
+    plan = PlanOptions.from_keywords(
+        {**asdict(members), **asdict(step), **asdict(solver), "guidance_interval": interval}
+    )
     seeds = None if many.seeds is None else parse_numbers(many.seeds, what="seed", example="--seeds 1,2,5-9")
     if latents_out is not None:
         if latents_out.suffix != ".npy":
@@ -149,15 +148,12 @@ def command(
     with load.open(bundle) as runtime:
         manifest = runtime.manifest
         target = _target(manifest, output, latents_out)
-        asked = {
-            **asdict(members), **asdict(step), **asdict(solver), "guidance_interval": interval,
-            **picture.keywords(manifest), "n": many.count, "seed": many.seed, "seeds": seeds, "latents": start,
+        asked: SampleKeywords = {
+            **plan.explicit(), **picture.keywords(manifest), "labels": what.labels, "n": many.count,
+            "seed": many.seed, "seeds": seeds, "latents": start,
         }  # fmt: skip
-        if manifest.conditioning.kind == "class" and "prompt" not in asked:
-            asked["labels"] = _labels(manifest, what.labels, many.count, seeds, None if start is None else len(start))
-            asked["n"] = None
-        elif what.labels is not None:
-            asked["labels"] = []  # refused with its reason
+        if what.labels is None and seeds is None and start is None:
+            asked["labels"] = _default_labels(manifest.conditioning, many.count)
         for name, text in swapped.items():
             runtime.swap_lora(name, text)
         if budgets:
@@ -217,37 +213,16 @@ def _target(manifest: Manifest, output: Path | None, latents_out: Path | None) -
     return None
 
 
-def _labels(
-    manifest: Manifest, text: str | None, count: int | None, seeds: list[int] | None, latents: int | None
-) -> list[int]:
-    """The label of every image: the list given, gone round as often as images are asked for."""
-    from tstitch_trt.request.labels import parse_labels
-
-    conditioning = manifest.conditioning
-    if text is None:
-        if count is not None:
-            raise BadInput(
-                f"-n {count} says how many images but not of which classes",
-                hint=f"add the classes to go round: --labels 0-{conditioning.classes - 1}",
-            )
-        labels = list(range(min(conditioning.classes, DEFAULT_LABELS)))
-    else:
-        labels = parse_labels(text, classes=conditioning.classes, names=conditioning.names)
-    asked = {"-n": count, "--seeds": None if seeds is None else len(seeds), "--latents-in": latents}
-    numbers = {option: number for option, number in asked.items() if number is not None}
-    if len(set(numbers.values())) > 1:
+def _default_labels(conditioning: Conditioning, count: int | None) -> str | None:
+    """One of each class, and of the first ten where there are more."""
+    if conditioning.kind != "class":
+        return None
+    if count is not None:
         raise BadInput(
-            "the number of images is not one: " + ", ".join(f"{o} gives {n}" for o, n in numbers.items()),
-            hint="make them equal, or leave -n out",
+            f"-n {count} says how many images but not of which classes",
+            hint=f"add the classes to go round: --labels 0-{conditioning.classes - 1}",
         )
-    wanted = next(iter(numbers.values()), len(labels))
-    if text is not None and wanted < len(labels):
-        option = next(iter(numbers))
-        raise BadInput(
-            f"--labels names {len(labels)} images and {option} gives {wanted}; allowed is at least one per label",
-            hint=f"name at most {wanted} labels, or raise {option} to {len(labels)}",
-        )
-    return list(islice(cycle(labels), wanted))
+    return f"0-{min(conditioning.classes, DEFAULT_LABELS) - 1}"
 
 
 def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str, str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Final
 
@@ -155,8 +155,7 @@ class ParsedRequest:
 def parse_request(manifest: Manifest, limits: Limits, options: SampleOptions) -> ParsedRequest:
     """Runs no engine. Raises ``BadInput`` and its kinds for all that can't be right, whatever its type."""
     _check_kind(manifest, options)
-    init = options.image is not None
-    if not init:
+    if options.image is None:
         for name in ("strength", "mask", "masked_image"):
             if getattr(options, name) is not None:
                 raise BadInput(f"{name} was given without a picture", hint="add the picture: image= (--image FILE)")
@@ -167,23 +166,26 @@ def parse_request(manifest: Manifest, limits: Limits, options: SampleOptions) ->
     size = _size(manifest, limits, options, image, control, latents)
     shape = (manifest.latent.channels, *size)
     prompts = () if options.prompt is None else _texts(options.prompt, "prompt")
+    negative = None if options.negative_prompt is None else _texts(options.negative_prompt, "negative_prompt")
     embeddings = _embeddings(manifest, options)
-    spoken = len(prompts) or max((len(rows) for rows in embeddings.get("prompt_embeds", {}).values()), default=1)
-    labels, seeds = _images(manifest, options, latents, spoken, 1 if image is None else len(image))
     state = read_latents(latents, shape) if isinstance(latents, np.ndarray) else latents
+    init = None if image is None else _init(manifest, options, image, shape, state)
+    rows: dict[str, Sized | None] = {"prompt": prompts, "negative_prompt": negative, "control": control}
+    rows |= {key: max(arrays.values(), key=len) for key, arrays in embeddings.items()}
+    rows |= {} if init is None else {"image": init.image, "mask": init.mask, "masked_image": init.masked_image}
+    cycled = {name: len(given) for name, given in rows.items() if given is not None and len(given)}
+    labels, seeds = _images(manifest, options, latents, cycled)
     return ParsedRequest(
         labels=labels,
         prompts=prompts,
-        negative_prompts=None
-        if options.negative_prompt is None
-        else _texts(options.negative_prompt, "negative_prompt"),
+        negative_prompts=negative,
         embeddings=embeddings,
         micro=_micro(options),
         seeds=seeds,
         size=size,
         latents=state,
         start_step=_start_step(options),
-        init=None if image is None else _init(manifest, options, image, shape, state),
+        init=init,
         control=control,
         control_scale=control_scale,
     )
@@ -276,16 +278,18 @@ def _images(
     manifest: Manifest,
     options: SampleOptions,
     latents: NDArray[np.generic] | ForeignLatents | None,
-    spoken: int,
-    pictures: int,
+    cycled: dict[str, int],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The labels of a class bundle, and the seeds, both one per image. ``spoken``: images that texts stand for."""
-    of_classes = manifest.conditioning.kind == "class"
+    """The labels of a class bundle, and the seeds, both one per image. ``cycled``: rows of what goes round."""
     wanted: list[int] = []
-    if of_classes:
-        classes = manifest.conditioning
+    classes = manifest.conditioning
+    if classes.kind == "class":
         wanted = list(range(classes.classes)) if options.labels is None else read_labels(options.labels, classes)
-        spoken = 1 if options.labels is None else len(wanted)
+        if not wanted:
+            raise BadInput("labels names no class: nothing to draw", hint=f"e.g. labels=[0, {classes.classes - 1}]")
+        cycled = cycled if options.labels is None else {"labels": len(wanted), **cycled}
+    if options.seed is not None and options.seeds is not None:
+        raise BadInput("both seed and seeds were given", hint="give the first image's seed=, or seeds= one per image")
     seeds = None if options.seeds is None else _seed_list(options.seeds)
     counts = {
         "n": None if options.n is None else check_whole(options.n, "n", high=_MOST_IMAGES),
@@ -293,19 +297,25 @@ def _images(
         "latents": None if latents is None or not latents.shape else int(latents.shape[0]),
     }
     given = {name: count for name, count in counts.items() if count is not None}
-    count = next(iter(given.values()), max(spoken, pictures) if wanted or not of_classes else 0)
+    count = next(iter(given.values()), max(cycled.values(), default=1))
     if len(set(given.values())) > 1:
         raise BadInput(
             "these do not agree on the number of images: " + ", ".join(f"{k}: {v}" for k, v in given.items()),
             hint="give one seed and one latent per image, or leave n out",
         )
-    if not 1 <= count <= _MOST_IMAGES or (of_classes and not wanted):
-        what = f" of {len(wanted)} labels" if of_classes else ""
+    if not 1 <= count <= _MOST_IMAGES:
         raise BadInput(
-            f"{count} images{what}: nothing to draw" if count <= _MOST_IMAGES else f"{count} images in one request",
+            f"{count} images in one request" if count else "0 images: nothing to draw",
             hint=f"ask for 1 to {_MOST_IMAGES} images, e.g. n=1",
         )
-    labels = tuple(wanted[i % len(wanted)] for i in range(count)) if of_classes else ()
+    for name, rows in cycled.items():
+        if rows > count:
+            counted = next(iter(given))
+            raise BadInput(
+                f"{name} has {rows} entries and {counted} asks for {count} images: some would be left out",
+                hint=f"give at most {count} in {name}, or make {counted} {rows}",
+            )
+    labels = tuple(wanted[i % len(wanted)] for i in range(count)) if wanted else ()
     if seeds is not None:
         return labels, seeds
     first = 0 if options.seed is None else _seed(options.seed)

@@ -22,6 +22,8 @@ from support.command import Command, refused
 from support.pictures import read_metadata
 from support.tiny import TinyPair
 from tstitch_trt.cli import COMMANDS, cli
+from tstitch_trt.plan.options import DEFAULTS
+from tstitch_trt.request.options import SampleKeywords
 
 
 @pytest.fixture
@@ -64,6 +66,25 @@ def test_every_option_is_explained() -> None:
     for name in COMMANDS:
         for parameter in subcommand(name).params:
             assert isinstance(parameter, click.Argument) or getattr(parameter, "help", None), parameter.name
+
+
+@pytest.mark.parametrize("name", ["sample", "bench", "profile", "report", "quantise"])
+def test_what_was_not_said_is_handed_on_as_not_said(name: str) -> None:
+    """A default of the command line would look like a wish of the user."""
+    own = {"seed"} if name != "sample" else set()  # a seed of a study, which always has one
+    required = ["--member", "large", "-o", "b.bundle"] if name == "quantise" else []
+    with subcommand(name).make_context(name, ["a.bundle", *required]) as context:
+        said = {key: value for key, value in context.params.items() if value not in (None, ())}
+    assert not said.keys() & (SampleKeywords.__annotations__.keys() - own)
+
+
+def test_help_of_sample_shows_the_defaults_that_are_taken() -> None:
+    params = {parameter.name: parameter for parameter in subcommand("sample").params}
+    for name in ("history", "rounding", "guidance_rescale"):
+        option = params[name]
+        assert isinstance(option, click.Option)
+        default = DEFAULTS[name]
+        assert f"[{default if isinstance(default, str) else f'{default:g}'}]" in (option.help or "")
 
 
 def test_help_and_version_import_nothing_heavy() -> None:

@@ -70,6 +70,7 @@ def test_images_are_counted_and_seeded() -> None:
     assert parse({"latents": np.zeros((3, 4, 8, 8))}).n == 3
     assert parse({"image": np.zeros((2, 8, 8, 4), np.uint8)}).n == 2
     assert parse({"prompt_embeds": EMBEDDING, "pooled_prompt_embeds": np.zeros((2, 6))}, TEXT).n == 2
+    assert parse({"prompt": "a", "negative_prompt": ["b", "c"], "guidance": 2.0}, TEXT).n == 2
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -79,11 +80,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**64 - 1, "n": 2}, "seed 18446744073709551616 is out of range"),
     ({"seeds": 3}, "seeds is 3; allowed is a list"),
     ({"seeds": "12"}, "seeds is '12'"),
+    ({"seed": 3, "seeds": [1, 2]}, "both seed and seeds"),
     ({"n": "3"}, "n is '3'; allowed is a whole number from 0 to 100000"),
     ({"n": 10**9}, "n is 1000000000"),
     ({"n": 10**6000}, "n is something of type int"),
     ({"labels": [1.5]}, "label 1.5 is out of range; allowed is 0 to 9, or a class name"),
     ({"labels": "unknown class"}, "label 'unknown class' is no number, range or class name"),
+    ({"labels": [1, 2, 3], "n": 2}, "labels has 3 entries and n asks for 2"),
+    ({"labels": "0-4", "seeds": [1, 2]}, "labels has 5 entries and seeds asks for 2"),
+    ({"image": np.zeros((2, 8, 8, 4), np.uint8), "n": 1}, "image has 2 entries and n asks for 1"),
     ({"labels": {1: 2}}, "labels is {1: 2}; allowed is a class number or name"),
     ({"labels": "\ud800"}, "half of a surrogate pair"),
     ({"prompt": "a fox"}, "it understands no text"),
@@ -109,6 +114,10 @@ BAD_TEXTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a \udcff fox"}, "character 2 is half of a surrogate pair"),
     ({"prompt": "x" * 10_000_000}, "prompt has 10000000 characters; allowed are 20000"),
     ({"prompt": []}, "prompt is []"),
+    ({"prompt": ["a", "b"], "n": 1}, "prompt has 2 entries and n asks for 1"),
+    ({"prompt": "a", "negative_prompt": ["b", "c"], "n": 1}, "negative_prompt has 2 entries"),
+    ({"prompt_embeds": EMBEDDING, "n": 1}, "prompt_embeds has 2 entries"),
+    ({"prompt": "a", "control": np.zeros((2, 8, 8, 3), np.uint8), "n": 1}, "control has 2 entries"),
     ({"prompt": "a", "crop": "12"}, "crop is '12'; allowed are two whole numbers of pixels"),
     ({"prompt": "a", "original_size": (64, 0)}, "original_size is 0"),
     ({"prompt": "a", "aesthetic_score": "6"}, "aesthetic_score is '6'; allowed is a number"),
