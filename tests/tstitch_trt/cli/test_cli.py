@@ -72,7 +72,7 @@ def test_every_option_is_explained() -> None:
 def test_what_was_not_said_is_handed_on_as_not_said(name: str) -> None:
     """A default of the command line would look like a wish of the user."""
     own = {"seed"} if name != "sample" else set()  # a seed of a study, which always has one
-    required = ["--member", "large", "-o", "b.bundle"] if name == "quantise" else []
+    required = shlex.split("--member large --mode int8 -o b.bundle") if name == "quantise" else []
     with subcommand(name).make_context(name, ["a.bundle", *required]) as context:
         said = {key: value for key, value in context.params.items() if value not in (None, ())}
     assert not said.keys() & (SampleKeywords.__annotations__.keys() - own)
