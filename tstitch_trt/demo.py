@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.progress import Progress
+from tstitch_trt.study.fractions import counts_text, draw_fractions, warm_up_fractions
 from tstitch_trt.study.machine import Machine, describe_machine
 from tstitch_trt.study.quality.scorer import Scorer
 
@@ -58,32 +59,25 @@ def run(
     labels = [i % classes for i in range(samples)]
     batch = max(1, runtime.batch_limit // (1 if guidance == 1 else 2))
     scorer = Scorer.of(runtime.bundle, ("fid", "accuracy"))
-    plans = [runtime.plan(fraction=f, steps=steps, guidance=guidance) for f in FRACTIONS]
-    images: list[list[NDArray[np.uint8]]] = [[] for _ in FRACTIONS]
-    times: list[list[float]] = [[] for _ in FRACTIONS]
-    done = 0
-    for fraction in FRACTIONS:  # the first runs of an engine are slow and are not the engine's time
-        runtime.sample(labels=labels[:batch], steps=2, guidance=guidance, fraction=fraction, decode=False)
+    settings = {"steps": steps, "guidance": guidance}
+    warm_up_fractions(runtime, {"labels": labels[:batch], **settings})
+    batches = []
     for start in range(0, samples, batch):
         part = labels[start : start + batch]
-        for index, fraction in enumerate(FRACTIONS):
-            progress(f"fraction {fraction:g}", done / (samples * len(FRACTIONS)))
-            drawn = runtime.sample(labels=part, seed=seed + start, steps=steps, guidance=guidance, fraction=fraction)
-            assert drawn.images is not None, "the built-in pair has a decoder"
-            images[index].append(drawn.images)
-            times[index].append(drawn.total_ms / len(part))
-            done += len(part)
-    pictures = [np.concatenate(parts) for parts in images]
-    costs = [statistics.median(t) for t in times]
+        tell: Progress = lambda text, share: progress(text, (start + share * len(part)) / samples)  # noqa: B023, E731
+        batches.append([*draw_fractions(runtime, FRACTIONS, {"labels": part, "seed": seed + start}, settings, tell)])
+    rows = [*zip(*batches, strict=True)]  # the batches of each fraction
+    pictures = [np.concatenate([part.images for part in row]) for row in rows]
+    costs = [statistics.median(part.ms for part in row) for row in rows]
     points = []
-    for fraction, plan, cost, drawn_images in zip(FRACTIONS, plans, costs, pictures, strict=True):
+    for (first, *_), cost, drawn_images in zip(rows, costs, pictures, strict=True):
         features = scorer.extract(drawn_images, labels=labels)
         frechet, accuracy = (scorer.measure(features, name, resamples=2).value for name in ("fid", "accuracy"))
         points.append(
             Point(
-                fraction=fraction,
-                schedule=plan.schedule.text,
-                members=plan.schedule.counts,
+                fraction=first.fraction,
+                schedule=first.result.schedule.text,
+                members=first.result.schedule.counts,
                 ms_per_image=cost,
                 speedup=costs[0] / cost,
                 accuracy=accuracy,
@@ -93,7 +87,7 @@ def run(
     figures = Demo(
         bundle=runtime.manifest.name,
         steps=steps,
-        solver=plans[0].table.solver.name,
+        solver=rows[0][0].result.plan.solver.name,
         guidance=guidance,
         samples=samples,
         points=tuple(points),
@@ -109,9 +103,9 @@ def draw(figures: Demo, pictures: Sequence[NDArray[np.uint8]], names: Sequence[s
     columns = min(figures.samples, len(names))
     rows = []
     for point, images in zip(figures.points, pictures, strict=True):
-        members = " + ".join(f"{steps} {name}" for name, steps in point.members.items())
         text = (
-            f"{point.fraction:.0%} small: {members}\n{point.ms_per_image:.0f} ms per image, x{point.speedup:.2f}\n"
+            f"{point.fraction:.0%} small: {counts_text(point.members)}\n"
+            f"{point.ms_per_image:.0f} ms per image, x{point.speedup:.2f}\n"
             f"accuracy {point.accuracy:.1%}, distance {point.frechet:.2f}"  # Pillow's own font has no é
         )
         rows.append((text, images[:columns]))

@@ -93,6 +93,7 @@ def _bundle(wanted: Path | None) -> Path:
 
 def _print(figures: Demo) -> None:
     from tstitch_trt.cli._text import fixed, print_table
+    from tstitch_trt.study.fractions import counts_text
 
     click.echo(
         f"{figures.bundle}: {figures.steps} {figures.solver} steps, guidance {figures.guidance:g}, "
@@ -100,9 +101,8 @@ def _print(figures: Demo) -> None:
     )
     rows = []
     for p in figures.points:
-        members = " + ".join(f"{steps} {name}" for name, steps in p.members.items())
         quality = fixed(3, p.accuracy, p.frechet)
-        rows.append((f"{p.fraction:g}", members, f"{p.ms_per_image:.1f}", f"{p.speedup:.2f}", *quality))
+        rows.append((f"{p.fraction:g}", counts_text(p.members), f"{p.ms_per_image:.1f}", f"{p.speedup:.2f}", *quality))
     print_table(("fraction", "steps", "ms/image", "speed-up", "accuracy", "Fréchet distance"), rows)
     click.echo(
         "Fréchet distance in the features of the bundle's own classifier, against held-out images; "

@@ -39,8 +39,8 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
 
     from tstitch_trt.progress import log
     from tstitch_trt.report.samples import undrawable
+    from tstitch_trt.study.fractions import warm_up_fractions
     from tstitch_trt.ui.app import build_page, import_gradio, serving, wait_for_interrupt
-    from tstitch_trt.ui.draw import warm_up
 
     free = _free(address.host, address.port)
     with tempfile.TemporaryDirectory(prefix="tstitch-ui-") as temporary, ExitStack() as stack:
@@ -50,7 +50,7 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
         if (reason := undrawable(manifest)) is not None:
             raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
         pictures = {"labels": [0]} if manifest.conditioning.kind == "class" else {"prompt": ""}
-        warm_up(runtime, pictures, manifest.defaults.guidance)
+        warm_up_fractions(runtime, {**pictures, "guidance": manifest.defaults.guidance})
         page = build_page(gradio, runtime, str(bundle), temporary=Path(temporary))
         with serving(gradio, page, host=address.host, port=free) as url:
             click.echo(url)

@@ -19,7 +19,7 @@ from tstitch_trt.plots.svg import NARROW, svg
 from tstitch_trt.plots.templates import fill
 from tstitch_trt.plots.words import METRIC_NAMES, date, interval, machine_text, ms
 from tstitch_trt.report.quality import quality_of
-from tstitch_trt.report.samples import Samples, png_url
+from tstitch_trt.report.samples import SampleTable, png_url
 from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
 from tstitch_trt.study.machine import Machine, version
@@ -35,7 +35,7 @@ class Page:
 
     path: str
     studies: Studies
-    samples: Samples | None
+    samples: SampleTable | None
     reason: str
     command: str
     made: str

@@ -13,34 +13,22 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.progress import Progress
-from tstitch_trt.runtime.result import Result
 from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.study.fractions import FractionImages, draw_fractions, warm_up_fractions
 
-__all__ = ["LARGEST", "Row", "Samples", "draw_samples", "png_url", "undrawable"]
+__all__ = ["LARGEST", "SampleTable", "draw_samples", "png_url", "undrawable"]
 
 _SMALLEST: Final = 84  # pixels a side on the page; smaller pictures are enlarged by the browser
 LARGEST: Final = 256  # pixels a side; larger pictures are made smaller, or a page of them would not be read
 
 
 @dataclass(frozen=True)
-class Row:
-    """One fraction. ``images`` uint8 ``[N,H,W,C]``; ``ms_per_image``: of this one run, without decoding."""
+class SampleTable:
+    """``asked``: what each column was asked to be. All rows have the same seeds."""
 
-    fraction: float
-    members: Mapping[str, int]
-    images: NDArray[np.uint8]
-    ms_per_image: float
-
-
-@dataclass(frozen=True)
-class Samples:
-    """``asked``: what each column was asked to be. All rows have the same ``seeds``."""
-
-    rows: tuple[Row, ...]
+    rows: tuple[FractionImages, ...]
     asked: tuple[str, ...]
-    seeds: tuple[int, ...]
     steps: int
-    solver: str
     guidance: float
 
 
@@ -51,31 +39,15 @@ def draw_samples(
     pictures: Mapping[str, Any],
     settings: Mapping[str, Any],
     progress: Progress,
-) -> Samples:
-    """``pictures``: keywords of ``Runtime.sample`` for what to draw, seeds included; ``settings``: for ``make_plan``,
-    without a schedule. Raises what ``Runtime.sample`` raises.
-    """
-    plans = [runtime.plan(fraction=fraction, **settings) for fraction in fractions]  # refused before anything runs
-    for fraction in (0.0, 1.0):  # the first runs of an engine are slow
-        runtime.sample(**pictures, **{**settings, "steps": 2}, fraction=fraction, decode=False)
-    rows: list[Row] = []
-    drawn: Result | None = None
-    for index, (fraction, plan) in enumerate(zip(fractions, plans, strict=True)):
-        progress(f"drawing at fraction {fraction:g}", index / len(fractions))
-        drawn = runtime.sample(**pictures, **settings, fraction=fraction)
-        assert drawn.images is not None, "the caller asks bundles that have a decoder only"
-        rows.append(Row(fraction, plan.schedule.counts, drawn.images, drawn.total_ms / len(drawn.seeds)))
-    assert drawn is not None, "there is at least one fraction"
-    names = runtime.manifest.conditioning.names
-    asked = drawn.prompts or tuple(names[i] if names else f"class {i}" for i in drawn.labels)
+) -> SampleTable:
+    """See ``draw_fractions``. Raises what ``Runtime.sample`` raises."""
+    warm_up_fractions(runtime, {**pictures, **settings})
+    rows = tuple(draw_fractions(runtime, fractions, pictures, settings, progress))
+    names, defaults, result = runtime.manifest.conditioning.names, runtime.manifest.defaults, rows[0].result
+    asked = result.prompts or tuple(names[i] if names else f"class {i}" for i in result.labels)
     guidance = settings.get("guidance")
-    return Samples(
-        tuple(rows),
-        asked,
-        drawn.seeds,
-        settings.get("steps") or runtime.manifest.defaults.steps,
-        drawn.plan.solver.name,
-        float(runtime.manifest.defaults.guidance if guidance is None else guidance),
+    return SampleTable(
+        rows, asked, settings.get("steps") or defaults.steps, float(defaults.guidance if guidance is None else guidance)
     )
 
 

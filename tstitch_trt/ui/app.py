@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import TStitchError, Unavailable
 from tstitch_trt.solvers import SOLVERS
+from tstitch_trt.study.fractions import draw_fractions
 from tstitch_trt.study.gather import gather
-from tstitch_trt.ui.draw import Asked, draw, kept
+from tstitch_trt.ui.draw import kept
 from tstitch_trt.ui.pareto import pareto
 
 if TYPE_CHECKING:
@@ -53,12 +54,15 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
     studies = gather(runtime.bundle)
     classes = conditioning.kind == "class"
 
-    def asked(what: Any, negative: str, count: float, steps: float, seed: float, guidance: float, solver: str) -> Asked:
+    def asked(
+        what: Any, negative: str, count: float, steps: float, seed: float, guidance: float, solver: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The pictures, and the settings of the plan."""
         pictures: dict[str, Any] = {"labels": [int(what)]} if classes else {"prompt": what}
         if negative:
             pictures["negative_prompt"] = negative
-        pictures["n"] = int(count)
-        return Asked(pictures, int(seed), int(steps), solver, float(guidance))
+        settings = {"steps": int(steps), "solver": solver, "guidance": float(guidance)}
+        return {**pictures, "n": int(count), "seed": int(seed)}, settings
 
     def drawing(
         fraction: float,
@@ -69,15 +73,17 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
         wanted = sorted({round(float(f), 4) for f in (fraction, *beside)})
         with _shown(gr):
             found = []
-            for drawn in draw(runtime, asked(*request), wanted, lambda phase, share: progress(share, desc=phase)):
-                found += [(str(kept(image, temporary)), drawn.caption) for image in drawn.images]
+            tell = lambda phase, share: progress(share, desc=phase)  # noqa: E731
+            for drawn in draw_fractions(runtime, wanted, *asked(*request), tell, each_step=True):
+                caption = f"{drawn.fraction:.0%}: {drawn.members}, {drawn.ms:,.0f} ms per image"
+                found += [(str(kept(image, temporary)), caption) for image in drawn.images]
                 yield found
 
     def plotted(fraction: float, *request: Any) -> str:
-        wanted = asked(*request)
+        _, settings = asked(*request)
         with _shown(gr):
-            plan = runtime.plan(fraction=float(fraction), **wanted.settings())
-            return pareto(runtime, studies, path, plan, guidance=wanted.guidance)
+            plan = runtime.plan(fraction=float(fraction), **settings)
+            return pareto(runtime, studies, path, plan, guidance=settings["guidance"])
 
     with gr.Blocks(title=f"{manifest.name}: stitch point") as page:
         gr.Markdown(

@@ -23,12 +23,10 @@ from support.command import Command, refused
 from support.report_studies import evaluation
 from support.studies import search, search_point
 from tstitch_engines.bundle.bundle import open_bundle
-from tstitch_engines.errors import BadSchedule, UnknownName
-from tstitch_engines.progress import silent
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.gather import Studies
 from tstitch_trt.study.store import save_study, weights_of
-from tstitch_trt.ui.draw import Asked, draw, enlarged, kept
+from tstitch_trt.ui.draw import enlarged, kept
 from tstitch_trt.ui.pareto import pareto
 
 
@@ -43,32 +41,7 @@ def runtime(fashion_bundle: Path) -> Iterator[Runtime]:
         yield loaded
 
 
-def asked(**changes: Any) -> Asked:
-    fields: dict[str, Any] = {"pictures": {"labels": [3], "n": 2}, "seed": 7, "steps": 4, "solver": "ddim"}
-    return Asked(**{**fields, "guidance": 1.5, **changes})
-
-
 # --- what is drawn
-
-
-def test_each_fraction_is_what_the_runtime_draws(runtime: Runtime) -> None:
-    shares: list[float] = []
-    found = list(draw(runtime, asked(), [0.0, 0.5, 1.0], lambda phase, share: shares.append(share)))
-    assert [drawn.fraction for drawn in found] == [0.0, 0.5, 1.0]
-    for drawn in found:
-        wanted = runtime.sample(labels=[3], n=2, seed=7, steps=4, guidance=1.5, fraction=drawn.fraction).images
-        np.testing.assert_array_equal(drawn.images, wanted)
-        assert drawn.ms > 0
-    assert found[1].caption.startswith("50%: 2 small + 2 large, ")
-    assert shares == sorted(shares)
-    assert shares[-1] == pytest.approx(1)
-
-
-def test_what_can_not_be_drawn_is_refused_before_anything_is(runtime: Runtime) -> None:
-    with pytest.raises(UnknownName, match="solver"):
-        next(draw(runtime, asked(solver="dim"), [0.0], silent))
-    with pytest.raises(BadSchedule, match="outside"):
-        next(draw(runtime, asked(), [0.0, 1.5], silent))
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel() -> None:

@@ -1,0 +1,46 @@
+"""One request at several fractions: what is drawn is what the runtime draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tstitch_trt
+from tstitch_engines.errors import BadSchedule, UnknownName
+from tstitch_engines.progress import silent
+from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.study.fractions import draw_fractions
+
+PICTURES: dict[str, Any] = {"labels": [3], "n": 2, "seed": 7}
+SETTINGS: dict[str, Any] = {"steps": 4, "solver": "ddim", "guidance": 1.5}
+
+
+@pytest.fixture(scope="module")
+def runtime(fashion_bundle: Path) -> Iterator[Runtime]:
+    with tstitch_trt.load(fashion_bundle, threads=1) as loaded:
+        yield loaded
+
+
+def test_each_fraction_is_what_the_runtime_draws(runtime: Runtime) -> None:
+    shares: list[float] = []
+    tell = lambda phase, share: shares.append(share)  # noqa: E731
+    found = list(draw_fractions(runtime, [0.0, 0.5, 1.0], PICTURES, SETTINGS, tell, each_step=True))
+    assert [drawn.fraction for drawn in found] == [0.0, 0.5, 1.0]
+    for drawn in found:
+        wanted = runtime.sample(labels=[3], n=2, seed=7, steps=4, guidance=1.5, fraction=drawn.fraction).images
+        np.testing.assert_array_equal(drawn.images, wanted)
+        assert drawn.ms > 0
+    assert found[1].members == "2 small + 2 large"
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+
+
+def test_what_can_not_be_drawn_is_refused_before_anything_is(runtime: Runtime) -> None:
+    with pytest.raises(UnknownName, match="solver"):
+        next(draw_fractions(runtime, [0.0], PICTURES, {**SETTINGS, "solver": "dim"}, silent))
+    with pytest.raises(BadSchedule, match="outside"):
+        next(draw_fractions(runtime, [0.0, 1.5], PICTURES, SETTINGS, silent))
