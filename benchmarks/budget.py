@@ -34,7 +34,7 @@ from tstitch_trt.study.calibrate.calibrate import calibrate
 from tstitch_trt.study.calibrate.trials import warm_up
 from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.records import Calibration
-from tstitch_trt.study.store import save_study, study_digest, weights_of
+from tstitch_trt.study.store import save_study, weights_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     with tstitch_trt.load(args.bundle, device=args.device, threads=args.threads) as runtime:
         calibration = calibrated(runtime)
         asked = {name: getattr(args, name) for name in ("seed", "steps", "most")}
-        what = {**asked, "weights": weights_of(runtime.manifest), "calibration": study_digest(calibration)}
+        what = {**asked, "weights": weights_of(runtime.manifest), "calibration": digest(calibration)}
         path = args.scratch / f"{digest(what)[:16]}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         done: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []

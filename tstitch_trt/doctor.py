@@ -11,10 +11,10 @@ import msgspec
 from tstitch_engines.errors import TStitchError
 from tstitch_trt.study.machine import Machine, describe_machine, gpu_names, package_version
 
-__all__ = ["Check", "Examination", "examine"]
+__all__ = ["Examination", "Finding", "examine"]
 
 
-class Check(msgspec.Struct, frozen=True, kw_only=True):
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One finding. ``ok`` false means that something can't be done here; ``hint`` then says how to mend it."""
 
     group: str
@@ -29,7 +29,7 @@ class Examination(msgspec.Struct, frozen=True, kw_only=True):
 
     usable: bool
     machine: Machine
-    checks: tuple[Check, ...]
+    checks: tuple[Finding, ...]
 
 
 _GPU = 'needed only for an NVIDIA GPU: pip uninstall onnxruntime && pip install "tstitch-trt[gpu]"'
@@ -61,11 +61,11 @@ def examine() -> Examination:
     return Examination(usable=usable, machine=describe_machine(), checks=checks)
 
 
-def _check(group: str, name: str, ok: bool, detail: str, hint: str = "") -> Check:
-    return Check(group=group, name=name, ok=ok, detail=detail, hint="" if ok else hint)
+def _check(group: str, name: str, ok: bool, detail: str, hint: str = "") -> Finding:
+    return Finding(group=group, name=name, ok=ok, detail=detail, hint="" if ok else hint)
 
 
-def _packages() -> Iterator[Check]:
+def _packages() -> Iterator[Finding]:
     python = ".".join(map(str, sys.version_info[:3]))
     modern = sys.version_info >= (3, 11)
     yield _check("python", "python", modern, f"{python} at {sys.executable}", "install Python 3.11 or newer")
@@ -82,7 +82,7 @@ def _packages() -> Iterator[Check]:
         )
 
 
-def _native() -> Iterator[Check]:
+def _native() -> Iterator[Finding]:
     def load_kernels() -> str:
         import tstitch_engines.device.host_kernels  # noqa: F401
 
@@ -93,7 +93,7 @@ def _native() -> Iterator[Check]:
     )
 
 
-def _cuda() -> Iterator[Check]:
+def _cuda() -> Iterator[Finding]:
     gpus = gpu_names()
     driver = "on a machine with an NVIDIA GPU install its driver; without one use --device cpu"
     yield _check("cuda", "gpu", bool(gpus), "; ".join(gpus) or "no NVIDIA driver answers", driver)
@@ -128,7 +128,7 @@ def _fatbin() -> str:
     return str(find_fatbin())
 
 
-def _backends() -> Iterator[Check]:
+def _backends() -> Iterator[Finding]:
     from tstitch_engines.backends import BACKENDS, open_backend
 
     for name in BACKENDS:
@@ -145,11 +145,11 @@ def _backends() -> Iterator[Check]:
             yield _attempt("backend", f"{name} on {device}", load, hint="see the findings above")
 
 
-def _attempt(group: str, name: str, examine: Callable[[], str], *, hint: str) -> Check:
+def _attempt(group: str, name: str, examine: Callable[[], str], *, hint: str) -> Finding:
     """``examine`` returns the detail, or raises: libraries fail to load with any exception."""
     try:
-        return Check(group=group, name=name, ok=True, detail=examine())
+        return Finding(group=group, name=name, ok=True, detail=examine())
     except TStitchError as error:
-        return Check(group=group, name=name, ok=False, detail=error.message, hint=error.hint)
+        return Finding(group=group, name=name, ok=False, detail=error.message, hint=error.hint)
     except Exception as error:
-        return Check(group=group, name=name, ok=False, detail=str(error) or type(error).__name__, hint=hint)
+        return Finding(group=group, name=name, ok=False, detail=str(error) or type(error).__name__, hint=hint)

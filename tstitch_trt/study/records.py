@@ -6,7 +6,7 @@ that a record of other weights is never used silently. Times are milliseconds; p
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
@@ -33,7 +33,6 @@ __all__ = [
     "StepCost",
     "Study",
     "StudyKind",
-    "kind_of",
 ]
 
 STUDY_SCHEMA: Final = 1
@@ -43,23 +42,23 @@ HIGHER_IS_BETTER: Final = ("precision", "recall", "accuracy", "psnr", "clip")
 METRICS: Final = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
 
 
+StudyKind = Literal["calibration", "divergence", "evaluation", "search"]
+
+
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
 
 
 class Study(_Record, frozen=True, kw_only=True):
-    """The fields of all studies. ``made``: when. ``command``: repeats the measurement."""
+    """The fields of all studies. ``made``: when. ``command``: repeats the measurement. ``kind``: its name in files."""
 
+    kind: ClassVar[StudyKind]
     schema: Annotated[int, msgspec.Meta(ge=1)] = STUDY_SCHEMA
     bundle: str
     weights: dict[str, str]
     machine: Machine
     command: str
     made: str
-
-    @property
-    def kind(self) -> StudyKind:
-        return kind_of(type(self))
 
 
 class Setting(_Record, frozen=True, kw_only=True):
@@ -145,6 +144,7 @@ class Calibration(Study, frozen=True, kw_only=True):
     over predicted time of single runs, the first of each slot; a budget is compared with ``predicted x upper_ratio``.
     """
 
+    kind = "calibration"
     backend: str
     device: str
     threads: int
@@ -198,6 +198,7 @@ class OrderTrial(_Record, frozen=True, kw_only=True):
 class Divergence(Study, frozen=True, kw_only=True):
     """``members``: each member's divergence from ``reference``, step by step. ``suggested``: a schedule, and why."""
 
+    kind = "divergence"
     reference: str
     steps: int
     solver: str
@@ -242,6 +243,7 @@ class Evaluation(Study, frozen=True, kw_only=True):
     too few samples for the features. ``key``: see ``evaluation_key``.
     """
 
+    kind = "evaluation"
     key: str = ""
     backend: str = ""
     device: str = ""
@@ -281,6 +283,7 @@ class SearchPoint(_Record, frozen=True, kw_only=True):
 class Search(Study, frozen=True, kw_only=True):
     """The Pareto set of cost and ``metric``. ``calibration``: the digest of the one that predicted the costs."""
 
+    kind = "search"
     metric: str
     batch: int
     samples: int
@@ -289,17 +292,3 @@ class Search(Study, frozen=True, kw_only=True):
     calibration: str
     points: tuple[SearchPoint, ...]
     notes: tuple[str, ...] = ()
-
-
-StudyKind = Literal["calibration", "divergence", "evaluation", "search"]
-KINDS: Final[dict[StudyKind, type[Study]]] = {
-    "calibration": Calibration,
-    "divergence": Divergence,
-    "evaluation": Evaluation,
-    "search": Search,
-}
-
-
-def kind_of(record: type[Study]) -> StudyKind:
-    """What a study is called in sentences and files."""
-    return next(kind for kind, known in KINDS.items() if known is record)

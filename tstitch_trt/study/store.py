@@ -17,14 +17,14 @@ import msgspec
 
 from tstitch_engines.bundle.bundle import STUDIES, Bundle
 from tstitch_engines.bundle.decode import DecodeError, convert
-from tstitch_engines.bundle.identity import digest, model_digest
+from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.files import atomic_file
 from tstitch_trt.study.machine import describe_machine
-from tstitch_trt.study.records import STUDY_SCHEMA, Study, kind_of
+from tstitch_trt.study.records import STUDY_SCHEMA, Study
 
-__all__ = ["differing_weights", "load_studies", "now", "provenance", "save_study", "study_digest", "weights_of"]
+__all__ = ["differing_weights", "load_studies", "now", "provenance", "save_study", "weights_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,17 +58,12 @@ def differing_weights(manifest: Manifest, study: Study) -> list[str]:
     return [name for name in {**study.weights, **here} if study.weights.get(name) != here.get(name)]
 
 
-def study_digest(study: Study) -> str:
-    return digest(study)
-
-
 def save_study(bundle: Bundle, study: Study, *, key: str = "") -> Path:
     """Writes ``study`` into the bundle, in place of the one of the same kind and ``key``. Returns the file.
 
     Raises ``BuildFailed`` where the bundle can't be written.
     """
-    kind = kind_of(type(study))
-    place = bundle.root / STUDIES / f"{kind}{f'-{key}' if key else ''}.json"
+    place = bundle.root / STUDIES / f"{study.kind}{f'-{key}' if key else ''}.json"
     try:
         place.parent.mkdir(exist_ok=True)
         with atomic_file(place) as file:
@@ -85,9 +80,8 @@ def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
 
     Raises ``BadBundle`` for a file that is damaged or of a newer version.
     """
-    kind = kind_of(record)
     folder = bundle.root / STUDIES
-    files = [folder / f"{kind}.json", *sorted(folder.glob(f"{kind}-*.json"))] if folder.is_dir() else []
+    files = [folder / f"{record.kind}.json", *sorted(folder.glob(f"{record.kind}-*.json"))] if folder.is_dir() else []
     found = [_read(path, record) for path in files if path.is_file()]
     return sorted(found, key=lambda study: study.made, reverse=True)
 

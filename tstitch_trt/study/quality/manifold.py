@@ -69,20 +69,18 @@ class Manifold:
         return np.concatenate(inside)
 
 
-def recall_halves(
-    features: NDArray[Any], reference: NDArray[Any], *, halves: int, seed: int, neighbours: int = NEIGHBOURS
-) -> NDArray[np.float64]:
-    """The recall of ``halves`` random halves of ``features [N,F]``, float64 ``[halves]``.
+def recall_halves(features: NDArray[Any], reference: NDArray[Any], *, halves: int) -> NDArray[np.float64]:
+    """The recall of ``halves`` random halves of ``features [N,F]``, always the same, float64 ``[halves]``.
 
     A bootstrap draws samples twice, and copies have no distance, so the balls would shrink. Halves have no copies, and
     the variance over them is that of the whole (the delete-half jackknife: Shao and Wu, 1989).
     """
     own, across = squared_distances(features, features), squared_distances(reference, features)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     radii = np.full((halves, len(features)), -1, np.float32)
     for row in radii:
         chosen = np.sort(rng.permutation(len(features))[: len(features) // 2])
-        row[chosen] = _radii(own[np.ix_(chosen, chosen)], neighbours)
+        row[chosen] = _radii(own[np.ix_(chosen, chosen)], NEIGHBOURS)
     real, drawn = np.nonzero(across <= radii.max(0))  # the few pairs that are near enough in any half
     near = across[real, drawn]
     found = [np.bincount(real[near <= row[drawn]], minlength=len(reference)) > 0 for row in radii]

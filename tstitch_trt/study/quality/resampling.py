@@ -23,12 +23,12 @@ RESAMPLES: Final = 200
 _QUANTILES_FROM = 100  # with fewer resamples their outer quantiles are noise: the normal's are used
 
 
-def bootstrap_counts(count: int, resamples: int, *, seed: int = 0) -> NDArray[np.int64]:
+def bootstrap_counts(count: int, resamples: int) -> NDArray[np.int64]:
     """How often each resample holds each of ``count`` samples, ``[resamples, count]``; rows add up to ``count``.
 
-    The same for the same ``seed``, so that samples from equal seeds are resampled alike.
+    Always the same, so that samples from equal seeds are resampled alike.
     """
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,27 +47,27 @@ class Estimate:
         return self.measure.value - other.measure.value, float(difference.std(ddof=1))
 
 
-def estimate(value: float, resampled: NDArray[np.float64], *, level: float = LEVEL) -> Estimate:
+def estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
     """``value`` with the spread of its resamples ``[R]``, R >= 2, about it."""
     deviations = resampled - resampled.mean()
     std = float(resampled.std(ddof=1))
     if len(resampled) < _QUANTILES_FROM:
-        high = NormalDist().inv_cdf((1 + level) / 2) * std
+        high = NormalDist().inv_cdf((1 + LEVEL) / 2) * std
         low = -high
     else:
-        low, high = map(float, np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2]))
+        low, high = map(float, np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     return Estimate(Measure(value=value, low=value + low, high=value + high, std=std), deviations)
 
 
-def estimate_mean(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Estimate:
+def estimate_mean(values: NDArray[Any], resamples: int) -> Estimate:
     """The mean of one value per sample, ``[N]``."""
     numbers = values.astype(np.float64)
-    counts = bootstrap_counts(len(numbers), resamples, seed=seed)
-    return estimate(float(numbers.mean()), counts @ numbers / len(numbers), level=level)
+    counts = bootstrap_counts(len(numbers), resamples)
+    return estimate(float(numbers.mean()), counts @ numbers / len(numbers))
 
 
-def estimate_median(values: NDArray[Any], *, resamples: int, level: float = LEVEL, seed: int = 0) -> Estimate:
+def estimate_median(values: NDArray[Any], resamples: int) -> Estimate:
     """The median of one value per sample, ``[N]``."""
     numbers = values.astype(np.float64)
-    chosen = np.random.default_rng(seed).integers(0, len(numbers), (resamples, len(numbers)))
-    return estimate(float(np.median(numbers)), np.median(numbers[chosen], axis=1), level=level)
+    chosen = np.random.default_rng(0).integers(0, len(numbers), (resamples, len(numbers)))
+    return estimate(float(np.median(numbers)), np.median(numbers[chosen], axis=1))

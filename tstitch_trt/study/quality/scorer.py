@@ -9,11 +9,12 @@ Extraction and measuring are separate: features are small, so they can be stored
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,6 @@ from tstitch_trt.study.quality.network import FeatureNetwork, NetworkOptions
 from tstitch_trt.study.quality.pairs import Lpips, decibels, squared_errors
 from tstitch_trt.study.quality.real_images import MOST, Reference, read_reference, thinned
 from tstitch_trt.study.quality.resampling import (
-    LEVEL,
     RESAMPLES,
     Estimate,
     bootstrap_counts,
@@ -38,25 +38,16 @@ from tstitch_trt.study.quality.resampling import (
     estimate_mean,
     estimate_median,
 )
-from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Measure
+from tstitch_trt.study.records import METRICS, Measure
 from tstitch_trt.study.statistics import compare_rows
 
 __all__ = ["Features", "Samples", "Scorer", "check_metrics", "join"]
 
 Features = dict[str, NDArray[Any]]
-"""What metrics need of N pictures: arrays ``[N,...]`` by the names in ``_FEATURES``."""
+"""What metrics need of N pictures: arrays ``[N,...]`` by the names in ``_METRICS``."""
 
 _BY_NETWORK: Final = ("fid", "kid", "precision", "recall")
-_FEATURES: Final = {
-    **dict.fromkeys(_BY_NETWORK, "features"),
-    "accuracy": "correct",
-    "psnr": "squared_error",
-    "lpips": "lpips",
-    "clip": "clip",
-    "latent_error": "latent_error",
-}
 _PAIRED: Final = ("squared_error", "lpips", "latent_error")  # features of two pictures from one seed
-_SHARES: Final = ("precision", "recall", "accuracy")
 _EASY_WIDTH: Final = 256  # with more features one resample of the Fréchet distance takes seconds
 _LEAST_RESAMPLES: Final = 10
 _RECALL_HALVES: Final = 100
@@ -86,25 +77,16 @@ def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name in metrics)
 
 
+@dataclass(frozen=True, eq=False)
 class Scorer:
-    """One or several metrics of one bundle. Made by ``Scorer.of``."""
+    """One or several metrics of one bundle, and the networks that they need. Made by ``Scorer.of``."""
 
-    def __init__(
-        self,
-        metrics: tuple[str, ...],
-        *,
-        network: FeatureNetwork | None = None,
-        reference: Reference | None = None,
-        classifier: FeatureNetwork | None = None,
-        lpips: Lpips | None = None,
-        clip: Any = None,
-    ) -> None:
-        self.metrics = metrics
-        self.network = network
-        self.reference = reference
-        self._classifier = classifier
-        self._lpips = lpips
-        self._clip = clip
+    metrics: tuple[str, ...]
+    network: FeatureNetwork | None = None
+    reference: Reference | None = None
+    classifier: FeatureNetwork | None = None
+    lpips: Lpips | None = None
+    clip: Clip | None = None
 
     @staticmethod
     def of(
@@ -184,14 +166,10 @@ class Scorer:
         """The only, or the first, of the metrics."""
         return self.metrics[0]
 
-    def better(self, a: float, b: float, metric: str | None = None) -> bool:
-        """Whether the value ``a`` is better than ``b``."""
-        return a > b if (metric or self.metric) in HIGHER_IS_BETTER else a < b
-
     @property
     def paired(self) -> bool:
         """Whether a metric compares with the large member alone, so that ``extract`` needs ``against``."""
-        return any(_FEATURES[name] in _PAIRED for name in self.metrics)
+        return any(_METRICS[name].feature in _PAIRED for name in self.metrics)
 
     def sources(self, reference: Any = None) -> dict[str, str]:
         """The features that ``extract`` finds, each with a digest of all that decides it beside the pictures.
@@ -200,11 +178,11 @@ class Scorer:
         """
         networks: dict[str, Any] = {
             "features": None if self.network is None else self.network.identity,
-            "correct": None if self._classifier is None else self._classifier.identity,
-            "lpips": None if self._lpips is None else self._lpips.sha256,
-            "clip": None if self._clip is None else self._clip.sha256,
+            "correct": None if self.classifier is None else self.classifier.identity,
+            "lpips": None if self.lpips is None else self.lpips.sha256,
+            "clip": None if self.clip is None else self.clip.sha256,
         }
-        found = {name: digest(networks.get(name)) for name in dict.fromkeys(_FEATURES[m] for m in self.metrics)}
+        found = {name: digest(networks.get(name)) for name in dict.fromkeys(_METRICS[m].feature for m in self.metrics)}
         if reference is None:
             return found
         return {name: digest([text, reference]) if name in _PAIRED else text for name, text in found.items()}
@@ -235,14 +213,15 @@ class Scorer:
         if "correct" in wanted:
             if labels is None:
                 raise BadInput("accuracy needs the labels that the pictures were asked for", hint="pass labels=")
-            classifier: Any = self._classifier
+            classifier: Any = self.classifier
             if classifier is not network or logits is None:
                 _, logits = classifier.extract(pixels)
             found["correct"] = logits.argmax(1) == np.asarray(labels)
         if "clip" in wanted:
             if prompts is None:
                 raise BadInput("clip needs the prompts that the pictures were asked for", hint="pass prompts=")
-            found["clip"] = self._clip(pixels, prompts)
+            assert self.clip is not None
+            found["clip"] = self.clip(pixels, prompts)
         if not set(_PAIRED) & set(wanted):
             return found
         if against is None:
@@ -253,58 +232,50 @@ class Scorer:
         if "squared_error" in wanted:
             found["squared_error"] = squared_errors(pixels, others)
         if "lpips" in wanted:
-            assert self._lpips is not None
-            found["lpips"] = self._lpips(pixels, others)
+            assert self.lpips is not None
+            found["lpips"] = self.lpips(pixels, others)
         if "latent_error" in wanted:
             if latents is None:
                 raise BadInput("latent_error compares latents", hint="pass latents=")
             found["latent_error"] = compare_rows(latents, against.latents)[1]
         return found
 
-    def measure(
-        self, features: Features, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
-    ) -> Measure:
+    def measure(self, features: Features, metric: str | None = None, *, resamples: int = RESAMPLES) -> Measure:
         """The value and interval of ``metric`` (by default the first). Raises ``BadInput`` for too few samples."""
-        return self.estimate(features, metric, resamples=resamples, level=level).measure
+        return self.estimate(features, metric, resamples=resamples).measure
 
-    def estimate(
-        self, features: Features, metric: str | None = None, *, resamples: int = RESAMPLES, level: float = LEVEL
-    ) -> Estimate:
+    def estimate(self, features: Features, metric: str | None = None, *, resamples: int = RESAMPLES) -> Estimate:
         """The same with its resamples, for comparison with as many samples from the same seeds."""
         name = metric or self.metric
         if name not in self.metrics:
             raise unknown_name("metric", name, self.metrics)
-        found = _ESTIMATES[name](self, features[_FEATURES[name]], resamples, level)
-        if name not in (*_SHARES, "fid", "lpips", "latent_error"):
-            return found
-        m, top = found.measure, 1.0 if name in _SHARES else np.inf
-        bounded = Measure(value=m.value, low=max(m.low, 0.0), high=float(min(m.high, top)), std=m.std)
+        kind = _METRICS[name]
+        found = kind.estimate(self, features[kind.feature], resamples)
+        m = found.measure
+        bounded = Measure(value=m.value, low=max(m.low, kind.least), high=min(m.high, kind.most), std=m.std)
         return Estimate(bounded, found.deviations)
 
-    def measures(self, features: Features, *, resamples: int = RESAMPLES, level: float = LEVEL) -> dict[str, Measure]:
+    def measures(self, features: Features, *, resamples: int = RESAMPLES) -> dict[str, Measure]:
         """All metrics but a psnr that is infinite because all pictures are equal."""
-        found = {name: self.measure(features, name, resamples=resamples, level=level) for name in self.metrics}
+        found = {name: self.measure(features, name, resamples=resamples) for name in self.metrics}
         return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
 
-    def _fid(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
+    def _fid(self, features: NDArray[np.float32], resamples: int) -> Estimate:
         width = features.shape[1]
         if width > _EASY_WIDTH:
             resamples = max(_LEAST_RESAMPLES, int(resamples * (_EASY_WIDTH / width) ** 2))
         counts = bootstrap_counts(len(features), resamples)
-        return estimate(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts), level=level)
+        return estimate(self._frechet(gaussian_of(features)), self._frechet.resampled(features, counts))
 
-    def _kid(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
+    def _kid(self, features: NDArray[np.float32], resamples: int) -> Estimate:
         features = thinned(features)
         counts = bootstrap_counts(len(features), resamples)
-        return estimate(self._kernel(features), self._kernel.resampled(features, counts), level=level)
+        return estimate(self._kernel(features), self._kernel.resampled(features, counts))
 
-    def _mean(self, values: NDArray[Any], resamples: int, level: float) -> Estimate:
-        return estimate_mean(values, resamples=resamples, level=level)
+    def _precision(self, features: NDArray[np.float32], resamples: int) -> Estimate:
+        return estimate_mean(self._manifold.holds(thinned(features)), resamples)
 
-    def _precision(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
-        return self._mean(self._manifold.holds(thinned(features)), resamples, level)
-
-    def _recall(self, features: NDArray[np.float32], resamples: int, level: float) -> Estimate:
+    def _recall(self, features: NDArray[np.float32], resamples: int) -> Estimate:
         features, real = thinned(features), self._real
         value = float(Manifold(features).holds(real).mean())
         if len(features) < 2 * (NEIGHBOURS + 1):
@@ -313,17 +284,16 @@ class Scorer:
                 "more",
                 hint="draw more: --samples",
             )
-        halves = recall_halves(features, real, halves=min(resamples, _RECALL_HALVES), seed=0)
-        return estimate(value, halves, level=level)
+        return estimate(value, recall_halves(features, real, halves=min(resamples, _RECALL_HALVES)))
 
-    def _psnr(self, errors: NDArray[np.float64], resamples: int, level: float) -> Estimate:
+    def _psnr(self, errors: NDArray[np.float64], resamples: int) -> Estimate:
         mean = float(errors.mean())
         if mean == 0:
             return Estimate(Measure(value=np.inf, low=np.inf, high=np.inf, std=0.0), np.zeros(resamples))
         counts = bootstrap_counts(len(errors), resamples)
         least = errors[errors > 0].min() / len(errors)  # a resample of equal pairs alone would be infinite
         means = np.maximum(counts @ errors / len(errors), least)
-        return estimate(float(decibels(mean)), decibels(means), level=level)
+        return estimate(float(decibels(mean)), decibels(means))
 
     @cached_property
     def _frechet(self) -> FrechetTo:
@@ -419,12 +389,27 @@ def _check_clip(manifest: Manifest, clip: Path | None) -> None:
         )
 
 
-_ESTIMATES: Final[dict[str, Callable[[Scorer, Any, int, float], Estimate]]] = {
-    "fid": Scorer._fid,
-    "kid": Scorer._kid,
-    "precision": Scorer._precision,
-    "recall": Scorer._recall,
-    "psnr": Scorer._psnr,
-    "latent_error": lambda _, values, resamples, level: estimate_median(values, resamples=resamples, level=level),
-    **dict.fromkeys(("accuracy", "lpips", "clip"), Scorer._mean),
+class _Metric(NamedTuple):
+    """``feature``: what it is computed from. ``least``, ``most``: no interval reaches beyond them."""
+
+    feature: str
+    estimate: Callable[[Scorer, NDArray[Any], int], Estimate]
+    least: float = -math.inf
+    most: float = math.inf
+
+
+def _mean(_: Scorer, values: NDArray[Any], resamples: int) -> Estimate:
+    return estimate_mean(values, resamples)
+
+
+_METRICS: Final = {
+    "fid": _Metric("features", Scorer._fid, 0.0),
+    "kid": _Metric("features", Scorer._kid),
+    "precision": _Metric("features", Scorer._precision, 0.0, 1.0),
+    "recall": _Metric("features", Scorer._recall, 0.0, 1.0),
+    "accuracy": _Metric("correct", _mean, 0.0, 1.0),
+    "psnr": _Metric("squared_error", Scorer._psnr),
+    "lpips": _Metric("lpips", _mean, 0.0),
+    "clip": _Metric("clip", _mean),
+    "latent_error": _Metric("latent_error", lambda _, values, resamples: estimate_median(values, resamples), 0.0),
 }

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput
 from tstitch_engines.progress import Progress, silent
@@ -24,7 +25,7 @@ from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchP
 from tstitch_trt.study.search.candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
 from tstitch_trt.study.search.racing import Race, front, race, rounds
 from tstitch_trt.study.settings import plan_of
-from tstitch_trt.study.store import provenance, study_digest
+from tstitch_trt.study.store import provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -130,7 +131,7 @@ def search(
         samples=raced.samples,
         seed=seed,
         prompts=images.prompts,
-        calibration=study_digest(calibration),
+        calibration=digest(calibration),
         points=_points(field, costs, raced, higher=higher),
         notes=(
             *scorer.notes(raced.samples),

@@ -193,9 +193,7 @@ def test_a_scorer_for_a_search(place: Path) -> None:
     whole = scorer.measure(scorer.extract(images))
     assert scorer.measure(seen).value == pytest.approx(whole.value, rel=1e-5)
     assert whole.low <= whole.value <= whole.high
-    assert scorer.better(1.0, 2.0)
     assert not scorer.paired
-    assert Scorer.of(open_bundle(place), metric="psnr").better(30.0, 20.0)
 
 
 def test_psnr_of_pairs_that_are_mostly_equal_has_a_finite_interval() -> None:

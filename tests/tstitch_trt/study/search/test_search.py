@@ -17,6 +17,7 @@ import tstitch_trt
 from support.command import Command, refused
 from support.studies import calibration, overhead, step_cost
 from support.tiny import TinyPair
+from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, NotCalibrated
 from tstitch_trt import Runtime
 from tstitch_trt.study.budget import Conditions, predict_ms
@@ -26,7 +27,7 @@ from tstitch_trt.study.records import Search, SearchPoint
 from tstitch_trt.study.search.racing import front
 from tstitch_trt.study.search.search import search, usual_metric
 from tstitch_trt.study.settings import options_of
-from tstitch_trt.study.store import load_studies, save_study, study_digest, weights_of
+from tstitch_trt.study.store import load_studies, save_study, weights_of
 
 SMALL: dict[str, Any] = {"steps": [4, 2], "samples": 20, "fractions": (0.5,), "seed": 3}
 
@@ -89,7 +90,7 @@ def test_points_are_what_plain_sampling_gives(runtime: Runtime, tmp_path: Path) 
 
     reference = latents(steps=4, solver="ddim", schedule="large", guidance=1.0)
     (known,) = load_studies(runtime.bundle, type(calibration()))
-    assert study.calibration == study_digest(known)
+    assert study.calibration == digest(known)
     assert len(study.points) == 2 * (4 + 3)  # of 2 steps there is no large-small-large
     for point in study.points:
         found = latents(**options_of(point.setting).explicit())[: point.samples]
