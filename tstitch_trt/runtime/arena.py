@@ -166,9 +166,11 @@ class LaneArena:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Puts back at the end of a ``with`` block all that the lanes hold now. Allocates for that time."""
-        buffers = self.buffers if self._inpainting is None else self._inpainting
-        held = [*(buffer for _, buffer in buffers.items()), self._slab.block]
+        """Puts back at the end of a ``with`` block what the lanes hold now, without inpainting, which no step changes.
+
+        Allocates for that time.
+        """
+        held = [*(buffer for _, buffer in self.buffers.items()), self._slab.block]
         copies = [self._device.empty(buffer.shape, buffer.dtype) for buffer in held]
         for copy, buffer in zip(copies, held, strict=True):
             self._device.copy(copy, buffer)

@@ -17,6 +17,7 @@ import pytest
 
 import tstitch_trt
 from support.cuda_stand_in import Machine, install
+from support.lanes import CLASSES, run, solo
 from support.tiny import TinyPair
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import open_bundle
@@ -286,6 +287,21 @@ def test_recording_disturbs_no_request(load: Load, cpu: Runtime, machine: Machin
     ours = gpu.sample(n=13, steps=3, fraction=0.5, guidance=2.0)
     assert machine.recorded == 4  # 4 lanes, and 1
     assert close(ours.latents, cpu.sample(n=13, steps=3, fraction=0.5, guidance=2.0).latents)
+
+
+def test_lanes_in_mid_flight_survive_recording(
+    load: Load, cpu: Runtime, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of step is recorded when a lane first has it next, while the lanes before are in mid-flight."""
+    made = dict(zip((2, 0, 3, 1, 6, 4), (solo(cpu, asked, monkeypatch) for asked in CLASSES), strict=True))
+    stepper = load()._stepper
+    programs = {slot: program for slot, (program, _) in made.items()}
+    for first in (0, 2):
+        recorded = machine.recorded
+        found = run(stepper, programs, {slot: first + 2 * i for i, slot in enumerate(programs)}, alone=False)
+        for slot, (_, want) in made.items():
+            assert close(found[slot], want), slot
+    assert 0 < recorded == machine.recorded  # the second time every step is a replay
 
 
 class Tensor:
