@@ -99,6 +99,7 @@ class Loras:
     # --- how
 
     def _read(self, name: str, files: LoraFiles) -> _Active:
+        from tstitch_export.families.base import LoraTarget
         from tstitch_export.families.lora.fuse import describe_loras, lora_deltas
 
         uses = _uses(files)
@@ -110,10 +111,10 @@ class Loras:
         self._refittable(name)
         weights = self._open(name).map
         shapes = {key: weight.shape for key, weight in weights.weights.items()}
+        target = LoraTarget(part=weights.part, shapes=shapes, aliases=weights.aliases)
         found: dict[str, list[Delta]] = {}
         for use in uses:
-            model = f"{name} of {self._bundle.root.name}"
-            deltas = lora_deltas(use, shapes, model=model, part=weights.part, aliases=weights.aliases)
+            deltas = lora_deltas(use, target, model=f"{name} of {self._bundle.root.name}")
             _log.log(
                 logging.INFO if deltas else logging.WARNING,
                 *("%s: %d layers for the %s %s", use.path.name, len(deltas), weights.part.replace("_", " "), name),

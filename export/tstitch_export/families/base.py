@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -46,9 +46,9 @@ class LoraTarget:
     ``aliases`` are other spellings of the module names; ``prefix`` is where those modules are in the loaded model.
     """
 
-    part: str
+    part: str = "unet"
     shapes: Mapping[str, tuple[int, ...]]
-    aliases: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
 
 

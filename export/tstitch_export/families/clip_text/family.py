@@ -5,7 +5,7 @@ Read from a ``text_encoder`` folder of transformers, a pipeline folder, or the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -76,9 +76,7 @@ class ClipTextFamily(Family):
         loras = parse_loras(str(options.get("lora") or ""))
         if not loras:
             return found
-        pieces, shapes = _pieces(found)
-        whole = {name: piece.shape(shapes) for name, piece in pieces.items()}
-        check_loras(loras, whole, model=path.name, part=str(config["part"]), aliases=_aliases(whole))
+        check_loras(loras, self.lora_target(found), model=path.name)
         return replace(
             found,
             files=(*found.files[:1], *(use.path for use in loras), *found.files[1:]),  # the weights stay the last
@@ -114,8 +112,8 @@ class ClipTextFamily(Family):
         # A LoRA may have layers that nothing reads: those above the hidden state that is taken.
         names = pieces if inspection.loras else wanted
         state = {name: pieces[name].tensor(stored).float().contiguous() for name in names}
-        part = str(inspection.config["part"])
-        fuse(state, inspection.loras, model=weights.name, part=part, aliases=_aliases(state))
+        if inspection.loras:
+            fuse(state, inspection.loras, self.lora_target(inspection), model=weights.name)
         return fill(make, {name: state[name] for name in wanted}, name=weights.name)
 
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
@@ -146,7 +144,10 @@ class ClipTextFamily(Family):
     def lora_target(self, inspection: Inspection) -> LoraTarget:
         pieces, stored = _pieces(inspection)
         shapes = {name: piece.shape(stored) for name, piece in pieces.items()}
-        return LoraTarget(part=str(inspection.config["part"]), shapes=shapes, aliases=_aliases(shapes))
+        # As LoRAs spell the modules, after transformers' classes before version 5
+        modules = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
+        aliases = {f"text_model.{module}": module for module in modules}
+        return LoraTarget(part=str(inspection.config["part"]), shapes=shapes, aliases=aliases)
 
     def assets(self, inspection: Inspection, folder: Path) -> Mapping[str, Path]:
         path = folder / "tokenizer.json"
@@ -306,9 +307,3 @@ def _pieces(inspection: Inspection) -> tuple[dict[str, Piece], Shapes]:
     shapes = read_checkpoint(inspection.files[-1]).shapes
     prefix, is_open = str(inspection.config.get("prefix", "")), bool(inspection.config.get("open", False))
     return name_pieces(shapes, prefix=prefix, is_open=is_open), shapes
-
-
-def _aliases(names: Iterable[str]) -> dict[str, str]:
-    """The modules as LoRAs spell them, after transformers' classes before version 5."""
-    modules = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-    return {f"text_model.{module}": module for module in modules}

@@ -9,22 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from tstitch_engines.bundle.manifest import Precision, TextInputs
+from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Inspection, Role, Scalar
 from tstitch_export.families.controlnet.layout import control_config, control_names
 from tstitch_export.families.unet.config import UNetConfig
-from tstitch_export.families.unet.family import (
-    TextConditioned,
-    UNetInspection,
-    config_of,
-    residual_specs,
-    residual_text,
-)
-from tstitch_export.families.unet.sdxl import sdxl_text
+from tstitch_export.families.unet.family import TextConditioned, UNetInspection, config_of, described, residual_specs
 from tstitch_export.families.unet.source import Source, read_diffusers
+from tstitch_export.families.unet.text import text_inputs
 from tstitch_export.needs import require
 
 if TYPE_CHECKING:
@@ -34,7 +28,6 @@ __all__ = ["ControlNetFamily", "residuals_fit"]
 
 _CLASS: Final = "ControlNetModel"
 _SINGLE: Final = "single-file"
-_NATIVE: Final = {"sd": 64, "sdxl": 128}  # a ControlNet does not state the size it was trained at
 
 
 class ControlNetFamily(TextConditioned):
@@ -56,28 +49,17 @@ class ControlNetFamily(TextConditioned):
                 f"{path} is a ControlNet of an unknown kind: {problem}",
                 hint="give one for Stable Diffusion or SDXL that takes an RGB picture and is not pooled",
             )
-        assert config.width is not None, "checked with the kind"
-        text = TextInputs(hidden=("text_encoder",), width=config.width)
-        if config.kind == "sdxl":
-            text = sdxl_text(source, config)
-        side = _NATIVE[config.kind]
         return UNetInspection(
             family=self.name,
             layout=source.layout,
             path=source.path,
             files=(*source.described, *source.weights),
             config={
-                "model": f"ControlNet for {'Stable Diffusion' if config.kind == 'sd' else 'SDXL'}",
-                "parameters": source.parameters,
-                "channels": ",".join(map(str, config.channels)),
-                "layers": ",".join(map(str, config.layers)),
-                "text_width": config.width,
-                "multiple": config.multiple,
+                **described(source, config, f"ControlNet for {'Stable Diffusion' if config.kind == 'sd' else 'SDXL'}"),
                 "factor": _factor(config),
-                "residuals": residual_text(config),
             },
-            latent=(int(config["in_channels"]), side, side),
-            text=text,
+            latent=(int(config["in_channels"]), *config.native),
+            text=text_inputs(source, config),
             packages=("diffusers",),
             unet=config,
             weights=source.weights,

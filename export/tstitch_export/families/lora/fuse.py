@@ -23,7 +23,7 @@ from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import read_json
 from tstitch_export.checkpoint.signatures import Shapes
-from tstitch_export.families.base import LoraUse
+from tstitch_export.families.base import LoraTarget, LoraUse
 from tstitch_export.families.lora.keys import LoraLayer, lora_layers, lora_looks_like
 
 if TYPE_CHECKING:
@@ -64,61 +64,48 @@ def describe_loras(uses: Sequence[LoraUse]) -> str:
     return ",".join(f"{use.path.name}:{use.weight:g}" for use in uses)
 
 
-def check_loras(
-    uses: Sequence[LoraUse], shapes: Shapes, *, model: str, part: str = "unet", aliases: Mapping[str, str] | None = None
-) -> None:
-    """Raises ``BadCheckpoint`` unless every layer that a file has for ``part`` fits a module of the model.
+def check_loras(uses: Sequence[LoraUse], target: LoraTarget, *, model: str) -> None:
+    """Raises ``BadCheckpoint`` unless every layer that a file has for the part ``target`` fits a module of ``model``.
 
-    ``shapes`` are those of the model's state dict; ``aliases`` are other spellings of its module names. A file must
-    have something for the UNet; for a text encoder it may have nothing.
+    A file must have something for the UNet; for a text encoder it may have nothing.
     """
     for use in uses:
-        layers = _matched(use, shapes, model, part, aliases or {})
+        layers = _matched(use, target, model)
         parts = {layer.part for layer in lora_layers(use.path, read_checkpoint(use.path).shapes)}
         _log.log(
             logging.INFO if layers else logging.WARNING,
             "%s: %d layers for the %s of %s",
-            *(use.path.name, len(layers), part.replace("_", " "), model),
+            *(use.path.name, len(layers), target.part.replace("_", " "), model),
         )
-        for other in sorted(parts - {"unet"}) if part == "unet" else ():
+        for other in sorted(parts - {"unet"}) if target.part == "unet" else ():
             _log.warning(
                 "%s has layers for the %s too, which are fused only where that part is given them: --lora %s=%s:%g",
                 *(use.path.name, other.replace("_", " "), other, use.path, use.weight),
             )
 
 
-def fuse(
-    state: dict[str, Tensor],
-    uses: Sequence[LoraUse],
-    *,
-    model: str,
-    part: str = "unet",
-    aliases: Mapping[str, str] | None = None,
-) -> None:
-    """Adds the LoRAs to the weights in ``state``, in float32. Raises what ``check_loras`` does."""
+def fuse(state: dict[str, Tensor], uses: Sequence[LoraUse], target: LoraTarget, *, model: str) -> None:
+    """Adds the LoRAs to the weights ``state`` of ``target``, in float32. Raises what ``check_loras`` does."""
     import torch
 
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     for use in uses:
-        for key, delta in lora_deltas(use, shapes, model=model, part=part, aliases=aliases):
+        for key, delta in lora_deltas(use, target, model=model):
             state[key] = state[key].float() + torch.from_numpy(delta())
 
 
-def lora_deltas(
-    use: LoraUse, shapes: Shapes, *, model: str, part: str = "unet", aliases: Mapping[str, str] | None = None
-) -> list[tuple[str, Delta]]:
-    """What a file adds to the weights: their keys in ``shapes``, and functions that compute it, float32. No torch.
+def lora_deltas(use: LoraUse, target: LoraTarget, *, model: str) -> list[tuple[str, Delta]]:
+    """What a file adds to the weights: their keys in the state dict, and functions that compute it, float32. No torch.
 
     A key comes twice where the file has two layers for it. Raises what ``check_loras`` does.
     """
-    matched = _matched(use, shapes, model, part, aliases or {})
+    matched = _matched(use, target, model)
     arrays = read_checkpoint(use.path).arrays()
-    settings = _settings(use.path, part)
+    settings = _settings(use.path, target.part)
 
     def delta(layer: LoraLayer, module: str) -> NDArray[np.float32]:
         pieces = {piece: arrays[key]().astype(np.float32) for piece, key in layer.keys.items()}
         scale = np.float32(use.weight * _scale(pieces, module, settings))
-        return scale * _product(pieces).reshape(shapes[f"{module}.weight"])
+        return scale * _product(pieces).reshape(target.shapes[f"{module}.weight"])
 
     return [(f"{module}.weight", partial(delta, layer, module)) for layer, module in matched]
 
@@ -143,13 +130,11 @@ def _scale(pieces: Mapping[str, NDArray[np.float32]], module: str, settings: Map
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _matched(
-    use: LoraUse, shapes: Shapes, model: str, part: str, aliases: Mapping[str, str]
-) -> list[tuple[LoraLayer, str]]:
-    stored = read_checkpoint(use.path).shapes
+def _matched(use: LoraUse, target: LoraTarget, model: str) -> list[tuple[LoraLayer, str]]:
+    shapes, part, stored = target.shapes, target.part, read_checkpoint(use.path).shapes
     layers = lora_layers(use.path, stored)
     wanted = [layer for layer in layers if layer.part == part]
-    modules = {_spelt(alias): module for alias, module in aliases.items()}
+    modules = {_spelt(alias): module for alias, module in target.aliases.items()}
     modules |= {_spelt(key[: -len(".weight")]): key[: -len(".weight")] for key in shapes if key.endswith(".weight")}
     found, problem = [], None
     for layer in wanted:

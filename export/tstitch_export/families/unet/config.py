@@ -68,11 +68,11 @@ class UNetConfig:
         return int(2 ** (len(self.channels) - 1))
 
     @property
-    def native(self) -> tuple[int, int] | None:
-        """Height and width it was trained at, where it says so."""
+    def native(self) -> tuple[int, int]:
+        """Height and width it was trained at; the usual ones of its kind where it does not say, as a ControlNet."""
         size = self.raw.get("sample_size")
         if size is None:
-            return None
+            size = 64 if self.kind == "sd" else 128
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
 
@@ -81,11 +81,6 @@ class UNetConfig:
         """Width of the text embeddings; ``None`` where its levels want different ones."""
         found = set(flat(self["cross_attention_dim"]))
         return found.pop() if len(found) == 1 else None
-
-    @property
-    def pooled_and_time(self) -> tuple[int, int]:
-        """Width of the projection that ``text_time`` takes, and of one embedded number."""
-        return int(self.raw["projection_class_embeddings_input_dim"]), int(self.raw["addition_time_embed_dim"])
 
     @property
     def residuals(self) -> tuple[tuple[int, int], ...]:

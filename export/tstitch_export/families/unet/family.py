@@ -1,27 +1,36 @@
-"""What ``unet-sd`` and ``unet-sdxl`` share: a text-conditioned diffusers UNet with the member signature."""
+"""Families ``unet-sd`` and ``unet-sdxl``: text-conditioned diffusers UNets with the member signature."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from tstitch_engines.bundle.manifest import Precision, TextInputs
+from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.spec import TensorSpec
+from tstitch_export.checkpoint.signatures import Shapes
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, LoraTarget, Scalar
 from tstitch_export.families.lora.fuse import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
-from tstitch_export.families.unet.config import CLASS, Kind, UNetConfig, published_name
+from tstitch_export.families.unet.config import CLASS, UNetConfig, published_name
 from tstitch_export.families.unet.layout import module_names
 from tstitch_export.families.unet.source import Source, read_state, read_unet
+from tstitch_export.families.unet.text import text_inputs
 from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TextConditioned", "UNetFamily", "UNetInspection", "config_of", "residual_specs", "residual_text"]
+__all__ = [
+    "SdxlFamily",
+    "StableDiffusionFamily",
+    "TextConditioned",
+    "UNetInspection",
+    "config_of",
+    "described",
+    "residual_specs",
+]
 
 TOKENS = 77  # of a prompt, as CLIP encodes it
 
@@ -57,10 +66,9 @@ class TextConditioned(Family):
         return {**sides, "T": Dim(native=TOKENS)}
 
 
-class UNetFamily(TextConditioned):
+class _UNetFamily(TextConditioned):
     """sample ``[B,C,H,W]``, timestep ``[B]``, ``encoder_hidden_states [B,T,D]`` and what else the UNet has."""
 
-    kind: ClassVar[Kind]
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
         "lora": LORA_OPTION,
         "controlled": (bool, "take the residuals of a ControlNet (the bundle needs the part controlnet)"),
@@ -68,46 +76,31 @@ class UNetFamily(TextConditioned):
 
     choices: ClassVar[frozenset[str]] = frozenset({"lora", "controlled"})
 
-    @abstractmethod
-    def text(self, source: Source, config: UNetConfig) -> TextInputs:
-        """How a prompt reaches it. Raises ``BadCheckpoint``."""
-
-    @abstractmethod
-    def native(self) -> int:
-        """The latent's usual side where the checkpoint does not state it."""
-
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
         source = read_unet(path)
         config = UNetConfig(source.config)
         self._expect_kind(path, config)
         channels, learned, inpaints = _channels(path, config)
         loras = parse_loras(str(options.get("lora") or ""))
-        check_loras(loras, source.shapes, model=path.name, aliases=_aliases(source.shapes, config))
-        height, width = config.native or (self.native(), self.native())
+        check_loras(loras, _lora_target(source.shapes, config), model=path.name)
+        height, width = config.native
         name = published_name(config)
         facts = source.facts
         controlled = bool(options.get("controlled"))
-        described: dict[str, Scalar] = {
-            "model": f"{name or 'UNet'}{', inpainting' if inpaints else ''}",
-            "parameters": source.parameters,
-            "channels": ",".join(map(str, config.channels)),
-            "layers": ",".join(map(str, config.layers)),
-            "transformer_layers": ",".join(map(str, config.depths)),
-            "text_width": config.width or 0,
-            "size": f"{height}x{width}",
-            "multiple": config.multiple,
-            "residuals": residual_text(config),
-        }
-        if controlled:
-            described["controlled"] = True
+        extra: dict[str, Scalar] = {"controlled": True} if controlled else {}
         if loras:
-            described["lora"] = describe_loras(loras)
+            extra["lora"] = describe_loras(loras)
         return UNetInspection(
             family=self.name,
             layout=source.layout,
             path=source.path,
             files=(*source.described, *(use.path for use in loras), *source.weights),
-            config=described,
+            config={
+                **described(source, config, f"{name or 'UNet'}{', inpainting' if inpaints else ''}"),
+                "transformer_layers": ",".join(map(str, config.depths)),
+                "size": f"{height}x{width}",
+                **extra,
+            },
             latent=(channels, height, width),
             learned_variance=learned,
             noise=facts.noise,
@@ -115,7 +108,7 @@ class UNetFamily(TextConditioned):
             scaling=facts.scaling,
             shift=facts.shift,
             scheduler=facts.scheduler,
-            text=self.text(source, config),
+            text=text_inputs(source, config),
             guidance_embedding=int(config["time_cond_proj_dim"] or 0),
             controlled=controlled,
             inpaints=inpaints,
@@ -135,7 +128,7 @@ class UNetFamily(TextConditioned):
         state = read_state(inspection.layout, inspection.weights, inspection.unet.raw)
         name = inspection.path.name
         if inspection.loras:
-            fuse(state, inspection.loras, model=name, aliases=_aliases(state, inspection.unet))
+            fuse(state, inspection.loras, self.lora_target(inspection), model=name)
         unet = assemble(getattr(diffusers, CLASS), inspection.unet.raw, state, name=name)
         return UNetMember(unet, [spec.name for spec in self.inputs(inspection, "fp32")[2:]]).eval()
 
@@ -155,11 +148,10 @@ class UNetFamily(TextConditioned):
         return (TensorSpec(name="model_output", dtype=TORCH_NAMES[precision], shape=("B", channels, "H", "W")),)
 
     def lora_target(self, inspection: Inspection) -> LoraTarget:
-        shapes = read_unet(inspection.path).shapes
-        return LoraTarget(part="unet", shapes=shapes, aliases=_aliases(shapes, config_of(inspection)), prefix="unet.")
+        return _lora_target(read_unet(inspection.path).shapes, config_of(inspection))
 
     def _expect_kind(self, path: Path, config: UNetConfig) -> None:
-        if config.kind == self.kind:
+        if self.name == f"unet-{config.kind}":
             return
         if config.unknown is not None:
             what = f"a UNet with conditioning that neither unet-sd nor unet-sdxl has ({config.unknown})"
@@ -168,6 +160,21 @@ class UNetFamily(TextConditioned):
             other = published_name(config) or f"a UNet of the family unet-{config.kind}"
             what, hint = other, f'use a recipe whose member has family = "unet-{config.kind}"'
         raise BadCheckpoint(f"{path} is no model of the family {self.name}: it looks like {what}", hint=hint)
+
+
+class StableDiffusionFamily(_UNetFamily):
+    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752) and every UNet that a prompt's hidden states alone condition.
+
+    BK-SDM (arXiv 2305.15798), inpainting with 9 channels, LCM with an embedded guidance scale (arXiv 2310.04378).
+    """
+
+    name = "unet-sd"
+
+
+class SdxlFamily(_UNetFamily):
+    """SDXL and its refiner (arXiv 2307.01952), SSD-1B and Vega (arXiv 2401.02677)."""
+
+    name = "unet-sdxl"
 
 
 def config_of(inspection: Inspection) -> UNetConfig:
@@ -185,9 +192,20 @@ def residual_specs(config: UNetConfig, precision: Precision) -> list[TensorSpec]
     ]
 
 
-def residual_text(config: UNetConfig) -> str:
-    """The residuals as one word each: ``320 320 320/2 640/2 ...``, channels and part of the latent's sides."""
-    return " ".join(str(channels) if by == 1 else f"{channels}/{by}" for channels, by in config.residuals)
+def described(source: Source, config: UNetConfig, model: str) -> dict[str, Scalar]:
+    """What a manifest says of a UNet or ControlNet.
+
+    ``residuals`` are one word each: ``320 320 320/2 640/2 ...``, channels and part of the latent's sides.
+    """
+    return {
+        "model": model,
+        "parameters": source.parameters,
+        "channels": ",".join(map(str, config.channels)),
+        "layers": ",".join(map(str, config.layers)),
+        "text_width": config.width or 0,
+        "multiple": config.multiple,
+        "residuals": " ".join(str(channels) if by == 1 else f"{channels}/{by}" for channels, by in config.residuals),
+    }
 
 
 def _part(name: str, by: int) -> str:
@@ -208,11 +226,11 @@ def _channels(path: Path, config: UNetConfig) -> tuple[int, bool, bool]:
     )
 
 
-def _aliases(keys: Iterable[str], config: UNetConfig) -> dict[str, str]:
-    """The modules under their original names, as LoRAs for SDXL spell them."""
+def _lora_target(shapes: Shapes, config: UNetConfig) -> LoraTarget:
+    """The aliases are the modules' original names, as LoRAs for SDXL spell them."""
     originals = module_names(config)
     found = {}
-    for key in keys:
+    for key in shapes:
         if not key.endswith(".weight"):
             continue
         module = key[: -len(".weight")]
@@ -221,4 +239,4 @@ def _aliases(keys: Iterable[str], config: UNetConfig) -> dict[str, str]:
             if (original := originals.get(".".join(parts[:cut]))) is not None:
                 found[".".join((original, *parts[cut:]))] = module
                 break
-    return found
+    return LoraTarget(shapes=shapes, aliases=found, prefix="unet.")

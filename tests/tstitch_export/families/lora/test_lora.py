@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_families import clip_text_folder, lora_file, unet_folder
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.families import Inspection, open_family
-from tstitch_export.families.base import LoraUse
+from tstitch_export.families.base import LoraTarget, LoraUse
 from tstitch_export.families.lora.fuse import check_loras, fuse, parse_loras
 from tstitch_export.families.lora.keys import lora_layers, lora_looks_like
 
@@ -104,7 +104,11 @@ def fuse_tensors(state: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
         save_file(tensors, path, **more)
-        fuse(state, [LoraUse(path)], model="model")
+        fuse(state, [LoraUse(path)], target_of(state), model="model")
+
+
+def target_of(state: dict[str, torch.Tensor], part: str = "unet") -> LoraTarget:
+    return LoraTarget(part=part, shapes={key: tuple(tensor.shape) for key, tensor in state.items()})
 
 
 def test_what_peft_notes_beside_the_tensors_counts() -> None:
@@ -127,7 +131,7 @@ def test_an_adapter_folder_of_peft(tmp_path: Path) -> None:
     )
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 12, "r": 4}')
     state = {"a.to_q.weight": torch.zeros(8, 6)}
-    fuse(state, [LoraUse(tmp_path / "adapter_model.safetensors", 0.5)], model="model")
+    fuse(state, [LoraUse(tmp_path / "adapter_model.safetensors", 0.5)], target_of(state), model="model")
     assert torch.allclose(state["a.to_q.weight"], 0.5 * 3 * up @ down, atol=1e-5)
 
 
@@ -140,7 +144,7 @@ def test_the_text_encoders_part_goes_the_same_way(tmp_path: Path, caplog: pytest
     assert f"fused only where that part is given them: --lora text_encoder={path}:1" in caplog.text
     state = {key: tensor.clone() for key, tensor in text.state_dict().items()}
     before = {key: tensor.clone() for key, tensor in state.items()}
-    fuse(state, parse_loras(f"{path}:0.5"), model="text encoder", part="text_encoder")
+    fuse(state, parse_loras(f"{path}:0.5"), target_of(state, "text_encoder"), model="text encoder")
     tensors = load_file(path)
     changed = {key for key in state if not torch.equal(state[key], before[key])}
     assert len(changed) == 3 * 3, "q, v and fc1 of three layers"
@@ -160,7 +164,9 @@ def test_the_text_encoders_part_goes_the_same_way(tmp_path: Path, caplog: pytest
             assert torch.allclose(fused[key], state[stored], atol=1e-6)
             assert torch.equal(fused[key], untouched[key]) == (stored not in changed)
     only = lora_file(tmp_path / "unet.safetensors", module)
-    check_loras(parse_loras(str(only)), {}, model="text encoder", part="text_encoder")  # it may have nothing for it
+    check_loras(
+        parse_loras(str(only)), target_of({}, "text_encoder"), model="text encoder"
+    )  # it may have nothing for it
 
 
 # --- refused
@@ -195,7 +201,7 @@ def test_a_lora_for_another_model(tmp_path: Path) -> None:
 def test_files_that_are_no_plain_lora(keys: list[str], words: str, tmp_path: Path) -> None:
     save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "x.safetensors")
     with pytest.raises(BadCheckpoint, match=words) as caught:
-        check_loras([LoraUse(tmp_path / "x.safetensors")], {"a.weight": (2, 2)}, model="model")
+        check_loras([LoraUse(tmp_path / "x.safetensors")], target_of({"a.weight": torch.zeros(2, 2)}), model="model")
     assert "merge it" in caught.value.hint
 
 
