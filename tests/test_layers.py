@@ -17,8 +17,8 @@ PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bott
 # A folder or file imports only what stands on a line before its own, and files of its own folder.
 ORDER = {
     "tstitch_engines": [
-        ["errors", "progress", "quiet", "threads", "worker_process"],
-        ["spec"],
+        ["errors", "progress", "quiet", "threads"],
+        ["spec", "worker_process"],
         ["bundle"],
         ["make_fatbin"],
         ["device"],

@@ -7,49 +7,92 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, BinaryIO, Final, NamedTuple, NoReturn
 
-__all__ = ["end_with_parent", "how_it_ended", "start_worker", "tail"]
+from tstitch_engines.errors import BuildFailed
+
+__all__ = ["Worker", "end_worker", "open_answers", "worker"]
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _TAIL: Final = 2000  # characters of stderr that an error quotes at most
 
 
-def start_worker(module: str, stderr: IO[bytes], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts ``python -m module`` with pipes for stdin and stdout; it finds our modules where this process does.
+class Worker(NamedTuple):
+    """A process at work; ``answers`` is the pipe that it got as stdout."""
 
-    It has a session of its own: Ctrl-C in the terminal reaches the caller only, who kills it. ``-P`` keeps modules in
-    the working directory out.
+    process: subprocess.Popen[bytes]
+    answers: IO[bytes]
+    stderr: IO[bytes]
+
+    def said(self) -> str:
+        """The end of what it wrote to stderr, on one line. Waits for its end."""
+        self.process.wait()
+        end = self.stderr.seek(0, os.SEEK_END)
+        self.stderr.seek(max(end - _TAIL, 0))
+        text = self.stderr.read().decode(errors="replace")
+        return " | ".join(line.strip() for line in text.splitlines()[-5:] if line.strip())
+
+    def failure(self, what: str, *, needs: str = "", if_killed: str, if_crashed: str) -> BuildFailed:
+        """The error for one that ended without an answer, with a hint for either way. Waits for its end.
+
+        ``what`` is it in the message, ``needs`` says how much memory it needs. ``if_killed``: by the kernel, which has
+        no memory left.
+        """
+        said, code = self.said(), self.process.returncode
+        if code == -signal.SIGKILL:
+            problem = f"{what} was killed (SIGKILL), as the kernel does when memory runs out{needs}"
+            return BuildFailed(problem, hint=if_killed)
+        known = {one.value: one.name for one in signal.Signals}
+        ended = f"exit code {code}" if code >= 0 else f"signal {known.get(-code, str(-code))}"
+        return BuildFailed(f"{what} ended with {ended}{f': {said}' if said else ''}", hint=if_crashed)
+
+
+@contextmanager
+def worker(module: str, request: bytes, env: Mapping[str, str] | None = None) -> Iterator[Worker]:
+    """``python -m module`` with ``request`` on stdin; it is killed at the end of the block, whatever ends that.
+
+    It finds our modules where this process does; ``-P`` keeps modules in the working directory out. It has a session of
+    its own: Ctrl-C in the terminal reaches the caller only.
     """
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
-    return subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
-        [sys.executable, "-P", "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        env={**os.environ, "PYTHONPATH": path, **(env or {})},
-        start_new_session=True,
-    )
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, "PYTHONPATH": path, **(env or {})},
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            with process.stdout as answers:
+                with suppress(BrokenPipeError), process.stdin as stdin:  # else it died: how, `failure` says
+                    stdin.write(request)
+                yield Worker(process, answers, stderr)
+        finally:
+            process.kill()
+            process.wait()
 
 
-def end_with_parent() -> None:
-    """Called in the worker: the kernel kills it when its parent dies."""
+def open_answers() -> BinaryIO:
+    """Called first in the worker: what was stdout, for answers only. Whatever a library prints goes to stderr.
+
+    From here on the kernel kills the worker when its parent dies.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return answers
 
 
-def how_it_ended(code: int) -> str:
-    """A return code in words: ``exit code 3``, ``signal SIGSEGV``."""
-    known = {one.value: one.name for one in signal.Signals}
-    return f"exit code {code}" if code >= 0 else f"signal {known.get(-code, str(-code))}"
-
-
-def tail(stderr: IO[bytes]) -> str:
-    """The end of what a worker wrote to the file ``stderr``, on one line."""
-    end = stderr.seek(0, os.SEEK_END)
-    stderr.seek(max(end - _TAIL, 0))
-    text = stderr.read().decode(errors="replace")
-    return " | ".join(line.strip() for line in text.splitlines()[-5:] if line.strip())
+def end_worker() -> NoReturn:
+    """Not through the interpreter's end: a library that crashes while it is unloaded must not spoil finished work."""
+    sys.stderr.flush()
+    os._exit(0)

@@ -9,7 +9,6 @@ Everything else is computed in ``high_precision``. Inputs and outputs of the gra
 from __future__ import annotations
 
 import logging
-import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
 from tstitch_engines.spec import TensorSpec
-from tstitch_engines.worker_process import how_it_ended, start_worker, tail
+from tstitch_engines.worker_process import worker
 from tstitch_export.needs import require
 from tstitch_export.onnx_export.graph import tidy, validate
 from tstitch_export.quantise.layers import Layer, choose, find_layers, is_quantised, prepare
@@ -213,20 +212,18 @@ def _not_as_asked(what: str) -> BuildFailed:
 
 def _run(request: Request, folder: Path) -> None:
     """Runs the worker, which is killed on Ctrl-C or any other exception. Its temporary files are made in ``folder``."""
-    with tempfile.TemporaryFile() as complaints:
-        env = {"TMPDIR": str(folder.absolute()), "PYTHONHASHSEED": "0"}  # modelopt iterates over sets
-        process = start_worker(_MODULE, complaints, env)
+    env = {"TMPDIR": str(folder.absolute()), "PYTHONHASHSEED": "0"}  # modelopt iterates over sets
+    with worker(_MODULE, msgspec.json.encode(request), env) as opened:
         try:
-            answer, _ = process.communicate(msgspec.json.encode(request))
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        said = tail(complaints)
-    try:
-        reply = msgspec.json.decode(answer, type=Reply)
-    except msgspec.DecodeError:
-        raise _died(process.returncode, said) from None
+            reply = msgspec.json.decode(opened.answers.read(), type=Reply)
+        except msgspec.DecodeError:
+            raise opened.failure(
+                "the process that quantises",
+                if_killed="free memory, or quantise on a machine with more and copy the bundle; fewer --samples need "
+                "less",
+                if_crashed="report this message with tstitch-trt doctor",
+            ) from None
+        said = opened.said()
     if reply.missing:
         raise Unavailable(f"nvidia-modelopt does not start: {reply.error}", hint=_INSTALL)
     if reply.error:
@@ -240,15 +237,3 @@ def _run(request: Request, folder: Path) -> None:
     if not Path(request.output).is_file():
         raise _not_as_asked("it wrote nothing")
     _log.debug("modelopt said: %s", said)
-
-
-def _died(code: int, said: str) -> BuildFailed:
-    if code == -signal.SIGKILL:
-        return BuildFailed(
-            "the process that quantises was killed (SIGKILL), as the kernel does when memory runs out",
-            hint="free memory, or quantise on a machine with more and copy the bundle; fewer --samples need less",
-        )
-    return BuildFailed(
-        f"the process that quantises ended with {how_it_ended(code)}{f': {said}' if said else ''}",
-        hint="report this message with tstitch-trt doctor",
-    )

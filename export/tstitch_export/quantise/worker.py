@@ -7,14 +7,14 @@ A process of its own, because modelopt replaces parts of ONNX Runtime, logs to s
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgspec
 
-from tstitch_engines.worker_process import end_with_parent
+from tstitch_engines.errors import first_line
+from tstitch_engines.worker_process import end_worker, open_answers
 
 __all__ = ["Reply", "Request", "main"]
 
@@ -104,10 +104,8 @@ def _to_float8(model: Any) -> None:
         done |= {scale.name, zero.name}
 
 
-def main() -> int:
-    end_with_parent()
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def main() -> NoReturn:
+    answers = open_answers()
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     try:
         _quantise(request)
@@ -115,13 +113,11 @@ def main() -> int:
     except ImportError as error:
         reply = Reply(error=str(error), missing=True)
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        reply = Reply(error=f"{type(error).__name__}: {reason}")
+        reply = Reply(error=f"{type(error).__name__}: {first_line(error).strip()}")
     answers.write(msgspec.json.encode(reply))
     answers.flush()
-    sys.stderr.flush()
-    os._exit(0)  # libraries that crash while they are unloaded must not spoil a finished graph
+    end_worker()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,14 +7,13 @@ A process of its own, so that a crash of the library or the kernel's out-of-memo
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
 import msgspec
 
@@ -25,7 +24,7 @@ from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phas
 from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
 from tstitch_engines.bundle.files import replace_file
 from tstitch_engines.errors import BuildFailed, TStitchError
-from tstitch_engines.worker_process import end_with_parent
+from tstitch_engines.worker_process import end_worker, open_answers
 
 if TYPE_CHECKING:
     from tstitch_engines.device.cuda import CudaDevice
@@ -252,18 +251,11 @@ def _failed(opened: Session, request: Request, fused: int, device: CudaDevice | 
     return BuildFailed(f"{opened} can't compile {Path(request.model).name} ({kind}): {reason}", hint=hint)
 
 
-def _stay_behind_no_one() -> None:
-    """The worker ends with its parent, ignores Ctrl-C and is the first to be killed when memory runs out."""
+def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    channel = Channel(open_answers())
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_KILL_ME_FIRST))
-
-
-def main() -> int:
-    _stay_behind_no_one()
-    channel = Channel(os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # whatever a library prints is no message of ours
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     try:
         size = compile_engine(request, channel)
@@ -279,10 +271,8 @@ def main() -> int:
         )
     else:
         channel.send(Done(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10))
-    # Not through the interpreter's end: a library that crashes while it is unloaded must not spoil a finished engine.
-    sys.stderr.flush()
-    os._exit(0)
+    end_worker()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
