@@ -15,13 +15,17 @@ _CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "diffusers")
 
 
 @contextlib.contextmanager
-def silence_output() -> Iterator[None]:
-    """What Python code prints or warns inside goes to the debug log; errors raised pass through."""
+def silence_output(*, stderr: bool = False) -> Iterator[None]:
+    """What Python code prints or warns inside goes to the debug log, with ``stderr`` also what it writes there."""
     printed = io.StringIO()
     levels = {name: logging.getLogger(name).level for name in _CHATTY}
     try:
-        with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stdout(printed):
+        with contextlib.ExitStack() as stack:
+            warned = stack.enter_context(warnings.catch_warnings(record=True))
             warnings.simplefilter("always")
+            stack.enter_context(contextlib.redirect_stdout(printed))
+            if stderr:
+                stack.enter_context(contextlib.redirect_stderr(printed))
             for name in _CHATTY:
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             yield

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import io
-import logging
 import os
 import shlex
 import shutil
@@ -23,12 +21,10 @@ from typing import Any, Final
 
 from tstitch_engines.backends.base import Option
 from tstitch_engines.bundle.cache import default_root
-from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
+from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, first_line, unknown_name
 from tstitch_engines.quiet import silence_output
 
 __all__ = ["MODES", "compile_program", "mode_of", "need_toolchain"]
-
-_log = logging.getLogger(__name__)
 
 # What is asked for -> TorchInductor's own name. Its modes that record CUDA graphs are left out: a graph can't be
 # launched into the recording of another, and a whole step is recorded, kernels and engine
@@ -106,7 +102,7 @@ def compile_program(
     }
     tensors = [*results, *arguments]
     try:
-        with _one_at_a_time, _own_cache(), _silence(), torch.inference_mode():
+        with _one_at_a_time, _own_cache(), silence_output(stderr=True), torch.inference_mode():
             run: Callable[..., Any] = inductor.compile(
                 _writing(torch, module, len(results), len(arguments)), tensors, options=options
             )
@@ -177,35 +173,21 @@ def _is_default(folder: str) -> bool:
     return not folder or (path.name.startswith("torchinductor_") and path.parent == Path(tempfile.gettempdir()))
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The tables of its autotuner go to the debug log."""
-    said = io.StringIO()
-    try:
-        with silence_output(), contextlib.redirect_stderr(said):
-            yield
-    finally:
-        for line in said.getvalue().splitlines():
-            _log.debug("%s", line)
-
-
 def _explained(torch: Any, error: Exception, what: str) -> Exception:
     """The error of ours for one of the compiler's, whose text names the cause somewhere inside."""
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or getattr(chain[-1], "inner_exception", None)) and inner not in chain:
         chain.append(inner)
-    kinds = {type(link).__name__ for link in chain}
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if kinds & {"InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton"} or any(
-        name in text for name in ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
-    ):
+    text = first_line(error)
+    told = " ".join([*(type(link).__name__ for link in chain), text])
+    if any(name in told for name in ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")):
         return Unavailable(f"PyTorch {torch.__version__} can't compile {what}: {text}", hint=f"install it, {_EAGER}")
-    if "OutOfMemoryError" in kinds or "out of memory" in text:
+    if "OutOfMemoryError" in told or "out of memory" in told:
         return BuildFailed(
             f"PyTorch {torch.__version__} has no memory to compile {what}: {text}",
             hint="a smaller batch needs less; compile=default tries fewer kernels than compile=max-autotune",
         )
-    if "CppCompileError" in kinds or "CppCompileError" in text:
+    if "CppCompileError" in told:
         reason = next((line.strip() for line in str(error).splitlines() if "error:" in line), text)
         return BuildFailed(
             f"the C++ compiler refuses what PyTorch {torch.__version__} made of {what}: {reason}",
