@@ -1,23 +1,4 @@
-"""The errors of tstitch-trt.
-
-    TStitchError
-    ├── BadInput                 what was asked for can't be right                        exit code 2
-    │   ├── UnknownName          a name that does not exist; the nearest known one is named
-    │   ├── BadSchedule          a schedule that does not fit the steps or the members
-    │   ├── BadCheckpoint        a file that is no checkpoint of the family, or that carries code
-    │   ├── BadBundle            a bundle or manifest that is damaged, foreign or unsafe
-    │   ├── BadEngine            an engine file that is truncated, altered or not for this machine
-    │   ├── PairMismatch         members that can't share one latent
-    │   ├── OutOfProfile         a size outside what the engine was built for
-    │   ├── NotFiniteInput       NaN or infinity in an array that was given; a NotFinite as well
-    │   ├── NotCalibrated        no calibration of these engines on this machine
-    │   └── Unavailable          a library, device or feature that this machine lacks
-    └── FailedWork               the request was fine, carrying it out failed             exit code 1
-        ├── BuildFailed          an export or a compilation
-        ├── NotFinite            NaN or infinity in the latents
-        ├── Cancelled            stopped by the caller
-        ├── Busy                 the runtime had other requests for longer than the caller would wait
-        └── Closed               the runtime was closed
+"""The errors of tstitch-trt: ``BadInput``, ``FailedWork`` and their kinds, all of them ``TStitchError``.
 
 Every message says what is wrong with the value that was got and what is allowed; ``hint`` names the flag, call or
 command that mends it and is printed on a line of its own.
@@ -77,71 +58,73 @@ def _rebuild(kind: type[TStitchError], message: str, hint: str) -> TStitchError:
 
 
 class BadInput(TStitchError):
+    """What was asked for can't be right. Exit code 2."""
+
     exit_code = 2
 
 
 class UnknownName(BadInput):
-    pass
+    """A name that does not exist; the nearest known one is named."""
 
 
 class BadSchedule(BadInput):
-    pass
+    """A schedule that does not fit the steps or the members."""
 
 
 class BadCheckpoint(BadInput):
-    pass
+    """A file that is no checkpoint of the family, or that carries code."""
 
 
 class BadBundle(BadInput):
-    pass
+    """A bundle or manifest that is damaged, foreign or unsafe."""
 
 
 class BadEngine(BadInput):
-    pass
+    """An engine file that is truncated, altered or not for this machine."""
 
 
 class PairMismatch(BadInput):
-    pass
+    """Members that can't share one latent."""
 
 
 class OutOfProfile(BadInput):
-    pass
+    """A size outside what the engine was built for."""
 
 
 class NotCalibrated(BadInput):
-    pass
+    """No calibration of these engines on this machine."""
 
 
 class Unavailable(BadInput):
-    pass
+    """A library, device or feature that this machine lacks."""
 
 
 class FailedWork(TStitchError):
-    pass
+    """The request was fine, carrying it out failed. Exit code 1."""
 
 
 class BuildFailed(FailedWork):
-    pass
+    """An export or a compilation failed."""
 
 
 class NotFinite(FailedWork):
-    pass
+    """NaN or infinity in the latents."""
 
 
 class NotFiniteInput(BadInput, NotFinite):
-    pass
+    """NaN or infinity in an array that was given."""
 
 
 class Cancelled(FailedWork):
-    pass
+    """Stopped by the caller."""
 
 
 class Busy(FailedWork):
-    pass
+    """The runtime had other requests for longer than the caller would wait."""
 
 
 class Closed(FailedWork):
-    pass
+    """The runtime was closed."""
 
 
 def first_line(error: BaseException) -> str:
