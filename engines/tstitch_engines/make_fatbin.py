@@ -24,7 +24,7 @@ if TYPE_CHECKING or __package__:
 else:  # CMake runs this file by itself: the package's requirements need not be installed to build it
     from errors import BadInput, BuildFailed, TStitchError, Unavailable
 
-__all__ = ["ARCHITECTURES", "cached_fatbin", "compile_cubin", "main", "make_fatbin", "nvrtc_version", "source_folder"]
+__all__ = ["ARCHITECTURES", "cached_fatbin", "main", "make_fatbin", "nvrtc_version", "source_folder"]
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # Turing, Ampere, Ada, Hopper, Blackwell; cuda.cmake reads this line
 SOURCES = ("cuda_driver.cu", "dtypes.hpp", "step.hpp")
@@ -99,12 +99,6 @@ def make_fatbin(source: Path, architectures: Iterable[int] = ARCHITECTURES) -> b
     finally:
         nvfatbin.destroy(handle)
     return bytes(packed)
-
-
-def compile_cubin(source: Path, arch: int) -> bytes:
-    """Machine code (an ELF file) for one architecture. Raises as ``make_fatbin`` does."""
-    nvrtc_version()
-    return _compile(_read(source), f"sm_{arch}", "CUBIN")
 
 
 def _read(source: Path) -> dict[str, bytes]:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from tstitch_engines.bundle.manifest import Component, EngineIdentity
 from tstitch_engines.errors import BadEngine
 
-__all__ = ["Difference", "canonical", "check_identity", "differences", "digest", "model_digest"]
-
-
-class Difference(NamedTuple):
-    field: str
-    stored: str
-    here: str
+__all__ = ["canonical", "check_identity", "differences", "digest", "model_digest"]
 
 
 def canonical(record: Any) -> bytes:
@@ -43,12 +37,12 @@ def model_digest(files: Sequence[Component]) -> str:
     return digest(sorted((part.path.rpartition("/")[2], part.sha256) for part in files))
 
 
-def differences(stored: EngineIdentity, here: EngineIdentity) -> list[Difference]:
-    """The fields in which two identities differ, nested ones by dotted names (``profile.B``, ``options.level``)."""
+def differences(stored: EngineIdentity, here: EngineIdentity) -> list[tuple[str, str, str]]:
+    """The fields that differ, with both values; nested ones have dotted names (``profile.B``, ``options.level``)."""
     before, now = _flat(stored), _flat(here)
     absent = "nothing"
     return [
-        Difference(name, before.get(name, absent), now.get(name, absent))
+        (name, before.get(name, absent), now.get(name, absent))
         for name in [*before, *(name for name in now if name not in before)]
         if before.get(name, absent) != now.get(name, absent)
     ]
@@ -62,7 +56,7 @@ def check_identity(stored: EngineIdentity, here: EngineIdentity, *, what: str, r
     found = differences(stored, here)
     if not found:
         return
-    lines = "; ".join(f"{d.field} is {d.stored} in the bundle and {d.here} here" for d in found)
+    lines = "; ".join(f"{field} is {was} in the bundle and {now} here" for field, was, now in found)
     raise BadEngine(f"{what} was not compiled for this machine and version: {lines}", hint=f"build it again: {rebuild}")
 
 
