@@ -13,6 +13,7 @@ from tstitch_engines.errors import PairMismatch
 from tstitch_export.families.dit import layout as dit_layout
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.ldm import layout as ldm_layout
+from tstitch_export.families.unet.layout import PREFIX
 from tstitch_export.families.uvit import layout as uvit_layout
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import plan_member
@@ -55,7 +56,7 @@ def ldm_s(path: Path, labels: int = 1000) -> Path:
         base=64, channels=4, widths=(64, 128, 256), blocks=2, attention=(0, 1, 2), depth=1, context=256, labels=labels,
         heads=ldm_layout.Heads(channels=32),
     )  # fmt: skip
-    shapes = {ldm_layout.UNET + key: shape for key, shape in ldm_layout.expected_shapes(config).items()}
+    shapes = {PREFIX + key: shape for key, shape in ldm_layout.expected_shapes(config).items()}
     return sparse_safetensors(path, {**shapes, ldm_layout.TABLE: (labels, 256)})
 
 

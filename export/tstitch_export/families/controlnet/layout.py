@@ -38,7 +38,7 @@ def control_config(shapes: Shapes, *, name: str) -> UNetConfig:
         back = {theirs: ours for ours, theirs in originals.items()}
         theirs = rename(inside, back, name=name, kind="ControlNet", hint=_HINT)
         inside = {theirs[key]: shape for key, shape in inside.items()}
-    raw = way_down(inside, name=name)
+    raw = way_down(inside, name=name, kind="ControlNet", hint=_HINT)
     layers = set(raw["layers_per_block"])
     if len(layers) != 1:
         raise BadCheckpoint(

@@ -16,7 +16,6 @@ from tstitch_export.families.ldm import diffusers as ldm_diffusers
 from tstitch_export.families.ldm.layout import (
     EMA,
     TABLE,
-    UNET,
     Heads,
     config_from_shapes,
     diffusers_config,
@@ -28,7 +27,7 @@ from tstitch_export.families.ldm.layout import (
 )
 from tstitch_export.families.options import typed
 from tstitch_export.families.unet.config import UNetConfig
-from tstitch_export.families.unet.layout import module_names, rename
+from tstitch_export.families.unet.layout import PREFIX, module_names, rename
 from tstitch_export.needs import require
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ def _load_original(inspection: Inspection) -> nn.Module:
     stored, raw = checkpoint.tensors(), diffusers_config(config)
     names = rename(expected_shapes(config), module_names(UNetConfig(raw)), name=name)
     averaged = inspection.config["ema"]
-    sources = {ours: ema_name(key) if averaged else UNET + key for key, ours in names.items()}
+    sources = {ours: ema_name(key) if averaged else PREFIX + key for key, ours in names.items()}
     if bad := next((key for key in (*sources.values(), TABLE) if not stored[key].isfinite().all()), None):
         raise BadCheckpoint(f"{name}: {bad} holds NaN or infinity", hint="take a checkpoint from before that")
     state = {ours: stored[source] for ours, source in sources.items()}

@@ -14,11 +14,12 @@ from typing import Any, Final
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.signatures import Shapes, compare, looks_like
+from tstitch_export.families.unet.config import flat
+from tstitch_export.families.unet.layout import PREFIX, way_down
 
 __all__ = [
     "EMA",
     "TABLE",
-    "UNET",
     "Heads",
     "LDMConfig",
     "config_from_shapes",
@@ -30,9 +31,9 @@ __all__ = [
     "published_name",
 ]
 
-UNET: Final = "model.diffusion_model."
 EMA: Final = "model_ema."
 TABLE: Final = "cond_stage_model.embedding.weight"
+_KIND: Final = "latent diffusion UNet"
 _WHOLE: Final = "give the whole checkpoint of a class-conditional latent diffusion model, as its training saved it"
 _GROUPS: Final = 32  # of every group norm
 
@@ -188,7 +189,7 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: Heads | None) -> LDM
     Raises ``BadCheckpoint`` for another kind of model, for one that lacks its class table, and where the number of
     attention heads is neither given nor that of a published model.
     """
-    unet = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
+    unet = {key.removeprefix(PREFIX): shape for key, shape in shapes.items() if key.startswith(PREFIX)}
     if "input_blocks.0.0.weight" not in unet or len(unet["input_blocks.0.0.weight"]) != 4 or "out.2.weight" not in unet:
         raise BadCheckpoint(
             f"{name} is no class-conditional latent diffusion model: it looks like {looks_like(shapes)}", hint=_WHOLE
@@ -201,61 +202,39 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: Heads | None) -> LDM
             hint="for Stable Diffusion use family unet-sd; else " + _WHOLE,
         )
     base, channels = unet["input_blocks.0.0.weight"][:2]
-    widths, blocks, attention = _levels(unet)
+    context = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
+    labels, columns = shapes[TABLE]
+    if not context:
+        raise BadCheckpoint(
+            f"{name}: its attention has no cross-attention, so the class can't reach it that way",
+            hint="models conditioned by label_emb or concatenation are not supported",
+        )
+    if context != columns:
+        raise BadCheckpoint(
+            f"{name}: the class table has {columns} columns, its cross-attention takes {context}",
+            hint="UNet and class embedder of one checkpoint belong together",
+        )
+    raw = way_down(unet, name=name, kind=_KIND, hint=_WHOLE)
+    widths = tuple(raw["block_out_channels"])
     if any(width % _GROUPS for width in widths) or widths[:1] != (base,):
         raise BadCheckpoint(
             f"{name}: its levels have {', '.join(map(str, widths))} channels; allowed are multiples of {_GROUPS} that "
             f"begin with the {base} of its first convolution",
             hint=_WHOLE,
         )
-    context = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
-    labels, width = shapes[TABLE]
-    if not context:
-        raise BadCheckpoint(
-            f"{name}: its attention has no cross-attention, so the class can't reach it that way",
-            hint="models conditioned by label_emb or concatenation are not supported",
-        )
-    if context != width:
-        raise BadCheckpoint(
-            f"{name}: the class table has {width} columns, its cross-attention takes {context}",
-            hint="UNet and class embedder of one checkpoint belong together",
-        )
-    prefix = "middle_block.1.transformer_blocks."
     config = LDMConfig(
         base=base,
         channels=channels,
         widths=widths,
-        blocks=blocks,
-        attention=attention,
-        depth=len({key[len(prefix) :].split(".")[0] for key in unet if key.startswith(prefix)}),
+        blocks=raw["layers_per_block"][0],
+        attention=tuple(level for level, block in enumerate(raw["down_block_types"]) if "CrossAttn" in block),
+        depth=max(flat(raw["transformer_layers_per_block"])),
         context=context,
         labels=labels,
         heads=_heads(heads, channels, widths, name),
     )
-    compare(expected_shapes(config), unet, name, "latent diffusion UNet", _WHOLE)
+    compare(expected_shapes(config), unet, name, _KIND, _WHOLE)
     return config
-
-
-def _levels(unet: Shapes) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    """Widths, residual blocks a level and levels with attention, walking down ``input_blocks``."""
-    widths: list[int] = []
-    counts = [0]
-    attention: set[int] = set()
-    index = 1
-    while True:
-        residual = unet.get(f"input_blocks.{index}.0.in_layers.2.weight")
-        if residual is not None:
-            if counts[-1] == 0:
-                widths.append(residual[0])
-            counts[-1] += 1
-            if f"input_blocks.{index}.1.norm.weight" in unet:
-                attention.add(len(counts) - 1)
-        elif f"input_blocks.{index}.0.op.weight" in unet:
-            counts.append(0)
-        else:
-            break
-        index += 1
-    return tuple(widths), counts[0], tuple(sorted(attention))
 
 
 def _heads(given: Heads | None, channels: int, widths: tuple[int, ...], name: str) -> Heads:

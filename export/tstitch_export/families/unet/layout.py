@@ -59,9 +59,12 @@ def config_from_shapes(shapes: Shapes, *, name: str) -> UNetConfig:
     return _Reader(inside, name).config()
 
 
-def way_down(shapes: Shapes, *, name: str) -> dict[str, Any]:
-    """The settings that a UNet shares with its ControlNet, from the tensors (without prefix) of either."""
-    return _Reader(shapes, name, "ControlNet").way_down()
+def way_down(shapes: Shapes, *, name: str, kind: str, hint: str) -> dict[str, Any]:
+    """What the way down of a ``kind`` of network tells of diffusers' configuration, from the tensors without prefix.
+
+    Raises ``BadCheckpoint`` where its blocks are not those of a UNet.
+    """
+    return _Reader(shapes, name, kind, hint).way_down()
 
 
 def down_names(config: UNetConfig) -> dict[str, str]:
@@ -131,10 +134,11 @@ def rename(
 class _Reader:
     """Walks the numbered blocks of one checkpoint."""
 
-    def __init__(self, shapes: Shapes, name: str, what: str = "UNet") -> None:
+    def __init__(self, shapes: Shapes, name: str, kind: str = "UNet", hint: str = _WHOLE) -> None:
         self._shapes = shapes
         self._name = name
-        self._what = what
+        self._kind = kind
+        self._hint = hint
 
     def config(self) -> UNetConfig:
         raw = self.way_down()
@@ -236,7 +240,7 @@ class _Reader:
         return widths.pop()
 
     def _unknown(self, reason: str) -> BadCheckpoint:
-        return BadCheckpoint(f"{self._name} holds a {self._what} of an unknown kind: {reason}", hint=_WHOLE)
+        return BadCheckpoint(f"{self._name} holds a {self._kind} of an unknown kind: {reason}", hint=self._hint)
 
 
 def _one(level: list[int]) -> int | list[int]:

@@ -22,7 +22,6 @@ from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.ldm.layout import (
     TABLE,
-    UNET,
     Heads,
     LDMConfig,
     config_from_shapes,
@@ -31,6 +30,7 @@ from tstitch_export.families.ldm.layout import (
     noise_of,
     published_name,
 )
+from tstitch_export.families.unet.layout import PREFIX as UNET
 from tstitch_export.onnx_export.exporter import export_onnx
 
 LDM = open_family("ldm")
