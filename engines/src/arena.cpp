@@ -97,12 +97,11 @@ void HostArena::check_rows(const std::int32_t* active, std::int64_t batch, bool 
             refuse_lane("takes its noise scale from the model's second half of channels; the model output has " +
                         std::to_string(channels) + " channels, allowed is " + std::to_string(2 * channels));
         if (y == nullptr && uses_y(r)) refuse_lane("remembers a second state, and the arena has no y");
-        if (!has_flag(r, FLAG_BLEND)) continue;
-        if (known == nullptr || mask == nullptr)
-            refuse_lane(std::string("blends a known picture in, and the arena has no ") +
-                        (known == nullptr ? "known" : "mask"));
+        if (!has_flag(r, FLAG_INPAINT)) continue;
+        if (image == nullptr || mask == nullptr)
+            refuse_lane(std::string("inpaints, and the arena has no ") + (image == nullptr ? "image" : "mask"));
         if (noise == nullptr && has_flag(r, FLAG_GIVEN_NOISE))
-            refuse_lane("blends with noise that is given, and the arena has no noise");
+            refuse_lane("inpaints with noise that is given, and the arena has no noise");
     }
 }
 
@@ -147,17 +146,17 @@ void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dt
         one.d2 = slot(now + 1);
         one.d3 = slot(now);
         one.y = uses_y(r) ? y + lane * stride : nullptr;
-        const bool blends = has_flag(r, FLAG_BLEND);
-        one.known = blends ? known + lane * stride : nullptr;
-        one.mask = blends ? mask + lane * (stride / channels) : nullptr;
-        one.noise = blends && has_flag(r, FLAG_GIVEN_NOISE) ? noise + lane * stride : nullptr;
+        const bool inpaints = has_flag(r, FLAG_INPAINT);
+        one.image = inpaints ? image + lane * stride : nullptr;
+        one.mask = inpaints ? mask + lane * (stride / channels) : nullptr;
+        one.noise = inpaints && has_flag(r, FLAG_GIVEN_NOISE) ? noise + lane * stride : nullptr;
         one.spatial = spatial;
         one.seed = seed[lane];
         one.step = static_cast<std::uint32_t>(now);
         one.guided = guided ? guided_elements(r, channels, spatial) : 0;
         one.factor = 1.0f;
-        const bool draws_known = blends && one.noise == nullptr && r[ROW_KNOWN_S] != 0.0f;
-        work += count * (1 + (NOISE_WORK - 1) * ((r[ROW_S] != 0.0f) + draws_known));
+        const bool draws_noise = inpaints && one.noise == nullptr && r[ROW_IMAGE_S] != 0.0f;
+        work += count * (1 + (NOISE_WORK - 1) * ((r[ROW_S] != 0.0f) + draws_noise));
     }
 
     const auto used = static_cast<std::int64_t>(steps.size());

@@ -25,7 +25,7 @@ struct HostArena {
     std::int32_t* step;         // [lanes]
     const std::uint64_t* seed;  // [lanes]
     std::int32_t* fault;        // [lanes]
-    const float* known;         // as latents, or null
+    const float* image;         // as latents, or null
     const float* mask;          // [lanes, stride / channels], or null
     const float* noise;         // as latents, or null
     std::int64_t lanes, row_count, channels, spatial;

@@ -172,7 +172,7 @@ __device__ void spoil(float (&values)[4]) {
 template <typename T>
 __device__ void advance(float* latents, float* history, const float* rows, const int* step,
                         const unsigned long long* seed, int* fault, const int* active, const T* output,
-                        const float* factors, float* second, const float* known, const float* mask, const float* noise,
+                        const float* factors, float* second, const float* image, const float* mask, const float* noise,
                         int lanes, int row_count, int elements, int stride, int spatial, int output_elements,
                         int guided) {
     const int batch = gridDim.y, at = blockIdx.y, lane = active[at];
@@ -244,24 +244,24 @@ __device__ void advance(float* latents, float* history, const float* rows, const
         }
         for (int k = 0; k < 4; ++k) next[k] += scale[k] * z[k];
     }
-    if (has_flag(row, FLAG_BLEND)) {
+    if (has_flag(row, FLAG_INPAINT)) {
         const bool given = has_flag(row, FLAG_GIVEN_NOISE);
-        if (known == nullptr || mask == nullptr || (given && noise == nullptr)) {
+        if (image == nullptr || mask == nullptr || (given && noise == nullptr)) {
             spoil(next);
         } else {
             float level[4] = {};
-            add4(level, row[ROW_KNOWN_A], known + offset, aligned, n);
+            add4(level, row[ROW_IMAGE_A], image + offset, aligned, n);
             if (given) {
-                add4(level, row[ROW_KNOWN_S], noise + offset, aligned, n);
-            } else if (row[ROW_KNOWN_S] != 0.0f) {
+                add4(level, row[ROW_IMAGE_S], noise + offset, aligned, n);
+            } else if (row[ROW_IMAGE_S] != 0.0f) {
                 float z[4];
                 four_normals(seed[lane], INITIAL_NOISE_STEP, static_cast<std::uint64_t>(element / 4), z[0], z[1], z[2],
                              z[3]);
-                for (int k = 0; k < 4; ++k) level[k] += row[ROW_KNOWN_S] * z[k];
+                for (int k = 0; k < 4; ++k) level[k] += row[ROW_IMAGE_S] * z[k];
             }
             const float* const of_lane = mask + static_cast<long long>(lane) * (stride / (elements / spatial));
             for (int k = 0; k < 4; ++k)
-                if (k < n) next[k] = blend(of_lane[(element + k) % spatial], next[k], level[k]);
+                if (k < n) next[k] = inpaint(of_lane[(element + k) % spatial], next[k], level[k]);
         }
     }
     store4(latents + offset, aligned, n, next);
@@ -288,10 +288,10 @@ __device__ void advance(float* latents, float* history, const float* rows, const
     }                                                                                                                  \
     extern "C" __global__ void advance_##name(                                                                         \
         float* latents, float* history, const float* rows, const int* step, const unsigned long long* seed,            \
-        int* fault, const int* active, const T* output, const float* factors, float* y, const float* known,            \
+        int* fault, const int* active, const T* output, const float* factors, float* y, const float* image,            \
         const float* mask, const float* noise, int lanes, int row_count, int elements, int stride, int spatial,        \
         int output_elements, int guided) {                                                                             \
-        advance(latents, history, rows, step, seed, fault, active, output, factors, y, known, mask, noise, lanes,      \
+        advance(latents, history, rows, step, seed, fault, active, output, factors, y, image, mask, noise, lanes,      \
                 row_count, elements, stride, spatial, output_elements, guided);                                        \
     }
 

@@ -67,11 +67,11 @@ class Arena {
 
     Arena(Array<float> latents, Array<float> history, Array<const float, nb::shape<-1, -1, ROW_SIZE>> rows, Ints step,
           Array<const std::int64_t, nb::ndim<1>> seed, Ints fault, std::optional<Array<float>> y,
-          std::optional<Array<const float>> known, std::optional<Array<const float>> mask,
+          std::optional<Array<const float>> image, std::optional<Array<const float>> mask,
           std::optional<Array<const float>> noise, std::int64_t spatial, int threads,
           const std::optional<std::string>& isa)
         : keep_{nb::cast(latents), nb::cast(history), nb::cast(rows),  nb::cast(step), nb::cast(seed),
-                nb::cast(fault),   nb::cast(y),       nb::cast(known), nb::cast(mask), nb::cast(noise)} {
+                nb::cast(fault),   nb::cast(y),       nb::cast(image), nb::cast(mask), nb::cast(noise)} {
         if (latents.ndim() < 2 || latents.size() == 0)
             refuse("latents " + shape_text(latents) + " must be [lanes, channels, ...], none of them 0");
         const std::size_t lanes = latents.shape(0);
@@ -108,7 +108,7 @@ class Arena {
         all.spatial = elements_ / channels_;
         all.stride = stride;
         all.y = pointer(y, "y", size, "the shape");
-        all.known = pointer(known, "known", size, "the shape");
+        all.image = pointer(image, "image", size, "the shape");
         all.mask = pointer(mask, "mask", size / latents.shape(1), "the shape, with one channel,");
         all.noise = pointer(noise, "noise", size, "the shape");
         tstitch_arena* made = nullptr;
@@ -236,7 +236,7 @@ NB_MODULE(_kernels, m) {
     m.attr("FLAG_LEARNED") = FLAG_LEARNED;
     m.attr("FLAG_STORE") = FLAG_STORE;
     m.attr("FLAG_STORE_Y") = FLAG_STORE_Y;
-    m.attr("FLAG_BLEND") = FLAG_BLEND;
+    m.attr("FLAG_INPAINT") = FLAG_INPAINT;
     m.attr("FLAG_GIVEN_NOISE") = FLAG_GIVEN_NOISE;
     m.attr("HISTORY") = HISTORY;
     m.attr("INITIAL_NOISE_STEP") = INITIAL_NOISE_STEP;
@@ -253,7 +253,7 @@ NB_MODULE(_kernels, m) {
                       std::optional<Array<const float>>, std::int64_t, int, const std::optional<std::string>&>(),
              "latents"_a.noconvert(), "history"_a.noconvert(), "rows"_a.noconvert(), "step"_a.noconvert(),
              "seed"_a.noconvert(), "fault"_a.noconvert(), "y"_a.noconvert() = nb::none(),
-             "known"_a.noconvert() = nb::none(), "mask"_a.noconvert() = nb::none(), "noise"_a.noconvert() = nb::none(),
+             "image"_a.noconvert() = nb::none(), "mask"_a.noconvert() = nb::none(), "noise"_a.noconvert() = nb::none(),
              "spatial"_a = 0, "threads"_a = 0, "isa"_a = nb::none())
         .def("prepare", &Arena::prepare, "active"_a.noconvert(), "sample"_a.noconvert(), "timestep"_a.noconvert(),
              "guided"_a)

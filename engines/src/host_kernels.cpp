@@ -168,19 +168,19 @@ void update_y(const LaneStep& lane, std::int64_t at, std::int64_t n, const float
     memcpy(lane.y + at, sum, static_cast<std::size_t>(n) * sizeof(float));
 }
 
-// The known part of the picture over a tile of x'; `level` and `z` are room for it at its noise level.
-void blend_tile(const LaneStep& lane, std::int64_t at, std::int64_t n, float* __restrict level, float* __restrict z,
-                float* __restrict next) {
-    const float a = lane.row[ROW_KNOWN_A], s = lane.row[ROW_KNOWN_S];
-    const float* __restrict known = lane.known + at;
-    for (std::int64_t i = 0; i < n; ++i) level[i] = a * known[i];
+// The picture outside the mask over a tile of x'; `level` and `z` are room for it at its noise level.
+void inpaint_tile(const LaneStep& lane, std::int64_t at, std::int64_t n, float* __restrict level, float* __restrict z,
+                  float* __restrict next) {
+    const float a = lane.row[ROW_IMAGE_A], s = lane.row[ROW_IMAGE_S];
+    const float* __restrict image = lane.image + at;
+    for (std::int64_t i = 0; i < n; ++i) level[i] = a * image[i];
     if (s != 0.0f && lane.noise == nullptr)
         normal_tile(lane.seed, INITIAL_NOISE_STEP, static_cast<std::uint64_t>(at) / 4, (n + 3) / 4, z);
     add(level, s, lane.noise != nullptr ? lane.noise + at : z, n);
     for (std::int64_t i = 0; i < n;) {  // runs inside one channel, which share the mask
         const std::int64_t place = (at + i) % lane.spatial, stop = lesser(n, i + lane.spatial - place);
         const float* __restrict mask = lane.mask + place - i;
-        for (; i < stop; ++i) next[i] = blend(mask[i], next[i], level[i]);
+        for (; i < stop; ++i) next[i] = inpaint(mask[i], next[i], level[i]);
     }
 }
 
@@ -217,7 +217,7 @@ bool advance_range(const LaneStep& lane, std::int64_t begin, std::int64_t end) {
                 add(next, s, z, n);
             }
         }
-        if (lane.known != nullptr) blend_tile(lane, at, n, d, z, next);
+        if (lane.image != nullptr) inpaint_tile(lane, at, n, d, z, next);
         for (std::int64_t i = 0; i < n; ++i) {
             broken |= is_finite(next[i]) ? 0u : 1u;
             x[i] = next[i];

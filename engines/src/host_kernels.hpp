@@ -22,9 +22,9 @@ struct LaneStep {
     const float* d2;
     const float* d3;     // may be the same memory as store
     float* y;            // null: the row neither reads nor writes it
-    const float* known;  // null: no blend
+    const float* image;  // null: no inpainting
     const float* mask;   // [spatial], for every channel
-    const float* noise;  // z0 of the blend; null: drawn
+    const float* noise;  // z0 of inpainting; null: drawn
     std::int64_t spatial;
     std::uint64_t seed;
     std::uint32_t step;

@@ -56,8 +56,8 @@ namespace tstitch {
     X(YC)                     \
     X(YE)                     \
     X(YF)                     \
-    X(KNOWN_A)                \
-    X(KNOWN_S)
+    X(IMAGE_A)                \
+    X(IMAGE_S)
 
 enum RowField : int {
 #define TSTITCH_ENUM(name) ROW_##name,
@@ -69,7 +69,7 @@ enum RowField : int {
 constexpr int FLAG_LEARNED = 1;
 constexpr int FLAG_STORE = 2;
 constexpr int FLAG_STORE_Y = 4;
-constexpr int FLAG_BLEND = 8;
+constexpr int FLAG_INPAINT = 8;
 constexpr int FLAG_GIVEN_NOISE = 16;
 constexpr int HISTORY = 3;  // estimates that a lane remembers
 constexpr std::uint32_t INITIAL_NOISE_STEP = 0xFFFFFFFFu;
@@ -239,8 +239,8 @@ TSTITCH_HD float combine(const float* row, float x, float d) { return row[ROW_A]
 // YX x + YB D, the terms of y' that are always there; see combine for the others.
 TSTITCH_HD float combine_y(const float* row, float x, float d) { return row[ROW_YX] * x + row[ROW_YB] * d; }
 
-// mask x' + (1 - mask) (KNOWN_A x0 + KNOWN_S z0), given what is in the second brackets
-TSTITCH_HD float blend(float mask, float next, float known) { return known + mask * (next - known); }
+// mask x' + (1 - mask) (IMAGE_A x0 + IMAGE_S z0), given what is in the second brackets
+TSTITCH_HD float inpaint(float mask, float next, float image) { return image + mask * (next - image); }
 
 // S, or with FLAG_LEARNED the scale that the model's second half of channels gives.
 TSTITCH_HD float learned_scale(const float* row, float w) {

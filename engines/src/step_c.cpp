@@ -24,7 +24,7 @@ TSTITCH_ROW_FIELDS(TSTITCH_SAME)
 static_assert(int(TSTITCH_ROW_SIZE) == int(ROW_SIZE) && int(TSTITCH_FLAG_LEARNED) == FLAG_LEARNED &&
                   int(TSTITCH_FLAG_STORE) == FLAG_STORE && TSTITCH_INITIAL_NOISE_STEP == INITIAL_NOISE_STEP,
               "step.h and step.hpp differ");
-static_assert(int(TSTITCH_FLAG_STORE_Y) == FLAG_STORE_Y && int(TSTITCH_FLAG_BLEND) == FLAG_BLEND &&
+static_assert(int(TSTITCH_FLAG_STORE_Y) == FLAG_STORE_Y && int(TSTITCH_FLAG_INPAINT) == FLAG_INPAINT &&
                   int(TSTITCH_FLAG_GIVEN_NOISE) == FLAG_GIVEN_NOISE && int(TSTITCH_HISTORY) == HISTORY,
               "step.h and step.hpp differ");
 
@@ -123,7 +123,7 @@ tstitch_arena* make_arena(const tstitch_lanes& lanes, int threads, const char* i
     host.step = lanes.step;
     host.seed = lanes.seed;
     host.fault = lanes.fault;
-    host.known = lanes.known;
+    host.image = lanes.image;
     host.mask = lanes.mask;
     host.noise = lanes.noise;
     host.lanes = lanes.lanes;

@@ -9,7 +9,7 @@ ROW_FIELDS: Final[tuple[str, ...]]
 FLAG_LEARNED: Final[int]
 FLAG_STORE: Final[int]
 FLAG_STORE_Y: Final[int]
-FLAG_BLEND: Final[int]
+FLAG_INPAINT: Final[int]
 FLAG_GIVEN_NOISE: Final[int]
 HISTORY: Final[int]
 INITIAL_NOISE_STEP: Final[int]
@@ -29,7 +29,7 @@ class Arena:
         seed: NDArray[np.int64],
         fault: NDArray[np.int32],
         y: NDArray[np.float32] | None = None,
-        known: NDArray[np.float32] | None = None,
+        image: NDArray[np.float32] | None = None,
         mask: NDArray[np.float32] | None = None,
         noise: NDArray[np.float32] | None = None,
         spatial: int = 0,

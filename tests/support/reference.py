@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.device.step_row import FLAG_BLEND, FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW
+from tstitch_engines.device.step_row import FLAG_INPAINT, FLAG_LEARNED, FLAG_STORE, FLAG_STORE_Y, ROW
 
 __all__ = ["Model", "guide", "walk"]
 
@@ -17,13 +17,13 @@ Model = Callable[[Array, float, int], "Array | tuple[Array, Array]"]
 
 
 def walk(
-    rows: Array, x: Array, model: Model, noise: Array, *, blend: tuple[Array, Array, Array] | None = None
+    rows: Array, x: Array, model: Model, noise: Array, *, inpainting: tuple[Array, Array, Array] | None = None
 ) -> Array:
     """The latents ``[N+1, B, C, ...]`` of a trajectory: before the first step, then after each one.
 
     ``rows`` float ``[N, 25]``; ``x`` ``[B, C, ...]`` is the starting latent, already scaled; ``noise``
-    ``[N, B, C, ...]``. What was not stored is NaN for later rows, so a missing flag shows. ``blend``:
-    known latents, mask ``[B, 1, ...]`` and initial noise, for rows with ``FLAG_BLEND``.
+    ``[N, B, C, ...]``. What was not stored is NaN for later rows, so a missing flag shows. ``inpainting``:
+    image latents, mask ``[B, 1, ...]`` and initial noise, for rows with ``FLAG_INPAINT``.
     """
     latents = [np.asarray(x, np.float64)]
     estimates: list[Array] = []
@@ -54,10 +54,10 @@ def walk(
                 low, high = row[ROW["LOG_STD_MIN"]], row[ROW["LOG_STD_MAX"]]
                 scale = scale * np.exp(low + (high - low) * (cond[:, channels:] + 1) / 2)
             after = after + scale * noise[step]
-        if int(row[ROW["FLAGS"]]) & FLAG_BLEND:
-            assert blend is not None
-            known, mask, unit = blend
-            after = mask * after + (1 - mask) * (row[ROW["KNOWN_A"]] * known + row[ROW["KNOWN_S"]] * unit)
+        if int(row[ROW["FLAGS"]]) & FLAG_INPAINT:
+            assert inpainting is not None
+            image, mask, unit = inpainting
+            after = mask * after + (1 - mask) * (row[ROW["IMAGE_A"]] * image + row[ROW["IMAGE_S"]] * unit)
         estimates.append(estimate if int(row[ROW["FLAGS"]]) & FLAG_STORE else np.full_like(estimate, np.nan))
         latents.append(after)
     return np.stack(latents)

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device.step_row import (
-    FLAG_BLEND,
     FLAG_GIVEN_NOISE,
+    FLAG_INPAINT,
     FLAG_LEARNED,
     FLAG_STORE,
     FLAG_STORE_Y,
@@ -62,7 +62,7 @@ def guided_output(row: F64, cond: F64, uncond: F64 | None, *, rescale: bool) -> 
 class Lane:
     """The state of one lane: its latent, the history ring as a plain list of every stored D, y, step and seed.
 
-    ``known``, ``noise`` ``[C, ...]`` and ``mask`` ``[1, ...]`` are the lane's part of the blend.
+    ``image``, ``noise`` ``[C, ...]`` and ``mask`` ``[1, ...]`` are the lane's part of the inpaint.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Lane:
         x: NDArray[Any],
         rows: NDArray[Any],
         seed: int,
-        known: NDArray[Any] | None = None,
+        image: NDArray[Any] | None = None,
         mask: NDArray[Any] | None = None,
         noise: NDArray[Any] | None = None,
     ) -> None:
-        self.known, self.mask, self.noise = known, mask, noise
+        self.image, self.mask, self.noise = image, mask, noise
         self.y: F64 | None = None
         self.x = x.astype(np.float64)
         self.rows = rows.astype(np.float64)
@@ -111,14 +111,14 @@ class Lane:
                 lo, hi = row[ROW["LOG_STD_MIN"]], row[ROW["LOG_STD_MAX"]]
                 scale = scale * np.exp(lo + (hi - lo) * (cond[channels:] + 1) / 2)
             x = x + scale * normals(self.seed, self.step, self.x.size).reshape(self.x.shape)
-        if flags & FLAG_BLEND:
-            assert self.known is not None
+        if flags & FLAG_INPAINT:
+            assert self.image is not None
             assert self.mask is not None
             z0: Any = self.noise
             if not flags & FLAG_GIVEN_NOISE:
                 z0 = normals(self.seed, INITIAL_NOISE_STEP, self.x.size).reshape(self.x.shape)
-            known = row[ROW["KNOWN_A"]] * self.known.astype(np.float64) + row[ROW["KNOWN_S"]] * z0
-            x = self.mask * x + (1 - self.mask) * known
+            image = row[ROW["IMAGE_A"]] * self.image.astype(np.float64) + row[ROW["IMAGE_S"]] * z0
+            x = self.mask * x + (1 - self.mask) * image
         if flags & FLAG_STORE:
             self.stored[self.step] = d
         if flags & FLAG_STORE_Y:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from tstitch_engines.device.base import ArenaBuffers, Device
 from tstitch_engines.device.step_row import (
-    FLAG_BLEND,
     FLAG_GIVEN_NOISE,
+    FLAG_INPAINT,
     FLAG_LEARNED,
     FLAG_STORE,
     FLAG_STORE_Y,
@@ -38,7 +38,7 @@ def run(
     table = rng.uniform(0.2, 0.8, (lanes, steps, len(ROW_FIELDS))).astype(np.float32)
     for name, value in {
         "G": 1.5, "GUIDED_CHANNELS": 3, "RESCALE": 0.5, "LOG_STD_MIN": -1, "LOG_STD_MAX": 0,
-        "FLAGS": FLAG_STORE + FLAG_LEARNED + FLAG_STORE_Y + FLAG_BLEND,
+        "FLAGS": FLAG_STORE + FLAG_LEARNED + FLAG_STORE_Y + FLAG_INPAINT,
     }.items():  # fmt: skip
         table[..., ROW[name]] = value
     for back, names in enumerate(("CY", "E", "F"), 1):
@@ -49,7 +49,7 @@ def run(
         "latents": (rng.standard_normal((lanes, *room)).astype(np.float32), "float32"),
         "history": (np.zeros((HISTORY, lanes, *room), np.float32), "float32"),
         "y": (np.zeros((lanes, *room), np.float32), "float32"),
-        "known": (rng.standard_normal((lanes, *room)).astype(np.float32), "float32"),
+        "image": (rng.standard_normal((lanes, *room)).astype(np.float32), "float32"),
         "mask": (rng.uniform(0, 1, (lanes, 1, *room[1:])).astype(np.float32), "float32"),
         "noise": (rng.standard_normal((lanes, *room)).astype(np.float32), "float32"),
         "rows": (table, "float32"),

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tstitch_engines.device.step_row import (
-    FLAG_BLEND,
     FLAG_GIVEN_NOISE,
+    FLAG_INPAINT,
     FLAG_LEARNED,
     FLAG_STORE,
     FLAG_STORE_Y,
@@ -17,7 +17,7 @@ from tstitch_engines.device.step_row import (
 from tstitch_engines.errors import BadInput
 from tstitch_trt.solvers.table import Y_COLUMNS, StepTable
 
-__all__ = ["fill_rows", "reads_before", "with_blend"]
+__all__ = ["fill_rows", "reads_before", "with_inpainting"]
 
 Array = NDArray[np.float64]
 
@@ -46,8 +46,8 @@ def fill_rows(
     estimate=table.estimate)``).
     ``guided_channels``: how many leading channels are guided. ``learned``: the member of that step gives a second half
     of channels for the variance. ``FLAG_STORE`` and ``FLAG_STORE_Y`` are set exactly where a later row reads the
-    step's estimate or ``y'``, and ``FLAG_LEARNED`` where the noise is scaled by the model's variance. ``KNOWN_A`` and
-    ``KNOWN_S`` are always there, for ``with_blend``. Raises ``BadInput``.
+    step's estimate or ``y'``, and ``FLAG_LEARNED`` where the noise is scaled by the model's variance. ``IMAGE_A`` and
+    ``IMAGE_S`` are always there, for ``with_inpainting``. Raises ``BadInput``.
     """
     rows = np.zeros((table.steps, len(ROW_FIELDS)))
     for field, column in _FROM_TABLE.items():
@@ -71,8 +71,8 @@ def fill_rows(
             f"solver {table.solver} reads a learned variance, but the member of step {lacking[0]} has none",
             hint="use variance='fixed-small' or 'fixed-large', or members that were trained with a learned variance",
         )
-    # A known picture is put back at the noise of the next row, and after the last one clean, as diffusers does.
-    rows[:, ROW["KNOWN_A"]], rows[:, ROW["KNOWN_S"]] = np.append(table.a[1:], 1.0), np.append(table.s[1:], 0.0)
+    # A picture is put back at the noise of the next row, and after the last one clean, as diffusers does.
+    rows[:, ROW["IMAGE_A"]], rows[:, ROW["IMAGE_S"]] = np.append(table.a[1:], 1.0), np.append(table.s[1:], 0.0)
     kept = _kept_y(table)
     rows[:, [ROW[name] for name in Y_COLUMNS]] *= kept[:, None]
     stored = np.zeros(table.steps, bool)
@@ -83,16 +83,16 @@ def fill_rows(
     return rows
 
 
-def with_blend(rows: NDArray[np.floating], *, given_noise: bool = False) -> Array:
-    """A copy of ``rows`` ``[N, 25]`` that keeps a known picture outside the lanes' masks after every step (inpainting).
+def with_inpainting(rows: NDArray[np.floating], *, given_noise: bool = False) -> Array:
+    """A copy of ``rows`` ``[N, 25]`` that keeps a picture outside the lanes' masks after every step (inpainting).
 
     ``given_noise``: the lanes started from noise in the arena's ``noise`` buffer instead of noise drawn from their
-    seeds, and the known picture is brought to each noise level with the same.
+    seeds, and the picture is brought to each noise level with the same.
     """
-    blended = np.array(rows, np.float64)
-    flags = blended[:, ROW["FLAGS"]].astype(np.int64) | FLAG_BLEND | (FLAG_GIVEN_NOISE if given_noise else 0)
-    blended[:, ROW["FLAGS"]] = flags
-    return blended
+    found = np.array(rows, np.float64)
+    flags = found[:, ROW["FLAGS"]].astype(np.int64) | FLAG_INPAINT | (FLAG_GIVEN_NOISE if given_noise else 0)
+    found[:, ROW["FLAGS"]] = flags
+    return found
 
 
 def reads_before(rows: NDArray[np.floating], start: int) -> bool:

@@ -101,8 +101,8 @@ def _conditioning(
             assert picture is not None, "ParsedRequest.check was passed"
             assert picture.mask is not None, "ParsedRequest.check was passed"
             assert picture.outside is not None, "it goes with a mask where a member paints"
-            known = np.float32(member.latent_ratio) * picture.outside
-            networks[name]["inpaint"] = Values(np.concatenate([picture.mask, known], axis=1))
+            outside = np.float32(member.latent_ratio) * picture.outside
+            networks[name]["inpaint"] = Values(np.concatenate([picture.mask, outside], axis=1))
     if parsed.control is not None:
         networks[CONTROLNET] = control_values(manifest, names, parsed.control, parsed.control_scale, networks)
     conditioning = Conditioning(networks)

@@ -65,7 +65,7 @@ class LaneArena:
         self._slab = slab
         self.conditioning = {name: slab.view(name, (2, slots, row), "uint8") for name, row in conditioning.items()}
         self._kernels: dict[tuple[tuple[int, int, int], bool], StepKernels] = {}
-        self._inpainting: ArenaBuffers | None = None  # the buffers with known, mask and noise; from the first use on
+        self._inpainting: ArenaBuffers | None = None  # the buffers with image, mask and noise; from the first use on
         self._collected: Buffer | None = None
 
     @property
@@ -74,20 +74,20 @@ class LaneArena:
         more = 0 if self._collected is None else self._collected.nbytes
         return sum(buffer.nbytes for _, buffer in buffers.items()) + self._slab.nbytes + more
 
-    def kernels(self, shape: tuple[int, int, int], *, blend: bool = False) -> StepKernels:
-        """The step kernels for latents of ``shape``, always the same ones; ``blend``: for rows ``with_blend``."""
-        if (shape, blend) not in self._kernels:
-            buffers = self._with_inpainting() if blend else self.buffers
-            self._kernels[shape, blend] = self._device.step_kernels(buffers, shape)
-        return self._kernels[shape, blend]
+    def kernels(self, shape: tuple[int, int, int], *, inpaint: bool = False) -> StepKernels:
+        """The step kernels for latents of ``shape``, always the same; ``inpaint``: for rows ``with_inpainting``."""
+        if (shape, inpaint) not in self._kernels:
+            buffers = self._with_inpainting() if inpaint else self.buffers
+            self._kernels[shape, inpaint] = self._device.step_kernels(buffers, shape)
+        return self._kernels[shape, inpaint]
 
     def _with_inpainting(self) -> ArenaBuffers:
         if self._inpainting is None:
             channels, height, width = self.latent_shape
-            known, mask, noise = (
+            image, mask, noise = (
                 self._device.empty((self.slots, depth, height, width), "float32") for depth in (channels, 1, channels)
             )
-            self._inpainting = replace(self.buffers, known=known, mask=mask, noise=noise)
+            self._inpainting = replace(self.buffers, image=image, mask=mask, noise=noise)
         return self._inpainting
 
     # --- writing lanes
@@ -122,7 +122,7 @@ class LaneArena:
 
     def _set_inpainting(self, slot: int, program: LaneProgram) -> None:
         buffers, kept = self._with_inpainting(), program.inpainting
-        for name in ("known", "mask", "noise"):
+        for name in ("image", "mask", "noise"):
             values: NDArray[np.float32] = getattr(kept, name)
             target = self._lane(getattr(buffers, name), slot, values.shape)
             self._device.upload(target, np.ascontiguousarray(values, np.float32))

@@ -14,7 +14,7 @@ from tstitch_engines.device.base import Buffer
 from tstitch_engines.device.step_row import FLAG_STORE, ROW
 from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.plan.plan import Plan
-from tstitch_trt.plan.step_rows import with_blend
+from tstitch_trt.plan.step_rows import with_inpainting
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.limits import Sizes, network_sizes
 from tstitch_trt.request.request import Request
@@ -27,7 +27,7 @@ class StepKey(NamedTuple):
 
     ``lanes``: of the batch, spare positions counted; 0 in a program, which may run in any batch. ``size``: height and
     width of the latent. ``sizes``: of the member's dynamic dimensions, empty where it has none; ``control``: the
-    ControlNet's, where one runs. ``blend``: a known picture is kept outside a mask.
+    ControlNet's, where one runs. ``inpaint``: a picture is kept outside a mask.
     """
 
     member: str
@@ -37,7 +37,7 @@ class StepKey(NamedTuple):
     size: tuple[int, int]
     sizes: Sizes = ()
     control: Sizes | None = None
-    blend: bool = False
+    inpaint: bool = False
 
     @property
     def networks(self) -> dict[str, Sizes]:
@@ -46,16 +46,16 @@ class StepKey(NamedTuple):
 
     def __str__(self) -> str:
         size = "".join(f", {name} {value}" for name, value in self.sizes)
-        given = {"guided": self.guided, "controlled": self.control is not None, "blended": self.blend}
+        given = {"guided": self.guided, "controlled": self.control is not None, "inpainting": self.inpaint}
         more = "".join(f", {word}" for word, true in given.items() if true)
         return f"member {self.member!r}, {self.lanes} lanes{size}{more}"
 
 
 @dataclass(frozen=True)
 class Inpainting:
-    """A picture kept outside a lane's mask, float32: ``known`` and ``noise`` ``[C,H,W]``, ``mask [1,H,W]``."""
+    """A picture kept outside a lane's mask, float32: ``image`` and ``noise`` ``[C,H,W]``, ``mask [1,H,W]``."""
 
-    known: NDArray[np.float32]
+    image: NDArray[np.float32]
     mask: NDArray[np.float32]
     noise: NDArray[np.float32]
 
@@ -110,14 +110,14 @@ def lane_programs(
     ``store_estimates``: every step's estimate goes into the history, for previews. Raises ``OutOfProfile``.
     """
     keys = _keys(manifest, profiles, plan, request)
-    blended = np.array([key.blend for key in keys])
-    rows = np.where(blended[:, None], with_blend(plan.rows, given_noise=True), plan.rows).astype(np.float32)
+    inpainted = np.array([key.inpaint for key in keys])
+    rows = np.where(inpainted[:, None], with_inpainting(plan.rows, given_noise=True), plan.rows).astype(np.float32)
     if store_estimates:
         flags = rows[:, ROW["FLAGS"]].astype(np.int64) | FLAG_STORE
         rows[:, ROW["FLAGS"]] = flags.astype(np.float32)
     used = {name for key in keys[request.start :] for name in key.networks}
     networks = {name: values for name, values in request.conditioning.networks.items() if name in used}
-    picture = request.picture if any(key.blend for key in keys[request.start :]) else None
+    picture = request.picture if any(key.inpaint for key in keys[request.start :]) else None
     programs = []
     for image in images:
         inpainting, latents = None, request.latents

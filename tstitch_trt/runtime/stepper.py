@@ -185,7 +185,7 @@ class Stepper:
 
     def _work(self, key: StepKey) -> Callable[[], None]:
         bound = self.bind(key.member, key.lanes, key.guided, key.sizes)
-        kernels = self.arena.kernels(self.latent_shape(key), blend=key.blend)
+        kernels = self.arena.kernels(self.latent_shape(key), inpaint=key.inpaint)
         prepare, advance, gather = kernels.prepare, kernels.advance, self._device.gather_rows
         active, sample, timestep, output = bound.active, bound.sample, bound.timestep, bound.model_output
         assert output is not None, "members have a model_output"

@@ -45,8 +45,8 @@ class ArenaBuffers:
 
     A smaller latent lies C-contiguous at the start of its slot. ``seed`` holds the bits of a uint64; ``fault`` is
     -1, or the first step after which the lane's latent was not finite. The optional buffers may be left out where no
-    row uses them: ``y``, the second state, and those of inpainting: ``known`` latents, the ``mask`` (1 = drawn,
-    0 = known), and unit ``noise``.
+    row uses them: ``y``, the second state, and those of inpainting: the ``image`` latents, the ``mask`` (1 = drawn,
+    0 = kept), and unit ``noise``.
     """
 
     latents: Buffer  # float32 [L,C,...]
@@ -56,7 +56,7 @@ class ArenaBuffers:
     seed: Buffer  # int64 [L]
     fault: Buffer  # int32 [L]
     y: Buffer | None = None  # float32 [L,C,...]
-    known: Buffer | None = None  # float32 [L,C,...]
+    image: Buffer | None = None  # float32 [L,C,...]
     mask: Buffer | None = None  # float32 [L,1,...]
     noise: Buffer | None = None  # float32 [L,C,...]
 

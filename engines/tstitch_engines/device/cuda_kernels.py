@@ -107,7 +107,7 @@ class CudaStepKernels:
             "seed": ("int64", (lanes,)),
             "fault": ("int32", (lanes,)),
             "y": like,
-            "known": like,
+            "image": like,
             "mask": ("float32", (lanes, 1, *largest[1:])),
             "noise": like,
         }
@@ -151,7 +151,7 @@ class CudaStepKernels:
                 arena.rows.ptr, arena.step.ptr, active.ptr, model_output.ptr, self._factors.ptr,
                 self._row_count, self._elements, self._spatial, output_elements,
             )  # fmt: skip
-        optional = (arena.y, arena.known, arena.mask, arena.noise)
+        optional = (arena.y, arena.image, arena.mask, arena.noise)
         self._launch(
             f"advance_{model_output.dtype}", (self._blocks, batch), THREADS,
             arena.latents.ptr, arena.history.ptr, arena.rows.ptr, arena.step.ptr, arena.seed.ptr, arena.fault.ptr,

@@ -43,7 +43,7 @@ class HostStepKernels:
             raise BadInput(
                 f"these arrays are no arena of lanes: {error}",
                 hint="allocate them as ArenaBuffers documents: float32 latents [L,C,...], history [3,L,C,...], "
-                f"rows [L,N,{len(ROW_FIELDS)}], int32 step [L], int64 seed [L], int32 fault [L], float32 y, known and "
+                f"rows [L,N,{len(ROW_FIELDS)}], int32 step [L], int64 seed [L], int32 fault [L], float32 y, image and "
                 "noise as latents, mask [L,1,...], all C-contiguous",
             ) from error
 

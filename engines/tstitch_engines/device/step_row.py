@@ -6,10 +6,10 @@
     D  = P x + Q m
     x' = A x + B D + C D1 + E D2 + F D3 + Y y + S z      D1, D2, D3: estimates of the steps before; z: Gaussian noise
     y' = YX x + YY y + YB D + YC D1 + YE D2 + YF D3      with STORE_Y; without it y stays
-    x' = mask x' + (1 - mask) (KNOWN_A x0 + KNOWN_S z0)  with BLEND
+    x' = mask x' + (1 - mask) (IMAGE_A x0 + IMAGE_S z0)  with INPAINT
 
 ``x`` is the latent and ``y`` a second state that a lane remembers: the latent before a step that is taken twice (PNDM),
-or the last corrected latent (UniPC). The last line keeps a known picture ``x0`` outside a mask (inpainting): it is
+or the last corrected latent (UniPC). The last line keeps the picture ``x0`` outside a mask (inpainting): it is
 brought to the noise level of ``x'`` by the lane's own initial noise ``z0``, which is drawn again from the seed, or with
 ``GIVEN_NOISE`` read from memory, for a lane that was started from noise of the caller's.
 
@@ -27,8 +27,8 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
-    "FLAG_BLEND",
     "FLAG_GIVEN_NOISE",
+    "FLAG_INPAINT",
     "FLAG_LEARNED",
     "FLAG_STORE",
     "FLAG_STORE_Y",
@@ -62,16 +62,16 @@ ROW_FIELDS: Final = (
     "YC",
     "YE",
     "YF",
-    "KNOWN_A",  # noise level of x', for the blend
-    "KNOWN_S",
+    "IMAGE_A",  # noise level of x', for inpainting
+    "IMAGE_S",
 )
 ROW: Final = {name: index for index, name in enumerate(ROW_FIELDS)}
 
 FLAG_LEARNED: Final = 1  # the noise scale is read from the model's second half of channels
 FLAG_STORE: Final = 2  # a later row reads this step's D
 FLAG_STORE_Y: Final = 4  # y becomes y'
-FLAG_BLEND: Final = 8  # a known picture is kept outside the mask
-FLAG_GIVEN_NOISE: Final = 16  # z0 of the blend is in memory, instead of drawn from the seed
+FLAG_INPAINT: Final = 8  # the picture is kept outside the mask
+FLAG_GIVEN_NOISE: Final = 16  # z0 of inpainting is in memory, instead of drawn from the seed
 
 HISTORY: Final = 3  # estimates that a lane remembers: D of step i in slot i % 3
 

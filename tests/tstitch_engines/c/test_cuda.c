@@ -32,7 +32,7 @@ typedef struct state {
 } state;
 
 ALIGNED static float rows[LANES * STEPS * TSTITCH_ROW_SIZE], output[2 * BATCH * 2 * ELEMENTS];
-ALIGNED static float known[LANES * STRIDE], mask[LANES * ROOM], given[LANES * STRIDE];
+ALIGNED static float image[LANES * STRIDE], mask[LANES * ROOM], given[LANES * STRIDE];
 ALIGNED static unsigned char conditioning[2 * LANES * PITCH];
 static const uint64_t seed[LANES] = {1, 2, (uint64_t)-3};
 static const int32_t active[BATCH] = {2, 0};
@@ -47,7 +47,7 @@ static void on_host(state* s) {
     all.latents = s->latents;
     all.history = s->history;
     all.y = s->y;
-    all.known = known;
+    all.image = image;
     all.mask = mask;
     all.noise = given;
     all.rows = rows;
@@ -104,7 +104,7 @@ static void on_cuda(state* s) {
 
     advance.history = address(s->history);
     advance.y = address(s->y);
-    advance.known = address(known);
+    advance.image = address(image);
     advance.mask = address(mask);
     advance.noise = address(given);
     advance.seed = address(seed);
@@ -154,13 +154,13 @@ int main(void) {
         row[TSTITCH_ROW_E] = row[TSTITCH_ROW_F] = row[TSTITCH_ROW_YE] = row[TSTITCH_ROW_YF] = 0;
         row[TSTITCH_ROW_YC] = row[TSTITCH_ROW_C];
         row[TSTITCH_ROW_GUIDED_CHANNELS] = 2;
-        row[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_STORE + TSTITCH_FLAG_LEARNED + TSTITCH_FLAG_STORE_Y + TSTITCH_FLAG_BLEND +
-                                 (i % 2 ? TSTITCH_FLAG_GIVEN_NOISE : 0);
+        row[TSTITCH_ROW_FLAGS] = TSTITCH_FLAG_STORE + TSTITCH_FLAG_LEARNED + TSTITCH_FLAG_STORE_Y +
+                                 TSTITCH_FLAG_INPAINT + (i % 2 ? TSTITCH_FLAG_GIVEN_NOISE : 0);
     }
     for (size_t i = 0; i < sizeof output / sizeof output[0]; ++i) output[i] = 2 * uniform() - 1;
     for (int i = 0; i < LANES * STRIDE; ++i) {
         host.latents[i] = 2 * uniform() - 1;
-        known[i] = 2 * uniform() - 1;
+        image[i] = 2 * uniform() - 1;
         given[i] = 2 * uniform() - 1;
     }
     for (int i = 0; i < LANES * ROOM; ++i) mask[i] = uniform();

@@ -23,8 +23,8 @@ from tstitch_engines.device.cuda_kernels import (
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.host_memory import HostBuffer
 from tstitch_engines.device.step_row import (
-    FLAG_BLEND,
     FLAG_GIVEN_NOISE,
+    FLAG_INPAINT,
     FLAG_LEARNED,
     FLAG_STORE_Y,
     HISTORY,
@@ -161,7 +161,7 @@ def test_fault(device: WalkedDevice, bad: float) -> None:
 
 
 def test_a_step_outside_the_table_is_a_fault(device: WalkedDevice) -> None:
-    """The host driver refuses such a lane; on CUDA the step is known to the GPU alone."""
+    """The host driver refuses such a lane; on CUDA the step is image to the GPU alone."""
     parts = arena(device, 1.0)
     advance(device, parts)
     before = parts["latents"].array.copy()
@@ -182,9 +182,9 @@ def test_learned_variance_without_a_second_half_is_a_fault(device: WalkedDevice)
     [
         (FLAG_STORE_Y, 0.0, ()),
         (0, 1.0, ()),
-        (FLAG_BLEND, 0.0, ("known",)),
-        (FLAG_BLEND, 0.0, ("mask",)),
-        (FLAG_BLEND + FLAG_GIVEN_NOISE, 0.0, ("known", "mask")),
+        (FLAG_INPAINT, 0.0, ("image",)),
+        (FLAG_INPAINT, 0.0, ("mask",)),
+        (FLAG_INPAINT + FLAG_GIVEN_NOISE, 0.0, ("image", "mask")),
     ],
 )
 def test_a_row_that_uses_memory_which_is_not_there_is_a_fault(
@@ -195,7 +195,7 @@ def test_a_row_that_uses_memory_which_is_not_there_is_a_fault(
     table = parts["rows"].array
     table[..., [ROW[name] for name in ("C", "E", "F", "S", "YY", "YC", "YE", "YF")]] = 0
     table[..., ROW["FLAGS"]], table[..., ROW["Y"]] = flags, y
-    more = {name: device.empty((1, 1, 2, 2), "float32") for name in ("y", "known", "mask", "noise")}
+    more = {name: device.empty((1, 1, 2, 2), "float32") for name in ("y", "image", "mask", "noise")}
     for buffer in more.values():
         buffer.array[...] = 0.5
     advance(device, {**parts, **{name: more[name] for name in given}})

@@ -19,8 +19,8 @@ from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.host_kernels import ISAS, HostStepKernels, fill_initial_noise, normal, philox
 from tstitch_engines.device.host_memory import HostBuffer
 from tstitch_engines.device.step_row import (
-    FLAG_BLEND,
     FLAG_GIVEN_NOISE,
+    FLAG_INPAINT,
     FLAG_LEARNED,
     FLAG_STORE,
     FLAG_STORE_Y,
@@ -79,7 +79,7 @@ def make_arena(latents: NDArray[np.float32], table: NDArray[np.float32], seeds: 
         "seed": buffer(np.array(seeds, np.uint64).view(np.int64)),
         "fault": buffer(np.full(lanes, -1, np.int32)),
     }
-    given = {name: buffer(options.pop(name)) for name in ("known", "mask", "noise") if name in options}
+    given = {name: buffer(options.pop(name)) for name in ("image", "mask", "noise") if name in options}
     return Arena(x, history, **parts, kernels=HostStepKernels(ArenaBuffers(x, history, **parts, **given), **options))
 
 
@@ -260,12 +260,12 @@ KINDS: dict[str, dict[str, float]] = {
     "history-3": {"C": 0.3, "E": -0.2, "F": 0.25, "FLAGS": FLAG_STORE},
     "y": {"Y": 0.4, "YY": 0.5, "FLAGS": FLAG_STORE_Y},
     "y-of-history": {"Y": -0.4, "YC": 0.3, "YE": 0.2, "YF": -0.3, "FLAGS": FLAG_STORE + FLAG_STORE_Y},
-    "blend": {"FLAGS": FLAG_BLEND},
-    "blend-given": {"FLAGS": FLAG_BLEND + FLAG_GIVEN_NOISE},
-    "blend-clean": {"KNOWN_S": 0, "FLAGS": FLAG_BLEND},
+    "inpaint": {"FLAGS": FLAG_INPAINT},
+    "inpaint-given": {"FLAGS": FLAG_INPAINT + FLAG_GIVEN_NOISE},
+    "inpaint-clean": {"IMAGE_S": 0, "FLAGS": FLAG_INPAINT},
     "everything": {
         "C": 0.3, "E": -0.2, "F": 0.2, "S": 0.7, "RESCALE": 0.7, "Y": 0.3, "YY": 0.4, "YC": 0.3, "YE": 0.2, "YF": -0.3,
-        "FLAGS": FLAG_LEARNED + FLAG_STORE + FLAG_STORE_Y + FLAG_BLEND,
+        "FLAGS": FLAG_LEARNED + FLAG_STORE + FLAG_STORE_Y + FLAG_INPAINT,
     },
 }  # fmt: skip
 
@@ -279,7 +279,7 @@ def test_advance_equals_float64(isa: str, dtype: str, guided_channels: int | Non
     run_and_compare(np.random.default_rng(2), (4, 13, 21), dtype, guided_channels, KINDS[kind], isa)
 
 
-@pytest.mark.parametrize("kind", ["history-2-noise", "blend", "everything"])
+@pytest.mark.parametrize("kind", ["history-2-noise", "inpaint", "everything"])
 def test_advance_of_several_chunks_equals_float64(kind: str) -> None:
     run_and_compare(np.random.default_rng(2), (4, 50, 51), "float32", 3, KINDS[kind], ISAS[0])
 
@@ -305,14 +305,14 @@ def run_and_compare(
     table = random_table(rng, lanes, steps, channels=guided_channels or 0, **fixed)
     latents = rng.standard_normal((lanes, *shape)).astype(np.float32)
     seeds = [7, 2**64 - 3]
-    blend = {}
-    if int(fixed.get("FLAGS", 0)) & FLAG_BLEND:
+    inpainting = {}
+    if int(fixed.get("FLAGS", 0)) & FLAG_INPAINT:
         mask = rng.uniform(0, 1, (lanes, 1, *shape[1:])).astype(np.float32).round(1)  # whole 0 and 1 among them
-        known, noise = rng.standard_normal((2, *latents.shape)).astype(np.float32)
-        blend = {"known": known, "mask": mask, "noise": noise}
-    arena = make_arena(latents, table, seeds, isa=isa, **blend)
+        image, noise = rng.standard_normal((2, *latents.shape)).astype(np.float32)
+        inpainting = {"image": image, "mask": mask, "noise": noise}
+    arena = make_arena(latents, table, seeds, isa=isa, **inpainting)
     reference = [
-        step_reference.Lane(latents[i], table[i], seeds[i], **{name: part[i] for name, part in blend.items()})
+        step_reference.Lane(latents[i], table[i], seeds[i], **{name: part[i] for name, part in inpainting.items()})
         for i in range(lanes)
     ]
     active = buffer(np.arange(lanes, dtype=np.int32))
@@ -526,11 +526,11 @@ def test_learned_rows_need_a_second_half() -> None:
     [
         ({"FLAGS": FLAG_STORE_Y}, (), "lane 0 remembers a second state, and the arena has no y"),
         ({"Y": 1}, (), "lane 0 remembers a second state, and the arena has no y"),
-        ({"FLAGS": FLAG_BLEND}, ("mask", "noise"), "lane 0 blends a known picture in, and the arena has no known"),
-        ({"FLAGS": FLAG_BLEND}, ("known", "noise"), "and the arena has no mask"),
+        ({"FLAGS": FLAG_INPAINT}, ("mask", "noise"), "lane 0 inpaints, and the arena has no image"),
+        ({"FLAGS": FLAG_INPAINT}, ("image", "noise"), "and the arena has no mask"),
         (
-            {"FLAGS": FLAG_BLEND + FLAG_GIVEN_NOISE},
-            ("known", "mask"),
+            {"FLAGS": FLAG_INPAINT + FLAG_GIVEN_NOISE},
+            ("image", "mask"),
             "noise that is given, and the arena has no noise",
         ),
     ],
@@ -608,7 +608,7 @@ def test_an_arena_that_does_not_fit_together_is_refused() -> None:
     wrong = {
         "history": arena.history.array[:2],
         "y": arena.y.array[:1],
-        "known": arena.x.array[:, :1].copy(),
+        "image": arena.x.array[:, :1].copy(),
         "mask": arena.x.array,
         "noise": arena.x.array.astype(np.float64),
         "rows": arena.rows.array[..., :8].copy(),

@@ -17,7 +17,7 @@ from tstitch_engines.device.host_kernels import normal
 from tstitch_engines.device.step_row import INITIAL_NOISE_STEP
 from tstitch_engines.errors import BadEngine, BadInput, Busy, Cancelled, NotFinite, OutOfProfile, UnknownName
 from tstitch_trt import Runtime
-from tstitch_trt.plan.step_rows import with_blend
+from tstitch_trt.plan.step_rows import with_inpainting
 from tstitch_trt.runtime.memory import planned_memory
 
 
@@ -112,8 +112,8 @@ def test_a_mask_keeps_the_rest_of_the_picture(painting: Runtime, tiny_pair: Tiny
     if start:
         state = plan.table.a[start] * known + plan.table.s[start] * unit
     expected = walk(
-        with_blend(plan.rows)[start:], state, model, np.stack([noise(step) for step in range(start, plan.steps)]),
-        blend=(known, mask[:, None], unit),
+        with_inpainting(plan.rows)[start:], state, model, np.stack([noise(step) for step in range(start, plan.steps)]),
+        inpainting=(known, mask[:, None], unit),
     )  # fmt: skip
     assert relative_error(result.latents, expected[-1]) < 1e-4
     kept = np.broadcast_to(~mask[:, None], known.shape)

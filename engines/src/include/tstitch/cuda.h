@@ -78,12 +78,12 @@ typedef struct tstitch_cuda_guidance_factor {
 typedef struct tstitch_cuda_advance {
     tstitch_cuda_pointer latents, history, rows, step, seed, fault, active, output;
     tstitch_cuda_pointer factors;               /* of guidance_factor, or 0: no rescale */
-    tstitch_cuda_pointer y, known, mask, noise; /* or 0 where no row uses them */
+    tstitch_cuda_pointer y, image, mask, noise; /* or 0 where no row uses them */
     int32_t lanes, row_count, elements, stride, spatial, output_elements, guided;
 } tstitch_cuda_advance;
 #define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                                         \
     {&(a).latents,         &(a).history, &(a).rows,      &(a).step,     &(a).seed,   &(a).fault,   \
-     &(a).active,          &(a).output,  &(a).factors,   &(a).y,        &(a).known,  &(a).mask,    \
+     &(a).active,          &(a).output,  &(a).factors,   &(a).y,        &(a).image,  &(a).mask,    \
      &(a).noise,           &(a).lanes,   &(a).row_count, &(a).elements, &(a).stride, &(a).spatial, \
      &(a).output_elements, &(a).guided}
 

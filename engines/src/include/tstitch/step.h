@@ -14,9 +14,9 @@
  *     D  = P x + Q m
  *     x' = A x + B D + C D1 + E D2 + F D3 + Y y + S z      D1, D2, D3: D of the steps before; z: Gaussian noise
  *     y' = YX x + YY y + YB D + YC D1 + YE D2 + YF D3      y: a second remembered state; with TSTITCH_FLAG_STORE_Y
- *     x' = mask x' + (1 - mask) (KNOWN_A x0 + KNOWN_S z0)  for inpainting; with TSTITCH_FLAG_BLEND
+ *     x' = mask x' + (1 - mask) (IMAGE_A x0 + IMAGE_S z0)  for inpainting; with TSTITCH_FLAG_INPAINT
  *
- * c and u are the model's conditional and unconditional output, x0 a known picture's latent and z0 the lane's initial
+ * c and u are the model's conditional and unconditional output, x0 a picture's latent and z0 the lane's initial
  * noise. tstitch_engines/device/step_row.py has the same layout, and
  * tstitch_trt.solvers makes such tables. tstitch/cuda.h has the same steps on an NVIDIA GPU.
  *
@@ -73,8 +73,8 @@ enum {
     TSTITCH_ROW_YC,
     TSTITCH_ROW_YE,
     TSTITCH_ROW_YF,
-    TSTITCH_ROW_KNOWN_A, /* with TSTITCH_FLAG_BLEND: the noise level of x' */
-    TSTITCH_ROW_KNOWN_S,
+    TSTITCH_ROW_IMAGE_A, /* with TSTITCH_FLAG_INPAINT: the noise level of x' */
+    TSTITCH_ROW_IMAGE_S,
     TSTITCH_ROW_SIZE
 };
 
@@ -82,8 +82,8 @@ enum {
     TSTITCH_FLAG_LEARNED = 1,     /* the noise scale is read from the model's second half of channels */
     TSTITCH_FLAG_STORE = 2,       /* a later row reads this step's D (one of its C, E, F, YC, YE, YF is not 0) */
     TSTITCH_FLAG_STORE_Y = 4,     /* y becomes y'; without it y stays */
-    TSTITCH_FLAG_BLEND = 8,       /* a known picture is kept outside the mask */
-    TSTITCH_FLAG_GIVEN_NOISE = 16 /* z0 of the blend is read from noise; without it drawn as tstitch_initial_noise */
+    TSTITCH_FLAG_INPAINT = 8,     /* the picture is kept outside the mask */
+    TSTITCH_FLAG_GIVEN_NOISE = 16 /* z0 of inpainting is read from noise; without it drawn as tstitch_initial_noise */
 };
 
 enum { TSTITCH_HISTORY = 3 }; /* the D that a lane remembers: that of step i in slot i % 3 */
@@ -116,7 +116,7 @@ TSTITCH_API const char* tstitch_version(void); /* "major.minor.patch" */
  * height * width (times frames): its shape does not matter here. Read here only: rows, seed.
  *
  * Lanes may lie further apart than their elements: stride is the number of elements from one lane to the next in
- * latents, history, y, known and noise, and stride / channels that in mask; 0 means channels * spatial. So arenas of
+ * latents, history, y, image and noise, and stride / channels that in mask; 0 means channels * spatial. So arenas of
  * several latent sizes can share the same arrays: each lane is used through the arena of its size. */
 typedef struct tstitch_lanes {
     float* latents;       /* [lanes, channels, spatial] */
@@ -128,9 +128,9 @@ typedef struct tstitch_lanes {
     int64_t lanes, row_count, channels, spatial;
     /* May be null where no row uses them. Read only, but y. */
     float* y;           /* [lanes, channels, spatial]; need not be initialised */
-    const float* known; /* [lanes, channels, spatial]: x0 of the blend */
+    const float* image; /* [lanes, channels, spatial]: x0 of inpainting */
     const float* mask;  /* [lanes, 1, spatial]: 1 where the picture is drawn, 0 where it is known */
-    const float* noise; /* [lanes, channels, spatial]: z0 of the blend, unit Gaussian */
+    const float* noise; /* [lanes, channels, spatial]: z0 of inpainting, unit Gaussian */
     int64_t stride;     /* 0, or a multiple of channels, at least channels * spatial */
 } tstitch_lanes;
 
