@@ -18,7 +18,7 @@ PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bott
 ORDER = {
     "tstitch_engines": [
         ["errors", "progress", "quiet", "threads"],
-        ["spec", "worker_process"],
+        ["needs", "spec", "worker_process"],
         ["bundle"],
         ["make_fatbin"],
         ["device"],
@@ -27,7 +27,6 @@ ORDER = {
         ["__init__"],
     ],
     "tstitch_export": [
-        ["needs"],
         ["checkpoint"],
         ["families"],
         ["planning"],

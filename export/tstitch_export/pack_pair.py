@@ -19,11 +19,11 @@ from pathlib import Path
 from tstitch_engines.bundle.files import describe_file
 from tstitch_engines.bundle.manifest import Member, Source
 from tstitch_engines.errors import BuildFailed, TStitchError
+from tstitch_engines.needs import require
 from tstitch_engines.progress import silent
 from tstitch_export.build import versions_of
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
-from tstitch_export.needs import require
 from tstitch_export.onnx_export.exporter import GRAPH, check_graph, export_onnx
 from tstitch_export.onnx_export.graph import validate
 from tstitch_export.onnx_export.pack import refer_to_safetensors

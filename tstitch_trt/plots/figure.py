@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.errors import BadInput
+from tstitch_engines.needs import require
 from tstitch_trt.files import atomic_file, require_parent
 
 if TYPE_CHECKING:
@@ -99,12 +100,7 @@ def style(colours: Palette) -> dict[Any, Any]:
 
 def require_matplotlib() -> None:
     """Raises ``Unavailable`` where plots can't be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise Unavailable(
-            "plots need matplotlib, which is not installed", hint='run: pip install "tstitch-trt[plot]"'
-        ) from None
+    require("matplotlib", "drawing plots", extra="plot")
 
 
 def check_plot(path: Path | None, *, option: str = "--plot") -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadCheckpoint, BadInput, Unavailable
+from tstitch_engines.needs import require
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,13 +101,8 @@ def checkpoint_module(name: str, network: Network, path: Path, word: str = "memb
 
 def need_eager() -> None:
     """Raises ``Unavailable`` without torch and onnx."""
-    try:
-        import onnx  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise Unavailable(
-            f"comparing with PyTorch needs torch and onnx: {error}", hint='run: pip install "tstitch-trt[export]"'
-        ) from None
+    for library in ("onnx", "torch"):
+        require(library, "comparing with PyTorch")
 
 
 def torch_module(name: str, network: Network, files: list[Path], word: str = "member") -> Any:

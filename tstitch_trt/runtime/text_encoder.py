@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Network
-from tstitch_engines.errors import BadBundle, Unavailable
+from tstitch_engines.errors import BadBundle
+from tstitch_engines.needs import require
 from tstitch_trt.request.text import Encoded
 from tstitch_trt.runtime.component import Component
 
@@ -65,15 +66,10 @@ class TokenLayout:
 
 def open_tokenizer(path: Path) -> Any:
     """A ``tokenizers.Tokenizer``. Raises ``Unavailable`` without that library, ``BadBundle`` for a damaged file."""
+    how = "give prompt_embeds= in place of prompt="
+    tokenizers = require("tokenizers", "reading prompts", extra="prompt", instead=how)
     try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise Unavailable(
-            f"reading prompts needs tokenizers, which is not installed or does not start ({error})",
-            hint='pip install "tstitch-trt[prompt]", or give prompt_embeds= in place of prompt=',
-        ) from error
-    try:
-        return Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no errors of its own type
         raise BadBundle(f"{path} is no tokenizer: {error}", hint="build the bundle again") from None
 

@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tstitch_engines.errors import TStitchError, Unavailable
+from tstitch_engines.errors import TStitchError
+from tstitch_engines.needs import require
 from tstitch_trt.solvers import SOLVERS
 from tstitch_trt.study.fractions import draw_fractions
 from tstitch_trt.study.gather import gather
@@ -36,13 +37,7 @@ def import_gradio(*, temporary: str) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read once, on import
     os.environ["GRADIO_TEMP_DIR"] = temporary  # read when a component is made
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    try:
-        import gradio
-    except ImportError:
-        raise Unavailable(
-            "the page needs gradio, which is not installed", hint='run: pip install "tstitch-trt[ui]"'
-        ) from None
-    return gradio
+    return require("gradio", "the page", extra="ui")
 
 
 def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:

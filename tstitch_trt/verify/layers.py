@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import EngineRecord
-from tstitch_engines.errors import FailedWork, Unavailable
+from tstitch_engines.errors import FailedWork
 from tstitch_engines.host_call import Arrays
+from tstitch_engines.needs import require
 from tstitch_engines.threads import default_threads
 from tstitch_trt.verify.error import Error, measure_error
 
@@ -63,10 +64,7 @@ def compare_layers(
     Other engines do not show their layers. ``inputs``: float32 and integers, rounded to the network's precision. Raises
     ``Unavailable`` without onnx.
     """
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise Unavailable(f"--layers needs onnx: {error}", hint='run: pip install "tstitch-trt[export]"') from None
+    require("onnx", "--layers")
     network = bundle.manifest.networks()[name]
     graph = bundle.path(network.onnx[0])
     feeds = {spec.name: inputs[spec.name].astype(_FLOATS.get(spec.dtype, np.int64)) for spec in network.inputs}

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor

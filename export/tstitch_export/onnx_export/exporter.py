@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.bundle.manifest import ExportCheck, Precision
 from tstitch_engines.errors import BuildFailed, TStitchError, first_line
+from tstitch_engines.needs import require
 from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import parse_dimension
 from tstitch_engines.threads import default_threads
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
-from tstitch_export.needs import require
 from tstitch_export.onnx_export.graph import retyped_to_float32, tidy, validate
 from tstitch_export.onnx_export.weight_map import write_weight_map
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tstitch_engines.errors import BuildFailed
+from tstitch_engines.needs import require
 from tstitch_engines.spec import ONNX_TYPES, TensorSpec
-from tstitch_export.needs import require
 
 __all__ = ["retyped_to_float32", "tidy", "validate"]
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BuildFailed
+from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_safetensors_header
-from tstitch_export.needs import require
 
 __all__ = ["refer_to_safetensors", "store_half"]
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.weights import Stored, Weight, WeightMap
 from tstitch_engines.bundle.weights import Weights as StoredWeights
+from tstitch_engines.needs import require
 from tstitch_engines.spec import ONNX_TYPES, itemsize
 from tstitch_export.families.base import LoraTarget
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

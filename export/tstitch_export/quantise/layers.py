@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_export.needs import require
+from tstitch_engines.needs import require
 from tstitch_export.onnx_export.graph import retyped_to_float32
 
 __all__ = ["Layer", "choose", "find_layers", "is_quantised", "prepare"]

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Member
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
+from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_engines.worker_process import worker
-from tstitch_export.needs import require
 from tstitch_export.onnx_export.graph import tidy, validate
 from tstitch_export.quantise.layers import Layer, choose, find_layers, is_quantised, prepare
 from tstitch_export.quantise.worker import Reply, Request

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.identity import digest
-from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.errors import BadInput
+from tstitch_engines.needs import require
 from tstitch_trt.study.quality.loading import open_network
 
 __all__ = ["Clip"]
@@ -87,19 +88,16 @@ def normalised(images_NHWC: NDArray[np.uint8], size: int) -> Floats:
 
 class _Transformers:
     def __init__(self, folder: Path, config: Path) -> None:
-        try:
-            from transformers import CLIPModel, CLIPTokenizer
-        except ImportError:
-            raise Unavailable(
-                "a CLIP model in transformers' form needs transformers and PyTorch, which are not installed",
-                hint="run: pip install transformers torch, or give image.onnx, text.onnx and tokenizer.json",
-            ) from None
+        instead = "pip install transformers, or give image.onnx, text.onnx and tokenizer.json"
+        what = "a CLIP model in transformers' form"
+        require("torch", what, instead=instead)
+        transformers = require("transformers", what, instead=instead)
         kind = json.loads(config.read_text()).get("model_type")
         if kind != "clip":
             raise BadInput(f"--clip {folder} holds a model of type {kind!r}; allowed is clip", hint="give a CLIP model")
         try:
-            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
-            self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            model: Any = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise BadInput(
                 f"--clip {folder} can't be loaded: {str(error).splitlines()[0]}",
@@ -136,14 +134,8 @@ class _Pair:
         self._image, self._text = found["image"], found["text"]
         if not (folder / "tokenizer.json").is_file():
             raise BadInput(f"--clip {folder} has no tokenizer.json", hint="save it with the tokenizers library")
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise Unavailable(
-                "prompts need the library tokenizers, which is not installed",
-                hint='run: pip install "tstitch-trt[prompt]"',
-            ) from None
-        self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizers = require("tokenizers", "reading prompts", extra="prompt")
+        self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(_TOKENS)
         end = self._tokenizer.token_to_id("<|endoftext|>")
         self._tokenizer.enable_padding(length=_TOKENS, pad_id=end or 0)

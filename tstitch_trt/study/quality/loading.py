@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.errors import BadInput
+from tstitch_engines.needs import require
 from tstitch_engines.threads import default_threads
 
 __all__ = ["Net", "open_network"]
@@ -54,13 +55,7 @@ class _Onnx(Net):
 
     @staticmethod
     def open(path: Path, threads: int, what: str) -> _Onnx:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise Unavailable(
-                f"a {what} in ONNX needs ONNX Runtime, which is not installed",
-                hint='run: pip install "tstitch-trt[cpu]"',
-            ) from None
+        onnxruntime = require("onnxruntime", f"a {what} in ONNX", extra="cpu")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or default_threads()
         options.log_severity_level = 3
@@ -103,15 +98,9 @@ class _Script(Net):
 
     @staticmethod
     def open(path: Path, threads: int, what: str) -> _Script:
+        torch = require("torch", f"a {what} in TorchScript", instead="give the network as .onnx")
         try:
-            import torch
-        except ImportError:
-            raise Unavailable(
-                f"a {what} in TorchScript needs PyTorch, which is not installed",
-                hint='run: pip install "tstitch-trt[export]", or give the network as .onnx',
-            ) from None
-        try:
-            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+            module = torch.jit.load(str(path), map_location="cpu")
         except (RuntimeError, ValueError) as error:
             raise BadInput(
                 f"the {what} {path} can't be read as TorchScript: {str(error).splitlines()[0]}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
+from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
@@ -21,7 +22,6 @@ from tstitch_export.families.clip_text.layout import PREFIXES, Piece, Shapes, fi
 from tstitch_export.families.clip_text.tokenizer import ClipTokenizer, read_tokenizer
 from tstitch_export.families.lora.fuse import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
 from tstitch_export.families.options import typed
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.needs import require
 from tstitch_export.checkpoint.folder import read_json
-from tstitch_export.needs import require
 
 __all__ = ["ClipTokenizer", "read_tokenizer"]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families.base import TORCH_NAMES, Inspection, Role, Scalar
@@ -19,7 +20,6 @@ from tstitch_export.families.unet.config import UNetConfig
 from tstitch_export.families.unet.family import TextConditioned, UNetInspection, config_of, described, residual_specs
 from tstitch_export.families.unet.source import Source, read_diffusers
 from tstitch_export.families.unet.text import text_inputs
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.dit import diffusers as dit_diffusers
 from tstitch_export.families.dit.layout import config_from_shapes, published_name
 from tstitch_export.families.options import typed
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import looks_like
 from tstitch_export.families.base import Inspection
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
+from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from tstitch_export.families.base import Dim, Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
@@ -28,7 +29,6 @@ from tstitch_export.families.ldm.layout import (
 from tstitch_export.families.options import typed
 from tstitch_export.families.unet.config import UNetConfig
 from tstitch_export.families.unet.layout import PREFIX, module_names, rename
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

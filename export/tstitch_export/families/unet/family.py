@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.signatures import Shapes
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, LoraTarget, Scalar
@@ -17,7 +18,6 @@ from tstitch_export.families.unet.config import CLASS, UNetConfig, published_nam
 from tstitch_export.families.unet.layout import module_names
 from tstitch_export.families.unet.source import Source, read_state, read_unet
 from tstitch_export.families.unet.text import text_inputs
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.options import typed
 from tstitch_export.families.uvit.layout import NOISE, config_from_shapes, published_name, time_of
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn

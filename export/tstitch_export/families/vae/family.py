@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint, BadInput
+from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
 from tstitch_export.families.options import typed
 from tstitch_export.families.vae.layout import PREFIX, config_from_shapes, diffusers_names, diffusers_tensor, modern
-from tstitch_export.needs import require
 
 if TYPE_CHECKING:
     from torch import nn
