@@ -365,17 +365,15 @@ def _members(runtime: Runtime, runs: list[_Trajectory], batch: int, *, repeats: 
             found.setdefault(kind, []).extend(blocks)
     for name in runtime.manifest.members:
         if not any(name == known for known, _ in found):
-            calls = 10
             found[name, guided] = [
-                statistics.fmean(runtime.time_member(name, batch, guided=guided, repeats=calls, warmup=1))
+                statistics.fmean(runtime.time_member(name, batch, guided=guided, repeats=10, warmup=1))
                 for _ in range(repeats)
             ]
+    order = list(runtime.manifest.members)
     timings = []
-    for name in runtime.manifest.members:
-        for (known, is_guided), blocks in sorted(found.items()):
-            if known == name:
-                ms, low, high = spread(blocks)
-                timings.append(
-                    MemberTiming(name=name, guided=is_guided, step_ms=ms, p10_ms=low, p90_ms=high, blocks=len(blocks))
-                )
+    for (name, is_guided), blocks in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        ms, low, high = spread(blocks)
+        timings.append(
+            MemberTiming(name=name, guided=is_guided, step_ms=ms, p10_ms=low, p90_ms=high, blocks=len(blocks))
+        )
     return tuple(timings)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tstitch_trt.plots.figure import MUTED, error_bars, figure, point, series
 from tstitch_trt.plots.search import ring
-from tstitch_trt.plots.words import METRIC_NAMES, family_of, interval, member_share, metric_axis, ms, order_of
+from tstitch_trt.plots.words import METRIC_NAMES, family_of, interval, metric_axis, ms, order_of
 from tstitch_trt.study.records import Evaluation, Point, Setting
 from tstitch_trt.study.settings import ORDERS, share_in_order
 
@@ -93,7 +93,7 @@ def draw_quality(
                 f"{METRIC_NAMES.get(metric, metric)} {interval(measure)}"
             )
             point(axes, across, measure.value, text, **look, zorder=4)
-            short = f"{member_share(setting, first):.0%}" if stitched else f"{setting.steps} steps"
+            short = f"{setting.share(first):.0%}" if stitched else f"{setting.steps} steps"
             notes.append((across, measure.value, short, stitched))
     if chosen is not None and chosen.ms and chosen.batch:
         ring(axes, chosen.ms / chosen.batch, chosen.measures[metric].value, chosen.setting)

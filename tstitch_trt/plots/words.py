@@ -9,7 +9,7 @@ from tstitch_trt.study.machine import Machine
 from tstitch_trt.study.records import LOWER_IS_BETTER, Measure, Setting, Study
 
 __all__ = [
-    "METRIC_NAMES", "better", "date", "family_of", "interval", "machine_text", "member_share", "metric_axis", "ms",
+    "METRIC_NAMES", "better", "date", "family_of", "interval", "machine_text", "metric_axis", "ms",
     "order_of",
 ]  # fmt: skip
 
@@ -63,11 +63,6 @@ def family_of(setting: Setting) -> str:
     if len(order) == 1:
         return f"{order[0]} alone, {setting.solver}{guided}"
     return f"{' → '.join(order)}, {setting.steps} {setting.solver} steps{guided}"
-
-
-def member_share(setting: Setting, member: str) -> float:
-    """The share of the rows that ``member`` runs."""
-    return setting.members.get(member, 0) / setting.rows
 
 
 def machine_text(machine: Machine) -> str:

@@ -101,7 +101,7 @@ def quantise(
     wanted = {"steps": steps, "solver": solver, "guidance": guidance}
     plan = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
     ask = _Ask(mode, calibration, high_precision, tuple(keep), samples, seed)
-    return write_bundle(place, _Work(opened, member, ask, plan, threads, progress).fill).manifest
+    return write_bundle(place, _Work(opened, member, ask, plan, threads, Phases(progress)).fill).manifest
 
 
 @dataclass(frozen=True)
@@ -116,49 +116,46 @@ class _Ask:
     seed: int
 
 
+@dataclass(frozen=True)
 class _Work:
-    def __init__(
-        self, bundle: Bundle, name: str, ask: _Ask, plan: CalibrationPlan, threads: int, progress: Progress
-    ) -> None:
-        self._bundle = bundle
-        self._name = name
-        self._ask = ask
-        self._plan = plan
-        self._threads = threads
-        self._phases = Phases(progress)
+    bundle: Bundle
+    name: str
+    ask: _Ask
+    plan: CalibrationPlan
+    threads: int
+    phases: Phases
 
     def fill(self, staging: Path) -> Manifest:
-        name = self._name
         # Inside the bundle being made: the same file system, which must have room anyway, and gone with it.
         with temporary_directory(staging, ".work-") as folder:
-            self._phases.phase("compiling the members", 0.0, 0.05)
+            self.phases.phase("compiling the members", 0.0, 0.05)
             trajectories = Trajectories(
-                self._bundle,
-                options=self._plan.options,
+                self.bundle,
+                options=self.plan.options,
                 folder=folder,
-                threads=self._threads,
-                tick=self._phases.tick,
-                names=self._plan.names,
-                prompts=self._plan.prompts,
+                threads=self.threads,
+                tick=self.phases.tick,
+                names=self.plan.names,
+                prompts=self.plan.prompts,
             )
             try:
                 member = self._quantised(trajectories, folder, staging)
             finally:
                 trajectories.close()
-        self._phases.phase("writing the bundle", 0.95, 1.0)
-        return assemble(self._bundle, staging, name, member)
+        self.phases.phase("writing the bundle", 0.95, 1.0)
+        return assemble(self.bundle, staging, self.name, member)
 
     def _quantised(self, trajectories: Trajectories, folder: Path, staging: Path) -> Member:
         from tstitch_export.quantise.quantise import float32_specs, quantise_graph
 
-        name, ask, plan = self._name, self._ask, self._plan
-        source = self._bundle.manifest.members[name]
+        name, ask, plan = self.name, self.ask, self.plan
+        source = self.bundle.manifest.members[name]
         rows = self._record(trajectories, plan.seeds, "recording trajectories to calibrate on", 0.05, 0.4)
         chosen = pick_rows(rows["timestep"], ask.samples, seed=ask.seed)
         rows = {key: values[chosen] for key, values in rows.items()}
-        self._phases.phase(f"quantising {name} to {ask.mode}", 0.4, 0.6)
+        self.phases.phase(f"quantising {name} to {ask.mode}", 0.4, 0.6)
         graph = quantise_graph(
-            self._bundle.path(source.onnx[0]),
+            self.bundle.path(source.onnx[0]),
             folder / f"{name}.{ask.mode}.onnx",
             member=source,
             mode=ask.mode,
@@ -212,24 +209,24 @@ class _Work:
         self, trajectories: Trajectories, seeds: Sequence[int], text: str, start: float, stop: float
     ) -> dict[str, NDArray[Any]]:
         """The member's inputs over all schedules."""
-        self._phases.phase(
-            text, start, stop, len(self._plan.schedules) * self._plan.steps * trajectories.chunks(len(seeds))
+        self.phases.phase(
+            text, start, stop, len(self.plan.schedules) * self.plan.steps * trajectories.chunks(len(seeds))
         )
-        found = [trajectories.record(self._name, schedule, seeds) for schedule in self._plan.schedules]
+        found = [trajectories.record(self.name, schedule, seeds) for schedule in self.plan.schedules]
         return {key: np.concatenate([rows[key] for rows in found]) for key in found[0]}
 
     def _loss(self, trajectories: Trajectories, engine: Engine) -> tuple[QuantisationLoss, ...]:
         """On inputs from seeds that were not calibrated on, as many as were, by noise level. Raises ``BuildFailed``."""
-        rows = self._record(trajectories, self._plan.held_out, "recording trajectories to measure on", 0.6, 0.7)
-        chosen = pick_rows(rows["timestep"], self._ask.samples, seed=self._ask.seed + 1)
+        rows = self._record(trajectories, self.plan.held_out, "recording trajectories to measure on", 0.6, 0.7)
+        chosen = pick_rows(rows["timestep"], self.ask.samples, seed=self.ask.seed + 1)
         rows = {key: values[chosen] for key, values in rows.items()}
-        self._phases.phase("measuring the loss", 0.7, 0.85, 2 * math.ceil(len(chosen) / 16))
-        want, got = trajectories.outputs(self._name, rows), trajectories.outputs(engine, rows)
+        self.phases.phase("measuring the loss", 0.7, 0.85, 2 * math.ceil(len(chosen) / 16))
+        want, got = trajectories.outputs(self.name, rows), trajectories.outputs(engine, rows)
         if not np.isfinite(got).all():
             raise BuildFailed(
-                f"the {self._ask.mode} graph of member {self._name!r} gives NaN or infinity",
+                f"the {self.ask.mode} graph of member {self.name!r} gives NaN or infinity",
                 hint="the other layers leave the range of float16: --high-precision bf16 or fp32"
-                if self._ask.high_precision == "fp16"
+                if self.ask.high_precision == "fp16"
                 else "give more --samples, or keep layers out: --keep 'blocks.0.*'",
             )
         return tuple(
@@ -238,12 +235,10 @@ class _Work:
 
     def _latents(self, trajectories: Trajectories, member: Member, engine: Engine) -> tuple[float, ...]:
         """Relative L2 of the final latents of each held-out seed."""
-        schedule, seeds = self._plan.default, self._plan.held_out
-        self._phases.phase(
-            "comparing final latents", 0.85, 0.95, 2 * self._plan.steps * trajectories.chunks(len(seeds))
-        )
+        schedule, seeds = self.plan.default, self.plan.held_out
+        self.phases.phase("comparing final latents", 0.85, 0.95, 2 * self.plan.steps * trajectories.chunks(len(seeds)))
         want = trajectories.latents(schedule, seeds, {})
-        got = trajectories.latents(schedule, seeds, {self._name: (member, engine)})
+        got = trajectories.latents(schedule, seeds, {self.name: (member, engine)})
         return tuple(relative_error(a, b) for a, b in zip(got, want, strict=True))
 
 

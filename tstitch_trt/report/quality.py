@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from tstitch_trt.plots.evaluation import draw_quality, timed
 from tstitch_trt.plots.svg import NARROW, WIDE, svg
-from tstitch_trt.plots.words import METRIC_NAMES, better, interval, member_share, ms
+from tstitch_trt.plots.words import METRIC_NAMES, better, interval, ms
 from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
 from tstitch_trt.study.records import Evaluation
 
@@ -87,7 +87,7 @@ def _table(evaluation: Evaluation, metrics: Sequence[str], first: str) -> Table:
         setting = point.setting
         time = ms(point.ms / point.batch) if point.ms and point.batch else "–"
         values = (interval(point.measures[name]) if name in point.measures else "–" for name in metrics)
-        share = f"{member_share(setting, first):.0%}"
+        share = f"{setting.share(first):.0%}"
         how = [setting.schedule, setting.solver, f"{setting.guidance:g}", f"{setting.steps}"]
         rows.append([share, *how, time, *values])
     names = [METRIC_NAMES.get(name, name) for name in metrics]

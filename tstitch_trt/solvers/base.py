@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.table import Coefficients
 
-__all__ = ["Coefficients", "Grid", "Solver", "gaussian_step"]
+__all__ = ["Coefficients", "Grid", "Solver", "gaussian", "gaussian_step"]
 
 Array = NDArray[np.float64]
 
@@ -63,6 +63,11 @@ class Solver:
     continuous: bool = False  # linspace stays fractional and sigma is interpolated linearly, as in diffusers' Euler
     timesteps: Callable[[SolverOptions, int, int], Array] | None = None  # own spacing: (options, steps, train steps)
     evaluations: Callable[[Array], Array] | None = None  # from the timesteps of the steps to those of the rows
+
+
+def gaussian(grid: Grid, options: SolverOptions) -> Coefficients:
+    """``gaussian_step`` with the options ``eta`` (0 where the solver has none) and ``s_noise`` (1)."""
+    return gaussian_step(grid, eta=options.eta or 0.0, s_noise=1.0 if options.s_noise is None else options.s_noise)
 
 
 def gaussian_step(grid: Grid, *, eta: float, s_noise: float = 1.0) -> Coefficients:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from tstitch_trt.solvers.base import Grid, Solver, gaussian_step
-from tstitch_trt.solvers.options import SolverOptions
-from tstitch_trt.solvers.table import Coefficients
+from tstitch_trt.solvers.base import Solver, gaussian
 
 __all__ = ["DDIM"]
-
-
-def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
-    assert options.eta is not None
-    return gaussian_step(grid, eta=options.eta)
 
 
 # diffusers' DDIMScheduler steps to t - T // N. For ``leading`` that is the next timestep of the list; for ``linspace``,
@@ -22,5 +15,5 @@ DDIM = Solver(
     summary="deterministic at eta 0, DDPM's posterior at eta 1",
     space="vp",
     defaults={"eta": 0.0, "final": "zero", "step_to": "next"},
-    coefficients=_coefficients,
+    coefficients=gaussian,
 )

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from tstitch_trt.solvers.base import Grid, Solver, gaussian_step
-from tstitch_trt.solvers.options import SolverOptions
-from tstitch_trt.solvers.table import Coefficients
+from tstitch_trt.solvers.base import Solver, gaussian
 
 __all__ = ["EULER", "EULER_ANCESTRAL"]
-
-
-def _euler(grid: Grid, options: SolverOptions) -> Coefficients:
-    return gaussian_step(grid, eta=0.0)
-
-
-def _ancestral(grid: Grid, options: SolverOptions) -> Coefficients:
-    assert options.eta is not None
-    assert options.s_noise is not None
-    return gaussian_step(grid, eta=options.eta, s_noise=options.s_noise)
 
 
 EULER = Solver(
@@ -24,7 +12,7 @@ EULER = Solver(
     summary="first-order ODE solver in sigma",
     space="ve",
     defaults={"final": "zero"},
-    coefficients=_euler,
+    coefficients=gaussian,
     continuous=True,
 )
 EULER_ANCESTRAL = Solver(
@@ -32,6 +20,6 @@ EULER_ANCESTRAL = Solver(
     summary="Euler with fresh noise at every step",
     space="ve",
     defaults={"eta": 1.0, "s_noise": 1.0},
-    coefficients=_ancestral,
+    coefficients=gaussian,
     continuous=True,
 )

@@ -76,6 +76,10 @@ class Setting(_Record, frozen=True, kw_only=True):
     guidance: float
     plan: dict[str, Any] = {}
 
+    def share(self, member: str) -> float:
+        """The share of the rows that ``member`` runs."""
+        return self.members.get(member, 0) / self.rows
+
 
 # --- cost: tstitch-trt calibrate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.study.divergence.orders import counted, order_names
 from tstitch_trt.study.records import Setting
 
 __all__ = [
@@ -105,16 +107,11 @@ def fraction_settings(
             f"fractions need two members, the bundle has {names}", hint="name schedules instead: --schedule TEXT"
         )
     small, large = names[0], names[-1]
-    wanted = {"steps": steps, "solver": solver, "guidance": guidance}
-    rows = setting_of(manifest, schedule=large, **wanted).rows if fractions else 0  # type: ignore[arg-type]
-    found = []
-    for order in orders:
-        for fraction in fractions:
-            count = round(round(fraction * rows, 9))
-            runs = [(small, count), (large, rows - count)]
-            text = ",".join(f"{name}:{n}" for name, n in (runs if order == "small-first" else runs[::-1]) if n)
-            found.append(setting_of(manifest, schedule=text, **wanted))  # type: ignore[arg-type]
-    return found
+    make = partial(setting_of, manifest, steps=steps, solver=solver, guidance=guidance)
+    rows = make(schedule=large).rows if fractions else 0
+    counts = [round(round(fraction * rows, 9)) for fraction in fractions]
+    schedules = [order_names(order, count, rows, small=small, large=large) for order in orders for count in counts]
+    return [make(schedule=counted(names)) for names in schedules]
 
 
 def share_in_order(setting: Setting, members: Sequence[str], order: str) -> float | None:
@@ -124,4 +121,4 @@ def share_in_order(setting: Setting, members: Sequence[str], order: str) -> floa
     wanted = [small, large] if order == "small-first" else [large, small]
     if runs not in (wanted, [small], [large]):
         return None
-    return setting.members.get(small, 0) / setting.rows
+    return setting.share(small)

@@ -27,6 +27,7 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_trt.plan.options import DEFAULTS, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.solvers import SolverOptions
+from tstitch_trt.study.divergence.orders import counted
 from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Study, StudyKind
 from tstitch_trt.study.settings import options_of
 from tstitch_trt.study.store import differing_weights
@@ -166,9 +167,6 @@ def _rule(manifest: Manifest, options: PlanOptions) -> Source:
     rows = make_plan(manifest, options, schedule=last).steps
     found = []
     for early in range(rows + 1 if first != last else 1):
-        schedule = (
-            f"{first}:{early},{last}:{rows - early}" if 0 < early < rows else f"{first if early else last}:{rows}"
-        )
-        own = replace(options, schedule=schedule)
+        own = replace(options, schedule=counted([first] * early + [last] * (rows - early)))
         found.append(Candidate(own, make_plan(manifest, own), (rows - early) / rows))
     return Source("rule", "", SHARE, tuple(found))

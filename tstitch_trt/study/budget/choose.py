@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.bundle import STUDIES, Bundle
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.runtime.chooser import ChosenSchedule, Setup
-from tstitch_trt.study.budget.conditions import Conditions
+from tstitch_trt.study.budget.conditions import Conditions, find_calibration
 from tstitch_trt.study.budget.cost_model import Costs
+from tstitch_trt.study.records import Divergence, Evaluation, Search
+from tstitch_trt.study.store import load_studies
 
 __all__ = ["StudyChooser"]
 
@@ -21,6 +23,7 @@ class StudyChooser:
         self._bundle = bundle
         self._setup = setup
         self._costs: Costs | None = None
+        self._state: object = None  # of the studies on disk that ``_costs`` is made from
         self._lock = threading.Lock()
 
     def choose(
@@ -34,5 +37,13 @@ class StudyChooser:
     ) -> ChosenSchedule:
         """See ``Costs.choose``. Raises ``NotCalibrated`` besides."""
         with self._lock:
-            self._costs = Costs.of(self._bundle, Conditions.here(self._setup), self._costs)
+            if (state := _state(self._bundle)) != self._state or self._costs is None:
+                calibration = find_calibration(self._bundle, Conditions.here(self._setup))
+                studies = [s for kind in (Search, Evaluation, Divergence) for s in load_studies(self._bundle, kind)]
+                self._costs, self._state = Costs(self._bundle.manifest, calibration, studies), state
             return self._costs.choose(budget_ms, images=images, size=size, options=options, start=start)
+
+
+def _state(bundle: Bundle) -> object:
+    """What changes when a study is written or removed."""
+    return sorted((path.name, path.stat().st_mtime_ns) for path in (bundle.root / STUDIES).glob("*.json"))

@@ -8,18 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from tstitch_engines.bundle.bundle import STUDIES
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.runtime.chooser import ChosenSchedule, check_budget
 from tstitch_trt.study.budget.candidates import Candidate, Source, sources
-from tstitch_trt.study.budget.conditions import Conditions, find_calibration
 from tstitch_trt.study.budget.predict import predict_ms
-from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Search, Study
-from tstitch_trt.study.store import load_studies
+from tstitch_trt.study.records import Calibration, Study
 
 if TYPE_CHECKING:
-    from tstitch_engines.bundle.bundle import Bundle
     from tstitch_engines.bundle.manifest import Manifest
 
 __all__ = ["Costs"]
@@ -42,24 +38,13 @@ class _Priced:
 class Costs:
     """Cost and quality of a bundle's schedules under the conditions of one calibration."""
 
-    def __init__(self, manifest: Manifest, calibration: Calibration, studies: Sequence[Study], seen: object = None):
-        """``studies``: searches, evaluations and divergences, of whatever weights. ``seen``: their state on disk."""
+    def __init__(self, manifest: Manifest, calibration: Calibration, studies: Sequence[Study]):
+        """``studies``: searches, evaluations and divergences, of whatever weights."""
         self._manifest = manifest
         self.calibration = calibration
         self._studies = tuple(studies)
-        self.seen = seen
         self._sources: dict[str, tuple[list[Source], tuple[str, ...]]] = {}  # by options: plans take the time
         self._tables: dict[str, list[tuple[Source, list[_Priced]]]] = {}
-
-    @staticmethod
-    def of(bundle: Bundle, conditions: Conditions, known: Costs | None = None) -> Costs:
-        """Those of ``bundle`` on disk; ``known`` where nothing has changed there. Raises ``NotCalibrated``."""
-        seen = _state(bundle)
-        if known is not None and known.seen == seen:
-            return known
-        calibration = find_calibration(bundle, conditions)
-        studies = [s for kind in (Search, Evaluation, Divergence) for s in load_studies(bundle, kind)]
-        return Costs(bundle.manifest, calibration, studies, seen)
 
     def choose(
         self,
@@ -83,7 +68,25 @@ class Costs:
             within = [one for one in priced if one.upper_ms <= budget_ms * _ROUNDING]
             if within:
                 best = max(within, key=lambda one: (source.goodness(one.candidate.quality), -one.upper_ms))
-                return self._chosen(budget_ms, images, size, source, best, self._offers(fixed)[1])
+                plan, first = best.candidate.plan, self.calibration.steps[0]
+                return ChosenSchedule(
+                    budget_ms=float(budget_ms),
+                    predicted_ms=best.predicted_ms,
+                    upper_ms=best.upper_ms,
+                    images=images,
+                    size=size or (first.height, first.width),
+                    schedule=plan.schedule.text,
+                    steps=best.candidate.options.asked_steps(self._manifest),
+                    solver=plan.solver.name,
+                    settings=dict(best.candidate.options.explicit()),
+                    source=source.name,
+                    made=source.made,
+                    metric=source.metric,
+                    quality=best.candidate.quality,
+                    interpolated=best.candidate.interpolated,
+                    calibration=self.calibration.made,
+                    notes=self._offers(fixed)[1],
+                )
         cheapest = min((one for _, priced in table for one in priced), key=lambda one: one.upper_ms)
         nearest = math.ceil(round(10 * cheapest.upper_ms, 6)) / 10
         least = f"{nearest:.1f}".removesuffix(".0")
@@ -93,36 +96,6 @@ class Costs:
             f"({plan.solver.name}), takes {cheapest.predicted_ms:.1f} ms, and up to {cheapest.upper_ms:.1f} ms",
             hint=f"the nearest feasible budget is --budget-ms {least} (latency_budget_ms={least}); "
             "fewer --steps or images take less",
-        )
-
-    def _chosen(
-        self,
-        budget_ms: float,
-        images: int,
-        size: tuple[int, int] | None,
-        source: Source,
-        best: _Priced,
-        notes: tuple[str, ...],
-    ) -> ChosenSchedule:
-        plan = best.candidate.plan
-        first = self.calibration.steps[0]
-        return ChosenSchedule(
-            budget_ms=float(budget_ms),
-            predicted_ms=best.predicted_ms,
-            upper_ms=best.upper_ms,
-            images=images,
-            size=size or (first.height, first.width),
-            schedule=plan.schedule.text,
-            steps=best.candidate.options.asked_steps(self._manifest),
-            solver=plan.solver.name,
-            settings=dict(best.candidate.options.explicit()),
-            source=source.name,
-            made=source.made,
-            metric=source.metric,
-            quality=best.candidate.quality,
-            interpolated=best.candidate.interpolated,
-            calibration=self.calibration.made,
-            notes=notes,
         )
 
     def _offers(self, options: PlanOptions) -> tuple[list[Source], tuple[str, ...]]:
@@ -168,11 +141,3 @@ def _remember(known: dict[str, V], key: str, value: V) -> None:
     if len(known) >= _KEPT:
         del known[next(iter(known))]
     known[key] = value
-
-
-def _state(bundle: Bundle) -> object:
-    """What changes when a study is written or removed."""
-    folder = bundle.root / STUDIES
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.json")))

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import numpy as np
 
 from tstitch_engines.errors import OutOfProfile
@@ -150,22 +151,17 @@ def _step_costs(bucket: Bucket, model: Fit, trials: Sequence[Trial]) -> Iterator
 
 def _checked(calibration: Calibration, usual: Mapping[Trial, float]) -> Calibration:
     """``calibration`` with its checks and their errors. ``usual``: the time of each check, ms."""
-    import msgspec
-
     checks, ratios = [], []
     for trial, ms in usual.items():
-        size = trial.bucket.size
-        predicted = predict_ms(calibration, trial.plan, batch=trial.bucket.batch, size=size)
+        bucket = trial.bucket
+        predicted = predict_ms(calibration, trial.plan, batch=bucket.batch, size=bucket.size)
         ratios += [taken / predicted for taken in trial.firsts]
         checks.append(
             Check(
-                schedule=trial.settings["schedule"],
-                steps=trial.settings["steps"],
-                guidance=trial.settings["guidance"],
-                guidance_interval=trial.settings.get("guidance_interval"),
-                batch=trial.bucket.batch,
-                height=size[0],
-                width=size[1],
+                **trial.settings,
+                batch=bucket.batch,
+                height=bucket.size[0],
+                width=bucket.size[1],
                 predicted_ms=predicted,
                 measured_ms=ms,
                 repeats=len(trial.times),

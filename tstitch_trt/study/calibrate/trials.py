@@ -8,12 +8,13 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, groupby, islice
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_trt.request.synthetic import synthetic_request
 from tstitch_trt.study.budget.predict import Kinds, kinds_of
 from tstitch_trt.study.calibrate.drift import Slot
+from tstitch_trt.study.divergence.orders import counted
 
 if TYPE_CHECKING:
     from tstitch_trt.plan.plan import Plan
@@ -28,7 +29,6 @@ __all__ = [
     "fit_trials",
     "kind_trials",
     "rough_trials",
-    "scale_of",
     "slots_of",
     "warm_up",
 ]
@@ -132,15 +132,11 @@ def slots_of(slot_ms: Sequence[float]) -> list[int]:
         left -= slot_ms[least]
 
 
-def scale_of(runtime: Runtime) -> float:
-    """The guidance scale of guided steps: the default, or 2 where that is 1. Costs do not depend on it."""
-    usual = runtime.manifest.defaults.guidance
-    return usual if usual != 1 else 2.0
-
-
 def _scales(runtime: Runtime, bucket: Bucket) -> list[float]:
+    """The guidance scales of unguided and, where there are such steps, of guided ones. Costs do not depend on it."""
+    usual = runtime.manifest.defaults.guidance
     guided = bucket.guided and runtime.manifest.conditioning.guidable
-    return [1.0, *([scale_of(runtime)] if guided else [])]
+    return [1.0, usual if usual != 1 else 2.0] if guided else [1.0]
 
 
 def _longest(runtime: Runtime) -> int:
@@ -203,8 +199,7 @@ def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, see
         cuts = sorted(rng.sample(range(1, rows), min(rng.randint(0, 3), rows - 1)))
         counts = [stop - start for start, stop in zip([0, *cuts], [*cuts, rows], strict=True)]
         names = [rng.choice(runtime.members) for _ in counts]
-        rows_of = [name for name, length in zip(names, counts, strict=True) for _ in range(length)]
-        schedule = ",".join(f"{name}:{len(list(run))}" for name, run in groupby(rows_of))
+        schedule = counted([name for name, length in zip(names, counts, strict=True) for _ in range(length)])
         settings: dict[str, Any] = {"guidance": rng.choice(_scales(runtime, bucket))}
         embedded = any(member.guidance_embedding for member in runtime.manifest.members.values())
         if settings["guidance"] != 1 and not embedded and rng.random() < 1 / 3:

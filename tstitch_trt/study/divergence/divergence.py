@@ -11,6 +11,8 @@ Close latents mean similar pictures, not equally good ones: ``tstitch-trt evalua
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -49,6 +51,8 @@ __all__ = ["LEAST_SAMPLES", "LEAST_STEPS", "profile", "profile_solver", "referen
 
 LEAST_SAMPLES: Final = 2
 LEAST_STEPS: Final = 4
+_ALONE: Final = "small-only"
+_PLACES: Final = (*MEMBER_ORDERS, _ALONE)
 
 Doubles = NDArray[np.float64]
 
@@ -100,7 +104,7 @@ def profile(
         raise BadInput(
             f"{samples} samples have no median and spread; allowed is {LEAST_SAMPLES} or more", hint="e.g. --samples 8"
         )
-    small = next(name for name in manifest.members if name != chosen)
+    others = [name for name in manifest.members if name != chosen]
     scale = manifest.defaults.guidance if guidance is None else guidance
     settings = {"steps": steps, "solver": profile_solver(manifest, solver), "guidance": scale}
     options = PlanOptions.from_keywords(settings)
@@ -110,7 +114,6 @@ def profile(
     tried = [(order, count) for count in small_counts(SHARES, plan.steps) for order in MEMBER_ORDERS]
     curve = small_counts(TRIED, plan.steps)
     parts = batches(runtime, plan, samples)
-    others = [name for name in manifest.members if name != chosen]
     phases = Phases(progress)
     phases.phase(f"running {chosen}", 0.0, 0.5, len(parts) * plan.steps * (1 + len(others)))
     every = []
@@ -131,15 +134,13 @@ def profile(
             pairs = zip(got, wanted, strict=True)
             compared[name].append([None if ours is None else compare_rows(ours, want) for ours, want in pairs])
         every.append(trajectories)
-    trials = _Trials(every, small=small, large=chosen, steps=plan.steps)
+    trials = _Trials(every, others[0], chosen, plan.steps, phases)
     phases.phase("trying orders", 0.5, 1.0, (1 + len(tried) + len(curve)) * len(parts) * plan.steps)
-    alone = trials.alone()
-    found = [trial for order, count in tried if (trial := trials.run(order, count, phases)) is not None]
-    best, suggestion = suggest(
-        alone,
-        found,
-        more=lambda order: [trial for count in curve if (trial := trials.run(order, count, phases)) is not None],
-        small=small,
+    suggestion = suggest(
+        trials.alone(),
+        trials.run(tried),
+        more=lambda order: trials.run([(order, count) for count in curve]),
+        small=others[0],
         large=chosen,
         resolve=lambda text: make_plan(manifest, options, schedule=text).schedule.names,
     )
@@ -153,15 +154,11 @@ def profile(
         seeds=tuple(range(seed, seed + samples)),
         prompts=images.prompts,
         members={name: _steps(plan, compared[name]) for name in others},
-        orders=tuple(sorted(suggestion.trials, key=lambda trial: (trial.share, _place(trial.order)))),
-        order=best,
+        orders=tuple(sorted(suggestion.trials, key=lambda trial: (trial.share, _PLACES.index(trial.order)))),
+        order=suggestion.order,
         suggested=suggestion.schedule,
         reason=suggestion.reason,
     )
-
-
-def _place(order: str) -> int:
-    return MEMBER_ORDERS.index(order) if order in MEMBER_ORDERS else len(MEMBER_ORDERS)
 
 
 def _check_plan(plan: Plan) -> None:
@@ -201,38 +198,40 @@ def _steps(plan: Plan, parts: Sequence[Sequence[tuple[Doubles, Doubles] | None]]
     return tuple(steps)
 
 
+@dataclass(eq=False)
 class _Trials:
     """Schedules that are run on all parts of the seeds."""
 
-    def __init__(self, every: Sequence[MemberTrajectories], *, small: str, large: str, steps: int) -> None:
-        self._every = every
-        self._small = small
-        self._large = large
-        self._steps = steps
-        self._known: dict[tuple[str, ...], Doubles] = {}
+    every: Sequence[MemberTrajectories]
+    small: str
+    large: str
+    steps: int
+    phases: Phases
+    known: dict[tuple[str, ...], Doubles] = field(default_factory=dict)
 
     def alone(self) -> OrderTrial | None:
         """The small member alone: the most that a schedule of the two can be away."""
         try:
-            for trajectories in self._every:
-                trajectories.whole(self._small)
+            for trajectories in self.every:
+                trajectories.whole(self.small)
         except BadSchedule:  # it can't run on pure noise, so it has no states to start from
             return None
-        return self._measured("small-only", 1.0, (self._small,) * self._steps)
+        return self._measured(_ALONE, 1.0, (self.small,) * self.steps)
 
-    def run(self, order: str, count: int, phases: Phases) -> OrderTrial | None:
-        """``count`` steps of the small member. ``None`` where the plan refuses the schedule."""
-        names = order_names(order, count, self._steps, small=self._small, large=self._large)
-        phases.tick(0, f"trying {order}")
-        try:
-            return self._measured(order, count / self._steps, names)
-        except BadSchedule:
-            return None
+    def run(self, tried: Sequence[tuple[str, int]]) -> list[OrderTrial]:
+        """``tried``: orders and steps of the small member. A schedule that the plan refuses is left out."""
+        found = []
+        for order, count in tried:
+            names = order_names(order, count, self.steps, small=self.small, large=self.large)
+            self.phases.tick(0, f"trying {order}")
+            with suppress(BadSchedule):
+                found.append(self._measured(order, count / self.steps, names))
+        return found
 
     def _measured(self, order: str, share: float, names: tuple[str, ...]) -> OrderTrial:
-        if names not in self._known:
-            want = (self._large,) * self._steps
-            errors = [compare_rows(one.final(names), one.final(want))[1] for one in self._every]
-            self._known[names] = np.concatenate(errors)
-        middle, low, high = spread(self._known[names])
+        if names not in self.known:
+            want = (self.large,) * self.steps
+            errors = [compare_rows(one.final(names), one.final(want))[1] for one in self.every]
+            self.known[names] = np.concatenate(errors)
+        middle, low, high = spread(self.known[names])
         return OrderTrial(order=order, share=share, schedule=counted(names), latent_error=middle, p10=low, p90=high)

@@ -32,6 +32,7 @@ TRIED: Final = tuple(i / 10 for i in range(1, 10))
 
 
 class Suggestion(msgspec.Struct, frozen=True, kw_only=True):
+    order: str
     schedule: str
     reason: str
     trials: tuple[OrderTrial, ...]
@@ -110,7 +111,7 @@ def suggest(
     small: str,
     large: str,
     resolve: Callable[[str], Sequence[str]],
-) -> tuple[str, Suggestion]:
+) -> Suggestion:
     """The best order and a schedule in it, at the knee of its error over the share of small steps.
 
     ``more``: trials of one order over all shares. ``resolve``: the names that a schedule's text stands for.
@@ -126,31 +127,30 @@ def suggest(
     else:
         most = alone.latent_error
         whole = f"that of {small!r} alone, {most:.3g}"
-    told = ", ".join(
-        f"{trial.order} {trial.latent_error:.3g}" for trial in trials if trial.share == max(t.share for t in trials)
-    )
+    largest = max(trial.share for trial in trials)
+    told = ", ".join(f"{trial.order} {trial.latent_error:.3g}" for trial in trials if trial.share == largest)
     ask = "Latents tell how alike the pictures are; how good they are: tstitch-trt evaluate"
+    share = knee([(s, trial.latent_error) for s, trial in errors.items()], most) if most else 1.0
     if most == 0:
-        reason = f"{small!r} alone ends where {large!r} ends: their final latents are equal. {ask}"
-        return order, Suggestion(schedule=small, reason=reason, trials=every)
-    share = knee([(s, trial.latent_error) for s, trial in errors.items()], most)
-    if share == 0:
-        reason = (
-            f"every share of the steps on {small!r} costs more than its share of the error ({whole}), in the best "
-            f"order too ({order}). {ask}"
+        text, reason = small, f"{small!r} alone ends where {large!r} ends: their final latents are equal."
+    elif share == 0:
+        text, reason = (
+            large,
+            (
+                f"every share of the steps on {small!r} costs more than its share of the error ({whole}), in the best "
+                f"order too ({order})."
+            ),
         )
-        return order, Suggestion(schedule=large, reason=reason, trials=every)
-    chosen = errors[share]
-    names = order_of(chosen)
-    text = order_text(order, share, small=small, large=large)
-    if tuple(resolve(text)) != names:
-        text = chosen.schedule
-    reason = (
-        f"{order} is the order with the least error of the final latents (at {max(t.share for t in trials):.0%} on "
-        f"{small!r}: {told}). {share:.0%} is the knee of its curve: the share of the steps is farthest above the share "
-        f"of the error there ({chosen.latent_error:.3g}, {chosen.latent_error / most:.0%} of {whole}). {ask}"
-    )
-    return order, Suggestion(schedule=text, reason=reason, trials=every)
+    else:
+        chosen = errors[share]
+        text = order_text(order, share, small=small, large=large)
+        text = text if tuple(resolve(text)) == order_of(chosen) else chosen.schedule
+        reason = (
+            f"{order} is the order with the least error of the final latents (at {largest:.0%} on "
+            f"{small!r}: {told}). {share:.0%} is the knee of its curve: the share of the steps is farthest above the "
+            f"share of the error there ({chosen.latent_error:.3g}, {chosen.latent_error / most:.0%} of {whole})."
+        )
+    return Suggestion(order=order, schedule=text, reason=f"{reason} {ask}", trials=every)
 
 
 def order_of(trial: OrderTrial) -> tuple[str, ...]:

@@ -65,15 +65,14 @@ def evaluate(
         raise BadInput(f"{images.samples} sample; allowed is 2 or more", hint="e.g. --samples 2000")
     manifest = runtime.manifest
     asked = list({digest(setting): setting for setting in settings}.values())
-    baselines = {digest(setting): baseline_of(manifest, setting) for setting in asked}
     phases = Phases(progress)
     phases.phase("drawing", 0.0, 1.0, len(asked) * images.samples)
     families: dict[str, list[Setting]] = {}
     for setting in asked:
-        families.setdefault(digest(baselines[digest(setting)]), []).append(setting)
+        families.setdefault(digest(baseline_of(manifest, setting)), []).append(setting)
     drawings: dict[str, Drawing] = {}
     for family in families.values():
-        baseline = baselines[digest(family[0])]
+        baseline = baseline_of(manifest, family[0])
         drawing = Drawing(
             runtime,
             scorer,
@@ -124,7 +123,7 @@ def evaluate(
         reference={} if real is None else _origin(real.name, real.sha256, real.count),
         level=LEVEL,
         resamples=resamples,
-        baseline=baselines[digest(asked[0])],
+        baseline=baseline_of(manifest, asked[0]),
         points=tuple(points),
         notes=tuple(notes),
     )

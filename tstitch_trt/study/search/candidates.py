@@ -19,7 +19,7 @@ import numpy as np
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, BadSchedule
-from tstitch_trt.study.divergence.orders import counted, order_names
+from tstitch_trt.study.divergence.orders import counted, order_names, small_counts
 from tstitch_trt.study.records import Setting
 from tstitch_trt.study.settings import setting_of
 
@@ -92,7 +92,7 @@ def _families(names: Sequence[str], rows: int, fractions: Sequence[float]) -> It
     yield "fewer steps", (names[-1],) * rows
     for name in names[:-1]:
         yield "one member", (name,) * rows
-    counts = sorted({round(fraction * rows) for fraction in fractions} - {0, rows})
+    counts = small_counts(fractions, rows)
     for first, second in combinations(names, 2):
         for count in counts:
             yield "two members", order_names("small-first", count, rows, small=first, large=second)
