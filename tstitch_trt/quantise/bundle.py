@@ -72,6 +72,4 @@ def _profile(manifest: Manifest, member: Member) -> ShapeProfile:
         name: r for m in manifest.members.values() for e in m.engines for name, r in e.identity.profile.dims.items()
     }
     own = {"H": manifest.latent.height, "W": manifest.latent.width, "T": 77}
-    found = {"B": _BATCH, **{name: Range(size, size, size) for name, size in own.items()}, **known}
-    dims = {name for spec in (*member.inputs, *member.outputs) for name in spec.dims}
-    return ShapeProfile({name: found[name] for name in sorted(dims)})
+    return member.profile_of({"B": _BATCH, **{name: Range(size, size, size) for name, size in own.items()}, **known})

@@ -20,7 +20,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.host_call import Arrays, HostRunner
 from tstitch_engines.progress import silent
-from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.spec import Range
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.reference.recorder import AnyNetwork, Recorder, cpu_identity, needs_widening, widen_graph, widened
 from tstitch_trt.runtime.runtime import Runtime
@@ -96,8 +96,7 @@ class Trajectories:
         latent = self._bundle.manifest.latent
         ranges = {"B": Range(1, _BATCH, _BATCH), "T": _TOKENS}
         ranges |= {side: Range(size, size, size) for side, size in (("H", latent.height), ("W", latent.width))}
-        dims = {name for spec in (*member.inputs, *member.outputs) for name in spec.dims}
-        profile = ShapeProfile({name: ranges[name] for name in sorted(dims)})
+        profile = member.profile_of(ranges)
         identity = cpu_identity(backend, member, profile)
         made = backend.compile(
             member=member,

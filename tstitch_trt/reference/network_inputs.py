@@ -139,8 +139,7 @@ def _profile(network: Network, size: Size) -> ShapeProfile:
     """A profile for a few images of this size: buffers are as large as a profile allows."""
     found = {"B": Range(1, 2 * _IMAGES, 2 * _IMAGES), "T": _tokens(network)}
     found |= {name: Range(side, side, side) for name, side in zip("HW", size, strict=True)}
-    dims = {name for spec in (*network.inputs, *network.outputs) for name in spec.dims}
-    return ShapeProfile({name: found[name] for name in dims})
+    return network.profile_of(found)
 
 
 def _tokens(network: Network) -> Range:

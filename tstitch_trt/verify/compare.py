@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from tstitch_engines.bundle.manifest import Manifest, Network, Precision
-from tstitch_engines.errors import OutOfProfile, Unavailable
+from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.host_call import Arrays, HostRunner, sizes_of
 from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.verify.error import Error, measure_error
@@ -95,7 +95,7 @@ def draw_inputs(references: References, manifest: Manifest, name: str, profile: 
             for call in calls[:1]:
                 profile.check(sizes_of(network.inputs, call), what="engine")
         except OutOfProfile as reason:
-            references.left_out[name] = f"{reason.message} ({reason.hint})"
+            references.leave_out(f"recorded inputs of {name}", reason)
             continue
         if calls:
             found.append(("trajectory", calls))
@@ -133,16 +133,12 @@ def compare(
     groups: CallGroups,
     *,
     limit: float,
-    notes: dict[str, str],
     tick: Callable[[], object],
 ) -> tuple[Comparison, ...]:
-    """Compares every output on every input. Puts PyTorch's version, or why it is left out, into ``notes``."""
+    """Compares every output on every input."""
     against: dict[Reference, Callable[[str, Arrays], Arrays]] = {"onnxruntime": references.onnx}
-    try:
-        notes["torch"] = references.torch_version(name)
+    if references.runs_torch(name):
         against["torch"] = references.torch
-    except Unavailable as reason:
-        notes.setdefault("torch", f"left out: {reason.message} ({reason.hint})")
     found: list[Comparison] = []
     for kind, calls in groups:
         worst: dict[tuple[Reference, str], Error] = {}

@@ -16,11 +16,11 @@ from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Member, Network
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
-from tstitch_engines.errors import OutOfProfile, Unavailable
+from tstitch_engines.errors import OutOfProfile, TStitchError, Unavailable
 from tstitch_engines.host_call import Arrays, HostRunner, from_storage, to_storage
-from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.spec import Range
 from tstitch_trt.reference.network_inputs import Recordings
-from tstitch_trt.reference.recorder import AnyNetwork, cpu_identity, needs_widening, widen_graph, widened
+from tstitch_trt.reference.recorder import cpu_identity, needs_widening, widen_graph, widened
 from tstitch_trt.verify.random_inputs import random_inputs
 
 __all__ = ["References"]
@@ -33,13 +33,13 @@ class References:
 
     ONNX Runtime runs every network's own graph on the CPU without any optimisation, a bf16 graph widened to float32.
     PyTorch runs the family's module in float32 with the weights of the graph or of a checkpoint. Inputs are rounded to
-    the network's precision, so that all get the same values. A graph is loaded when it is first needed.
+    the network's precision, so that all get the same values. A graph is loaded when it is first needed. ``notes``: the
+    version of each library, and why PyTorch or the recorded inputs of a network are left out.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        *,
         samples: int,
         seed: int,
         threads: int,
@@ -56,18 +56,17 @@ class References:
         self._folder = folder
         self._device: Device = open_device("cpu")
         self._backend = open_backend("onnxruntime")
-        self.version = self._backend.version()
         self._models: dict[str, Any] = {}
         self._engines: dict[str, Engine] = {}
         self._runners: dict[str, HostRunner] = {}
         manifest = msgspec.structs.replace(
             bundle.manifest,
-            members={name: _wide(member) for name, member in bundle.manifest.members.items()},
-            parts={name: _wide(part) for name, part in bundle.manifest.parts.items()},
+            members={name: widened(member) for name, member in bundle.manifest.members.items()},
+            parts={name: widened(part) for name, part in bundle.manifest.parts.items()},
         )
         self._wide = manifest.networks()
         self._recordings = Recordings(bundle, manifest, self._engine, self._device, samples=samples, seed=seed)
-        self.left_out: dict[str, str] = {}  # networks without recorded inputs, and why
+        self.notes = {"onnxruntime": self._backend.version()}
 
     def close(self) -> None:
         for engine in self._engines.values():
@@ -79,8 +78,8 @@ class References:
             network, model = self._networks[name], self._bundle.path(self._networks[name].onnx[0])
             if needs_widening(network):
                 model = widen_graph(model, self._folder / f"{name}.onnx")
-            dims = sorted({dim for spec in (*network.inputs, *network.outputs) for dim in spec.dims})
-            identity = cpu_identity(self._backend, self._wide[name], ShapeProfile(dict.fromkeys(dims, _ANY)))
+            profile = network.profile_of(dict.fromkeys(network.dims, _ANY))
+            identity = cpu_identity(self._backend, self._wide[name], profile)
             self._engines[name] = self._backend.load(
                 model, member=self._wide[name], identity=identity, device=self._device, threads=self._threads
             )
@@ -103,13 +102,13 @@ class References:
         """Recorded inputs, each batch spread over all noise levels; no more batches than hold every recorded row.
 
         ``size``: height and width of the latent, by default the bundle's own. Where no trajectory gives such inputs the
-        list is empty and ``left_out`` says why. Raises ``NotFinite`` when the bundle's own graphs give NaN.
+        list is empty and ``notes`` say why. Raises ``NotFinite`` when the bundle's own graphs give NaN.
         """
         latent = self._bundle.manifest.latent
         try:
             pool = self._recordings.rows(name, size or (latent.height, latent.width))
         except (Unavailable, OutOfProfile) as reason:
-            self.left_out[name] = f"{reason.message} ({reason.hint})"
+            self.leave_out(f"recorded inputs of {name}", reason)
             return []
         rows = len(next(iter(pool.values())))
         count = min(self._samples, -(-rows // batch))
@@ -118,6 +117,9 @@ class References:
             chosen = (np.arange(batch) * count + index) * rows // (batch * count)
             found.append(self._rounded(name, {key: values[chosen] for key, values in pool.items()}))
         return found
+
+    def leave_out(self, what: str, reason: TStitchError) -> None:
+        self.notes[what] = f"left out: {reason.message} ({reason.hint})"
 
     def _rounded(self, name: str, values: Arrays) -> Arrays:
         specs = self._networks[name].inputs
@@ -130,12 +132,18 @@ class References:
             self._runners[name] = HostRunner(self._engine(name), self._device)
         return self._runners[name](inputs)
 
-    def torch_version(self, name: str) -> str:
-        """PyTorch's version. Raises ``Unavailable`` when the network can't be run in PyTorch."""
-        self._module(name)
+    def runs_torch(self, name: str) -> bool:
+        """Whether the network can be run in PyTorch."""
+        try:
+            self._module(name)
+        except Unavailable as reason:
+            if "torch" not in self.notes:
+                self.leave_out("torch", reason)
+            return False
         import torch
 
-        return str(torch.__version__)
+        self.notes["torch"] = str(torch.__version__)
+        return True
 
     def torch(self, name: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         module = self._module(name)
@@ -163,7 +171,3 @@ class References:
 
     def _word(self, name: str) -> str:
         return "member" if name in self._bundle.manifest.members else "part"
-
-
-def _wide(network: AnyNetwork) -> AnyNetwork:
-    return widened(network) if needs_widening(network) else network

@@ -86,30 +86,24 @@ def verify(
     if threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     parse_device(device)
-    given = dict(checkpoints or {})
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
     if rebuild:
         opened = _rebuilt(opened, backend, members, device, progress)
     chosen = _select(opened, backend, members)
-    for name in given:
+    for name in checkpoints or {}:
         if name not in opened.manifest.networks():
             raise unknown_name("member", name, opened.manifest.networks())
     checks: list[EngineCheck] = []
     found: list[LayerCheck] = []
-    notes: dict[str, str] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-verify-")))
-        references: References | None = None
+        made: list[References] = []  # with the first engine that runs here
 
-        def opened_references() -> References:
-            nonlocal references
-            if references is None:
-                references = References(
-                    opened, samples=samples, seed=seed, threads=threads, folder=folder, checkpoints=given
-                )
-                stack.callback(references.close)
-                notes["onnxruntime"] = references.version
-            return references
+        def references() -> References:
+            if not made:
+                made.append(References(opened, samples, seed, threads, folder, checkpoints or {}))
+                stack.callback(made[0].close)
+            return made[0]
 
         for index, (name, record) in enumerate(chosen):
             what = f"{name}, {record.identity.backend}"
@@ -119,7 +113,7 @@ def verify(
             comparisons: tuple[Comparison, ...] = ()
             if engine_check.runner is not None:
                 stack.callback(engine_check.close)
-                against = opened_references()
+                against = references()
                 progress(f"recording a trajectory for {name}", index / len(chosen))
                 drawn = draw_inputs(against, opened.manifest, name, engine_check.runner.engine.profile)
                 try:
@@ -129,7 +123,6 @@ def verify(
                         against,
                         drawn,
                         limit=engine_check.limit,
-                        notes=notes,
                         tick=lambda: progress(what, index / len(chosen)),  # noqa: B023
                     )
                     status, reason = verdict(comparisons, engine_check.limit)
@@ -139,10 +132,8 @@ def verify(
             checks.append(engine_check.check(status, reason, comparisons))
         if layers:
             progress("looking for the first layer that differs", 1.0)
-            found = _layers(opened, chosen, opened_references(), folder)
-        if references is not None:
-            for name, why in references.left_out.items():
-                notes[f"recorded inputs of {name}"] = f"left out: {why}"
+            found = _layers(opened, chosen, references(), folder)
+    notes = made[0].notes if made else {}
     return Verification(bundle=str(opened.root), references=notes, engines=tuple(checks), layers=tuple(found))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
 import msgspec
 
-from tstitch_engines.spec import ShapeProfile, TensorSpec
+from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
 
 __all__ = [
     "SCHEMA",
@@ -171,6 +172,15 @@ class Network(_Record, frozen=True, kw_only=True):
     engines: tuple[EngineRecord, ...] = ()
     files: dict[str, Component] = {}
     multiples: dict[str, int] = {}
+
+    @property
+    def dims(self) -> list[str]:
+        """The names of its dynamic dimensions, sorted."""
+        return sorted({name for spec in (*self.inputs, *self.outputs) for name in spec.dims})
+
+    def profile_of(self, ranges: Mapping[str, Range]) -> ShapeProfile:
+        """Its own among the ``ranges`` of dimensions."""
+        return ShapeProfile({name: ranges[name] for name in self.dims})
 
 
 class TextInputs(_Record, frozen=True, kw_only=True):

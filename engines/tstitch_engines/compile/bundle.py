@@ -71,7 +71,7 @@ def recompile(
         if name not in networks:
             raise unknown_name("member", name, networks)
     for dim in profile or ():
-        if not any(dim in _dims(networks[name]) for name in wanted):
+        if not any(dim in networks[name].dims for name in wanted):
             raise BadInput(
                 f"the dimension {dim} has one fixed size in the bundle's ONNX",
                 hint=f"leave out its range, or build from the recipe: {bundle.rebuild_command}",
@@ -99,7 +99,7 @@ def _compiler(
     same = [record.identity for record in network.engines if record.identity.backend == backend.name]
     every = [*same, *(record.identity for record in network.engines)]
     dims: dict[str, Range] = {}
-    for name in _dims(network):
+    for name in network.dims:
         known = next((one.profile.dims[name] for one in every if name in one.profile.dims), None)
         found = profile.get(name, known or (DEFAULT_BATCH if name == "B" else None))
         if found is None:
@@ -111,10 +111,6 @@ def _compiler(
     if options is None:
         options = backend.options_for(same[0].options, device) if same else {}
     return Compiler(backend=backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache)
-
-
-def _dims(network: Network) -> list[str]:
-    return sorted({name for spec in (*network.inputs, *network.outputs) for name in spec.dims})
 
 
 def _require_writable(place: Path, command: str) -> None:
