@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_engines.progress import Progress, silent
+from tstitch_trt.request.synthetic import synthetic_request
 from tstitch_trt.runtime.step_graphs import GraphState
 from tstitch_trt.study.machine import Machine, describe_machine, peak_memory
 from tstitch_trt.study.statistics import relative_error, spread
 
 if TYPE_CHECKING:
+    from tstitch_trt.bench.torch_eager import EagerTorch
     from tstitch_trt.plan.plan import Plan
     from tstitch_trt.runtime.chooser import ChosenSchedule
     from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.request.synthetic import synthetic_request
 
-__all__ = ["Baseline", "BaselineTiming", "Bench", "BudgetTiming", "MemberTiming", "TrajectoryTiming", "measure"]
+__all__ = ["BaselineTiming", "Bench", "BudgetTiming", "MemberTiming", "TrajectoryTiming", "measure"]
 
 FORMULA = "predicted_ms = sum over the steps of step_ms of the member (guided or not) that runs at that step"
 
@@ -130,22 +130,6 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     against: BaselineReport | None = None
 
 
-class Baseline:
-    """Another implementation that runs the same plan."""
-
-    name: str
-    version: str
-    threads: int
-    tolerance: float  # relative L2 difference up to which its latents count as equal
-
-    def tune(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> None:
-        """Chooses the settings that are fastest on this machine."""
-
-    def walk(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> NDArray[np.float32]:
-        """The final latents, float32 ``[B,C,H,W]``, from unit Gaussian noise of that shape."""
-        raise NotImplementedError
-
-
 def measure(
     runtime: Runtime,
     *,
@@ -155,7 +139,7 @@ def measure(
     repeats: int = 5,
     warmup: int = 1,
     threads: int = 0,
-    baseline: Baseline | None = None,
+    baseline: EagerTorch | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> Bench:
@@ -267,7 +251,7 @@ class _Trajectory:
         self.others: list[float] = []
         self.blocks: dict[tuple[str, bool], list[float]] = {kind: [] for kind in self.kinds}
 
-    def round(self, baseline: Baseline | None, *, keep: bool) -> None:
+    def round(self, baseline: EagerTorch | None, *, keep: bool) -> None:
         before = {kind: self._calls(kind, (steps + 1) // 2) for kind, steps in self.kinds.items()}
         result = self.runtime.sample(**self.asked, seed=0, decode=False, **self.request)
         after = {kind: self._calls(kind, steps // 2) for kind, steps in self.kinds.items()}
@@ -285,13 +269,13 @@ class _Trajectory:
         name, guided = kind
         return self.runtime.time_member(name, self.batch, guided=guided, repeats=count, warmup=1)
 
-    def _timed_walk(self, baseline: Baseline) -> float:
+    def _timed_walk(self, baseline: EagerTorch) -> float:
         sleep(_SETTLE_SECONDS)
         start = perf_counter()
         baseline.walk(self.plan, self.noise, self.labels)
         return 1e3 * (perf_counter() - start)
 
-    def compare(self, baseline: Baseline) -> float:
+    def compare(self, baseline: EagerTorch) -> float:
         """Relative L2 difference of the baseline's final latents from ours. Raises ``BadInput`` when not equal."""
         ours = self.runtime.sample(**self.asked, latents=self.noise, decode=False, **self.request).latents
         theirs = baseline.walk(self.plan, self.noise, self.labels)

@@ -7,6 +7,7 @@ latents before it compares times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 
 from tstitch_engines.device.step_row import FLAG_STORE_Y, ROW
 from tstitch_engines.errors import BadInput
-from tstitch_trt.bench.bench import Baseline
 from tstitch_trt.reference.torch_module import need_eager, torch_module
 from tstitch_trt.solvers.table import Y_COLUMNS
 from tstitch_trt.study.machine import package_version
@@ -27,17 +27,20 @@ if TYPE_CHECKING:
 __all__ = ["EagerTorch"]
 
 
-class EagerTorch(Baseline):
-    """PyTorch eager on the CPU, float32, in inference mode. Solvers that draw noise are refused: ours is Philox."""
+@dataclass
+class EagerTorch:
+    """PyTorch eager on the CPU, float32, in inference mode. Solvers that draw noise are refused: ours is Philox.
 
-    name = "torch eager"
-    tolerance = 1e-3
+    ``tolerance``: relative L2 difference up to which its latents count as equal. ``null``: the class of the
+    unconditional half.
+    """
 
-    def __init__(self, models: dict[str, Any], null: int | None, version: str, threads: int) -> None:
-        self.version = version
-        self.threads = threads
-        self._models = models
-        self._null = null
+    models: dict[str, Any]
+    null: int | None
+    version: str
+    threads: int
+    name: str = "torch eager"
+    tolerance: float = 1e-3
 
     @staticmethod
     def of(bundle: Bundle, *, threads: int = 0) -> EagerTorch:
@@ -70,6 +73,7 @@ class EagerTorch(Baseline):
         torch.set_num_threads(self.threads)
 
     def walk(self, plan: Plan, noise: NDArray[np.float32], labels: Sequence[int]) -> NDArray[np.float32]:
+        """The final latents, float32 ``[B,C,H,W]``, from unit Gaussian noise of that shape."""
         import torch
 
         rows = plan.rows
@@ -83,14 +87,14 @@ class EagerTorch(Baseline):
         with torch.inference_mode():
             x = torch.from_numpy(noise) * float(plan.init_scale)
             classes = torch.tensor(labels, dtype=torch.int64)
-            both = None if self._null is None else torch.cat([classes, torch.full_like(classes, self._null)])
+            both = None if self.null is None else torch.cat([classes, torch.full_like(classes, self.null)])
             oldest = older = newer = y = torch.zeros_like(x)
             for name, guided, row in zip(plan.schedule.names, plan.guided, rows.tolist(), strict=True):
                 sample = x * row[ROW["C_IN"]]
                 if guided:
                     sample = torch.cat([sample, sample])
                 timestep = torch.full((len(sample),), row[ROW["T"]])
-                output = self._models[name](sample, timestep, both if guided else classes)[:, : x.shape[1]]
+                output = self.models[name](sample, timestep, both if guided else classes)[:, : x.shape[1]]
                 if guided:
                     conditional, unconditional = output.chunk(2)
                     k = int(row[ROW["GUIDED_CHANNELS"]])

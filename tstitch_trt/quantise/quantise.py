@@ -100,27 +100,20 @@ def quantise(
     check_quantisable(member, source, opened.path(source.onnx[0]))
     wanted = {"steps": steps, "solver": solver, "guidance": guidance}
     plan = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
-    ask = _Ask(mode, calibration, high_precision, tuple(keep), samples, seed)
-    return write_bundle(place, _Work(opened, member, ask, plan, threads, Phases(progress)).fill).manifest
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """What to do to the graph."""
-
-    mode: str
-    method: str
-    high_precision: str
-    keep: tuple[str, ...]
-    samples: int
-    seed: int
+    graph = (mode, calibration, high_precision, tuple(keep), samples, seed)
+    return write_bundle(place, _Work(opened, member, *graph, plan, threads, Phases(progress)).fill).manifest
 
 
 @dataclass(frozen=True)
 class _Work:
     bundle: Bundle
     name: str
-    ask: _Ask
+    mode: str
+    method: str
+    high_precision: str
+    keep: tuple[str, ...]
+    samples: int
+    seed: int
     plan: CalibrationPlan
     threads: int
     phases: Phases
@@ -148,25 +141,25 @@ class _Work:
     def _quantised(self, trajectories: Trajectories, folder: Path, staging: Path) -> Member:
         from tstitch_export.quantise.quantise import float32_specs, quantise_graph
 
-        name, ask, plan = self.name, self.ask, self.plan
+        name, plan = self.name, self.plan
         source = self.bundle.manifest.members[name]
         rows = self._record(trajectories, plan.seeds, "recording trajectories to calibrate on", 0.05, 0.4)
-        chosen = pick_rows(rows["timestep"], ask.samples, seed=ask.seed)
+        chosen = pick_rows(rows["timestep"], self.samples, seed=self.seed)
         rows = {key: values[chosen] for key, values in rows.items()}
-        self.phases.phase(f"quantising {name} to {ask.mode}", 0.4, 0.6)
+        self.phases.phase(f"quantising {name} to {self.mode}", 0.4, 0.6)
         graph = quantise_graph(
             self.bundle.path(source.onnx[0]),
-            folder / f"{name}.{ask.mode}.onnx",
+            folder / f"{name}.{self.mode}.onnx",
             member=source,
-            mode=ask.mode,
+            mode=self.mode,
             calibration=rows,
-            method=ask.method,
-            high_precision=ask.high_precision,
-            keep=ask.keep,
+            method=self.method,
+            high_precision=self.high_precision,
+            keep=self.keep,
         )
         member = msgspec.structs.replace(
             source,
-            precision=cast("Precision", ask.mode),
+            precision=cast("Precision", self.mode),
             inputs=float32_specs(source.inputs),
             outputs=float32_specs(source.outputs),
             onnx=tuple(copy_component(file, staging, f"{name}/{file.name}") for file in graph.files),
@@ -175,23 +168,23 @@ class _Work:
             engines=(),
         )
         model = graph.files[0]
-        if ask.high_precision == "bf16":  # measured with these layers in float32
-            model = widen_graph(model, folder / f"{name}.{ask.mode}.wide.onnx")
-        engine = trajectories.compiled(f"{name}-{ask.mode}", model, member)
+        if self.high_precision == "bf16":  # measured with these layers in float32
+            model = widen_graph(model, folder / f"{name}.{self.mode}.wide.onnx")
+        engine = trajectories.compiled(f"{name}-{self.mode}", model, member)
         try:
             loss = self._loss(trajectories, engine)
             latents = self._latents(trajectories, member, engine)
         finally:
             engine.close()
         record = Quantisation(
-            method=ask.method,
-            high_precision=cast("Precision", ask.high_precision),
+            method=self.method,
+            high_precision=cast("Precision", self.high_precision),
             source_precision=source.precision,
             source_sha256=model_digest(source.onnx),
             layers=tuple(layer.name for layer in graph.quantised),
             kept=tuple(layer.name for layer in graph.kept),
             rows=len(chosen),
-            seed=ask.seed,
+            seed=self.seed,
             steps=plan.steps,
             solver=plan.solver,
             guidance=plan.guidance,
@@ -218,15 +211,15 @@ class _Work:
     def _loss(self, trajectories: Trajectories, engine: Engine) -> tuple[QuantisationLoss, ...]:
         """On inputs from seeds that were not calibrated on, as many as were, by noise level. Raises ``BuildFailed``."""
         rows = self._record(trajectories, self.plan.held_out, "recording trajectories to measure on", 0.6, 0.7)
-        chosen = pick_rows(rows["timestep"], self.ask.samples, seed=self.ask.seed + 1)
+        chosen = pick_rows(rows["timestep"], self.samples, seed=self.seed + 1)
         rows = {key: values[chosen] for key, values in rows.items()}
         self.phases.phase("measuring the loss", 0.7, 0.85, 2 * math.ceil(len(chosen) / 16))
         want, got = trajectories.outputs(self.name, rows), trajectories.outputs(engine, rows)
         if not np.isfinite(got).all():
             raise BuildFailed(
-                f"the {self.ask.mode} graph of member {self.name!r} gives NaN or infinity",
+                f"the {self.mode} graph of member {self.name!r} gives NaN or infinity",
                 hint="the other layers leave the range of float16: --high-precision bf16 or fp32"
-                if self.ask.high_precision == "fp16"
+                if self.high_precision == "fp16"
                 else "give more --samples, or keep layers out: --keep 'blocks.0.*'",
             )
         return tuple(

@@ -21,7 +21,7 @@ from tstitch_trt.plots.words import METRIC_NAMES, date, interval, machine_text, 
 from tstitch_trt.report.quality import quality_of
 from tstitch_trt.report.samples import SampleTable, png_url
 from tstitch_trt.study.evaluate.claim import claims_of
-from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
+from tstitch_trt.study.gather import Studies, by_metric
 from tstitch_trt.study.machine import Machine, version
 from tstitch_trt.study.store import weights_of
 
@@ -95,9 +95,7 @@ def _plots(studies: Studies) -> dict[str, Markup | list[Markup | None] | None]:
 
 def _cards(studies: Studies, first: str, last: str) -> Iterator[tuple[str, str]]:
     """The few numbers that answer "why this fraction?", as far as they were measured."""
-    for metric in metrics_of(studies.evaluations)[:1]:
-        evaluation = evaluation_of(studies.evaluations, metric)
-        assert evaluation is not None
+    for metric, evaluation in [*by_metric(studies.evaluations).items()][:1]:
         claims = sorted(claims_of(evaluation, (first, last), metric), key=lambda claim: -claim.large.setting.rows)
         for found in claims[:1]:
             name = METRIC_NAMES.get(metric, metric)

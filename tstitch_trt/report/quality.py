@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tstitch_trt.plots.evaluation import draw_quality, timed
 from tstitch_trt.plots.svg import NARROW, WIDE, svg
 from tstitch_trt.plots.words import METRIC_NAMES, better, interval, ms
-from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
+from tstitch_trt.study.gather import Studies, by_metric
 from tstitch_trt.study.records import Evaluation
 
 __all__ = ["Plot", "Quality", "Table", "quality_of"]
@@ -46,12 +46,10 @@ class Quality:
 def quality_of(studies: Studies, first: str, last: str) -> Quality:
     """``first``, ``last``: the members that a fraction goes between."""
     found = studies.evaluations
-    metrics = metrics_of(found)
+    by_name = by_metric(found)
     plots, untimed = [], []
     groups: dict[tuple[str, str], dict[str, Evaluation]] = {}
-    for index, metric in enumerate(metrics):
-        evaluation = evaluation_of(found, metric)
-        assert evaluation is not None
+    for index, (metric, evaluation) in enumerate(by_name.items()):
         groups.setdefault((evaluation.made, evaluation.command), {})[metric] = evaluation
         name, wide = METRIC_NAMES.get(metric, metric), index == 0
         if not timed(evaluation, metric):
@@ -72,7 +70,7 @@ def quality_of(studies: Studies, first: str, last: str) -> Quality:
         plots.append(Plot(drawing, caption))
     tables = [_table(_joined(list(group.values())), list(group), first) for group in groups.values()]
     others = [e for e in found if (e.made, e.command) not in groups]
-    return Quality(metrics, plots, untimed, tables, others)
+    return Quality(list(by_name), plots, untimed, tables, others)
 
 
 def _joined(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from tstitch_trt.solvers.base import Grid, Solver, gaussian_step
@@ -27,19 +29,13 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
     large = np.sqrt(beta)
     large[-1] = 0.0
     if options.variance == "fixed-large":
-        return Coefficients(A=posterior.A, B=posterior.B, S=large, keeps_variance=False)
+        return replace(posterior, S=large, keeps_variance=False)
     log_min, log_max = np.zeros_like(small), np.zeros_like(small)
     log_min[:-1], log_max[:-1] = np.log(small[:-1]), np.log(large[:-1])
     drawn = np.ones_like(small)
     drawn[-1] = 0.0
-    return Coefficients(
-        A=posterior.A,
-        B=posterior.B,
-        S=drawn,
-        log_std_min=log_min,
-        log_std_max=log_max,
-        uses_variance=True,
-        keeps_variance=False,
+    return replace(
+        posterior, S=drawn, log_std_min=log_min, log_std_max=log_max, uses_variance=True, keeps_variance=False
     )
 
 

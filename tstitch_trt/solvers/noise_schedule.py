@@ -19,14 +19,6 @@ Array = NDArray[np.float64]
 _MAX_BETA = 0.999  # arXiv 2102.09672, section 3.2: keeps the last steps of the cosine schedule from being singular
 
 
-def _linear(spec: NoiseScheduleSpec) -> Array:
-    return np.linspace(spec.beta_start, spec.beta_end, spec.steps)
-
-
-def _scaled_linear(spec: NoiseScheduleSpec) -> Array:
-    return np.linspace(math.sqrt(spec.beta_start), math.sqrt(spec.beta_end), spec.steps) ** 2
-
-
 def _squared_cosine(spec: NoiseScheduleSpec) -> Array:
     edges = np.arange(spec.steps + 1) / spec.steps
     signal = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -34,8 +26,8 @@ def _squared_cosine(spec: NoiseScheduleSpec) -> Array:
 
 
 _BETAS: dict[str, Callable[[NoiseScheduleSpec], Array]] = {
-    "linear": _linear,
-    "scaled-linear": _scaled_linear,
+    "linear": lambda spec: np.linspace(spec.beta_start, spec.beta_end, spec.steps),
+    "scaled-linear": lambda spec: np.linspace(math.sqrt(spec.beta_start), math.sqrt(spec.beta_end), spec.steps) ** 2,
     "squared-cosine": _squared_cosine,
 }
 NOISE_KINDS = tuple(_BETAS)

@@ -14,22 +14,18 @@ __all__ = ["PREDICTION_TYPES", "coefficients", "of_estimate"]
 Array = NDArray[np.float64]
 
 
-def _eps(a: Array, s: Array) -> tuple[Array, Array]:
-    return 1 / a, -s / a
-
-
 def _v(a: Array, s: Array) -> tuple[Array, Array]:
     # v = alpha eps - sigma x0 (arXiv 2202.00512, appendix D) in the variance-preserving space, where the latent is x/r.
     r = np.hypot(a, s)
     return a / r**2, -s / r
 
 
-def _x0(a: Array, s: Array) -> tuple[Array, Array]:
-    return np.zeros_like(a), np.ones_like(a)
-
-
 # Flow matching (v = eps - x0 on x = (1 - t) x0 + t eps, so p = 1, q = -s) is one more entry here.
-_KINDS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {"eps": _eps, "v": _v, "x0": _x0}
+_KINDS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
+    "eps": lambda a, s: (1 / a, -s / a),
+    "v": _v,
+    "x0": lambda a, s: (np.zeros_like(a), np.ones_like(a)),
+}
 PREDICTION_TYPES = tuple(_KINDS)
 
 

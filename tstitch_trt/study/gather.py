@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeVar
 
 import msgspec
@@ -13,7 +12,7 @@ from tstitch_engines.bundle.bundle import Bundle
 from tstitch_trt.study.records import METRICS, Calibration, Divergence, Evaluation, Point, Search, Study
 from tstitch_trt.study.store import differing_weights, load_studies
 
-__all__ = ["Studies", "evaluation_of", "gather", "metrics_of"]
+__all__ = ["Studies", "by_metric", "gather"]
 
 S = TypeVar("S", bound=Study)
 
@@ -58,30 +57,25 @@ def gather(bundle: Bundle) -> Studies:
     return Studies(calibrations, divergences, evaluations, searches, tuple(stale))
 
 
-def metrics_of(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The metrics that any point was measured in, in the order of ``METRICS``."""
-    points = chain.from_iterable(evaluation.points for evaluation in evaluations)
-    found = {metric for point in points for metric in point.measures}
-    return [metric for metric in METRICS if metric in found]
+def by_metric(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
+    """For each metric that was measured, in the order of ``METRICS``, the newest evaluation that has it.
 
-
-def evaluation_of(evaluations: Sequence[Evaluation], metric: str) -> Evaluation | None:
-    """The newest evaluation with ``metric``, joined by what others of the same conditions measured beside it.
-
-    Conditions: number of samples, seed, prompts, features, reference, interval, machine. Values measured under others
-    (fewer samples, other features) can't be compared and are not mixed.
+    Joined to it is what others of the same conditions measured beside it. Conditions: number of samples, seed, prompts,
+    features, reference, interval, machine. Values measured under others (fewer samples, other features) can't be
+    compared and are not mixed.
     """
-    with_metric = [e for e in evaluations if any(metric in point.measures for point in e.points)]
-    if not with_metric:
-        return None
-    newest = with_metric[0]
-    points: dict[tuple[bytes, int], Point] = {}
-    for evaluation in with_metric:
-        if _conditions(evaluation) == _conditions(newest):
-            for point in evaluation.points:
-                if metric in point.measures:
-                    points.setdefault((msgspec.json.encode(point.setting), point.batch), point)
-    return msgspec.structs.replace(newest, points=tuple(points.values()))
+    found = {}
+    for metric in METRICS:
+        points: dict[tuple[bytes, int], Point] = {}
+        with_metric = [e for e in evaluations if any(metric in point.measures for point in e.points)]
+        for evaluation in with_metric:
+            if _conditions(evaluation) == _conditions(with_metric[0]):
+                for point in evaluation.points:
+                    if metric in point.measures:
+                        points.setdefault((msgspec.json.encode(point.setting), point.batch), point)
+        if points:
+            found[metric] = msgspec.structs.replace(with_metric[0], points=tuple(points.values()))
+    return found
 
 
 def _conditions(evaluation: Evaluation) -> tuple[object, ...]:

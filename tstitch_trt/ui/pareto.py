@@ -19,7 +19,7 @@ from tstitch_trt.plots.templates import fill
 from tstitch_trt.plots.words import METRIC_NAMES, date
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
-from tstitch_trt.study.gather import Studies, evaluation_of, metrics_of
+from tstitch_trt.study.gather import Studies, by_metric
 from tstitch_trt.study.records import Point, SearchPoint, Setting
 from tstitch_trt.study.settings import schedule_text
 
@@ -59,9 +59,7 @@ def _measured(runtime: Runtime, studies: Studies, plan: Plan, guidance: float) -
             "source": f"search of {date(search)}, at most {search.samples:,} samples a point",
             "plot": svg("ui-pareto", title, partial(draw_search, study=search, chosen=found)) if search.points else "",
         }
-    for metric in metrics_of(studies.evaluations)[:1]:
-        evaluation = evaluation_of(studies.evaluations, metric)
-        assert evaluation is not None
+    for metric, evaluation in [*by_metric(studies.evaluations).items()][:1]:
         point = _chosen([p for p in evaluation.points if metric in p.measures], plan, guidance)
         first, last = runtime.members[0], runtime.members[-1]
         draw = partial(draw_quality, evaluation=evaluation, metric=metric, first=first, last=last, chosen=point)

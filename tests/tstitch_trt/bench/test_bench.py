@@ -97,7 +97,7 @@ def test_bench_against_another_model_refuses_to_compare_times(runtime: Runtime) 
             return super().walk(plan, noise, [0] * len(labels))
 
     right = EagerTorch.of(runtime.bundle, threads=1)
-    wrong = Wrong(right._models, right._null, right.version, 1)
+    wrong = Wrong(right.models, right.null, right.version, 1)
     with pytest.raises(BadInput, match="other latents"):
         measure(runtime, fractions=(0.5,), steps=4, repeats=1, guidance=1.0, baseline=wrong)
 

@@ -30,7 +30,7 @@ from tstitch_trt.plots.words import ms
 from tstitch_trt.report.page import Page, render
 from tstitch_trt.report.samples import undrawable
 from tstitch_trt.study.evaluate.claim import claims_of
-from tstitch_trt.study.gather import Studies, evaluation_of, gather
+from tstitch_trt.study.gather import Studies, by_metric, gather
 from tstitch_trt.study.records import Study
 from tstitch_trt.study.store import save_study, weights_of
 
@@ -320,14 +320,14 @@ def test_evaluations_of_equal_conditions_are_joined_and_others_are_not() -> None
     newest = evaluation(made="2024-03-01T00:00:00Z", points=(evaluation_point(4, 6, 64.0, fid=18.1),))
     same = evaluation(made="2024-02-01T00:00:00Z")
     few = evaluation(made="2024-01-01T00:00:00Z", samples=100, points=(evaluation_point(2, 8, 82.0, fid=33.0),))
-    joined = evaluation_of([newest, same, few], "fid")
+    joined = by_metric([newest, same, few])["fid"]
     assert joined is not None
     values = {point.setting.schedule: point.measures["fid"].value for point in joined.points}
     assert values == {"small:4,large:6": 18.1, "large:10": 18.0, "small:10": 60.0, "large:5": 24.0}
-    only = evaluation_of([newest, same, few], "precision")  # the newest has none
+    only = by_metric([newest, same, few])["precision"]  # the newest has none
     assert only is not None
     assert only.made == same.made
-    assert evaluation_of([few], "kid") is None
+    assert "kid" not in by_metric([few])
 
 
 def test_a_point_that_lacks_a_metric_is_in_the_table(fashion: Bundle) -> None:

@@ -22,7 +22,7 @@ from tstitch_trt.study.budget.conditions import engine_digests
 from tstitch_trt.study.budget.predict import predict_ms
 from tstitch_trt.study.calibrate.drift import usual_times
 from tstitch_trt.study.calibrate.fit import Fit, fit
-from tstitch_trt.study.calibrate.trials import Bucket, Trial, check_trials, fit_trials, rough_trials, slots_of
+from tstitch_trt.study.calibrate.trials import SHORT, Bucket, Trial, check_trials, fit_trials, kind_trials, slots_of
 from tstitch_trt.study.records import Calibration, Check, Overhead, StepCost
 from tstitch_trt.study.statistics import spread
 from tstitch_trt.study.store import provenance
@@ -65,7 +65,7 @@ def calibrate(
     Raises ``OutOfProfile`` for a batch or size that the engines do not run.
     """
     buckets = _buckets(runtime, batches, sizes)
-    rough = {bucket: rough_trials(runtime, bucket) for bucket in buckets}
+    rough = {bucket: kind_trials(runtime, bucket, SHORT) for bucket in buckets}
     for number, (bucket, each) in enumerate(rough.items()):
         progress(f"warming up, {bucket.batch} images", 0.1 * number / len(rough))
         for trial in each:

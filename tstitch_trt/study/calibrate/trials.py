@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = [
+    "SHORT",
     "Bucket",
     "Trial",
     "alternating",
     "check_trials",
     "fit_trials",
     "kind_trials",
-    "rough_trials",
     "slots_of",
     "warm_up",
 ]
@@ -39,7 +39,7 @@ MOST_RUNS: Final = 8  # in a slot
 MOST_SLOTS: Final = 12  # of a trial in a round
 LONGER: Final = 1.5  # a round may take so many times as long as one slot of each trial
 MOST_STEPS: Final = 50
-_SHORT: Final = 2
+SHORT: Final = 2
 
 
 @dataclass(frozen=True)
@@ -155,21 +155,16 @@ def kind_trials(runtime: Runtime, bucket: Bucket, steps: Mapping[tuple[str, bool
     return list(found.values())
 
 
-def rough_trials(runtime: Runtime, bucket: Bucket) -> list[Trial]:
-    """Short trials. The lengths of the others are chosen by their times."""
-    return kind_trials(runtime, bucket, min(_SHORT, _longest(runtime)))
-
-
 def fit_trials(runtime: Runtime, bucket: Bucket, rough: Iterable[Trial]) -> list[Trial]:
     """Each kind of step alone, long and short, and members that alternate: enough to separate step costs, overhead and
     switch cost.
 
-    ``rough``: ``rough_trials`` of the bucket, which were run.
+    ``rough``: ``kind_trials`` of the bucket with ``SHORT`` steps, which were run: their times choose the lengths.
     """
     cost = {trial.kinds[0]: min(trial.times) / trial.plan.steps for trial in rough}
     most = _longest(runtime)
     lengths = {kind: min(most, max(4, math.ceil(BLOCK_MS / ms))) for kind, ms in cost.items()}
-    found = [*kind_trials(runtime, bucket, lengths), *kind_trials(runtime, bucket, min(_SHORT, most))]
+    found = [*kind_trials(runtime, bucket, lengths), *kind_trials(runtime, bucket, SHORT)]
     if len(runtime.members) < 2:
         return found
     for scale in _scales(runtime, bucket):
@@ -194,7 +189,7 @@ def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, see
     found = []
     for _ in range(count):
         bucket = rng.choice(buckets)
-        steps = rng.randint(min(4, _longest(runtime)), _longest(runtime))
+        steps = rng.randint(4, _longest(runtime))
         rows = runtime.plan(schedule=runtime.members[0], steps=steps).steps
         cuts = sorted(rng.sample(range(1, rows), min(rng.randint(0, 3), rows - 1)))
         counts = [stop - start for start, stop in zip([0, *cuts], [*cuts, rows], strict=True)]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
 
-__all__ = ["KernelTo", "kernel", "kernel_distance"]
+__all__ = ["KernelTo", "kernel"]
 
 Doubles = NDArray[np.float64]
 _ROWS = 256  # of a kernel matrix at once
@@ -30,13 +30,11 @@ def kernel(x: NDArray[Any], y: NDArray[Any]) -> Doubles:
     return np.asarray(found)
 
 
-def kernel_distance(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """``MMD^2`` of features ``[N,F]`` and ``[M,F]``, unbiased: pairs of a sample with itself are left out."""
-    return KernelTo(y)(x)
-
-
 class KernelTo:
-    """The distance to one set of features ``[M,F]``, M >= 2, whose own kernel is summed once."""
+    """The distance to one set of features ``[M,F]``, M >= 2, whose own kernel is summed once.
+
+    ``MMD^2`` of the two sets, unbiased: pairs of a sample with itself are left out.
+    """
 
     def __init__(self, reference: NDArray[Any]) -> None:
         self._y = _checked(reference).astype(np.float64)

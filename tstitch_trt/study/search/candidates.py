@@ -23,9 +23,8 @@ from tstitch_trt.study.divergence.orders import counted, order_names, small_coun
 from tstitch_trt.study.records import Setting
 from tstitch_trt.study.settings import setting_of
 
-__all__ = ["FRACTIONS", "KINDS", "Candidate", "candidates", "chosen", "usual_steps"]
+__all__ = ["FRACTIONS", "Candidate", "candidates", "chosen", "usual_steps"]
 
-KINDS: Final = ("fewer steps", "one member", "two members", "three members", "large-small-large")
 FRACTIONS: Final = (0.2, 0.4, 0.6, 0.8)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.study.quality.gaussian import FrechetTo, frechet_distance, gaussian_of
-from tstitch_trt.study.quality.kernel import KernelTo, kernel_distance
+from tstitch_trt.study.quality.kernel import KernelTo
 from tstitch_trt.study.quality.manifold import Manifold, recall_halves
 from tstitch_trt.study.quality.pairs import decibels, squared_errors
 from tstitch_trt.study.quality.resampling import bootstrap_counts, estimate, estimate_mean, estimate_median
@@ -66,7 +66,7 @@ def test_the_kernel_distance_is_that_of_torchmetrics_over_one_subset_of_all() ->
     real, drawn = two_sets(300, 300)
     metric = KernelInceptionDistance(feature=Pixels(), subsets=1, subset_size=300)
     want, _ = by_torchmetrics(metric, real, drawn)
-    assert kernel_distance(features(drawn), features(real)) == pytest.approx(float(want), rel=1e-3)
+    assert KernelTo(features(real))(features(drawn)) == pytest.approx(float(want), rel=1e-3)
 
 
 def test_the_kernel_distance_is_that_of_a_double_loop_for_unequal_sets() -> None:
@@ -79,12 +79,12 @@ def test_the_kernel_distance_is_that_of_a_double_loop_for_unequal_sets() -> None
     within_x = np.mean([k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
     within_y = np.mean([k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
     across = np.mean([k(a, b) for a in x for b in y])
-    assert kernel_distance(x, y) == pytest.approx(within_x + within_y - 2 * across, rel=1e-9)
+    assert KernelTo(y)(x) == pytest.approx(within_x + within_y - 2 * across, rel=1e-9)
 
 
 def test_the_kernel_distance_of_equal_distributions_is_about_zero_however_few_the_samples() -> None:
     rng = np.random.default_rng(2)
-    found = [kernel_distance(rng.standard_normal((20, 8)), rng.standard_normal((20, 8))) for _ in range(400)]
+    found = [KernelTo(rng.standard_normal((20, 8)))(rng.standard_normal((20, 8))) for _ in range(400)]
     assert abs(np.mean(found)) < 3 * np.std(found) / 20
     assert min(found) < 0
 
@@ -212,7 +212,7 @@ def test_few_resamples_give_a_normal_interval() -> None:
     assert (measure.low, measure.high) == (pytest.approx(5 - 1.959964), pytest.approx(5 + 1.959964))
 
 
-@pytest.mark.parametrize("work", [kernel_distance, lambda x, y: Manifold(y).holds(x)])
+@pytest.mark.parametrize("work", [lambda x, y: KernelTo(y)(x), lambda x, y: Manifold(y).holds(x)])
 def test_features_of_two_networks_and_too_few_are_refused(work: Any) -> None:
     some = np.zeros((9, 2))
     with pytest.raises(BadInput, match=r"3 and 2|2 and 3"):

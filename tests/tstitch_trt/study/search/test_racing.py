@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from support.manifests import manifest, member
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.study.quality.resampling import Estimate, estimate
-from tstitch_trt.study.search.candidates import FRACTIONS, KINDS, candidates, chosen, usual_steps
+from tstitch_trt.study.search.candidates import FRACTIONS, candidates, chosen, usual_steps
 from tstitch_trt.study.search.racing import beaten, front, race, rounds
 from tstitch_trt.study.settings import plan_of
 
@@ -128,6 +128,7 @@ def test_rounds_double_and_end_with_all_samples(samples: int, chunk: int) -> Non
 
 # --- candidates
 
+KINDS = ("fewer steps", "one member", "two members", "three members", "large-small-large")
 TWO = manifest()
 EVERY, _ = candidates(TWO, steps=[4, 10], solvers=["ddim"], guidance=1.0)
 THREE = manifest({name: member() for name in ("small", "base", "large")})
