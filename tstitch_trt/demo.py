@@ -57,7 +57,7 @@ def run(
     uint8 ``[samples,H,W,C]``, labels going round the classes."""
     classes = runtime.manifest.conditioning.classes
     labels = [i % classes for i in range(samples)]
-    batch = max(1, runtime.batch_limit // (1 if guidance == 1 else 2))
+    batch = runtime.splitting.most(guided=guidance != 1)
     scorer = Scorer.of(runtime.bundle, ("fid", "accuracy"))
     settings = {"steps": steps, "guidance": guidance}
     warm_up_fractions(runtime, {"labels": labels[:batch], **settings})

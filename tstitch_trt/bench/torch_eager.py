@@ -1,7 +1,6 @@
 """The baseline of ``bench --against torch``: PyTorch runs the same plan on the same weights.
 
-The weights are read from the members' ONNX files, so a bundle needs nothing beside itself. ``bench`` compares the
-latents before it compares times.
+The weights are read from the members' ONNX files. ``bench`` compares the latents before it compares times.
 """
 
 from __future__ import annotations

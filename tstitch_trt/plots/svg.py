@@ -1,7 +1,7 @@
 """matplotlib's figures as SVG that lies inside a page: its colours follow the page's, its text is text.
 
-matplotlib draws in placeholder colours, which become CSS variables (``--ink``, ``--rule``, ``--series-1``...): one
-drawing serves light, dark and print. Tips become ``<title>``, which a browser shows and a screen reader says.
+matplotlib draws in placeholder colours, which become CSS variables (``--ink``, ``--rule``, ``--series-1``...). Tips
+become ``<title>``, which a browser shows and a screen reader says.
 """
 
 from __future__ import annotations

@@ -35,10 +35,7 @@ Rows = dict[str, NDArray[Any]]  # inputs by name, one row per image and half
 
 
 class Trajectories:
-    """Members of a bundle, with the encoders that they need, on ONNX Runtime's CPU provider.
-
-    All are compiled from the bundle's ONNX into ``folder``.
-    """
+    """Members of a bundle, with the encoders that they need, compiled for ONNX Runtime's CPU provider in ``folder``."""
 
     def __init__(
         self,

@@ -18,8 +18,8 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
 
     ``fixed-small`` is the posterior variance, ``fixed-large`` is beta, ``learned`` lets the model choose between the
     two for each element (arXiv 2102.09672, eq. 15). The last step adds no noise, as in the published samplers
-    (diffusers adds some when its last timestep is not 0). So DiT's clipping of the first posterior variance, which
-    matters in that step only, has no counterpart.
+    (diffusers adds some when its last timestep is not 0); DiT's clipping of the first posterior variance matters there
+    only.
     """
     posterior = gaussian_step(grid, eta=1.0)
     small = posterior.S

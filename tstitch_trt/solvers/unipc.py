@@ -7,8 +7,8 @@ Both integrate a polynomial through the last estimates from a latent ``y`` at ``
 
 ``rho`` solves ``sum_k rho_k r_k^(i-1) = b_i``; ``B(h)`` is ``u`` (bh1) or ``expm1(u)`` (bh2). UniC has one place more,
 ``r = 1``, for the estimate at the end of the step, and so needs the model there: a row first corrects the latent that
-it was given (``y'``, from the ``y`` and the estimates of the step before) and then predicts from the corrected one. The
-model has only ever seen the latent before its correction, as in the published code.
+it was given (``y'``, from the ``y`` and the estimates of the step before), which the model has seen uncorrected as in
+the published code, and then predicts from the corrected one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Studies in a bundle: one JSON file each under ``studies/``, written whole or not at all.
 
-The manifest does not cover them, so they may be deleted. ``write_bundle`` keeps them when a bundle is replaced; a study
-of other weights is then reported as stale.
+They may be deleted. ``write_bundle`` keeps them when a bundle is replaced; one of other weights is stale then.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ __all__ = ["EngineUnderTest", "place_of"]
 
 
 class EngineUnderTest:
-    """One engine under test. ``runner`` is ``None`` until ``open`` has loaded it."""
+    """``runner`` is ``None`` until ``open`` has loaded the engine."""
 
     def __init__(self, bundle: Bundle, name: str, record: EngineRecord, gpu: str, threads: int) -> None:
         self.name = name

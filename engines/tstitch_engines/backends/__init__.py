@@ -15,17 +15,18 @@ __all__ = ["BACKENDS", "Backend", "Engine", "for_gpu", "open_backend"]
 class _Entry(NamedTuple):
     """Where a backend is, and what has to be known of it where its library is not installed."""
 
-    module: str
+    module: str  # of this package
     attribute: str
+    packages: tuple[str, ...]  # their versions decide how fast its engines are
     from_onnx: bool = True  # else it compiles exported programs, which a bundle does not hold
     gpu_only: bool = False
 
 
 BACKENDS: Final[Mapping[str, _Entry]] = {
-    "onnxruntime": _Entry("tstitch_engines.backends.onnxruntime", "OnnxRuntimeBackend"),
-    "tensorrt": _Entry("tstitch_engines.backends.tensorrt", "open_tensorrt", gpu_only=True),
-    "tensorrt-rtx": _Entry("tstitch_engines.backends.tensorrt", "open_tensorrt_rtx", gpu_only=True),
-    "torch": _Entry("tstitch_engines.backends.torch_reference", "TorchBackend", from_onnx=False),
+    "onnxruntime": _Entry("onnxruntime", "OnnxRuntimeBackend", ("onnxruntime", "onnxruntime-gpu")),
+    "tensorrt": _Entry("tensorrt", "open_tensorrt", ("tensorrt",), gpu_only=True),
+    "tensorrt-rtx": _Entry("tensorrt", "open_tensorrt_rtx", ("tensorrt-rtx",), gpu_only=True),
+    "torch": _Entry("torch_reference", "TorchBackend", ("torch",), from_onnx=False),
 }
 
 
@@ -33,7 +34,7 @@ def open_backend(name: str) -> Backend:
     """The backend called ``name``. Raises ``UnknownName``, or ``Unavailable`` when its library is not installed."""
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
-    backend: Backend = getattr(import_module(BACKENDS[name].module), BACKENDS[name].attribute)()
+    backend: Backend = getattr(import_module(f"{__name__}.{BACKENDS[name].module}"), BACKENDS[name].attribute)()
     return backend
 
 

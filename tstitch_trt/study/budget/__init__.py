@@ -1,9 +1,4 @@
-"""What sampling costs on this machine, and the best schedule that fits in a budget.
-
-here = Conditions.here(runtime.setup)
-calibration = find_calibration(runtime.bundle, here)    the one that holds here, never one of another machine
-predict_ms(calibration, plan, batch=8)
-"""
+"""What sampling costs on this machine, and the best schedule that fits in a budget."""
 
 from __future__ import annotations
 

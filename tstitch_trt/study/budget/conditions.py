@@ -5,10 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from tstitch_engines.backends import BACKENDS, open_backend
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.compile.select import select_engine
 from tstitch_engines.errors import NotCalibrated
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
     from tstitch_engines.bundle.bundle import Bundle
 
 __all__ = ["Conditions", "engine_digests", "find_calibration", "speed_of"]
-
-_LIBRARIES: Final[Mapping[str, tuple[str, ...]]] = {  # the packages whose version decides how fast a backend is
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-    "torch": ("torch",),
-}
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,14 +84,12 @@ def speed_of(machine: Machine, backend: str, device: str) -> dict[str, str]:
     found = {"processor": machine.processor, "cores": str(machine.cores)}
     if device != "cpu":
         found["gpus and driver"] = "; ".join(machine.gpus) or "none"
-    libraries = {name: machine.versions[name] for name in _LIBRARIES.get(backend, ()) if name in machine.versions}
-    return {**found, **libraries}
+    packages = BACKENDS[backend].packages if backend in BACKENDS else ()
+    return {**found, **{name: machine.versions[name] for name in packages if name in machine.versions}}
 
 
 def engine_digests(bundle: Bundle, backend: str, device: str) -> dict[str, str]:
     """By member the identity digest of the engine that would load there. Raises ``BadEngine`` where none fits."""
-    from tstitch_engines.backends import open_backend
-
     library = open_backend(backend)
     return {name: digest(select_engine(bundle, name, library, device).identity) for name in bundle.manifest.members}
 

@@ -1,9 +1,8 @@
 """Measures what trajectories cost on this machine, and how well the cost model predicts others.
 
 Whole trajectories are timed through ``Runtime.sample``. In every round each has a slot, short ones several, in a new
-order and with those that check the model among those that it is fitted on, so that a busy machine slows both alike. The
-model is fitted to times without the machine's drift (``tstitch_trt.study.calibrate.drift``). A check compares its
-prediction with such a time of a schedule that it was not fitted on.
+order, those that check the model among those that it is fitted on: a busy machine slows both alike. All times are
+without the machine's drift (``tstitch_trt.study.calibrate.drift``).
 """
 
 from __future__ import annotations

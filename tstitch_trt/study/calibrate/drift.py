@@ -7,7 +7,7 @@ Slots of different trajectories that are close in time then share the drift:
 
 Both are found alternately. Usual times are means of what the drift does not explain. The drift is a mean of what the
 usual times do not explain, over the slots nearby (a kernel smoother, shrunk to no drift where there are few). A slot
-does not count for its own drift. Two trajectories are then comparable with a third of the slots that plain means need.
+does not count for its own drift.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     time of a chunk = overhead + switches x switch cost + sum over the kinds of steps of (steps x step cost)
 
-A least squares fit of the usual times. Errors are relative, as they are reported. The noise of ``n`` independent steps
-is ``sqrt(n)`` times that of one, so each trajectory is weighted by ``sqrt(n)`` over its time. Where overhead or switch
-cost would be negative it is 0, and the others are fitted again.
+A least squares fit of the usual times, each weighted by ``sqrt(n)`` over the time of its ``n`` steps: errors are
+relative, and the noise of ``n`` steps is ``sqrt(n)`` times that of one. Where overhead or switch cost would be negative
+it is 0, and the others are fitted again.
 """
 
 from __future__ import annotations

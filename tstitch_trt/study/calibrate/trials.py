@@ -118,9 +118,8 @@ def runs_of(ms: float) -> int:
 def slots_of(slot_ms: Sequence[float]) -> list[int]:
     """How many slots each trial has in a round, by the milliseconds that one takes.
 
-    A shared machine changes its speed every few seconds. A trial that runs for 50 ms a round meets few of its speeds,
-    so its mean is far off. So all run about equally long: up to ``MOST_SLOTS`` slots, while the round gets at most
-    ``LONGER`` times as long.
+    All run about equally long, since a shared machine changes its speed every few seconds: up to ``MOST_SLOTS`` slots,
+    while the round gets at most ``LONGER`` times as long.
     """
     slots, left = [1] * len(slot_ms), (LONGER - 1) * sum(slot_ms)
     while True:
@@ -205,10 +204,7 @@ def check_trials(runtime: Runtime, buckets: Sequence[Bucket], count: int, *, see
 
 
 def warm_up(runtime: Runtime, budget: ChosenSchedule) -> None:
-    """Runs a step of each kind that ``budget`` chose, once: a network's first run at a new size takes longer.
-
-    What was calibrated is a runtime that has run before, as a server's has.
-    """
+    """Runs a step of each kind that ``budget`` chose, once: a network's first run at a new size takes longer."""
     plan = runtime.plan(**budget.settings)
     guided = any(plan.guided)
     names = list(dict.fromkeys(plan.schedule.names))

@@ -1,11 +1,9 @@
 """How far the members of a bundle are apart at each step, and the order and share of steps that follow from it.
 
-At every state of the reference member's trajectory each other member runs too. Denoised estimates are compared, not
-outputs, so that members of another prediction type or noise schedule can be compared. Where a small member's estimate
-is close to the reference's, its step costs no quality (T-Stitch, arXiv 2402.14167, section 3). Then schedules of equal
-counts in several orders are run from the same noise, and their final latents compared with the reference's.
-
-Close latents mean similar pictures, not equally good ones: ``tstitch-trt evaluate`` measures quality.
+At every state of the reference member's trajectory each other member runs too. Denoised estimates are compared, so
+that members of any prediction type and noise schedule can be: where a small member's is close to the reference's, its
+step costs no quality (T-Stitch, arXiv 2402.14167, section 3). Then schedules of equal counts in several orders are run
+from the same noise, and their final latents compared with the reference's.
 """
 
 from __future__ import annotations

@@ -92,12 +92,8 @@ def choose_order(trials: Sequence[OrderTrial]) -> str:
 
 
 def knee(curve: Sequence[tuple[float, float]], most: float) -> float:
-    """The share farthest below the straight line from (0, 0) to (1, ``most``), 0 where none is below it.
-
-    Up to there a step that moves to the small member adds less error than the average step, from there on more.
-
-    ``curve``: (share, error) of the trials.
-    """
+    """The share of ``curve``, (share, error) of the trials, farthest below the straight line from (0, 0) to (1,
+    ``most``): up to there a step on the small member adds less error than the average one. 0 where none is below."""
     gains = {share: share - error / most for share, error in curve}
     best = max(gains, key=lambda share: gains[share], default=0.0)
     return best if gains and gains[best] > 0 else 0.0

@@ -48,7 +48,7 @@ def is_single_step(plan: Plan) -> bool:
 
 def batches(runtime: Runtime, plan: Plan, count: int) -> list[range]:
     """``count`` images in parts that fit one engine call."""
-    size = max(1, runtime.batch_limit // (2 if any(plan.guided) else 1))
+    size = runtime.splitting.most(guided=any(plan.guided))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -1,8 +1,7 @@
 """Draws the samples of many settings together and keeps their features on disk.
 
-All settings share seeds and labels or prompts, and the steps with which their trajectories begin alike run once
-(``shared_prefix``). An interrupted study goes on from its last chunk, and a later one with more samples or settings
-draws only what is new.
+All settings share seeds and labels or prompts, and steps that they begin with alike run once (``shared_prefix``). An
+interrupted study, or a later one with more samples or settings, draws only what is new.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Drawing:
         self._reference = reference
         self._work = work
         self._phases = phases
-        whole = max(1, runtime.batch_limit // (2 if guided else 1))
+        whole = runtime.splitting.most(guided=guided)
         self.chunk = whole * max(1, _CHUNK // whole)
         self._sources = scorer.sources(reference) | ({"images": digest("images")} if keep_images else {})
         self._decodes = keep_images or set(scorer.metrics) != {"latent_error"}

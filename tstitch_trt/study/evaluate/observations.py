@@ -1,7 +1,6 @@
 """Features of drawn pictures on disk, batch by batch, so that an interrupted study can go on.
 
-One folder per setting (and seed, weights and engines), one ``.npz`` per batch. An incomplete batch is drawn again from
-its beginning, so that the numbers do not depend on where a study was stopped.
+One folder per setting (and seed, weights and engines), one ``.npz`` per batch. An incomplete batch is drawn again.
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """Draws many settings together and runs their common first steps once.
 
 With equal seeds two schedules pass through the same states until they differ. One setting runs its whole trajectory,
-its state before each first difference is kept, and the others go on from there. The latents are bit for bit those of a
-run of the setting alone (a test compares them). A setting whose solver remembers more than the latent there is drawn
-alone.
+and the others go on from its states. The latents are bit for bit those of a run of the setting alone. A setting whose
+solver remembers more than the latent there is drawn alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +26,7 @@ __all__ = ["draw_settings"]
 Latents = NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
-class _Branch:
+class _Branch(NamedTuple):
     setting: Setting
     plan: Plan
 

@@ -1,7 +1,7 @@
 """The Fréchet distance of two sets of features, each taken as one Gaussian.
 
-It is the Fréchet Inception Distance (Heusel et al., arXiv 1706.08500) for any feature network. It is biased upwards for
-few samples: compare only values of equally many samples and the same network.
+It is the Fréchet Inception Distance (Heusel et al., arXiv 1706.08500) for any feature network, biased upwards for few
+samples.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class Manifold:
 def recall_halves(features: NDArray[Any], reference: NDArray[Any], *, halves: int) -> NDArray[np.float64]:
     """The recall of ``halves`` random halves of ``features [N,F]``, always the same, float64 ``[halves]``.
 
-    A bootstrap draws samples twice, and copies have no distance, so the balls would shrink. Halves have no copies, and
-    the variance over them is that of the whole (the delete-half jackknife: Shao and Wu, 1989).
+    Copies of a bootstrap would shrink the balls. Halves have none, and their variance is that of the whole (the
+    delete-half jackknife: Shao and Wu, 1989).
     """
     own, across = squared_distances(features, features), squared_distances(reference, features)
     rng = np.random.default_rng(0)

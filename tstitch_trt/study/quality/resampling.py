@@ -1,8 +1,8 @@
 """Intervals by resampling: how far a metric would move with other samples, equally many.
 
-The bootstrap draws samples again with replacement. A distance between distributions grows by that, because there are
-fewer distinct samples. So only the spread of the resamples is used, around the value itself. The interval is that of a
-metric *of this many samples*; it does not cover the bias of few samples.
+The bootstrap draws samples again with replacement. A distance between distributions grows with fewer distinct samples,
+so only the spread of the resamples is used, around the value itself. The interval does not cover the bias of few
+samples.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Metrics of a bundle's pictures with their intervals, for ``evaluate`` and ``search``.
 
-    scorer = Scorer.of(bundle, metric="fid")
-    features = join([scorer.extract(images) for images in batches])
-    scorer.measure(features).value
-
-Extraction and measuring are separate: features are small, so they can be stored and joined.
+scorer = Scorer.of(bundle, metric="fid")
+features = join([scorer.extract(images) for images in batches])
+scorer.measure(features).value
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The study of ``tstitch-trt search``: the schedules, step counts and solvers with the best quality for their cost.
 
-The bundle's calibration predicts the cost, samples give the quality. The large member in fewer steps is among the
-candidates, because a stitched schedule has to beat it.
+The bundle's calibration predicts the cost, samples give the quality.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def search(
     images = ImageSet(samples, seed, prompts_for(manifest, prompts))
     calibration = find_calibration(runtime.bundle, Conditions.here(runtime.setup))
     guided = any(any(plan_of(manifest, c.setting).guided) for c in field)
-    batch_images = min(8, max(1, runtime.batch_limit // (2 if guided else 1))) if batch is None else batch
+    batch_images = min(8, runtime.splitting.most(guided=guided)) if batch is None else batch
     costs = {c.key: predict_ms(calibration, plan_of(manifest, c.setting), batch=batch_images) for c in field}
     phases = Phases(progress)
     drawing = Drawing(runtime, scorer, images, reference=field[0].setting, guided=guided, work=work, phases=phases)
