@@ -55,7 +55,9 @@ PACKAGES = {
 
 def examine() -> Examination:
     """Examines everything; never raises for what is missing."""
-    checks = (*_packages(), *_native(), *_cuda(), *_backends())
+    compiler = "install from a wheel, or with a C++17 compiler: pip install ."
+    kernels = _attempt("native", "step kernels", _host_kernels, hint=compiler)
+    checks = (*_packages(), kernels, *_cuda(), *_backends())
     by_name = {(c.group, c.name): c.ok for c in checks}
     usable = by_name.get(("native", "step kernels"), False) and by_name.get(("backend", "onnxruntime on cpu"), False)
     return Examination(usable=usable, machine=describe_machine(), checks=checks)
@@ -82,15 +84,10 @@ def _packages() -> Iterator[Finding]:
         )
 
 
-def _native() -> Iterator[Finding]:
-    def load_kernels() -> str:
-        import tstitch_engines.device.host_kernels  # noqa: F401
+def _host_kernels() -> str:
+    import tstitch_engines.device.host_kernels  # noqa: F401
 
-        return "compiled for this Python"
-
-    yield _attempt(
-        "native", "step kernels", load_kernels, hint="install from a wheel, or with a C++17 compiler: pip install ."
-    )
+    return "compiled for this Python"
 
 
 def _cuda() -> Iterator[Finding]:

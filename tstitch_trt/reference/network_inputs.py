@@ -120,13 +120,8 @@ class Recordings:
 
     def _keywords(self, group: Sequence[str], plan: Plan, size: Size) -> dict[str, Any]:
         manifest = self._bundle.manifest
-        texts = [text for name in group if (text := manifest.members[name].text) is not None]
-        needed = {encoder for text in texts for encoder in text.encoders}
-        readable = bool(texts) and all(text.hidden for text in texts) and needed <= set(manifest.parts)
         backend = next((r.identity.backend for r in manifest.members[group[0]].engines), "")
-        asked = synthetic_request(
-            manifest, backend, plan, _IMAGES, prompts=_PROMPTS if readable else (), control=True, size=size
-        )
+        asked = synthetic_request(manifest, backend, plan, _IMAGES, prompts=_PROMPTS, control=True, size=size)
         factor = manifest.decoder.factor
         return {**asked, "height": factor * size[0], "width": factor * size[1]}
 

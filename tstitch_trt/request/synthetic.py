@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
@@ -14,7 +14,14 @@ from tstitch_trt.request.conditioning import conditioning_inputs
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.options import ImageKeywords
 
-__all__ = ["PROMPTS", "synthetic_conditioning", "synthetic_pictures", "synthetic_request"]
+__all__ = [
+    "PROMPTS",
+    "reads_prompts",
+    "synthetic_conditioning",
+    "synthetic_painting",
+    "synthetic_pictures",
+    "synthetic_request",
+]
 
 PROMPTS: Final = (
     "a photograph of a red fox in the snow",
@@ -49,28 +56,40 @@ def synthetic_request(
 ) -> ImageKeywords:
     """Keywords of ``Runtime.sample`` for ``count`` images: classes in turn, or text, which is made up for each member.
 
-    Texts are ``prompts`` in turn, else random embeddings of as many tokens as the engines of ``backend`` are tuned for,
-    so that no text encoder is to be waited for. Where the plan has a member that paints into a picture, a picture and a
-    mask for its left half; with ``control`` a control picture, where something takes it. ``size``: height and width of
-    the latent, by default the bundle's own.
+    Texts are ``prompts`` in turn where the bundle reads them, else random embeddings of as many tokens as the engines
+    of ``backend`` are tuned for, so that no text encoder is to be waited for. Where the plan has a member that paints
+    into a picture, a picture and a mask for its left half; with ``control`` a control picture, where something takes
+    it. ``size``: height and width of the latent, by default the bundle's own.
     """
     if manifest.conditioning.kind == "class":
         return {"labels": [i % manifest.conditioning.classes for i in range(count)]}
     names = list(dict.fromkeys(plan.schedule.names))
     asked: ImageKeywords = {"n": count}
-    if prompts:
+    if prompts and reads_prompts(manifest, names):
         asked["prompt"] = list(prompts)
     else:
         asked |= _embeddings(manifest, names, backend, guided=any(plan.guided))
     members = [manifest.members[name] for name in names]
     height, width = (side * manifest.decoder.factor for side in size or (manifest.latent.height, manifest.latent.width))
     if any(member.inpaints for member in members):
-        mask = np.zeros((height, width), np.bool_)
-        mask[:, : width // 2] = True
-        asked |= {"image": synthetic_pictures(1, height, width), "mask": mask, "strength": 1.0}
+        asked |= synthetic_painting(1, height, width)
     if control and CONTROLNET in manifest.parts and any(member.controlled for member in members):
         asked["control"] = synthetic_pictures(1, height, width, seed=1)
     return asked
+
+
+def reads_prompts(manifest: Manifest, names: Iterable[str]) -> bool:
+    """Whether a text bundle has the text encoders of the members ``names``."""
+    texts = [text for name in names if (text := manifest.members[name].text) is not None]
+    encoders = {encoder for text in texts for encoder in text.encoders}
+    return bool(texts) and all(text.hidden for text in texts) and encoders <= set(manifest.parts)
+
+
+def synthetic_painting(count: int, height: int, width: int) -> ImageKeywords:
+    """``count`` pictures whose left half is painted anew."""
+    mask = np.zeros((height, width), np.bool_)
+    mask[:, : width // 2] = True
+    return {"image": synthetic_pictures(count, height, width), "mask": mask, "strength": 1.0}
 
 
 def synthetic_pictures(count: int, height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.request.synthetic import PROMPTS, synthetic_pictures
+from tstitch_trt.request.synthetic import PROMPTS, reads_prompts, synthetic_painting
 
-__all__ = ["ImageSet", "image_keywords", "prompts_for", "reads_prompts"]
+__all__ = ["ImageSet", "image_keywords", "prompts_for"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,8 @@ def image_keywords(
     found: dict[str, Any] = {"prompt": [prompts[i % len(prompts)] for i in numbers]}
     if any(manifest.members[name].inpaints for name in names):
         height, width = (s * manifest.decoder.factor for s in (manifest.latent.height, manifest.latent.width))
-        mask = np.zeros((height, width), np.bool_)
-        mask[:, : width // 2] = True
-        found |= {"image": synthetic_pictures(pictures, height, width), "mask": mask, "strength": 1.0}
+        found |= synthetic_painting(pictures, height, width)
     return found
-
-
-def reads_prompts(manifest: Manifest, names: Iterable[str] | None = None) -> bool:
-    """Whether a text bundle has the text encoders of the members ``names``, by default all."""
-    members = [manifest.members[name] for name in (manifest.members if names is None else names)]
-    texts = [member.text for member in members if member.text is not None]
-    return all(text.hidden for text in texts) and {name for t in texts for name in t.encoders} <= set(manifest.parts)
 
 
 def prompts_for(manifest: Manifest, given: Sequence[str], names: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -69,7 +58,7 @@ def prompts_for(manifest: Manifest, given: Sequence[str], names: Iterable[str] |
                 hint="leave out --prompts: all classes are drawn in turn",
             )
         return ()
-    if not reads_prompts(manifest, names):
+    if not reads_prompts(manifest, manifest.members if names is None else names):
         raise Unavailable(
             f"the bundle {manifest.name!r} has no text encoder for each of its members, so it can't read prompts",
             hint="build it from a whole pipeline folder",

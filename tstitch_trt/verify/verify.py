@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,19 +20,10 @@ from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import EngineRecord
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import parse_device
-from tstitch_engines.errors import BadInput, FailedWork, Unavailable, unknown_name
+from tstitch_engines.errors import BadInput, Unavailable, unknown_name
 from tstitch_engines.progress import Progress, silent
-from tstitch_trt.verify.compare import (
-    LIMITS,
-    Comparison,
-    EngineCheck,
-    Status,
-    compare,
-    draw_inputs,
-    usual_sizes,
-    verdict,
-)
-from tstitch_trt.verify.engine_check import EngineUnderTest
+from tstitch_trt.verify.compare import LIMITS, Comparison, EngineCheck, Status, usual_sizes
+from tstitch_trt.verify.engine_check import check_engine
 from tstitch_trt.verify.layers import LayerCheck, compare_layers
 from tstitch_trt.verify.references import References
 
@@ -106,30 +98,9 @@ def verify(
             return made[0]
 
         for index, (name, record) in enumerate(chosen):
-            what = f"{name}, {record.identity.backend}"
-            progress(what, index / len(chosen))
-            engine_check = EngineUnderTest(opened, name, record, device, threads)
-            status, reason = engine_check.open()
-            comparisons: tuple[Comparison, ...] = ()
-            if engine_check.runner is not None:
-                stack.callback(engine_check.close)
-                against = references()
-                progress(f"recording a trajectory for {name}", index / len(chosen))
-                drawn = draw_inputs(against, opened.manifest, name, engine_check.runner.engine.profile)
-                try:
-                    comparisons = compare(
-                        name,
-                        engine_check.runner,
-                        against,
-                        drawn,
-                        limit=engine_check.limit,
-                        tick=lambda: progress(what, index / len(chosen)),  # noqa: B023
-                    )
-                    status, reason = verdict(comparisons, engine_check.limit)
-                except FailedWork as error:
-                    status, reason = "failed", f"running it failed: {error.message}"
-                engine_check.close()
-            checks.append(engine_check.check(status, reason, comparisons))
+            tick = partial(lambda share, text: progress(text, share), index / len(chosen))
+            tick(f"{name}, {record.identity.backend}")
+            checks.append(check_engine(opened, name, record, references, gpu=device, threads=threads, tick=tick))
         if layers:
             progress("looking for the first layer that differs", 1.0)
             found = _layers(opened, chosen, references(), folder)

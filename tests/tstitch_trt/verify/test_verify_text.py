@@ -196,6 +196,6 @@ def test_unknown_names_list_members_and_parts(run: Command, whole: Bundle) -> No
 def test_a_part_without_a_module_names_its_own_option(whole: Bundle, tmp_path: Path) -> None:
     found = references(whole, tmp_path)
     with pytest.raises(Unavailable, match="for part 'vae_decoder'") as caught:
-        found.torch_version("vae_decoder")
+        found.torch("vae_decoder", {})
     assert "--part vae_decoder=CHECKPOINT" in caught.value.hint
     found.close()

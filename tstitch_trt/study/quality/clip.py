@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +33,6 @@ _BATCH = 32
 Floats = NDArray[np.float32]
 
 
-class _Towers(Protocol):
-    size: int
-
-    def embed(self, pictures: Floats, texts: list[str]) -> tuple[Any, Any]:
-        """Embeddings ``[N,D]`` of normalised pictures ``[N,3,size,size]`` and of as many texts."""
-
-
 class Clip:
     """A loaded model; ``sha256`` is of its files."""
 
@@ -49,7 +42,7 @@ class Clip:
             raise BadInput(f"--clip {folder} is no folder", hint="give the folder of a CLIP model")
         config = folder / "config.json"
         if config.is_file():
-            self._towers: _Towers = _Transformers(folder, config)
+            self._towers: _Transformers | _Pair = _Transformers(folder, config)
         else:
             self._towers = _Pair(folder, threads)
         self.sha256 = digest({path.name: hash_file(path)[0] for path in sorted(folder.iterdir()) if path.is_file()})
@@ -108,6 +101,7 @@ class _Transformers:
         self._tokens = int(self._model.config.text_config.max_position_embeddings)
 
     def embed(self, pictures: Floats, texts: list[str]) -> tuple[Any, Any]:
+        """Embeddings ``[N,D]`` of normalised pictures ``[N,3,size,size]`` and of as many texts."""
         import torch
 
         given = self._tokenizer(

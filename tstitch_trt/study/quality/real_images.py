@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from zipfile import BadZipFile
 
 import numpy as np
@@ -22,8 +22,9 @@ from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt.files import load_array, save_array
 from tstitch_trt.study.quality.gaussian import Gaussian, frechet_distance, gaussian_of
+from tstitch_trt.study.quality.network import FeatureNetwork
 
-__all__ = ["MOST", "FeatureExtractor", "Reference", "knows_pictures", "read_reference", "thinned"]
+__all__ = ["MOST", "Reference", "knows_pictures", "read_reference", "thinned"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,17 +32,6 @@ MOST: Final = 10_000  # features that all pairs are taken of (kernel distance, p
 _BLOCK: Final = 256  # pictures of a reference between two saves
 _SAME: Final = 0.3  # of the total variance: thousands of pictures are closer to their whole set, two networks are not
 _HOW: Final = "numpy.savez(FILE, pictures) of uint8 [N,H,W,C] makes a reference, as do the evaluators of ADM"
-
-
-class FeatureExtractor(Protocol):
-    """A feature network."""
-
-    name: str
-
-    @property
-    def identity(self) -> dict[str, Any]: ...
-
-    def extract(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +76,7 @@ def thinned(features: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def read_reference(
-    path: Path, network: FeatureExtractor, *, picture: tuple[int, int, int] | None, cache: Path | None = None
+    path: Path, network: FeatureNetwork, *, picture: tuple[int, int, int] | None, cache: Path | None = None
 ) -> Reference:
     """``path`` in the features of ``network``. ``picture``: height, width and channels that pictures must have.
 
@@ -151,7 +141,7 @@ def _statistics(archive: Mapping[str, Any], names: set[str]) -> Gaussian | None:
 def _features_of(
     path: Path,
     pictures: NDArray[Any],
-    network: FeatureExtractor,
+    network: FeatureNetwork,
     picture: tuple[int, int, int] | None,
     cache: Path | None,
 ) -> NDArray[np.float32]:
