@@ -20,7 +20,7 @@ from tstitch_trt.plots.words import METRIC_NAMES, date
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.gather import Studies, by_metric
-from tstitch_trt.study.records import Point, SearchPoint, Setting
+from tstitch_trt.study.records import Point, SearchPoint
 from tstitch_trt.study.settings import schedule_text
 
 __all__ = ["pareto"]
@@ -75,14 +75,6 @@ def _measured(runtime: Runtime, studies: Studies, plan: Plan, guidance: float) -
 
 def _chosen(points: Iterable[P], plan: Plan, guidance: float) -> P | None:
     """The point that was measured as ``plan`` draws."""
-    return next((point for point in points if _same(point.setting, plan, guidance)), None)
-
-
-def _same(setting: Setting, plan: Plan, guidance: float) -> bool:
-    return (
-        setting.schedule == schedule_text(plan)
-        and setting.rows == plan.steps
-        and setting.solver == plan.solver.name
-        and setting.guidance == guidance
-        and not setting.plan
-    )
+    wanted = (schedule_text(plan), plan.steps, plan.solver.name, guidance)
+    plain = ((point, point.setting) for point in points if not point.setting.plan)
+    return next((p for p, s in plain if (s.schedule, s.rows, s.solver, s.guidance) == wanted), None)

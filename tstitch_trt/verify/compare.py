@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from tstitch_engines.bundle.manifest import Manifest, Network, Precision
+from tstitch_engines.bundle.manifest import Manifest, Precision
 from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.host_call import Arrays, HostRunner, sizes_of
 from tstitch_engines.spec import ShapeProfile
@@ -83,7 +83,9 @@ def draw_inputs(references: References, manifest: Manifest, name: str, profile: 
     network, batches = manifest.networks()[name], profile.dims["B"]
     usual = usual_sizes(manifest, profile)
     cases = [(usual, batch) for batch in sorted({batches.min, batches.opt, batches.max})]
-    least, most = (_end(network, profile, end) for end in ("min", "max"))
+    spans = {dim: (span, network.multiples.get(dim, 1)) for dim, span in profile.dims.items() if dim != "B"}
+    least = {dim: -(-span.min // by) * by for dim, (span, by) in spans.items()}
+    most = {dim: span.max // by * by for dim, (span, by) in spans.items()}
     cases += [(other, batches.min) for other in (least, most) if other != usual]
     found: CallGroups = []
     for sizes, batch in cases:
@@ -110,16 +112,6 @@ def usual_sizes(manifest: Manifest, profile: ShapeProfile) -> dict[str, int]:
         for name, allowed in profile.dims.items()
         if name != "B"
     }
-
-
-def _end(network: Network, profile: ShapeProfile, end: str) -> dict[str, int]:
-    """The smallest or largest sizes that are multiples the network takes."""
-    found = {}
-    for name, allowed in profile.dims.items():
-        by = network.multiples.get(name, 1)
-        if name != "B":
-            found[name] = -(-allowed.min // by) * by if end == "min" else allowed.max // by * by
-    return found
 
 
 def _sides(sizes: dict[str, int]) -> tuple[int, int] | None:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 
+import numpy as np
+
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.study.records import Calibration
@@ -78,10 +80,9 @@ def chunk_ms(calibration: Calibration, kinds: Kinds, lanes: int, size: tuple[int
 def _between(curve: Iterable[tuple[int, float]], lanes: int, what: str) -> float:
     """The value at ``lanes``, linear between its neighbours."""
     points = sorted(curve)
-    for (low, before), (high, after) in pairwise([*points[:1], *points]):
-        if low <= lanes <= high:
-            share = 0.0 if low == high else (lanes - low) / (high - low)
-            return before + share * (after - before)
+    if points and points[0][0] <= lanes <= points[-1][0]:
+        batches, values = zip(*points, strict=True)
+        return float(np.interp(lanes, batches, values))
     measured = f"measured at batch {', '.join(str(batch) for batch, _ in points)}" if points else "not measured"
     raise BadInput(
         f"{lanes} images at once are outside what was calibrated: {what} {measured}",

@@ -62,31 +62,24 @@ def usual_times(slots: Mapping[Key, Sequence[Slot]]) -> dict[Key, float]:
 def _rest(logs: NDArray[np.float64], owner: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The excess of each over the mean of its owner, and which are no outliers; outliers are not in the mean."""
     count = owner.max() + 1
-    median = np.array([_lower_median(logs[owner == index]) for index in range(count)])
+    # of two in the middle the lower: outliers are mostly slow
+    median = np.array([np.quantile(logs[owner == index], 0.5, method="lower") for index in range(count)])
     inside = abs(logs - median[owner]) <= np.log(_OUTLIER)
     mean = np.bincount(owner[inside], logs[inside], count) / np.bincount(owner[inside], minlength=count)
     return logs - mean[owner], inside
-
-
-def _lower_median(values: NDArray[np.float64]) -> float:
-    """The median, or the lower of the two in the middle: one of ``values``, and outliers are mostly slow."""
-    return float(np.sort(values)[(len(values) - 1) // 2])
 
 
 def _neighbours(
     start: NDArray[np.float64], stop: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Pairs of slots that are near one another, each once, with their weight. ``start`` rises."""
-    firsts, seconds, weights = [], [], []
+    none = np.zeros(0, np.int64)
+    found = [(none, none, np.zeros(0))]
     for distance in range(1, len(start)):
         gap = np.maximum(start[distance:] - stop[:-distance], 0.0)
         near = np.flatnonzero(gap < _REACH_S)
         if not len(near):
             break
-        firsts.append(near)
-        seconds.append(near + distance)
-        weights.append(np.exp(-gap[near] / _NEAR_S))
-    if not firsts:
-        none = np.zeros(0, np.int64)
-        return none, none, np.zeros(0)
-    return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(weights)
+        found.append((near, near + distance, np.exp(-gap[near] / _NEAR_S)))
+    first, second, weight = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return first, second, weight

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tstitch_engines.errors import FailedWork
 from tstitch_trt.study.budget.predict import Kinds, switches_of
@@ -37,9 +36,10 @@ def fit(trajectories: Sequence[tuple[Kinds, float]]) -> Fit:
     kinds = list(dict.fromkeys(kind for run, _ in trajectories for kind in run))
     times = np.array([ms for _, ms in trajectories], np.float64)
     matrix = np.array([[1.0, switches_of(run), *(Counter(run)[kind] for kind in kinds)] for run, _ in trajectories])
+    weights = np.sqrt([len(run) for run, _ in trajectories]) / times
     free = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
     while True:
-        found = _solve(matrix[:, free], times, np.sqrt([len(run) for run, _ in trajectories]) / times)
+        found = np.linalg.lstsq(matrix[:, free] * weights[:, None], times * weights, rcond=None)[0]
         negative = [(value, column) for value, column in zip(found, free, strict=True) if column < 2 and value < 0]
         if not negative:
             break
@@ -54,10 +54,3 @@ def fit(trajectories: Sequence[tuple[Kinds, float]]) -> Fit:
             hint="the machine is too busy: measure again when it is quiet, or with more --repeats",
         )
     return Fit(float(values[0]), float(values[1]), steps)
-
-
-def _solve(
-    matrix: NDArray[np.float64], times: NDArray[np.float64], weights: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    solution = np.linalg.lstsq(matrix * weights[:, None], times * weights, rcond=None)[0]
-    return np.asarray(solution, np.float64)

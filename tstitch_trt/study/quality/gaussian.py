@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
 
-__all__ = ["FrechetTo", "Gaussian", "frechet_distance", "gaussian_of"]
+__all__ = ["FrechetTo", "Gaussian", "check_features", "check_widths", "frechet_distance", "gaussian_of"]
 
 Doubles = NDArray[np.float64]
 
@@ -27,13 +27,24 @@ class Gaussian(msgspec.Struct, frozen=True):
     count: int
 
 
-def gaussian_of(features: NDArray[Any]) -> Gaussian:
-    """Mean and unbiased covariance of features ``[N,F]``, N >= 2."""
+def check_features(features: NDArray[Any], what: str) -> None:
+    """Raises ``BadInput`` unless they are ``[N,F]``, N >= 2."""
     if features.ndim != 2 or len(features) < 2:
         raise BadInput(
-            f"features of shape {list(features.shape)} have no covariance; allowed is [N, F] with N >= 2",
+            f"features of shape {list(features.shape)} have no {what}; allowed is [N, F] with N >= 2",
             hint="score at least 2 samples: --samples 2",
         )
+
+
+def check_widths(a: int, b: int) -> None:
+    """Raises ``BadInput`` unless two sets of features have as many dimensions."""
+    if a != b:
+        raise BadInput(f"features of {a} and {b} dimensions can't be compared", hint="take both from the same network")
+
+
+def gaussian_of(features: NDArray[Any]) -> Gaussian:
+    """Mean and unbiased covariance of features ``[N,F]``, N >= 2."""
+    check_features(features, "covariance")
     exact = features.astype(np.float64)
     return Gaussian(exact.mean(0), np.atleast_2d(np.cov(exact, rowvar=False)), len(exact))
 
@@ -59,11 +70,7 @@ class FrechetTo:
     def __call__(self, b: Gaussian) -> float:
         """Raises ``BadInput`` for a Gaussian of another number of dimensions."""
         a = self.reference
-        if a.mean.shape != b.mean.shape:
-            raise BadInput(
-                f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions can't be compared",
-                hint="take both statistics from the same network",
-            )
+        check_widths(len(a.mean), len(b.mean))
         cross = np.linalg.eigvalsh(self._root @ b.covariance @ self._root)
         mixed = np.sqrt(np.clip(cross, 0, None)).sum()
         difference = a.mean - b.mean

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.errors import BadInput
+from tstitch_trt.study.quality.gaussian import check_features, check_widths
 
 __all__ = ["KernelTo", "kernel"]
 
@@ -37,7 +37,8 @@ class KernelTo:
     """
 
     def __init__(self, reference: NDArray[Any]) -> None:
-        self._y = _checked(reference).astype(np.float64)
+        check_features(reference, "kernel distance")
+        self._y = reference.astype(np.float64)
         m = len(self._y)
         own = sum(float(part.sum()) for _, part in _parts(self._y, self._y))
         self._own = (own - float(_diagonal(self._y).sum())) / (m * (m - 1))
@@ -50,12 +51,9 @@ class KernelTo:
 
         Two copies of one sample are no pair, so that the estimate stays unbiased.
         """
-        x = _checked(features).astype(np.float64)
-        if x.shape[1] != self._y.shape[1]:
-            raise BadInput(
-                f"features of {self._y.shape[1]} and {x.shape[1]} dimensions can't be compared",
-                hint="take both from the same network",
-            )
+        check_features(features, "kernel distance")
+        check_widths(self._y.shape[1], features.shape[1])
+        x = features.astype(np.float64)
         weights = counts.astype(np.float64)
         total = weights.sum(1)
         within = np.zeros(len(weights))
@@ -76,12 +74,3 @@ def _parts(x: Doubles, y: Doubles) -> Iterator[tuple[slice, Doubles]]:
 
 def _diagonal(x: Doubles) -> Doubles:
     return np.asarray(((x * x).sum(1) / x.shape[1] + 1) ** 3)
-
-
-def _checked(features: NDArray[Any]) -> NDArray[Any]:
-    if features.ndim != 2 or len(features) < 2:
-        raise BadInput(
-            f"features of shape {list(features.shape)} have no kernel distance; allowed is [N, F] with N >= 2",
-            hint="score at least 2 samples: --samples 2",
-        )
-    return features

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
+from tstitch_trt.study.quality.gaussian import check_widths
 
 __all__ = ["NEIGHBOURS", "Manifold", "recall_halves", "squared_distances"]
 
@@ -24,11 +25,7 @@ Floats = NDArray[np.float32]
 
 def squared_distances(x: NDArray[Any], y: NDArray[Any]) -> Floats:
     """``|x - y|^2`` of all pairs of features ``[N,F]`` and ``[M,F]``, computed in float64: float32 ``[N,M]``."""
-    if x.shape[1] != y.shape[1]:
-        raise BadInput(
-            f"features of {x.shape[1]} and {y.shape[1]} dimensions can't be compared",
-            hint="take both from the same network",
-        )
+    check_widths(x.shape[1], y.shape[1])
     centre = y.mean(0, dtype=np.float64)  # near the origin the difference of large squares loses less
     a, b = x.astype(np.float64) - centre, y.astype(np.float64) - centre
     lengths = (b * b).sum(1)
