@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from tstitch_engines.backends import for_gpu, open_backend
+from tstitch_engines.backends import describe_file, for_gpu, open_backend
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.identity import check_identity, digest, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
@@ -61,7 +61,11 @@ def check_engine(
         )
 
     try:
-        plan = _check_record(identity, network, path, again)
+        want = msgspec.structs.replace(
+            identity, schema=SCHEMA, onnx_sha256=model_digest(network.onnx), precision=network.precision
+        )
+        check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=again)
+        plan = describe_file(identity, path, again)
         runner = _load(identity, network, path, place, threads, again)
     except Unavailable as error:
         return result("not checked", error.message)
@@ -80,31 +84,6 @@ def check_engine(
     return result(*verdict(comparisons, limit), comparisons)
 
 
-def _check_record(identity: EngineIdentity, network: Network, path: Path, again: str) -> str | None:
-    """Checks the manifest's record and a plan's header, without running the engine. Raises ``BadEngine``.
-
-    Returns what the header of a TensorRT-RTX plan says.
-    """
-    want = msgspec.structs.replace(
-        identity, schema=SCHEMA, onnx_sha256=model_digest(network.onnx), precision=network.precision
-    )
-    check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=again)
-    if identity.backend != "tensorrt-rtx":
-        return None
-    from tstitch_engines.backends.tensorrt import read_plan_header
-    from tstitch_engines.backends.tensorrt.flavour import RTX
-    from tstitch_engines.backends.tensorrt.options import DEFAULT_LIST
-    from tstitch_engines.backends.tensorrt.plan import check_plan
-
-    check_plan(RTX, identity.backend_version, path, None)
-    header = read_plan_header(path)
-    assert header is not None, "check_plan has read it"
-    listed = ",".join(f"sm_{major}{minor}" for major, minor in header.capabilities)
-    if identity.arch not in (DEFAULT_LIST, listed):
-        raise BadEngine(f"the plan is for {listed}, the manifest says {identity.arch}", hint=again)
-    return f"TensorRT-RTX {header.version}, compute capability {header.gpus()}"
-
-
 def _load(identity: EngineIdentity, network: Network, path: Path, place: str, threads: int, again: str) -> HostRunner:
     """Raises ``Unavailable`` for an engine that can't run here."""
     backend = open_backend(identity.backend)
@@ -114,12 +93,7 @@ def _load(identity: EngineIdentity, network: Network, path: Path, place: str, th
     arch = backend.arch(device.name)
     try:
         check_identity(identity, backend.current_identity(identity, arch), what="it", rebuild=again)
-        if identity.backend == "tensorrt-rtx":
-            from tstitch_engines.backends.tensorrt import read_plan_header
-
-            header, number = read_plan_header(path), int(arch.removeprefix("sm_"))
-            if header is not None and not header.runs_on((number // 10, number % 10)):
-                raise BadEngine(f"the plan is for compute capability {header.gpus()}; this GPU is {arch}", hint=again)
+        backend.check_file(path, device.name)
     except BadEngine as error:  # a sound engine for another machine or version
         raise Unavailable(error.message, hint=error.hint) from None
     return HostRunner(backend.load(path, member=network, identity=identity, device=device, threads=threads), device)

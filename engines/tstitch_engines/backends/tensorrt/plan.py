@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from tstitch_engines.backends.tensorrt.flavour import Flavour
-from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, parse_plan_header
+from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
+from tstitch_engines.backends.tensorrt.options import DEFAULT_LIST
+from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, parse_plan_header, read_plan_header
+from tstitch_engines.bundle.manifest import EngineIdentity
 from tstitch_engines.errors import BadEngine
 
-__all__ = ["DIAGNOSES", "check_plan", "rebuild"]
+__all__ = ["DIAGNOSES", "check_plan", "describe_plan", "rebuild"]
 
 # EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again)
 DIAGNOSES: Final[dict[str, tuple[str, str | None]]] = {
@@ -73,3 +75,18 @@ def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int
             f"the engine {path.name} is for GPUs of compute capability {header.gpus()}; this one has {gpu}",
             hint=rebuild(flavour) + f"; {flavour.title} names the capabilities it knows when it does not know {gpu}",
         )
+
+
+def describe_plan(identity: EngineIdentity, path: Path, again: str) -> str | None:
+    """What the header of a plan says; ``None`` for TensorRT's own. ``again``: the command that compiles it again.
+
+    Raises ``BadEngine`` for a file that is not whole, or is for other GPUs than ``identity`` names.
+    """
+    check_plan(FLAVOURS[identity.backend], identity.backend_version, path, None)
+    header = read_plan_header(path)
+    if header is None:
+        return None
+    listed = ",".join(f"sm_{major}{minor}" for major, minor in header.capabilities)
+    if identity.arch not in (DEFAULT_LIST, listed):
+        raise BadEngine(f"the plan is for {listed}, the manifest says {identity.arch}", hint=again)
+    return f"TensorRT-RTX {header.version}, compute capability {header.gpus()}"
