@@ -27,10 +27,10 @@ from typing import Any, Final
 import msgspec
 from gpubench.ceilings import synchronize
 from gpubench.contenders import Contender, Work, make_contender, need_contenders
-from gpubench.diffusers_walk import SOLVERS
+from gpubench.diffusers_trajectory import SOLVERS
 from gpubench.peers_report import markdown, plot
 from gpubench.script import parser_of, run_script, write_record
-from gpubench.walks import error_of
+from gpubench.trajectories import error_of
 
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.identity import digest, model_digest

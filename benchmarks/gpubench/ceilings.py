@@ -22,7 +22,7 @@ def matmul_rate(device: str, precision: str, *, size: int, repeats: int = 20) ->
     """TFLOP/s of ``size`` cubed products. Random values: on zeros a GPU draws less power and clocks higher."""
     import torch
 
-    from gpubench.walks import TORCH_DTYPES
+    from gpubench.trajectories import TORCH_DTYPES
 
     dtype = getattr(torch, TORCH_DTYPES[precision])
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

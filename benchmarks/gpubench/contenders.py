@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import tstitch_trt
-from gpubench.diffusers_walk import DiffusersWalk, diffusers_schedulers
-from gpubench.walks import Pair, RuntimeWalk, TorchWalk
+from gpubench.diffusers_trajectory import DiffusersTrajectory, diffusers_schedulers
+from gpubench.trajectories import Pair, RuntimeTrajectory, TorchTrajectory
 from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.device.step_row import ROW
@@ -157,23 +157,23 @@ def make_contender(name: str, work: Work) -> Contender:
 def _theirs(name: str, work: Work) -> Contender:
     start = time.perf_counter()
     manifest, pair = work.bundle.manifest, work.pair
-    walk: DiffusersWalk | TorchWalk
+    trajectory: DiffusersTrajectory | TorchTrajectory
     torch_version = f"PyTorch {package_version('torch')}"
     if name == "diffusers":
         schedulers = diffusers_schedulers(manifest, solver=work.settings["solver"], spacing=_SPACING)
-        walk = DiffusersWalk(pair, schedulers)
+        trajectory = DiffusersTrajectory(pair, schedulers)
         kinds = {type(scheduler).__name__ for scheduler in schedulers.values()}
         what = f"diffusers {package_version('diffusers')}, {', '.join(kinds)}, modules in {torch_version} eager"
     else:
-        walk = TorchWalk(pair, compiled=name == "torch-compile")
+        trajectory = TorchTrajectory(pair, compiled=name == "torch-compile")
         mode = "default" if work.device == "cpu" else "max-autotune"
         what = f"{torch_version}, " + (f"torch.compile of whole steps, {mode}" if name == "torch-compile" else "eager")
-    walk.prepare(work.noise, work.labels)
+    trajectory.prepare(work.noise, work.labels)
     return Contender(
         name,
         what,
-        walk=lambda fraction: walk.walk(work.plans[fraction]),
-        latents=lambda fraction: walk.walk(work.plans[fraction]).cpu().numpy(),
+        walk=lambda fraction: trajectory.walk(work.plans[fraction]),
+        latents=lambda fraction: trajectory.walk(work.plans[fraction]).cpu().numpy(),
         seconds={"load_s": time.perf_counter() - start},
     )
 
@@ -190,14 +190,14 @@ def _ours(name: str, work: Work) -> Contender:
             f"batch {work.batch} does not fit one engine call of {name}; allowed is 1 to {limit}",
             hint=f"pass --batch {limit}, or build the bundle with a larger --batch",
         )
-    walk = RuntimeWalk(runtime, work.noise, work.labels, spacing=_SPACING, **work.settings)
+    trajectory = RuntimeTrajectory(runtime, work.noise, work.labels, spacing=_SPACING, **work.settings)
     version = package_version({"torch": "torch", "onnxruntime": "onnxruntime"}.get(backend, backend))
     what = f"tstitch-trt {tstitch_trt.__version__}, backend {backend} {version}" + (f", {option}" if option else "")
     return Contender(
         name,
         what,
-        walk=walk.walk,
-        latents=walk.latents,
+        walk=trajectory.walk,
+        latents=trajectory.latents,
         seconds={"build_s": build_s, "load_s": runtime.load_ms / 1e3},
         close=runtime.close,
     )

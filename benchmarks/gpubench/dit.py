@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 import tstitch_trt
 from gpubench.cases import CONTENDERS, DitCase
 from gpubench.ceilings import copy_rate, matmul_rate, synchronize
-from gpubench.diffusers_walk import DiffusersWalk, diffusers_schedulers
+from gpubench.diffusers_trajectory import DiffusersTrajectory, diffusers_schedulers
 from gpubench.flops import dit_work
 from gpubench.models import SETTINGS, build_bundle, plan_manifest, random_pair
-from gpubench.ours import OurWalk
+from gpubench.ours import OurTrajectory
 from gpubench.record import Context, Entry, NotRun, Part, spread_of
 from gpubench.trace import traced
-from gpubench.walks import TorchWalk, error_of, initial_noise, labels_of
+from gpubench.trajectories import TorchTrajectory, error_of, initial_noise, labels_of
 from tstitch_engines.backends import open_backend
 from tstitch_engines.errors import FailedWork
 from tstitch_trt.plan.plan import Plan, make_plan
@@ -104,9 +104,9 @@ def _reference(
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     chosen = _checked(case)
-    walk = TorchWalk(random_pair(case, "fp32", context.device))
-    walk.prepare(noise[chosen], [labels[i] for i in chosen])
-    found = {str(f): walk.walk(plan).cpu().numpy() for f, plan in plans.items()}
+    trajectory = TorchTrajectory(random_pair(case, "fp32", context.device))
+    trajectory.prepare(noise[chosen], [labels[i] for i in chosen])
+    found = {str(f): trajectory.walk(plan).cpu().numpy() for f, plan in plans.items()}
     norms = {f: float(np.sqrt(np.mean(np.square(latents)))) for f, latents in found.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **found)
@@ -170,14 +170,14 @@ def _baseline(
     with _memory(context, entry):
         start = time.perf_counter()
         pair = random_pair(case, case.precision, context.device)
-        walk: DiffusersWalk | TorchWalk
+        trajectory: DiffusersTrajectory | TorchTrajectory
         if name == "diffusers":
             schedulers = diffusers_schedulers(plan_manifest(case), solver="ddim", spacing="leading")
-            walk = DiffusersWalk(pair, schedulers)
+            trajectory = DiffusersTrajectory(pair, schedulers)
         else:
-            walk = TorchWalk(pair, compiled=name == "torch-compile")
-        walk.prepare(noise, labels)
-        latents = {f: walk.walk(plan).cpu().numpy() for f, plan in plans.items()}
+            trajectory = TorchTrajectory(pair, compiled=name == "torch-compile")
+        trajectory.prepare(noise, labels)
+        latents = {f: trajectory.walk(plan).cpu().numpy() for f, plan in plans.items()}
         entry["first_walks_ms"] = 1e3 * (time.perf_counter() - start)
     _compare(case, reference, latents, entry)
     times: dict[float, dict[str, list[float]]] = {f: {"wall": [], "host": []} for f in plans}
@@ -185,7 +185,7 @@ def _baseline(
         for fraction, plan in plans.items():
             synchronize(context.device)
             start = time.perf_counter()
-            walk.walk(plan)
+            trajectory.walk(plan)
             host = time.perf_counter() - start
             synchronize(context.device)
             if index:
@@ -202,8 +202,8 @@ def _baseline(
     ]
     if context.cuda:
         few = make_plan(plan_manifest(case), steps=_TRACED_STEPS, fraction=0.5, **SETTINGS)
-        walk.walk(few)
-        entry["trace"] = traced(lambda: walk.walk(few), lambda: synchronize(context.device))
+        trajectory.walk(few)
+        entry["trace"] = traced(lambda: trajectory.walk(few), lambda: synchronize(context.device))
 
 
 def _ours(
@@ -228,18 +228,18 @@ def _ours(
     with _memory(context, entry):
         runtime = tstitch_trt.load(bundle, device=context.device, backend=backend, verify="size")
     with runtime:
-        walk = OurWalk(runtime, case, noise, labels)
-        latents = {f: walk.latents(f) for f in case.fractions}
+        trajectory = OurTrajectory(runtime, case, noise, labels)
+        latents = {f: trajectory.latents(f) for f in case.fractions}
         _compare(case, reference, latents, entry)
         del latents
-        entry |= walk.measure(context.rounds)
+        entry |= trajectory.measure(context.rounds)
         for row in entry["trajectories"]:
             row["counts"] = _counts(runtime.plan(steps=case.steps, fraction=row["fraction"], **SETTINGS))
         entry["load_ms"], entry["jit_ms"] = runtime.load_ms, runtime.jit_ms()
         entry["memory"] = runtime.memory()
-        entry["step_kernels"] = walk.kernels()
-        entry["calls_per_ten_steps"] = walk.counted(0.5)
-        entry["host"] = walk.host(0.5, min(_TRACED_STEPS, case.steps))
+        entry["step_kernels"] = trajectory.kernels()
+        entry["calls_per_ten_steps"] = trajectory.counted(0.5)
+        entry["host"] = trajectory.host(0.5, min(_TRACED_STEPS, case.steps))
     if "private-scratch" in known:
         with tstitch_trt.load(
             build_bundle(context, case, backend, {**settings, "private-scratch": True}),
@@ -247,7 +247,7 @@ def _ours(
             backend=backend,
             verify="size",
         ) as private:
-            OurWalk(private, case, noise, labels).walk(0.5)
+            OurTrajectory(private, case, noise, labels).walk(0.5)
             entry["memory_private_scratch"] = private.memory()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from gpubench.cases import GUIDANCE, GUIDED_CHANNELS, MODELS, DitCase
 from gpubench.flops import CHANNELS, LABELS
 from gpubench.record import Context
-from gpubench.walks import TORCH_DTYPES, Pair
+from gpubench.trajectories import TORCH_DTYPES, Pair
 from tstitch_engines.bundle.manifest import Conditioning, Decoder, Defaults, Latent, Manifest, Member, NoiseScheduleSpec
 
 __all__ = ["SETTINGS", "build_bundle", "plan_manifest", "random_dit", "random_pair"]

@@ -15,17 +15,17 @@ from gpubench.cases import DitCase
 from gpubench.models import SETTINGS
 from gpubench.record import Entry, spread_of
 from gpubench.trace import traced
-from gpubench.walks import RuntimeWalk
+from gpubench.trajectories import RuntimeTrajectory
 from tstitch_engines.device.base import NotCaptured
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.conditioning import class_values
 from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
 from tstitch_trt.runtime.runtime import Runtime
 
-__all__ = ["OurWalk"]
+__all__ = ["OurTrajectory"]
 
 
-class OurWalk(RuntimeWalk):
+class OurTrajectory(RuntimeTrajectory):
     """Reaches into the runtime's stepper for what users never need: engines replayed alone, steps without a request."""
 
     def __init__(self, runtime: Runtime, case: DitCase, noise: NDArray[np.float32], labels: list[int]) -> None:

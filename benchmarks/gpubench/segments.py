@@ -11,9 +11,9 @@ import numpy as np
 import tstitch_trt
 from gpubench.cases import DitCase
 from gpubench.models import build_bundle
-from gpubench.ours import OurWalk
+from gpubench.ours import OurTrajectory
 from gpubench.record import Context, Entry, Part, spread_of
-from gpubench.walks import initial_noise, labels_of
+from gpubench.trajectories import initial_noise, labels_of
 from tstitch_engines.errors import FailedWork
 
 __all__ = ["segments_part"]
@@ -52,28 +52,31 @@ def _compare(context: Context, case: DitCase, backend: str) -> Entry:
     bundle = build_bundle(context, case, backend, {})
     noise, labels = initial_noise(case), labels_of(case)
     with ExitStack() as stack:
-        walks = {}
+        trajectories = {}
         for mode in ("step", "segment"):
             runtime = tstitch_trt.load(
                 bundle, device=context.device, backend=backend, graph=mode if context.cuda else "auto", verify="size"
             )
-            walks[mode] = OurWalk(stack.enter_context(runtime), case, noise, labels)
+            trajectories[mode] = OurTrajectory(stack.enter_context(runtime), case, noise, labels)
         for fraction in case.fractions:
-            one, other = (walk.latents(fraction) for walk in walks.values())
+            one, other = (trajectory.latents(fraction) for trajectory in trajectories.values())
             if not np.array_equal(one, other):
                 raise FailedWork(
                     f"at fraction {fraction:g} whole segments give other latents than steps: not timed",
                     hint="pytest -m gpu -k segments",
                 )
-        times: dict[float, dict[str, list[float]]] = {f: {mode: [] for mode in walks} for f in case.fractions}
+        times: dict[float, dict[str, list[float]]] = {f: {mode: [] for mode in trajectories} for f in case.fractions}
         for index in range(context.rounds + 1):  # the first warms up
             for fraction in case.fractions:
-                for mode, walk in walks.items():
+                for mode, trajectory in trajectories.items():
                     start = time.perf_counter()
-                    walk.walk(fraction)
+                    trajectory.walk(fraction)
                     if index:
                         times[fraction][mode].append(1e3 * (time.perf_counter() - start))
-        launches = {mode: walk.counted(case.fractions[-1]).get("graph launch", 0) for mode, walk in walks.items()}
+        launches = {
+            mode: trajectory.counted(case.fractions[-1]).get("graph launch", 0)
+            for mode, trajectory in trajectories.items()
+        }
     return {
         "graphs": context.cuda,
         "launches_per_ten_steps": launches,

@@ -244,7 +244,7 @@ class AcceleratedPipeline:
                 raise BadInput("denoising_start was given beside a mask", hint="use strength")
             return given | self._start(a, picture, count, height, width)
         assert height is not None, "only pipelines that start from a picture have no size of their own"
-        assert width is not None, "as was just said"
+        assert width is not None, "given with the size above"
         given |= {"height": height, "width": width}
         latents = self._latent_shape(count, height, width)
         given["latents"] = latent_tensor(a.latents) if a.latents is not None else unit_noise(pipe, latents, a.generator)
@@ -331,11 +331,11 @@ class AcceleratedPipeline:
         callback = a.callback_on_step_end
         if callback is None and stop is None:
             return self.runtime.sample(**given, **options.explicit(), decode=False).latents
-        walk = self.runtime.iterate(**given, **options.explicit(), decode=False)
+        events = self.runtime.iterate(**given, **options.explicit(), decode=False)
         done = 0
         try:
             while True:
-                event = next(walk)
+                event = next(events)
                 if event.chunks > 1:
                     raise BadInput(
                         f"{given['n']} pictures run in {event.chunks} parts; allowed with a callback or denoising_end "
@@ -358,4 +358,4 @@ class AcceleratedPipeline:
             found: NDArray[np.float32] = finished.value.latents
             return found
         finally:
-            walk.close()
+            events.close()

@@ -236,11 +236,11 @@ class Runtime:
         job = self._job(
             keywords, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
         )
-        walk = self._walk(job, timeout)
+        events = self._run(job, timeout)
         try:
             while True:
                 try:
-                    event = next(walk)
+                    event = next(events)
                 except StopIteration as stop:
                     result: Result = stop.value
                     return result
@@ -250,7 +250,7 @@ class Runtime:
                         hint="return anything but False from the callback to go on",
                     )
         finally:
-            walk.close()  # a callback's exception keeps this frame, and with it the iterator, as long as it is kept
+            events.close()  # a callback's exception keeps this frame, and with it the iterator, as long as it is kept
 
     def iterate(
         self,
@@ -268,7 +268,7 @@ class Runtime:
         has the runtime to itself: other threads wait, and another request of the same thread raises ``Busy``.
         """
         job = self._job(keywords, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
-        return self._walk(job, timeout)
+        return self._run(job, timeout)
 
     # --- parts of it
 
@@ -383,7 +383,7 @@ class Runtime:
         encoder = self._vae.encoding(job.tile)
         return Request.make(self.manifest, parsed, job.plan, texts=self._texts, encoder=encoder)
 
-    def _walk(self, job: _Job, timeout: float | None) -> Generator[StepEvent, None, Result]:
+    def _run(self, job: _Job, timeout: float | None) -> Generator[StepEvent, None, Result]:
         """One turn, in which the request is encoded and its chunks run."""
         with self._queue.turn(timeout) as turn:
             steps = self._chunks(turn, job)
@@ -403,22 +403,22 @@ class Runtime:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
         request = self._request(job)
         decode = partial(self._vae.decode, tile=job.tile)
-        walk = Trajectory(
+        trajectory = Trajectory(
             self._stepper, self.device, request, job.plan, decode=decode, events=job.events, check=turn.check
         )
         shape = (request.n, self.manifest.latent.channels, *request.size)
         kept = self.device.empty(shape, "float32") if job.output == "device" else None
-        found = ResultCollector(walk, None if kept is not None else shape, decode if job.decode else None)
+        found = ResultCollector(trajectory, None if kept is not None else shape, decode if job.decode else None)
         before: PendingChunk | None = None
-        for chunk in walk.chunks():
-            keep = None
+        for chunk in trajectory.chunks():
+            target = None
             if kept is not None:
                 offset = chunk.start * kept.nbytes // request.n
-                keep = self.device.view(kept, offset, (chunk.count, *shape[1:]), "float32")
-            under_way = yield from walk.run(chunk, keep)
+                target = self.device.view(kept, offset, (chunk.count, *shape[1:]), "float32")
+            pending = yield from trajectory.run(chunk, target)
             if before is not None:
                 found.add(before)
-            before = under_way
+            before = pending
         assert before is not None, "a request has at least one image"
         found.add(before)
         return Result(

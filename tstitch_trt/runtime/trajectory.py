@@ -82,8 +82,8 @@ class Trajectory:
             for index, (count, stop) in enumerate(zip(self._counts, ends, strict=True))
         ]
 
-    def run(self, chunk: Chunk, keep: Buffer | None) -> Generator[StepEvent, None, PendingChunk]:
-        """Enqueues all steps. The latents go to the buffer ``keep`` on the device, or without one to the host."""
+    def run(self, chunk: Chunk, target: Buffer | None) -> Generator[StepEvent, None, PendingChunk]:
+        """Enqueues all steps. The latents go to the buffer ``target`` on the device, or without one to the host."""
         plan, request, stepper = self._plan, self._request, self._stepper
         lanes = self._splitting.lanes(chunk.count, guided=plan.guided)
         images = range(chunk.start, chunk.stop)
@@ -99,11 +99,11 @@ class Trajectory:
         segments = yield from self._segments(chunk, keys, watch)
         watch.mark()
         final = stepper.arena.lanes(0, chunk.count, request.size)
-        if keep is not None:
-            self._device.copy(keep, final)
+        if target is not None:
+            self._device.copy(target, final)
         return PendingChunk(
             chunk,
-            None if keep is not None else self._device.download_later(final),
+            None if target is not None else self._device.download_later(final),
             self._device.download_later(stepper.arena.buffers.fault),
             watch,
             tuple(segments),
@@ -189,9 +189,9 @@ class Trajectory:
 class ResultCollector:
     """What the chunks of a trajectory gave, as far as they were added: in the order of the images."""
 
-    def __init__(self, walk: Trajectory, shape: tuple[int, ...] | None, decode: Decode | None) -> None:
+    def __init__(self, trajectory: Trajectory, shape: tuple[int, ...] | None, decode: Decode | None) -> None:
         """``shape``: of all latents, ``None`` when they stay on the device. ``decode``: to make pictures of them."""
-        self._walk = walk
+        self._trajectory = trajectory
         self._decode = decode
         self._pictures: list[NDArray[np.uint8]] = []
         self.latents = None if shape is None else np.empty(shape, np.float32)
@@ -199,7 +199,7 @@ class ResultCollector:
 
     def add(self, done: PendingChunk) -> None:
         """Waits for the chunk. Raises ``NotFinite``."""
-        part, times = self._walk.collect(done)
+        part, times = self._trajectory.collect(done)
         before = self.timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]
         self.timings = [SegmentTiming(a.member, a.steps, a.ms + b.ms) for a, b in zip(before, times, strict=True)]
         if part is not None and self.latents is not None:

@@ -1,5 +1,5 @@
 """Members trained by other conventions in one trajectory. The oracle: where the data are Gaussian the ideal denoiser is
-known in closed form, so members of any schedule, scaling and parametrisation must say the very same thing.
+known in closed form, so members of any schedule, scaling and prediction type must say the very same thing.
 """
 
 from __future__ import annotations

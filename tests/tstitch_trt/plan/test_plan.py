@@ -27,7 +27,7 @@ def test_defaults_come_from_the_bundle() -> None:
     assert not plan.rows.flags.writeable
 
 
-def test_each_member_keeps_its_own_parametrisation() -> None:
+def test_each_member_keeps_its_own_prediction_type() -> None:
     """An eps member and a v member meet in one trajectory: D = p x + q m must be x0 for both."""
     plan = make_plan(manifest(), steps=10, fraction=0.5)
     rng = np.random.default_rng(0)

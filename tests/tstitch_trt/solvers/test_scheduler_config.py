@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.diffusers_walk import compare
+from support.diffusers_trajectory import compare
 from support.manifests import manifest
 from tstitch_engines.bundle.manifest import Defaults, NoiseScheduleSpec
 from tstitch_engines.bundle.scheduler_config import SCHEDULERS, read_scheduler

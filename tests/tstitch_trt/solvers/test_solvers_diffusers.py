@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.diffusers_walk import RELATIVE, compare
+from support.diffusers_trajectory import RELATIVE, compare
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_trt.solvers import make_table
 from tstitch_trt.solvers.noise_schedule import NoiseSchedule

@@ -239,11 +239,11 @@ def test_interrupted_it_leaves_the_one_before(
     file = save_study(bundle, held, key=Conditions.of(held).key)
     before, sample, calls = file.read_bytes(), Runtime.sample, []
 
-    def pressed(self: Runtime, **wishes: object) -> object:
+    def pressed(self: Runtime, **keywords: object) -> object:
         calls.append(1)
         if len(calls) > 12:
             raise KeyboardInterrupt
-        return sample(self, **wishes)  # type: ignore[arg-type]
+        return sample(self, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Runtime, "sample", pressed)
     assert Command(capfd)("calibrate", bundle.root, *ARGS).code == 130

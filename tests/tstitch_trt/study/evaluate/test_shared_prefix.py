@@ -72,9 +72,9 @@ class Counting:
         self.manifest = runtime.manifest
         self.rows = 0
 
-    def sample(self, **wishes: Any) -> Any:
-        result = self._runtime.sample(**wishes)
-        self.rows += result.plan.steps - wishes.get("start_step", 0)
+    def sample(self, **keywords: Any) -> Any:
+        result = self._runtime.sample(**keywords)
+        self.rows += result.plan.steps - keywords.get("start_step", 0)
         return result
 
 

@@ -1,4 +1,4 @@
-"""Who walks a plan: PyTorch, eager or compiled, and this package. (diffusers: ``diffusers_walk.py``.)
+"""Who walks a plan: PyTorch, eager or compiled, and this package. (diffusers: ``diffusers_trajectory.py``.)
 
 All are given the same modules or their exports, the same noise and the same labels. ``benchmarks/gpu.py`` walks DiTs
 with random weights, ``benchmarks/peers.py`` the members of a bundle.
@@ -21,7 +21,7 @@ from tstitch_trt.plan.plan import Plan
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.statistics import relative_error
 
-__all__ = ["TORCH_DTYPES", "Pair", "RuntimeWalk", "TorchWalk", "error_of", "initial_noise", "labels_of"]
+__all__ = ["TORCH_DTYPES", "Pair", "RuntimeTrajectory", "TorchTrajectory", "error_of", "initial_noise", "labels_of"]
 
 TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _LEFT_OUT: Final = ("E", "F", "Y", "S", "RESCALE")  # columns of a row that the loop has no term for
@@ -72,7 +72,7 @@ class Pair:
         return mixed if k == self.channels else torch.cat([mixed, conditional[:, k:]], dim=1)
 
 
-class TorchWalk:
+class TorchTrajectory:
     """The plain loop, written to be fast: latents float32 on the device, no wait inside, coefficients from the plan.
 
     ``compiled``: the whole step (both halves, guidance, update) through ``torch.compile``: with ``max-autotune`` on
@@ -158,7 +158,7 @@ def _steps_of(torch: Any, pair: Pair, model: Any) -> tuple[Callable[..., Any], C
     return single, double
 
 
-class RuntimeWalk:
+class RuntimeTrajectory:
     """This package: one request to a loaded runtime. ``settings``: those of ``Runtime.plan`` without the fraction."""
 
     def __init__(self, runtime: Runtime, noise: NDArray[np.float32], labels: list[int], **settings: Any) -> None:

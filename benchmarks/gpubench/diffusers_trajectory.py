@@ -8,12 +8,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gpubench.walks import Pair
+from gpubench.trajectories import Pair
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
 from tstitch_trt.plan.plan import Plan
 
-__all__ = ["SOLVERS", "DiffusersWalk", "diffusers_schedulers"]
+__all__ = ["SOLVERS", "DiffusersTrajectory", "diffusers_schedulers"]
 
 # Our solver -> the class of diffusers and what makes it that solver, with the whole range of its estimates kept.
 SOLVERS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
@@ -66,7 +66,7 @@ def diffusers_schedulers(manifest: Manifest, *, solver: str, spacing: str) -> di
     return {member: made[kind] for member, kind in kinds.items()}
 
 
-class DiffusersWalk:
+class DiffusersTrajectory:
     """The loop of diffusers' pipelines, the denoiser chosen by the step; the modules run eagerly."""
 
     def __init__(self, pair: Pair, schedulers: Mapping[str, Any]) -> None:
