@@ -48,7 +48,7 @@ def reference(pair: ClassPair, names: list[str], x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_trajectory_equals_a_float64_loop_over_the_modules(pair: ClassPair, fraction: float) -> None:
-    with tstitch_trt.load(pair.bundle, threads=2) as runtime:
+    with tstitch_trt.load(pair.bundle, threads=1) as runtime:
         result = runtime.sample(
             labels=LABELS, seeds=SEEDS, steps=STEPS, solver="ddim", spacing="leading", guidance=GUIDANCE,
             fraction=fraction,
@@ -74,9 +74,9 @@ def test_the_manifest_says_what_each_member_was_trained_with(pair: ClassPair) ->
 def test_half_precision_stays_close(kind: str, tmp_path: Path) -> None:
     pair = PAIRS[kind](tmp_path)
     pair.build(tmp_path / "half.bundle", precision="fp16")
-    with tstitch_trt.load(tmp_path / "half.bundle", threads=2) as runtime:
+    with tstitch_trt.load(tmp_path / "half.bundle", threads=1) as runtime:
         result = runtime.sample(labels=LABELS, seeds=SEEDS, steps=STEPS, solver="ddim", spacing="leading", fraction=0.4)
-    with tstitch_trt.load(pair.bundle, threads=2) as runtime:
+    with tstitch_trt.load(pair.bundle, threads=1) as runtime:
         want = runtime.sample(labels=LABELS, seeds=SEEDS, steps=STEPS, solver="ddim", spacing="leading", fraction=0.4)
     assert relative_error(result.latents, want.latents) < 0.05
 

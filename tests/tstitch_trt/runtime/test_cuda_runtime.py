@@ -65,7 +65,7 @@ class LateEngine(Engine):
 
 @pytest.fixture(scope="module")
 def cpu(tiny_pair: TinyPair) -> Runtime:
-    return tstitch_trt.load(tiny_pair.bundle, threads=2)
+    return tstitch_trt.load(tiny_pair.bundle, threads=1)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def load(machine: Machine, tiny_pair: TinyPair) -> Load:
         for name, member in bundle.manifest.members.items():
             record = member.engines[0]
             engine = backend.load(
-                bundle.path(record.files[0]), member=member, identity=record.identity, device=HostDevice(), threads=2
+                bundle.path(record.files[0]), member=member, identity=record.identity, device=HostDevice(), threads=1
             )
             engines[name] = kind(engine, machine, device.stream_handle)
         return Runtime(bundle, device, "onnxruntime", engines, 0.0, **options)

@@ -23,13 +23,13 @@ from tstitch_trt.runtime.memory import planned_memory
 
 @pytest.fixture(scope="module")
 def runtime(tiny_pair: TinyPair) -> Runtime:
-    return tstitch_trt.load(tiny_pair.bundle, threads=2)
+    return tstitch_trt.load(tiny_pair.bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
 def painting(tiny_pair: TinyPair) -> Runtime:
     """One that paints into pictures, for which it takes more memory."""
-    return tstitch_trt.load(tiny_pair.bundle, threads=2)
+    return tstitch_trt.load(tiny_pair.bundle, threads=1)
 
 
 SETTINGS = [
@@ -125,7 +125,7 @@ def test_fraction_ends_are_the_members_alone_bit_for_bit(tiny_pair: TinyPair, ru
     """Against bundles that hold one member only, so that nothing of the other could have a part in it."""
     for fraction, name in ((0.0, "large"), (1.0, "small")):
         stitched = runtime.sample(labels=[1, 2], steps=10, fraction=fraction, guidance=2.0)
-        with tstitch_trt.load(tiny_pair.alone(name), threads=2) as alone:
+        with tstitch_trt.load(tiny_pair.alone(name), threads=1) as alone:
             single = alone.sample(labels=[1, 2], steps=10, schedule=name, guidance=2.0)
         np.testing.assert_array_equal(stitched.latents, single.latents)
         assert stitched.schedule.names == (name,) * 10

@@ -27,7 +27,7 @@ TEXTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def classes(tiny_pair: TinyPair) -> Iterator[Runtime]:
-    with tstitch_trt.load(tiny_pair.bundle, threads=2) as runtime:
+    with tstitch_trt.load(tiny_pair.bundle, threads=1) as runtime:
         yield runtime
 
 
