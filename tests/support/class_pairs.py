@@ -148,7 +148,13 @@ PAIRS: Mapping[str, Callable[[Path], ClassPair]] = {
     # class embedders of different widths, the small one without a null class of its own
     "ldm": lambda folder: ClassPair(
         folder,
-        Part("ldm", "s.ckpt", _ldm(context=16, labels=10), LDM, {**_LDM_OPTIONS, "null_embedding": "uniform"}),
+        Part(
+            "ldm",
+            "s.ckpt",
+            _ldm(widths=(32,), attention=(0,), context=16, labels=10),
+            LDM,
+            {**_LDM_OPTIONS, "null_embedding": "uniform"},
+        ),
         Part("ldm", "l.ckpt", _ldm(widths=(64, 32), context=24, seed=1, ema=True), LDM, _LDM_OPTIONS),
         (3, 8, 8),
         LINEAR,  # the checkpoints state theirs

@@ -51,9 +51,9 @@ def sd_pipeline(folder: Path, **unet: Any) -> Any:
     return _saved(pipe, folder)
 
 
-def sdxl_pipeline(folder: Path, kind: str = "sdxl") -> Any:
+def sdxl_pipeline(folder: Path, kind: str = "sdxl", scaling: float = 0.13025) -> Any:
     """SDXL's pipeline with its Euler scheduler, saved in ``folder``. ``kind``: that of its UNet (sdxl, ssd1b, refiner,
-    xl-one, xl-least)."""
+    xl-one, xl-least); ``scaling``: of its VAE."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
@@ -68,7 +68,7 @@ def sdxl_pipeline(folder: Path, kind: str = "sdxl") -> Any:
         tokenizer=None if refiner else CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
         unet=unet_folder(folder, kind, seed=len(kind)),
-        vae=vae_folder(folder / "vae", levels=4, latent_channels=4, scaling_factor=0.13025),
+        vae=vae_folder(folder / "vae", levels=4, latent_channels=4, scaling_factor=scaling),
         scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
         add_watermarker=False,
         force_zeros_for_empty_prompt=not refiner,

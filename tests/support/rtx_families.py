@@ -42,15 +42,15 @@ def _uvit(folder: Path) -> Tiny:
     from support.uvits import uvit_checkpoint
 
     path = folder / "uvit.safetensors"
-    uvit_checkpoint(path, heads=2)
+    uvit_checkpoint(path, depth=3, heads=2)
     return Tiny(path, {"num_heads": 2, "time": "discrete"})
 
 
 def _ldm(folder: Path) -> Tiny:
     from support.ldms import ldm_checkpoint
 
-    ldm_checkpoint(folder / "ldm.ckpt")
-    return Tiny(folder / "ldm.ckpt", {"num_heads": 2, "size": 8})
+    ldm_checkpoint(folder / "ldm.safetensors")
+    return Tiny(folder / "ldm.safetensors", {"num_heads": 2, "size": 8, "dynamic": True})
 
 
 def _ldm_diffusers(kind: str) -> Callable[[Path], Tiny]:
@@ -94,9 +94,12 @@ def _controlnet(kind: str) -> Callable[[Path], Tiny]:
 
 def _vae(kind: str) -> Callable[[Path], Tiny]:
     def write(folder: Path) -> Tiny:
-        from support.tiny_families import vae_folder
+        from support.tiny_families import kl_folder, vae_folder
 
-        vae_folder(folder / "vae", kind, levels=2)
+        if kind == "kl":
+            kl_folder(folder / "vae")
+        else:
+            vae_folder(folder / "vae", kind, levels=2)
         return Tiny(folder / "vae")
 
     return write

@@ -114,7 +114,7 @@ def test_a_distilled_member_is_told_its_guidance(sd: Path, cache: Path, cls: str
 
     folder = cache.parent / "distilled"
     if not folder.exists():
-        unet_folder(folder, "one", part=None, seed=9, time_cond_proj_dim=16)
+        unet_folder(folder, "least", part=None, seed=9, time_cond_proj_dim=16)
     unet = UNet2DConditionModel.from_pretrained(folder)
     pipe = pipeline(sd, "lcm", cls, unet=unet)
     asked: dict[str, Any] = {"prompt": SD["prompt"], "num_inference_steps": 4, "guidance_scale": 6.0}

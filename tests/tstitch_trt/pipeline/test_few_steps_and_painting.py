@@ -31,10 +31,9 @@ class Pair:
     """Two UNets as modules, and a runtime of both."""
 
     def __init__(self, sd: Path, folder: Path, *, seed: int, **unet: Any) -> None:
-        """``seed``: of the large one, as in the tests of accelerated pipelines, so that it is exported once. ``unet``:
-        settings of both."""
+        """``seed``: of the large one, which has the shape of the small one. ``unet``: settings of both."""
         self.small = unet_folder(folder / "small", "least", part=None, seed=10, **unet)
-        self.large = unet_folder(folder / "large", "one", part=None, seed=seed, **unet)
+        self.large = unet_folder(folder / "large", "least", part=None, seed=seed, **unet)
         sides = Range(PIXELS, PIXELS, PIXELS)
         build(
             "sd15-bksdm-tiny",

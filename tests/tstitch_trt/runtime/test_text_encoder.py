@@ -26,12 +26,13 @@ OPTIONS = {"text_encoder": {"hidden_state": -2}, "text_encoder_2": {"hidden_stat
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Two encoders as SDXL has them; the second pads with "!". -> folder, modules, networks."""
+    """Two encoders as SDXL has them, those of ``test_clip_text.py``; the second pads with "!". -> folder, modules,
+    networks."""
     folder = tmp_path_factory.mktemp("text")
     models = {
         "text_encoder": clip_text_folder(folder / "pipe"),
         "text_encoder_2": clip_text_folder(
-            folder / "pipe", "text_encoder_2", projection=24, act="gelu", width=48, pad="!"
+            folder / "pipe", "text_encoder_2", projection=24, act="gelu", width=48, pad="!", legacy=True
         ),
     }
     family = open_family("clip-text")

@@ -13,7 +13,7 @@ from PIL import Image
 from support.compare import relative_error
 from support.compiled_parts import export_network, load_part
 from support.manifests import manifest
-from support.tiny_families import vae_folder
+from support.tiny_families import kl_folder
 from tstitch_engines.bundle.manifest import Latent
 from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_engines.spec import Range
@@ -23,6 +23,7 @@ from tstitch_trt.request.init_image import make_init_image
 from tstitch_trt.request.parse import InitOptions
 from tstitch_trt.runtime.vae import Vae, VaeDecoder, VaeEncoder, to_pixels
 
+SCALING, SHIFT = 0.13025, 0.1
 PROFILE = {"B": Range(1, 1, 2), "H": Range(4, 16, 16), "W": Range(4, 16, 16)}
 
 
@@ -30,7 +31,7 @@ PROFILE = {"B": Range(1, 1, 2), "H": Range(4, 16, 16), "W": Range(4, 16, 16)}
 def vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, VaeDecoder, VaeEncoder]:
     """A tiny KL autoencoder, two pixels per latent element, engines of at most 2x16x16 latents."""
     folder = tmp_path_factory.mktemp("vae")
-    model = vae_folder(folder / "vae", levels=2)
+    model = kl_folder(folder / "vae")
     parts = []
     for name in ("vae-decoder", "vae-encoder"):
         family = open_family(name)
@@ -50,7 +51,7 @@ def test_decode_as_diffusers(vae: Any) -> None:
     model, decoder, _ = vae
     x = latents(3, 9, 16)
     with torch.inference_mode():
-        want = model.decode(torch.from_numpy(x) / 0.18215).sample
+        want = model.decode(torch.from_numpy(x) / SCALING + SHIFT).sample
     images = decoder.images(x, tile="off")
     assert np.abs(images - want.numpy()).max() <= 1e-4 * want.abs().max()
     theirs = VaeImageProcessor.pt_to_numpy(VaeImageProcessor.denormalize(want))
@@ -70,7 +71,7 @@ def test_tiles_resemble_the_whole(vae: Any) -> None:
     model, decoder, _ = vae
     x = latents(1, 24, 40)
     with torch.inference_mode():
-        whole = model.decode(torch.from_numpy(x) / 0.18215).sample.numpy()
+        whole = model.decode(torch.from_numpy(x) / SCALING + SHIFT).sample.numpy()
     tiled = decoder.images(x)
     assert tiled.shape == whole.shape == (1, 3, 48, 80)
 
@@ -82,7 +83,7 @@ def test_tiles_resemble_the_whole(vae: Any) -> None:
     with torch.inference_mode():  # tiles at other places, cut by a ramp as well: as far from the whole as ours
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size = 32, 16
-        theirs = model.decode(torch.from_numpy(x) / 0.18215).sample.numpy()
+        theirs = model.decode(torch.from_numpy(x) / SCALING + SHIFT).sample.numpy()
         model.disable_tiling()
     assert distance(tiled, whole) < 2 * distance(theirs, whole) + 1e-3
 
@@ -93,14 +94,14 @@ def test_tiled_encoding_resembles_the_whole(vae: Any) -> None:
     with torch.inference_mode():
         posterior = model.encode(torch.from_numpy(image)).latent_dist
     mean, std = encoder.encode(image)
-    for got, want in ((mean, posterior.mean.numpy() * 0.18215), (std, posterior.std.numpy() * 0.18215)):
+    for got, want in ((mean, (posterior.mean.numpy() - SHIFT) * SCALING), (std, posterior.std.numpy() * SCALING)):
         assert relative_error(got, want) < 0.2
     small = image[:, :, :20, :32]
     mean, std = encoder.encode(small, tile="off")
     with torch.inference_mode():
         posterior = model.encode(torch.from_numpy(small)).latent_dist
-    assert np.abs(mean - posterior.mean.numpy() * 0.18215).max() < 1e-4
-    assert np.abs(std - posterior.std.numpy() * 0.18215).max() < 1e-4
+    assert np.abs(mean - (posterior.mean.numpy() - SHIFT) * SCALING).max() < 1e-4
+    assert np.abs(std - posterior.std.numpy() * SCALING).max() < 1e-4
 
 
 def test_sizes_outside_the_profile(vae: Any) -> None:

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from support.compare import relative_error
 from support.dits import sparse_safetensors
+from support.exports import network_plan, onnx_of
 from support.ldms import ldm_checkpoint, ldm_folder
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
-from tstitch_engines.progress import silent
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.ldm.layout import (
@@ -31,7 +31,6 @@ from tstitch_export.families.ldm.layout import (
     published_name,
 )
 from tstitch_export.families.unet.layout import PREFIX as UNET
-from tstitch_export.onnx_export.exporter import export_onnx
 
 LDM = open_family("ldm")
 TINY: dict[str, Scalar] = {"num_heads": 2, "size": 8}
@@ -227,25 +226,36 @@ def test_an_unconditional_diffusers_unet_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "precision"),
     [
-        ("original", "fp16"),
         ("dynamic", "fp32"),
+        ("dynamic", "fp16"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("original", "fp32"), ("original", "bf16"), ("attended", "fp16"), ("added", "bf16"))
+            for case in (
+                ("original", "fp16"),
+                ("original", "fp32"),
+                ("original", "bf16"),
+                ("attended", "fp16"),
+                ("added", "bf16"),
+            )
         ),
     ],
 )
 def test_onnx_equals_the_module(tmp_path: Path, precision: Any, form: str) -> None:
-    """The exporter compares on ONNX Runtime; a dynamic graph at sizes that it was not traced with."""
+    """The exporter compares on ONNX Runtime; a dynamic graph at sizes that it was not traced with.
+
+    The fixed size is in the trajectories of pairs (``runtime/test_class_pairs.py``).
+    """
+    path, options = tmp_path / "ldm.safetensors", {**TINY, "dynamic": form == "dynamic"}
     if form in ("attended", "added"):
-        ldm_folder(tmp_path / "m", kind=form)
-        inspection = LDM.inspect(tmp_path / "m", {"dynamic": True})
+        path, options = tmp_path / "m", {"dynamic": True}
+        ldm_folder(path, kind=form)
     else:
-        ldm_checkpoint(tmp_path / "m.safetensors")
-        inspection = LDM.inspect(tmp_path / "m.safetensors", {**TINY, "dynamic": form == "dynamic"})
-    sample = LDM.inputs(inspection, precision)[0]
+        ldm_checkpoint(path)
+    plan = network_plan("ldm", path, options, precision)
+    sample = LDM.inputs(plan.inspection, precision)[0]
     assert sample.shape == (("B", 3, 8, 8) if form == "original" else ("B", 3, "H", "W"))
-    check = export_onnx(LDM, inspection, precision=precision, folder=tmp_path, progress=silent)
+    check = onnx_of(plan, tmp_path / "out").check
+    assert check is not None
     assert check.rel_l2 < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-2}[precision]
 
 

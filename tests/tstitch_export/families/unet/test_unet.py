@@ -138,10 +138,12 @@ def test_tensorrt_rtx_takes_it_in_float32_at_any_size(inpainting: Exported, tmp_
     assert compiled_by_rtx(inpainting, tmp_path).stat().st_size > 2_000_000
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_pruned_without_middle_block_predicting_v(precision: Precision, tmp_path: Path) -> None:
-    """As BK-SDM; in half precision its timestep embedding is computed in float32 all the same."""
-    module = unet_folder(tmp_path, "least", seed=5)
+@pytest.mark.parametrize(("kind", "seed", "precision"), [("least", 5, "fp32"), ("one", 3, "fp16")])
+def test_pruned_without_middle_block_and_in_half_precision(
+    kind: str, seed: int, precision: Precision, tmp_path: Path
+) -> None:
+    """Pruned as BK-SDM; in half precision the timestep embedding is computed in float32 all the same."""
+    module = unet_folder(tmp_path, kind, seed=seed)
     found = exported(tmp_path, "unet-sd", module, precision=precision)
     given, got = found.run(dict(SIZES[1]), 7)
     with torch.no_grad():
