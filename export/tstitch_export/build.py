@@ -146,21 +146,18 @@ class _Builder:
         """``network`` with its engine, and those that the old bundle has for other backends."""
         compiler = replace(self.compiler, profile=self.profiles[plan.name])
 
-        def model() -> Path:
-            if compiler.backend.model_kind == "onnx":
-                return staging / network.onnx[0].path
+        def program() -> Path:
             return exported_program(plan, cache=compiler.cache, report=_within(report, 0.6, 0.2))
 
-        engine = compiler.engine(
+        engines = compiler.engines(
             plan.name,
             network,
-            model,
             staging,
             what=plan.what,
             previous=self.previous,
             report=_within(report, 0.6, 0.4, "compile, "),
+            model=None if compiler.backend.model_kind == "onnx" else program,
         )
-        engines = compiler.beside(plan.name, network, engine, staging, previous=self.previous)
         return msgspec.structs.replace(network, engines=engines)
 
 

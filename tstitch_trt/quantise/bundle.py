@@ -44,17 +44,7 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
         engines = [e for e in replaced.engines if e.identity.backend == backend.name] or [*replaced.engines]
         profile = engines[0].identity.profile if engines else _profile(old, member)
         compiler = Compiler(backend=backend, device="cpu", profile=profile, settings={}, cache=Cache())
-        records = (
-            compiler.engine(
-                name,
-                member,
-                lambda: staging / member.onnx[0].path,
-                staging,
-                what=f"member {name}",
-                previous=None,
-                report=silent,
-            ),
-        )
+        records = compiler.engines(name, member, staging, what=f"member {name}", previous=None, report=silent)
     else:
         _log.warning("member %s has bfloat16 layers, so no ONNX Runtime engine: the CPU has no kernels", name)
     have = {record.identity.backend for record in records}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,7 +20,7 @@ from tstitch_engines.spec import ShapeProfile, TensorSpec
 if TYPE_CHECKING:
     from tstitch_engines.device.base import Buffer, Device
 
-__all__ = ["Backend", "Engine"]
+__all__ = ["Backend", "CompileJob", "Engine"]
 
 Option = str | int | float | bool
 
@@ -132,6 +134,19 @@ class Engine(ABC):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileJob:
+    """What ``Backend.compile`` is asked for."""
+
+    member: Network
+    model: Path
+    profile: ShapeProfile
+    device: str
+    options: Mapping[str, Option]
+    output: Path
+    progress: Progress
+
+
 class Backend(ABC):
     """Compiles and loads. Stateless; constructing one imports its library or raises ``Unavailable``."""
 
@@ -178,7 +193,6 @@ class Backend(ABC):
         """
         return msgspec.structs.replace(identity, backend_version=self.version(), arch=arch)
 
-    @abstractmethod
     def compile(
         self,
         *,
@@ -195,6 +209,26 @@ class Backend(ABC):
         The first is ``output``; any other lies in the same directory and has a name that starts with ``output``'s.
         Raises ``BadInput`` for an option it can't honour and ``BuildFailed``; nothing it wrote is left then.
         """
+        self.check_names(options)
+        job = CompileJob(
+            member=member,
+            model=model,
+            profile=profile,
+            device=device,
+            options=options,
+            output=output,
+            progress=progress,
+        )
+        try:
+            return self._compile(job)
+        except BaseException:
+            for path in (output, *output.parent.glob(f"{escape(output.name)}.*")):
+                path.unlink(missing_ok=True)
+            raise
+
+    @abstractmethod
+    def _compile(self, job: CompileJob) -> tuple[Path, ...]:
+        """Does the work of ``compile``, which removes what is written when this raises."""
 
     @abstractmethod
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:

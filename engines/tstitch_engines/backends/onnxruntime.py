@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from tstitch_engines.backends.base import Backend, Engine, Option
+from tstitch_engines.backends.base import Backend, CompileJob, Engine
 from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
-from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import ONNX_TYPES
 from tstitch_engines.threads import default_threads
@@ -26,7 +25,6 @@ from tstitch_engines.threads import default_threads
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import EngineIdentity, Network
     from tstitch_engines.device.base import Buffer, Device
-    from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["OnnxRuntimeBackend", "copies_of", "tensorrt_options"]
 
@@ -125,18 +123,8 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = 3  # errors only; they come back as exceptions as well
         return options
 
-    def compile(
-        self,
-        *,
-        member: Network,
-        model: Path,
-        profile: ShapeProfile,
-        device: str,
-        options: Mapping[str, Option],
-        output: Path,
-        progress: Progress,
-    ) -> tuple[Path, ...]:
-        self.check_names(options)
+    def _compile(self, job: CompileJob) -> tuple[Path, ...]:
+        options, device, output = job.options, job.device, job.output
         provider = str(options.get("provider", "cuda"))
         if provider not in _PROVIDERS:
             raise unknown_name("provider of ONNX Runtime", provider, _PROVIDERS)
@@ -156,31 +144,31 @@ class OnnxRuntimeBackend(Backend):
         settings.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[level])
         settings.optimized_model_filepath = str(output)
         data = output.with_name(output.name + ".data")
-        if len(member.onnx) > 1:
+        if len(job.member.onnx) > 1:
             # Without this the optimised graph would go on referring to the data file of the graph it was made from,
             # which lies elsewhere (and one protobuf file can't hold 2 GiB).
             settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
             settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        progress("optimise", 0.0)
+        job.progress("optimise", 0.0)
         try:
-            session = self._session(model, settings, providers)
+            session = self._session(job.model, settings, providers)
             self._expect_provider(session, device)
-        except BaseException as error:
-            output.unlink(missing_ok=True)
-            data.unlink(missing_ok=True)
-            if isinstance(error, Unavailable) or not isinstance(error, Exception):
-                raise
+        except Unavailable:
+            raise
+        except Exception as error:
             if any(words in str(error) for words in _NOT_WRITTEN):
                 raise BuildFailed(
-                    f"ONNX Runtime {self.version()} can't write the engine of {model.name} to {output.parent}: {error}",
+                    f"ONNX Runtime {self.version()} can't write the engine of {job.model.name} to {output.parent}: "
+                    f"{error}",
                     hint="free space there, or put the cache elsewhere: TSTITCH_TRT_CACHE=DIR",
                 ) from error
             raise BuildFailed(
-                f"ONNX Runtime {self.version()} can't compile {model.name} ({member.precision}) for {device}: {error}",
+                f"ONNX Runtime {self.version()} can't compile {job.model.name} ({job.member.precision}) for {device}: "
+                f"{error}",
                 hint="if it names an operator without a kernel for this type, build with --precision fp32 "
                 "(the CPU provider has no bfloat16 kernels)",
             ) from error
-        progress("optimise", 1.0)
+        job.progress("optimise", 1.0)
         return (output, data) if data.exists() else (output,)
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:

@@ -11,11 +11,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
-from tstitch_engines.backends.base import Backend, Engine, Option
+from tstitch_engines.backends.base import Backend, CompileJob, Engine
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, first_line
-from tstitch_engines.progress import Progress
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import storage_dtype
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from tstitch_engines.bundle.manifest import EngineIdentity, Network
     from tstitch_engines.device.base import Buffer, Device
-    from tstitch_engines.spec import ShapeProfile, TensorSpec
+    from tstitch_engines.spec import TensorSpec
 
 __all__ = ["TorchBackend"]
 
@@ -69,35 +68,23 @@ class TorchBackend(Backend):
         self._require(kind, index)
         return kind
 
-    def compile(
-        self,
-        *,
-        member: Network,
-        model: Path,
-        profile: ShapeProfile,
-        device: str,
-        options: Mapping[str, Option],
-        output: Path,
-        progress: Progress,
-    ) -> tuple[Path, ...]:
+    def _compile(self, job: CompileJob) -> tuple[Path, ...]:
         """Keeps the program as it is, after loading it once to see that it is whole."""
-        self.check_names(options)
-        if mode_of(options.get("compile")) is not None:
-            need_toolchain(parse_device(device)[0])
-        progress("check", 0.0)
+        if mode_of(job.options.get("compile")) is not None:
+            need_toolchain(parse_device(job.device)[0])
+        job.progress("check", 0.0)
         try:
-            self._program(model)
-            shutil.copyfile(model, output)
-        except BaseException as error:
-            output.unlink(missing_ok=True)
-            if not isinstance(error, Exception) or isinstance(error, OSError):
-                raise
+            self._program(job.model)
+            shutil.copyfile(job.model, job.output)
+        except OSError:
+            raise
+        except Exception as error:
             raise BuildFailed(
-                f"{model.name} is no exported program that PyTorch {self.version()} can load: {first_line(error)}",
+                f"{job.model.name} is no exported program that PyTorch {self.version()} can load: {first_line(error)}",
                 hint="build again with an empty cache: TSTITCH_TRT_CACHE=DIR tstitch-trt build RECIPE --backend torch",
             ) from error
-        progress("check", 1.0)
-        return (output,)
+        job.progress("check", 1.0)
+        return (job.output,)
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a program. ``threads`` sets PyTorch's CPU threads for the whole process, as PyTorch has it.

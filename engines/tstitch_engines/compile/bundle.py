@@ -162,16 +162,14 @@ class _Work:
 
     def _compile(self, name: str, network: Network, staging: Path) -> tuple[EngineRecord, ...]:
         compiler, index, count = self._compilers[name], list(self._compilers).index(name), len(self._compilers)
-        engine = compiler.engine(
+        return compiler.engines(
             name,
             network,
-            lambda: staging / network.onnx[0].path,
             staging,
             what=f"{self._bundle.manifest.word(name)} {name}",
             previous=self._bundle,
             report=lambda phase, share: self._report(f"{name}: {phase}", (index + share) / count),
         )
-        return compiler.beside(name, network, engine, staging, previous=self._bundle)
 
     def _keep(self, part: Component, staging: Path) -> None:
         """Linked where the old bundle goes away (weights are large), copied where it stays."""

@@ -50,34 +50,64 @@ class Compiler:
             options={name: value for name, value in self.settings.items() if name not in self.backend.unrecorded},
         )
 
-    def engine(
+    def engines(
         self,
         name: str,
         member: Network,
-        model: Callable[[], Path],
         staging: Path,
         *,
         what: str,
         previous: Bundle | None,
         report: Progress,
-    ) -> EngineRecord:
+        model: Callable[[], Path] | None = None,
+    ) -> tuple[EngineRecord, ...]:
         """The engine of ``member`` in the bundle being made at ``staging``; ``what`` is it in messages.
 
-        ``model`` gives what the backend compiles and is called only when it has to. ``previous``: the bundle that is
-        replaced. Raises what ``Backend.compile`` raises.
+        It comes among those that ``previous``, the bundle that is replaced, has for other backends or machines.
+        ``model`` gives what the backend compiles, by default the ONNX in ``staging``, and is called only when it has
+        to. Raises what ``Backend.compile`` raises.
         """
-        backend, identity = self.backend, self.identity(member)
-        key = digest(identity)
-        what = f"{what}: {backend.name} engine"
-        old = previous.manifest.networks().get(name) if previous is not None and not self.cache.fresh else None
-        for record in old.engines if old is not None else ():
-            if record.identity == identity and keep_record(previous, record, staging):
-                _log.info("%s: reused from the bundle", what)
-                return record
+        identity, what = self.identity(member), f"{what}: {self.backend.name} engine"
+        networks = previous.manifest.networks() if previous is not None else {}
+        old = networks[name].engines if name in networks else ()
+        fitting = (record for record in old if record.identity == identity and not self.cache.fresh)
+        engine = next((record for record in fitting if keep_record(previous, record, staging)), None)
+        if engine is None:
+            engine = self._compiled(name, member, identity, staging, what, report, model)
+        else:
+            _log.info("%s: reused from the bundle", what)
+        found: list[EngineRecord] = []
+        for record in old:
+            if (record.identity.backend, record.identity.arch) == (self.backend.name, self.arch):
+                if engine not in found:
+                    found.append(engine)
+            elif record.identity.onnx_sha256 != model_digest(member.onnx):
+                _log.warning("member %s: its %s engine is of another ONNX, dropped", name, record.identity.backend)
+            elif {part.path for part in record.files} & {part.path for part in engine.files}:
+                # no builder names two engines alike: this record was altered by hand
+                _log.warning(
+                    "member %s: its %s engine is in the new one's file, dropped", name, record.identity.backend
+                )
+            elif keep_record(previous, record, staging):
+                found.append(record)
+        return tuple(found if engine in found else [*found, engine])
+
+    def _compiled(
+        self,
+        name: str,
+        member: Network,
+        identity: EngineIdentity,
+        staging: Path,
+        what: str,
+        report: Progress,
+        model: Callable[[], Path] | None,
+    ) -> EngineRecord:
+        """From the cache, or compiled now."""
+        backend, key = self.backend, digest(identity)
         output = f"{backend.name}-{key[:12]}{backend.engine_suffix}"
 
         def make(folder: Path) -> dict[str, object]:
-            source = model()
+            source = staging / member.onnx[0].path if model is None else model()
             started = perf_counter()
             written = backend.compile(
                 member=member,
@@ -103,30 +133,6 @@ class Compiler:
                 copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
             )
         return EngineRecord(files=files, identity=identity)
-
-    def beside(
-        self, name: str, member: Network, engine: EngineRecord, staging: Path, *, previous: Bundle | None
-    ) -> tuple[EngineRecord, ...]:
-        """``engine`` among those that ``previous`` has for other backends or machines, where the ONNX is the same.
-
-        The order there stays, because the first engine is the one that is used by default.
-        """
-        old = previous.manifest.networks().get(name) if previous is not None else None
-        found: list[EngineRecord] = []
-        for record in old.engines if old is not None else ():
-            if (record.identity.backend, record.identity.arch) == (self.backend.name, self.arch):
-                if engine not in found:
-                    found.append(engine)
-            elif record.identity.onnx_sha256 != model_digest(member.onnx):
-                _log.warning("member %s: its %s engine is of another ONNX, dropped", name, record.identity.backend)
-            elif {part.path for part in record.files} & {part.path for part in engine.files}:
-                # no builder names two engines alike: this record was altered by hand
-                _log.warning(
-                    "member %s: its %s engine is in the new one's file, dropped", name, record.identity.backend
-                )
-            elif keep_record(previous, record, staging):
-                found.append(record)
-        return tuple(found if engine in found else [*found, engine])
 
 
 def keep_record(previous: Bundle | None, record: EngineRecord, staging: Path) -> bool:

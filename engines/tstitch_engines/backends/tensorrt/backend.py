@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from tstitch_engines.backends.base import Backend, Engine, Option
+from tstitch_engines.backends.base import Backend, CompileJob, Engine, Option
 from tstitch_engines.backends.tensorrt.api import has
 from tstitch_engines.backends.tensorrt.child import run_worker
 from tstitch_engines.backends.tensorrt.estimate import estimate, free_memory, recorded
@@ -32,13 +32,11 @@ from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import Unavailable
-from tstitch_engines.progress import Progress
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import EngineIdentity, Network
     from tstitch_engines.device.base import Device
     from tstitch_engines.device.cuda import CudaDevice
-    from tstitch_engines.spec import ShapeProfile
 
 __all__ = ["TensorRtBackend", "open_tensorrt", "open_tensorrt_rtx"]
 
@@ -115,22 +113,12 @@ class TensorRtBackend(Backend):
             version = identity.backend_version
         return msgspec.structs.replace(identity, backend_version=version, arch=arch)
 
-    def compile(
-        self,
-        *,
-        member: Network,
-        model: Path,
-        profile: ShapeProfile,
-        device: str,
-        options: Mapping[str, Option],
-        output: Path,
-        progress: Progress,
-    ) -> tuple[Path, ...]:
-        flavour = self.flavour
+    def _compile(self, job: CompileJob) -> tuple[Path, ...]:
+        flavour, member, model, device = self.flavour, job.member, job.model, job.device
         kind, index = parse_device(device)
         if kind == "cpu" and not flavour.compiles_without_gpu:
             self.arch(device)
-        chosen = resolve(flavour, self._library, options, device)
+        chosen = resolve(flavour, self._library, job.options, device)
         arch = self._arch_of(chosen, device)
         if member.precision == "fp8":
             require_float8(flavour, arch)
@@ -139,12 +127,12 @@ class TensorRtBackend(Backend):
         request = Request(
             flavour=flavour.name,
             model=str(model.absolute()),
-            output=str(output.absolute()),
+            output=str(job.output.absolute()),
             family=member.family,
             precision=member.precision,
             inputs=member.inputs,
             outputs=member.outputs,
-            profile=profile,
+            profile=job.profile,
             options=chosen,
             gpu=None if kind == "cpu" else index,
         )
@@ -170,7 +158,7 @@ class TensorRtBackend(Backend):
                 free / 2**30,
             )
         started = perf_counter()
-        done = run_worker(request, expected=expected, progress=progress)
+        done = run_worker(request, expected=expected, progress=job.progress)
         _log.info(
             "compiled %s: %.1f MiB in %.1f s, at most %.1f GiB of memory",
             model.name,
@@ -178,7 +166,7 @@ class TensorRtBackend(Backend):
             perf_counter() - started,
             done.peak_bytes / 2**30,
         )
-        return (output,)
+        return (job.output,)
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a plan onto a GPU (not run on one). ``threads`` means nothing here.

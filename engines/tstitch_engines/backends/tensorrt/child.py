@@ -26,32 +26,28 @@ _MODULE: Final = "tstitch_engines.backends.tensorrt.worker"
 def run_worker(request: Request, *, expected: Estimate, progress: Progress) -> Done:
     """Compiles ``request`` in a process of its own.
 
-    On an error, Ctrl-C or any other exception the worker is killed at once and its output file removed. Raises what
-    the worker raised, or ``BuildFailed`` when it died.
+    On an error, Ctrl-C or any other exception the worker is killed at once. Raises what the worker raised, or
+    ``BuildFailed`` when it died.
     """
-    try:
-        with worker(_MODULE, msgspec.json.encode(request)) as opened:
-            for line in _lines(opened.answers):
-                if isinstance(line, Phase):
-                    progress(line.name, line.share)
-                elif isinstance(line, Said):
-                    _log.log(line.level, "%s", line.text)
-                elif isinstance(line, Failure):
-                    kind: type[TStitchError] = getattr(tstitch_engines.errors, line.kind)
-                    raise kind(line.message, hint=line.hint)
-                else:
-                    return line
-            free = free_memory()
-            have = "" if free is None else f", free now are {free / 2**30:.1f} GiB"
-            raise opened.failure(
-                f"the process compiling {Path(request.model).name}",
-                needs=f"; it needs {expected}{have}",
-                if_killed="free memory, or build on a machine with more and copy the bundle",
-                if_crashed="the library crashed: try another precision or version of it, and report this message",
-            )
-    except BaseException:
-        Path(request.output).unlink(missing_ok=True)
-        raise
+    with worker(_MODULE, msgspec.json.encode(request)) as opened:
+        for line in _lines(opened.answers):
+            if isinstance(line, Phase):
+                progress(line.name, line.share)
+            elif isinstance(line, Said):
+                _log.log(line.level, "%s", line.text)
+            elif isinstance(line, Failure):
+                kind: type[TStitchError] = getattr(tstitch_engines.errors, line.kind)
+                raise kind(line.message, hint=line.hint)
+            else:
+                return line
+        free = free_memory()
+        have = "" if free is None else f", free now are {free / 2**30:.1f} GiB"
+        raise opened.failure(
+            f"the process compiling {Path(request.model).name}",
+            needs=f"; it needs {expected}{have}",
+            if_killed="free memory, or build on a machine with more and copy the bundle",
+            if_crashed="the library crashed: try another precision or version of it, and report this message",
+        )
 
 
 def _lines(stream: IO[bytes]) -> Iterator[Line]:
