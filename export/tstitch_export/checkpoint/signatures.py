@@ -12,6 +12,7 @@ __all__ = ["DIT_SIGNATURE", "Shapes", "compare", "looks_like"]
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 
 DIT_SIGNATURE: Final = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
+_UNET: Final = "diffusion_model."
 
 
 def compare(expected: Shapes, got: Shapes, name: str, kind: str, hint: str) -> None:
@@ -33,40 +34,36 @@ def compare(expected: Shapes, got: Shapes, name: str, kind: str, hint: str) -> N
     raise BadCheckpoint(f"{name} is not a whole {kind}: it {problem}", hint=hint)
 
 
+# What it is -> words, of each string one that a name contains; ``|`` is an end of a name. The first that fits counts.
+_KINDS: Final[dict[str, tuple[str, ...]]] = {
+    "a LoRA (give the model it was merged into)": ("lora_ .lora. lora_A lora_up",),
+    "a class-conditional latent diffusion model (family ldm)": ("cond_stage_model.embedding.weight", _UNET),
+    "a DiT": tuple(f"|{name}|" for name in DIT_SIGNATURE),
+    "a U-ViT (family uvit)": ("mid_block.attn.qkv.weight", "in_blocks."),
+    "a ControlNet": ("control_model. controlnet_cond_embedding. controlnet_down_blocks.",),
+    "a whole Stable Diffusion checkpoint, a UNet with its VAE and text encoder": ("first_stage_model.", _UNET),
+    "a UNet": ("down_blocks. input_blocks.", "time_embed"),
+    "a VAE": ("quant_conv. decoder.conv_in. decoder.up_blocks. encoder.down_blocks.",),
+    "a CLIP text encoder": ("text_model.encoder. token_embedding",),
+    "the weights of a diffusers DiTTransformer2DModel (give the folder that holds them and config.json)": (
+        "proj_out_1.weight",
+        "transformer_blocks.",
+    ),
+    "a multimodal diffusion transformer (SD3 or Flux)": (
+        "joint_blocks. double_blocks. single_transformer_blocks. context_embedder.",
+    ),
+    "a PixArt transformer": ("scale_shift_table caption_projection adaln_single",),
+    "a vision transformer for classification": ("patch_embed.proj", "blocks.0.attn.qkv"),
+}
+
+
 def looks_like(shapes: Shapes) -> str:
     """Another kind of checkpoint in words, for the error that refuses it."""
-    names = list(shapes)
-
-    def has(*parts: str) -> bool:
-        return any(part in name for part in parts for name in names)
-
-    if has("lora_", ".lora.", "lora_A", "lora_up"):
-        return "a LoRA (give the model it was merged into)"
-    if has("cond_stage_model.embedding.weight") and has("diffusion_model."):
-        return "a class-conditional latent diffusion model (family ldm)"
-    if all(key in names for key in DIT_SIGNATURE):
-        return "a DiT"
-    if has("mid_block.attn.qkv.weight") and has("in_blocks."):
-        return "a U-ViT (family uvit)"
-    if has("control_model.", "controlnet_cond_embedding.", "controlnet_down_blocks."):
-        return "a ControlNet"
-    if has("first_stage_model.") and has("diffusion_model."):
-        return "a whole Stable Diffusion checkpoint, a UNet with its VAE and text encoder"
-    if has("down_blocks.", "input_blocks.") and has("time_embed", "time_embedding"):
-        return "a UNet"
-    if has("quant_conv.", "decoder.conv_in.", "decoder.up_blocks.", "encoder.down_blocks."):
-        return "a VAE"
-    if has("text_model.encoder.", "token_embedding"):
-        return "a CLIP text encoder"
-    if has("proj_out_1.weight") and has("transformer_blocks."):
-        return "the weights of a diffusers DiTTransformer2DModel (give the folder that holds them and config.json)"
-    if has("joint_blocks.", "double_blocks.", "single_transformer_blocks.", "context_embedder."):
-        return "a multimodal diffusion transformer (SD3 or Flux)"
-    if has("scale_shift_table", "caption_projection", "adaln_single"):
-        return "a PixArt transformer"
-    if has("patch_embed.proj") and has("blocks.0.attn.qkv"):
-        return "a vision transformer for classification"
-    if has("x_embedder.", "final_layer.adaLN_modulation"):
+    names = f"|{'|'.join(shapes)}|"
+    for kind, groups in _KINDS.items():
+        if all(any(word in names for word in group.split()) for group in groups):
+            return kind
+    if "x_embedder." in names or "final_layer.adaLN_modulation" in names:
         gone = ", ".join(key for key in DIT_SIGNATURE if key not in shapes) or "nothing"
         return f"a relative of DiT or a part of one (missing: {gone})"
-    return f"something unknown ({len(names)} tensors, e.g. {', '.join(names[:3]) or 'none'})"
+    return f"something unknown ({len(shapes)} tensors, e.g. {', '.join(list(shapes)[:3]) or 'none'})"
