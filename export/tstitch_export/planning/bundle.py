@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tstitch_engines.bundle.manifest import Precision
+from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import Range
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
@@ -14,7 +15,7 @@ from tstitch_export.families.options import split_options
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import NetworkPlan, part_names, plan_member, plan_parts, precision_of
 from tstitch_export.planning.recipe import Recipe, check_member_name, load_recipe
-from tstitch_export.planning.sizes import SizeRanges, sizes_of
+from tstitch_export.planning.sizes import SizeRanges, in_latents
 
 __all__ = ["BundlePlan", "plan_bundle"]
 
@@ -36,10 +37,22 @@ class BundlePlan:
         return (*self.members, *self.parts.values())
 
     def sizes(self, *, batch: Range, height: Range | None, width: Range | None, tokens: Range | None) -> SizeRanges:
-        """``height`` and ``width`` are in pixels. Raises ``BadInput`` for what the models can't take."""
+        """What all networks are built for; ``height`` and ``width`` are in pixels, ``None``: the latent's own.
+
+        Raises ``BadInput`` for a size that is no multiple of the decoder's factor or that a member can't have.
+        """
         latent, factor = self.conventions.latent, self.conventions.decoder.factor
-        networks = [(plan.what, plan.dynamic) for plan in self.members]
-        return sizes_of(networks, latent, factor, batch=batch, height=height, width=width, tokens=tokens)
+        fixed = next((plan for plan in self.members if not plan.dynamic), None)
+        found: dict[str, Range] = {}
+        for side, asked, size in (("height", height, latent.height), ("width", width, latent.width)):
+            native = Range(size, size, size)
+            found[side] = in_latents(asked, factor, side) or native
+            if fixed is not None and found[side] != native:
+                raise BadInput(
+                    f"{side} {asked} was asked for, and {fixed.what} takes {size * factor} pixels alone",
+                    hint=f"leave out --{side}",
+                )
+        return SizeRanges(batch=batch, height=found["height"], width=found["width"], tokens=tokens)
 
 
 def plan_bundle(

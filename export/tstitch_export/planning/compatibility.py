@@ -18,7 +18,7 @@ from tstitch_engines.bundle.manifest import Decoder, Latent, NoiseScheduleSpec, 
 from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
 from tstitch_engines.errors import BadInput, PairMismatch
 from tstitch_export.planning.network import NetworkPlan
-from tstitch_export.planning.pair_rules import check_control, check_members, who
+from tstitch_export.planning.pair_rules import check_control, check_members
 from tstitch_export.planning.recipe import MemberRecipe, Recipe
 
 __all__ = ["Adapted", "PairConventions", "reconcile"]
@@ -95,7 +95,7 @@ def _latent(
         value, of_recipe = getattr(stated[-1].inspection, field), getattr(latent, field)
         if value != of_recipe:
             notes.append(
-                f"the latent is {word} by {value:g}, as {who(stated[-1])} states; the recipe says {of_recipe:g}"
+                f"the latent is {word} by {value:g}, as {stated[-1].who} states; the recipe says {of_recipe:g}"
             )
         latent = msgspec.structs.replace(latent, **{field: value})
     return latent
@@ -127,7 +127,7 @@ def _scheduler(recipe: Recipe, members: Sequence[NetworkPlan], notes: list[str])
         )
         return None
     if found.solver != recipe.defaults.solver:
-        notes.append(f"the default solver is {found.solver}, as the scheduler of {who(stated[-1])} states")
+        notes.append(f"the default solver is {found.solver}, as the scheduler of {stated[-1].who} states")
     return found
 
 
@@ -152,14 +152,14 @@ def _decoder(recipe: Recipe, latent: Latent, parts: Mapping[str, NetworkPlan], n
     sized = [*vaes, *([parts["controlnet"]] if "controlnet" in parts else [])]
     factors = {plan: int(plan.inspection.config["factor"]) for plan in sized}
     if len(set(factors.values())) > 1:
-        each = ", ".join(f"{who(plan)} {factor}" for plan, factor in factors.items())
+        each = ", ".join(f"{plan.who} {factor}" for plan, factor in factors.items())
         raise PairMismatch(
             f"parts differ in the pixels along each side that a latent element stands for: {each}",
             hint="give autoencoder halves and a ControlNet of the same kind of model",
         )
     if factors and factors[sized[0]] != decoder.factor:
         factor = factors[sized[0]]
-        notes.append(f"{who(sized[0])} has {factor} pixels per latent element; the recipe says {decoder.factor}")
+        notes.append(f"{sized[0].who} has {factor} pixels per latent element; the recipe says {decoder.factor}")
         decoder = msgspec.structs.replace(decoder, factor=factor)
     if decoder.kind == "vae" and "vae_decoder" not in parts:
         notes.append("there is no vae_decoder: the bundle gives latents, not pictures (--part vae_decoder=FOLDER)")
@@ -169,7 +169,7 @@ def _decoder(recipe: Recipe, latent: Latent, parts: Mapping[str, NetworkPlan], n
 
 def _other_autoencoder(plan: NetworkPlan, problem: str, more: str = "") -> PairMismatch:
     hint = f"give the autoencoder the members were trained with: --part {plan.name}=FOLDER{more}"
-    return PairMismatch(f"{who(plan)} {problem}", hint=hint)
+    return PairMismatch(f"{plan.who} {problem}", hint=hint)
 
 
 # --- one member
@@ -187,18 +187,18 @@ def _adapt(
     assert isinstance(plan.recipe, MemberRecipe)
     parametrisation = found.parametrisation or plan.recipe.parametrisation
     if parametrisation != plan.recipe.parametrisation:
-        notes.append(f"{who(plan)} predicts {parametrisation}, as its checkpoint states")
+        notes.append(f"{plan.who} predicts {parametrisation}, as its checkpoint states")
     trained = found.noise or recipe.noise  # a checkpoint that states nothing is what the recipe is for
     own = trained if trained != noise else None
     if own is not None:
         notes.append(
-            f"{who(plan)} was trained with the noise schedule {_noise(own)}, the bundle's is {_noise(noise)}: "
+            f"{plan.who} was trained with the noise schedule {_noise(own)}, the bundle's is {_noise(noise)}: "
             "its timesteps are those of equal noise"
         )
     ratio = 1.0 if found.scaling is None else found.scaling / latent.scaling
     if ratio != 1:
         notes.append(
-            f"{who(plan)} was trained on latents scaled by {found.scaling:g}, the bundle's by {latent.scaling:g}: "
+            f"{plan.who} was trained on latents scaled by {found.scaling:g}, the bundle's by {latent.scaling:g}: "
             f"its input is scaled by {ratio:g} and its timesteps are those of equal noise"
         )
     return Adapted(parametrisation=parametrisation, noise=own, latent_ratio=ratio, text=_text(plan, parts, notes))
@@ -224,16 +224,16 @@ def _text(plan: NetworkPlan, parts: Mapping[str, NetworkPlan], notes: list[str])
     hidden = tuple(name for encoder in text.hidden if (name := part_of(encoder)) is not None)
     widths = {name: int(parts[name].inspection.config["width"]) for name in hidden}
     if sum(widths.values()) != text.width:
-        each = " + ".join(f"{who(parts[name])} {width}" for name, width in widths.items())
+        each = " + ".join(f"{parts[name].who} {width}" for name, width in widths.items())
         raise PairMismatch(
-            f"{who(plan)} takes text of width {text.width}; its encoders give {each}",
+            f"{plan.who} takes text of width {text.width}; its encoders give {each}",
             hint=f"give its own encoder: --part {plan.name}_{text.hidden[0]}=FOLDER, or --member {plan.name}=PIPELINE; "
             "or build from bare UNet folders and pass prompt_embeds",
         )
     pooled = None if text.pooled is None else part_of(text.pooled)
     if pooled is not None and (width := parts[pooled].inspection.config.get("projection")) != text.pooled_width:
         raise PairMismatch(
-            f"{who(plan)} takes a pooled text of width {text.pooled_width}; {who(parts[pooled])} gives {width}",
+            f"{plan.who} takes a pooled text of width {text.pooled_width}; {parts[pooled].who} gives {width}",
             hint="give the text encoder with projection that the member was trained with",
         )
     return msgspec.structs.replace(text, hidden=hidden, pooled=pooled)

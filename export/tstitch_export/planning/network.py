@@ -43,7 +43,13 @@ class NetworkPlan:
 
     @property
     def what(self) -> str:
+        """``member small``"""
         return f"{'member' if self.family.role == 'member' else 'part'} {self.name}"
+
+    @property
+    def who(self) -> str:
+        """``member 'small' (unet)``: with what it was given as."""
+        return f"{self.what.partition(' ')[0]} {self.name!r} ({self.inspection.path.name})"
 
     @property
     def dynamic(self) -> bool:

@@ -10,16 +10,10 @@ from tstitch_export.families.controlnet.family import residuals_fit
 from tstitch_export.planning.network import NetworkPlan
 from tstitch_export.planning.recipe import MemberRecipe, Recipe, load_recipe, recipe_names
 
-__all__ = ["check_control", "check_members", "who"]
+__all__ = ["check_control", "check_members"]
 
 _LATENT: Final = "train both on the same latent space"
 _CONDITIONS: Final = {"text": "text", "class": "class labels"}
-
-
-def who(plan: NetworkPlan) -> str:
-    """``member 'small' (unet)``, for messages."""
-    kind = "member" if plan.family.role == "member" else "part"
-    return f"{kind} {plan.name!r} ({plan.inspection.path.name})"
 
 
 def check_members(recipe: Recipe, members: Sequence[NetworkPlan]) -> None:
@@ -46,32 +40,32 @@ def check_control(members: Sequence[NetworkPlan], parts: Mapping[str, NetworkPla
     if control is None:
         if steered:
             raise PairMismatch(
-                f"{who(steered[0])} takes the residuals of a ControlNet, and there is none",
+                f"{steered[0].who} takes the residuals of a ControlNet, and there is none",
                 hint="give it: --part controlnet=FOLDER, or leave the option controlled away",
             )
         return
     if not steered:
         raise PairMismatch(
-            f"{who(control)} controls no member: none takes its residuals",
+            f"{control.who} controls no member: none takes its residuals",
             hint=f"let one: --option {members[-1].name}.controlled=true, or leave --part controlnet away",
         )
     for plan in steered:
         fit = residuals_fit(plan.inspection, control.inspection)
         if isinstance(fit, str):
             raise PairMismatch(
-                f"{who(control)} can't control {who(plan)}: {fit}",
+                f"{control.who} can't control {plan.who}: {fit}",
                 hint="give a ControlNet for this architecture, and members that share one, such as SSD-1B and SDXL; or "
                 f"let its steps run without: --option {plan.name}.controlled=false",
             )
         if plan.precision != control.precision:
             raise PairMismatch(
-                f"{who(control)} is built in {control.precision} and {who(plan)} in {plan.precision}; residuals reach "
+                f"{control.who} is built in {control.precision} and {plan.who} in {plan.precision}; residuals reach "
                 "a member as they are",
                 hint="build all members that it controls, and it, in one precision: --precision controlnet="
                 f"{plan.precision}",
             )
     free = (plan for plan in members if plan not in steered)
-    notes.extend(f"{who(plan)} is not controlled: its steps run without the control picture" for plan in free)
+    notes.extend(f"{plan.who} is not controlled: its steps run without the control picture" for plan in free)
 
 
 def _expected(plan: NetworkPlan) -> None:
@@ -103,7 +97,7 @@ def _fits(recipe: Recipe, plan: NetworkPlan) -> None:
     if found.latent[0] != wanted[0] or (not plan.dynamic and found.latent != wanted):
         others = [other for other in recipe_names() if _suits(other, plan)]
         raise PairMismatch(
-            f"{who(plan)} has the latent {_size(found.latent)}; recipe {recipe.name!r} is for {_size(wanted)}",
+            f"{plan.who} has the latent {_size(found.latent)}; recipe {recipe.name!r} is for {_size(wanted)}",
             hint=f"use the recipe {others[0]}: tstitch-trt build {others[0]} --member {plan.name}={found.path.name}"
             if others
             else "write a recipe with this latent and give its path: tstitch-trt build my.toml",
@@ -111,7 +105,7 @@ def _fits(recipe: Recipe, plan: NetworkPlan) -> None:
     kind = _condition(plan)
     if kind != _CONDITIONS[recipe.conditioning.kind]:
         raise PairMismatch(
-            f"{who(plan)} is conditioned by {kind}; recipe {recipe.name!r} is for "
+            f"{plan.who} is conditioned by {kind}; recipe {recipe.name!r} is for "
             f"{_CONDITIONS[recipe.conditioning.kind]}",
             hint="choose a recipe of its kind: tstitch-trt build --list",
         )
@@ -119,7 +113,7 @@ def _fits(recipe: Recipe, plan: NetworkPlan) -> None:
         return
     if found.labels != labels:
         raise PairMismatch(
-            f"{who(plan)} has {found.labels} labels; recipe {recipe.name!r} has {labels}: {classes} classes"
+            f"{plan.who} has {found.labels} labels; recipe {recipe.name!r} has {labels}: {classes} classes"
             + (f" and the null class {null} for guidance" if null is not None else ""),
             hint="write a recipe with this model's classes (and no null if it has none) and give its path",
         )

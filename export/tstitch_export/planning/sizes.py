@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tstitch_engines.bundle.manifest import Latent
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import Range
 
-__all__ = ["SizeRanges", "in_latents", "sizes_of"]
+__all__ = ["SizeRanges", "in_latents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,34 +18,6 @@ class SizeRanges:
     height: Range
     width: Range
     tokens: Range | None = None
-
-
-def sizes_of(
-    networks: Sequence[tuple[str, bool]],
-    latent: Latent,
-    factor: int,
-    *,
-    batch: Range,
-    height: Range | None,
-    width: Range | None,
-    tokens: Range | None,
-) -> SizeRanges:
-    """The sizes that all networks are built for. ``networks``: their names, and whether their sizes are dynamic.
-
-    ``height`` and ``width`` are in pixels, ``factor`` of them per latent element; ``None``: those of ``latent``. Raises
-    ``BadInput`` for sizes that are no multiple of ``factor`` or that a member can't have.
-    """
-    found: dict[str, Range] = {}
-    for side, asked, native in (("height", height, latent.height), ("width", width, latent.width)):
-        chosen = in_latents(asked, factor, side)
-        found[side] = Range(native, native, native) if chosen is None else chosen
-        fixed = next((what for what, dynamic in networks if not dynamic), None)
-        if fixed is not None and found[side] != Range(native, native, native):
-            raise BadInput(
-                f"{side} {asked} was asked for, and {fixed} takes {native * factor} pixels alone",
-                hint=f"leave out --{side}",
-            )
-    return SizeRanges(batch=batch, height=found["height"], width=found["width"], tokens=tokens)
 
 
 def in_latents(pixels: Range | None, factor: int, side: str) -> Range | None:
