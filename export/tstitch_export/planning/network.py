@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -123,25 +123,16 @@ def plan_member(
     path = Path(given) if given is not None else base / str(part.checkpoint)
     # The recipe's options describe its own checkpoint; another file speaks for itself unless it can't.
     chosen = {key: value for key, value in part.options.items() if given is None or key in family.choices}
-    own = {**chosen, **options}
     try:
-        inspection = _inspect(family, path, own, f"member {name!r}")
+        plan = _plan(name, part, path, {**chosen, **options}, precision, path.name, shipped=given is None)
     except BadCheckpoint:
         if given is None or not part.options or options:
             raise
-        inspection = _inspect(family, path, part.options, f"member {name!r}")
-    use_shipped = given is None and part.shipped is not None and precision == "fp32" and not options
-    return NetworkPlan(
-        name=name,
-        recipe=part,
-        family=family,
-        inspection=inspection,
-        precision=precision,
-        sources=_sources(inspection, path, path.name, shipped=given is None),
-        given=path,
-        shipped=read_shipped(base / str(part.shipped)) if use_shipped else None,
-        folder=(base / part.shipped).parent if part.shipped else base,
-    )
+        plan = _plan(name, part, path, part.options, precision, path.name)
+    if given is not None or part.shipped is None or precision != "fp32" or options:
+        return plan
+    record = base / part.shipped
+    return replace(plan, shipped=read_shipped(record), folder=record.parent)
 
 
 def plan_part(
@@ -157,14 +148,37 @@ def plan_part(
     whole = path.is_file() or (path / "model_index.json").is_file() or (path / part).is_dir()
     if "part" in family.options and whole:
         chosen.setdefault("part", part)
-    inspection = _inspect(family, path, chosen, f"part {name!r}")
+    return _plan(name, recipe, path, chosen, precision, shown)
+
+
+def _plan(
+    name: str,
+    recipe: MemberRecipe | PartRecipe,
+    path: Path,
+    options: Mapping[str, Scalar],
+    precision: Precision,
+    shown: str,
+    *,
+    shipped: bool = False,
+) -> NetworkPlan:
+    family, kind = open_family(recipe.family), "member" if isinstance(recipe, MemberRecipe) else "part"
+    try:
+        inspection = family.inspect(path, typed(options, family.options, what=f"{kind} {name!r}"))
+        files = inspection.files
+        shown_as = {file: shown if len(files) == 1 else f"{shown}/{file.name}" for file in files}
+        sources = [
+            Source(name=shown_as[file], sha256=sha256, bytes=size, shipped=shipped)
+            for file, (sha256, size) in ((file, hash_file(file)) for file in files)
+        ]
+    except OSError as error:
+        raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
     return NetworkPlan(
         name=name,
         recipe=recipe,
         family=family,
         inspection=inspection,
         precision=precision,
-        sources=_sources(inspection, path, shown, shipped=False),
+        sources=tuple(sources),
         given=path,
     )
 
@@ -266,25 +280,3 @@ def _part_precision(
 
 def _digests(plan: NetworkPlan) -> list[str]:
     return [source.sha256 for source in plan.sources]
-
-
-def _inspect(family: Family, path: Path, options: Mapping[str, Scalar], what: str) -> Inspection:
-    try:
-        return family.inspect(path, typed(options, family.options, what=what))
-    except OSError as error:
-        raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
-
-
-def _sources(inspection: Inspection, path: Path, shown: str, *, shipped: bool) -> tuple[Source, ...]:
-    try:
-        return tuple(
-            Source(
-                name=shown if len(inspection.files) == 1 else f"{shown}/{file.name}",
-                sha256=found[0],
-                bytes=found[1],
-                shipped=shipped,
-            )
-            for file, found in ((file, hash_file(file)) for file in inspection.files)
-        )
-    except OSError as error:
-        raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
