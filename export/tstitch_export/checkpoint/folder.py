@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_index
 
-__all__ = ["describe_folder", "files_of", "read_json", "weights_file"]
+__all__ = ["describe_folder", "files_of", "model_folder", "read_json", "weights_file"]
 
 _ENDINGS: Final = ("safetensors", "bin")
 
@@ -26,6 +26,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise BadCheckpoint(f"{path} holds no JSON object", hint="download or copy it again")
     return data
+
+
+def model_folder(
+    path: Path, parts: Sequence[str], kinds: Collection[str], *, what: str, hint: str
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a diffusers model and its ``config.json``: ``path``, or one of the ``parts`` of a pipeline there.
+
+    Raises ``BadCheckpoint`` saying ``what`` (``is no DiT``) where its class is none of ``kinds``.
+    """
+    folder = next((path / part for part in parts if (path / part / "config.json").is_file()), path)
+    config = read_json(folder / "config.json")
+    if config is None or config.get("_class_name") not in kinds:
+        raise BadCheckpoint(f"{path} {what}: it looks like {describe_folder(folder)}", hint=hint)
+    return folder, config
 
 
 def weights_file(folder: Path, stems: Sequence[str]) -> Path:

@@ -44,7 +44,7 @@ def read_pipeline(path: Path) -> PipelineFacts:
         except BadInput as error:
             raise BadCheckpoint(
                 f"the model was trained with noise that can't be expressed: {error.message}",
-                hint="give the model's own folder, not the pipeline, and state noise and parametrisation in the recipe",
+                hint="give the model's own folder, not the pipeline, and state noise and prediction type in the recipe",
             ) from None
     vae = read_json(path / "vae" / "config.json")
     if vae is not None and vae.get("_class_name") in _SCALING:

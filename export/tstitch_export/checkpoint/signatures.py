@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from tstitch_engines.errors import BadCheckpoint
 
-__all__ = ["DIT_SIGNATURE", "Shapes", "compare", "looks_like"]
+__all__ = ["DIT_SIGNATURE", "Shapes", "check_config", "compare", "layer", "looks_like"]
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 
 DIT_SIGNATURE: Final = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
 _UNET: Final = "diffusion_model."
+
+
+def layer(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer called ``name`` with a ``weight`` of this shape and a bias."""
+    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+
+
+def check_config(config: Shapes, got: Shapes, weights: Path) -> None:
+    """Raises ``BadCheckpoint`` unless the file ``weights`` has these tensors, as its ``config.json`` wants them."""
+    for name, shape in config.items():
+        if got.get(name) != shape:
+            found = f"{name} of shape {list(got[name])}" if name in got else looks_like(got)
+            raise BadCheckpoint(
+                f"{weights} does not fit its config.json: found {found}; wanted is {name} {list(shape)}",
+                hint="copy config.json and the weights from the same model",
+            )
 
 
 def compare(expected: Shapes, got: Shapes, name: str, kind: str, hint: str) -> None:

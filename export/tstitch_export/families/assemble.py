@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tstitch_engines.errors import BadCheckpoint
 
-__all__ = ["assemble", "fill"]
+__all__ = ["Conditioned", "assemble", "fill"]
 
 
 def fill(make: Callable[[], nn.Module], state: Mapping[str, Tensor], *, name: str) -> nn.Module:
@@ -53,6 +53,22 @@ def assemble(kind: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], 
             if plain and not child.use_conv_transpose and child.name == "conv":
                 setattr(module, child_name, _Upsample(cast("nn.Module | None", child.conv)).eval())
     return model
+
+
+class Conditioned(nn.Module):
+    """A diffusers denoiser as ``(sample [B,C,H,W], timestep [B] float, condition) -> [B,C or 2C,H,W]``.
+
+    The condition goes to its ``argument``.
+    """
+
+    def __init__(self, inner: nn.Module, argument: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self.argument = argument
+
+    def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        out: Tensor = self.inner(sample, timestep, return_dict=False, **{self.argument: condition})[0]
+        return out
 
 
 class _Upsample(nn.Module):

@@ -38,9 +38,12 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
     folds so that its engine needs no other file. float32 tables stay in the graph: with nothing to fold, the engine
     would go on referring to the file. Raises ``BuildFailed`` when a weight is not in the file.
     """
+    from safetensors.numpy import load_file
+
     onnx = require("onnx", "packing a graph")
-    tensors = {name: value for name, value in _load(weights).items() if value.dtype == np.float16}
-    tables = {_fingerprint(value) for value in _load(weights).values() if value.dtype == np.float32}
+    loaded: Mapping[str, NDArray[Any]] = load_file(weights)
+    tensors = {name: value for name, value in loaded.items() if value.dtype == np.float16}
+    tables = {_fingerprint(value) for value in loaded.values() if value.dtype == np.float32}
     as_is = {_fingerprint(value): name for name, value in tensors.items()}
     flipped = {_fingerprint(value.T): name for name, value in tensors.items() if value.ndim == 2}
     header = read_safetensors_header(weights)
@@ -84,13 +87,6 @@ def _replace(graph: Any, tensor: Any, stored: Any, *, transposed: bool) -> None:
     nodes.append(onnx.helper.make_node("Cast", [source], [tensor.name], to=_FLOAT))
     for position, node in enumerate(nodes):
         graph.node.insert(position, node)
-
-
-def _load(weights: Path) -> Mapping[str, NDArray[Any]]:
-    from safetensors.numpy import load_file
-
-    loaded: Mapping[str, NDArray[Any]] = load_file(weights)
-    return loaded
 
 
 def _fingerprint(values: NDArray[Any]) -> tuple[tuple[int, ...], bytes]:

@@ -1,7 +1,7 @@
 """The text tower of CLIP (Radford et al., arXiv 2103.00020), with the parameter names of transformers' CLIPTextModel.
 
 OpenAI's CLIP-L and OpenCLIP's ViT-H and bigG differ in sizes and activation. Only the layers that the outputs need are
-there. Importing this module imports torch; only the exporter does so.
+there. Imports torch.
 """
 
 from __future__ import annotations

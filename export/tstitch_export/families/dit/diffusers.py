@@ -8,14 +8,14 @@ own timestep and label embedders.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
-from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
-from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.checkpoint.signatures import check_config
 from tstitch_export.families.base import Inspection
 from tstitch_export.families.dit.layout import published_name
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["inspect", "load"]
 
 _CLASS: Final = "DiTTransformer2DModel"
+_LEGACY: Final = "Transformer2DModel"  # before diffusers 0.30, and other models still
 _STEM: Final = "diffusion_pytorch_model"
+_TABLE: Final = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 # diffusers' own defaults, for what a config.json leaves out
 _DEFAULTS: Final = {
     "num_attention_heads": 16,
@@ -39,8 +41,18 @@ _DEFAULTS: Final = {
 
 def inspect(path: Path, heads: int | None) -> Inspection:
     """A model folder, or a pipeline folder with the model in ``transformer/``. Raises ``BadCheckpoint``."""
-    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
-    config = _read_config(path, folder)
+    folder, config = model_folder(
+        path,
+        ("transformer",),
+        (_CLASS, _LEGACY),
+        what="is no DiT",
+        hint=f"give the folder of a {_CLASS} (config.json and {_STEM}.safetensors), or a pipeline that has one",
+    )
+    if config["_class_name"] == _LEGACY and config.get("norm_type") != "ada_norm_zero":
+        raise BadCheckpoint(
+            f"{path} is no DiT: its config.json is that of another diffusers {_LEGACY}",
+            hint=f"give the folder of a {_CLASS}",
+        )
     values: dict[str, int] = {key: config.get(key) or default for key, default in _DEFAULTS.items()}
     if heads is not None and heads != values["num_attention_heads"]:
         raise BadCheckpoint(
@@ -57,19 +69,13 @@ def inspect(path: Path, heads: int | None) -> Inspection:
             hint="this model predicts something else than noise, v or the picture",
         )
     shapes = read_checkpoint(weights).shapes
+    labels = shapes[_TABLE][0] if _TABLE in shapes else 1 + (config.get("num_embeds_ada_norm") or 1000)
     wanted = {
         "pos_embed.proj.weight": (width, channels, patch, patch),
         "proj_out_2.weight": (patch * patch * out_channels, width),
+        _TABLE: (labels, width),
     }
-    table = shapes.get("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight")
-    for name, shape in wanted.items():
-        if table is None or shapes.get(name) != shape:
-            got = f"{name} of shape {list(shapes[name])}" if name in shapes else looks_like(shapes)
-            raise BadCheckpoint(
-                f"{weights} does not fit its config.json: found {got}; wanted is {name} {list(shape)}",
-                hint="copy config.json and the weights from the same model",
-            )
-    assert table is not None
+    check_config(wanted, shapes, weights)
     facts = read_pipeline(path)
     return Inspection(
         family="dit",
@@ -84,11 +90,11 @@ def inspect(path: Path, heads: int | None) -> Inspection:
             "patch": patch,
             "size": size,
             "channels": channels,
-            "labels": table[0],
+            "labels": labels,
             "learn_sigma": out_channels != channels,
         },
         latent=(channels, size, size),
-        labels=table[0],
+        labels=labels,
         learned_variance=out_channels != channels,
         noise=facts.noise,
         parametrisation=facts.parametrisation,
@@ -98,36 +104,9 @@ def inspect(path: Path, heads: int | None) -> Inspection:
 def load(inspection: Inspection) -> nn.Module:
     """diffusers' module behind the member signature."""
     diffusers = require("diffusers", f"the diffusers folder {inspection.path.name}")
-    from torch import Tensor, nn
-
-    from tstitch_export.families.assemble import assemble
-
-    class Member(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-            out: Tensor = self.inner(sample, timestep=timestep, class_labels=labels, return_dict=False)[0]
-            return out
+    from tstitch_export.families.assemble import Conditioned, assemble
 
     config, *_, weights = inspection.files
     state = read_checkpoint(weights).tensors()
-    return Member(assemble(diffusers.DiTTransformer2DModel, read_json(config) or {}, state, name=weights.name)).eval()
-
-
-def _read_config(path: Path, folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if config is None:
-        raise BadCheckpoint(
-            f"{path} is no DiT: it looks like {describe_folder(path)}",
-            hint=f"give the folder of a {_CLASS} (config.json and {_STEM}.safetensors), or a pipeline that has one",
-        )
-    kind = config.get("_class_name")
-    legacy = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"  # before diffusers 0.30
-    if kind != _CLASS and not legacy:
-        raise BadCheckpoint(
-            f"{path} is no DiT: its config.json is that of a diffusers {kind or 'model without _class_name'}",
-            hint=f"give the folder of a {_CLASS}",
-        )
-    return config
+    inner = assemble(getattr(diffusers, _CLASS), read_json(config) or {}, state, name=weights.name)
+    return Conditioned(inner, "class_labels").eval()

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import DIT_SIGNATURE, Shapes, compare, looks_like
+from tstitch_export.checkpoint.signatures import DIT_SIGNATURE, Shapes, compare, layer, looks_like
 from tstitch_export.families.dit.config import PUBLISHED_HEADS, DiTConfig
 
-__all__ = ["PUBLISHED_SIZES", "config_from_shapes", "expected_shapes", "heads_of", "linear", "published_name"]
+__all__ = ["PUBLISHED_SIZES", "config_from_shapes", "expected_shapes", "heads_of", "letter_of", "published_name"]
 
 # letter -> (depth, width), arXiv 2212.09748, table 1
 PUBLISHED_SIZES: Final = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
@@ -18,15 +18,15 @@ PUBLISHED_SIZES: Final = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL":
 _WHOLE: Final = "give the whole state dict of a DiT, with the parameter names of the published checkpoints"
 
 
+def letter_of(sizes: Mapping[str, tuple[int, int]], depth: int, width: int) -> str | None:
+    """The published size with this depth and width."""
+    return next((name for name, size in sizes.items() if size == (depth, width)), None)
+
+
 def published_name(depth: int, width: int, patch: int) -> str:
     """``DiT-XL/2`` for a published size, else ``DiT``."""
-    letter = next((name for name, size in PUBLISHED_SIZES.items() if size == (depth, width)), None)
+    letter = letter_of(PUBLISHED_SIZES, depth, width)
     return f"DiT-{letter}/{patch}" if letter else "DiT"
-
-
-def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a linear layer called ``name``."""
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
 
 def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -34,19 +34,18 @@ def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     width, hidden = config.width, int(config.width * config.mlp_ratio)
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, config.grid**2, width),
-        "x_embedder.proj.weight": (width, config.channels, config.patch, config.patch),
-        "x_embedder.proj.bias": (width,),
+        **layer("x_embedder.proj", width, config.channels, config.patch, config.patch),
         "y_embedder.embedding_table.weight": (config.classes + int(config.null_class), width),
-        **linear("t_embedder.mlp.0", width, 256),
-        **linear("t_embedder.mlp.2", width, width),
-        **linear("final_layer.linear", config.patch**2 * config.out_channels, width),
-        **linear("final_layer.adaLN_modulation.1", 2 * width, width),
+        **layer("t_embedder.mlp.0", width, 256),
+        **layer("t_embedder.mlp.2", width, width),
+        **layer("final_layer.linear", config.patch**2 * config.out_channels, width),
+        **layer("final_layer.adaLN_modulation.1", 2 * width, width),
     }
     for index in range(config.depth):
         block = f"blocks.{index}"
-        shapes |= linear(f"{block}.attn.qkv", 3 * width, width) | linear(f"{block}.attn.proj", width, width)
-        shapes |= linear(f"{block}.mlp.fc1", hidden, width) | linear(f"{block}.mlp.fc2", width, hidden)
-        shapes |= linear(f"{block}.adaLN_modulation.1", 6 * width, width)
+        shapes |= layer(f"{block}.attn.qkv", 3 * width, width) | layer(f"{block}.attn.proj", width, width)
+        shapes |= layer(f"{block}.mlp.fc1", hidden, width) | layer(f"{block}.mlp.fc2", width, hidden)
+        shapes |= layer(f"{block}.adaLN_modulation.1", 6 * width, width)
     return shapes
 
 

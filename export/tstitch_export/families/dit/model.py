@@ -1,8 +1,6 @@
 """The DiT denoiser (Peebles & Xie, arXiv 2212.09748) with the parameter names of the published checkpoints.
 
-Only the architecture and its names are taken from the paper and from the layout of the published state dicts, so that
-those checkpoints load without a key map. Importing this module imports torch; only the exporter and the training
-script do so.
+Those checkpoints load without a key map. Imports torch.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
-from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
-from tstitch_export.checkpoint.signatures import looks_like
+from tstitch_export.checkpoint.signatures import check_config
 from tstitch_export.families.base import Inspection
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ _CHANNELS: Final = {_ADDED: ((3, 3), (224, 448, 672, 896)), ATTENDED: ((4, 4), (
 
 def inspect(path: Path) -> Inspection:
     """A model folder, or a pipeline folder with the model in ``unet/``. Raises ``BadCheckpoint``."""
-    folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
-    config = read_json(folder / "config.json")
-    kind = None if config is None else config.get("_class_name")
-    if config is None or kind not in _CHANNELS:
-        raise BadCheckpoint(
-            f"{path} is no class-conditional latent diffusion model: it looks like {describe_folder(folder)}",
-            hint=f"give the folder of a {_ADDED} or {ATTENDED}, a pipeline that has one, or the original checkpoint",
-        )
+    folder, config = model_folder(
+        path,
+        ("unet",),
+        _CHANNELS,
+        what="is no class-conditional latent diffusion model",
+        hint=f"give the folder of a {_ADDED} or {ATTENDED}, a pipeline that has one, or the original checkpoint",
+    )
+    kind = config["_class_name"]
     if config.get("class_embed_type") is not None:
         raise BadCheckpoint(
             f"{path.name}: class_embed_type is {config['class_embed_type']!r}; allowed is a table of classes (null)",
@@ -55,13 +55,7 @@ def inspect(path: Path) -> Inspection:
         )
     weights = weights_file(folder, [_STEM])
     shapes = read_checkpoint(weights).shapes
-    if shapes.get("conv_in.weight") != (wanted := (widths[0], channels, 3, 3)):
-        got = f"conv_in.weight of shape {list(shapes['conv_in.weight'])}" if "conv_in.weight" in shapes else None
-        raise BadCheckpoint(
-            f"{weights} does not fit its config.json: found {got or looks_like(shapes)}; wanted is conv_in.weight "
-            f"{list(wanted)}",
-            hint="copy config.json and the weights from the same model",
-        )
+    check_config({"conv_in.weight": (widths[0], channels, 3, 3)}, shapes, weights)
     files, labels = _classes(path, folder, config, weights, shapes)
     height, width = _size(path, config.get("sample_size"))
     facts = read_pipeline(path)
@@ -91,15 +85,15 @@ def load(inspection: Inspection) -> nn.Module:
     """The model as ``(sample, timestep, labels)``."""
     diffusers = require("diffusers", f"the diffusers folder {inspection.path.name}")
 
-    from tstitch_export.families.assemble import assemble
-    from tstitch_export.families.ldm.model import ClassConditional, UNet, embedding
+    from tstitch_export.families.assemble import Conditioned, assemble
+    from tstitch_export.families.ldm.model import ClassConditional, embedding
 
     file, *others, weights = inspection.files
     tables = [other for other in others if other.parent.name == _EMBEDDER]  # others are shards of the weights
     kind = str(inspection.config["model"])
     state = read_checkpoint(weights).tensors()
     inner = assemble(getattr(diffusers, kind), read_json(file) or {}, state, name=inspection.path.name)
-    unet = UNet(inner, "encoder_hidden_states" if kind == ATTENDED else "class_labels")
+    unet = Conditioned(inner, "encoder_hidden_states" if kind == ATTENDED else "class_labels")
     if not tables:
         return unet
     (table,) = read_checkpoint(tables[0]).tensors().values()

@@ -150,8 +150,8 @@ def _original(path: Path, given: Mapping[str, Scalar]) -> Inspection:
 
 def _load_original(inspection: Inspection) -> nn.Module:
     diffusers = require("diffusers", f"the latent diffusion model {inspection.path.name}")
-    from tstitch_export.families.assemble import assemble
-    from tstitch_export.families.ldm.model import ClassConditional, UNet, embedding, skip_lone_softmax
+    from tstitch_export.families.assemble import Conditioned, assemble
+    from tstitch_export.families.ldm.model import ClassConditional, embedding, skip_lone_softmax
 
     checkpoint, name = read_checkpoint(inspection.path), inspection.path.name
     heads = Heads(number=int(inspection.config["num_heads"]), channels=int(inspection.config["head_channels"]))
@@ -165,7 +165,7 @@ def _load_original(inspection: Inspection) -> nn.Module:
     state = {ours: stored[source] for ours, source in sources.items()}
     inner = assemble(getattr(diffusers, ldm_diffusers.ATTENDED), raw, state, name=name)
     skip_lone_softmax(inner)
-    return ClassConditional(UNet(inner, "encoder_hidden_states"), embedding(stored[TABLE].float()))
+    return ClassConditional(Conditioned(inner, "encoder_hidden_states"), embedding(stored[TABLE].float()))
 
 
 def _noise(checkpoint: Checkpoint) -> NoiseScheduleSpec | None:

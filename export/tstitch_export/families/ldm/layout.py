@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import Shapes, compare, looks_like
+from tstitch_export.checkpoint.signatures import Shapes, compare, layer, looks_like
 from tstitch_export.families.unet.config import flat
 from tstitch_export.families.unet.layout import PREFIX, way_down
 
@@ -105,8 +105,7 @@ def expected_shapes(config: LDMConfig) -> dict[str, tuple[int, ...]]:
     time = 4 * config.base
 
     def weights(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"] = shape
-        shapes[f"{name}.bias"] = shape[:1]
+        shapes.update(layer(name, *shape))
 
     def residual(name: str, before: int, after: int) -> None:
         weights(f"{name}.in_layers.0", before)

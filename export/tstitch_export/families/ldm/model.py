@@ -1,4 +1,4 @@
-"""diffusers' UNets behind a class table. Importing this module imports torch; only the exporter does so."""
+"""diffusers' UNets behind a class table. Imports torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ClassConditional", "UNet", "embedding", "skip_lone_softmax"]
-
-
-class UNet(nn.Module):
-    """``(sample [B,C,H,W], timestep [B] float, condition) -> [B,C,H,W]``; the condition is diffusers' ``argument``."""
-
-    def __init__(self, inner: nn.Module, argument: str) -> None:
-        super().__init__()
-        self.inner = inner
-        self.argument = argument
-
-    def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        out: Tensor = self.inner(sample, timestep, return_dict=False, **{self.argument: condition})[0]
-        return out
+__all__ = ["ClassConditional", "embedding", "skip_lone_softmax"]
 
 
 class ClassConditional(nn.Module):

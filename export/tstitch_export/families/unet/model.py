@@ -1,7 +1,4 @@
-"""diffusers' UNet and ControlNet modules behind the signatures of a member and of a ControlNet.
-
-Imported only where a model is loaded: its whole purpose is torch.
-"""
+"""diffusers' UNet and ControlNet modules behind the signatures of a member and of a ControlNet. Imports torch."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
-from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.checkpoint.folder import files_of, model_folder, weights_file
 from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
 from tstitch_export.families.unet.config import CLASS, UNetConfig
@@ -74,14 +74,13 @@ def read_unet(path: Path) -> Source:
 
 def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
     """A diffusers folder with a ``kind``, or a pipeline folder with one in ``part``. Raises ``BadCheckpoint``."""
-    folder = path / part if (path / part / "config.json").is_file() else path
-    config = read_json(folder / "config.json")
-    if config is None or config.get("_class_name") != kind:
-        what = describe_folder(path if config is None else folder)
-        raise BadCheckpoint(
-            f"{path} has no {kind}: it looks like {what}",
-            hint=f"give the folder of a {kind} (config.json and {_STEM}.safetensors), or a pipeline with {part}/",
-        )
+    folder, config = model_folder(
+        path,
+        (part,),
+        (kind,),
+        what=f"has no {kind}",
+        hint=f"give the folder of a {kind} (config.json and {_STEM}.safetensors), or a pipeline with {part}/",
+    )
     stored = weights_file(folder, (_STEM,))
     shapes = read_checkpoint(stored).shapes
     if "conv_in.weight" not in shapes:

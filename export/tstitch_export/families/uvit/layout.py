@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final, Literal, cast, get_args
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.signatures import Shapes, compare, looks_like
-from tstitch_export.families.dit.layout import heads_of, linear
+from tstitch_export.checkpoint.signatures import Shapes, compare, layer, looks_like
+from tstitch_export.families.dit.layout import heads_of, letter_of
 
 __all__ = [
     "NOISE",
@@ -65,14 +65,14 @@ class UViTConfig:
 
 def published_name(depth: int, width: int, patch: int) -> str:
     """``U-ViT-H/2`` for a published size, else ``U-ViT``."""
-    letter = _letter(depth, width)
+    letter = letter_of(PUBLISHED_SIZES, depth, width)
     return f"U-ViT-{letter}/{patch}" if letter else "U-ViT"
 
 
 def time_of(given: str | None, config: UViTConfig, name: str) -> Time:
     """``given``, or the time convention of the published size. Raises ``BadCheckpoint`` where neither tells."""
     if given is None:
-        letter = _letter(config.depth, config.width)
+        letter = letter_of(PUBLISHED_SIZES, config.depth, config.width)
         if letter is None:
             raise BadCheckpoint(
                 f"{name}: a U-ViT of {config.depth} blocks and width {config.width} is none of the published sizes, so "
@@ -81,9 +81,8 @@ def time_of(given: str | None, config: UViTConfig, name: str) -> Time:
                 hint="say it: --option MEMBER.time=discrete (train_ldm_discrete.py) or continuous (train_ldm.py)",
             )
         return _TIMES[letter]
-    for known in get_args(Time):
-        if given == known:
-            return known  # type: ignore[no-any-return]
+    if given in get_args(Time):
+        return cast("Time", given)
     raise BadCheckpoint(
         f"{name}: time is {given!r}; allowed are {', '.join(get_args(Time))}",
         hint="discrete is train_ldm_discrete.py, continuous is train_ldm.py of the published code",
@@ -94,34 +93,28 @@ def expected_shapes(config: UViTConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a published state dict of this configuration."""
     width, hidden = config.width, int(config.width * config.mlp_ratio)
 
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, _EXTRAS + config.grid**2, width),
-        "patch_embed.proj.weight": (width, config.channels, config.patch, config.patch),
-        "patch_embed.proj.bias": (width,),
+        **layer("patch_embed.proj", width, config.channels, config.patch, config.patch),
         "label_emb.weight": (config.labels, width),
-        **norm("norm"),
-        **linear("decoder_pred", config.patch**2 * config.channels, width),
+        **layer("norm", width),
+        **layer("decoder_pred", config.patch**2 * config.channels, width),
     }
     if config.mlp_time:
-        shapes |= linear("time_embed.0", 4 * width, width) | linear("time_embed.2", width, 4 * width)
+        shapes |= layer("time_embed.0", 4 * width, width) | layer("time_embed.2", width, 4 * width)
     if config.conv:
-        shapes |= {
-            "final_layer.weight": (config.channels, config.channels, 3, 3),
-            "final_layer.bias": (config.channels,),
-        }
+        shapes |= layer("final_layer", config.channels, config.channels, 3, 3)
     half = config.depth // 2
     blocks = [f"in_blocks.{i}" for i in range(half)] + ["mid_block"] + [f"out_blocks.{i}" for i in range(half)]
     for block in blocks:
-        shapes |= norm(f"{block}.norm1") | norm(f"{block}.norm2") | linear(f"{block}.attn.proj", width, width)
-        shapes |= linear(f"{block}.mlp.fc1", hidden, width) | linear(f"{block}.mlp.fc2", width, hidden)
+        shapes |= layer(f"{block}.norm1", width) | layer(f"{block}.norm2", width)
+        shapes |= layer(f"{block}.attn.proj", width, width)
+        shapes |= layer(f"{block}.mlp.fc1", hidden, width) | layer(f"{block}.mlp.fc2", width, hidden)
         shapes[f"{block}.attn.qkv.weight"] = (3 * width, width)
         if config.qkv_bias:
             shapes[f"{block}.attn.qkv.bias"] = (3 * width,)
         if block.startswith("out_blocks."):
-            shapes |= linear(f"{block}.skip_linear", width, 2 * width)
+            shapes |= layer(f"{block}.skip_linear", width, 2 * width)
     return shapes
 
 
@@ -164,7 +157,3 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> UViTC
     )
     compare(expected_shapes(config), shapes, name, "U-ViT", _WHOLE)
     return config
-
-
-def _letter(depth: int, width: int) -> str | None:
-    return next((name for name, size in PUBLISHED_SIZES.items() if size == (depth, width)), None)

@@ -1,7 +1,6 @@
 """U-ViT (arXiv 2209.12152): a vision transformer whose tokens are label, time and patches, with long skip connections.
 
-Parameter names follow the layout of the published state dicts, so that those checkpoints load without a key map.
-Importing this module imports torch; only the exporter does so.
+Parameter names are those of the published state dicts, which load without a key map. Imports torch.
 """
 
 from __future__ import annotations

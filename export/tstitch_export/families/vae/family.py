@@ -17,7 +17,7 @@ from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
-from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
 from tstitch_export.families.options import typed
 from tstitch_export.families.vae.layout import PREFIX, config_from_shapes, diffusers_names, diffusers_tensor, modern
@@ -46,8 +46,7 @@ class _VaeFamily(Family):
         if path.is_file():
             layout, folder, files, config = "single-file", path, (path,), _file_config(path)
         else:
-            folder = next((path / name for name in _FOLDERS if (path / name / "config.json").is_file()), path)
-            config = _folder_config(path, folder)
+            folder, config = _read_folder(path)
             files = (folder / "config.json", *files_of(weights_file(folder, ("diffusion_pytorch_model",))))
             layout = "diffusers"
         kind = _KINDS[config["_class_name"]]
@@ -129,19 +128,13 @@ def _pixels(inspection: Inspection) -> tuple[str, str]:
 
 
 def _factor(kind: str, config: Mapping[str, Any]) -> int:
-    if kind == "tiny":
-        blocks = config.get("encoder_block_out_channels") or (64, 64, 64, 64)
-        return int(2 ** (len(blocks) - 1))
-    return int(2 ** (len(config.get("block_out_channels") or (64,)) - 1))
+    key, default = ("encoder_block_out_channels", (64,) * 4) if kind == "tiny" else ("block_out_channels", (64,))
+    return int(2 ** (len(config.get(key) or default) - 1))
 
 
-def _folder_config(path: Path, folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if config is None or config.get("_class_name") not in _KINDS:
-        raise BadCheckpoint(
-            f"{path} is no autoencoder: it looks like {describe_folder(path)}",
-            hint=f"give the vae folder of a pipeline; known are {', '.join(_KINDS)}",
-        )
+def _read_folder(path: Path) -> tuple[Path, dict[str, Any]]:
+    hint = f"give the vae folder of a pipeline; known are {', '.join(_KINDS)}"
+    folder, config = model_folder(path, _FOLDERS, _KINDS, what="is no autoencoder", hint=hint)
     for key, allowed in (("latents_mean", None), ("latents_std", None), ("norm_type", "group"), ("out_channels", 3)):
         value = config.get(key, allowed)
         if value != allowed:
@@ -149,7 +142,7 @@ def _folder_config(path: Path, folder: Path) -> dict[str, Any]:
                 f"{folder}: {key} is {value!r}; allowed is {'none' if allowed is None else allowed}",
                 hint="this autoencoder is not supported; build without it and decode the latents elsewhere",
             )
-    return config
+    return folder, config
 
 
 def _file_config(path: Path) -> dict[str, Any]:
