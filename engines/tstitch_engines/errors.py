@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 
 __all__ = [
     "BadBundle",
@@ -48,13 +49,7 @@ class TStitchError(Exception):
         return f"{self.message}\nhint: {self.hint}"
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments would be lost by the default pickling
-        return (_rebuild, (type(self), self.message, self.hint))
-
-
-def _rebuild(kind: type[TStitchError], message: str, hint: str) -> TStitchError:
-    error = kind.__new__(kind)
-    TStitchError.__init__(error, message, hint=hint)
-    return error
+        return (partial(type(self), hint=self.hint), (self.message,))
 
 
 class BadInput(TStitchError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.manifest import EngineIdentity, Network
+from tstitch_engines.bundle.manifest import EngineIdentity, Network, Option
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_engines.progress import Progress
 from tstitch_engines.spec import ShapeProfile, TensorSpec
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tstitch_engines.device.base import Buffer, Device
 
 __all__ = ["Backend", "CompileJob", "Engine"]
-
-Option = str | int | float | bool
 
 
 class Engine(ABC):

@@ -263,10 +263,8 @@ class _OnnxRuntimeEngine(Engine):
 
     A plain run can be recorded when it neither allocates nor waits nor computes on the CPU. Its arena is complete after
     three runs of a size (memory patterns allocate in the second, pull request 15005); the wait at the end is switched
-    off below; a graph with copies between host and device is not recorded. The recorder checks the rest and falls back
-    to plain runs: CUDA refuses an allocation or a wait; a staging buffer freed behind the stream shows as a host
-    function, a tensor computed on the host as a copy from ordinary memory, and work done on the CPU is missing from
-    the replay. Not run on a GPU.
+    off below; a graph with copies between host and device is not recorded. The recorder (``device.cuda_graph``) checks
+    the rest and falls back to plain runs. Not run on a GPU.
     """
 
     warmups = 3

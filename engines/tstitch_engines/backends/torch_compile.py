@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tstitch_engines.backends.base import Option
 from tstitch_engines.bundle.cache import default_root
+from tstitch_engines.bundle.manifest import Option
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, first_line, unknown_name
 from tstitch_engines.quiet import silence_output
 
@@ -64,22 +64,15 @@ def need_toolchain(kind: str) -> None:
     """Raises ``Unavailable`` when what TorchInductor generates for ``kind`` (``cpu``, ``cuda``) can't be compiled."""
     if kind == "cuda" and importlib.util.find_spec("triton") is None:
         raise Unavailable(_NO_COMPILER.format(what="Triton on a GPU"), hint=f"pip install triton, {_EAGER}")
-    compiler = _compiler(kind)
-    if compiler is not None:
-        language = "C++" if kind == "cpu" else "C"
+    # On a GPU Triton compiles a launcher in C for every kernel.
+    language, variable, known = ("C++", "CXX", ["g++"]) if kind == "cpu" else ("C", "CC", ["gcc", "clang", "cc"])
+    if chosen := os.environ.get(variable):
+        known = [chosen]
+    if not any(shutil.which((shlex.split(name) or [""])[0]) for name in known):
         raise Unavailable(
-            _NO_COMPILER.format(what=f"a {language} compiler ({compiler!r})"),
-            hint=f"install g++ (apt-get install g++), name another in {'CXX' if kind == 'cpu' else 'CC'}, {_EAGER}",
+            _NO_COMPILER.format(what=f"a {language} compiler ({known[0]!r})"),
+            hint=f"install g++ (apt-get install g++), name another in {variable}, {_EAGER}",
         )
-
-
-def _compiler(kind: str) -> str | None:
-    """The compiler that is missing, if any. Triton compiles a launcher in C for every kernel."""
-    chosen = os.environ.get("CXX" if kind == "cpu" else "CC")
-    known = [chosen] if chosen else (["g++"] if kind == "cpu" else ["gcc", "clang", "cc"])
-    if any(shutil.which((shlex.split(name) or [""])[0]) for name in known):
-        return None
-    return known[0]
 
 
 def compile_program(

@@ -11,6 +11,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from tstitch_engines.backends.base import Backend, CompileJob, Engine
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device.open import parse_device
@@ -261,8 +263,6 @@ class _TorchEngine(Engine):
         return run
 
     def _zeros(self, spec: TensorSpec) -> Buffer:
-        import numpy as np
-
         shape = spec.resolve(self.sizes)
         buffer = self._device.empty(shape, spec.dtype)
         self._device.upload(buffer, np.zeros(shape, storage_dtype(spec.dtype)))
@@ -288,8 +288,6 @@ class _TorchEngine(Engine):
         bits = {"bfloat16": "int16"}.get(buffer.dtype, buffer.dtype)
         memory = _Memory(buffer, bits)
         if self._kind == "cpu":
-            import numpy as np
-
             tensor = self._torch.from_numpy(np.asarray(memory))
         else:
             tensor = self._torch.as_tensor(memory, device=self._device.name)
@@ -312,8 +310,6 @@ class _Memory:
     """A buffer as numpy's and CUDA's array interfaces describe one: an address, a shape and a type."""
 
     def __init__(self, buffer: Buffer, bits: str) -> None:
-        import numpy as np
-
         description = {"shape": buffer.shape, "typestr": np.dtype(bits).str, "data": (buffer.ptr, False), "version": 3}
         self.__array_interface__ = self.__cuda_array_interface__ = description
 

@@ -36,6 +36,7 @@ SCHEMA = 1
 
 PredictionType = Literal["eps", "v", "x0"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Option = str | int | float | bool
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -107,7 +108,7 @@ class Defaults(_Record, frozen=True, kw_only=True):
     """
 
     solver: str = "ddim"
-    solver_options: dict[str, str | int | float | bool] = {}
+    solver_options: dict[str, Option] = {}
     steps: int = 50
     spacing: str = "dit"
     guidance: float = 1.0
@@ -135,7 +136,7 @@ class EngineIdentity(_Record, frozen=True, kw_only=True):
     precision: Precision
     profile: ShapeProfile
     arch: str
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, Option] = {}
 
 
 class EngineRecord(_Record, frozen=True, kw_only=True):
@@ -168,7 +169,7 @@ class Network(_Record, frozen=True, kw_only=True):
     onnx: tuple[Component, ...]
     sources: tuple[Source, ...]
     check: ExportCheck | None
-    config: dict[str, int | float | bool | str]
+    config: dict[str, Option]
     engines: tuple[EngineRecord, ...] = ()
     files: dict[str, Component] = {}
     multiples: dict[str, int] = {}

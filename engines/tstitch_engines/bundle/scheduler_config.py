@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tstitch_engines.bundle.manifest import NoiseScheduleSpec, PredictionType
+from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Option, PredictionType
 from tstitch_engines.errors import BadInput, unknown_name
 
 __all__ = ["SCHEDULERS", "Scheduler", "read_scheduler", "read_training"]
-
-Option = str | int | float | bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +176,6 @@ def _euler(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     return "euler", options
 
 
-def _euler_ancestral(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
-    return "euler-ancestral", {}
-
-
 def _dpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     kind = keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "-sde"})
     order = keys.whole("solver_order", 2)
@@ -260,7 +254,7 @@ SCHEDULERS: Final[Mapping[str, Callable[[_Config, str], tuple[str, dict[str, Opt
     "DDIMScheduler": _ddim,
     "DDPMScheduler": _ddpm,
     "DPMSolverMultistepScheduler": _dpm,
-    "EulerAncestralDiscreteScheduler": _euler_ancestral,
+    "EulerAncestralDiscreteScheduler": lambda keys, spacing: ("euler-ancestral", {}),
     "EulerDiscreteScheduler": _euler,
     "LCMScheduler": _lcm,
     "PNDMScheduler": _pndm,

@@ -13,11 +13,10 @@ from typing import Final
 import msgspec
 
 from tstitch_engines.backends import BACKENDS, Backend, open_backend
-from tstitch_engines.backends.base import Option
 from tstitch_engines.bundle.bundle import MANIFEST, Bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.files import copy_component
-from tstitch_engines.bundle.manifest import Component, EngineRecord, Manifest, Network
+from tstitch_engines.bundle.manifest import Component, EngineRecord, Manifest, Network, Option
 from tstitch_engines.compile.engine import Compiler, keep_record
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress, silent

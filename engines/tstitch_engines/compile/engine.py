@@ -9,12 +9,11 @@ from pathlib import Path
 from time import perf_counter
 
 from tstitch_engines.backends import Backend
-from tstitch_engines.backends.base import Option
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.cache import Cache, Entry
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.identity import digest, model_digest
-from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
+from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network, Option
 from tstitch_engines.progress import Progress
 from tstitch_engines.spec import ShapeProfile
 

@@ -1,8 +1,6 @@
 """The CUDA device through cuda.core: memory, streams, copies, events, graphs. No torch.
 
-Not run on a GPU: written on a machine that has none. Tests without one name each lack (no cuda-core, no driver, no
-such device, a build without CUDA kernels), and run this file over a stand-in for CUDA that keeps streams, events and
-recordings in host memory (``tests/support/cuda_stand_in``).
+Not run on a GPU: tests run it over a stand-in for CUDA (``tests/support/cuda_stand_in``).
 
 Ownership: a ``CudaDevice`` owns its streams; a buffer from ``empty`` owns its memory, which is freed in stream order
 when it and all views of it are dropped. A CUDA graph or an engine that knows a buffer's address does not keep it alive:

@@ -1,6 +1,6 @@
 """CUDA graphs: a stretch of a stream's work recorded once and launched again with one call.
 
-Not run on a GPU (see ``cuda_device``). The recording goes through ``cuda.bindings`` and not through cuda.core's graph
+Not run on a GPU (see ``cuda``). The recording goes through ``cuda.bindings`` and not through cuda.core's graph
 builder, because an engine may refuse while it is being recorded, and the builder can't end a broken recording.
 """
 

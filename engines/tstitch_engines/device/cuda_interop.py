@@ -1,6 +1,6 @@
 """Arrays and streams of other libraries on CUDA, through the protocols and without importing the libraries.
 
-Not run on a GPU (see ``cuda_device``). DLPack (https://dmlc.github.io/dlpack), ``__cuda_array_interface__`` version 3
+Not run on a GPU (see ``cuda``). DLPack (https://dmlc.github.io/dlpack), ``__cuda_array_interface__`` version 3
 (numba's documentation) and ``__cuda_stream__`` (cuda.core's documentation).
 """
 

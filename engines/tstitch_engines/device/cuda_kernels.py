@@ -1,6 +1,6 @@
 """The step kernels on CUDA: launches of ``step_kernels.fatbin``, compiled from ``engines/src/cuda_driver.cu``.
 
-Not run on a GPU (see ``cuda_device``). All launches go to the device's stream; nothing here waits, and after
+Not run on a GPU (see ``cuda``). All launches go to the device's stream; nothing here waits, and after
 construction nothing allocates device memory, so ``prepare`` and ``advance`` can be captured into a CUDA graph.
 """
 

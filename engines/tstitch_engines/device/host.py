@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device.base import ArenaBuffers, Buffer, Download, Graph, NotCaptured, StepKernels, Stopwatch
-from tstitch_engines.device.host_memory import HostBuffer, _HostDownload
+from tstitch_engines.device.host_kernels import HostStepKernels, fill_initial_noise, gather_rows
+from tstitch_engines.device.host_memory import HostBuffer
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import itemsize, storage_dtype
 
@@ -75,18 +77,12 @@ class HostDevice:
         raise NotCaptured("the CPU has no graphs", hint="nothing to do: calls cost little there")
 
     def step_kernels(self, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> StepKernels:
-        from tstitch_engines.device.host_kernels import HostStepKernels
-
         return HostStepKernels(arena, shape)
 
     def gather_rows(self, active: Buffer, source: Buffer, target: Buffer) -> None:
-        from tstitch_engines.device.host_kernels import gather_rows
-
         gather_rows(active, source, target)
 
     def initial_noise(self, latents: Buffer, slot: int, seed: int, scale: float) -> None:
-        from tstitch_engines.device.host_kernels import fill_initial_noise
-
         fill_initial_noise(_host(latents)[slot], seed, scale)
 
     def scaled_copy(self, target: Buffer, source: Buffer, scale: float) -> None:
@@ -97,13 +93,18 @@ class HostDevice:
         return _HostStopwatch()
 
 
+class _HostDownload(NamedTuple):
+    array: NDArray[Any]
+
+    def get(self) -> NDArray[Any]:
+        return self.array
+
+
 class _HostStopwatch:
     def __init__(self) -> None:
         self._marks: list[float] = []
 
     def mark(self) -> None:
-        from time import perf_counter
-
         self._marks.append(perf_counter())
 
     def milliseconds(self) -> list[float]:

@@ -18,7 +18,7 @@ from tstitch_engines.device.host_memory import HostBuffer
 from tstitch_engines.device.step_row import INITIAL_NOISE_STEP, ROW_FIELDS
 from tstitch_engines.errors import BadInput
 
-__all__ = ["ISAS", "HostStepKernels", "fill_initial_noise", "gather_rows", "normal", "philox"]
+__all__ = ["ISAS", "HostStepKernels", "fill_initial_noise", "gather_rows", "normal"]
 
 ISAS: Final = _kernels.ISAS  # instruction sets this CPU can run, best first
 
@@ -90,11 +90,6 @@ def _array(buffer: Buffer) -> NDArray[Any]:
 def fill_initial_noise(latent: NDArray[np.float32], seed: int, scale: float) -> None:
     """Writes ``scale * z`` into one lane's C-contiguous latent; ``z`` is keyed by ``seed`` at the initial step."""
     _kernels.normals(latent, seed & _SEED_MASK, INITIAL_NOISE_STEP, scale)
-
-
-def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox 4x32-10 (Salmon et al., SC 2011): four 32-bit words from a counter and a key, low words first."""
-    return _kernels.philox(*counter, *key)
 
 
 def normal(seed: int, step: int, n: int, *, isa: str | None = None) -> NDArray[np.float32]:

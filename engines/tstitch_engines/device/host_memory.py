@@ -29,11 +29,3 @@ class HostBuffer:
         self.shape = shape
         self.ptr: int = array.ctypes.data
         self.nbytes: int = array.nbytes
-
-
-class _HostDownload:
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array = array
-
-    def get(self) -> NDArray[Any]:
-        return self._array

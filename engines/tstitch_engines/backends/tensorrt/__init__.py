@@ -1,8 +1,7 @@
 """TensorRT 10 and 11 and TensorRT-RTX: one backend, and a record of what really differs (``flavour``).
 
-Compiling works in a child process (``child`` here, ``worker`` there); on a machine without a GPU it does so for
-TensorRT-RTX only. Nothing here has run an engine on a GPU: loading and running (``engine``, ``kernel_cache``) were
-written on a machine that has none.
+Compiling works in a child process (``child`` here, ``worker`` there), without a GPU for TensorRT-RTX only. Loading and
+running (``engine``, ``kernel_cache``) were not run on a GPU.
 """
 
 from tstitch_engines.backends.tensorrt.backend import TensorRtBackend, open_tensorrt, open_tensorrt_rtx

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from tstitch_engines.backends.base import Backend, CompileJob, Engine, Option
+from tstitch_engines.backends.base import Backend, CompileJob, Engine
 from tstitch_engines.backends.tensorrt.api import has
 from tstitch_engines.backends.tensorrt.child import run_worker
 from tstitch_engines.backends.tensorrt.estimate import estimate, free_memory, recorded
@@ -30,6 +30,7 @@ from tstitch_engines.backends.tensorrt.options import (
 from tstitch_engines.backends.tensorrt.plan import check_plan
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.identity import model_digest
+from tstitch_engines.bundle.manifest import Option
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import Unavailable
 

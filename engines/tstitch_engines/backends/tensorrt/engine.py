@@ -1,8 +1,4 @@
-"""A loaded TensorRT engine. Not run on a GPU: written on a machine that has none.
-
-Building, and the messages without a driver, were observed. Tests check that the calls made here exist in the bindings
-of every supported version, and run them against a synthetic library.
-"""
+"""A loaded TensorRT engine. Not run on a GPU: tests run it against a synthetic library."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.backends.tensorrt.api import Context, CudaEngine, Library, RuntimeConfig, has
-from tstitch_engines.backends.tensorrt.enums import Invalidities, declared
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path, gpu_and_driver
 from tstitch_engines.backends.tensorrt.library import Messages, Session, session
@@ -104,8 +99,7 @@ class TensorRtEngine(Engine):
         if has(self._library, "Runtime.get_engine_validity"):
             flags = int(runtime.get_engine_validity(plan[:HEADER_BYTES])[1])
             kinds = self._library.EngineInvalidityDiagnostics
-            named = [name for name in declared(Invalidities) if flags & int(getattr(kinds, name))]
-            diagnosis = named[0] if named else None
+            diagnosis = next((name for name in DIAGNOSES if flags & int(getattr(kinds, name))), None)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None and (diagnosis == "INSUFFICIENT_GPU_MEMORY" or messages.of_memory()):
             raise self._no_room(f"the weights of the engine {path.name}", len(plan), messages)

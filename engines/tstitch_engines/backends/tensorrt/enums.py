@@ -23,7 +23,6 @@ __all__ = [
     "SpecialisationStrategies",
     "TensorModes",
     "TilingLevels",
-    "declared",
 ]
 
 
@@ -102,7 +101,7 @@ class GraphStrategies(Protocol):
 
 
 class Invalidities(Protocol):
-    """Why an engine can't be loaded, the plainest reason first: several may be given at once."""
+    """Why an engine can't be loaded."""
 
     VERSION_MISMATCH: Any
     UNSUPPORTED_CC: Any
@@ -111,8 +110,3 @@ class Invalidities(Protocol):
     INSUFFICIENT_GPU_MEMORY: Any
     MALFORMED_ENGINE: Any
     CUDA_ERROR: Any
-
-
-def declared(protocol: type) -> tuple[str, ...]:
-    """The names that a protocol lists, in their order."""
-    return tuple(name for name in {**protocol.__annotations__, **vars(protocol)} if not name.startswith("_"))

@@ -78,12 +78,8 @@ def parse(
 
 def _unsupported(opened: Session, parser: Parser, model: Path, family: str) -> BuildFailed:
     found = [parser.get_error(index) for index in range(parser.num_errors)]
-    lines = []
-    for error in found:
-        operator = error.node_operator()
-        place = f"{operator} ({error.node_name()}): " if operator else ""
-        if (line := f"{place}{error.desc()}") not in lines:
-            lines.append(line)
+    places = [f"{operator} ({error.node_name()}): " if (operator := error.node_operator()) else "" for error in found]
+    lines = dict.fromkeys(f"{place}{error.desc()}" for place, error in zip(places, found, strict=True))
     text = "; ".join(lines) or opened.messages.reason()
     hint = next((fix for words, fix in _WORKAROUNDS if words in text), _OTHERWISE)
     return BuildFailed(f"{opened} can't import {model.name} (family {family}): {text}", hint=hint)

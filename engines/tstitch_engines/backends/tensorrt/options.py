@@ -10,6 +10,7 @@ import msgspec
 
 from tstitch_engines.backends.tensorrt.api import Library, has
 from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.bundle.manifest import Option
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadInput, unknown_name
 
@@ -24,8 +25,6 @@ __all__ = [
     "require_float8",
     "resolve",
 ]
-
-Option = str | int | float | bool
 
 OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
     "workspace": (int, "memory limit of a single kernel in MiB (default: the library's)"),

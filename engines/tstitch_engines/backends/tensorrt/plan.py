@@ -13,7 +13,8 @@ from tstitch_engines.errors import BadEngine
 
 __all__ = ["DIAGNOSES", "check_plan", "describe_plan", "rebuild"]
 
-# EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again)
+# EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again). The plainest reason comes first:
+# several may be given at once.
 DIAGNOSES: Final[dict[str, tuple[str, str | None]]] = {
     "VERSION_MISMATCH": ("it was compiled by another version", None),
     "UNSUPPORTED_CC": ("it is for other GPUs", None),

@@ -16,7 +16,6 @@ from support.bindings import Surface, surface
 from support.tensorrt_names import CLASSES, ENUMS
 from tstitch_engines.backends import tensorrt
 from tstitch_engines.backends.tensorrt import api, enums, network, options, plan
-from tstitch_engines.backends.tensorrt.enums import declared
 
 VERSIONS = {
     "10.1": ("tensorrt_cu12_bindings==10.1.0", "tensorrt_bindings"),
@@ -28,6 +27,11 @@ VERSIONS = {
     "rtx 1.7": ("tensorrt_rtx_cu13_bindings==1.7.1.116", "tensorrt_rtx_bindings"),
 }
 RTX = {name for name in VERSIONS if name.startswith("rtx")}
+
+
+def declared(protocol: type) -> tuple[str, ...]:
+    """The names that a protocol lists, in their order."""
+    return tuple(name for name in {**protocol.__annotations__, **vars(protocol)} if not name.startswith("_"))
 
 
 def bound(version: str, wheels: Path) -> Surface:
