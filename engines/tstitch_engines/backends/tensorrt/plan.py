@@ -29,8 +29,8 @@ DIAGNOSES: Final[dict[str, tuple[str, str | None]]] = {
 }
 
 
-def rebuild(flavour: Flavour, *, device: str = "cuda") -> str:
-    return f"compile it again: tstitch-trt build BUNDLE --backend {flavour.name} --device {device} --fresh"
+def rebuild(flavour: Flavour) -> str:
+    return f"compile it again: tstitch-trt build BUNDLE --backend {flavour.name} --device cuda --fresh"
 
 
 def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int, int] | None) -> None:

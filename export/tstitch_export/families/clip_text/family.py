@@ -65,7 +65,20 @@ class ClipTextFamily(Family):
         if part not in PREFIXES:
             raise unknown_name("part with a text encoder", part, PREFIXES)
         found = _inspect_file(path, part, options) if path.is_file() else _inspect_folder(path, part, options)
-        config, layers = found.config, int(found.config["layers"])
+        config, layers = dict(found.config), int(found.config["layers"])
+        tokenizer = _find_tokenizer(found.path, str(config["part"]), options)
+        if tokenizer.size > int(config["vocabulary"]):
+            raise BadCheckpoint(
+                f"{tokenizer.folder} has {tokenizer.size} tokens, the text encoder {found.path.name} "
+                f"{config['vocabulary']}",
+                hint="give the tokenizer that the text encoder was trained with",
+            )
+        if "hidden_state" in options:
+            config |= {"hidden_state": options["hidden_state"], "final_norm": options["hidden_state"] == -1}
+        if "final_norm" in options:
+            config["final_norm"] = options["final_norm"]
+        config = {"pooled_at": tokenizer.eos, **config}
+        config |= {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
         if not -layers <= int(config["hidden_state"]) <= -1:
             raise BadInput(
                 f"hidden_state is {config['hidden_state']}; allowed is -{layers} to -1, for its {layers} layers",
@@ -73,6 +86,7 @@ class ClipTextFamily(Family):
             )
         if int(config["tokens"]) < 3:
             raise BadCheckpoint(f"{path} has {config['tokens']} token positions", hint="give a CLIP text encoder")
+        found = replace(found, files=(*tokenizer.files, *found.files), config=config)
         loras = parse_loras(str(options.get("lora") or ""))
         if not loras:
             return found
@@ -190,14 +204,20 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
     weights = weights_file(folder, ("model", "pytorch_model"))
     projection = read_checkpoint(weights).shapes.get("text_projection.weight") if "CLIPTextModel" not in kinds else None
     index = read_json(folder.parent / "model_index.json") or {}
-    return _inspection(
-        "transformers",
-        folder,
-        part,
+    xl = "XL" in str(index.get("_class_name"))
+    return Inspection(
+        family=ClipTextFamily.name,
+        layout="transformers",
+        path=folder,
         files=(folder / "config.json", *files_of(weights)),
-        options=options,
-        hidden_state=-2 if "XL" in str(index.get("_class_name")) else -1,
-        config={**value, "projection": projection[0] if projection else 0},
+        config={
+            **value,
+            "projection": projection[0] if projection else 0,
+            "part": part,
+            "hidden_state": -2 if xl else -1,
+            "final_norm": not xl,
+        },
+        packages=("tokenizers",),
     )
 
 
@@ -228,15 +248,11 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
         raise BadCheckpoint(f"{path.name} lacks {prefix} {missing}", hint="download or copy it again") from None
     xl = prefix.startswith("conditioner.")
     projection = pieces.get("text_projection.weight") if xl and is_open else None
-    return _inspection(
-        "single-file",
-        path,
-        part,
+    return Inspection(
+        family=ClipTextFamily.name,
+        layout="single-file",
+        path=path,
         files=(path,),
-        options=options,
-        # Stable Diffusion 2.x takes the state before the last too, and normalises it.
-        hidden_state=-2 if xl or is_open else -1,
-        final_norm=True if not xl else None,
         config={
             "layers": 1 + max(int(name.split(".")[2]) for name in pieces if name.startswith("encoder.layers.")),
             "width": width,
@@ -249,43 +265,10 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
             "projection": projection[0] if projection else 0,
             "prefix": prefix,
             "open": is_open,
-        },
-    )
-
-
-def _inspection(
-    layout: str,
-    path: Path,
-    part: str,
-    *,
-    files: tuple[Path, ...],
-    options: Mapping[str, Scalar],
-    hidden_state: int,
-    config: Mapping[str, Any],
-    final_norm: bool | None = None,
-) -> Inspection:
-    tokenizer = _find_tokenizer(path, part, options)
-    if tokenizer.size > config["vocabulary"]:
-        raise BadCheckpoint(
-            f"{tokenizer.folder} has {tokenizer.size} tokens, the text encoder {path.name} {config['vocabulary']}",
-            hint="give the tokenizer that the text encoder was trained with",
-        )
-    state = int(options.get("hidden_state", hidden_state))
-    norm = final_norm if final_norm is not None and "hidden_state" not in options else state == -1
-    return Inspection(
-        family=ClipTextFamily.name,
-        layout=layout,
-        path=path,
-        files=(*tokenizer.files, *files),
-        config={
-            **config,
             "part": part,
-            "hidden_state": state,
-            "final_norm": bool(options.get("final_norm", norm)),
-            "bos": tokenizer.bos,
-            "eos": tokenizer.eos,
-            "pooled_at": config.get("pooled_at", tokenizer.eos),
-            "pad": tokenizer.pad,
+            # Stable Diffusion 2.x takes the state before the last too, and normalises it.
+            "hidden_state": -2 if xl or is_open else -1,
+            "final_norm": not xl,
         },
         packages=("tokenizers",),
     )
