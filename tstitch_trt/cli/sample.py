@@ -47,7 +47,7 @@ class Labels:
 @dataclass(frozen=True, kw_only=True)
 class Count:
     count: int | None = option("How many images; labels or prompts go round.", "N", "-n", least=1)
-    seed: int | None = option("Seed of the first image; the others' follow. [0]", "S", least=0)
+    seed: int | None = option("Image i has the seed S + i. [0]", "S", least=0)
     seeds: str | None = option("One seed per image, e.g. 1,2,5-9, instead of --seed.", "LIST")
 
 
