@@ -64,7 +64,10 @@ def run(
     batches = []
     for start in range(0, samples, batch):
         part = labels[start : start + batch]
-        tell: Progress = lambda text, share: progress(text, (start + share * len(part)) / samples)  # noqa: B023, E731
+
+        def tell(text: str, share: float, start: int = start, count: int = len(part)) -> None:
+            progress(text, (start + share * count) / samples)
+
         batches.append([*draw_fractions(runtime, FRACTIONS, {"labels": part, "seed": seed + start}, settings, tell)])
     rows = [*zip(*batches, strict=True)]  # the batches of each fraction
     pictures = [np.concatenate([part.images for part in row]) for row in rows]

@@ -66,9 +66,12 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> Iterator[Any]:
         wanted = sorted({round(float(f), 4) for f in (fraction, *beside)})
+
+        def tell(phase: str, share: float) -> None:
+            progress(share, desc=phase)
+
         with _shown(gr):
             found = []
-            tell = lambda phase, share: progress(share, desc=phase)  # noqa: E731
             for drawn in draw_fractions(runtime, wanted, *asked(*request), tell, each_step=True):
                 caption = f"{drawn.fraction:.0%}: {drawn.members}, {drawn.ms:,.0f} ms per image"
                 found += [(str(kept(image, temporary)), caption) for image in drawn.images]

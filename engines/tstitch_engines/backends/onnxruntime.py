@@ -18,6 +18,7 @@ from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import ONNX_TYPES
 from tstitch_engines.threads import default_threads
@@ -56,15 +57,9 @@ class OnnxRuntimeBackend(Backend):
     }
 
     def __init__(self) -> None:
-        try:
-            with silence_output():  # without CUDA's libraries a CUDA build warns here; `_find_cuda` comes to that
-                import onnxruntime
-        except ImportError as error:
-            raise Unavailable(
-                "the backend 'onnxruntime' needs ONNX Runtime, which is not installed",
-                hint='pip install "tstitch-trt[cpu]" (or "tstitch-trt[gpu]" for CUDA; never both)',
-            ) from error
-        self._ort: Any = onnxruntime
+        instead = '"tstitch-trt[gpu]" for CUDA; never both'
+        with silence_output():  # without CUDA's libraries a CUDA build warns here; `_find_cuda` comes to that
+            self._ort = require("onnxruntime", "the backend 'onnxruntime'", extra="cpu", instead=instead)
 
     def version(self) -> str:
         return str(self._ort.__version__)

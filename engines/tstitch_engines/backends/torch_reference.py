@@ -17,6 +17,7 @@ from tstitch_engines.backends.base import Backend, CompileJob, Engine
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, first_line
+from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import storage_dtype
 
@@ -53,13 +54,7 @@ class TorchBackend(Backend):
     }
 
     def __init__(self) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise Unavailable(
-                "the backend 'torch' needs PyTorch, which is not installed", hint='pip install "tstitch-trt[export]"'
-            ) from error
-        self._torch: Any = torch
+        self._torch = require("torch", "the backend 'torch'")
 
     def version(self) -> str:
         return str(self._torch.__version__)

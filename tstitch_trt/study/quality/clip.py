@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.identity import digest
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, first_line
 from tstitch_engines.needs import require
 from tstitch_trt.study.quality.loading import open_network
 
@@ -93,7 +93,7 @@ class _Transformers:
             self._tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise BadInput(
-                f"--clip {folder} can't be loaded: {str(error).splitlines()[0]}",
+                f"--clip {folder} can't be loaded: {first_line(error)}",
                 hint="it needs config.json, the weights and the tokenizer's files",
             ) from None
         self._model = model.eval()

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, first_line
 from tstitch_engines.needs import require
 from tstitch_engines.threads import default_threads
 
@@ -61,7 +61,7 @@ def _open_onnx(path: Path, threads: int, what: str) -> Net:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own classes have no common base
         raise BadInput(
-            f"the {what} {path} can't be read as ONNX: {str(error).splitlines()[0]}", hint="export it again"
+            f"the {what} {path} can't be read as ONNX: {first_line(error)}", hint="export it again"
         ) from None
     takes = session.get_inputs()
     shape = list(takes[0].shape) if takes else []
@@ -91,7 +91,7 @@ def _open_script(path: Path, threads: int, what: str) -> Net:
         module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise BadInput(
-            f"the {what} {path} can't be read as TorchScript: {str(error).splitlines()[0]}",
+            f"the {what} {path} can't be read as TorchScript: {first_line(error)}",
             hint="a file of weights alone is no network: load it in its own package and save "
             "torch.jit.trace(module, example) or an ONNX export",
         ) from None
