@@ -72,15 +72,9 @@ def quantise(
     The same settings give the same graph. ``output`` appears whole or not at all. Raises ``BadInput`` before any long
     work, ``Unavailable`` without nvidia-modelopt or ONNX Runtime, ``BuildFailed``, ``NotFinite``.
     """
-    from tstitch_export.quantise.quantise import HIGH_PRECISIONS, METHODS, MODES, check_quantisable, need_modelopt
+    from tstitch_export.quantise.quantise import check_method, check_quantisable, need_modelopt
 
-    for what, value, known in (
-        ("quantisation mode", mode, MODES),
-        ("calibration method", calibration, METHODS),
-        ("high precision", high_precision, HIGH_PRECISIONS),
-    ):
-        if value not in known:
-            raise unknown_name(what, value, known)
+    check_method(mode, calibration, high_precision)
     for name, number, low in (("samples", samples, 1), ("seed", seed, 0), ("threads", threads, 0)):
         if number < low:
             raise BadInput(f"{name} = {number}; allowed is {low} or more", hint=f"e.g. --{name} {max(low, 8)}")

@@ -34,6 +34,7 @@ __all__ = [
     "METHODS",
     "MODES",
     "QuantisedGraph",
+    "check_method",
     "check_quantisable",
     "float32_specs",
     "need_modelopt",
@@ -69,6 +70,24 @@ def need_modelopt() -> None:
     if missing:
         raise Unavailable(
             f"quantising needs nvidia-modelopt with its ONNX part; not installed: {', '.join(missing)}", hint=_INSTALL
+        )
+
+
+def check_method(mode: str, method: str, high_precision: str) -> None:
+    """Raises ``UnknownName``, and ``BadInput`` for a method that the mode does not have."""
+    for what, value, known in (
+        ("quantisation mode", mode, MODES),
+        ("calibration method", method, METHODS),
+        ("high precision", high_precision, HIGH_PRECISIONS),
+    ):
+        if value not in known:
+            more = "(int4 is not offered: no engine builder takes it for these models)" if value == "int4" else None
+            raise unknown_name(what, value, known, hint=more)
+    if mode == "fp8" and method != "max":
+        raise BadInput(
+            f"calibration {method!r} is for int8: float8 has no equal steps whose range it could choose; allowed with "
+            "fp8 is max",
+            hint="leave --calibration out",
         )
 
 
@@ -115,20 +134,7 @@ def quantise_graph(
     Raises ``BadInput``, ``Unavailable`` without modelopt, ``BuildFailed`` when modelopt fails or its graph is not as
     asked for. Nothing is left then.
     """
-    for what, value, known in (
-        ("quantisation mode", mode, MODES),
-        ("calibration method", method, METHODS),
-        ("high precision", high_precision, HIGH_PRECISIONS),
-    ):
-        if value not in known:
-            more = "(int4 is not offered: no engine builder takes it for these models)" if value == "int4" else None
-            raise unknown_name(what, value, known, hint=more)
-    if mode == "fp8" and method != "max":
-        raise BadInput(
-            f"calibration {method!r} is for int8: float8 has no equal steps whose range it could choose; allowed with "
-            "fp8 is max",
-            hint="leave --calibration out",
-        )
+    check_method(mode, method, high_precision)
     need_modelopt()
     onnx = require("onnx", "quantising a member", extra="quant")
     rows = {name: len(values) for name, values in calibration.items()}

@@ -295,6 +295,7 @@ def test_a_half_precision_source_and_what_a_user_sees(tiny_pair: TinyPair, tmp_p
         (("--member", "larg"), ("unknown member 'larg'", "did you mean 'large'?")),
         (("--mode", "int4"), ("unknown quantisation mode 'int4'; known: int8, fp8",)),
         (("--calibration", "mean"), ("known: max, entropy",)),
+        (("--mode", "fp8", "--calibration", "entropy"), ("calibration 'entropy' is for int8", "--calibration")),
         (("--high-precision", "tf32"), ("known: fp16, bf16, fp32",)),
         (("--schedule", "small"), ("'large' runs at none of the 10 steps", "--schedule large")),
         (("--schedule", "tiny,large"), ("unknown member 'tiny'",)),
