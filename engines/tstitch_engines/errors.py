@@ -95,7 +95,7 @@ class Unavailable(BadInput):
 
 
 class FailedWork(TStitchError):
-    """The request was fine, carrying it out failed. Exit code 1."""
+    """The request was right, but carrying it out failed. Exit code 1."""
 
 
 class BuildFailed(FailedWork):

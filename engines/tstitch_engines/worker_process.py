@@ -37,10 +37,10 @@ class Worker(NamedTuple):
         return " | ".join(line.strip() for line in text.splitlines()[-5:] if line.strip())
 
     def failure(self, what: str, *, needs: str = "", if_killed: str, if_crashed: str) -> BuildFailed:
-        """The error for one that ended without an answer, with a hint for either way. Waits for its end.
+        """The error for a worker that ended without an answer. Waits for its end.
 
-        ``what`` is it in the message, ``needs`` says how much memory it needs. ``if_killed``: by the kernel, which has
-        no memory left.
+        ``what`` names it in the message, ``needs`` says how much memory it needs. The hint is ``if_killed`` when it was
+        killed, as the kernel does without memory, else ``if_crashed``.
         """
         said, code = self.said(), self.process.returncode
         if code == -signal.SIGKILL:
@@ -81,9 +81,9 @@ def worker(module: str, request: bytes, env: Mapping[str, str] | None = None) ->
 
 
 def open_answers() -> BinaryIO:
-    """Called first in the worker: what was stdout, for answers only. Whatever a library prints goes to stderr.
+    """The worker's pipe for answers, which was its stdout; whatever libraries print goes to stderr from now on.
 
-    From here on the kernel kills the worker when its parent dies.
+    Called first in the worker. The kernel then kills it when its parent dies.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -93,6 +93,6 @@ def open_answers() -> BinaryIO:
 
 
 def end_worker() -> NoReturn:
-    """Not through the interpreter's end: a library that crashes while it is unloaded must not spoil finished work."""
+    """Ends the worker without unloading anything: a library that crashes in that must not spoil finished work."""
     sys.stderr.flush()
     os._exit(0)

@@ -60,11 +60,11 @@ class Compiler:
         report: Progress,
         model: Callable[[], Path] | None = None,
     ) -> tuple[EngineRecord, ...]:
-        """The engine of ``member`` in the bundle being made at ``staging``; ``what`` is it in messages.
+        """The engine of ``member`` for the bundle that is made at ``staging``; ``what`` names it in messages.
 
-        It comes among those that ``previous``, the bundle that is replaced, has for other backends or machines.
-        ``model`` gives what the backend compiles, by default the ONNX in ``staging``, and is called only when it has
-        to. Raises what ``Backend.compile`` raises.
+        The engines that ``previous``, the bundle that is replaced, has for other backends or machines stay beside it,
+        in their order: the first engine is the default. ``model`` gives what the backend compiles, else the ONNX in
+        ``staging``, and is called only when it has to. Raises what ``Backend.compile`` raises.
         """
         identity, what = self.identity(member), f"{what}: {self.backend.name} engine"
         networks = previous.manifest.networks() if previous is not None else {}

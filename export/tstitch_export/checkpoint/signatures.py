@@ -51,7 +51,8 @@ def compare(expected: Shapes, got: Shapes, name: str, kind: str, hint: str) -> N
     raise BadCheckpoint(f"{name} is not a whole {kind}: it {problem}", hint=hint)
 
 
-# What it is -> words, of each string one that a name contains; ``|`` is an end of a name. The first that fits counts.
+# Kind -> strings of words. A checkpoint fits where, for each string, a tensor's name contains one of its words; ``|``
+# stands for an end of a name. The first kind that fits counts.
 _KINDS: Final[dict[str, tuple[str, ...]]] = {
     "a LoRA (give the model it was merged into)": ("lora_ .lora. lora_A lora_up",),
     "a class-conditional latent diffusion model (family ldm)": ("cond_stage_model.embedding.weight", _UNET),
