@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-__all__ = ["CLASS", "UNetConfig", "flat", "published_name", "residuals_of"]
+__all__ = ["CLASS", "UNetConfig", "flat", "published_name"]
 
 CLASS: Final = "UNet2DConditionModel"
 Kind = Literal["sd", "sdxl", "other"]
@@ -84,8 +84,17 @@ class UNetConfig:
 
     @property
     def residuals(self) -> tuple[tuple[int, int], ...]:
-        """What a ControlNet adds to: (channels, part of height and width) of each, the middle one last."""
-        return residuals_of(self.channels, self.layers)
+        """What a ControlNet adds to, as (channels, part of height and width).
+
+        The first convolution, then each level's blocks and its downsampler, then the middle.
+        """
+        last = len(self.channels) - 1
+        found = [(self.channels[0], 1)]
+        for level, (width, count) in enumerate(zip(self.channels, self.layers, strict=True)):
+            found += [(width, 2**level)] * count
+            if level < last:
+                found.append((width, 2 ** (level + 1)))
+        return (*found, (self.channels[-1], 2**last))
 
     @property
     def kind(self) -> Kind:
@@ -112,16 +121,6 @@ class UNetConfig:
         if self.width is None:
             return f"cross_attention_dim = {self.raw['cross_attention_dim']!r}"
         return None
-
-
-def residuals_of(channels: tuple[int, ...], layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The first convolution, then per level its blocks and its downsampler, then the middle."""
-    found = [(channels[0], 1)]
-    for level, (width, count) in enumerate(zip(channels, layers, strict=True)):
-        found += [(width, 2**level)] * count
-        if level < len(channels) - 1:
-            found.append((width, 2 ** (level + 1)))
-    return (*found, (channels[-1], 2 ** (len(channels) - 1)))
 
 
 def flat(value: Any) -> Iterable[int]:
