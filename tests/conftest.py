@@ -25,15 +25,34 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What builds the same networks goes to one process, because two would wait for each other.
+_TOGETHER = {
+    "pipelines": ("tstitch_trt/pipeline/",),
+    "families": ("tstitch_export/families/", "tensorrt/test_families.py", "test_cpu_families.py"),
+}
 # What takes longest comes first, so that of two processes none waits long for the other at the end; and the families,
 # which want the exports of the pipelines too, when those are made.
-_LONG = ("pipeline", "test_readme.py", "test_class_pairs.py", "test_families.py", "test_cpu_families.py")
+_LONG = (
+    *_TOGETHER["pipelines"],
+    "test_readme.py",
+    "test_class_pairs.py",
+    *_TOGETHER["families"],
+    "runtime/test_lora.py",
+    "test_ui.py",
+    "benchmarks/test_gpu.py",
+    "cli/test_quantise.py",
+    "test_torch_compile.py",
+    "verify/test_verify.py",
+    "test_evaluate.py",
+    "test_c_library.py",
+    "test_cuda_runtime.py",
+    "test_calibrate.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        names = {item.path.name, item.path.parent.name}
-        return next((index for index, name in enumerate(_LONG) if name in names), len(_LONG))
+        return next((index for index, part in enumerate(_LONG) if part in item.path.as_posix()), len(_LONG))
 
     items.sort(key=place)
 
@@ -47,14 +66,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``: a file stays in one process, in the order above; and the pipelines all go to one process, because
-    they build the same bundles, and two processes would wait for each other."""
+    """With ``-n``: a file stays in one process, in the order above, and so do the files of ``_TOGETHER``."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return str(Path(file).parent) if Path(file).parent.name == "pipeline" else file
+            return next((name for name, parts in _TOGETHER.items() if any(part in file for part in parts)), file)
 
     if config.getoption("dist") not in ("load", "loadfile"):
         return None  # another --dist was asked for

@@ -33,14 +33,14 @@ def record(out: Path, name: str) -> Any:
 
 CASE = "dit-tiny-tiny+-64-b2-fp32"
 CONTENDERS = ("torch-eager", "ours:onnxruntime", "diffusers")
+ON_CPU = ("--smoke", "--device", "cpu")  # told, it does not load torch to find out
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gpu") / "out"
-    done = run(
-        out, "--smoke", "--parts", f"ceilings,kernels,sanitizer,segments,{CASE}", "--contenders", ",".join(CONTENDERS)
-    )
+    parts = f"ceilings,kernels,sanitizer,segments,{CASE}"
+    done = run(out, *ON_CPU, "--parts", parts, "--contenders", ",".join(CONTENDERS))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -89,6 +89,7 @@ def test_the_report_claims_nothing_of_a_smoke_run(smoke: Path) -> None:
 
 
 def test_a_second_run_measures_nothing_again(smoke: Path) -> None:
+    """It finds the device by itself."""
     before = {name: record(smoke, name) for name in ("ceilings", "kernels", CASE)}
     done = run(smoke, "--smoke", "--parts", ",".join(before), "--contenders", ",".join(CONTENDERS))
     assert done.returncode == 0, done.stderr
@@ -103,7 +104,7 @@ def test_an_unfinished_part_goes_on_after_its_last_entry(smoke: Path, tmp_path: 
     old["entries"][kept]["seconds"] = 1234.5
     old["entries"][lost] = {"status": "running", "tries": 1}
     (tmp_path / "ceilings.json").write_text(json.dumps(old))
-    assert run(tmp_path, "--smoke", "--parts", "ceilings").returncode == 0
+    assert run(tmp_path, *ON_CPU, "--parts", "ceilings").returncode == 0
     new = record(tmp_path, "ceilings")
     assert new["status"] == "done"
     assert new["entries"][kept] == old["entries"][kept]
@@ -114,7 +115,7 @@ def test_an_unfinished_part_goes_on_after_its_last_entry(smoke: Path, tmp_path: 
 def test_what_another_device_measured_is_measured_again(smoke: Path, tmp_path: Path) -> None:
     old = record(smoke, "ceilings") | {"device": "cuda:0"}
     (tmp_path / "ceilings.json").write_text(json.dumps(old))
-    assert run(tmp_path, "--smoke", "--parts", "ceilings").returncode == 0
+    assert run(tmp_path, *ON_CPU, "--parts", "ceilings").returncode == 0
     new = record(tmp_path, "ceilings")
     assert new["device"] == "cpu"
     assert all(new["entries"][name] != entry for name, entry in old["entries"].items())

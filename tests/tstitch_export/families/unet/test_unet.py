@@ -91,9 +91,13 @@ SIZES = ({"B": 1, "H": 6, "W": 10, "T": 77}, {"B": 5, "H": 14, "W": 4, "T": 9}, 
 
 @pytest.fixture(scope="module")
 def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Everything Stable Diffusion's UNets may have at once: 9 channels, a guidance embedding, residuals."""
+    """Everything Stable Diffusion's UNets may have at once: 9 channels, a guidance embedding, residuals.
+
+    Attention on the way up is in ``test_sdxl``.
+    """
     folder = tmp_path_factory.mktemp("inpainting")
-    module = unet_folder(folder, "sd", in_channels=9, time_cond_proj_dim=16)
+    up = ("UpBlock2D", "UpBlock2D")
+    module = unet_folder(folder, "sd", in_channels=9, time_cond_proj_dim=16, up_block_types=up)
     return exported(folder, "unet-sd", module, {"controlled": True})
 
 
