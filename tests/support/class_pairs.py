@@ -170,7 +170,7 @@ PAIRS: Mapping[str, Callable[[Path], ClassPair]] = {
     "uvit": lambda folder: ClassPair(
         folder,
         Part("uvit", "s.pth", _uvit(depth=3), LINEAR, {**_UVIT, "time": "continuous"}),
-        Part("uvit", "l.pth", _uvit(mlp_time=True, conv=False, seed=1), SD, {**_UVIT, "time": "discrete"}),
+        Part("uvit", "l.pth", _uvit(depth=3, mlp_time=True, conv=False, seed=1), SD, {**_UVIT, "time": "discrete"}),
         (4, 8, 8),
         SD,
     ),

@@ -27,7 +27,7 @@ def _dit(folder: Path) -> Tiny:
     from support.dits import published_state
 
     path = folder / "DiT.safetensors"
-    save_file(published_state(heads=2), path)
+    save_file(published_state(heads=2, depth=1), path)
     return Tiny(path, {"num_heads": 2})
 
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from support.compiled_parts import export_network
 from support.dits import diffusers_folder, published_model, published_state
+from support.exports import graph_of, network_plan, onnx_of
+from support.rtx_families import CHECKPOINTS
 from tstitch_engines.errors import BuildFailed
 from tstitch_export.families import Family, Inspection, open_family
 from tstitch_export.onnx_export import exporter
@@ -34,16 +37,14 @@ def run(path: Path, sample: Any, timestep: Any, labels: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def inspection(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
-    path = tmp_path_factory.mktemp("dit") / "model.safetensors"
-    save_file(published_state(depth=1), path)
-    return DIT.inspect(path, {"num_heads": 4})
+    """Of the DiT that the tests of every family's engines export too."""
+    return DIT.inspect(CHECKPOINTS["dit"]["published"](tmp_path_factory.mktemp("dit")).path, {"num_heads": 2})
 
 
 @pytest.fixture(scope="module")
 def graph(inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fp32")
-    export_onnx(DIT, inspection, precision="fp32", folder=folder, progress=ignore)
-    return folder / "model.onnx"
+    return graph_of(export_network("dit", inspection.path, folder, {"num_heads": 2}), folder)
 
 
 def assert_close(path: Path, family: Family, inspection: Inspection, model: Any, limit: float) -> None:
@@ -58,7 +59,7 @@ def assert_close(path: Path, family: Family, inspection: Inspection, model: Any,
 
 
 def test_fp32_equals_pytorch(graph: Path, inspection: Inspection) -> None:
-    assert_close(graph, DIT, inspection, published_model(depth=1), 1e-4)
+    assert_close(graph, DIT, inspection, published_model(depth=1, heads=2), 1e-4)
 
 
 def test_graph_is_portable_and_says_nothing_of_this_machine(graph: Path) -> None:
@@ -92,17 +93,19 @@ def test_export_is_quiet_reproducible_and_splits_off_large_weights(
     assert (tmp_path / "model.onnx").stat().st_size < graph.stat().st_size / 2
     inline, split = onnx.load(graph), onnx.load(tmp_path / "model.onnx")
     assert [n.SerializeToString() for n in inline.graph.node] == [n.SerializeToString() for n in split.graph.node]
-    assert_close(tmp_path / "model.onnx", DIT, inspection, published_model(depth=1), 1e-4)
+    assert_close(tmp_path / "model.onnx", DIT, inspection, published_model(depth=1, heads=2), 1e-4)
 
 
 def test_fp16(inspection: Inspection, tmp_path: Path) -> None:
-    check = export_onnx(DIT, inspection, precision="fp16", folder=tmp_path, progress=ignore)
+    network = onnx_of(network_plan("dit", inspection.path, {"num_heads": 2}, "fp16"), tmp_path)
+    check, path = network.check, graph_of(network, tmp_path)
+    assert check is not None
     assert 1e-5 < check.rel_l2 < 1e-2, "float16 keeps 11 bits"
-    model = onnx.load(tmp_path / "model.onnx")
+    model = onnx.load(path)
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
     assert kinds == {"sample": 10, "timestep": 1, "labels": 7, "model_output": 10}
     # Weights of 11 bits and as many roundings as the graph has products: three times the recorded difference
-    assert_close(tmp_path / "model.onnx", DIT, inspection, published_model(depth=1), 1e-2)
+    assert_close(path, DIT, inspection, published_model(depth=1, heads=2), 1e-2)
 
 
 def test_bf16(inspection: Inspection, tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_bf16(inspection: Inspection, tmp_path: Path) -> None:
     assert kinds == {"sample": 16, "timestep": 1, "labels": 7, "model_output": 16}
     stored = {t.name: t for t in model.graph.initializer}["blocks.0.mlp.fc1.bias"]
     bits = np.frombuffer(stored.raw_data, np.uint16).astype(np.uint32) << 16
-    want = published_model(depth=1).blocks[0].mlp.fc1.bias.bfloat16().float()
+    want = published_model(depth=1, heads=2).blocks[0].mlp.fc1.bias.bfloat16().float()
     assert np.array_equal(bits.view(np.float32), want.detach().numpy())
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"], "the widened twin is gone"
 
