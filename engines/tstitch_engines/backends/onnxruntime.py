@@ -77,7 +77,7 @@ class OnnxRuntimeBackend(Backend):
         if kind == "cpu":
             return ["CPUExecutionProvider"]
         self._find_cuda()
-        self._need("CUDA", "use --device cpu")
+        self._require_provider("CUDA", "use --device cpu")
         cuda = {
             "device_id": str(index),
             "use_tf32": "0",  # float32 is float32; by default products have 10 bits of mantissa
@@ -90,7 +90,7 @@ class OnnxRuntimeBackend(Backend):
             cuda |= {"user_compute_stream": str(stream), "use_ep_level_unified_stream": "1"}
         return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
-    def _need(self, provider: str, way_out: str) -> None:
+    def _require_provider(self, provider: str, way_out: str) -> None:
         there = self._ort.get_available_providers()
         if f"{provider}ExecutionProvider" not in there:
             raise Unavailable(
@@ -133,7 +133,7 @@ class OnnxRuntimeBackend(Backend):
         if level not in _LEVELS:
             raise unknown_name("graph optimisation level", level, _LEVELS)
         if provider == "tensorrt":
-            self._need("TensorRT", "leave out --option provider")
+            self._require_provider("TensorRT", "leave out --option provider")
         providers = self._providers(device)
         settings = self._session_options()
         settings.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[level])
@@ -176,7 +176,7 @@ class OnnxRuntimeBackend(Backend):
         providers = self._providers(device.name, stream)
         compiled = identity.options.get("provider") == "tensorrt"
         if compiled:
-            self._need("TensorRT", "leave out --option provider")
+            self._require_provider("TensorRT", "leave out --option provider")
             settled = tensorrt_options(member, identity, device.name, stream)
             Path(settled["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
             providers.insert(0, (_TENSORRT, settled))
