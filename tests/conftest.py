@@ -18,6 +18,8 @@ from support.tiny import TinyPair
 
 # Before numpy, torch and ONNX Runtime are loaded: one process a core with one thread each, so that they don't compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# TorchInductor compiles a program for each instruction set of this CPU to learn whether the compiler has it: 15 s.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # Started in the background (`pytest &`, some CI runners) this process ignores Ctrl-C, and so would every child that the
 # tests interrupt: a handler here is the default there.

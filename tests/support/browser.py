@@ -63,7 +63,7 @@ def browser_page(**options: Any) -> Iterator[Watched]:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=program, args=list(_SWITCHES))
         try:
-            yield Watched(browser.new_page(**options))
+            yield Watched(browser.new_context(**options).new_page())
         finally:
             browser.close()
 

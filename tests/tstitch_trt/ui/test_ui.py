@@ -149,6 +149,14 @@ def served(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         process.stdout.close()
 
 
+@pytest.fixture(scope="module")
+def opened(served: tuple[str, Any]) -> Iterator[Watched]:
+    """One browser for both tests: it takes seconds to load Gradio's page for the first time."""
+    with browser_page(viewport={"width": 1400, "height": 1000}) as seen:
+        seen.page.context.set_default_timeout(120_000)
+        yield seen
+
+
 def assert_only_itself(seen: Watched, address: str) -> None:
     asked_of = {url.partition("?")[0] for url in seen.requests if not url.startswith(("data:", "blob:"))}
     assert all(url.startswith(address) for url in asked_of), asked_of
@@ -157,41 +165,37 @@ def assert_only_itself(seen: Watched, address: str) -> None:
     assert seen.errors == []
 
 
-def test_a_picture_is_drawn_by_pressing_the_button(served: tuple[str, Any]) -> None:
-    address, _ = served
-    with browser_page(viewport={"width": 1400, "height": 1000}) as seen:
-        page = seen.page
-        page.set_default_timeout(120_000)
-        page.goto(address)
-        page.wait_for_selector("#plot svg")
-        page.fill("#steps input[type=number]", "10")
-        page.press("#steps input[type=number]", "Tab")
-        page.wait_for_function("document.querySelector('#plot').innerHTML.includes('chosen: small:4,large:6')")
-        page.click("#draw")
-        page.wait_for_function(
-            "[...document.querySelectorAll('#pictures img')].filter(i => i.naturalWidth == 224).length == 3"
-        )
-        captions = page.inner_text("#pictures")
-        for text in ("0%: 10 large", "40%: 4 small + 6 large", "100%: 10 small", "ms per image"):
-            assert text in captions
-        for selector in ("#pictures", "#plot"):
-            picture = pixels(page.locator(selector).screenshot())
-            assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, selector
-        assert_only_itself(seen, address)
+def test_a_picture_is_drawn_by_pressing_the_button(served: tuple[str, Any], opened: Watched) -> None:
+    page, (address, _) = opened.page, served
+    page.goto(address)
+    page.wait_for_selector("#plot svg")
+    page.fill("#steps input[type=number]", "10")
+    page.press("#steps input[type=number]", "Tab")
+    page.wait_for_function("document.querySelector('#plot').innerHTML.includes('chosen: small:4,large:6')")
+    page.click("#draw")
+    page.wait_for_function(
+        "[...document.querySelectorAll('#pictures img')].filter(i => i.naturalWidth == 224).length == 3"
+    )
+    captions = page.inner_text("#pictures")
+    for text in ("0%: 10 large", "40%: 4 small + 6 large", "100%: 10 small", "ms per image"):
+        assert text in captions
+    for selector in ("#pictures", "#plot"):
+        picture = pixels(page.locator(selector).screenshot())
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, selector
+    assert_only_itself(opened, address)
 
 
-def test_an_error_of_ours_is_shown_with_its_hint(served: tuple[str, Any]) -> None:
+def test_an_error_of_ours_is_shown_with_its_hint(served: tuple[str, Any], opened: Watched) -> None:
     address, process = served
-    with browser_page(viewport={"width": 1400, "height": 1000}) as seen:
-        page = seen.page
-        page.set_default_timeout(120_000)
-        page.goto(address)
-        page.wait_for_selector("#plot svg")
-        page.fill("#steps input[type=number]", "200")
-        page.press("#steps input[type=number]", "Tab")
-        page.click("#solver input")
-        page.get_by_role("option", name="lcm", exact=True).click()
-        page.wait_for_selector(".toast-wrap >> text=hint:")
-        assert "lcm" in page.inner_text(".toast-wrap")
-        assert process.poll() is None
-        assert_only_itself(seen, address)
+    seen = Watched(opened.page.context.new_page())
+    page = seen.page
+    page.goto(address)
+    page.wait_for_selector("#plot svg")
+    page.fill("#steps input[type=number]", "200")
+    page.press("#steps input[type=number]", "Tab")
+    page.click("#solver input")
+    page.get_by_role("option", name="lcm", exact=True).click()
+    page.wait_for_selector(".toast-wrap >> text=hint:")
+    assert "lcm" in page.inner_text(".toast-wrap")
+    assert process.poll() is None
+    assert_only_itself(seen, address)
