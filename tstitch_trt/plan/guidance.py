@@ -36,10 +36,10 @@ def guidance_scales(
     scales = np.array(
         [per_member[name] if own is None else own for name, own in zip(schedule.names, schedule.guidance, strict=True)]
     )
-    if not np.isfinite(scales).all() or (scales < 0).any():
-        bad = scales[~(np.isfinite(scales) & (scales >= 0))][0]
+    bad = scales[~(np.isfinite(scales) & (scales >= 0))]
+    if bad.size:
         raise BadInput(
-            f"guidance {bad:g}; allowed are finite numbers from 0 on", hint="1 is no guidance, e.g. --guidance 1.5"
+            f"guidance {bad[0]:g}; allowed are finite numbers from 0 on", hint="1 is no guidance, e.g. --guidance 1.5"
         )
     if interval is not None:
         start, stop = interval

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Unpack
 
@@ -69,8 +69,11 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
     solver = _solver(manifest, options)
     steps = None if options.steps is None and options.timesteps is not None else options.asked_steps(manifest)
     table = make_table(solver, noise, steps, timesteps=options.timesteps)
+    schedule = manifest.defaults.schedule if options.schedule is None else options.schedule
+    if options.fraction is not None:
+        schedule = fraction_text(options.fraction, tuple(manifest.members))
     resolved = resolve(
-        _schedule(manifest, options),
+        schedule,
         members=tuple(manifest.members),
         timesteps=table.t,
         sigmas=table.sigma,
@@ -123,12 +126,6 @@ def _solver(manifest: Manifest, options: PlanOptions) -> SolverOptions:
         return found
     offset = defaults.solver_options.get("steps_offset")
     return with_default_spacing(found, defaults.spacing, offset if isinstance(offset, int) else None)
-
-
-def _schedule(manifest: Manifest, options: PlanOptions) -> str | Sequence[str]:
-    if options.fraction is not None:
-        return fraction_text(options.fraction, tuple(manifest.members))
-    return manifest.defaults.schedule if options.schedule is None else options.schedule
 
 
 def _check_variance(manifest: Manifest, schedule: Schedule, table: StepTable) -> None:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from math import floor
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,13 @@ from tstitch_engines.errors import BadSchedule, unknown_name
 
 __all__ = ["ROUNDINGS", "Schedule", "Segment", "fraction_text", "resolve"]
 
-ROUNDINGS: Final = ("paper", "floor", "timestep", "timestep-strict")
+_STOPS: Final[Mapping[str, Callable[[float, NDArray[np.float64]], int]]] = {
+    "paper": lambda r, time: round(round(r * len(time), 9)),
+    "floor": lambda r, time: floor(round(r * len(time), 9)),
+    "timestep": lambda r, time: int(np.count_nonzero(time >= 1 - r)),
+    "timestep-strict": lambda r, time: int(np.count_nonzero(time > 1 - r)),
+}
+ROUNDINGS: Final = tuple(_STOPS)
 
 _FORMS = 'write it as e.g. "small:0.4,large", "small:20,large:30", "high@t>=875,low" or one name per step'
 _SEGMENT = re.compile(
@@ -87,19 +93,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _Part:
-    """One parsed segment of the text; at most one of the amounts is set."""
+    """One parsed segment of the text. ``kind``: what ``value`` is, empty for a bare name.
+
+    A boundary lies where ``axis`` (``t``, ``sigma`` or ``end``) is at least ``value``, or above it when ``strict``.
+    """
 
     text: str
     name: str
-    fraction: float | None = None
-    count: int | None = None
-    bound: tuple[str, str, float] | None = None
-    end: float | None = None
+    kind: Literal["", "fractions", "counts", "boundaries"] = ""
+    value: float = 0
+    axis: str = ""
+    strict: bool = False
     g: float | None = None
-
-    @property
-    def bare(self) -> bool:
-        return self.fraction is None and self.count is None and self.bound is None and self.end is None
 
 
 def fraction_text(fraction: float, members: Sequence[str]) -> str:
@@ -144,11 +149,20 @@ def resolve(
     for part in parts:
         if part.name not in members:
             raise unknown_name("member", part.name, members, hint=f"(in the schedule {_short(text)!r})")
-    if sum(p.bare for p in parts) > 1 or not isinstance(schedule, str):
+    kinds = [part.kind for part in parts]
+    if kinds.count("") > 1 or not isinstance(schedule, str):
         return _explicit(parts, text, steps)
-    if any(p.fraction is not None for p in parts):
-        stops, rule = _from_fractions(parts, text, timesteps / train_steps, rounding)
-    elif any(p.bound is not None or p.end is not None for p in parts):
+    kind = next((kind for kind in ("fractions", "boundaries") if kind in kinds), "counts")
+    for part in parts:
+        if part.kind not in (kind, ""):
+            raise BadSchedule(
+                f"the schedule {_short(text)!r} mixes {kind} with {part.text!r}",
+                hint=f"use {kind} for every segment but one",
+            )
+    if kind == "fractions":
+        stops = _from_fractions(parts, text, timesteps / train_steps, rounding)
+        rule = f"fraction, rounding {rounding}"
+    elif kind == "boundaries":
         stops, rule = _from_bounds(parts, text, timesteps, sigmas, train_steps), "boundary"
     else:
         stops, rule = _from_counts(parts, text, steps), "counts"
@@ -179,31 +193,31 @@ def _parse(piece: str) -> _Part:
     match = _SEGMENT.fullmatch(piece)
     if match is None:
         raise BadSchedule(f"the schedule segment {_short(piece)!r} can't be read", hint=_FORMS)
-    name, amount, g = match["name"], match["amount"], match["g"]
-    scale = None if g is None else _number(g, piece)
+    amount, end = match["amount"], match["end"]
+    part = _Part(piece, match["name"], g=None if match["g"] is None else _number(match["g"], piece))
     if amount is not None and amount.isdigit() and len(amount) < 10:
-        return _Part(piece, name, count=int(amount), g=scale)
+        return replace(part, kind="counts", value=int(amount))
     if amount is not None:
-        percent = amount.endswith("%")
-        fraction = _number(amount.rstrip("%"), piece) / (100 if percent else 1)
+        fraction = _number(amount.rstrip("%"), piece) / (100 if amount.endswith("%") else 1)
         if not 0 <= fraction <= 1:
             raise BadSchedule(
                 f"fraction {_short(amount)} in the schedule segment {_short(piece)!r} is outside 0..1",
                 hint="fractions are shares of the steps (0.4 or 40%); step counts are whole numbers without a dot",
             )
-        return _Part(piece, name, fraction=fraction, g=scale)
+        return replace(part, kind="fractions", value=fraction)
     if match["what"] is not None:
-        return _Part(piece, name, bound=(match["what"], match["op"], _number(match["bound"], piece)), g=scale)
-    if match["end"] is not None:
-        end = _number(match["end"], piece)
-        if not 0 <= end <= 1:
-            raise BadSchedule(f"end={end} in {piece!r} is outside 0..1", hint="e.g. base@end=0.8,refiner")
-        return _Part(piece, name, end=end, g=scale)
-    return _Part(piece, name, g=scale)
+        bound, strict = _number(match["bound"], piece), match["op"] == ">"
+        return replace(part, kind="boundaries", value=bound, axis=match["what"], strict=strict)
+    if end is not None:
+        share = _number(end, piece)
+        if not 0 <= share <= 1:
+            raise BadSchedule(f"end={share} in {piece!r} is outside 0..1", hint="e.g. base@end=0.8,refiner")
+        return replace(part, kind="boundaries", value=share, axis="end")
+    return part
 
 
 def _explicit(parts: list[_Part], text: str, steps: int) -> Schedule:
-    wrong = [p.text for p in parts if not p.bare]
+    wrong = [p.text for p in parts if p.kind]
     if wrong:
         raise BadSchedule(
             f"the schedule {_short(text)!r} leaves the share of more than one segment out beside {wrong[0]!r}",
@@ -217,51 +231,28 @@ def _explicit(parts: list[_Part], text: str, steps: int) -> Schedule:
     return Schedule(tuple(p.name for p in parts), text, "list", tuple(p.g for p in parts))
 
 
-def _one_kind(parts: list[_Part], text: str, kind: str, fits: list[bool]) -> None:
-    for part, fit in zip(parts, fits, strict=True):
-        if not fit and not part.bare:
-            raise BadSchedule(
-                f"the schedule {_short(text)!r} mixes {kind} with {part.text!r}",
-                hint=f"use {kind} for every segment but one",
-            )
-
-
-def _from_fractions(parts: list[_Part], text: str, time: NDArray[np.float64], rounding: str) -> tuple[list[int], str]:
-    _one_kind(parts, text, "fractions", [p.fraction is not None for p in parts])
-    total = sum(p.fraction for p in parts if p.fraction is not None)
-    rest = any(p.bare for p in parts)
+def _from_fractions(parts: list[_Part], text: str, time: NDArray[np.float64], rounding: str) -> list[int]:
+    total = sum(p.value for p in parts)
+    rest = any(not p.kind for p in parts)
     if total > 1 + 1e-9 or (not rest and total < 1 - 1e-9):
         raise BadSchedule(
             f"the fractions of {_short(text)!r} add up to {total:g}",
             hint="they must add up to 1" + (" at most" if rest else "; leave one out to take the rest"),
         )
-    shares = [max(0.0, 1 - total) if p.fraction is None else p.fraction for p in parts]
-    steps = len(time)
-    stops: list[int] = []
-    for share in accumulate(shares):
-        r = round(share, 12)  # 0.1 + 0.2 is 0.3
-        if rounding == "paper":
-            stop = round(round(r * steps, 9))
-        elif rounding == "floor":
-            stop = floor(round(r * steps, 9))
-        elif rounding == "timestep":
-            stop = int(np.count_nonzero(time >= 1 - r))
-        else:
-            stop = int(np.count_nonzero(time > 1 - r))
-        stops.append(stop)
-    stops[-1] = steps
-    return stops, f"fraction, rounding {rounding}"
+    shares = (p.value if p.kind else max(0.0, 1 - total) for p in parts)
+    stops = [_STOPS[rounding](round(r, 12), time) for r in accumulate(shares)]  # 0.1 + 0.2 is 0.3
+    return [*stops[:-1], len(time)]
 
 
 def _from_counts(parts: list[_Part], text: str, steps: int) -> list[int]:
-    total = sum(p.count for p in parts if p.count is not None)
-    rest = any(p.bare for p in parts)
+    total = sum(int(p.value) for p in parts)
+    rest = any(not p.kind for p in parts)
     if total > steps or (not rest and total != steps):
         raise BadSchedule(
             f"the counts of {_short(text)!r} add up to {total} for {steps} steps",
             hint=f"make them add up to {steps}, pass --steps {total}, or leave one count out to take the rest",
         )
-    return list(accumulate(steps - total if p.count is None else p.count for p in parts))
+    return list(accumulate(int(p.value) if p.kind else steps - total for p in parts))
 
 
 def _from_bounds(
@@ -271,24 +262,18 @@ def _from_bounds(
     sigmas: NDArray[np.float64],
     train_steps: int,
 ) -> list[int]:
-    _one_kind(parts, text, "boundaries", [p.bound is not None or p.end is not None for p in parts])
-    if not parts[-1].bare:
+    if parts[-1].kind:
         raise BadSchedule(
             f"the schedule {_short(text)!r} has no member after its last boundary",
             hint=f'end it with a bare name: "{text},{parts[-1].name}"',
         )
-    if any(p.bare for p in parts[:-1]):
+    if not all(p.kind for p in parts[:-1]):
         raise BadSchedule(f"{parts[0].text!r} in {_short(text)!r} has no boundary", hint='e.g. "high@t>=875,low"')
     stops: list[int] = []
     for part in parts[:-1]:
-        if part.end is not None:
-            cut = round(train_steps - part.end * train_steps)
-            stop = int(np.count_nonzero(timesteps >= cut))
-        else:
-            assert part.bound is not None
-            what, op, value = part.bound
-            scale = timesteps if what == "t" else sigmas
-            stop = int(np.count_nonzero(scale >= value if op == ">=" else scale > value))
+        value = round(train_steps - part.value * train_steps) if part.axis == "end" else part.value
+        scale = sigmas if part.axis == "sigma" else timesteps
+        stop = int(np.count_nonzero(scale > value if part.strict else scale >= value))
         if stops and stop < stops[-1]:
             raise BadSchedule(
                 f"the boundary {part.text!r} in {_short(text)!r} comes before the one on its left",

@@ -136,9 +136,9 @@ def _check_guidance(rows: Array) -> None:
             f"guidance rescale runs from {rescale.min():g} to {rescale.max():g}; allowed is 0 to 1",
             hint="use 0 (off) to 1, usually 0.7",
         )
-    if ((channels < 0) | (channels != np.round(channels))).any():
+    wrong = (channels < 0) | (channels != np.round(channels))
+    if wrong.any():
         raise BadInput(
-            f"guided channels {channels[(channels < 0) | (channels != np.round(channels))][0]:g}; "
-            "allowed are whole numbers of 0 or more",
+            f"guided channels {channels[wrong][0]:g}; allowed are whole numbers of 0 or more",
             hint="pass the number of leading latent channels to guide",
         )

@@ -74,15 +74,9 @@ class Limits:
 
     def native_or_largest(self) -> tuple[int, int]:
         """The bundle's own latent size where all members run it, else the largest one that they do."""
-        return self.native if self._fits(*self.native) else self.largest
-
-    def _fits(self, height: int, width: int) -> bool:
-        ranges = ((self._range("H"), height), (self._range("W"), width))
-        return all(allowed is not None and allowed.min <= size <= allowed.max for allowed, size in ranges)
-
-    def usual_tokens(self, name: str) -> int:
-        """``T`` that a network's engine is tuned for, 0 where that is not dynamic."""
-        return self.tokens[name].opt if name in self.tokens else 0
+        ranges = ((self._range(dim), own) for dim, own in zip(_SIDES, self.native, strict=True))
+        fits = all(allowed is not None and allowed.min <= own <= allowed.max for allowed, own in ranges)
+        return self.native if fits else self.largest
 
     def check_batch(self, batch: int) -> None:
         """Raises ``OutOfProfile`` for a batch that some member's engine was not built for."""
@@ -112,18 +106,18 @@ class Limits:
                     f"{word} {shown(pixels)}; allowed are whole numbers of pixels", hint=f"e.g. {own * factor}"
                 )
             pixels = int(pixels)
-            multiple = self.multiple(dim)
+            step = factor * self.multiple(dim)
             if allowed is None or not allowed.min * factor <= pixels <= allowed.max * factor:
                 raise OutOfProfile(
                     f"{word} {pixels} is outside what was built: {self._allowed()}",
                     hint=f"ask for a size that all members allow, or build again with a wider --{word} MIN:OPT:MAX",
                 )
-            if pixels % (factor * multiple):
-                near = self._near(pixels, factor * multiple, allowed, factor)
+            if pixels % step:
+                around = (pixels // step * step, -(-pixels // step) * step)
+                fitting = [str(near) for near in around if allowed.min * factor <= near <= allowed.max * factor]
                 raise OutOfProfile(
-                    f"{word} {pixels} is no multiple of {factor * multiple} pixels; allowed are such multiples: "
-                    f"{self._allowed()}",
-                    hint=f"ask for {word} {near}",
+                    f"{word} {pixels} is no multiple of {step} pixels; allowed are such multiples: {self._allowed()}",
+                    hint=f"ask for {word} {' or '.join(fitting) or 'another multiple'}",
                 )
             found.append(pixels // factor)
         return found[0], found[1]
@@ -138,22 +132,15 @@ class Limits:
         low, high = max(r.min for r in ranges), min(r.max for r in ranges)
         return Range(low, high, high) if low <= high else None
 
-    @staticmethod
-    def _near(pixels: int, step: int, allowed: Range, factor: int) -> str:
-        around = [pixels // step * step, -(-pixels // step) * step]
-        fitting = [str(size) for size in around if allowed.min * factor <= size <= allowed.max * factor]
-        return " or ".join(fitting) or "another multiple"
-
     def sizes(self) -> str:
         """The sizes that all networks allow, as ``256..1024 x 512 (height x width in pixels), multiples of 64 x 8``."""
-        found = [self._range(dim) for dim in _SIDES]
-        if any(side is None for side in found):
+        height, width = self._range("H"), self._range("W")
+        if height is None or width is None:
             return f"none in common: {self._allowed()}"
-        factor, word = self.manifest.decoder.factor, self._unit()
-        text = " x ".join(self._side(side) for side in found if side is not None)
-        steps = [factor * self.multiple(dim) for dim, side in zip(_SIDES, found, strict=True) if side is not None]
-        moving = any(side is not None and side.min != side.max for side in found)
-        return f"{text} (height x width in {word})" + (f", in multiples of {steps[0]} x {steps[1]}" if moving else "")
+        steps = [self.manifest.decoder.factor * self.multiple(dim) for dim in _SIDES]
+        moving = height.min != height.max or width.min != width.max
+        text = f"{self._side(height)} x {self._side(width)} (height x width in {self._unit()})"
+        return text + (f", in multiples of {steps[0]} x {steps[1]}" if moving else "")
 
     def _unit(self) -> str:
         known = self.manifest.decoder.factor > 1 or self.manifest.decoder.kind != "none"

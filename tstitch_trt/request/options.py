@@ -106,15 +106,12 @@ class SampleOptions:
     @staticmethod
     def from_keywords(keywords: Mapping[str, object]) -> SampleOptions:
         """Raises ``UnknownName`` for a keyword that ``sample`` does not have, and ``BadInput`` as ``PlanOptions``."""
-        own: dict[str, object] = {}
-        plan: dict[str, object] = {}
-        for name, value in keywords.items():
-            if name in NAMES:
-                own[name] = value
-            elif name in StepKeywords.__annotations__:
-                plan[name] = value
-            else:
-                raise unknown_keyword("sample", name, [*NAMES, *StepKeywords.__annotations__, *_RUNTIME])
+        known = [*NAMES, *StepKeywords.__annotations__]
+        for name in keywords:
+            if name not in known:
+                raise unknown_keyword("sample", name, [*known, *_RUNTIME])
+        own = {name: value for name, value in keywords.items() if name in NAMES}
+        plan = {name: value for name, value in keywords.items() if name not in NAMES}
         return SampleOptions(**own, plan=PlanOptions.from_keywords(plan))
 
     def given(self, names: Sequence[str]) -> list[str]:

@@ -136,16 +136,11 @@ class ParsedRequest:
                 + ", ".join(dict.fromkeys(plan.schedule.names)),
                 hint="build them with the option controlled, or choose a schedule with one that is",
             )
-        if self.start_step:
-            self._check_start(plan)
-
-    def _check_start(self, plan: Plan) -> None:
-        """A trajectory can be entered in the middle where no row reads estimates from before."""
         if self.start_step >= len(plan.schedule):
             raise BadInput(
                 f"start_step {self.start_step} is outside 0..{len(plan.schedule) - 1}", hint="0 starts from noise"
             )
-        if reads_before(plan.rows, self.start_step):
+        if self.start_step and reads_before(plan.rows, self.start_step):
             raise BadInput(
                 f"start_step {self.start_step}: the solver needs the estimates of the steps before",
                 hint="use a single-step solver (ddim, ddpm, euler, lcm) to enter a trajectory in the middle",
@@ -156,9 +151,8 @@ def parse_request(manifest: Manifest, limits: Limits, options: SampleOptions) ->
     """Runs no engine. Raises ``BadInput`` and its kinds for all that can't be right, whatever its type."""
     _check_kind(manifest, options)
     if options.image is None:
-        for name in ("strength", "mask", "masked_image"):
-            if getattr(options, name) is not None:
-                raise BadInput(f"{name} was given without a picture", hint="add the picture: image= (--image FILE)")
+        for name in options.given(("strength", "mask", "masked_image")):
+            raise BadInput(f"{name} was given without a picture", hint="add the picture: image= (--image FILE)")
     channels = manifest.latent.channels if manifest.decoder.kind == "pixel" else 3
     image = None if options.image is None else read_image(options.image, channels)
     control, control_scale = _control(options)
@@ -291,12 +285,9 @@ def _images(
     if options.seed is not None and options.seeds is not None:
         raise BadInput("both seed and seeds were given", hint="give the first image's seed=, or seeds= one per image")
     seeds = None if options.seeds is None else _seed_list(options.seeds)
-    counts = {
-        "n": None if options.n is None else check_whole(options.n, "n", high=_MOST_IMAGES),
-        "seeds": None if seeds is None else len(seeds),
-        "latents": None if latents is None or not latents.shape else int(latents.shape[0]),
-    }
-    given = {name: count for name, count in counts.items() if count is not None}
+    given = {} if options.n is None else {"n": check_whole(options.n, "n", high=_MOST_IMAGES)}
+    given |= {} if seeds is None else {"seeds": len(seeds)}
+    given |= {} if latents is None or not latents.shape else {"latents": int(latents.shape[0])}
     count = next(iter(given.values()), max(cycled.values(), default=1))
     if len(set(given.values())) > 1:
         raise BadInput(
@@ -408,9 +399,8 @@ def _init(
     latents: Array | ForeignLatents | None,
 ) -> InitOptions:
     """``shape``: of one image's latent. ``latents``: the noise to mix in, if it was given."""
-    strength = 0.8 if options.mask is None else 1.0
-    if options.strength is not None:
-        strength = check_number(options.strength, "strength")
+    usual = 0.8 if options.mask is None else 1.0
+    strength = usual if options.strength is None else check_number(options.strength, "strength")
     if not 0 < strength <= 1:
         raise BadInput(
             f"strength {strength:g}; allowed is above 0 up to 1",
@@ -454,8 +444,6 @@ def _init(
 def _control(options: SampleOptions) -> tuple[Array | None, float]:
     """The control pictures and their scale."""
     scale = 1.0 if options.control_scale is None else check_number(options.control_scale, "control_scale", -1e6, 1e6)
-    if options.control is None:
-        if options.control_scale is not None:
-            raise BadInput("control_scale was given without a control picture", hint="add control= (--control FILE)")
-        return None, scale
-    return read_control(options.control), scale
+    if options.control_scale is not None and options.control is None:
+        raise BadInput("control_scale was given without a control picture", hint="add control= (--control FILE)")
+    return None if options.control is None else read_control(options.control), scale

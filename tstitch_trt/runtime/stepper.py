@@ -90,8 +90,8 @@ class Stepper:
 
     def usual_key(self, member: str, lanes: int, *, guided: bool) -> StepKey:
         """A plain step of ``member`` on latents of the bundle's own size, with the text its engine is tuned for."""
-        size, tokens = self.limits.native_or_largest(), self.limits.usual_tokens(member)
-        sizes = network_sizes(member, self.profiles[member], *size, tokens)
+        size, tokens = self.limits.native_or_largest(), self.limits.tokens.get(member)
+        sizes = network_sizes(member, self.profiles[member], *size, 0 if tokens is None else tokens.opt)
         return StepKey(member, lanes, guided, False, size, sizes)
 
     def latent_shape(self, key: StepKey) -> tuple[int, int, int]:
