@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -75,26 +76,34 @@ class Loras:
                 hint=f"call restore({name!r}), or close the runtime and load the bundle again",
             )
 
-    def current(self, name: str) -> object:
+    def current(self, name: str) -> _Active:
         """The state of a network, for ``put``."""
         return self._active.get(name, _NONE)
 
     def swap(self, name: str, files: LoraFiles) -> None:
         """Puts these LoRAs into a network, in place of those that are there. See ``Runtime.swap_lora``."""
-        self._put(name, self._read(name, files))
+        self.put(name, self._read(name, files))
 
-    def put(self, name: str, current: object) -> None:
-        """Restores a state that ``current`` returned."""
-        assert isinstance(current, _Active)
-        self._put(name, current)
+    def put(self, name: str, wanted: _Active) -> None:
+        """Puts a network into a state that ``current`` returned. Engine and record agree afterwards, also when this
+        raises."""
+        engine, before = self._refittable(name), self.current(name)
+        _, lost = self._lost.get(name, ("", ()))
+        keys = [*dict.fromkeys((*wanted.deltas, *before.deltas, *lost))]
+        if keys:
+            self._refit(name, engine, keys, wanted, before)
+        self._lost.pop(name, None)
+        self._active.pop(name, None)
+        if wanted.said:
+            self._active[name] = wanted
 
     def restore(self, name: str | None = None) -> None:
         """Gives one network, or all that have LoRAs, the weights that were exported."""
         if name is not None:
             self._refittable(name)
-        for each in (name,) if name is not None else (*self._active, *(set(self._lost) - set(self._active))):
-            if each in self._active or each in self._lost:
-                self._put(each, _NONE)
+        for each in dict.fromkeys((*self._active, *self._lost)):
+            if name in (None, each):
+                self.put(each, _NONE)
 
     # --- how
 
@@ -138,29 +147,17 @@ class Loras:
             self._weights[name] = open_weights(self._bundle, name, self._bundle.manifest.networks()[name])
         return self._weights[name]
 
-    def _put(self, name: str, wanted: _Active) -> None:
-        """Engine and record agree afterwards, also when this raises."""
-        engine, before = self._refittable(name), self._active.get(name, _NONE)
-        _, lost = self._lost.get(name, ("", ()))
-        keys = [*dict.fromkeys((*wanted.deltas, *before.deltas, *lost))]
-        if keys:
-            self._refit(name, engine, keys, wanted, before)
-        self._lost.pop(name, None)
-        self._active.pop(name, None)
-        if wanted.said:
-            self._active[name] = wanted
-
     def _refit(self, name: str, engine: Engine, keys: Sequence[str], wanted: _Active, before: _Active) -> None:
         weights = self._open(name)
-        values = _Values.of(name, weights, engine, keys, wanted)
-        others = _Stored(weights)
+        values = _replacements(name, weights, engine, keys, wanted)
+        others = _Lazy({key: partial(weights.read, key) for key in weights.map.initialisers})
         if not engine.refit_keeps_recordings:
             self._changed(name)
         try:
             engine.refit(values, others)
         except BaseException:
             try:
-                engine.refit(_Values.of(name, weights, engine, keys, before), others)
+                engine.refit(_replacements(name, weights, engine, keys, before), others)
             except Exception as second:
                 why = (str(second).splitlines() or [type(second).__name__])[0]
                 self._lost[name] = (why, tuple(keys))
@@ -168,73 +165,61 @@ class Loras:
             raise
 
 
-class _Values(Mapping[str, NDArray[Any]]):
-    """Weights by the engine's names, each computed when it is asked for, in the engine's layout and type."""
+class _Lazy(Mapping[str, NDArray[Any]]):
+    """Weights by name, each computed when it is asked for."""
 
-    def __init__(self, weights: Weights, keys: Mapping[str, str], deltas: Mapping[str, Sequence[Delta]]) -> None:
-        self._weights = weights
-        self._keys = dict(keys)
-        self._deltas = deltas
-
-    @staticmethod
-    def of(name: str, weights: Weights, engine: Engine, keys: Sequence[str], active: _Active) -> _Values:
-        """Raises ``BadBundle`` for a weight that the map says can't be had or replaced."""
-        names: dict[str, str] = {}
-        for key in keys:
-            weight = weights.map.weights[key]
-            inside = weight.parameter if engine.refit_names == "parameter" else weight.initialiser
-            shared = weight.shared and engine.refit_names == "initialiser"
-            if weight.initialiser is None or inside is None or shared:
-                raise BadBundle(
-                    f"{key} of {name!r} {'shares its place in the graph' if shared else 'was folded into the graph'} "
-                    "and can't be replaced",
-                    hint=f"build with the LoRA fused: tstitch-trt build ... --lora {name}=FILE",
-                )
-            names[inside] = key
-        return _Values(weights, names, active.deltas)
+    def __init__(self, makers: Mapping[str, Callable[[], NDArray[Any]]]) -> None:
+        self._makers = makers
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        key = self._keys[name]
-        weight = self._weights.map.weights[key]
-        assert weight.initialiser is not None
-        dtype = self._weights.map.initialisers[weight.initialiser].dtype
-        stored = self._weights.read(weight.initialiser)
-        value = stored.T if weight.transposed else stored
-        if key in self._deltas:
-            total = from_storage(np.ascontiguousarray(value), dtype).astype(np.float32)
-            for delta in self._deltas[key]:
-                total = total + delta()
-            if not np.abs(total).max() <= _LARGEST.get(dtype, np.finfo(np.float32).max):  # NaN is not either
-                raise BadCheckpoint(
-                    f"with these LoRAs {key} holds NaN, infinity or what {dtype} can't hold",
-                    hint="give them less weight, e.g. FILE:0.5",
-                )
-            value = to_storage(total, dtype)
-        # An engine takes it as it has it: the graph transposed, the program as the checkpoint.
-        flip = weight.transposed and name == weight.initialiser and name != weight.parameter
-        return np.array(value.T if flip else value, order="C")
+        return self._makers[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._makers)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._makers)
 
 
-class _Stored(Mapping[str, NDArray[Any]]):
-    """All initialisers as they were exported."""
+def _replacements(name: str, weights: Weights, engine: Engine, keys: Sequence[str], active: _Active) -> _Lazy:
+    """The weights ``keys`` with the LoRAs ``active``, by the engine's names and in its layout and type.
 
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
+    Raises ``BadBundle`` for a weight that the map says can't be had or replaced.
+    """
+    makers: dict[str, Callable[[], NDArray[Any]]] = {}
+    for key in keys:
+        weight = weights.map.weights[key]
+        inside = weight.parameter if engine.refit_names == "parameter" else weight.initialiser
+        shared = weight.shared and engine.refit_names == "initialiser"
+        if weight.initialiser is None or inside is None or shared:
+            raise BadBundle(
+                f"{key} of {name!r} {'shares its place in the graph' if shared else 'was folded into the graph'} "
+                "and can't be replaced",
+                hint=f"build with the LoRA fused: tstitch-trt build ... --lora {name}=FILE",
+            )
+        makers[inside] = partial(_replacement, weights, key, inside, active.deltas.get(key, ()))
+    return _Lazy(makers)
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._weights.read(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights.map.initialisers)
-
-    def __len__(self) -> int:
-        return len(self._weights.map.initialisers)
+def _replacement(weights: Weights, key: str, inside: str, deltas: Sequence[Delta]) -> NDArray[Any]:
+    weight = weights.map.weights[key]
+    assert weight.initialiser is not None
+    dtype = weights.map.initialisers[weight.initialiser].dtype
+    stored = weights.read(weight.initialiser)
+    value = stored.T if weight.transposed else stored
+    if deltas:
+        total = from_storage(np.ascontiguousarray(value), dtype).astype(np.float32)
+        for delta in deltas:
+            total = total + delta()
+        if not np.abs(total).max() <= _LARGEST.get(dtype, np.finfo(np.float32).max):  # NaN is not either
+            raise BadCheckpoint(
+                f"with these LoRAs {key} holds NaN, infinity or what {dtype} can't hold",
+                hint="give them less weight, e.g. FILE:0.5",
+            )
+        value = to_storage(total, dtype)
+    # An engine takes it as it has it: the graph transposed, the program as the checkpoint.
+    flip = weight.transposed and inside == weight.initialiser and inside != weight.parameter
+    return np.array(value.T if flip else value, order="C")
 
 
 def _uses(files: LoraFiles) -> tuple[LoraUse, ...]:
