@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from tstitch_trt.request.parse import InitOptions
 
 __all__ = [
     "ENCODER_NOISE_STEP",
-    "Encoder",
+    "Encode",
     "InitImage",
     "make_init_image",
     "noise_of",
@@ -25,12 +26,9 @@ Array = NDArray[np.float32]
 
 ENCODER_NOISE_STEP = INITIAL_NOISE_STEP - 1  # the Philox "step" of the encoder's own noise
 
-
-class Encoder(Protocol):
-    """The picture encoder of a bundle."""
-
-    def encode(self, pictures: Array) -> tuple[Array, Array]:
-        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``."""
+Encode = Callable[[Array], tuple[Array, Array]]
+"""A picture encoder: pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents
+``[N,C,h,w]``."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,9 @@ def noise_of(seeds: tuple[int, ...], shape: tuple[int, ...], step: int = INITIAL
     return np.stack([normal(seed, step, size).reshape(shape) for seed in seeds])
 
 
-def _encode(
+def _latents_of(
     manifest: Manifest,
-    encoder: Encoder | None,
+    encode: Encode | None,
     pictures: NDArray[Any],
     seeds: tuple[int, ...],
     *,
@@ -82,13 +80,13 @@ def _encode(
     rows = np.arange(len(seeds)) % count
     if manifest.decoder.kind == "pixel":
         return np.ascontiguousarray(((chosen - latent.shift) * latent.scaling)[rows], np.float32)
-    if encoder is None:
+    if encode is None:
         raise Unavailable(
             f"the bundle {manifest.name!r} has no picture encoder, so it can't start from a picture",
             hint="encode it yourself and give its latents: image=float32 [N,C,h,w]; or build the bundle from a whole "
             "pipeline folder",
         )
-    mean, std = encoder.encode(np.ascontiguousarray(chosen))
+    mean, std = encode(np.ascontiguousarray(chosen))
     found = mean[rows]
     if std.any():
         found = found + std[rows] * noise_of(seeds, mean.shape[1:], ENCODER_NOISE_STEP)
@@ -101,7 +99,7 @@ def _encode(
 
 def make_init_image(
     manifest: Manifest,
-    encoder: Encoder | None,
+    encode: Encode | None,
     init: InitOptions,
     seeds: tuple[int, ...],
     shape: tuple[int, ...],
@@ -114,12 +112,12 @@ def make_init_image(
     rows, factor, image = np.arange(len(seeds)), manifest.decoder.factor, init.image
     clean = np.asarray(image[rows % len(image)], np.float32)
     if image.dtype.kind == "u":
-        clean = _encode(manifest, encoder, image, seeds)
+        clean = _latents_of(manifest, encode, image, seeds)
     small = outside = None
     if init.mask is not None:  # every factor-th pixel, as torch's "nearest"
         small = init.mask[rows % len(init.mask), :, ::factor, ::factor]
         if init.masked_image is not None:
             outside = init.masked_image[rows % len(init.masked_image)]
         elif any(member.inpaints for member in manifest.members.values()):
-            outside = _encode(manifest, encoder, image, seeds, outside=init.mask)
+            outside = _latents_of(manifest, encode, image, seeds, outside=init.mask)
     return InitImage(clean, noise_of(seeds, shape) if noise is None else noise, small, outside)

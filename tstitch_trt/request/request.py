@@ -13,7 +13,7 @@ from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.arrays import ForeignLatents
 from tstitch_trt.request.conditioning import Conditioning, Values, class_values, guidance_embedding
 from tstitch_trt.request.controlnet import CONTROLNET, control_values
-from tstitch_trt.request.init_image import Encoder, InitImage, make_init_image
+from tstitch_trt.request.init_image import Encode, InitImage, make_init_image
 from tstitch_trt.request.parse import ParsedRequest
 from tstitch_trt.request.text import Texts, text_values
 
@@ -51,7 +51,7 @@ class Request:
         plan: Plan,
         *,
         texts: Texts | None = None,
-        encoder: Encoder | None = None,
+        encode: Encode | None = None,
     ) -> Request:
         """Encodes prompts and pictures, which runs engines. ``ParsedRequest.check`` was passed with this plan.
 
@@ -63,7 +63,7 @@ class Request:
             start = plan.start
             noise = latents if isinstance(latents, np.ndarray) else None
             shape = (manifest.latent.channels, *parsed.size)
-            picture = make_init_image(manifest, encoder, parsed.init, parsed.seeds, shape, noise)
+            picture = make_init_image(manifest, encode, parsed.init, parsed.seeds, shape, noise)
             # With a mask and all steps to run, nothing of the picture is left in the noise, as in diffusers.
             from_noise = start == 0 and picture.mask is not None
             a, s = float(plan.table.a[start]), float(plan.table.s[start])

@@ -120,7 +120,12 @@ def lane_programs(
     picture = request.picture if any(key.inpaint for key in keys[request.start :]) else None
     programs = []
     for image in images:
-        inpainting, latents = None, request.latents
+        latents: NDArray[np.float32] | BufferRow | None = None
+        if isinstance(request.latents, np.ndarray):
+            latents = request.latents[image]
+        elif request.latents is not None:
+            latents = BufferRow(request.latents, image)
+        inpainting = None
         if picture is not None and picture.mask is not None:
             inpainting = Inpainting(picture.clean[image], picture.mask[image], picture.noise[image])
         programs.append(
@@ -130,19 +135,12 @@ def lane_programs(
                 request.start,
                 keys,
                 plan.init_scale if request.from_noise else 1.0,
-                latents if latents is None else _row(latents, image),
+                latents,
                 {name: {key: v.row(image) for key, v in values.items()} for name, values in networks.items()},
                 inpainting,
             )
         )
     return programs
-
-
-def _row(latents: NDArray[np.float32] | Buffer, image: int) -> NDArray[np.float32] | BufferRow:
-    if not isinstance(latents, np.ndarray):
-        return BufferRow(latents, image)
-    row: NDArray[np.float32] = latents[image]
-    return row
 
 
 def _keys(

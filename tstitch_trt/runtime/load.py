@@ -14,9 +14,10 @@ from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.threads import default_threads
+from tstitch_trt.checks import check_choice
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.runtime.step_graphs import GraphMode, check_mode
+from tstitch_trt.runtime.step_graphs import GRAPH_MODES, GraphMode
 from tstitch_trt.runtime.work_queue import check_timeout
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def load(
     """
     if threads is not None and threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
-    check_mode(graph)
+    check_choice(graph, "graph mode", GRAPH_MODES)
     check_timeout(timeout)
     started = perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify, engines=not rebuild)

@@ -27,7 +27,15 @@ def planned_memory(manifest: Manifest) -> dict[str, dict[str, int]]:
 
     Only for backends that all members have engines of. Weights and activations are known once the engines are loaded.
     """
-    return {backend: _planned(manifest, limits) for backend, limits in planned_limits(manifest).items()}
+    found = {}
+    for backend, limits in planned_limits(manifest).items():
+        height, width = limits.largest
+        elements, rows = manifest.latent.channels * height * width, conditioning_rows(manifest, limits)
+        found[backend] = {
+            "arena": arena_bytes(limits.batch.max, elements, manifest.noise.steps, rows),
+            "engine io": slab_bytes(io_buffer_sizes(manifest, limits)),
+        }
+    return found
 
 
 def _profiles(manifest: Manifest, backend: str) -> dict[str, ShapeProfile]:
@@ -38,12 +46,3 @@ def _profiles(manifest: Manifest, backend: str) -> dict[str, ShapeProfile]:
         if (largest := max(records, key=lambda profile: profile.dims["B"].max, default=None)) is not None:
             found[name] = largest
     return found
-
-
-def _planned(manifest: Manifest, limits: Limits) -> dict[str, int]:
-    height, width = limits.largest
-    elements = manifest.latent.channels * height * width
-    return {
-        "arena": arena_bytes(limits.batch.max, elements, manifest.noise.steps, conditioning_rows(manifest, limits)),
-        "engine io": slab_bytes(io_buffer_sizes(manifest, limits)),
-    }

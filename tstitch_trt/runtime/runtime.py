@@ -68,11 +68,7 @@ class Runtime:
         timeout: float | None = None,
     ) -> None:
         """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device``
-        (``Device.with_own_stream``).
-
-        ``threads``: CPU threads that the engines were loaded with, 0 for all cores. ``chooser``: makes what chooses
-        schedules for latency budgets; without one they are refused. ``timeout``: seconds that a call waits for those
-        before it, ``None`` for ever.
+        (``Device.with_own_stream``). The other options are those of ``tstitch_trt.load``.
         """
         self.bundle = bundle
         self.device = device
@@ -380,8 +376,8 @@ class Runtime:
         parsed = job.parsed
         if isinstance(parsed.latents, ForeignLatents):
             parsed = replace(parsed, latents=parsed.latents.read(self.device.borrow(parsed.latents.value)))
-        encoder = self._vae.encoding(job.tile)
-        return Request.make(self.manifest, parsed, job.plan, texts=self._texts, encoder=encoder)
+        encode = self._vae.encoding(job.tile)
+        return Request.make(self.manifest, parsed, job.plan, texts=self._texts, encode=encode)
 
     def _run(self, job: _Job, timeout: float | None) -> Generator[StepEvent, None, Result]:
         """One turn, in which the request is encoded and its chunks run."""

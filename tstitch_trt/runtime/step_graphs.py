@@ -18,26 +18,19 @@ from numpy.typing import NDArray
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.device.base import Device, Graph, NotCaptured
 from tstitch_engines.device.step_row import FLAG_STORE, ROW, ROW_FIELDS
-from tstitch_engines.errors import unknown_name
 from tstitch_trt.runtime.arena import LaneArena
 from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
 
-__all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "StepGraphs", "check_mode"]
+__all__ = ["GRAPH_MODES", "GraphMode", "GraphState", "StepGraphs"]
 
 GraphMode = Literal["auto", "step", "segment", "off"]
 GRAPH_MODES: Final = ("auto", "step", "segment", "off")
 
 _SEGMENTS: Final = 16  # graphs of whole segments kept; each costs memory by its length
-_TOLERANCE: Final = (
-    1e-2  # relative L2: far above what half precision may differ by from run to run, far below wrong data
-)
+# Relative L2: far above what half precision may differ by from run to run, far below wrong data.
+_TOLERANCE: Final = 1e-2
 
 _logger = logging.getLogger(__name__)
-
-
-def check_mode(mode: str) -> None:
-    if mode not in GRAPH_MODES:
-        raise unknown_name("graph mode", mode, GRAPH_MODES)
 
 
 class GraphState(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -16,16 +17,16 @@ from tstitch_trt.runtime.stepper import Stepper
 __all__ = ["StepTimer"]
 
 
+@dataclass(frozen=True)
 class StepTimer:
     """Times the parts of a step. It overwrites what arena and engine buffers hold."""
 
-    def __init__(self, stepper: Stepper, device: Device) -> None:
-        self._stepper = stepper
-        self._device = device
+    stepper: Stepper
+    device: Device
 
     def time_member(self, name: str, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
-        stepper = self._stepper
+        stepper = self.stepper
         key = stepper.usual_key(name, batch, guided=guided)
         stepper.synthetic(key, 0)
         stepper.bind(name, batch, guided, key.sizes)
@@ -33,7 +34,7 @@ class StepTimer:
 
     def time_step_kernels(self, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
-        stepper, device, name = self._stepper, self._device, self._stepper.members[0]
+        stepper, device, name = self.stepper, self.device, self.stepper.members[0]
         rows = make_plan(stepper.manifest, schedule=name, guidance=1.0).rows.astype(np.float32)
         key = stepper.usual_key(name, batch, guided=guided)
         bound = stepper.bind(name, batch, guided, key.sizes)
@@ -59,11 +60,11 @@ class StepTimer:
     def _times(self, work: Callable[[], None], *, repeats: int, warmup: int) -> list[float]:
         for _ in range(warmup):
             work()
-        self._device.synchronize()
+        self.device.synchronize()
         times = []
         for _ in range(repeats):
             start = perf_counter()
             work()
-            self._device.synchronize()
+            self.device.synchronize()
             times.append(1e3 * (perf_counter() - start))
         return times

@@ -71,9 +71,8 @@ class Trajectory:
         self._decode = decode
         self._events = events
         self._check = check
-        self._guided = any(plan.guided)
         self._splitting = stepper.splitting
-        self._counts = self._splitting.chunks(request.n, guided=self._guided)
+        self._counts = self._splitting.chunks(request.n, guided=any(plan.guided))
 
     def chunks(self) -> list[Chunk]:
         ends = list(accumulate(self._counts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.errors import BadInput, OutOfProfile, Unavailable
-from tstitch_engines.spec import Range
+from tstitch_trt.request.init_image import Encode
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.tiling import Blend, Tiles, tiles_of
 
@@ -39,13 +39,24 @@ class _Half:
 
     def _tiles(self, size: tuple[int, int], tile: Tile) -> Tiles:
         """``size``: height and width of the latent. Raises ``OutOfProfile``, ``BadInput``."""
-        ranges = [self._part.profile.dims[dim] for dim, _ in _SIDES]
-        sides = []
-        for (_, word), allowed, length in zip(_SIDES, ranges, size, strict=True):
-            wanted = allowed.max if isinstance(tile, str) else self._asked(tile, allowed)
-            side = min(wanted, length)
+        name, f, sides = self._part.name, self.factor, []
+        for (dim, word), length in zip(_SIDES, size, strict=True):
+            allowed = self._part.profile.dims[dim]
+            least, most = f * allowed.min, f * allowed.max
+            side, rest = (allowed.max, 0) if isinstance(tile, str) else divmod(tile, f)
+            if isinstance(tile, bool) or rest or not allowed.min <= side <= allowed.max:
+                raise BadInput(
+                    f"tiles of {tile} pixels; {name} takes {least} to {most}, in steps of {f}",
+                    hint=f"e.g. tile={most}, or tile='auto'",
+                )
+            side = min(side, length)
             if side < allowed.min or (tile == "off" and length > allowed.max):
-                raise self._outside(word, length, allowed)
+                fix = "use tiles: tile='auto'"
+                if length <= allowed.max:
+                    fix = f"build again with a wider --{word} MIN:OPT:MAX"
+                raise OutOfProfile(
+                    f"{name}: {word} {f * length} is outside its profile; allowed is {least} to {most} pixels", hint=fix
+                )
             sides.append(side)
         return tiles_of(size, (sides[0], sides[1]))
 
@@ -56,23 +67,22 @@ class _Half:
             f = self.factor
             _log.info("%s: %d tiles of %dx%d pixels", self._part.name, len(tiles), f * tiles.width, f * tiles.height)
 
-    def _asked(self, tile: int, allowed: Range) -> int:
-        side, rest = divmod(tile, self.factor)
-        if isinstance(tile, bool) or rest or not allowed.min <= side <= allowed.max:
-            f, least, most = self.factor, self.factor * allowed.min, self.factor * allowed.max
-            raise BadInput(
-                f"tiles of {tile} pixels; {self._part.name} takes {least} to {most}, in steps of {f}",
-                hint=f"e.g. tile={most}, or tile='auto'",
-            )
-        return side
+    def _run(
+        self, name: str, array: Array, size: tuple[int, int], tile: Tile, outputs: Mapping[str, int]
+    ) -> dict[str, Array]:
+        """The engine's ``outputs``, each with its elements per element of the latent of ``size`` along a side.
 
-    def _outside(self, word: str, length: int, allowed: Range) -> OutOfProfile:
-        f = self.factor
-        return OutOfProfile(
-            f"{self._part.name}: {word} {f * length} is outside its profile; allowed is {f * allowed.min} to "
-            f"{f * allowed.max} pixels",
-            hint="use tiles: tile='auto'" if length > allowed.max else f"build again with a wider --{word} MIN:OPT:MAX",
-        )
+        ``array``: the input ``name``, latents or pictures of that size.
+        """
+        tiles = self._tiles(size, tile)
+        f = array.shape[2] // size[0]
+        blends = {output: Blend(tiles, size, factor=factor) for output, factor in outputs.items()}
+        for y, x in tiles:
+            part = array[:, :, f * y : f * (y + tiles.height), f * x : f * (x + tiles.width)]
+            found = self._part({name: part}, {"H": tiles.height, "W": tiles.width})
+            for output, blend in blends.items():
+                blend.add((y, x), found[output])
+        return {output: blend.result() for output, blend in blends.items()}
 
 
 class VaeDecoder(_Half):
@@ -85,12 +95,7 @@ class VaeDecoder(_Half):
         tiled pictures differ a little from whole ones, most where tiles are small.
         """
         size = (latents.shape[2], latents.shape[3])
-        tiles = self._tiles(size, tile)
-        blend = Blend(tiles, size, factor=self.factor)
-        for y, x in tiles:
-            part = latents[:, :, y : y + tiles.height, x : x + tiles.width]
-            blend.add((y, x), self._part({"latent": part}, {"H": tiles.height, "W": tiles.width})["image"])
-        return blend.result()
+        return self._run("latent", latents, size, tile, {"image": self.factor})["image"]
 
 
 class VaeEncoder(_Half):
@@ -109,14 +114,8 @@ class VaeEncoder(_Half):
                 hint=f"resize it, e.g. to {max(f, width // f * f)}x{max(f, height // f * f)}",
             )
         size = (height // f, width // f)
-        tiles = self._tiles(size, tile)
-        blends = {name: Blend(tiles, size, factor=1) for name in ("mean", "std")}
-        for y, x in tiles:
-            part = pictures[:, :, f * y : f * (y + tiles.height), f * x : f * (x + tiles.width)]
-            found = self._part({"image": part}, {"H": tiles.height, "W": tiles.width})
-            for name, blend in blends.items():
-                blend.add((y, x), found[name])
-        return blends["mean"].result(), blends["std"].result()
+        found = self._run("image", pictures, size, tile, {"mean": 1, "std": 1})
+        return found["mean"], found["std"]
 
 
 def to_pixels(images_NCHW: Array) -> Pixels:
@@ -155,9 +154,9 @@ class Vae:
         if size is not None and self._decoder is not None:
             self._decoder.check(size, tile)
 
-    def encoding(self, tile: Tile) -> _Encoding | None:
+    def encoding(self, tile: Tile) -> Encode | None:
         """The encoder with this ``tile``, if the bundle has one."""
-        return None if self.encoder is None else _Encoding(self.encoder, tile)
+        return None if self.encoder is None else partial(self.encoder.encode, tile=tile)
 
     def decode(self, latents: Array, *, tile: Tile = "auto") -> NDArray[np.uint8]:
         """Latents float32 ``[N,C,h,w]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder."""
@@ -178,10 +177,7 @@ class Vae:
         return self._decoder.images(latents, tile=tile)
 
     def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
-        """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
-
-        Raises ``Unavailable`` without an encoder.
-        """
+        """See ``VaeEncoder.encode``. Raises ``Unavailable`` without an encoder."""
         if self.encoder is None:
             raise Unavailable(
                 f"the bundle {self._manifest.name!r} has no picture encoder",
@@ -200,14 +196,3 @@ def _checked(array: Any, channels: int, what: str) -> Array:
         got = f"{found.dtype}{list(found.shape)}" if found.dtype.kind in "biufc" else f"a {type(array).__name__}"
         raise BadInput(f"{what} are {got}; needed is float32[N, {channels}, H, W]", hint="give one entry per picture")
     return np.asarray(found, np.float32)
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """An ``Encoder`` of ``tstitch_trt.request.init_image``."""
-
-    encoder: VaeEncoder
-    tile: Tile
-
-    def encode(self, pictures: Array) -> tuple[Array, Array]:
-        return self.encoder.encode(pictures, tile=self.tile)

@@ -165,14 +165,13 @@ def test_masks_become_smaller_as_torch_makes_them(runtime: Runtime) -> None:
 def test_what_the_encoder_draws_is_not_the_noise_of_the_trajectory(runtime: Runtime) -> None:
     """A latent drawn with the noise that is then added to it would start from too much noise, or too little."""
 
-    class Unit:
-        def encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            shape = (len(pictures), CHANNELS, *(side // FACTOR for side in pictures.shape[2:]))
-            return np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    def unit(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shape = (len(pictures), CHANNELS, *(side // FACTOR for side in pictures.shape[2:]))
+        return np.zeros(shape, np.float32), np.ones(shape, np.float32)
 
     size = (256, 256)
     init = InitOptions(picture(size=size)[None], None, None, 1.0)
-    made = make_init_image(runtime.manifest, Unit(), init, (5, 6), (CHANNELS, *(side // FACTOR for side in size)), None)
+    made = make_init_image(runtime.manifest, unit, init, (5, 6), (CHANNELS, *(side // FACTOR for side in size)), None)
     found = np.corrcoef([*made.clean.reshape(2, -1), *made.noise.reshape(2, -1)])
     assert np.abs(found - np.eye(4)).max() < 6 / made.clean[0].size ** 0.5
 
