@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
 
 import msgspec
 from numpy.typing import NDArray
@@ -132,9 +131,8 @@ class Engine(ABC):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompileJob:
-    """What ``Backend.compile`` is asked for."""
+class CompileJob(TypedDict):
+    """The keywords of ``Backend.compile``. ``model``: of the kind ``model_kind``. ``output``: the file to write."""
 
     member: Network
     model: Path
@@ -174,12 +172,6 @@ class Backend(ABC):
         """Options of ``tstitch_trt.load`` (``threads``, ``graph``) that an engine can't honour, with the reason."""
         return {} if device == "cpu" else {"threads": f"its engine runs on {device}, not on the CPU's threads"}
 
-    def check_names(self, options: Mapping[str, Option]) -> None:
-        """Raises ``UnknownName`` for an option that ``compile`` does not understand."""
-        for name in options:
-            if name not in self.options:
-                raise unknown_name(f"{self.name} option", name, self.options)
-
     def check_file(self, path: Path, device: str) -> None:
         """Raises ``BadEngine`` for a file that can't run on ``device``, as far as that is told without loading it."""
         return
@@ -191,32 +183,17 @@ class Backend(ABC):
         """
         return msgspec.structs.replace(identity, backend_version=self.version(), arch=arch)
 
-    def compile(
-        self,
-        *,
-        member: Network,
-        model: Path,
-        profile: ShapeProfile,
-        device: str,
-        options: Mapping[str, Option],
-        output: Path,
-        progress: Progress,
-    ) -> tuple[Path, ...]:
-        """Compiles ``model`` (of the kind ``model_kind``) into the file ``output``; returns all files it wrote.
+    def compile(self, **job: Unpack[CompileJob]) -> tuple[Path, ...]:
+        """Compiles ``model`` into ``output``; returns all files it wrote.
 
         The first is ``output``; any other lies in the same directory and has a name that starts with ``output``'s.
-        Raises ``BadInput`` for an option it can't honour and ``BuildFailed``; nothing it wrote is left then.
+        Raises ``BadInput`` for an option it can't honour, ``UnknownName`` for one it does not
+        understand, and ``BuildFailed``; nothing it wrote is left then.
         """
-        self.check_names(options)
-        job = CompileJob(
-            member=member,
-            model=model,
-            profile=profile,
-            device=device,
-            options=options,
-            output=output,
-            progress=progress,
-        )
+        for name in job["options"]:
+            if name not in self.options:
+                raise unknown_name(f"{self.name} option", name, self.options)
+        output = job["output"]
         try:
             return self._compile(job)
         except BaseException:

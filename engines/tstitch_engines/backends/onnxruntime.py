@@ -119,7 +119,8 @@ class OnnxRuntimeBackend(Backend):
         return options
 
     def _compile(self, job: CompileJob) -> tuple[Path, ...]:
-        options, device, output = job.options, job.device, job.output
+        member, model, options = job["member"], job["model"], job["options"]
+        device, output = job["device"], job["output"]
         provider = str(options.get("provider", "cuda"))
         if provider not in _PROVIDERS:
             raise unknown_name("provider of ONNX Runtime", provider, _PROVIDERS)
@@ -139,31 +140,27 @@ class OnnxRuntimeBackend(Backend):
         settings.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[level])
         settings.optimized_model_filepath = str(output)
         data = output.with_name(output.name + ".data")
-        if len(job.member.onnx) > 1:
+        if len(member.onnx) > 1:
             # Without this the optimised graph would go on referring to the data file of the graph it was made from,
             # which lies elsewhere (and one protobuf file can't hold 2 GiB).
             settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
             settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        job.progress("optimise", 0.0)
+        job["progress"]("optimise", 0.0)
         try:
-            session = self._session(job.model, settings, providers)
-            self._expect_provider(session, device)
-        except Unavailable:
-            raise
+            session = self._session(model, settings, providers)
         except Exception as error:
             if any(words in str(error) for words in _NOT_WRITTEN):
                 raise BuildFailed(
-                    f"ONNX Runtime {self.version()} can't write the engine of {job.model.name} to {output.parent}: "
-                    f"{error}",
+                    f"ONNX Runtime {self.version()} can't write the engine of {model.name} to {output.parent}: {error}",
                     hint="free space there, or put the cache elsewhere: TSTITCH_TRT_CACHE=DIR",
                 ) from error
             raise BuildFailed(
-                f"ONNX Runtime {self.version()} can't compile {job.model.name} ({job.member.precision}) for {device}: "
-                f"{error}",
+                f"ONNX Runtime {self.version()} can't compile {model.name} ({member.precision}) for {device}: {error}",
                 hint="if it names an operator without a kernel for this type, build with --precision fp32 "
                 "(the CPU provider has no bfloat16 kernels)",
             ) from error
-        job.progress("optimise", 1.0)
+        self._expect_provider(session, device)
+        job["progress"]("optimise", 1.0)
         return (output, data) if data.exists() else (output,)
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
@@ -182,20 +179,18 @@ class OnnxRuntimeBackend(Backend):
             providers.insert(0, (_TENSORRT, settled))
         try:
             session = self._session(path, settings, providers)
-            self._expect_provider(session, device.name)
-            if compiled and _TENSORRT not in session.get_providers():
-                raise Unavailable(
-                    f"ONNX Runtime could not start its TensorRT provider on {device.name}",
-                    hint="it needs libnvinfer.so of the TensorRT that it was built for; or build without "
-                    "--option provider=tensorrt",
-                )
-        except Unavailable:
-            raise
         except Exception as error:
             raise BadEngine(
                 f"ONNX Runtime {self.version()} can't load the engine {path.name}: {error}",
                 hint="compile it again: tstitch-trt build BUNDLE --fresh",
             ) from error
+        self._expect_provider(session, device.name)
+        if compiled and _TENSORRT not in session.get_providers():
+            raise Unavailable(
+                f"ONNX Runtime could not start its TensorRT provider on {device.name}",
+                hint="it needs libnvinfer.so of the TensorRT that it was built for; or build without "
+                "--option provider=tensorrt",
+            )
         return _OnnxRuntimeEngine(self._ort, session, member, identity, device)
 
     def _session(self, model: Path, settings: Any, providers: list[Any]) -> Any:

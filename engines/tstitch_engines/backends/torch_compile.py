@@ -31,6 +31,7 @@ __all__ = ["MODES", "compile_program", "mode_of", "need_toolchain"]
 # (tstitch_trt/runtime/step_graphs.py).
 MODES: Final = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 _SWITCH: Final = {"true": "default", "false": None}
+_WORDS: Final = {**_SWITCH, **{name: name for name in MODES}, **{inner: name for name, inner in MODES.items()}}
 _OWN_GRAPHS: Final = ("reduce-overhead",)
 
 _CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
@@ -46,11 +47,8 @@ def mode_of(option: Option | None) -> str | None:
     if option is None or isinstance(option, bool):
         return "default" if option else None
     word = str(option)
-    if word in _SWITCH:
-        return _SWITCH[word]
-    for name, inductor in MODES.items():
-        if word in (name, inductor):
-            return name
+    if word in _WORDS:
+        return _WORDS[word]
     if word in _OWN_GRAPHS:
         raise BadInput(
             f"compile = {word}: this mode is PyTorch's own CUDA graphs, which can't run inside ours; "

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from tstitch_engines.bundle.manifest import EngineIdentity, Network
     from tstitch_engines.device.base import Buffer, Device
-    from tstitch_engines.spec import TensorSpec
 
 __all__ = ["TorchBackend"]
 
@@ -67,21 +66,22 @@ class TorchBackend(Backend):
 
     def _compile(self, job: CompileJob) -> tuple[Path, ...]:
         """Keeps the program as it is, after loading it once to see that it is whole."""
-        if mode_of(job.options.get("compile")) is not None:
-            need_toolchain(parse_device(job.device)[0])
-        job.progress("check", 0.0)
+        model, output = job["model"], job["output"]
+        if mode_of(job["options"].get("compile")) is not None:
+            need_toolchain(parse_device(job["device"])[0])
+        job["progress"]("check", 0.0)
         try:
-            self._program(job.model)
-            shutil.copyfile(job.model, job.output)
+            self._program(model)
+            shutil.copyfile(model, output)
         except OSError:
             raise
         except Exception as error:
             raise BuildFailed(
-                f"{job.model.name} is no exported program that PyTorch {self.version()} can load: {first_line(error)}",
+                f"{model.name} is no exported program that PyTorch {self.version()} can load: {first_line(error)}",
                 hint="build again with an empty cache: TSTITCH_TRT_CACHE=DIR tstitch-trt build RECIPE --backend torch",
             ) from error
-        job.progress("check", 1.0)
-        return (job.output,)
+        job["progress"]("check", 1.0)
+        return (output,)
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a program. ``threads`` sets PyTorch's CPU threads for the whole process, as PyTorch has it.
@@ -230,7 +230,10 @@ class _TorchEngine(Engine):
         _log.info("compiling %s (%s)", what, mode)
         started = perf_counter()
         # Zeros, not what the buffers hold: a class out of range would end the process's use of the GPU.
-        buffers = [self._zeros(spec) for spec in (*self.outputs, *self.inputs)]
+        specs = (*self.outputs, *self.inputs)
+        buffers = [self._device.empty(spec.resolve(self.sizes), spec.dtype) for spec in specs]
+        for buffer in buffers:
+            self._device.upload(buffer, np.zeros(buffer.shape, storage_dtype(buffer.dtype)))
         tensors = [self._view(buffer) for buffer in buffers]
         count = len(self.outputs)
         with ExitStack() as stack:
@@ -256,12 +259,6 @@ class _TorchEngine(Engine):
         self.jit_ms += spent
         _log.info("compiled %s in %.1f s", what, spent / 1e3)
         return run
-
-    def _zeros(self, spec: TensorSpec) -> Buffer:
-        shape = spec.resolve(self.sizes)
-        buffer = self._device.empty(shape, spec.dtype)
-        self._device.upload(buffer, np.zeros(shape, storage_dtype(spec.dtype)))
-        return buffer
 
     @contextmanager
     def _exact(self) -> Iterator[None]:

@@ -89,11 +89,6 @@ class CudaDevice:
         """The ``cudaStream_t`` on which all work of this device object runs."""
         return int(self._stream.handle)
 
-    @property
-    def stream(self) -> Any:
-        """The ``cuda.core.Stream`` of ``stream_handle``."""
-        return self._stream
-
     def activate(self) -> None:
         self._device.set_current()
 

@@ -115,11 +115,11 @@ class TensorRtBackend(Backend):
         return msgspec.structs.replace(identity, backend_version=version, arch=arch)
 
     def _compile(self, job: CompileJob) -> tuple[Path, ...]:
-        flavour, member, model, device = self.flavour, job.member, job.model, job.device
+        flavour, member, model, device = self.flavour, job["member"], job["model"], job["device"]
         kind, index = parse_device(device)
         if kind == "cpu" and not flavour.compiles_without_gpu:
             self.arch(device)
-        chosen = resolve(flavour, self._library, job.options, device)
+        chosen = resolve(flavour, self._library, job["options"], device)
         arch = self._arch_of(chosen, device)
         if member.precision == "fp8":
             require_float8(flavour, arch)
@@ -128,12 +128,12 @@ class TensorRtBackend(Backend):
         request = Request(
             flavour=flavour.name,
             model=str(model.absolute()),
-            output=str(job.output.absolute()),
+            output=str(job["output"].absolute()),
             family=member.family,
             precision=member.precision,
             inputs=member.inputs,
             outputs=member.outputs,
-            profile=job.profile,
+            profile=job["profile"],
             options=chosen,
             gpu=None if kind == "cpu" else index,
         )
@@ -159,7 +159,7 @@ class TensorRtBackend(Backend):
                 free / 2**30,
             )
         started = perf_counter()
-        done = run_worker(request, expected=expected, progress=job.progress)
+        done = run_worker(request, expected=expected, progress=job["progress"])
         _log.info(
             "compiled %s: %.1f MiB in %.1f s, at most %.1f GiB of memory",
             model.name,
@@ -167,7 +167,7 @@ class TensorRtBackend(Backend):
             perf_counter() - started,
             done.peak_bytes / 2**30,
         )
-        return (job.output,)
+        return (job["output"],)
 
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
         """Loads a plan onto a GPU (not run on one). ``threads`` means nothing here.

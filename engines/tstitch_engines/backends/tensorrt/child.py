@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import msgspec
 
@@ -29,8 +28,13 @@ def run_worker(request: Request, *, expected: Estimate, progress: Progress) -> D
     On an error, Ctrl-C or any other exception the worker is killed at once. Raises what the worker raised, or
     ``BuildFailed`` when it died.
     """
+    decoder = msgspec.json.Decoder(Line)
     with worker(_MODULE, msgspec.json.encode(request)) as opened:
-        for line in _lines(opened.answers):
+        for text in opened.answers:
+            try:
+                line: Line = decoder.decode(text)
+            except msgspec.DecodeError:
+                break  # cut short by the death of the writer
             if isinstance(line, Phase):
                 progress(line.name, line.share)
             elif isinstance(line, Said):
@@ -48,12 +52,3 @@ def run_worker(request: Request, *, expected: Estimate, progress: Progress) -> D
             if_killed="free memory, or build on a machine with more and copy the bundle",
             if_crashed="the library crashed: try another precision or version of it, and report this message",
         )
-
-
-def _lines(stream: IO[bytes]) -> Iterator[Line]:
-    decoder = msgspec.json.Decoder(Line)
-    for line in stream:
-        try:
-            yield decoder.decode(line)
-        except msgspec.DecodeError:
-            return  # cut short by the death of the writer

@@ -72,9 +72,8 @@ class TensorRtEngine(Engine):
                 self._restore_weights(path, member, opened)
             if self._streamed:  # before the first context
                 self._engine.weight_streaming_budget_v2 = self._engine.streamable_weights_size // 2
-            # Neither is kept alive by the contexts made from it.
+            # Neither these settings nor the library's cache of kernels is kept alive by the contexts made from it.
             self._kernels: KernelCache | None = None
-            self._runtime_cache: Any = None
             self._how = self._context_settings(identity, opened.messages)
         if identity.options.get("refit"):
             self.refit_names = "initialiser"
@@ -178,7 +177,6 @@ class TensorRtEngine(Engine):
         path = cache_path(identity, version=library.__version__, gpu=gpu, driver=driver)
         self._kernels = KernelCache(cache, path)
         settings.set_runtime_cache(cache)
-        self._runtime_cache = cache
 
     def _unusable(self, what: str, messages: Messages) -> FailedWork:
         free = self._device.free_memory()
@@ -281,5 +279,5 @@ class TensorRtEngine(Engine):
             self._kernels.save()
         self._bound = None
         self._contexts = {}
-        self._kernels = self._runtime_cache = self._how = None
+        self._kernels = self._how = None
         del self._engine

@@ -67,7 +67,8 @@ def estimate(
     memory = _BASE_BYTES + (2 if streamed else 3) * onnx_bytes
     same = [build.seconds for build in builds if build.onnx_sha256 == onnx_sha256]
     if same:
-        return Estimate(memory, median(same), f"measured here on the same ONNX, {_times(len(same))}")
+        times = "once" if len(same) == 1 else f"{len(same)} times"
+        return Estimate(memory, median(same), f"measured here on the same ONNX, {times}")
     if not timed:
         return Estimate(memory, _BASE_SECONDS + _SECONDS_PER_BYTE * onnx_bytes, "by the size of the ONNX")
     if not builds:
@@ -76,10 +77,6 @@ def estimate(
     return Estimate(
         memory, per_byte * onnx_bytes, f"a guess from {len(builds)} other models compiled here, by their size"
     )
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
 
 
 def free_memory() -> int | None:

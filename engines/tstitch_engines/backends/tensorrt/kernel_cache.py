@@ -71,11 +71,9 @@ class KernelCache:
         """Writes the file when the cache has grown. Call it after the first runs."""
         memory = self._cache.serialize()
         blob = b"" if memory is None else bytes(memoryview(memory))
-        if not blob or blob == self._stored:
-            return
-        try:
-            replace_file(self._path, blob)
-        except OSError as error:
-            _log.warning("the kernel cache %s can't be written: %s", self._path, error)
-            return
-        self._stored = blob
+        if blob and blob != self._stored:
+            try:
+                replace_file(self._path, blob)
+                self._stored = blob
+            except OSError as error:
+                _log.warning("the kernel cache %s can't be written: %s", self._path, error)

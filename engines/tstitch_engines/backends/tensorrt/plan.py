@@ -7,7 +7,7 @@ from typing import Final
 
 from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
 from tstitch_engines.backends.tensorrt.options import DEFAULT_LIST
-from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, parse_plan_header, read_plan_header
+from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeader, parse_plan_header
 from tstitch_engines.bundle.manifest import EngineIdentity
 from tstitch_engines.errors import BadEngine
 
@@ -33,49 +33,50 @@ def rebuild(flavour: Flavour) -> str:
     return f"compile it again: tstitch-trt build BUNDLE --backend {flavour.name} --device cuda --fresh"
 
 
-def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int, int] | None) -> None:
-    """Raises ``BadEngine`` for a file that is empty, cut short, or (TensorRT-RTX) of another version or GPU.
+def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int, int] | None) -> PlanHeader | None:
+    """The header of a TensorRT-RTX plan. ``capability`` is the GPU's; ``None`` leaves that part out.
 
-    ``capability`` is the GPU's; ``None`` leaves that part out. What TensorRT's own plans hold is not documented: of
-    those only the library can tell.
+    Raises ``BadEngine`` for a file that is empty, cut short, or (TensorRT-RTX) of another version or GPU. What
+    TensorRT's own plans hold is not documented: of those only the library can tell.
     """
+    again = rebuild(flavour)
+
+    def bad(what: str, hint: str = again) -> BadEngine:
+        return BadEngine(f"the engine {path.name} {what}", hint=hint)
+
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             head = stream.read(HEADER_BYTES)
     except OSError as error:
-        raise BadEngine(f"the engine {path.name} can't be read: {error}", hint=rebuild(flavour)) from None
+        raise bad(f"can't be read: {error}") from None
     header = parse_plan_header(head)
     if not flavour.compiles_without_gpu:
         if header is not None:
-            raise BadEngine(
-                f"the engine {path.name} is a TensorRT-RTX {header.version} plan; wanted is one of {flavour.title}",
-                hint=f"load it with --backend tensorrt-rtx, or {rebuild(flavour)}",
-            )
+            what = f"is a TensorRT-RTX {header.version} plan; wanted is one of {flavour.title}"
+            raise bad(what, f"load it with --backend tensorrt-rtx, or {again}")
         if size < HEADER_BYTES:
-            raise BadEngine(f"the engine {path.name} has {size} bytes: truncated", hint=rebuild(flavour))
-        return
+            raise bad(f"has {size} bytes: truncated")
+        return None
     if header is None:
         what = f"it has {size} bytes" if size < HEADER_BYTES else f"it starts with {head[:8]!r}"
-        raise BadEngine(f"the engine {path.name} is no {flavour.title} plan: {what}", hint=rebuild(flavour))
+        raise bad(f"is no {flavour.title} plan: {what}")
     if size != header.size:
-        raise BadEngine(
-            f"the engine {path.name} has {size} bytes, its header says {header.size}: truncated or altered",
-            hint=rebuild(flavour),
-        )
+        raise bad(f"has {size} bytes, its header says {header.size}: truncated or altered")
     if header.version != version:
-        raise BadEngine(
-            f"the engine {path.name} was compiled by {flavour.title} {header.version}; installed is {version}, and a "
-            "plan is for exactly one version",
-            hint=f"{rebuild(flavour)}; or pip install tensorrt-rtx-cu13-libs=={header.version} "
+        raise bad(
+            f"was compiled by {flavour.title} {header.version}; installed is {version}, and a plan is for exactly one "
+            "version",
+            f"{again}; or pip install tensorrt-rtx-cu13-libs=={header.version} "
             f"tensorrt-rtx-cu13-bindings=={header.version}",
         )
     if capability is not None and not header.runs_on(capability):
         gpu = f"{capability[0]}.{capability[1]}"
-        raise BadEngine(
-            f"the engine {path.name} is for GPUs of compute capability {header.gpus()}; this one has {gpu}",
-            hint=rebuild(flavour) + f"; {flavour.title} names the capabilities it knows when it does not know {gpu}",
+        raise bad(
+            f"is for GPUs of compute capability {header.gpus()}; this one has {gpu}",
+            f"{again}; {flavour.title} names the capabilities it knows when it does not know {gpu}",
         )
+    return header
 
 
 def describe_plan(identity: EngineIdentity, path: Path, again: str) -> str | None:
@@ -83,8 +84,7 @@ def describe_plan(identity: EngineIdentity, path: Path, again: str) -> str | Non
 
     Raises ``BadEngine`` for a file that is not whole, or is for other GPUs than ``identity`` names.
     """
-    check_plan(FLAVOURS[identity.backend], identity.backend_version, path, None)
-    header = read_plan_header(path)
+    header = check_plan(FLAVOURS[identity.backend], identity.backend_version, path, None)
     if header is None:
         return None
     listed = ",".join(f"sm_{major}{minor}" for major, minor in header.capabilities)

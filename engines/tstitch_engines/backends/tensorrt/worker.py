@@ -139,7 +139,9 @@ def compile_engine(request: Request, channel: Channel) -> int:
                 f"{next(text for text in messages.warnings if _INCONSISTENT in text)}",
                 hint="export the member again with that dimension static, or with its dynamic size kept throughout",
             )
-        _keep_timings(config, timings, request)
+        if timings is not None and request.options.timing_cache is not None:
+            kept = config.get_timing_cache() or timings
+            replace_file(Path(request.options.timing_cache), bytes(memoryview(kept.serialize())))
     return size
 
 
@@ -191,13 +193,6 @@ def _configure(opened: Session, config: Config, request: Request) -> TimingCache
         if cache is None or not config.set_timing_cache(cache, False):
             raise BuildFailed(f"{opened} makes no timing cache: {messages.reason()}", hint="leave it out")
     return cache
-
-
-def _keep_timings(config: Config, timings: TimingCache | None, request: Request) -> None:
-    if timings is None or request.options.timing_cache is None:
-        return
-    kept = config.get_timing_cache() or timings
-    replace_file(Path(request.options.timing_cache), bytes(memoryview(kept.serialize())))
 
 
 def _write(library: Library, builder: NetworkBuilder, network: Network, config: Config, output: Path) -> int | None:
