@@ -415,12 +415,11 @@ def _init(
         )
     inpainting = any(member.inpaints for member in manifest.members.values())
     if options.masked_image is not None and not (inpainting and mask is not None):
-        raise BadInput(
-            "masked_image was given, and " + ("no mask" if inpainting else "no member of this bundle takes it"),
-            hint="add mask="
-            if inpainting
-            else "leave it out: the picture outside the mask is put back after each step",
-        )
+        why, fix = "no mask", "add mask="
+        if not inpainting:
+            why = "no member of this bundle takes it"
+            fix = "leave it out: the picture outside the mask is put back after each step"
+        raise BadInput(f"masked_image was given, and {why}", hint=fix)
     masked = None
     if options.masked_image is not None:
         given = read_array(options.masked_image, "masked_image")

@@ -43,9 +43,8 @@ class GraphState(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         counted = f"; {self.recorded} kinds of step recorded" if self.mode != "off" else ""
-        return f"{self.mode} ({self.reason}){counted}" + "".join(
-            f"; {k}: {why}" for k, why in self.call_by_call.items()
-        )
+        plain = "".join(f"; {key}: {why}" for key, why in self.call_by_call.items())
+        return f"{self.mode} ({self.reason}){counted}{plain}"
 
 
 class StepGraphs:

@@ -187,8 +187,8 @@ class Backend(ABC):
         """Compiles ``model`` into ``output``; returns all files it wrote.
 
         The first is ``output``; any other lies in the same directory and has a name that starts with ``output``'s.
-        Raises ``BadInput`` for an option it can't honour, ``UnknownName`` for one it does not
-        understand, and ``BuildFailed``; nothing it wrote is left then.
+        Raises ``UnknownName`` for an option that does not exist, ``BadInput`` for one it can't honour and
+        ``BuildFailed``; nothing it wrote is left then.
         """
         for name in job["options"]:
             if name not in self.options:

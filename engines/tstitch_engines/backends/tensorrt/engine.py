@@ -101,7 +101,13 @@ class TensorRtEngine(Engine):
             diagnosis = next((name for name in DIAGNOSES if flags & int(getattr(kinds, name))), None)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None and (diagnosis == "INSUFFICIENT_GPU_MEMORY" or messages.of_memory()):
-            raise self._no_room(f"the weights of the engine {path.name}", len(plan), messages)
+            room = f"{len(plan) / 2**20:.1f} MiB, of {self._device.free_memory() / 2**20:.1f} MiB free"
+            raise FailedWork(
+                f"{self._device.name} has no room for the weights of the engine {path.name}: {room} "
+                f"({messages.reason()})",
+                hint="free memory that other programs hold (nvidia-smi lists them), use a larger GPU, or build again "
+                "with --option weight-streaming=true",
+            )
         if engine is None:
             what, fix = DIAGNOSES[diagnosis] if diagnosis else ("it refuses it", None)
             raise BadEngine(
@@ -184,15 +190,6 @@ class TensorRtEngine(Engine):
             f"{self._flavour.title} {self._library.__version__} {what} for {self._name}: {messages.reason()} "
             f"({self._device.name} has {free / 2**20:.1f} MiB free)",
             hint="check the GPU's free memory (nvidia-smi); a smaller --batch at build needs less",
-        )
-
-    def _no_room(self, what: str, nbytes: int, messages: Messages) -> FailedWork:
-        free = self._device.free_memory()
-        return FailedWork(
-            f"{self._device.name} has no room for {what}: {nbytes / 2**20:.1f} MiB, of {free / 2**20:.1f} MiB free "
-            f"({messages.reason()})",
-            hint="free memory that other programs hold (nvidia-smi lists them), use a larger GPU, or build again with "
-            "--option weight-streaming=true",
         )
 
     # --- running
