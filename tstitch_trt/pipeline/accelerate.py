@@ -34,6 +34,7 @@ from tstitch_trt.runtime.load import load
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Precision
+    from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["accelerate"]
 
@@ -104,11 +105,12 @@ def accelerate(
     if schedule is not None and fraction is not None:
         raise BadSchedule("both schedule and fraction are given", hint="a fraction is a short schedule: give one")
     open_backend(backend)
-    small = Path(small) if isinstance(small, str | Path) else small
+    small = Path(small) if isinstance(small, str | Path) else unwrap_compiled(small)
     _check_small(small)
-    for name in ("unet", "vae", "controlnet"):
-        if getattr(pipe, name, None) is not None:
-            check_weights(unwrap_compiled(getattr(pipe, name)), f"the pipeline's {name}")
+    found = {name: getattr(pipe, name, None) for name in ("unet", "vae", "controlnet")}
+    modules = {name: unwrap_compiled(module) for name, module in found.items() if module is not None}
+    for name, module in modules.items():
+        check_weights(module, f"the pipeline's {name}")
     if isinstance(small, Path):
         check_text(small, pipe)
     settings: dict[str, Any] = {
@@ -121,18 +123,20 @@ def accelerate(
         "options": dict(options or {}),
     }
     root = kept_root() if cache is None else Path(cache)
-    output = root / f"{_key(pipe, small, kind.recipe, settings)}.bundle"
+    output = root / f"{_key(pipe.scheduler.config, modules, small, kind.recipe, settings)}.bundle"
+
+    def opened() -> Runtime:
+        return load(_bundle(output), device=settings["device"], backend=backend, threads=threads, chooser=chooser)
+
     runtime = None
     if not fresh and is_bundle(output):
         try:
-            runtime = load(
-                _bundle(output), device=settings["device"], backend=backend, threads=threads, chooser=chooser
-            )
+            runtime = opened()
         except (BadBundle, BadEngine) as error:
             _log.warning("the bundle %s is built again: %s", output, error.message)
     if runtime is None:
         _build(pipe, small, kind.recipe, settings, output, fresh, progress)
-        runtime = load(_bundle(output), device=settings["device"], backend=backend, threads=threads, chooser=chooser)
+        runtime = opened()
     touch(output)
     chosen = {"schedule": schedule} if schedule is not None else {"fraction": 0.4 if fraction is None else fraction}
     return AcceleratedPipeline(pipe, runtime, chosen)
@@ -149,7 +153,6 @@ def _check_small(small: Any) -> None:
 
         read_unet(small)
         return
-    small = unwrap_compiled(small)
     if type(small).__name__ != "UNet2DConditionModel":
         raise BadInput(
             f"small is a {type(small).__name__}; allowed is a path or a UNet2DConditionModel",
@@ -171,22 +174,19 @@ def _range(value: RangeLike, name: str) -> Range | None:
     return Range.parse(str(value), option=f"--{name}")
 
 
-def _key(pipe: Any, small: Any, recipe: str, settings: Mapping[str, Any]) -> str:
+def _key(
+    scheduler: Mapping[str, Any], modules: Mapping[str, Any], small: Any, recipe: str, settings: Mapping[str, Any]
+) -> str:
     """The hash of all that decides the bundle."""
     from tstitch_export.build import versions_of
 
-    config = pipe.scheduler.config
     return digest(
         {
             "schema": _SCHEMA,
             "recipe": recipe,
-            "small": path_hash(small) if isinstance(small, Path) else module_hash(unwrap_compiled(small)),
-            "parts": {
-                name: module_hash(unwrap_compiled(part))
-                for name in ("unet", "vae", "controlnet")
-                if (part := getattr(pipe, name, None)) is not None
-            },
-            "trained": {key: str(config.get(key) or None) for key in TRAINED},  # not all classes have every key
+            "small": path_hash(small) if isinstance(small, Path) else module_hash(small),
+            "parts": {name: module_hash(module) for name, module in modules.items()},
+            "trained": {key: str(scheduler.get(key) or None) for key in TRAINED},  # not all classes have every key
             "settings": {key: str(value) for key, value in settings.items()},
             "versions": versions_of(("tstitch-trt", "torch", "diffusers", "onnx", "onnxscript")),
         }
@@ -194,13 +194,7 @@ def _key(pipe: Any, small: Any, recipe: str, settings: Mapping[str, Any]) -> str
 
 
 def _build(
-    pipe: Any,
-    small: Any,
-    recipe: str,
-    settings: Mapping[str, Any],
-    output: Path,
-    fresh: bool,
-    progress: Progress | None,
+    pipe: Any, small: Any, recipe: str, settings: dict[str, Any], output: Path, fresh: bool, progress: Progress | None
 ) -> None:
     from tstitch_export.build import build
     from tstitch_trt.progress import progress_bar

@@ -37,9 +37,8 @@ def read_arguments(
     a = SimpleNamespace(**_bound(pipe, args, keywords))
     if a.output_type not in OUTPUTS:
         raise unknown_name("output_type", str(a.output_type), OUTPUTS)
-    inputs = a.callback_on_step_end_tensor_inputs
     if a.callback_on_step_end is not None:
-        inputs = getattr(a.callback_on_step_end, "tensor_inputs", inputs)
+        inputs = getattr(a.callback_on_step_end, "tensor_inputs", a.callback_on_step_end_tensor_inputs)
         if set(inputs) - {"latents"}:
             raise BadInput(
                 f"callback_on_step_end_tensor_inputs is {list(inputs)}; allowed is ['latents']: the others are in "

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from tstitch_engines.bundle.bundle import MANIFEST
-from tstitch_engines.bundle.cache import Stored, default_root
+from tstitch_engines.bundle.cache import Stored, default_root, prune_stored
 from tstitch_engines.bundle.files import remove_stale, temporary_directory
 from tstitch_engines.bundle.manifest import Component
 
@@ -41,17 +40,13 @@ def prune_kept(*, max_bytes: int | None = None, older_than: float | None = None)
     """Like ``Cache.prune``: what was not used for ``older_than`` seconds, and what does not fit; with neither all."""
     root = kept_root()
     remove_stale(root, _STAGING)
-    everything = max_bytes is None and older_than is None
-    now, total, removed = time.time(), 0, []
-    for entry in kept_bundles():
-        old = older_than is not None and now - entry.used > older_than
-        if everything or old or (max_bytes is not None and total + entry.bytes > max_bytes):
-            with temporary_directory(root, _STAGING) as aside:
-                (root / f"{entry.key}{_ENDING}").rename(aside / entry.key)
-            removed.append(entry)
-        else:
-            total += entry.bytes
-    return removed
+
+    def remove(entry: Stored) -> bool:
+        with temporary_directory(root, _STAGING) as aside:
+            (root / f"{entry.key}{_ENDING}").rename(aside / entry.key)
+        return True
+
+    return prune_stored(kept_bundles(), remove, max_bytes=max_bytes, older_than=older_than)
 
 
 def _bundles() -> Iterator[tuple[Path, float]]:

@@ -33,28 +33,27 @@ def unwrap_compiled(module: Any) -> Any:
 
 def check_weights(module: Any, what: str) -> None:
     """Raises ``BadInput`` where the parameters are not what the module computes with, or are not there."""
-    kinds = {type(part).__name__ for part in module.modules()}
-    if any(hasattr(part, "base_layer") for part in module.modules()):
+    parts, weights = list(module.modules()), dict(module.named_parameters())
+    if any(hasattr(part, "base_layer") for part in parts):
         raise BadInput(
             f"{what} has LoRA layers beside its weights", hint="fuse them first: pipe.fuse_lora(), then "
             "pipe.unload_lora_weights()"
         )  # fmt: skip
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if any(parameter.is_meta for parameter in weights.values()):
         raise BadInput(
             f"{what} has parameters without values (sequential offloading moves them away)",
             hint="load the pipeline without enable_sequential_cpu_offload",
         )
-    packed = next((name for name, value in module.named_parameters() if not value.is_floating_point()), None)
-    if packed is not None:
+    if packed := [f"{name} holds {value.dtype}" for name, value in weights.items() if not value.is_floating_point()]:
         raise BadInput(
-            f"{what} is quantised: {packed} holds {dict(module.named_parameters())[packed].dtype}",
+            f"{what} is quantised: {packed[0]}",
             hint="load it in float32, float16 or bfloat16; tstitch-trt quantise makes 8 bit members of a bundle",
         )
-    if any(getattr(part, "padding_mode", "zeros") != "zeros" for part in module.modules()):
+    if any(getattr(part, "padding_mode", "zeros") != "zeros" for part in parts):
         raise BadInput(f"{what} pads with something else than zeros", hint="undo it: engines are built from weights")
-    if adapters := sorted(kind for kind in kinds if "IPAdapter" in kind):
+    if adapters := sorted(kind for part in parts if "IPAdapter" in (kind := type(part).__name__)):
         raise BadInput(f"{what} has an IP-Adapter ({adapters[0]})", hint="take it away: pipe.unload_ip_adapter()")
-    if any(getattr(part, "b1", None) is not None for part in module.modules()):
+    if any(getattr(part, "b1", None) is not None for part in parts):
         raise BadInput(f"{what} runs with FreeU, which engines do not have", hint="switch it off: pipe.disable_freeu()")
 
 
@@ -123,7 +122,7 @@ def save_small(small: Any, pipe: Any, large: Path, folder: Path) -> Path:
     folder.mkdir()
     whole = isinstance(small, Path) and (small / "unet").is_dir()
     if not isinstance(small, Path):
-        _save(unwrap_compiled(small), folder / "unet")
+        _save(small, folder / "unet")
     elif small.is_file():
         _save_single(small, large / "scheduler", folder)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from tstitch_engines.errors import BadInput
 from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = [
-    "arrays",
     "control_picture",
     "encoded",
     "latent_tensor",
@@ -25,12 +24,8 @@ __all__ = [
 Array = NDArray[np.float32]
 
 
-def arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
-    """Tensors of any float type and device as float32 arrays."""
-    return {name: latent_tensor(tensor) for name, tensor in tensors.items()}
-
-
 def latent_tensor(tensor: Any) -> Array:
+    """A tensor of any float type and device as a float32 array."""
     found: Array = np.asarray(tensor.detach().float().cpu().numpy())
     return found
 
@@ -39,7 +34,8 @@ def unit_noise(pipe: Any, shape: Sequence[int], generator: Any) -> Array:
     """Standard normal noise as the pipeline draws it: in its own type, on the generator's device."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    _check_generators(generator, shape[0])
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise BadInput(f"{len(generator)} generators for {shape[0]} pictures", hint="give one, or one for each picture")
     return latent_tensor(
         randn_tensor(tuple(shape), generator=generator, device=pipe._execution_device, dtype=pipe.unet.dtype)
     )
@@ -103,8 +99,3 @@ def step_noise_seeds(generator: Any, count: int) -> tuple[int, ...]:
     if isinstance(generator, list):
         return tuple(draw(one, 1)[0] for one in generator)
     return tuple(draw(generator, count))
-
-
-def _check_generators(generator: Any, count: int) -> None:
-    if isinstance(generator, list) and len(generator) != count:
-        raise BadInput(f"{len(generator)} generators for {count} pictures", hint="give one, or one for each picture")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any, Final, Self
 
 import numpy as np
@@ -14,7 +14,6 @@ from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.arguments import default_size, read_arguments
 from tstitch_trt.pipeline.inputs import (
-    arrays,
     control_picture,
     encoded,
     latent_tensor,
@@ -86,9 +85,7 @@ class AcceleratedPipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __call__(
@@ -119,7 +116,7 @@ class AcceleratedPipeline:
                     options = self._within(latency_budget_ms, a, given, options)
                 plan = make_plan(self.runtime.manifest, options)
                 if a.denoising_start is not None:
-                    given |= self._state(given, plan, a.denoising_start)
+                    given["start_step"] = self._first(a.denoising_start, plan)
                 elif a.timesteps is not None and not self._kind.starts:
                     given["latents"] = given["latents"] * self._more_noise(plan)
                 if plan.rows[:, ROW["S"]].any():
@@ -209,11 +206,12 @@ class AcceleratedPipeline:
             names += ["prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
         found = self.pipe.encode_prompt(**keywords, **{name: getattr(a, name) for name in names})
         keys = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        given = {key: value for key, value in zip(keys, found, strict=False) if value is not None}
-        if not guided:
-            given = {key: value for key, value in given.items() if not key.startswith("negative")}
-        count = len(given["prompt_embeds"])
-        return {**arrays(given), **(self._sizes(a) if self._kind.xl else {}), "n": count}
+        given = {
+            key: latent_tensor(value)
+            for key, value in zip(keys, found, strict=False)
+            if value is not None and (guided or not key.startswith("negative"))
+        }
+        return {**given, **(self._sizes(a) if self._kind.xl else {}), "n": len(given["prompt_embeds"])}
 
     def _sizes(self, a: SimpleNamespace) -> dict[str, Any]:
         """SDXL's micro-conditioning."""
@@ -319,11 +317,12 @@ class AcceleratedPipeline:
             raise BadInput(f"denoising_end {a.denoising_end} leaves no step", hint="use a larger one, or more steps")
         return None if stop == plan.steps else stop
 
-    def _state(self, given: Mapping[str, Any], plan: Plan, share: float) -> dict[str, Any]:
+    def _first(self, share: float, plan: Plan) -> int:
+        """The step at which ``denoising_start`` enters."""
         start = self._cut(share, "denoising_start", plan)
         if start >= plan.steps:
             raise BadInput(f"denoising_start {share} leaves no step", hint="use a smaller one, or more steps")
-        return {"latents": given["latents"], "start_step": start}
+        return start
 
     def _run(
         self, a: SimpleNamespace, given: Mapping[str, Any], options: PlanOptions, stop: int | None

@@ -27,7 +27,7 @@ from tstitch_engines.bundle.files import (
 )
 from tstitch_engines.bundle.manifest import Component
 
-__all__ = ["Cache", "Entry", "Stored", "default_root"]
+__all__ = ["Cache", "Entry", "Stored", "default_root", "prune_stored"]
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +77,20 @@ class Entry:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def prune_stored(
+    entries: list[Stored], remove: Callable[[Stored], bool], *, max_bytes: int | None, older_than: float | None
+) -> list[Stored]:
+    """What ``Cache.prune`` says of ``entries``, the one used last first; those that ``remove`` took away."""
+    now, total, removed = time.time(), 0, []
+    for entry in entries:
+        old = (older_than is not None and now - entry.used > older_than) or (max_bytes is None and older_than is None)
+        if (old or (max_bytes is not None and total + entry.bytes > max_bytes)) and remove(entry):
+            removed.append(entry)
+        else:
+            total += entry.bytes
+    return removed
 
 
 def default_root() -> Path:
@@ -167,17 +181,13 @@ class Cache:
         stays. Returns the removed entries.
         """
         remove_stale(self.root, _STAGING)
-        everything = max_bytes is None and older_than is None
-        now, total, removed = time.time(), 0, []
-        for entry in self.stored():
-            old = older_than is not None and now - entry.used > older_than
-            if (everything or old or (max_bytes is not None and total + entry.bytes > max_bytes)) and self._remove(
-                self._folder(entry.key)
-            ):
-                removed.append(entry)
-            else:
-                total += entry.bytes
-        if everything:
+        removed = prune_stored(
+            self.stored(),
+            lambda entry: self._remove(self._folder(entry.key)),
+            max_bytes=max_bytes,
+            older_than=older_than,
+        )
+        if max_bytes is None and older_than is None:
             for folder in self._folders():
                 self._remove(folder)
         for shard in _listed(self.root):
