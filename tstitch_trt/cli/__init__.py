@@ -17,7 +17,7 @@ from types import FrameType
 
 import click
 
-from tstitch_trt.cli._command import Command, traceback_option
+from tstitch_trt.cli._command import Command
 from tstitch_trt.cli._errors import EXIT_INTERRUPTED, as_failure, print_failure
 
 __all__ = ["cli", "main"]
@@ -80,7 +80,6 @@ class _Lazy(Command, click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="tstitch-trt", prog_name="tstitch-trt", message="%(prog)s %(version)s")
-@traceback_option
 def cli() -> None:
     """T-Stitch as a compiled engine: a small denoiser runs the early diffusion steps, the large one the late ones.
 

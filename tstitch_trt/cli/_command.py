@@ -12,21 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import click
 
-__all__ = ["Command", "command_line", "json_option", "option", "traceback_option", "tstitch_command"]
-
-F = TypeVar("F", bound=Callable[..., Any])
+__all__ = ["Command", "command_line", "option", "tstitch_command"]
 
 
 class Command(click.Command):
-    """A click command whose help ends in ``examples``, one command line each."""
+    """A click command with ``--traceback``, whose help ends in ``examples``, one command line each."""
 
     def __init__(self, *args: Any, examples: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = tuple(line for line in examples.strip().splitlines() if line)
+        # ``main`` reads it from the arguments: it must work where parsing itself fails
+        text = "On an error show Python's traceback too (developers)."
+        self.params.append(click.Option(["--traceback"], is_flag=True, expose_value=False, help=text))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
@@ -47,9 +48,12 @@ def tstitch_command(
                     for key, record in records.items()}  # fmt: skip
             return function(**values, **made)
 
-        found = [_option(item, hint) for record in records.values() for item, hint in _hinted(record)]
-        found += [json_option] * json + [traceback_option]
-        for add in reversed([click.argument("bundle", type=click.Path(path_type=Path))] * bundle + found):
+        found: list[Callable[[Any], Any]] = [click.argument("bundle", type=click.Path(path_type=Path))] * bundle
+        for record in records.values():
+            hints = typing.get_type_hints(record)
+            found += [_option(item, hints[item.name]) for item in fields(record)]
+        found += [click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")] * json
+        for add in reversed(found):
             run = add(run)
         return click.command(name, cls=Command, examples=examples)(run)
 
@@ -66,12 +70,7 @@ def option(
     return field(default=default, metadata=said)
 
 
-def _hinted(record: type[Any]) -> list[tuple[Field[Any], Any]]:
-    hints = typing.get_type_hints(record)
-    return [(item, hints[item.name]) for item in fields(record)]
-
-
-def _option(item: Field[Any], hint: Any) -> Callable[[F], F]:
+def _option(item: Field[Any], hint: Any) -> Callable[[Any], Any]:
     """The option of a field: ``X | None`` is an option of X, a tuple one that may be repeated, a bool a flag."""
     said = item.metadata
     names = said["flags"] or ("--" + item.name.replace("_", "-"),)
@@ -94,17 +93,6 @@ def _option(item: Field[Any], hint: Any) -> Callable[[F], F]:
     )  # fmt: skip
 
 
-def traceback_option(function: F) -> F:
-    """``--traceback``, read by ``main`` from the arguments: it must work where parsing itself fails."""
-    return click.option(
-        "--traceback", is_flag=True, expose_value=False, help="On an error show Python's traceback too (developers)."
-    )(function)
-
-
-def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")(function)
-
-
 _OF_THE_OUTPUT = ("as_json", "plot", "output", "rebuild")
 
 
@@ -117,14 +105,10 @@ def command_line(*, without: Sequence[str] = _OF_THE_OUTPUT) -> str:
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
-        if source is None or source.name.startswith("DEFAULT") or name in without:
+        if source is None or source.name.startswith("DEFAULT") or name in without or name not in context.params:
             continue
         value = context.params[name]
         for one in value if parameter.multiple else [value]:
-            if isinstance(parameter, click.Argument):
-                words.append(str(one))
-            elif isinstance(parameter, click.Option) and parameter.is_flag:
-                words += [parameter.opts[-1]] if one else []
-            else:
-                words += [parameter.opts[-1], str(one)]
+            flag = [] if isinstance(parameter, click.Argument) else [parameter.opts[-1]]
+            words += flag if one is True else [*flag, str(one)]
     return shlex.join(words)

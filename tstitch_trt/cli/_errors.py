@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import click
 
@@ -14,10 +15,7 @@ EXIT_INTERRUPTED = 130
 
 
 def print_failure(failure: TStitchError) -> None:
-    # click strips colour where stderr is no terminal; NO_COLOR is ours to honour
-    import os
-
-    colour = not os.environ.get("NO_COLOR")
+    colour = not os.environ.get("NO_COLOR")  # click strips colour where stderr is no terminal, but does not read this
     for word, text, tint in (("error:", failure.message, "red"), ("hint:", failure.hint, "cyan")):
         click.echo(f"{click.style(word, fg=tint, bold=True) if colour else word} {text}", err=True)
 
@@ -55,27 +53,21 @@ def _usage(error: click.ClickException) -> TStitchError:
     context = error.ctx if isinstance(error, click.UsageError) else None
     path = context.command_path if context else "tstitch-trt"
     if isinstance(error, click.NoSuchOption):
-        known = _option_names(context)
+        parameters = context.command.get_params(context) if context else []
+        options = [name for p in parameters if isinstance(p, click.Option) for name in p.opts]
+        known = [name for name in options if name.startswith("--")]
         close = nearest(error.option_name, known)
         return BadInput(
             f"unknown option {error.option_name!r} of {path!r}; known: {', '.join(known)}",
             hint=f"did you mean {close!r}?" if close else f"see {path} --help",
         )
-    if isinstance(error, click.MissingParameter) and error.param is not None:
-        name = error.param.human_readable_name if isinstance(error.param, click.Argument) else error.param.opts[-1]
-        usage = context.get_usage().removeprefix("Usage: ") if context else path
-        return BadInput(f"{path!r} needs {name}, got nothing", hint=f"write it as: {usage}; see {path} --help")
     if isinstance(error, click.BadParameter) and error.param is not None:
         name = error.param.human_readable_name if isinstance(error.param, click.Argument) else error.param.opts[-1]
+        if isinstance(error, click.MissingParameter):
+            usage = context.get_usage().removeprefix("Usage: ") if context else path
+            return BadInput(f"{path!r} needs {name}, got nothing", hint=f"write it as: {usage}; see {path} --help")
         return BadInput(f"{name}: {error.message.rstrip('.')}", hint=_example(path, error.param, context))
     return BadInput(error.format_message().rstrip("."), hint=f"see {path} --help")
-
-
-def _option_names(context: click.Context | None) -> list[str]:
-    if context is None:
-        return []
-    parameters = context.command.get_params(context)
-    return [name for p in parameters if isinstance(p, click.Option) for name in p.opts if name.startswith("--")]
 
 
 def _example(path: str, parameter: click.Parameter, context: click.Context | None) -> str:

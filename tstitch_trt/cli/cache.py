@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._command import Command, option, traceback_option, tstitch_command
+from tstitch_trt.cli._command import Command, option, tstitch_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,6 @@ class _Group(Command, click.Group):
 
 
 @click.group("cache", cls=_Group, examples=EXAMPLES, invoke_without_command=True)
-@traceback_option
 @click.pass_context
 def command(context: click.Context) -> None:
     """Show or empty the cache of exports and engines (TSTITCH_TRT_CACHE, else the user's cache folder).
