@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from tstitch_engines.errors import BadInput
 
-__all__ = ["atomic_file", "load_array", "read_lines", "require_parent", "save_array", "write_text"]
+__all__ = ["atomic_file", "load_array", "read_lines", "require_output", "require_parent", "save_array", "write_text"]
 
 
 @contextmanager
@@ -72,6 +72,17 @@ def load_array(path: Path, *, option: str) -> Any:
         array.close()
         raise BadInput(f"{option}: {str(path)!r} holds several arrays; allowed is a .npy file of one", hint=how)
     return array
+
+
+def require_output(path: Path, *suffixes: str, option: str) -> None:
+    """Raises ``BadInput`` when ``path`` has none of the ``suffixes``, is a folder, or can't be written."""
+    if path.suffix.lower() not in suffixes or path.is_dir():
+        right = path.parent / f"{path.stem or 'out'}{suffixes[0]}"
+        raise BadInput(
+            f"{option} {str(path)!r} is no {suffixes[0]} file; allowed: FILE{suffixes[0]}",
+            hint=f"write {option} {right}",
+        )
+    require_parent(path, option=option)
 
 
 def require_parent(path: Path, *, option: str) -> None:

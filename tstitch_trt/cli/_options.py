@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tstitch_trt.request.options import ImageKeywords
     from tstitch_trt.runtime.runtime import Runtime
     from tstitch_trt.runtime.vae import Tile
+    from tstitch_trt.study.quality.network import NetworkOptions
     from tstitch_trt.study.quality.scorer import Scorer
 
 __all__ = [
@@ -97,11 +98,8 @@ class QualityOptions:
     lpips: Path | None = option("LPIPS network: two batches of pictures to distances.", "FILE")
     clip: Path | None = option("A CLIP model's folder, for bundles that draw from text.", "DIR")
 
-    def check(self) -> None:
-        """Raises ``BadInput`` for options of the feature network that can't be read."""
-        self._network()
-
-    def _network(self) -> Any:
+    def network(self) -> NetworkOptions:
+        """How to call the feature network. Raises ``BadInput`` for ``--features-option`` that can't be read."""
         from tstitch_trt.cli._parsing import parse_pairs
         from tstitch_trt.study.quality.network import NetworkOptions
 
@@ -113,7 +111,7 @@ class QualityOptions:
         from tstitch_trt.study.quality.scorer import Scorer
 
         return Scorer.of(
-            bundle, metrics, reference=self.reference, features=self.features, options=self._network(),
+            bundle, metrics, reference=self.reference, features=self.features, options=self.network(),
             lpips=self.lpips, clip=self.clip, threads=threads, cache=cache,
         )  # fmt: skip
 

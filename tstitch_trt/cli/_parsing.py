@@ -30,9 +30,7 @@ def parse_numbers(text: str, *, what: str, example: str) -> list[int]:
     for part in split_list(text, what=what, example=example):
         match = RANGE.fullmatch(part)
         if match is None:
-            raise BadInput(
-                f"{what} {part!r} in {text!r} is neither a whole number nor a range A-B", hint=f"write e.g. {example}"
-            )
+            raise _wrong(f"{what} {part!r} in {text!r} is neither a whole number nor a range A-B", example)
         numbers += expand_range(match, text, what=what, example=example)
     return numbers
 
@@ -43,13 +41,11 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     if ":" in text:
         parts = text.split(":")
         if len(parts) != 3:
-            raise BadInput(f"fractions {text!r} are not START:STOP:STEP", hint=f"write e.g. {example}")
+            raise _wrong(f"fractions {text!r} are not START:STOP:STEP", example)
         start, stop, step = (_fraction(p, text, example) for p in parts)  # exact: 0.1 ten times is 1
         if step <= 0 or stop < start or (stop - start) / step > 1000:
-            raise BadInput(
-                f"fractions {text!r}: allowed is START <= STOP and a STEP above 0 that gives at most 1,000 points",
-                hint=f"write e.g. {example}",
-            )
+            allowed = "START <= STOP and a STEP above 0 that gives at most 1,000 points"
+            raise _wrong(f"fractions {text!r}: allowed is {allowed}", example)
         values = [start + i * step for i in range(int((stop - start) / step) + 1)]
     else:
         values = [_fraction(p, text, example) for p in split_list(text, what="fraction", example=example)]
@@ -62,10 +58,8 @@ def parse_interval(text: str) -> tuple[int, int]:
     """``"10:40"`` -> ``(10, 40)``: steps 10 to 39. Raises ``BadInput``."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
-        raise BadInput(
-            f"interval {text!r} is not FIRST:STOP with whole numbers and FIRST < STOP",
-            hint="write e.g. --guidance-interval 10:40 to guide steps 10 to 39",
-        )
+        problem = f"interval {text!r} is not FIRST:STOP with whole numbers and FIRST < STOP"
+        raise _wrong(problem, "--guidance-interval 10:40 to guide steps 10 to 39")
     return int(match[1]), int(match[2])
 
 
@@ -73,10 +67,7 @@ def parse_pixels(text: str) -> tuple[int, int]:
     """``"768x512"`` -> ``(768, 512)``, width and height in pixels. Raises ``BadInput``."""
     match = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
     if match is None or not int(match[1]) or not int(match[2]):
-        raise BadInput(
-            f"size {text!r} is not WIDTHxHEIGHT in whole pixels",
-            hint="write e.g. --size 768x512 for 768 across, 512 down",
-        )
+        raise _wrong(f"size {text!r} is not WIDTHxHEIGHT in whole pixels", "--size 768x512 for 768 across, 512 down")
     return int(match[1]), int(match[2])
 
 
@@ -86,7 +77,7 @@ def parse_pairs(texts: Sequence[str], *, option: str, value: str) -> dict[str, s
     for text in texts:
         name, equals, rest = text.partition("=")
         if not (equals and name and rest):
-            raise BadInput(f"{option} {text!r} is not NAME={value}", hint=f"write e.g. {option} small={value}")
+            raise _wrong(f"{option} {text!r} is not NAME={value}", f"{option} small={value}")
         if name in pairs:
             raise BadInput(f"{option} names {name!r} twice: {pairs[name]!r} and {rest!r}", hint="give each name once")
         pairs[name] = rest
@@ -97,9 +88,9 @@ def _fraction(part: str, text: str, example: str) -> Fraction:
     try:
         value = Fraction(part.strip())
     except (ValueError, ZeroDivisionError):
-        raise BadInput(f"fraction {part!r} in {text!r} is not a number", hint=f"write e.g. {example}") from None
+        raise _wrong(f"fraction {part!r} in {text!r} is not a number", example) from None
     if not 0 <= value <= 1:
-        raise BadInput(f"fraction {part} in {text!r} is outside 0 to 1", hint=f"write e.g. {example}")
+        raise _wrong(f"fraction {part} in {text!r} is outside 0 to 1", example)
     return value
 
 
@@ -116,5 +107,9 @@ def parse_age(text: str, *, option: str) -> float:
 def _amount(text: str, units: Mapping[str, int], *, what: str, example: str) -> float:
     match = _AMOUNT.fullmatch(text.strip())
     if match is None or match[2].lower() not in units:
-        raise BadInput(f"{text!r} is not {what}", hint=f"write e.g. {example}")
+        raise _wrong(f"{text!r} is not {what}", example)
     return float(match[1]) * units[match[2].lower()]
+
+
+def _wrong(problem: str, example: str) -> BadInput:
+    return BadInput(problem, hint=f"write e.g. {example}")

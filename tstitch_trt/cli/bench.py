@@ -26,17 +26,13 @@ tstitch-trt bench fashion.bundle --fractions 0 --steps 20 --against torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Points:
+class Options:
     fractions: str | None = option(
         "START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member. [0:1:0.25]", "LIST"
     )
     budget_ms: str | None = option(
         "Measure what is chosen for budgets, e.g. 200,500, and how often they are met (after: calibrate).", "MS"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rounds:
     batch: int | None = option("Images per trajectory, in one engine call. [8]", "B", least=1)
     repeats: int = option("Measured rounds.", "N", default=5, least=1)
     warmup: int = option("Rounds left out.", "N", default=1, least=0)
@@ -44,8 +40,8 @@ class Rounds:
     plot: Path | None = option("Draw time against fraction.", "FILE.png")
 
 
-@tstitch_command("bench", EXAMPLES, points=Points, step=StepOptions, rounds=Rounds, load=LoadOptions)
-def command(bundle: Path, points: Points, step: StepOptions, rounds: Rounds, load: LoadOptions, as_json: bool) -> None:
+@tstitch_command("bench", EXAMPLES, wanted=Options, step=StepOptions, load=LoadOptions)
+def command(bundle: Path, wanted: Options, step: StepOptions, load: LoadOptions, as_json: bool) -> None:
     """Measure BUNDLE: engines alone, step kernels, and trajectories at several fractions.
 
     Bare engine calls and trajectories are measured alternately, so that what the runtime adds (overhead, 1 = nothing)
@@ -56,14 +52,14 @@ def command(bundle: Path, points: Points, step: StepOptions, rounds: Rounds, loa
     from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.bench import plot_bench
     from tstitch_trt.plots.figure import check_plot
-    from tstitch_trt.progress import log, progress_bar
+    from tstitch_trt.progress import progress_bar
 
-    budgets = parse_budgets(points.budget_ms)
-    fractions = parse_fractions(points.fractions or "0:1:0.25") if points.fractions or not budgets else ()
-    check_plot(rounds.plot)
+    budgets = parse_budgets(wanted.budget_ms)
+    fractions = parse_fractions(wanted.fractions or "0:1:0.25") if wanted.fractions or not budgets else ()
+    check_plot(wanted.plot)
     with load.open(bundle) as runtime:
         baseline = None
-        if rounds.against is not None:
+        if wanted.against is not None:
             from tstitch_trt.bench.torch_eager import EagerTorch
 
             baseline = EagerTorch.of(runtime.bundle, threads=runtime.threads)
@@ -72,18 +68,15 @@ def command(bundle: Path, points: Points, step: StepOptions, rounds: Rounds, loa
                 runtime,
                 fractions=fractions,
                 budgets=budgets,
-                batch=rounds.batch,
-                repeats=rounds.repeats,
-                warmup=rounds.warmup,
+                batch=wanted.batch,
+                repeats=wanted.repeats,
+                warmup=wanted.warmup,
                 threads=runtime.threads,
                 baseline=baseline,
                 progress=bar,
                 **asdict(step),
             )
-    if rounds.plot is not None:
-        plot_bench(rounds.plot, result)
-        log(f"plot: {rounds.plot}")
-    print_result(result, as_json, _print)
+    print_result(result, as_json, _print, plot=wanted.plot, draw=plot_bench)
 
 
 def _print(bench: Bench) -> None:

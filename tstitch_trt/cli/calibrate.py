@@ -12,7 +12,6 @@ from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import LoadOptions
 
 if TYPE_CHECKING:
-    from tstitch_trt.runtime.runtime import Runtime
     from tstitch_trt.study.records import Calibration
 
 __all__ = ["command"]
@@ -49,20 +48,23 @@ def command(bundle: Path, measured: Measured, load: LoadOptions, as_json: bool) 
     not fitted on. --budget-ms (of sample and bench) and search use it; a calibration of another machine, library
     version, backend, device or number of threads is never used. Run it when the machine is as busy as it will be.
     """
-    from tstitch_trt.cli._parsing import parse_numbers
+    from tstitch_trt.cli._parsing import parse_numbers, parse_pixels
     from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.calibration import plot_calibration
     from tstitch_trt.plots.figure import check_plot
-    from tstitch_trt.progress import log, progress_bar
+    from tstitch_trt.progress import progress_bar
     from tstitch_trt.study.budget import Conditions
     from tstitch_trt.study.calibrate.calibrate import calibrate
     from tstitch_trt.study.store import save_study
 
-    batch, plot = measured.batch, measured.plot
+    batch = measured.batch
     batches = None if batch is None else parse_numbers(batch, what="batch", example="--batch 1,4,8")
-    check_plot(plot)
+    check_plot(measured.plot)
     with load.open(bundle) as runtime:
-        sizes = None if measured.size is None else _sizes(runtime, measured.size)
+        sizes = None
+        if measured.size is not None:
+            pixels = [parse_pixels(part) for part in measured.size.split(",")]
+            sizes = [runtime.limits.latent_size(height, width) for width, height in pixels]
         with progress_bar("warming up") as bar:
             found = calibrate(
                 runtime,
@@ -75,19 +77,7 @@ def command(bundle: Path, measured: Measured, load: LoadOptions, as_json: bool) 
                 progress=bar,
             )
         file = save_study(runtime.bundle, found, key=Conditions.of(found).key)
-    log(f"calibration: {file}")
-    if plot is not None:
-        plot_calibration(plot, found)
-        log(f"plot: {plot}")
-    print_result(found, as_json, _print)
-
-
-def _sizes(runtime: Runtime, text: str) -> list[tuple[int, int]]:
-    """Height and width of the latents. Raises ``BadInput``."""
-    from tstitch_trt.cli._parsing import parse_pixels
-
-    pixels = [parse_pixels(part) for part in text.split(",")]
-    return [runtime.limits.latent_size(height, width) for width, height in pixels]
+    print_result(found, as_json, _print, record=file, plot=measured.plot, draw=plot_calibration)
 
 
 def _print(found: Calibration) -> None:

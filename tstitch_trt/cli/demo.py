@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import threads_option
 
@@ -45,18 +44,22 @@ def command(options: Options, as_json: bool) -> None:
     import msgspec
 
     import tstitch_trt
+    from tstitch_engines.bundle.cache import default_root
+    from tstitch_export.build import build
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.demo import draw, run
+    from tstitch_trt.files import require_output
     from tstitch_trt.images.grid import save_png
-    from tstitch_trt.images.write import METADATA_KEY, kind_of
+    from tstitch_trt.images.write import METADATA_KEY
     from tstitch_trt.progress import log, progress_bar
+    from tstitch_trt.study.machine import version
 
     output, guidance = options.output, options.guidance
-    if kind_of(output) != "png":
-        raise BadInput(
-            f"-o {str(output)!r} is no .png file; the demo draws one grid", hint="write e.g. -o tstitch-demo.png"
-        )
-    place = _bundle(options.bundle)
+    require_output(output, ".png", option="-o")
+    place = options.bundle or default_root() / f"fashion-{version()}.bundle"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with progress_bar("building the built-in pair") as bar:  # what did not change comes from the cache
+        build("fashion", output=place, progress=bar)
     with tstitch_trt.load(place, threads=options.threads) as runtime:
         with progress_bar("drawing") as bar:
             figures, pictures = run(
@@ -75,20 +78,6 @@ def command(options: Options, as_json: bool) -> None:
     _print(figures)
     click.echo(output)
     log(f"the bundle is {place}; go on with: tstitch-trt sample {place} --labels 0-9 --fraction 0.4")
-
-
-def _bundle(wanted: Path | None) -> Path:
-    """The built-in pair's bundle, built or brought up to date. Unchanged parts come from the cache."""
-    from tstitch_engines.bundle.cache import default_root
-    from tstitch_export.build import build
-    from tstitch_trt.progress import progress_bar
-    from tstitch_trt.study.machine import version
-
-    place = wanted or default_root() / f"fashion-{version()}.bundle"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar("building the built-in pair") as bar:
-        build("fashion", output=place, progress=bar)
-    return place
 
 
 def _print(figures: Demo) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +31,7 @@ tstitch-trt evaluate sd15.bundle --metrics psnr,latent_error --prompts prompts.t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """What is evaluated."""
-
+class Options:
     metrics: str | None = option(
         "fid, kid, precision, recall, accuracy, psnr, lpips, clip, latent_error. [those that need nothing more]", "LIST"
     )
@@ -46,6 +43,12 @@ class Grid:
     guidance: float | None = option("Guidance scale; 1 is none. [bundle's default]", "G")
     samples: int = option("Per setting.", "N", default=2000, least=2)
     seed: int = option("Of the first picture.", "S", default=0, least=0)
+    time: int = option("Rounds in which each setting is timed.", "N", default=3, least=0)
+    batch: int = option("Images per timed trajectory.", "B", default=8, least=1)
+    resamples: int = option("For intervals.", "N", default=200, least=2)
+    npz: Path | None = option("Write the pictures of each setting, as ADM's evaluator reads.", "DIR")
+    work: Path | None = option("Unfinished work. [in the cache directory]", "DIR")
+    plot: Path | None = option("Draw each metric against the fraction and the time.", "FILE.png")
 
     def settings(self, manifest: Manifest) -> list[Setting]:
         from tstitch_trt.cli._parsing import parse_fractions, parse_numbers
@@ -69,23 +72,9 @@ class Grid:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rest:
-    """How it is timed, and where files go."""
-
-    time: int = option("Rounds in which each setting is timed.", "N", default=3, least=0)
-    batch: int = option("Images per timed trajectory.", "B", default=8, least=1)
-    resamples: int = option("For intervals.", "N", default=200, least=2)
-    npz: Path | None = option("Write the pictures of each setting, as ADM's evaluator reads.", "DIR")
-    work: Path | None = option("Unfinished work. [in the cache directory]", "DIR")
-    plot: Path | None = option("Draw each metric against the fraction and the time.", "FILE.png")
-
-
-@tstitch_command(
-    "evaluate", EXAMPLES, quality=QualityOptions, grid=Grid, texts=PromptsFile, rest=Rest, load=LoadOptions
-)
+@tstitch_command("evaluate", EXAMPLES, quality=QualityOptions, wanted=Options, texts=PromptsFile, load=LoadOptions)
 def command(
-    bundle: Path, quality: QualityOptions, grid: Grid, texts: PromptsFile, rest: Rest, load: LoadOptions, as_json: bool
+    bundle: Path, quality: QualityOptions, wanted: Options, texts: PromptsFile, load: LoadOptions, as_json: bool
 ) -> None:
     """Draw pictures of BUNDLE over a list of schedules and measure how good they are.
 
@@ -97,76 +86,54 @@ def command(
     and recall compare with real pictures.
     """
     from tstitch_engines.bundle.cache import default_root
-    from tstitch_trt.cli._text import print_json
+    from tstitch_trt.cli._text import print_result
     from tstitch_trt.files import require_parent
     from tstitch_trt.plots.evaluation import plot_evaluation
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.progress import log, progress_bar
-    from tstitch_trt.study.evaluate.claim import claims_of
     from tstitch_trt.study.evaluate.evaluate import evaluate
     from tstitch_trt.study.image_set import ImageSet, prompts_for
     from tstitch_trt.study.store import save_study
 
-    quality.check()
-    check_plot(rest.plot)
-    if rest.npz is not None:
-        require_parent(rest.npz, option="--npz")
-        rest.npz.mkdir(exist_ok=True)
+    quality.network()
+    check_plot(wanted.plot)
+    if wanted.npz is not None:
+        require_parent(wanted.npz, option="--npz")
+        wanted.npz.mkdir(exist_ok=True)
     prompts = texts.texts()
     with load.open(bundle) as runtime:
         manifest = runtime.manifest
-        metrics = _list(grid.metrics) if grid.metrics else _usual_metrics(runtime.bundle, quality)
+        metrics = _list(wanted.metrics) if wanted.metrics else _usual_metrics(runtime.bundle, quality)
         _check_used(metrics, quality)
-        place = rest.work or default_root() / "evaluate"
+        place = wanted.work or default_root() / "evaluate"
         scorer = quality.scorer(runtime.bundle, metrics, threads=runtime.threads, cache=place / "references")
-        images = ImageSet(grid.samples, grid.seed, prompts_for(manifest, prompts))
-        settings = grid.settings(manifest)
-        for note in scorer.notes(grid.samples):
+        images = ImageSet(wanted.samples, wanted.seed, prompts_for(manifest, prompts))
+        settings = wanted.settings(manifest)
+        for note in scorer.notes(wanted.samples):
             log(f"note: {note}")
-        with _resumable(), progress_bar("drawing") as bar:
-            found = evaluate(
-                runtime,
-                scorer,
-                settings,
-                images,
-                work=place,
-                npz=rest.npz,
-                rounds=rest.time,
-                batch=rest.batch,
-                resamples=rest.resamples,
-                threads=runtime.threads,
-                command=command_line(),
-                progress=bar,
-            )
+        try:
+            with progress_bar("drawing") as bar:
+                found = evaluate(
+                    runtime,
+                    scorer,
+                    settings,
+                    images,
+                    work=place,
+                    npz=wanted.npz,
+                    rounds=wanted.time,
+                    batch=wanted.batch,
+                    resamples=wanted.resamples,
+                    threads=runtime.threads,
+                    command=command_line(),
+                    progress=bar,
+                )
+        except KeyboardInterrupt:
+            log("the same command goes on from here")
+            raise
         record = save_study(runtime.bundle, found, key=found.key)
-    log(f"record: {record}")
     members = tuple(manifest.members)
-    if rest.plot is not None:
-        plot_evaluation(rest.plot, found, members)
-        log(f"plot: {rest.plot}")
-    if as_json:
-        print_json(found)
-        return
-    _print(found)
-    for claim in claims_of(found, members, "fid"):
-        alone = claim.large.setting
-        faster = f", {claim.speedup:.2f} times as fast" if claim.speedup else ""
-        click.echo(
-            f"\n{alone.solver}, {alone.steps} steps: up to {claim.fraction:.0%} of the steps on {members[0]!r} "
-            f"({claim.point.setting.schedule}) fid stays within {members[-1]!r}'s interval, at most "
-            f"{claim.bounds.high:.3f}: {claim.value:.3f}{faster}"
-        )
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    from tstitch_trt.progress import log
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        log("the same command goes on from here")
-        raise
+    show, draw = partial(_print, members=members), partial(plot_evaluation, members=members)
+    print_result(found, as_json, show, record=record, plot=wanted.plot, draw=draw)
 
 
 def _check_used(metrics: list[str], given: QualityOptions) -> None:
@@ -210,19 +177,16 @@ def _usual_metrics(bundle: Bundle, given: QualityOptions) -> list[str]:
             found += ["kid", "precision", "recall"]
         else:
             log(f"note: kid, precision and recall are left out: {real.name} has statistics alone, no single pictures")
-    if manifest.quality is not None:
-        found.append("accuracy")
-    if given.lpips is not None:
-        found.append("lpips")
-    if given.clip is not None:
-        found.append("clip")
+    needs = {"accuracy": manifest.quality, "lpips": given.lpips, "clip": given.clip}
+    found += [name for name, needed in needs.items() if needed is not None]
     if manifest.decoder.kind != "none":
         found.append("psnr")
     return [*found, "latent_error"]
 
 
-def _print(found: Evaluation) -> None:
+def _print(found: Evaluation, members: tuple[str, ...]) -> None:
     from tstitch_trt.cli._text import print_table
+    from tstitch_trt.study.evaluate.claim import claims_of
 
     click.echo(
         f"{found.bundle}: {found.samples} samples per setting, {found.backend} on {found.device}; values with their "
@@ -244,3 +208,11 @@ def _print(found: Evaluation) -> None:
     print_table(header, rows)
     for note in found.notes:
         click.echo(f"note: {note}")
+    for claim in claims_of(found, members, "fid"):
+        alone = claim.large.setting
+        faster = f", {claim.speedup:.2f} times as fast" if claim.speedup else ""
+        click.echo(
+            f"\n{alone.solver}, {alone.steps} steps: up to {claim.fraction:.0%} of the steps on {members[0]!r} "
+            f"({claim.point.setting.schedule}) fid stays within {members[-1]!r}'s interval, at most "
+            f"{claim.bounds.high:.3f}: {claim.value:.3f}{faster}"
+        )

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_trt.cli._command import tstitch_command
+from tstitch_trt.cli._text import print_entries
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
     from tstitch_engines.bundle.bundle import Bundle
-    from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network
+    from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network, NoiseScheduleSpec
 
 __all__ = ["command"]
 
@@ -63,33 +64,31 @@ def _document(bundle: Bundle) -> dict[str, Any]:
 
 def _print(bundle: Bundle) -> None:
     from tstitch_trt.cli._text import print_table, size
-    from tstitch_trt.runtime.memory import planned_memory
+    from tstitch_trt.runtime.memory import planned_limits, planned_memory
 
     manifest = bundle.manifest
-    latent, noise, conditioning, defaults = manifest.latent, manifest.noise, manifest.conditioning, manifest.defaults
+    latent, defaults = manifest.latent, manifest.defaults
     files = manifest.components()
-    click.echo(f"{bundle.root}: {manifest.name} (recipe {manifest.recipe}, schema {manifest.schema})")
-    for word, text in (
+    solver = defaults.solver + (f" ({_named(defaults.solver_options)})" if defaults.solver_options else "")
+    drawn = f"{solver}, {defaults.steps} steps, spacing {defaults.spacing}, guidance {defaults.guidance:g}"
+    # the pictures that can be asked for, of the engines that the default backend has
+    sizes = next((limits.sizes() for limits in planned_limits(manifest).values()), "")
+    entries = [
         ("latent", f"{latent.channels} x {latent.height} x {latent.width}, decoder {manifest.decoder.kind}"),
-        ("noise", f"{noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}"),
-        ("sizes", _sizes(manifest)),
+        ("noise", _noise(manifest.noise)),
+        ("sizes", sizes),
         ("asked for", _conditioning(manifest)),
-        ("names", ", ".join(conditioning.names)),
-        (
-            "defaults",
-            f"{defaults.solver}{_options(defaults.solver_options)}, {defaults.steps} steps, "
-            f"spacing {defaults.spacing}, guidance {defaults.guidance:g}, schedule {defaults.schedule}",
-        ),
+        ("names", ", ".join(manifest.conditioning.names)),
+        ("defaults", f"{drawn}, schedule {defaults.schedule}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("quality", "network and reference statistics" if manifest.quality else "none"),
         *(("note", note) for note in manifest.notes),
         ("files", f"{len(files)}, {size(sum(part.bytes for part in files))}, all verified"),
-    ):
-        if text:
-            click.echo(f"  {word:<10} {text}")
+    ]
     for backend, parts in planned_memory(manifest).items():
         planned = ", ".join(f"{what} {size(nbytes)}" for what, nbytes in parts.items())
-        click.echo(f"  {'memory':<10} {planned} with {backend}; bench adds the activations")
+        entries.append(("memory", f"{planned} with {backend}; bench adds the activations"))
+    print_entries(f"{bundle.root}: {manifest.name} (recipe {manifest.recipe}, schema {manifest.schema})", entries)
     for name, network in manifest.networks().items():
         click.echo()
         _print_network(bundle, name, network)
@@ -97,12 +96,12 @@ def _print(bundle: Bundle) -> None:
     print_table(("file", "size", "sha256"), [(part.path, size(part.bytes), part.sha256) for part in files])
 
 
-def _sizes(manifest: Manifest) -> str:
-    """The pictures that can be asked for, of the engines that the default backend has."""
-    from tstitch_trt.runtime.memory import planned_limits
+def _noise(noise: NoiseScheduleSpec) -> str:
+    return f"{noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}"
 
-    found = [limits.sizes() for limits in planned_limits(manifest).values()]
-    return next(iter(found), "")
+
+def _named(options: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _conditioning(manifest: Manifest) -> str:
@@ -127,21 +126,18 @@ def _conventions(member: Member) -> list[tuple[str, str]]:
         said.append(("text", ", ".join(words)))
     own = [f"latent {member.latent_ratio:g} times the bundle's"] if member.latent_ratio != 1 else []
     if (noise := member.noise) is not None:
-        own.append(f"noise {noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}")
+        own.append(f"noise {_noise(noise)}")
     own += [f"guidance scale as an input, {member.guidance_embedding} wide"] if member.guidance_embedding else []
     own += ["takes a ControlNet's residuals"] if member.controlled else []
     own += ["takes mask and masked picture"] if member.inpaints else []
     return [*said, *([("its own", "; ".join(own))] if own else [])]
 
 
-def _options(options: Mapping[str, object]) -> str:
-    return f" ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else ""
-
-
 def _plan(bundle: Bundle, record: EngineRecord) -> PlanHeader | None:
+    """What the header of a TensorRT-RTX plan says; no other engine file has one."""
     from tstitch_engines.backends.tensorrt import read_plan_header
 
-    return read_plan_header(bundle.path(record.files[0])) if record.identity.backend == "tensorrt-rtx" else None
+    return read_plan_header(bundle.path(record.files[0]))
 
 
 def _graphs(record: EngineRecord) -> str:
@@ -155,49 +151,44 @@ def _graphs(record: EngineRecord) -> str:
     return "step (recorded when first run; bench says what could not be)"
 
 
-def _print_network(bundle: Bundle, name: str, member: Network) -> None:
+def _print_network(bundle: Bundle, name: str, network: Network) -> None:
     """A member or a part."""
     from tstitch_engines.bundle.identity import digest
     from tstitch_engines.bundle.manifest import Member
     from tstitch_trt.cli._text import size
 
-    denoiser = member if isinstance(member, Member) else None
-    if denoiser is None:
-        click.echo(f"part {name}: {member.family}, {member.precision}")
-    else:
-        variance = ", learned variance" if denoiser.learned_variance else ""
-        click.echo(f"member {name}: {member.family}, predicts {denoiser.parametrisation}{variance}, {member.precision}")
-    if member.config:
-        click.echo(f"  {'config':<10} {', '.join(f'{key} {value}' for key, value in member.config.items())}")
-    for word, text in () if denoiser is None else _conventions(denoiser):
-        click.echo(f"  {word:<10} {text}")
-    for word, specs in (("inputs", member.inputs), ("outputs", member.outputs)):
-        click.echo(f"  {word:<10} {'; '.join(map(str, specs))}")
-    for source in member.sources:
-        click.echo(f"  {'source':<10} {source.name} ({size(source.bytes)}, sha256 {source.sha256})")
-    if denoiser is not None and (made := denoiser.quantisation) is not None:
+    member = network if isinstance(network, Member) else None
+    title = f"part {name}: {network.family}, {network.precision}"
+    entries = []
+    if network.config:
+        entries.append(("config", ", ".join(f"{key} {value}" for key, value in network.config.items())))
+    if member is not None:
+        variance = ", learned variance" if member.learned_variance else ""
+        title = f"member {name}: {member.family}, predicts {member.parametrisation}{variance}, {member.precision}"
+        entries += _conventions(member)
+    entries.append(("inputs", "; ".join(map(str, network.inputs))))
+    entries.append(("outputs", "; ".join(map(str, network.outputs))))
+    entries += [("source", f"{s.name} ({size(s.bytes)}, sha256 {s.sha256})") for s in network.sources]
+    if member is not None and (made := member.quantisation) is not None:
         worst = max(made.loss, key=lambda level: level.rel_l2)
-        click.echo(
-            f"  {'quantised':<10} from {made.source_precision}: {len(made.layers)} layers in {member.precision} "
+        text = (
+            f"from {made.source_precision}: {len(made.layers)} layers in {member.precision} "
             f"({made.method} of {made.rows} inputs at timesteps {made.timesteps[0]:g} to {made.timesteps[1]:g}), the "
             f"others in {made.high_precision}; relative L2 of its output at most {worst.rel_l2:.1e} (timesteps "
             f"{worst.timesteps[0]:g} to {worst.timesteps[1]:g}), of final latents {max(made.latents):.1e}"
         )
-    if member.check is not None:
-        batches = ", ".join(map(str, member.check.batches))
-        click.echo(
-            f"  {'checked':<10} against {member.check.against} at batch {batches}: max abs {member.check.max_abs:.1e}, "
-            f"relative L2 {member.check.rel_l2:.1e}"
-        )
-    for record in member.engines:
+        entries.append(("quantised", text))
+    if (check := network.check) is not None:
+        batches = ", ".join(map(str, check.batches))
+        errors = f"max abs {check.max_abs:.1e}, relative L2 {check.rel_l2:.1e}"
+        entries.append(("checked", f"against {check.against} at batch {batches}: {errors}"))
+    for record in network.engines:
         identity = record.identity
         profile = ", ".join(f"{dim} {sizes}" for dim, sizes in identity.profile.dims.items())
-        options = ", ".join(f"{key}={value}" for key, value in identity.options.items())
-        click.echo(
-            f"  {'engine':<10} {identity.backend} {identity.backend_version} for {identity.arch}, "
-            f"{identity.precision}, profile {profile}{', ' + options if options else ''}, "
-            f"identity {digest(record.identity)[:16]}"
-        )
-        click.echo(f"  {'graphs':<10} {_graphs(record)}")
+        options = f", {_named(identity.options)}" if identity.options else ""
+        built = f"{identity.backend} {identity.backend_version} for {identity.arch}, {identity.precision}"
+        entries.append(("engine", f"{built}, profile {profile}{options}, identity {digest(identity)[:16]}"))
+        entries.append(("graphs", _graphs(record)))
         if (plan := _plan(bundle, record)) is not None:
-            click.echo(f"  {'plan':<10} TensorRT-RTX {plan.version}, compute capability {plan.gpus()}")
+            entries.append(("plan", f"TensorRT-RTX {plan.version}, compute capability {plan.gpus()}"))
+    print_entries(title, entries)

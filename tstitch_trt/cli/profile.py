@@ -72,12 +72,8 @@ def command(
                 command=command_line(),
                 progress=bar,
             )
-        place = save_study(runtime.bundle, study)
-    if walked.plot is not None:
-        plot_divergence(walked.plot, study)
-        log(f"plot: {walked.plot}")
-    log(f"kept in {place}")
-    print_result(study, as_json, _print)
+        record = save_study(runtime.bundle, study)
+    print_result(study, as_json, _print, record=record, plot=walked.plot, draw=plot_divergence)
 
 
 def _print(study: Divergence) -> None:

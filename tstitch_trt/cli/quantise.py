@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import StepOptions, threads_option
+from tstitch_trt.cli._options import PromptsFile, StepOptions, threads_option
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Member
@@ -26,7 +26,7 @@ tstitch-trt quantise sd15.bundle --member large --mode int8 --prompts prompts.tx
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class Options:
     member: str = option("The member to quantise.", "NAME", required=True)
     mode: str = option("int8, or fp8 (compute capability 8.9 or newer).", "MODE", required=True)
     output: Path = option("The new bundle's directory.", "DIR", "-o", "--output", required=True)
@@ -38,10 +38,6 @@ class Inputs:
         "TEXT",
         "--schedule",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranges:
     seed: int = option("Of the trajectories.", "S", default=0, least=0)
     calibration: str = option("How ranges are set: max, or (int8) entropy.", "METHOD", default="max")
     high_precision: str = option(
@@ -53,14 +49,13 @@ class Ranges:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
+class Prompts(PromptsFile):
     prompt: tuple[str, ...] = option("What a text bundle draws meanwhile. May be repeated.", "TEXT")
-    prompts: Path | None = option("More of them, one a line.", "FILE")
     threads: int | None = threads_option()
 
 
-@tstitch_command("quantise", EXAMPLES, inputs=Inputs, step=StepOptions, ranges=Ranges, texts=Prompts)
-def command(bundle: Path, inputs: Inputs, step: StepOptions, ranges: Ranges, texts: Prompts, as_json: bool) -> None:
+@tstitch_command("quantise", EXAMPLES, wanted=Options, step=StepOptions, texts=Prompts)
+def command(bundle: Path, wanted: Options, step: StepOptions, texts: Prompts, as_json: bool) -> None:
     """Quantise one member of BUNDLE to 8 bits, as a new bundle, and report what that costs.
 
     The bundle is walked with guidance for several seeds and labels or prompts (made up where none are given), and the
@@ -75,19 +70,16 @@ def command(bundle: Path, inputs: Inputs, step: StepOptions, ranges: Ranges, tex
     import msgspec
 
     from tstitch_trt.cli._text import print_json
-    from tstitch_trt.files import read_lines
     from tstitch_trt.progress import progress_bar
     from tstitch_trt.quantise.quantise import quantise
 
-    member, output = inputs.member, inputs.output
-    more = [] if texts.prompts is None else read_lines(texts.prompts, option="--prompts")
+    member, output = wanted.member, wanted.output
     with progress_bar(f"quantising {member}", logs=("tstitch_engines", "tstitch_export", "tstitch_trt")) as bar:
         manifest = quantise(
             bundle,
-            **asdict(inputs),
+            **asdict(wanted),
             **asdict(step),
-            **asdict(ranges),
-            prompts=[*texts.prompt, *more],
+            prompts=[*texts.prompt, *texts.texts()],
             threads=texts.threads or 0,
             progress=bar,
         )

@@ -52,7 +52,7 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._parsing import parse_fractions
     from tstitch_trt.cli._text import print_json
-    from tstitch_trt.files import require_parent, write_text
+    from tstitch_trt.files import require_output, write_text
     from tstitch_trt.plots.figure import require_matplotlib
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.report.page import Page, render
@@ -62,12 +62,7 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
     from tstitch_trt.study.store import now
 
     output, no_samples = wanted.output, wanted.no_samples
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise BadInput(
-            f"-o {str(output)!r} is no .html file; the report is one page",
-            hint=f"write -o {output.with_suffix('.html')}",
-        )
-    require_parent(output, option="-o")
+    require_output(output, ".html", ".htm", option="-o")
     points = parse_fractions(wanted.fractions)
     opened = open_bundle(bundle, verify="size" if no_samples else "full", engines=not load.rebuild and not no_samples)
     studies = gather(opened)
@@ -87,10 +82,8 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
                 settings=asdict(step),
                 progress=bar,
             )
-    made = now()
-    said = command_line(without=("as_json",))
-    page = Page(str(bundle), studies, samples, reason, said, made, describe_machine())
-    text = render(opened, page)
+    made, again = now(), command_line(without=("as_json",))
+    text = render(opened, Page(str(bundle), studies, samples, reason, again, made, describe_machine()))
     write_text(output, text)
     for study, differing in studies.stale:
         log(
@@ -105,9 +98,7 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
                 "made": made,
                 "images": 0 if samples is None else len(samples.rows) * len(samples.asked),
                 "studies": [{"study": s.kind, "made": s.made} for s in studies.used()],
-                "stale": [
-                    {"study": s.kind, "made": s.made, "members": list(differing)} for s, differing in studies.stale
-                ],
+                "stale": [{"study": s.kind, "made": s.made, "members": list(names)} for s, names in studies.stale],
             }
         )
         return

@@ -40,45 +40,14 @@ DEFAULT_LABELS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
+class Options:
     labels: str | None = option("Classes: numbers, ranges and names, e.g. 3,5,0-9 or Bag. [one of each]", "LIST")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Count:
     count: int | None = option("How many images; labels or prompts go round.", "N", "-n", least=1)
     seed: int | None = option("Image i has the seed S + i. [0]", "S", least=0)
     seeds: str | None = option("One seed per image, e.g. 1,2,5-9, instead of --seed.", "LIST")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Members:
-    fraction: float | None = option("Share of the steps on the first member, 0 to 1.", "R")
-    schedule: str | None = option("Members over the steps, e.g. small:0.4,large or high@t>=875,low.", "TEXT")
-    rounding: str | None = option("paper, floor, timestep or timestep-strict. [paper]", "RULE")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
     budget_ms: str | None = option(
         "The best schedule whose steps take at most so long, for all images (after: tstitch-trt calibrate).", "MS"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolverOptions:
-    spacing: str | None = option("Where the steps lie: leading, linspace, trailing or dit.", "NAME")
-    sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
-    eta: float | None = option("Noise of DDIM, 0 to 1.", "E")
-    variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")
-    history: str | None = option("At a member switch: keep or reset. [keep]", "RULE")
-    guidance_rescale: float | None = option("Rescale (arXiv 2305.08891). [0]", "R")
-    guidance_interval: str | None = option("Guide only the steps FIRST to STOP - 1.", "FIRST:STOP")
-    guided_channels: int | None = option("Guide the first K channels only.", "K", least=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Files:
     loras: tuple[str, ...] = option(
         "A LoRA for a member or text encoder, of engines that can be refitted (backend torch). May be repeated.",
         "NAME=FILE[:WEIGHT]",
@@ -91,20 +60,32 @@ class Files:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """The keywords of ``PlanOptions`` that ``StepOptions`` does not have."""
+
+    fraction: float | None = option("Share of the steps on the first member, 0 to 1.", "R")
+    schedule: str | None = option("Members over the steps, e.g. small:0.4,large or high@t>=875,low.", "TEXT")
+    rounding: str | None = option("paper, floor, timestep or timestep-strict. [paper]", "RULE")
+    spacing: str | None = option("Where the steps lie: leading, linspace, trailing or dit.", "NAME")
+    sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
+    eta: float | None = option("Noise of DDIM, 0 to 1.", "E")
+    variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")
+    history: str | None = option("At a member switch: keep or reset. [keep]", "RULE")
+    guidance_rescale: float | None = option("Rescale (arXiv 2305.08891). [0]", "R")
+    guidance_interval: str | None = option("Guide only the steps FIRST to STOP - 1.", "FIRST:STOP")
+    guided_channels: int | None = option("Guide the first K channels only.", "K", least=1)
+
+
 @tstitch_command(
-    "sample", EXAMPLES, what=Labels, picture=PictureOptions, many=Count, members=Members, budget=Budget,
-    step=StepOptions, solver=SolverOptions, files=Files, load=LoadOptions,
-)  # fmt: skip
+    "sample", EXAMPLES, what=Options, picture=PictureOptions, step=StepOptions, plan=PlanFlags, load=LoadOptions
+)
 def command(
     bundle: Path,
-    what: Labels,
+    what: Options,
     picture: PictureOptions,
-    many: Count,
-    members: Members,
-    budget: Budget,
     step: StepOptions,
-    solver: SolverOptions,
-    files: Files,
+    plan: PlanFlags,
     load: LoadOptions,
     as_json: bool,
 ) -> None:
@@ -117,43 +98,36 @@ def command(
 
     from tstitch_trt.cli._parsing import parse_interval, parse_numbers
     from tstitch_trt.cli._text import print_json
-    from tstitch_trt.files import load_array, require_parent, save_array
+    from tstitch_trt.files import load_array, require_output, save_array
     from tstitch_trt.images.write import kind_of, write_images
     from tstitch_trt.plan.options import PlanOptions
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.calibrate.trials import warm_up
 
-    budgets = parse_budgets(budget.budget_ms)
+    budgets = parse_budgets(what.budget_ms)
     if len(budgets) > 1:
         raise BadInput(
-            f"--budget-ms {budget.budget_ms!r} are {len(budgets)} budgets; allowed is one", hint="--budget-ms 500"
+            f"--budget-ms {what.budget_ms!r} are {len(budgets)} budgets; allowed is one", hint="--budget-ms 500"
         )
-    swapped, latents_out, output = lora_texts(files.loras), files.latents_out, files.output
-    interval = None if solver.guidance_interval is None else parse_interval(solver.guidance_interval)
-    plan = PlanOptions.from_keywords(
-        {**asdict(members), **asdict(step), **asdict(solver), "guidance_interval": interval}
-    )
-    seeds = None if many.seeds is None else parse_numbers(many.seeds, what="seed", example="--seeds 1,2,5-9")
+    swapped, latents_out, output = lora_texts(what.loras), what.latents_out, what.output
+    interval = None if plan.guidance_interval is None else parse_interval(plan.guidance_interval)
+    options = PlanOptions.from_keywords({**asdict(step), **asdict(plan), "guidance_interval": interval})
+    seeds = None if what.seeds is None else parse_numbers(what.seeds, what="seed", example="--seeds 1,2,5-9")
     if latents_out is not None:
-        if latents_out.suffix != ".npy":
-            raise BadInput(
-                f"--latents-out {str(latents_out)!r} is no .npy file; allowed: FILE.npy",
-                hint=f"write --latents-out {latents_out.with_suffix('.npy')}",
-            )
-        require_parent(latents_out, option="--latents-out")
+        require_output(latents_out, ".npy", option="--latents-out")
     if output is not None:
         kind_of(output)
     tile = picture.tiles()
-    start = None if files.latents_in is None else load_array(files.latents_in, option="--latents-in")
+    start = None if what.latents_in is None else load_array(what.latents_in, option="--latents-in")
     with load.open(bundle) as runtime:
         manifest = runtime.manifest
         target = _target(manifest, output, latents_out)
         asked: SampleKeywords = {
-            **plan.explicit(), **picture.keywords(manifest), "labels": what.labels, "n": many.count,
-            "seed": many.seed, "seeds": seeds, "latents": start,
+            **options.explicit(), **picture.keywords(manifest), "labels": what.labels, "n": what.count,
+            "seed": what.seed, "seeds": seeds, "latents": start,
         }  # fmt: skip
         if what.labels is None and seeds is None and start is None:
-            asked["labels"] = _default_labels(manifest.conditioning, many.count)
+            asked["labels"] = _default_labels(manifest.conditioning, what.count)
         for name, text in swapped.items():
             runtime.swap_lora(name, text)
         if budgets:
@@ -230,9 +204,11 @@ def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str,
     names = manifest.conditioning.names
     plan = result.plan
     scales = list(zip(plan.schedule.names, plan.rows[:, ROW["G"]].tolist(), strict=True))
-    said: list[dict[str, Any]] = [{"prompt": prompt} for prompt in result.prompts] or [
-        {"label": label, "name": names[label] if names else None} for label in result.labels
-    ]
+    drawn: list[dict[str, Any]] = (
+        [{"prompt": prompt} for prompt in result.prompts]
+        or [{"label": label, "name": names[label] if names else None} for label in result.labels]
+        or [{}] * len(result.seeds)
+    )
     height, width = (manifest.decoder.factor * side for side in result.latents.shape[2:])
     return {
         "bundle": bundle.name,
@@ -255,9 +231,7 @@ def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str,
                 {"member": part.name, "start": part.start, "stop": part.stop} for part in result.schedule.segments
             ],
         },
-        "timings": [{"member": t.member, "steps": t.steps, "ms": t.ms} for t in result.timings],
+        "timings": [asdict(timing) for timing in result.timings],
         "total_ms": result.total_ms,
-        "images": [
-            {**what, "seed": seed} for what, seed in zip(said or [{}] * len(result.seeds), result.seeds, strict=True)
-        ],
+        "images": [{**one, "seed": seed} for one, seed in zip(drawn, result.seeds, strict=True)],
     }

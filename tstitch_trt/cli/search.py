@@ -25,7 +25,7 @@ tstitch-trt search sd15.bundle --metric latent_error --steps 10,25 --samples 16 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidates:
+class Options:
     metric: str | None = option(
         "fid, kid, precision, recall, accuracy, lpips, clip or latent_error. [fid where the bundle has a network]",
         "NAME",
@@ -36,34 +36,16 @@ class Candidates:
     guidance: float | None = option("Guidance scale; 1 is none. [bundle's default]", "G")
     samples: int = option("Of each that is not beaten.", "N", default=1000, least=1)
     seed: int = option("Of the first sample.", "S", default=0, least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
     batch: int | None = option("Images of the request whose cost counts. [8]", "B", least=1)
     trials: int | None = option("At most so many candidates, at random. [all]", "N", least=0)
     budget_minutes: float | None = option("Begin no round of samples after so long.", "M")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Files:
     work: Path | None = option("Samples that were drawn. [in the cache directory]", "DIR")
     plot: Path | None = option("Draw quality against cost.", "FILE.png")
 
 
-@tstitch_command(
-    "search", EXAMPLES, wanted=Candidates, texts=PromptsFile, limits=Limits, quality=QualityOptions, files=Files,
-    load=LoadOptions,
-)  # fmt: skip
+@tstitch_command("search", EXAMPLES, wanted=Options, texts=PromptsFile, quality=QualityOptions, load=LoadOptions)
 def command(
-    bundle: Path,
-    wanted: Candidates,
-    texts: PromptsFile,
-    limits: Limits,
-    quality: QualityOptions,
-    files: Files,
-    load: LoadOptions,
-    as_json: bool,
+    bundle: Path, wanted: Options, texts: PromptsFile, quality: QualityOptions, load: LoadOptions, as_json: bool
 ) -> None:
     """Find the settings of BUNDLE that no other beats in both time and quality.
 
@@ -79,41 +61,37 @@ def command(
     from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.plots.search import plot_search
-    from tstitch_trt.progress import log, progress_bar
+    from tstitch_trt.progress import progress_bar
     from tstitch_trt.study.search.search import check_search, search, usual_metric
     from tstitch_trt.study.store import save_study
 
     check_search(wanted.metric, wanted.samples)
-    quality.check()
+    quality.network()
     shares = parse_fractions(wanted.fractions)
     steps = None if wanted.steps is None else parse_numbers(wanted.steps, what="steps", example="--steps 10,20,50")
-    prompts, minutes = texts.texts(), limits.budget_minutes
-    check_plot(files.plot)
+    prompts, minutes = texts.texts(), wanted.budget_minutes
+    check_plot(wanted.plot)
     with load.open(bundle) as runtime, progress_bar("searching") as bar:
         metric = wanted.metric or usual_metric(runtime.manifest)
         study = search(
             runtime,
             quality.scorer(runtime.bundle, metric, threads=load.threads or 0),
-            work=files.work or default_root() / "search",
+            work=wanted.work or default_root() / "search",
             samples=wanted.samples,
             seed=wanted.seed,
-            batch=limits.batch,
+            batch=wanted.batch,
             steps=steps,
             solvers=None if wanted.solvers is None else [part.strip() for part in wanted.solvers.split(",")],
             fractions=shares,
             guidance=wanted.guidance,
             prompts=prompts,
-            trials=limits.trials,
+            trials=wanted.trials,
             budget_s=None if minutes is None else 60 * minutes,
             command=command_line(),
             progress=bar,
         )
-        place = save_study(runtime.bundle, study)
-    if files.plot is not None:
-        plot_search(files.plot, study)
-        log(f"plot: {files.plot}")
-    log(f"record: {place}")
-    print_result(study, as_json, _print)
+        record = save_study(runtime.bundle, study)
+    print_result(study, as_json, _print, record=record, plot=wanted.plot, draw=plot_search)
 
 
 def _print(study: Search) -> None:

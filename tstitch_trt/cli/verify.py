@@ -102,7 +102,7 @@ def command(bundle: Path, checks: Checks, as_json: bool) -> None:
 
 
 def _print(result: Verification) -> None:
-    from tstitch_trt.cli._text import print_table
+    from tstitch_trt.cli._text import print_entries, print_table
 
     left_out = {name: text for name, text in result.references.items() if text.startswith("left out")}
     references = ", ".join(f"{name} {text}" for name, text in result.references.items() if name not in left_out)
@@ -111,16 +111,13 @@ def _print(result: Verification) -> None:
         click.echo(f"  {name} {text}")
     for check in result.engines:
         click.echo()
-        click.echo(
+        limit = f"{check.limit:.0e}: {check.limit_reason}" if check.comparisons else ""
+        print_entries(
             f"{check.kind} {check.member}: {check.backend} {check.backend_version} for {check.arch}, "
-            f"{check.precision}, identity {check.identity[:16]}: {check.status}"
+            f"{check.precision}, identity {check.identity[:16]}: {check.status}",
+            [("plan", check.plan or ""), ("reason", check.reason or ""), ("limit", limit)],
         )
-        if check.plan is not None:
-            click.echo(f"  {'plan':<10} {check.plan}")
-        if check.reason is not None:
-            click.echo(f"  {'reason':<10} {check.reason}")
         if check.comparisons:
-            click.echo(f"  {'limit':<10} {check.limit:.0e}: {check.limit_reason}")
             print_table(
                 ("against", "inputs", "batch", "sizes", "tensor", "max abs", "max rel", "rel L2", "result"),
                 [_row(c) for c in check.comparisons],

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tstitch_engines.errors import BadInput
 from tstitch_engines.needs import require
-from tstitch_trt.files import atomic_file, require_parent
+from tstitch_trt.files import atomic_file, require_output
 
 if TYPE_CHECKING:
     from tstitch_trt.study.records import Measure
@@ -107,13 +106,7 @@ def check_plot(path: Path | None, *, option: str = "--plot") -> None:
     """Raises at once what would otherwise go wrong after minutes of measuring: suffix, folder, matplotlib."""
     if path is None:
         return
-    if path.suffix.lower() != ".png":
-        raise BadInput(
-            f"{option} {str(path)!r}: plots can't be written as {path.suffix or 'a file without suffix'!r}; "
-            "allowed: .png",
-            hint=f"write {option} {path.with_suffix('.png')}",
-        )
-    require_parent(path, option=option)
+    require_output(path, ".png", option=option)
     require_matplotlib()
 
 
