@@ -324,7 +324,7 @@ def test_batches_fit_one_engine_call(runtime: Runtime) -> None:
 def test_the_command(tiny_pair: TinyPair, command: Command, tmp_path: Path) -> None:
     plot = tmp_path / "divergence.png"
     words = ["profile", tiny_pair.bundle, "--samples", 2, "--steps", 6, "--threads", 1, "--seed", 3]
-    done = command(*words, "--plot", plot, "--json")
+    done = command(*words, "--plot", plot, "--json", "--traceback")
     assert done.code == 0, done.err
     with Image.open(plot) as picture:
         assert picture.size[0] > picture.size[1]
