@@ -164,10 +164,10 @@ def parse_request(manifest: Manifest, limits: Limits, options: SampleOptions) ->
     embeddings = _embeddings(manifest, options)
     state = read_latents(latents, shape) if isinstance(latents, np.ndarray) else latents
     init = None if image is None else _init(manifest, options, image, shape, state)
-    rows: dict[str, Sized | None] = {"prompt": prompts, "negative_prompt": negative, "control": control}
+    rows: dict[str, Sized | None] = {"prompt": prompts or None, "negative_prompt": negative, "control": control}
     rows |= {key: max(arrays.values(), key=len) for key, arrays in embeddings.items()}
     rows |= {} if init is None else {"image": init.image, "mask": init.mask, "masked_image": init.masked_image}
-    cycled = {name: len(given) for name, given in rows.items() if given is not None and len(given)}
+    cycled = {name: len(given) for name, given in rows.items() if given is not None}
     labels, seeds = _images(manifest, options, latents, cycled)
     return ParsedRequest(
         labels=labels,
@@ -283,7 +283,10 @@ def _images(
             raise BadInput("labels names no class: nothing to draw", hint=f"e.g. labels=[0, {classes.classes - 1}]")
         cycled = cycled if options.labels is None else {"labels": len(wanted), **cycled}
     if options.seed is not None and options.seeds is not None:
-        raise BadInput("both seed and seeds were given", hint="give the first image's seed=, or seeds= one per image")
+        raise BadInput(
+            f"both seed {shown(options.seed)} and seeds {shown(options.seeds)} were given",
+            hint="give the first image's seed= (--seed), or seeds= one per image (--seeds)",
+        )
     seeds = None if options.seeds is None else _seed_list(options.seeds)
     given = {} if options.n is None else {"n": check_whole(options.n, "n", high=_MOST_IMAGES)}
     given |= {} if seeds is None else {"seeds": len(seeds)}

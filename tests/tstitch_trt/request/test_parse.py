@@ -80,7 +80,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**64 - 1, "n": 2}, "seed 18446744073709551616 is out of range"),
     ({"seeds": 3}, "seeds is 3; allowed is a list"),
     ({"seeds": "12"}, "seeds is '12'"),
-    ({"seed": 3, "seeds": [1, 2]}, "both seed and seeds"),
+    ({"seed": 3, "seeds": [1, 2]}, "both seed 3 and seeds [1, 2] were given"),
     ({"n": "3"}, "n is '3'; allowed is a whole number from 0 to 100000"),
     ({"n": 10**9}, "n is 1000000000"),
     ({"n": 10**6000}, "n is something of type int"),
