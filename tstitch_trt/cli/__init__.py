@@ -145,3 +145,7 @@ def _watch_ctrl_c() -> Iterator[list[int]]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if pressed:
+            # Python notes a Ctrl-C that ends an exec or eval of text, as in namedtuple, and `python -m` would end by
+            # that signal instead of our exit code. The next exec of text clears the note.
+            exec("")  # noqa: S102

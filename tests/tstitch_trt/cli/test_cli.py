@@ -229,6 +229,20 @@ def test_ctrl_c_while_sampling_exits_130_and_leaves_no_half_file(bundle: Path, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_in_an_exec_of_text_exits_130(tmp_path: Path) -> None:
+    """As in an import that makes a namedtuple: `python -m` would end by the signal."""
+    (tmp_path / "pressed.py").write_text(
+        "import os, signal, sys, click\n"
+        "from tstitch_trt import cli\n"
+        "@click.command\n"
+        "def wait(): exec('os.kill(os.getpid(), signal.SIGINT)\\nwhile True: pass')\n"
+        "cli.cli = wait\n"
+        "sys.exit(cli.main([]))\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "pressed"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+
+
 def test_ctrl_c_while_building_leaves_the_old_bundle(bundle: Path, tiny_pair: TinyPair, tmp_path: Path) -> None:
     old = Path(shutil.copytree(bundle, tmp_path / "old.bundle"))
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
