@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
@@ -26,6 +25,7 @@ from tstitch_engines.bundle.files import (
     write_durably,
 )
 from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member, Network
+from tstitch_engines.bundle.read import MANIFEST_BYTES, read_json
 from tstitch_engines.errors import BadBundle, BuildFailed
 
 __all__ = ["MANIFEST", "STUDIES", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
@@ -138,7 +138,7 @@ def _read_manifest(root: Path) -> Manifest:
         raise BadBundle(f"{root} is a file; a bundle is a directory with a {MANIFEST}", hint=rebuild)
     file = root / MANIFEST
     try:
-        content = file.read_bytes()
+        data = read_json(file, MANIFEST_BYTES)
     except FileNotFoundError:
         parts = sorted(entry.name for entry in root.iterdir())[:4]
         raise BadBundle(
@@ -146,9 +146,7 @@ def _read_manifest(root: Path) -> Manifest:
             "(a foreign directory, or a copy that was cut short)",
             hint=f"give the directory of a bundle, or {rebuild}",
         ) from None
-    try:
-        data = json.loads(content)
-    except ValueError as error:
+    except (OSError, DecodeError) as error:
         raise BadBundle(f"{file} is damaged: {error}", hint=rebuild) from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, bool) or not isinstance(schema, int):

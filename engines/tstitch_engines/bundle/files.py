@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tstitch_engines.bundle.manifest import Component
+from tstitch_engines.bundle.read import open_regular
 
 __all__ = [
     "copy_component",
@@ -37,7 +38,7 @@ _AT_FDCWD = -100
 
 def hash_file(path: Path) -> tuple[str, int]:
     """The sha256 of a file in hex, and its size in bytes."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
 
 
@@ -47,7 +48,7 @@ def copy_component(source: Path, root: Path, relative: str) -> Component:
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     size = 0
-    with source.open("rb") as stream, target.open("xb") as out:
+    with open_regular(source) as stream, target.open("xb") as out:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
