@@ -11,7 +11,11 @@
 namespace tstitch {
 namespace {
 
-constexpr std::int64_t NOISE_WORK = 12;  // one normal costs about as much as twelve noiseless updates
+constexpr const char* FIELD_NAMES[] = {
+#define TSTITCH_NAME(name) #name,
+    TSTITCH_ROW_FIELDS(TSTITCH_NAME)
+#undef TSTITCH_NAME
+};
 
 std::int64_t chunks_of(std::int64_t elements) { return (elements + CHUNK - 1) / CHUNK; }
 
@@ -29,6 +33,19 @@ void for_chunks(std::int64_t lanes, std::int64_t elements, std::int64_t work, in
         body(lane, i, begin, std::min(begin + CHUNK, elements));
     };
     parallel_for(lanes * chunks, work < PARALLEL_WORK ? 1 : threads, item);
+}
+
+// Throws std::invalid_argument for a row with numbers that no step can be made of.
+void check_numbers(const float* row, std::int32_t lane, std::int32_t step) {
+    const auto refuse_field = [&](int field, const std::string& allowed) {
+        refuse("row " + std::to_string(step) + " of lane " + std::to_string(lane) + " has " + FIELD_NAMES[field] +
+               " = " + std::to_string(row[field]) + "; allowed is " + allowed);
+    };
+    for (int field = 0; field < ROW_SIZE; ++field)
+        if (!is_finite(row[field])) refuse_field(field, "a finite number");
+    if (!has_whole_flags(row)) refuse_field(ROW_FLAGS, "a sum of the flags, 0 to " + std::to_string(FLAG_ALL));
+    if (!has_whole_timestep(row)) refuse_field(ROW_T, "a timestep that fits into 64 bits");
+    if (row[ROW_GUIDED_CHANNELS] < 0.0f) refuse_field(ROW_GUIDED_CHANNELS, "0 or more");
 }
 
 }  // namespace
@@ -57,7 +74,8 @@ const HostKernels& find_kernels(const char* isa) {
 }
 
 int thread_count(int asked) {
-    if (asked < 0) refuse("threads = " + std::to_string(asked) + "; allowed is 0 (all) or more");
+    if (asked < 0 || asked > MOST_THREADS)
+        refuse("threads = " + std::to_string(asked) + "; allowed is 0 (all) to " + std::to_string(MOST_THREADS));
     return asked == 0 ? available_threads() : asked;
 }
 
@@ -83,6 +101,7 @@ void HostArena::check(const std::int32_t* active, std::int64_t batch) {
         if (step[lane] < 0 || step[lane] >= row_count)
             refuse("lane " + std::to_string(lane) + " is at step " + std::to_string(step[lane]) +
                    "; its table has the steps 0 to " + std::to_string(row_count - 1));
+        check_numbers(row(lane), lane, step[lane]);
     }
 }
 
@@ -134,17 +153,19 @@ void HostArena::advance(const std::int32_t* active, std::int64_t batch, Dtype dt
         const std::int32_t lane = active[i], now = step[lane];
         const float* r = row(lane);
         const char* out = static_cast<const char*>(output) + i * lane_bytes;
-        const auto slot = [&](std::int32_t at) { return history + history_slot(at) * past + lane * stride; };
+        const auto slot = [&](std::uint32_t back) {
+            return history + history_slot(static_cast<std::uint32_t>(now) + back) * past + lane * stride;
+        };
         LaneStep& one = steps.emplace_back();
         one.row = r;
         one.x = latents + lane * stride;
         one.cond = out;
         one.uncond = guided ? out + batch * lane_bytes : nullptr;
         one.learned = has_flag(r, FLAG_LEARNED) ? out + count * bytes_of(dtype) : nullptr;
-        one.store = has_flag(r, FLAG_STORE) ? slot(now) : nullptr;
-        one.d1 = slot(now + 2);
-        one.d2 = slot(now + 1);
-        one.d3 = slot(now);
+        one.store = has_flag(r, FLAG_STORE) ? slot(0) : nullptr;
+        one.d1 = slot(2);
+        one.d2 = slot(1);
+        one.d3 = slot(0);
         one.y = uses_y(r) ? y + lane * stride : nullptr;
         const bool inpaints = has_flag(r, FLAG_INPAINT);
         one.image = inpaints ? image + lane * stride : nullptr;

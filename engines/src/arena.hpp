@@ -14,7 +14,10 @@ std::vector<const HostKernels*> supported_kernels();
 // The one called `isa`, or the best when that is null. Throws std::invalid_argument when this CPU has no such.
 const HostKernels& find_kernels(const char* isa);
 
-// `asked`, or all CPUs when that is 0. Throws std::invalid_argument when it is negative.
+// More threads than any CPU has: so many are a mistake, and starting them would fail half-way.
+constexpr int MOST_THREADS = 1024;
+
+// `asked`, or all CPUs when that is 0. Throws std::invalid_argument when it is negative or above MOST_THREADS.
 int thread_count(int asked);
 
 struct HostArena {
@@ -40,7 +43,8 @@ struct HostArena {
     std::vector<std::uint64_t> last_used;  // [lanes]: the last call that named the lane
 
     // Throws std::invalid_argument when something is wrong with the lanes: a slot outside the arena or named twice, a
-    // lane at the end of its table, a spare position (-1) that comes first.
+    // lane at the end of its table or at a row with numbers that can't be right, a spare position (-1) that comes
+    // first.
     void check(const std::int32_t* active, std::int64_t batch);
 
     // Throws std::invalid_argument for a row that uses what is not there: memory that is null, or the model's second
@@ -67,6 +71,9 @@ inline std::int32_t lane_at(const std::int32_t* active, std::int64_t at) {
 // out[e] = scale * z_e
 void normals(const HostKernels& kernels, int threads, float* out, std::int64_t count, std::uint64_t seed,
              std::uint32_t step, float scale);
+
+// One normal costs about as much as twelve noiseless updates.
+constexpr std::int64_t NOISE_WORK = 12;
 
 // Below this much work one thread is faster than waking others: about 40 us of it. One unit is one element of a step
 // without noise.

@@ -100,10 +100,12 @@ __device__ void put_timestep(long long* out, float t) { *out = llrintf(t); }
 // The lane whose data a position of the batch is given: a spare position (-1) is given that of the first.
 __device__ int lane_at(const int* active, int at) { return active[at] < 0 ? active[0] : active[at]; }
 
-// The lane's current row, or null when its step lies outside the table (advance notes that as a fault).
+// The lane's current row, or null when its step lies outside the table, or its numbers can't be cast (advance notes
+// both as a fault).
 __device__ const float* current_row(const float* rows, int row_count, int lane, int step) {
     if (step < 0 || step >= row_count) return nullptr;
-    return rows + (static_cast<long long>(lane) * row_count + step) * ROW_SIZE;
+    const float* const row = rows + (static_cast<long long>(lane) * row_count + step) * ROW_SIZE;
+    return has_castable_numbers(row) ? row : nullptr;
 }
 
 template <typename T, typename Time>
@@ -189,9 +191,10 @@ __device__ void advance(float* latents, float* history, const float* rows, const
     const bool dense = elements % 4 == 0, aligned = dense && stride % 4 == 0;  // the model's lanes, the arena's
     const long long offset = static_cast<long long>(lane) * stride + element;
     const long long past = static_cast<long long>(lanes) * stride;
-    float* const slot = history + history_slot(now) * past + offset;  // of D3, then of D
-    const float* const slot1 = history + history_slot(now + 2) * past + offset;
-    const float* const slot2 = history + history_slot(now + 1) * past + offset;
+    const auto first = static_cast<std::uint32_t>(now);
+    float* const slot = history + history_slot(first) * past + offset;  // of D3, then of D
+    const float* const slot1 = history + history_slot(first + 2) * past + offset;
+    const float* const slot2 = history + history_slot(first + 1) * past + offset;
     const T* const cond = output + static_cast<long long>(at) * output_elements + element;
 
     float x[4], m[4], d[4], next[4];

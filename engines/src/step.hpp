@@ -71,6 +71,7 @@ constexpr int FLAG_STORE = 2;
 constexpr int FLAG_STORE_Y = 4;
 constexpr int FLAG_INPAINT = 8;
 constexpr int FLAG_GIVEN_NOISE = 16;
+constexpr int FLAG_ALL = 31;
 constexpr int HISTORY = 3;  // estimates that a lane remembers
 constexpr std::uint32_t INITIAL_NOISE_STEP = 0xFFFFFFFFu;
 
@@ -88,6 +89,19 @@ TSTITCH_HD float bits_float(std::uint32_t bits) {
 
 TSTITCH_HD bool is_finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 
+// Whether the numbers of a row that become whole ones can: a cast of NaN, or of a float that is too large, is
+// undefined. FLAGS is a sum of FLAG_*, T fits into 64 bits, GUIDED_CHANNELS is a count.
+TSTITCH_HD bool has_whole_flags(const float* row) {
+    const float flags = row[ROW_FLAGS];
+    if (!(flags >= 0.0f && flags <= static_cast<float>(FLAG_ALL))) return false;
+    return static_cast<float>(static_cast<int>(flags)) == flags;
+}
+TSTITCH_HD bool has_whole_timestep(const float* row) { return row[ROW_T] > -0x1p63f && row[ROW_T] < 0x1p63f; }
+TSTITCH_HD bool has_castable_numbers(const float* row) {
+    return has_whole_flags(row) && has_whole_timestep(row) && row[ROW_GUIDED_CHANNELS] >= 0.0f;
+}
+
+// Of a row whose numbers are castable.
 TSTITCH_HD bool has_flag(const float* row, int flag) { return (static_cast<int>(row[ROW_FLAGS]) & flag) != 0; }
 
 // How many leading elements of a lane are guided, from the row's channel count; a count above `channels` means all.
@@ -100,7 +114,7 @@ TSTITCH_HD std::int64_t guided_elements(const float* row, std::int64_t channels,
 
 // History is a ring: D of step i lives in slot i % 3, so D1 (step i - 1) is in slot i + 2 and D2 in slot i + 1 (mod 3),
 // and D3 (step i - 3) is in the slot that D of step i overwrites.
-TSTITCH_HD int history_slot(int step) { return static_cast<int>(static_cast<unsigned>(step) % HISTORY); }
+TSTITCH_HD int history_slot(std::uint32_t step) { return static_cast<int>(step % HISTORY); }
 
 TSTITCH_HD bool uses_y(const float* row) { return row[ROW_Y] != 0.0f || has_flag(row, FLAG_STORE_Y); }
 

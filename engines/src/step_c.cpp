@@ -53,8 +53,16 @@ tstitch_status guarded(Body body) {
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
-void require(const void* pointer, const char* name) {
+// `alignment` is checked too: the vectors of the kernels may fault on an address between two elements.
+void require(const void* pointer, const char* name, std::int64_t alignment = 1) {
     if (pointer == nullptr) refuse(std::string(name) + " is null");
+    if (reinterpret_cast<std::uintptr_t>(pointer) % static_cast<std::uintptr_t>(alignment) != 0)
+        refuse(std::string(name) + " is at an address that is no multiple of " + std::to_string(alignment) +
+               ", the size of its elements");
+}
+
+void require_finite(float value, const char* name) {
+    if (!is_finite(value)) refuse(std::string(name) + " = " + std::to_string(value) + "; allowed is a finite number");
 }
 
 void require_positive(std::int64_t value, const char* name) {
@@ -76,20 +84,24 @@ Dtype model_dtype(tstitch_dtype dtype, const char* name) {
            "; allowed are TSTITCH_FLOAT32, TSTITCH_FLOAT16 and TSTITCH_BFLOAT16");
 }
 
-// False for a batch of none, which is no work and no mistake.
-bool has_lanes(const std::int32_t* active, std::int64_t batch) {
+// False for a batch of none, which is no work and no mistake. `bytes`: of one position in the caller's largest array.
+bool has_lanes(const std::int32_t* active, std::int64_t batch, std::int64_t bytes) {
     if (batch < 0) refuse("batch = " + std::to_string(batch) + "; allowed is 0 or more");
-    if (batch > 0) require(active, "active");
+    if (__builtin_mul_overflow(batch, bytes, &bytes))
+        refuse("batch = " + std::to_string(batch) + " is more than fits into memory");
+    if (batch > 0) require(active, "active", sizeof *active);
     return batch > 0;
 }
+
+std::int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 void require_sizes(const tstitch_lanes& lanes) {
     require_positive(lanes.lanes, "lanes");
     require_positive(lanes.row_count, "row_count");
     require_positive(lanes.channels, "channels");
     require_positive(lanes.spatial, "spatial");
-    std::int64_t bytes =
-        2 * static_cast<std::int64_t>(sizeof(float));  // of a guided learned output, which is more than the history
+    // Of a guided learned output in floats, which is more than the history, and as units of work (NOISE_WORK).
+    std::int64_t bytes = 2 * NOISE_WORK;
     std::int64_t table = static_cast<std::int64_t>(sizeof(float)) * ROW_SIZE;
     bool large = __builtin_mul_overflow(table, lanes.lanes, &table);
     large = __builtin_mul_overflow(table, lanes.row_count, &table) || large;
@@ -109,12 +121,16 @@ void require_sizes(const tstitch_lanes& lanes) {
 
 tstitch_arena* make_arena(const tstitch_lanes& lanes, int threads, const char* isa) {
     require_sizes(lanes);
-    require(lanes.latents, "latents");
-    require(lanes.history, "history");
-    require(lanes.rows, "rows");
-    require(lanes.step, "step");
-    require(lanes.seed, "seed");
-    require(lanes.fault, "fault");
+    require(lanes.latents, "latents", sizeof(float));
+    require(lanes.history, "history", sizeof(float));
+    require(lanes.rows, "rows", sizeof(float));
+    require(lanes.step, "step", sizeof(std::int32_t));
+    require(lanes.seed, "seed", sizeof(std::uint64_t));
+    require(lanes.fault, "fault", sizeof(std::int32_t));
+    if (lanes.y != nullptr) require(lanes.y, "y", sizeof(float));
+    if (lanes.image != nullptr) require(lanes.image, "image", sizeof(float));
+    if (lanes.mask != nullptr) require(lanes.mask, "mask", sizeof(float));
+    if (lanes.noise != nullptr) require(lanes.noise, "noise", sizeof(float));
     HostArena host = {};
     host.latents = lanes.latents;
     host.history = lanes.history;
@@ -165,6 +181,7 @@ tstitch_status tstitch_initial_noise(tstitch_arena* arena, int32_t lane, float s
         const HostArena& host = arena->host;
         if (lane < 0 || lane >= host.lanes)
             refuse("lane = " + std::to_string(lane) + "; allowed is 0 to " + std::to_string(host.lanes - 1));
+        require_finite(scale, "scale");
         normals(*host.kernels, host.threads, host.latents + lane * host.stride, host.elements(), host.seed[lane],
                 INITIAL_NOISE_STEP, scale);
     });
@@ -178,9 +195,9 @@ tstitch_status tstitch_prepare(tstitch_arena* arena, const int32_t* active, int6
         if (timestep_dtype != TSTITCH_FLOAT32 && timestep_dtype != TSTITCH_INT64)
             refuse("timestep_dtype = " + std::to_string(static_cast<int>(timestep_dtype)) +
                    "; allowed are TSTITCH_FLOAT32 and TSTITCH_INT64");
-        if (!has_lanes(active, batch)) return;
-        require(sample, "sample");
-        require(timestep, "timestep");
+        if (!has_lanes(active, batch, 2 * arena->host.elements() * std::int64_t{sizeof(float)})) return;
+        require(sample, "sample", size_of(dtype));
+        require(timestep, "timestep", timestep_dtype == TSTITCH_INT64 ? 8 : 4);
         arena->host.check(active, batch);
         arena->host.prepare(active, batch, dtype, sample,
                             timestep_dtype == TSTITCH_FLOAT32 ? static_cast<float*>(timestep) : nullptr,
@@ -199,8 +216,8 @@ tstitch_status tstitch_advance(tstitch_arena* arena, const int32_t* active, int6
             refuse("output_channels = " + std::to_string(output_channels) + "; allowed is " +
                    std::to_string(host.channels) + ", or " + std::to_string(2 * host.channels) +
                    " with learned variance");
-        if (!has_lanes(active, batch)) return;
-        require(model_output, "model_output");
+        if (!has_lanes(active, batch, 2 * NOISE_WORK * 2 * host.elements())) return;
+        require(model_output, "model_output", size_of(type));
         host.check(active, batch);
         host.check_rows(active, batch, learned);
         host.advance(active, batch, type, model_output, output_channels, guided, rescale);
@@ -218,7 +235,7 @@ tstitch_status tstitch_gather_rows(const int32_t* active, int64_t batch, const v
             __builtin_mul_overflow(bytes, halves, &bytes))
             refuse("source_stride = " + std::to_string(source_stride) + "; allowed is row_bytes (" +
                    std::to_string(row_bytes) + ") or more, as far as the rows fit into memory");
-        if (!has_lanes(active, batch)) return;
+        if (!has_lanes(active, batch, row_bytes * halves)) return;
         require(source, "source");
         require(target, "target");
         check_active(active, batch, lanes);
@@ -235,7 +252,10 @@ tstitch_status tstitch_normals(float* out, int64_t count, uint64_t seed, uint32_
                                const char* isa) {
     return guarded([&] {
         if (count < 0) refuse("count = " + std::to_string(count) + "; allowed is 0 or more");
-        if (count > 0) require(out, "out");
+        if (count > INT64_MAX / (2 * NOISE_WORK))
+            refuse("count = " + std::to_string(count) + " is more than fits into memory");
+        if (count > 0) require(out, "out", sizeof *out);
+        require_finite(scale, "scale");
         normals(find_kernels(isa), thread_count(threads), out, count, seed, step, scale);
     });
 }

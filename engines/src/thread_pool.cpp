@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace tstitch {
@@ -45,8 +45,8 @@ class Pool {
         pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
             for (; workers_ < helpers; ++workers_) std::thread([this] { serve(); }).detach();
-        } catch (const std::system_error&) {
-            // The process may have no more threads: those that started share the work with the caller.
+        } catch (const std::exception&) {
+            // The process may have no more threads or memory: those that started share the work with the caller.
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }

@@ -45,17 +45,31 @@ def cmake() -> Path:
     return found
 
 
-@pytest.mark.parametrize("shared", ["OFF", "ON"])
+C_NAMES = {"test_step", "test_refusals", "test_threads", "test_cuda", "consumer"}
+
+
+def ctest(cmake: Path, build: Path, *options: str) -> set[str]:
+    """Configures, builds and tests; the names of the tests, which all passed."""
+    run(cmake, "-S", ROOT, "-B", build, *options)
+    run(cmake, "--build", build, "--parallel", "2")
+    report = run(cmake.with_name("ctest"), "--test-dir", build, "--output-on-failure")
+    assert "100% tests passed" in report
+    return set(re.findall(r"Test +#\d+: (\w+)", report))
+
+
+@pytest.mark.parametrize("preset", ["asan", pytest.param("tsan", marks=pytest.mark.slow)])
+def test_sanitizers_find_nothing(cmake: Path, tmp_path: Path, preset: str) -> None:
+    """The static library. The presets are CMakePresets.json's, built where the test may write."""
+    assert ctest(cmake, tmp_path, f"--preset={preset}") == C_NAMES
+
+
+@pytest.mark.parametrize("shared", ["ON", pytest.param("OFF", marks=pytest.mark.slow)])
 def test_ctest(cmake: Path, tmp_path: Path, shared: str) -> None:
-    """The static library as it ships; the shared one without optimisation, which compiles faster."""
+    """The shared library without optimisation, which compiles faster; the static one as it ships."""
     kind = "Debug" if shared == "ON" else "Release"
     options = [f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_BUILD_TYPE={kind}", "-DTSTITCH_WERROR=ON"]
-    run(cmake, "-S", ROOT, "-B", tmp_path, "-DTSTITCH_PYTHON=OFF", "-DTSTITCH_CUDA=OFF", *options)
-    run(cmake, "--build", tmp_path, "--parallel", "2")
-    report = run(cmake.with_name("ctest"), "--test-dir", tmp_path, "--output-on-failure")
-    assert "100% tests passed" in report
-    names = set(re.findall(r"Test +#\d+: (\w+)", report))
-    assert names == {"test_step", "test_refusals", "test_cuda", "consumer"} | ({"exports"} if shared == "ON" else set())
+    names = ctest(cmake, tmp_path, "-DTSTITCH_PYTHON=OFF", "-DTSTITCH_CUDA=OFF", *options)
+    assert names == C_NAMES | ({"exports"} if shared == "ON" else set())
 
 
 def test_the_version_is_that_of_the_package(cmake: Path, tmp_path: Path) -> None:

@@ -6,6 +6,6 @@ endfunction()
 file(REMOVE_RECURSE "${work}")
 run("${CMAKE_COMMAND}" --install "${build}" --prefix "${work}/prefix")
 run("${CMAKE_COMMAND}" -G "${generator}" -S "${source}" -B "${work}/build" "-DCMAKE_PREFIX_PATH=${work}/prefix"
-    "-DCMAKE_C_COMPILER=${compiler}" "-Dversion=${version}" "-Dfatbin=${fatbin}")
+    "-DCMAKE_C_COMPILER=${compiler}" "-DCMAKE_C_FLAGS=${flags}" "-Dversion=${version}" "-Dfatbin=${fatbin}")
 run("${CMAKE_COMMAND}" --build "${work}/build")
 run("${work}/build/walk")

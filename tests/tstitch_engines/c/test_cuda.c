@@ -1,5 +1,6 @@
 /* tstitch/cuda.h: its argument structs and launch shapes give, by the CUDA driver's source walked on the CPU
  * (cuda_on_host/launch.cpp), what the host driver gives. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <tstitch/cuda.h>
@@ -70,7 +71,7 @@ static void on_host(state* s) {
     for (int i = 0; i < LANES * STRIDE; ++i) s->copy[i] = 0.25f * s->latents[i];
 }
 
-static void on_cuda(state* s) {
+static void on_cuda(state* s, bool rescale) {
     float factors[BATCH];
     const unsigned blocks = tstitch_cuda_blocks(ELEMENTS);
     tstitch_cuda_initial_noise noise = {0};
@@ -98,7 +99,8 @@ static void on_cuda(state* s) {
     prepare.guided = advance.guided = 1;
 
     factor.output = advance.output = address(output);
-    factor.factors = advance.factors = address(factors);
+    factor.factors = address(factors);
+    advance.factors = rescale ? factor.factors : 0;
     factor.spatial = advance.spatial = SPATIAL;
     factor.output_elements = advance.output_elements = 2 * ELEMENTS;
 
@@ -136,12 +138,35 @@ static void on_cuda(state* s) {
     LAUNCH("gather_rows", tstitch_cuda_row_blocks(ROW), 2 * BATCH, TSTITCH_CUDA_THREADS, of_gather);
     for (int i = 0; i < STEPS; ++i) {
         LAUNCH("prepare_float32_int64", blocks, BATCH, TSTITCH_CUDA_THREADS, of_prepare);
-        LAUNCH("guidance_factor_float32", BATCH, 1, TSTITCH_CUDA_MOMENT_THREADS, of_factor);
+        if (rescale) LAUNCH("guidance_factor_float32", BATCH, 1, TSTITCH_CUDA_MOMENT_THREADS, of_factor);
         LAUNCH("advance_float32", blocks, BATCH, TSTITCH_CUDA_THREADS, of_advance);
         LAUNCH("next_step", 1, 1, TSTITCH_CUDA_THREADS, of_next);
     }
     LAUNCH("scaled_copy", (LANES * STRIDE + TSTITCH_CUDA_THREADS - 1) / TSTITCH_CUDA_THREADS, 1, TSTITCH_CUDA_THREADS,
            of_copy);
+}
+
+/* A row whose numbers can't be cast to whole ones is a fault of its lane, before anything is cast. */
+static void test_bad_rows(void) {
+    static const struct {
+        int field;
+        float value;
+    } bad[] = {
+        {TSTITCH_ROW_FLAGS, NAN},  {TSTITCH_ROW_FLAGS, 1e30f}, {TSTITCH_ROW_FLAGS, 32},
+        {TSTITCH_ROW_FLAGS, -1},   {TSTITCH_ROW_FLAGS, 0.5f},  {TSTITCH_ROW_T, NAN},
+        {TSTITCH_ROW_T, INFINITY}, {TSTITCH_ROW_T, -1e19f},    {TSTITCH_ROW_GUIDED_CHANNELS, NAN},
+    };
+    static state fresh;
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; ++i) {
+        float* const number = rows + (2 * STEPS + 1) * TSTITCH_ROW_SIZE + bad[i].field;
+        const float before = *number;
+        state s = fresh;
+        for (int lane = 0; lane < LANES; ++lane) s.fault[lane] = -1;
+        *number = bad[i].value;
+        on_cuda(&s, false);
+        CHECK(s.fault[2] == 1 && s.fault[0] == -1);
+        *number = before;
+    }
 }
 
 int main(void) {
@@ -168,7 +193,7 @@ int main(void) {
     for (int lane = 0; lane < LANES; ++lane) host.fault[lane] = -1;
     cuda = host;
     on_host(&host);
-    on_cuda(&cuda);
+    on_cuda(&cuda, true);
     for (int i = 0; i < LANES * STRIDE; ++i) {
         CHECK_CLOSE(cuda.latents[i], host.latents[i], 1e-5);
         CHECK_CLOSE(cuda.copy[i], host.copy[i], 1e-5);
@@ -185,5 +210,6 @@ int main(void) {
     CHECK(memcmp(cuda.step, host.step, sizeof host.step) == 0);
     CHECK(memcmp(cuda.fault, host.fault, sizeof host.fault) == 0);
     CHECK(host.step[0] == STEPS && host.step[1] == 0 && host.step[2] == STEPS);
+    test_bad_rows();
     return failures != 0;
 }

@@ -143,6 +143,7 @@ def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
     made = {name: device.empty(size, dtype) for name, (size, dtype, _) in kinds.items()}
     for name, (_, _, fill) in kinds.items():
         made[name].array[...] = fill
+    made["rows"].array[..., ROW["FLAGS"]] = 0
     return made
 
 

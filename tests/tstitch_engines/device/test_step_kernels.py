@@ -511,6 +511,33 @@ def test_a_finished_lane_is_refused() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("T", np.nan, "allowed is a finite number"),
+        ("S", -np.inf, "allowed is a finite number"),
+        ("T", 1e19, "a timestep that fits into 64 bits"),
+        ("FLAGS", 32, "a sum of the flags, 0 to 31"),
+        ("GUIDED_CHANNELS", -1, "allowed is 0 or more"),
+    ],
+)
+def test_a_row_that_can_not_be_right_is_refused(field: str, value: float, says: str) -> None:
+    arena = small_arena()
+    arena.rows.array[0, 0, ROW[field]] = value
+    active, sample = buffer(np.zeros(1, np.int32)), buffer(np.zeros((1, 3, 4, 4), np.float32))
+    with pytest.raises(BadInput, match=f"row 0 of lane 0 has {field} = .*{says}"):
+        arena.kernels.prepare(active, sample, HostBuffer((1,), "int64"), guided=False)
+    with pytest.raises(BadInput, match=f"row 0 of lane 0 has {field} = .*{says}"):
+        arena.kernels.advance(active, sample, guided=False, rescale=False)
+
+
+def test_an_array_between_two_elements_is_refused() -> None:
+    bytes_ = np.zeros(4 * 48 + 1, np.uint8)
+    sample = HostBuffer((1, 3, 4, 4), "float32", bytes_[1:].view(np.float32).reshape(1, 3, 4, 4))
+    with pytest.raises(BadInput, match="is at an address that is no multiple of 4"):
+        small_arena().kernels.advance(buffer(np.zeros(1, np.int32)), sample, guided=False, rescale=False)
+
+
 def test_learned_rows_need_a_second_half() -> None:
     arena = small_arena()
     arena.rows.array[..., ROW["S"]] = 1
@@ -624,8 +651,9 @@ def test_an_arena_that_does_not_fit_together_is_refused() -> None:
             HostStepKernels(good, shape)
     with pytest.raises(BadInput, match="no instruction set 'mmx'; allowed are"):
         HostStepKernels(good, isa="mmx")
-    with pytest.raises(BadInput, match="threads = -1"):
-        HostStepKernels(good, threads=-1)
+    for threads in (-1, 100_000, 2**40):
+        with pytest.raises(BadInput, match="no arena of lanes"):
+            HostStepKernels(good, threads=threads)
 
 
 def test_buffers_of_another_device_are_refused() -> None:

@@ -31,8 +31,9 @@
  * "elements" (e) is channels * spatial of one lane, below 2^30; "output_elements" is that, or twice that for a model
  * that predicts its variance. "stride" is that of tstitch_lanes, but never 0. Arrays are aligned to 16 bytes. The
  * kernels can't check what the host driver refuses: active holds lanes of the arena, each at most once, and -1 for
- * spare positions after the first. A lane whose step lies outside its table, a row with TSTITCH_FLAG_LEARNED without
- * the model's second half, a row that uses an array which is 0, and a latent that is not finite are noted in fault.
+ * spare positions after the first. A lane whose step lies outside its table, a row whose T, FLAGS or GUIDED_CHANNELS
+ * tstitch_advance refuses, a row with TSTITCH_FLAG_LEARNED without the model's second half, a row that uses an array
+ * which is 0, and a latent that is not finite are noted in fault.
  */
 #ifndef TSTITCH_CUDA_H
 #define TSTITCH_CUDA_H

@@ -28,7 +28,11 @@
  * the number of threads, nor a lane's result on the other lanes of its batch.
  *
  * Errors: no exception leaves these functions. A call that does not return TSTITCH_OK has not changed latents, history,
- * step or fault, and tstitch_last_error says what was wrong.
+ * step or fault, and tstitch_last_error says what was wrong. Refused are null and misaligned arrays, sizes whose
+ * product is more than fits into memory, unknown dtypes, positions that name no lane or one twice, a lane whose step
+ * lies outside its table, and a row that can't be right: a number that is not finite, FLAGS that are no sum of
+ * TSTITCH_FLAG_*, a T that does not fit into 64 bits, GUIDED_CHANNELS below 0. How large an array is, only the caller
+ * knows.
  */
 #ifndef TSTITCH_STEP_H
 #define TSTITCH_STEP_H
@@ -90,11 +94,15 @@ enum { TSTITCH_HISTORY = 3 }; /* the D that a lane remembers: that of step i in 
 
 #define TSTITCH_INITIAL_NOISE_STEP 0xFFFFFFFFu /* the Philox "step" of a lane's initial latent */
 
+#ifdef __cplusplus
+typedef enum tstitch_dtype : int { /* any value may come from C: it is checked, and must not be undefined before */
+#else
 typedef enum tstitch_dtype {
-    TSTITCH_FLOAT32,
-    TSTITCH_FLOAT16,
-    TSTITCH_BFLOAT16,
-    TSTITCH_INT64 /* timesteps only */
+#endif
+                                   TSTITCH_FLOAT32,
+                                   TSTITCH_FLOAT16,
+                                   TSTITCH_BFLOAT16,
+                                   TSTITCH_INT64 /* timesteps only */
 } tstitch_dtype;
 
 typedef enum tstitch_status {
@@ -136,14 +144,15 @@ typedef struct tstitch_lanes {
 
 typedef struct tstitch_arena tstitch_arena;
 
-/* threads: the most that a call may use, the caller among them; 0 = as many as this process may run on. Small batches
- * stay on the calling thread. isa: the name of an instruction set (see tstitch_isa), or null for the best.
- * The struct is copied, the arrays are not. On failure *arena is null. */
+/* threads: the most that a call may use, the caller among them, up to 1024; 0 = as many as this process may run on.
+ * Small batches stay on the calling thread. isa: the name of an instruction set (see tstitch_isa), or null for the
+ * best. The struct is copied, the arrays are not. On failure *arena is null. */
 TSTITCH_API tstitch_status tstitch_arena_create(const tstitch_lanes* lanes, int threads, const char* isa,
                                                 tstitch_arena** arena);
 TSTITCH_API void tstitch_arena_destroy(tstitch_arena* arena); /* null is allowed */
 
-/* Writes scale * z into the lane's latent; z is keyed by seed[lane] and TSTITCH_INITIAL_NOISE_STEP. */
+/* Writes scale * z, scale being finite, into the lane's latent; z is keyed by seed[lane] and
+ * TSTITCH_INITIAL_NOISE_STEP. */
 TSTITCH_API tstitch_status tstitch_initial_noise(tstitch_arena* arena, int32_t lane, float scale);
 
 /* active[0 .. batch - 1] are the lanes of a call, each at most once. -1 is a spare position, which fills a batch up;
@@ -182,7 +191,7 @@ TSTITCH_API tstitch_status tstitch_normals(float* out, int64_t count, uint64_t s
                                            int threads, const char* isa);
 
 /* Philox 4x32-10 (Salmon et al., SC 2011), low words first. Element 4 b + k of a lane is made of the counter
- * {b, b >> 32, step, 0} and the key {seed, seed >> 32}. */
+ * {b, b >> 32, step, 0} and the key {seed, seed >> 32}. None of the three is null. */
 TSTITCH_API void tstitch_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
 /* The instruction sets that this CPU can run, best first; null when index is past the last. */
