@@ -18,7 +18,7 @@ PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bott
 ORDER = {
     "tstitch_engines": [
         ["errors", "progress", "quiet", "threads"],
-        ["needs", "spec", "worker_process"],
+        ["child", "needs", "spec"],
         ["bundle"],
         ["make_fatbin"],
         ["device"],

@@ -24,7 +24,9 @@ __all__ = [
     "NotCalibrated",
     "NotFinite",
     "NotFiniteInput",
+    "OutOfMemory",
     "OutOfProfile",
+    "OutOfTime",
     "PairMismatch",
     "TStitchError",
     "Unavailable",
@@ -100,6 +102,14 @@ class FailedWork(TStitchError):
 
 class BuildFailed(FailedWork):
     """An export or a compilation failed."""
+
+
+class OutOfTime(FailedWork):
+    """Work in a child process took longer than its limit, and was ended."""
+
+
+class OutOfMemory(FailedWork):
+    """Work needs more memory than is free, or than was allowed."""
 
 
 class NotFinite(FailedWork):

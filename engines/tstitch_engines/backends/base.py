@@ -5,21 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from glob import escape
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NotRequired, TypedDict, Unpack
 
 import msgspec
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import EngineIdentity, Network, Option
-from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.child import DEFAULT, Channel, Job, Limits, run_in_child
+from tstitch_engines.errors import BadInput, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
 if TYPE_CHECKING:
     from tstitch_engines.device.base import Buffer, Device
 
-__all__ = ["Backend", "CompileJob", "Engine"]
+__all__ = ["BUILD_SECONDS", "Backend", "CompileJob", "CompileRequest", "Engine", "compile_request"]
+
+BUILD_SECONDS: Final = 7200.0  # the limit of one compilation unless another is given: TensorRT times kernels for long
 
 
 class Engine(ABC):
@@ -132,7 +136,10 @@ class Engine(ABC):
 
 
 class CompileJob(TypedDict):
-    """The keywords of ``Backend.compile``. ``model``: of the kind ``model_kind``. ``output``: the file to write."""
+    """The keywords of ``Backend.compile``. ``model``: of the kind ``model_kind``. ``output``: the file to write.
+
+    ``limits``: of the child process that does the work.
+    """
 
     member: Network
     model: Path
@@ -141,6 +148,35 @@ class CompileJob(TypedDict):
     options: Mapping[str, Option]
     output: Path
     progress: Progress
+    limits: NotRequired[Limits]
+
+
+class CompileRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A ``CompileJob`` on its way to the child, with the backend's class as ``module:name``."""
+
+    backend: str
+    member: Network
+    model: str
+    profile: ShapeProfile
+    device: str
+    options: dict[str, Option]
+    output: str
+
+
+def compile_request(request: CompileRequest, channel: Channel) -> tuple[str, ...]:
+    """Compiles in the child; the files that were written."""
+    module, _, name = request.backend.partition(":")
+    backend: Backend = getattr(import_module(module), name)()
+    written = backend.compile_here(
+        member=request.member,
+        model=Path(request.model),
+        profile=request.profile,
+        device=request.device,
+        options=request.options,
+        output=Path(request.output),
+        progress=channel.progress,
+    )
+    return tuple(map(str, written))
 
 
 class Backend(ABC):
@@ -187,8 +223,9 @@ class Backend(ABC):
         """Compiles ``model`` into ``output``; returns all files it wrote.
 
         The first is ``output``; any other lies in the same directory and has a name that starts with ``output``'s.
-        Raises ``UnknownName`` for an option that does not exist, ``BadInput`` for one it can't honour and
-        ``BuildFailed``; nothing it wrote is left then.
+        The work is done in a child process, since a graph may be made to run or grow without end. Raises
+        ``UnknownName`` for an option that does not exist, ``BadInput`` for one it can't honour, ``BuildFailed``, and
+        ``OutOfTime`` and ``OutOfMemory`` at the limits of the child; nothing it wrote is left then.
         """
         for name in job["options"]:
             if name not in self.options:
@@ -201,9 +238,33 @@ class Backend(ABC):
                 path.unlink(missing_ok=True)
             raise
 
-    @abstractmethod
     def _compile(self, job: CompileJob) -> tuple[Path, ...]:
-        """Does the work of ``compile``, which removes what is written when this raises."""
+        """Has ``compile_here`` called in the child; ``compile`` removes what is written when this raises."""
+        member, model = job["member"], job["model"]
+        request = CompileRequest(
+            backend=f"{type(self).__module__}:{type(self).__qualname__}",
+            member=Network(**{name: getattr(member, name) for name in Network.__struct_fields__}),
+            model=str(model.absolute()),
+            profile=job["profile"],
+            device=job["device"],
+            options=dict(job["options"]),
+            output=str(job["output"].absolute()),
+        )
+        on_cpu = job["device"] == "cpu"
+        work = Job(
+            what=f"the process compiling {model.name} with {self.name}",
+            seconds=BUILD_SECONDS,
+            limits=job.get("limits", DEFAULT),
+            error=BuildFailed,
+            if_killed="free memory, or build on a machine with more and copy the bundle",
+            kept=on_cpu,  # a GPU's memory is given back
+            host_only=on_cpu,
+        )
+        return tuple(map(Path, run_in_child(compile_request, request, work, progress=job["progress"])))
+
+    def compile_here(self, **job: Unpack[CompileJob]) -> tuple[Path, ...]:
+        """Does the work of ``compile`` in this process, which is the child."""
+        raise NotImplementedError
 
     @abstractmethod
     def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:

@@ -11,7 +11,7 @@ import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 
 from tstitch_engines.backends.base import Backend, CompileJob, Engine
 from tstitch_engines.bundle.cache import default_root
@@ -118,7 +118,7 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = 3  # errors only; they come back as exceptions as well
         return options
 
-    def _compile(self, job: CompileJob) -> tuple[Path, ...]:
+    def compile_here(self, **job: Unpack[CompileJob]) -> tuple[Path, ...]:
         member, model, options = job["member"], job["model"], job["options"]
         device, output = job["device"], job["output"]
         provider = str(options.get("provider", "cuda"))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -64,7 +64,7 @@ class TorchBackend(Backend):
         self._require(kind, index)
         return kind
 
-    def _compile(self, job: CompileJob) -> tuple[Path, ...]:
+    def compile_here(self, **job: Unpack[CompileJob]) -> tuple[Path, ...]:
         """Keeps the program as it is, after loading it once to see that it is whole."""
         model, output = job["model"], job["output"]
         if mode_of(job["options"].get("compile")) is not None:

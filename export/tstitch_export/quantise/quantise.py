@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Member
+from tstitch_engines.child import DEFAULT, Job, Limits, run_in_child
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, unknown_name
 from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
-from tstitch_engines.worker_process import worker
 from tstitch_export.onnx_export.graph import tidy, validate
 from tstitch_export.quantise.layers import Layer, choose, find_layers, is_quantised, prepare
-from tstitch_export.quantise.worker import Reply, Request
+from tstitch_export.quantise.worker import Request
+from tstitch_export.quantise.worker import quantise as quantise_here
 
 __all__ = [
     "HIGH_PRECISIONS",
@@ -48,8 +49,8 @@ METHODS: Final = ("max", "entropy")
 HIGH_PRECISIONS: Final = ("fp16", "bf16", "fp32")
 _SOURCES: Final = ("fp32", "fp16")
 _BATCH: Final = 8  # calibration rows per call
-_MODULE: Final = "tstitch_export.quantise.worker"
 _MODULES: Final = ("modelopt", "lief", "onnx_graphsurgeon", "onnxslim")  # what its ONNX part imports beyond our extras
+_SECONDS: Final = 7200.0  # the limit of one graph unless another is given
 _INSTALL: Final = 'pip install "tstitch-trt[cpu,quant]"'
 
 
@@ -124,12 +125,13 @@ def quantise_graph(
     method: str = "max",
     high_precision: str = "fp16",
     keep: Sequence[str] = (),
+    limits: Limits = DEFAULT,
 ) -> QuantisedGraph:
     """Writes ``model``, the graph of ``member``, to ``output`` with Q/DQ nodes.
 
     ``calibration``: float32 and int64 arrays of real inputs by name, ``[N, ...]`` each. ``method``: an activation's
     range is its largest magnitude (``max``) or loses the least information (``entropy``, int8). ``keep``: layers to
-    leave in high precision, by name or pattern.
+    leave in high precision, by name or pattern. ``limits``: of the child process that does it.
 
     Raises ``BadInput``, ``Unavailable`` without modelopt, ``BuildFailed`` when modelopt fails or its graph is not as
     asked for. Nothing is left then.
@@ -164,7 +166,7 @@ def quantise_graph(
                 nodes=tuple(layer.node for layer in chosen),
                 external=external,
             )
-            _run(request, folder)
+            _run(request, folder, limits)
         inputs, outputs = float32_specs(member.inputs), float32_specs(member.outputs)
         tidy(output, inputs=inputs, outputs=outputs)
         graph = onnx.load(output, load_external_data=False).graph
@@ -216,30 +218,28 @@ def _not_as_asked(what: str) -> BuildFailed:
     )
 
 
-def _run(request: Request, folder: Path) -> None:
-    """Runs the worker, which is killed on Ctrl-C or any other exception. Its temporary files are made in ``folder``."""
-    env = {"TMPDIR": str(folder.absolute()), "PYTHONHASHSEED": "0"}  # modelopt iterates over sets
-    with worker(_MODULE, msgspec.json.encode(request), env) as opened:
-        try:
-            reply = msgspec.json.decode(opened.answers.read(), type=Reply)
-        except msgspec.DecodeError:
-            raise opened.failure(
-                "the process that quantises",
-                if_killed="free memory, or quantise on a machine with more and copy the bundle; fewer --samples need "
-                "less",
-                if_crashed="report this message with tstitch-trt doctor",
-            ) from None
-        said = opened.said()
+def _run(request: Request, folder: Path, limits: Limits) -> None:
+    """Quantises in a child process, whose temporary files are made in ``folder``."""
+    job = Job(
+        what="the process that quantises",
+        seconds=_SECONDS,
+        limits=limits,
+        error=BuildFailed,
+        if_killed="free memory, or quantise on a machine with more and copy the bundle; fewer --samples need less",
+        if_crashed="report this message with tstitch-trt doctor",
+        kept=False,
+        temporary=folder,
+        environment={"PYTHONHASHSEED": "0"},  # modelopt iterates over sets
+    )
+    reply = run_in_child(quantise_here, request, job)
     if reply.missing:
         raise Unavailable(f"nvidia-modelopt does not start: {reply.error}", hint=_INSTALL)
     if reply.error:
-        full = "No space left" in reply.error or "No space left" in said
         raise BuildFailed(
             f"nvidia-modelopt failed on {Path(request.model).name}: {reply.error}",
             hint="free space there, or write to another file system with -o"
-            if full
+            if "No space left" in reply.error
             else "leave the layer it names in high precision: --keep LAYER; or report this message",
         )
     if not Path(request.output).is_file():
         raise _not_as_asked("it wrote nothing")
-    _log.debug("modelopt said: %s", said)

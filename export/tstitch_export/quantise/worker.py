@@ -1,22 +1,18 @@
-"""The process that quantises one graph with nvidia-modelopt: a request as JSON on stdin, a reply on what was stdout.
-
-    python -m tstitch_export.quantise.worker
-
-A process of its own, because modelopt replaces parts of ONNX Runtime, logs to stdout and leaves temporary files.
+"""Quantises one graph with nvidia-modelopt, in a child process: modelopt replaces parts of ONNX Runtime, logs to stdout
+and leaves temporary files.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import msgspec
 
+from tstitch_engines.child import Channel
 from tstitch_engines.errors import first_line
-from tstitch_engines.worker_process import end_worker, open_answers
 
-__all__ = ["Reply", "Request", "main"]
+__all__ = ["Reply", "Request", "quantise"]
 
 _INT8_TOP: Final = 127.0
 _FLOAT8_TOP: Final = 448.0  # float8 e4m3fn
@@ -104,20 +100,11 @@ def _to_float8(model: Any) -> None:
         done |= {scale.name, zero.name}
 
 
-def main() -> NoReturn:
-    answers = open_answers()
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+def quantise(request: Request, channel: Channel) -> Reply:
     try:
         _quantise(request)
-        reply = Reply()
     except ImportError as error:
-        reply = Reply(error=str(error), missing=True)
+        return Reply(error=str(error), missing=True)
     except Exception as error:
-        reply = Reply(error=f"{type(error).__name__}: {first_line(error).strip()}")
-    answers.write(msgspec.json.encode(reply))
-    answers.flush()
-    end_worker()
-
-
-if __name__ == "__main__":
-    main()
+        return Reply(error=f"{type(error).__name__}: {first_line(error).strip()}")
+    return Reply()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -314,16 +316,20 @@ def test_without_modelopt(source: tuple[Member, Path], tmp_path: Path, monkeypat
     [
         ("import os; os.kill(os.getpid(), 9)", "SIGKILL", "free memory"),
         ("raise SystemExit('the library is broken')", "code 1: the library is broken", "report"),
-        ('print(\'{"error": "", "missing": false}\')', "it wrote nothing", "report"),
+        ("return Reply()", "it wrote nothing", "report"),
     ],
 )
 def test_the_death_of_the_worker_is_an_error_and_leaves_nothing(
     source: tuple[Member, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str, hint: str
 ) -> None:
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "another_worker.py").write_text(code)
+    (tmp_path / "modules" / "another_worker.py").write_text(
+        "from tstitch_engines.child import Channel\nfrom tstitch_export.quantise.worker import Reply, Request\n"
+        f"def quantise(request: Request, channel: Channel) -> Reply:\n    {code}\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.setattr(tstitch_export.quantise.quantise, "_MODULE", "another_worker")
+    monkeypatch.delitem(sys.modules, "another_worker", raising=False)
+    monkeypatch.setattr(tstitch_export.quantise.quantise, "quantise_here", import_module("another_worker").quantise)
     (tmp_path / "out").mkdir()
     with pytest.raises(BuildFailed) as error:
         ask(source, tmp_path / "out" / "q.onnx")

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from tstitch_engines.backends.base import Backend, CompileJob, Engine
+from tstitch_engines.backends.base import BUILD_SECONDS, Backend, CompileJob, Engine
 from tstitch_engines.backends.tensorrt.api import has
-from tstitch_engines.backends.tensorrt.child import run_worker
-from tstitch_engines.backends.tensorrt.estimate import estimate, free_memory, recorded
+from tstitch_engines.backends.tensorrt.estimate import estimate, recorded
 from tstitch_engines.backends.tensorrt.flavour import RTX, TENSORRT, Flavour
 from tstitch_engines.backends.tensorrt.library import open_library
 from tstitch_engines.backends.tensorrt.messages import Request
@@ -28,11 +27,13 @@ from tstitch_engines.backends.tensorrt.options import (
     resolve,
 )
 from tstitch_engines.backends.tensorrt.plan import check_plan
+from tstitch_engines.backends.tensorrt.worker import compile_engine
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Option
+from tstitch_engines.child import DEFAULT, Job, free_memory, run_in_child
 from tstitch_engines.device.open import parse_device
-from tstitch_engines.errors import Unavailable
+from tstitch_engines.errors import BuildFailed, Unavailable
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import EngineIdentity, Network
@@ -159,13 +160,30 @@ class TensorRtBackend(Backend):
                 free / 2**30,
             )
         started = perf_counter()
-        done = run_worker(request, expected=expected, progress=job["progress"])
+        peak: list[int] = []
+        done = run_in_child(
+            compile_engine,
+            request,
+            Job(
+                what=f"the process compiling {model.name}",
+                seconds=BUILD_SECONDS,
+                limits=job.get("limits", DEFAULT),
+                error=BuildFailed,
+                needs=f"; it needs {expected}",
+                if_killed="free memory, or build on a machine with more and copy the bundle",
+                if_crashed="the library crashed: try another precision or version of it, and report this message",
+                kept=False,
+                host_only=kind == "cpu",
+            ),
+            progress=job["progress"],
+            on_done=peak.append,
+        )
         _log.info(
             "compiled %s: %.1f MiB in %.1f s, at most %.1f GiB of memory",
             model.name,
             done.bytes / 2**20,
             perf_counter() - started,
-            done.peak_bytes / 2**30,
+            peak[0] / 2**30,
         )
         return (job["output"],)
 

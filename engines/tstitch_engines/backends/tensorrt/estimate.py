@@ -11,13 +11,12 @@ Measured with TensorRT-RTX 1.7 on two CPU cores, the plan written as a stream (p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Final, NamedTuple
 
 from tstitch_engines.bundle.cache import Stored
 
-__all__ = ["Build", "Estimate", "estimate", "free_memory", "recorded"]
+__all__ = ["Build", "Estimate", "estimate", "recorded"]
 
 _BASE_BYTES: Final = 1 << 30
 _BASE_SECONDS: Final = 3.0
@@ -77,28 +76,3 @@ def estimate(
     return Estimate(
         memory, per_byte * onnx_bytes, f"a guess from {len(builds)} other models compiled here, by their size"
     )
-
-
-def free_memory() -> int | None:
-    """Bytes that this process can still get: of the machine or of its control group, whichever is less."""
-    found = [value for value in (_machine(), _group()) if value is not None]
-    return min(found, default=None)
-
-
-def _machine() -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return sum(int(lines[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
-
-
-def _group() -> int | None:
-    """Of version 2 control groups; nothing where there is no limit."""
-    try:
-        line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        folder = Path("/sys/fs/cgroup") / line[3:].lstrip("/")
-        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-        return None if limit == "max" else max(int(limit) - int(used), 0)
-    except (OSError, StopIteration, ValueError):
-        return None

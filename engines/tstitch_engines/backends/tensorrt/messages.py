@@ -1,4 +1,4 @@
-"""What passes between the process that asks for an engine and the one that compiles it: JSON, one object per line."""
+"""What passes between the process that asks for an engine and the one that compiles it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import msgspec
 from tstitch_engines.backends.tensorrt.options import BuildOptions
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
-__all__ = ["Done", "Failure", "Line", "Phase", "Request", "Said"]
+__all__ = ["Done", "Request"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,31 +25,5 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     gpu: int | None
 
 
-class Phase(msgspec.Struct, frozen=True, tag="phase"):
-    """``share`` of the whole work, in 0..1 and never falling."""
-
-    name: str
-    share: float
-
-
-class Said(msgspec.Struct, frozen=True, tag="said"):
-    """A message of the library; ``level`` is one of ``logging``'s."""
-
-    level: int
-    text: str
-
-
-class Done(msgspec.Struct, frozen=True, tag="done"):
+class Done(msgspec.Struct, frozen=True):
     bytes: int
-    peak_bytes: int  # the worker's largest resident memory
-
-
-class Failure(msgspec.Struct, frozen=True, tag="failure"):
-    """An error of our tree, by the name of its class."""
-
-    kind: str
-    message: str
-    hint: str
-
-
-Line = Phase | Said | Done | Failure

@@ -1,52 +1,27 @@
-"""The process that compiles one engine: a request on stdin, ``messages`` as JSON lines on what was stdout.
-
-    python -m tstitch_engines.backends.tensorrt.worker
-
-A process of its own, so that a crash of the library or the kernel's out-of-memory killer does not end the caller.
-"""
+"""Compiles one engine, in a child process: a crash of the library must not end the caller."""
 
 from __future__ import annotations
 
-import resource
-import signal
-import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, TimingCache, has
 from tstitch_engines.backends.tensorrt.flavour import FLAVOURS
 from tstitch_engines.backends.tensorrt.library import Session, logger_of, open_library, session
-from tstitch_engines.backends.tensorrt.messages import Done, Failure, Line, Phase, Request, Said
+from tstitch_engines.backends.tensorrt.messages import Done, Request
 from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
 from tstitch_engines.bundle.files import replace_file
-from tstitch_engines.errors import BuildFailed, TStitchError
-from tstitch_engines.worker_process import end_worker, open_answers
+from tstitch_engines.child import Channel
+from tstitch_engines.errors import BuildFailed
 
 if TYPE_CHECKING:
     from tstitch_engines.device.cuda import CudaDevice
 
-__all__ = ["compile_engine", "main"]
+__all__ = ["compile_engine"]
 
 _INCONSISTENT: Final = "values are not self-consistent"  # "Profile kMIN values...", and kOPT, kMAX
-_KILL_ME_FIRST: Final = 500  # of 1000: the kernel should end the worker, not whoever waits for it
 _MEGABYTE: Final = 1 << 20
-
-
-class Channel:
-    """Writes lines to the parent, from any thread."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._lock = threading.Lock()
-
-    def send(self, line: Line) -> None:
-        with self._lock:
-            self._stream.write(msgspec.json.encode(line) + b"\n")
-            self._stream.flush()
 
 
 class _Phases:
@@ -83,7 +58,7 @@ class _Phases:
         share = min(max(share, self._sent[1], 0.0), 1.0)
         if name != self._sent[0] or share >= self._sent[1] + 0.01:
             self._sent = (name, share)
-            self._channel.send(Phase(name.lower(), share))
+            self._channel.progress(name.lower(), share)
 
 
 def _monitor(library: Library, phases: _Phases) -> Any:
@@ -108,11 +83,21 @@ def _monitor(library: Library, phases: _Phases) -> Any:
     return Monitor()
 
 
-def compile_engine(request: Request, channel: Channel) -> int:
-    """Compiles into ``request.output``; the size of the plan in bytes. Raises ``TStitchError``."""
+def compile_engine(request: Request, channel: Channel) -> Done:
+    """Compiles into ``request.output``. Raises ``TStitchError``."""
+    try:
+        return Done(_compile(request, channel))
+    except OSError as error:
+        raise BuildFailed(
+            f"the engine of {Path(request.model).name} can't be written: {error}",
+            hint="free space there, or put the cache elsewhere: TSTITCH_TRT_CACHE=DIR",
+        ) from error
+
+
+def _compile(request: Request, channel: Channel) -> int:
     flavour = FLAVOURS[request.flavour]
     library = open_library(flavour)
-    logger_of(library)[1].forward = lambda level, text: channel.send(Said(level, text))
+    logger_of(library)[1].forward = channel.say
     device = None
     if request.gpu is not None:
         from tstitch_engines.device.cuda import CudaDevice
@@ -244,30 +229,3 @@ def _failed(opened: Session, request: Request, fused: int, device: CudaDevice | 
         )
     kind = f"{request.precision}, {fused} fused attention nodes" if fused else request.precision
     return BuildFailed(f"{opened} can't compile {Path(request.model).name} ({kind}): {reason}", hint=hint)
-
-
-def main() -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = Channel(open_answers())
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(_KILL_ME_FIRST))
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
-    try:
-        size = compile_engine(request, channel)
-    except TStitchError as error:
-        channel.send(Failure(type(error).__name__, error.message, error.hint))
-    except OSError as error:
-        channel.send(
-            Failure(
-                "BuildFailed",
-                f"the engine of {Path(request.model).name} can't be written: {error}",
-                "free space there, or put the cache elsewhere: TSTITCH_TRT_CACHE=DIR",
-            )
-        )
-    else:
-        channel.send(Done(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10))
-    end_worker()
-
-
-if __name__ == "__main__":
-    main()

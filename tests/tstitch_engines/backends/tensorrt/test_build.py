@@ -103,13 +103,13 @@ def test_attention_is_fused_where_there_is_a_kernel_and_taken_apart_elsewhere(
 
 def test_nothing_is_compiled_twice(tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
-    real = backend.run_worker
+    real = backend.run_in_child
 
-    def counting(request: Any, **rest: Any) -> Any:
+    def counting(function: Any, request: Any, *rest: Any, **options: Any) -> Any:
         compiled.append(request.family)
-        return real(request, **rest)
+        return real(function, request, *rest, **options)
 
-    monkeypatch.setattr(backend, "run_worker", counting)
+    monkeypatch.setattr(backend, "run_in_child", counting)
 
     def make(name: str, large: str) -> Manifest:
         return build(

@@ -20,7 +20,7 @@ from tstitch_engines.errors import BuildFailed, Cancelled
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 
-WORKER = b"tstitch_engines.backends.tensorrt.worker"
+WORKER = b"tstitch_engines.child.serve"
 
 
 @pytest.fixture
