@@ -34,6 +34,8 @@ from tstitch_engines.errors import (
     TStitchError,
     Unavailable,
     UnknownName,
+    Unsafe,
+    Untrusted,
 )
 from tstitch_trt.pipeline.accelerate import accelerate as _accelerate
 from tstitch_trt.plan.plan import Plan, make_plan
@@ -68,6 +70,8 @@ __all__ = [
     "TStitchError",
     "Unavailable",
     "UnknownName",
+    "Unsafe",
+    "Untrusted",
     "__version__",
     "accelerate",
     "load",

@@ -31,6 +31,8 @@ __all__ = [
     "TStitchError",
     "Unavailable",
     "UnknownName",
+    "Unsafe",
+    "Untrusted",
     "first_line",
     "nearest",
     "unknown_name",
@@ -78,6 +80,14 @@ class BadBundle(BadInput):
 
 class BadEngine(BadInput):
     """An engine file that is truncated, altered or not for this machine."""
+
+
+class Unsafe(BadBundle, BadEngine):
+    """A file that carries pickled objects, or would make a library read files that do not belong to it."""
+
+
+class Untrusted(BadBundle):
+    """An engine that may run code when it is loaded, of a bundle that nobody vouched for."""
 
 
 class PairMismatch(BadInput):

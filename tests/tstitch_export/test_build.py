@@ -18,6 +18,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.identity import digest, model_digest
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.compile.load import load_engine
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadBundle, BadEngine, Unavailable
 from tstitch_engines.spec import Range
@@ -42,9 +43,7 @@ def run(bundle: Bundle, name: str, backend: str, arrays: Arrays) -> Any:
     member = bundle.manifest.members[name]
     record = next(r for r in member.engines if r.identity.backend == backend)
     device = open_device("cpu")
-    engine = open_backend(backend).load(
-        bundle.path(record.files[0]), member=member, identity=record.identity, device=device, threads=1
-    )
+    engine = load_engine(bundle, name, record, open_backend(backend), device, threads=1)
     batch = len(arrays["labels"])
     buffers = {s.name: device.empty(s.resolve({"B": batch}), s.dtype) for s in (*member.inputs, *member.outputs)}
     for key, value in arrays.items():

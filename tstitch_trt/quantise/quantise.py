@@ -33,7 +33,7 @@ from tstitch_trt.progress import Phases
 from tstitch_trt.quantise.bundle import assemble
 from tstitch_trt.quantise.calibration_plan import CalibrationPlan, plan_calibration
 from tstitch_trt.quantise.trajectories import Trajectories, group_levels, pick_rows
-from tstitch_trt.reference.recorder import widen_graph
+from tstitch_trt.reference.recorder import own_files, widen_graph
 from tstitch_trt.study.statistics import compare_rows, relative_error
 
 __all__ = ["loss_of", "quantise"]
@@ -161,10 +161,11 @@ class _Work:
             files={purpose: part for purpose, part in source.files.items() if purpose != WEIGHTS},
             engines=(),
         )
-        model = graph.files[0]
+        model, measured = graph.files[0], member
         if self.high_precision == "bf16":  # measured with these layers in float32
             model = widen_graph(model, folder / f"{name}.{self.mode}.wide.onnx")
-        engine = trajectories.compiled(f"{name}-{self.mode}", model, member)
+            measured = msgspec.structs.replace(member, onnx=own_files(model))
+        engine = trajectories.compiled(f"{name}-{self.mode}", model, measured)
         try:
             loss = self._loss(trajectories, engine)
             latents = self._latents(trajectories, member, engine)

@@ -15,6 +15,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Manifest, Member, Network
+from tstitch_engines.compile.load import load_own
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
@@ -22,7 +23,15 @@ from tstitch_engines.host_call import Arrays, HostRunner
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range
 from tstitch_trt.plan.options import PlanOptions
-from tstitch_trt.reference.recorder import AnyNetwork, Recorder, cpu_identity, needs_widening, widen_graph, widened
+from tstitch_trt.reference.recorder import (
+    AnyNetwork,
+    Recorder,
+    cpu_identity,
+    needs_widening,
+    own_files,
+    widen_graph,
+    widened,
+)
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.image_set import image_keywords
 
@@ -76,10 +85,11 @@ class Trajectories:
 
     def _compile(self, name: str, network: AnyNetwork) -> AnyNetwork:
         """Makes its engine and returns the network, widened where that was necessary."""
-        model = self._bundle.path(network.onnx[0])
+        model, made = self._bundle.path(network.onnx[0]), network
         if needs_widening(network):
             model, network = widen_graph(model, self._folder / f"{name}-wide.onnx"), widened(network)
-        self._engines[name] = self.compiled(f"{name}-source", model, network)
+            made = msgspec.structs.replace(network, onnx=own_files(model))
+        self._engines[name] = self.compiled(f"{name}-source", model, made)
         return network
 
     def close(self) -> None:
@@ -88,7 +98,7 @@ class Trajectories:
         self._engines = {}
 
     def compiled(self, tag: str, model: Path, member: Network) -> Engine:
-        """``model`` as an engine of ONNX Runtime, for the bundle's own size."""
+        """``model`` as an engine of ONNX Runtime, for the bundle's own size. ``member.onnx`` lists its files."""
         backend = open_backend("onnxruntime")
         latent = self._bundle.manifest.latent
         ranges = {"B": Range(1, _BATCH, _BATCH), "T": _TOKENS}
@@ -104,7 +114,7 @@ class Trajectories:
             output=self._folder / f"{tag}{backend.engine_suffix}",
             progress=silent,
         )
-        return backend.load(made[0], member=member, identity=identity, device=self._device, threads=self._threads)
+        return load_own(backend, made, member, identity, self._device, threads=self._threads)
 
     def record(self, name: str, schedule: str, seeds: Sequence[int]) -> Rows:
         """The inputs of every call of the member ``name``, both halves of guidance, while these seeds are sampled."""

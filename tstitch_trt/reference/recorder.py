@@ -9,12 +9,12 @@ from typing import Final, TypeVar
 import msgspec
 
 from tstitch_engines.backends.base import Backend, Engine
-from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Member, Network
+from tstitch_engines.bundle.manifest import SCHEMA, Component, EngineIdentity, Member, Network
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.host_call import Arrays, from_storage
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
-__all__ = ["AnyNetwork", "Recorder", "cpu_identity", "needs_widening", "widen_graph", "widened"]
+__all__ = ["AnyNetwork", "Recorder", "cpu_identity", "needs_widening", "own_files", "widen_graph", "widened"]
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
@@ -85,3 +85,9 @@ def widen_graph(model: Path, target: Path) -> Path:
 
     retyped_to_float32(model, target, _NARROW)
     return target
+
+
+def own_files(model: Path) -> tuple[Component, ...]:
+    """The files of a graph that ``widen_graph`` wrote, for ``Network.onnx``; not hashed."""
+    files = (model, model.with_name(f"{model.name}.data"))
+    return tuple(Component(path=file.name, sha256="", bytes=file.stat().st_size) for file in files if file.exists())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import ComponentName
+from tstitch_engines.compile.load import load_engine
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
@@ -96,13 +97,8 @@ def load(
     engines: dict[str, Engine] = {}
     try:
         for network, record in chosen.items():
-            engines[network] = library.load(
-                opened.path(record.files[0]),
-                member=networks[network],
-                identity=record.identity,
-                device=decoding if network == ComponentName.VAE_DECODER else place,
-                threads=used,
-            )
+            where = decoding if network == ComponentName.VAE_DECODER else place
+            engines[network] = load_engine(opened, network, record, library, where, threads=used)
     except BaseException:
         for engine in engines.values():
             engine.close()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 import msgspec
 
 from tstitch_engines.backends import describe_file, for_gpu, open_backend
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.identity import check_identity, digest, model_digest
-from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
+from tstitch_engines.bundle.manifest import SCHEMA, EngineRecord
 from tstitch_engines.compile.bundle import compile_command
+from tstitch_engines.compile.load import load_engine
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, FailedWork, Unavailable
 from tstitch_engines.host_call import HostRunner
@@ -66,7 +66,7 @@ def check_engine(
         )
         check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=again)
         plan = describe_file(identity, path, again)
-        runner = _load(identity, network, path, place, threads, again)
+        runner = _load(bundle, name, record, place, threads, again)
     except Unavailable as error:
         return result("not checked", error.message)
     except BadEngine as error:
@@ -84,8 +84,9 @@ def check_engine(
     return result(*verdict(comparisons, limit), comparisons)
 
 
-def _load(identity: EngineIdentity, network: Network, path: Path, place: str, threads: int, again: str) -> HostRunner:
+def _load(bundle: Bundle, name: str, record: EngineRecord, place: str, threads: int, again: str) -> HostRunner:
     """Raises ``Unavailable`` for an engine that can't run here."""
+    identity = record.identity
     backend = open_backend(identity.backend)
     if place == "cpu" and for_gpu(identity.backend, identity.arch):
         raise Unavailable(f"it is for GPUs ({identity.arch}), and the device asked for is cpu", hint="ask for cuda")
@@ -93,7 +94,7 @@ def _load(identity: EngineIdentity, network: Network, path: Path, place: str, th
     arch = backend.arch(device.name)
     try:
         check_identity(identity, backend.current_identity(identity, arch), what="it", rebuild=again)
-        backend.check_file(path, device.name)
+        backend.check_file(bundle.path(record.files[0]), device.name)
     except BadEngine as error:  # a sound engine for another machine or version
         raise Unavailable(error.message, hint=error.hint) from None
-    return HostRunner(backend.load(path, member=network, identity=identity, device=device, threads=threads), device)
+    return HostRunner(load_engine(bundle, name, record, backend, device, threads=threads), device)

@@ -11,8 +11,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.backends.onnx_session import open_session
 from tstitch_engines.bundle.bundle import Bundle
-from tstitch_engines.bundle.manifest import EngineRecord
+from tstitch_engines.bundle.manifest import EngineRecord, siblings
+from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
 from tstitch_engines.errors import FailedWork
 from tstitch_engines.host_call import Arrays
 from tstitch_engines.needs import require
@@ -84,7 +86,12 @@ def compare_layers(
             note(compared, f"the engine is for a GPU ({identity.arch}) and holds its operators only")
         else:
             engine = bundle.path(record.files[0])
-            found.append(first_difference(name, compared, (graph, feeds), (engine, feeds), limit))
+            try:
+                check_onnx(engine, siblings(record.files))
+            except NotOnnx as error:
+                note(compared, str(error))
+            else:
+                found.append(first_difference(name, compared, (graph, feeds), (engine, feeds), limit))
     if network.precision == "fp16":
         from tstitch_export.onnx_export.graph import retyped_to_float32
 
@@ -144,7 +151,7 @@ def _run(path: Path, feeds: dict[str, NDArray[Any]]) -> tuple[dict[str, NDArray[
         opened = Path(folder) / "model.onnx"
         onnx.save_model(model, str(opened), save_as_external_data=True, location="model.data", size_threshold=1024)
         try:
-            session = onnxruntime.InferenceSession(str(opened), settings, providers=["CPUExecutionProvider"])
+            session = open_session(opened, ("model.data",), settings=settings)
             names = [output.name for output in session.get_outputs()]
             return dict(zip(names, session.run(names, feeds), strict=True)), layers
         except Exception as error:

@@ -14,13 +14,14 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Member, Network
+from tstitch_engines.compile.load import load_own
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import OutOfProfile, TStitchError, Unavailable
 from tstitch_engines.host_call import Arrays, HostRunner, from_storage, to_storage
 from tstitch_engines.spec import Range
 from tstitch_trt.reference.network_inputs import Recordings
-from tstitch_trt.reference.recorder import cpu_identity, needs_widening, widen_graph, widened
+from tstitch_trt.reference.recorder import cpu_identity, needs_widening, own_files, widen_graph, widened
 from tstitch_trt.verify.random_inputs import random_inputs
 
 __all__ = ["References"]
@@ -75,13 +76,14 @@ class References:
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            network, model = self._networks[name], self._bundle.path(self._networks[name].onnx[0])
+            network, files = self._networks[name], [self._bundle.path(part) for part in self._networks[name].onnx]
             if needs_widening(network):
-                model = widen_graph(model, self._folder / f"{name}.onnx")
+                model = widen_graph(files[0], self._folder / f"{name}.onnx")
+                files = [model.with_name(part.path) for part in own_files(model)]
             profile = network.profile_of(dict.fromkeys(network.dims, _ANY))
             identity = cpu_identity(self._backend, self._wide[name], profile)
-            self._engines[name] = self._backend.load(
-                model, member=self._wide[name], identity=identity, device=self._device, threads=self._threads
+            self._engines[name] = load_own(
+                self._backend, files, self._wide[name], identity, self._device, threads=self._threads
             )
         return self._engines[name]
 

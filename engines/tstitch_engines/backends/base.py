@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from glob import escape
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NotRequired, Ty
 import msgspec
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.manifest import EngineIdentity, Network, Option
+from tstitch_engines.bundle.manifest import EngineIdentity, Network, Option, siblings
+from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
 from tstitch_engines.child import DEFAULT, Channel, Job, Limits, run_in_child
 from tstitch_engines.errors import BadInput, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress
@@ -138,7 +139,8 @@ class Engine(ABC):
 class CompileJob(TypedDict):
     """The keywords of ``Backend.compile``. ``model``: of the kind ``model_kind``. ``output``: the file to write.
 
-    ``limits``: of the child process that does the work.
+    Of the files beside ``model`` it reads those alone that are listed with it in ``member.onnx``. ``limits``: of the
+    child process that does the work.
     """
 
     member: Network
@@ -224,13 +226,19 @@ class Backend(ABC):
 
         The first is ``output``; any other lies in the same directory and has a name that starts with ``output``'s.
         The work is done in a child process, since a graph may be made to run or grow without end. Raises
-        ``UnknownName`` for an option that does not exist, ``BadInput`` for one it can't honour, ``BuildFailed``, and
-        ``OutOfTime`` and ``OutOfMemory`` at the limits of the child; nothing it wrote is left then.
+        ``UnknownName`` for an option that does not exist, ``BadInput`` for one it can't honour, ``Unsafe`` for a graph
+        that reads other files, ``BuildFailed``, and ``OutOfTime`` and ``OutOfMemory`` at the limits of the child;
+        nothing it wrote is left then.
         """
         for name in job["options"]:
             if name not in self.options:
                 raise unknown_name(f"{self.name} option", name, self.options)
         output = job["output"]
+        if self.model_kind == "onnx":
+            try:
+                check_onnx(job["model"], siblings(job["member"].onnx))
+            except NotOnnx as error:
+                raise BuildFailed(str(error), hint="build the bundle again from its recipe") from None
         try:
             return self._compile(job)
         except BaseException:
@@ -267,8 +275,18 @@ class Backend(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(
+        self,
+        path: Path,
+        *,
+        member: Network,
+        identity: EngineIdentity,
+        device: Device,
+        threads: int,
+        beside: Collection[str] = (),
+    ) -> Engine:
         """Loads a file made by ``compile``; ``threads`` 0 means ``default_threads()``.
 
-        Raises ``BadEngine`` for a damaged file.
+        ``beside``: names of the files in its folder that belong to it. Raises ``BadEngine`` for a damaged file,
+        ``Unsafe`` for one that would read others.
         """

@@ -9,15 +9,25 @@ from __future__ import annotations
 import importlib.util
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 
 from tstitch_engines.backends.base import Backend, CompileJob, Engine
+from tstitch_engines.backends.onnx_session import open_session
 from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.identity import digest
+from tstitch_engines.bundle.manifest import siblings
 from tstitch_engines.device.open import parse_device
-from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, unknown_name
+from tstitch_engines.errors import (
+    BadEngine,
+    BadInput,
+    BuildFailed,
+    FailedWork,
+    TStitchError,
+    Unavailable,
+    unknown_name,
+)
 from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import ONNX_TYPES
@@ -147,7 +157,9 @@ class OnnxRuntimeBackend(Backend):
             settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         job["progress"]("optimise", 0.0)
         try:
-            session = self._session(model, settings, providers)
+            session = open_session(model, siblings(member.onnx), settings=settings, providers=providers)
+        except TStitchError:
+            raise
         except Exception as error:
             if any(words in str(error) for words in _NOT_WRITTEN):
                 raise BuildFailed(
@@ -163,7 +175,16 @@ class OnnxRuntimeBackend(Backend):
         job["progress"]("optimise", 1.0)
         return (output, data) if data.exists() else (output,)
 
-    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(
+        self,
+        path: Path,
+        *,
+        member: Network,
+        identity: EngineIdentity,
+        device: Device,
+        threads: int,
+        beside: Collection[str] = (),
+    ) -> Engine:
         settings = self._session_options()
         settings.intra_op_num_threads = threads or default_threads()
         settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done already
@@ -178,7 +199,9 @@ class OnnxRuntimeBackend(Backend):
             Path(settled["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
             providers.insert(0, (_TENSORRT, settled))
         try:
-            session = self._session(path, settings, providers)
+            session = open_session(path, beside, settings=settings, providers=providers)
+        except TStitchError:
+            raise
         except Exception as error:
             raise BadEngine(
                 f"ONNX Runtime {self.version()} can't load the engine {path.name}: {error}",
@@ -192,10 +215,6 @@ class OnnxRuntimeBackend(Backend):
                 "--option provider=tensorrt",
             )
         return _OnnxRuntimeEngine(self._ort, session, member, identity, device)
-
-    def _session(self, model: Path, settings: Any, providers: list[Any]) -> Any:
-        """Without the Python class's fallback, which prints and uses other providers."""
-        return self._ort.InferenceSession(str(model), settings, providers=providers, enable_fallback=0)
 
     def _expect_provider(self, session: Any, device: str) -> None:
         """ONNX Runtime falls back to the CPU without an error when CUDA can't start: make it one."""

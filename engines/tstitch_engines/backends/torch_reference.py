@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -83,7 +83,16 @@ class TorchBackend(Backend):
         job["progress"]("check", 1.0)
         return (output,)
 
-    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(
+        self,
+        path: Path,
+        *,
+        member: Network,
+        identity: EngineIdentity,
+        device: Device,
+        threads: int,
+        beside: Collection[str] = (),
+    ) -> Engine:
         """Loads a program. ``threads`` sets PyTorch's CPU threads for the whole process, as PyTorch has it.
 
         Raises ``Unavailable`` for one to be compiled where there is no compiler.

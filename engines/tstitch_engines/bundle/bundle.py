@@ -24,7 +24,8 @@ from tstitch_engines.bundle.files import (
     temporary_directory,
     write_durably,
 )
-from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member, Network
+from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member, Network, siblings
+from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
 from tstitch_engines.bundle.read import MANIFEST_BYTES, read_json
 from tstitch_engines.errors import BadBundle, BuildFailed
 
@@ -116,7 +117,7 @@ def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full", *, e
 
     ``verify="size"`` checks that every file is there with its recorded size, ``"full"`` also its sha256;
     ``engines=False`` leaves out the files of engines, for callers that compile them again. Raises ``BadBundle`` naming
-    the fault and the command that rebuilds the bundle.
+    the fault and the command that rebuilds the bundle, ``Unsafe`` for a graph that reads files it does not list.
     """
     root = Path(path)
     manifest = _read_manifest(root)
@@ -127,6 +128,12 @@ def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full", *, e
         if engines or component.path not in made:
             again = f"{rebuild}; its engines alone: sample, bench and verify with --rebuild"
             _check(component, path, again if component.path in made else rebuild, full=verify == "full")
+    for network in manifest.networks().values():
+        if network.onnx:
+            try:
+                check_onnx(root / network.onnx[0].path, siblings(network.onnx))
+            except NotOnnx as error:
+                raise BadBundle(str(error), hint=f"build it again: {rebuild}") from None
     return Bundle(root, manifest)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -30,6 +30,7 @@ __all__ = [
     "QuantisationLoss",
     "Source",
     "TextInputs",
+    "siblings",
 ]
 
 SCHEMA = 1
@@ -49,6 +50,13 @@ class Component(_Record, frozen=True, kw_only=True):
     path: str
     sha256: str
     bytes: int
+
+
+def siblings(files: Sequence[Component]) -> frozenset[str]:
+    """The names, without folders, of the files that lie beside ``files[0]``: what it may read."""
+    folder = files[0].path.rpartition("/")[0] if files else ""
+    found = (part.path.rpartition("/") for part in files[1:])
+    return frozenset(name for place, _, name in found if place == folder)
 
 
 class Source(_Record, frozen=True, kw_only=True):

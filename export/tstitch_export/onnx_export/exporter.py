@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tstitch_engines.backends.onnx_session import open_session
 from tstitch_engines.bundle.manifest import ExportCheck, Precision
 from tstitch_engines.errors import BuildFailed, TStitchError, first_line
 from tstitch_engines.needs import require
@@ -255,7 +256,7 @@ def _session(path: Path) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = default_threads()
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return open_session(path, [file.name for file in path.parent.iterdir()], settings=options)  # all of them ours
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tstitch_engines.backends.onnx_session import open_session
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.onnx_export.graph import tidy
@@ -110,7 +111,7 @@ def write_reference(network: Path, data: Path, path: Path) -> float:
     import onnxruntime
 
     images, labels = load_split(data, "t10k")
-    session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
+    session = open_session(network, settings=onnxruntime.SessionOptions())
     inputs = normalised(images).numpy()
     parts = [session.run(["features", "logits"], {"images": inputs[i : i + 500]}) for i in range(0, len(inputs), 500)]
     features = np.concatenate([part[0] for part in parts]).astype(np.float64)

@@ -24,7 +24,7 @@ def make(output: Path, weights: bytes = b"weights" * 100, name: str = "test") ->
         source = output.parent / "source.bin"
         source.write_bytes(weights)
         part = copy_component(source, staging, "small/model.onnx")
-        return manifest({"small": msgspec.structs.replace(member(), onnx=(part,))}, name=name)
+        return manifest({"small": msgspec.structs.replace(member(), files={"graph": part})}, name=name)
 
     return write_bundle(output, fill)
 
@@ -99,7 +99,7 @@ def test_size_check_reads_no_content(tmp_path: Path) -> None:
 def test_paths_outside_are_refused(tmp_path: Path, path: str) -> None:
     made = make(tmp_path / "a.bundle")
     (tmp_path / "secret").write_bytes(b"weights" * 100)
-    edit(tmp_path / "a.bundle", lambda d: d["members"]["small"]["onnx"][0].update(path=path))
+    edit(tmp_path / "a.bundle", lambda d: d["members"]["small"]["files"]["graph"].update(path=path))
     with pytest.raises(BadBundle, match="do not trust this bundle"):
         open_bundle(tmp_path / "a.bundle")
     with pytest.raises(BadBundle):

@@ -25,7 +25,7 @@ def make(output: Path, weights: dict[str, bytes]) -> Bundle:
         members = {}
         for name, content in weights.items():
             source = output.parent / f"{name}.bin"
-            source.write_bytes(content)
+            source.write_bytes(b":\0" + b"2" + bytes([len(content)]) + content)  # a graph, and this as its comment
             part = copy_component(source, staging, f"{name}/model.onnx")
             members[name] = msgspec.structs.replace(made.members[name], onnx=(part,))
         return msgspec.structs.replace(made, members=members)

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from tstitch_engines.errors import BadInput, first_line
+from tstitch_engines.backends.onnx_session import open_session
+from tstitch_engines.errors import BadInput, TStitchError, first_line
 from tstitch_engines.needs import require
 from tstitch_engines.threads import default_threads
 
@@ -58,7 +59,9 @@ def _open_onnx(path: Path, threads: int, what: str) -> Net:
     options.intra_op_num_threads = threads or default_threads()
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path, settings=options)
+    except TStitchError:
+        raise
     except Exception as error:  # ONNX Runtime's own classes have no common base
         raise BadInput(
             f"the {what} {path} can't be read as ONNX: {first_line(error)}", hint="export it again"

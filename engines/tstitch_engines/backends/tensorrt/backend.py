@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -187,7 +187,16 @@ class TensorRtBackend(Backend):
         )
         return (job["output"],)
 
-    def load(self, path: Path, *, member: Network, identity: EngineIdentity, device: Device, threads: int) -> Engine:
+    def load(
+        self,
+        path: Path,
+        *,
+        member: Network,
+        identity: EngineIdentity,
+        device: Device,
+        threads: int,
+        beside: Collection[str] = (),
+    ) -> Engine:
         """Loads a plan onto a GPU (not run on one). ``threads`` means nothing here.
 
         Raises ``BadEngine`` for a file that is no whole plan of this flavour and version or not for this GPU, and

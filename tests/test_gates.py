@@ -1,0 +1,68 @@
+"""What strangers' files pass through is called in one place each, so that nothing gets past its checks."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from test_layers import modules
+
+
+@cache
+def calls() -> list[tuple[str, ast.Call, str]]:
+    """All calls of the packages: module, node, and what is called."""
+    return [
+        (name, node, ast.unparse(node.func))
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+
+
+def loads_engine(node: ast.Call, called: str) -> bool:
+    """``Backend.load``, whatever the object is called: its keywords tell."""
+    return called.endswith(".load") and {"member", "identity"} <= {keyword.arg for keyword in node.keywords}
+
+
+GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
+    "engines are loaded": (loads_engine, {"tstitch_engines.compile.load"}),
+    "ONNX Runtime opens a file": (
+        lambda node, called: called.endswith("InferenceSession"),
+        {"tstitch_engines.backends.onnx_session"},
+    ),
+    "exported programs are loaded": (
+        lambda node, called: called.endswith("export.load"),
+        {"tstitch_engines.backends.torch_reference"},
+    ),
+    "pickles are read, weights only": (
+        lambda node, called: called.endswith("torch.load"),
+        {"tstitch_export.checkpoint.checkpoint", "tstitch_export.train.loop"},
+    ),
+    "code is made of text": (
+        lambda node, called: called in ("eval", "exec", "compile"),
+        {"tstitch_trt.cli"},  # of an empty text
+    ),
+    "libraries are opened": (
+        lambda node, called: called.endswith(("CDLL", "register_custom_ops_library", "load_library")),
+        {"tstitch_engines.bundle.files", "tstitch_engines.child.serve", "tstitch_trt.doctor"},  # names in our code
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GATES)
+def test_one_place(what: str) -> None:
+    matches, places = GATES[what]
+    assert {name for name, node, called in calls() if matches(node, called)} == places
+
+
+def test_nothing_is_unpickled() -> None:
+    for name, node, called in calls():
+        assert called not in ("pickle.load", "pickle.loads", "marshal.load", "marshal.loads"), name
+        said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert said.get("allow_pickle") != "True", name
+        assert said.get("weights_only") != "False", name
+        if called.endswith("torch.load"):
+            assert said.get("weights_only") == "True", name
