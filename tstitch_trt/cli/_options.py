@@ -184,14 +184,12 @@ class PictureOptions:
 
 def _embeddings(manifest: Manifest, path: Path) -> ImageKeywords:
     """Embeddings of a ``.npz``: arrays by name, or by ``MEMBER.NAME`` where the members' differ."""
-    import zipfile
-
-    import numpy as np
+    from tstitch_trt.files import open_arrays
 
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        with open_arrays(path) as stored:
+            arrays = {name: stored.read(name) for name in stored.names}
+    except (OSError, ValueError) as error:
         problem = "does not exist" if isinstance(error, FileNotFoundError) else f"is no .npz file: {error}"
         raise BadInput(
             f"--prompt-embeds {path} {problem}", hint="write it with numpy.savez(FILE, prompt_embeds=...)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,8 +10,10 @@ from typing import Final
 
 from tstitch_engines.bundle.bundle import MANIFEST
 from tstitch_engines.bundle.cache import Stored, default_root, prune_stored
+from tstitch_engines.bundle.decode import DecodeError
 from tstitch_engines.bundle.files import remove_stale, temporary_directory
 from tstitch_engines.bundle.manifest import Component
+from tstitch_engines.bundle.read import MANIFEST_BYTES, read_json
 
 __all__ = ["kept_bundles", "kept_root", "prune_kept", "touch"]
 
@@ -61,6 +62,6 @@ def _files(path: Path) -> tuple[Component, ...]:
 
 
 def _what(path: Path) -> str:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return f"accelerated pipeline: {json.loads((path / MANIFEST).read_text())['name']} bundle"
+    with suppress(OSError, DecodeError, KeyError, TypeError):
+        return f"accelerated pipeline: {read_json(path / MANIFEST, MANIFEST_BYTES)['name']} bundle"
     return "accelerated pipeline: damaged bundle"

@@ -5,7 +5,6 @@ They may be deleted. ``write_bundle`` keeps them when a bundle is replaced; one 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from tstitch_engines.bundle.bundle import STUDIES, Bundle
 from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.bundle.read import STUDY_BYTES, read_json
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.files import atomic_file
 from tstitch_trt.study.machine import describe_machine
@@ -88,8 +88,8 @@ def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
 def _read(path: Path, record: type[S]) -> S:
     fix = f"measure it again, or remove it: rm {path}"
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = read_json(path, STUDY_BYTES)
+    except (OSError, DecodeError) as error:
         raise BadBundle(f"{path} is damaged: {error}", hint=fix) from None
     schema = data.get("schema") if isinstance(data, Mapping) else None
     if schema != STUDY_SCHEMA:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
+from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.files import (
     describe_file,
     hash_file,
@@ -26,6 +27,7 @@ from tstitch_engines.bundle.files import (
     write_durably,
 )
 from tstitch_engines.bundle.manifest import Component
+from tstitch_engines.bundle.read import RECORD_BYTES, read_json
 
 __all__ = ["Cache", "Entry", "Stored", "default_root", "prune_stored"]
 
@@ -41,6 +43,10 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     key: str
     files: tuple[Component, ...]
     info: dict[str, Any]
+
+
+def _read_record(folder: Path) -> _Record:
+    return convert(read_json(folder / _RECORD, RECORD_BYTES), _Record, word="field")
 
 
 class Stored(NamedTuple):
@@ -120,7 +126,7 @@ class Cache:
             entry = self._open(key)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("cache entry %s is damaged and is built again: %s", folder, error)
             return None
         for part in entry.components:
@@ -146,7 +152,7 @@ class Cache:
         folder = self._folder(key)
         handle = hold(folder)
         try:
-            record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
+            record = _read_record(folder)
             if record.key != key:
                 raise ValueError(f"it is the entry of {record.key}")
         except FileNotFoundError as error:
@@ -163,9 +169,9 @@ class Cache:
         for folder in self._folders():
             path = folder / _RECORD
             try:
-                record = msgspec.json.decode(path.read_bytes(), type=_Record)
+                record = _read_record(folder)
                 used = path.stat().st_mtime
-            except (OSError, msgspec.DecodeError):
+            except (OSError, DecodeError):
                 continue
             found.append(Stored(folder.name, used, record.files, record.info))
         return sorted(found, key=lambda entry: (-entry.used, entry.key))

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.manifest import Network
+from tstitch_engines.bundle.read import VOCABULARY_BYTES, read_json
 from tstitch_engines.errors import BadBundle, Unavailable
 from tstitch_engines.spec import storage_dtype
 
@@ -103,7 +105,7 @@ def open_weights(bundle: Bundle, name: str, network: Network) -> Weights:
             hint=f"build the bundle again, or with the LoRA fused: tstitch-trt build ... --lora {name}=FILE",
         )
     try:
-        found = msgspec.json.decode(bundle.path(component).read_bytes(), type=WeightMap)
-    except (msgspec.DecodeError, OSError) as error:
+        found = convert(read_json(bundle.path(component), VOCABULARY_BYTES), WeightMap, word="field")
+    except (DecodeError, OSError) as error:
         raise BadBundle(f"{component.path} is damaged: {error}", hint="build the bundle again") from None
     return Weights(found, {Path(part.path).name: bundle.path(part) for part in network.onnx})

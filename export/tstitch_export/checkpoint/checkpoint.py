@@ -8,17 +8,20 @@ transformers and diffusers write it) stands for the shards that it lists.
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.read import VOCABULARY_BYTES, decode_json, open_regular, read_json
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
@@ -26,11 +29,32 @@ from tstitch_engines.quiet import silence_output
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PICKLED", "Checkpoint", "SafetensorsEntry", "read_checkpoint", "read_index", "read_safetensors_header"]
+__all__ = [
+    "PICKLED",
+    "Checkpoint",
+    "SafetensorsEntry",
+    "read_checkpoint",
+    "read_index",
+    "read_safetensors_header",
+    "read_safetensors_metadata",
+]
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("ema", "model", "state_dict")  # in this order: published DiT training states hold both ema and model
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors' names -> numpy's, of the bits
+_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F16": 16,
+    "BF16": 16,
+}
+_BITS |= {"F32": 32, "F64": 64, "C64": 64, **{f"{sign}{n}": n for sign in "IU" for n in (8, 16, 32, 64)}}
+_HEADER_BYTES = 16 << 20  # those of the largest models have one
 _SAFETENSORS_HINT = "convert it to .safetensors where you trust it: safetensors.torch.save_file(state_dict, path)"
 
 
@@ -39,6 +63,19 @@ class SafetensorsEntry(NamedTuple):
     shape: tuple[int, ...]
     start: int  # bytes from the start of the file
     length: int
+
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str] = {}
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: str
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=16)]
+    data_offsets: tuple[_Size, _Size]
 
 
 class Checkpoint:
@@ -125,10 +162,11 @@ def read_index(path: Path) -> tuple[Path, ...]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        found = {str(name): str(file) for name, file in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        found = {}
+        found = msgspec.convert(read_json(path, VOCABULARY_BYTES), _Index).weight_map
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(
+            f"{path} lists no files (no weight_map): {error}", hint="download or copy it again"
+        ) from None
     if not found:
         raise BadCheckpoint(f"{path} lists no files (no weight_map)", hint="download or copy it again")
     return found
@@ -147,32 +185,61 @@ def _sharded(path: Path) -> Checkpoint:
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
-    """The tensors of a ``.safetensors`` file and where their bytes lie. Raises ``BadCheckpoint`` when it is damaged."""
-    size = path.stat().st_size
+    """The tensors of a ``.safetensors`` file and where their bytes lie. Raises ``BadCheckpoint`` when it is damaged.
+
+    The rules are the format's: the tensors' bytes follow each other without a hole, each as many as its shape and type
+    need, to the end of the file.
+    """
+    return _safetensors(path)[0]
+
+
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """What the writer of a ``.safetensors`` file noted beside the tensors. Raises ``BadCheckpoint``."""
+    return _safetensors(path)[1]
+
+
+def _safetensors(path: Path) -> tuple[dict[str, SafetensorsEntry], dict[str, str]]:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise ValueError(f"its header would be {length} bytes of {size}")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        entries = {
-            name: SafetensorsEntry(
-                str(entry["dtype"]),
-                tuple(int(d) for d in entry["shape"]),
-                8 + length + int(entry["data_offsets"][0]),
-                int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry.start + entry.length for entry in entries.values()), default=8 + length)
+            if not 2 <= length <= min(size - 8, _HEADER_BYTES):
+                raise ValueError(f"its header would be {length:,} bytes of {size:,}; allowed are {_HEADER_BYTES:,}")
+            header = decode_json(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        metadata = msgspec.convert(header.pop("__metadata__", None) or {}, dict[str, str])
+        entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].length)):
+            if entry.start != end:
+                raise ValueError(f"{_shown(name)} begins at byte {entry.start:,}, where the one before ends at {end:,}")
+            end += entry.length
         if end != size:
-            raise ValueError(f"it has {size} bytes, its header promises {end}")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"it has {size:,} bytes, its header promises {end:,}")
+    except (OSError, ValueError) as error:
         raise BadCheckpoint(
             f"{path.name} is not a whole safetensors file: {_guess(path) or error}", hint="download or copy it again"
         ) from None
-    return entries
+    return entries, metadata
+
+
+def _entry(name: str, value: object, base: int) -> SafetensorsEntry:
+    try:
+        entry = msgspec.convert(value, _Entry)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the entry of {_shown(name)} is wrong: {error}") from None
+    begin, end = entry.data_offsets
+    if (bits := _BITS.get(entry.dtype)) is None:
+        raise ValueError(f"{_shown(name)} is of the unknown type {_shown(entry.dtype)}")
+    if end - begin != (needs := math.prod(entry.shape) * bits // 8):
+        shape = "x".join(map(str, entry.shape)) or "1"
+        raise ValueError(f"{_shown(name)} is {entry.dtype} {shape}, {needs:,} bytes, and has {end - begin:,}")
+    return SafetensorsEntry(entry.dtype, entry.shape, base + begin, end - begin)
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:77]}...")
 
 
 def _floats(content: NDArray[np.uint8], entry: SafetensorsEntry) -> NDArray[np.floating[Any]]:
@@ -202,7 +269,7 @@ def _load_pickled(path: Path) -> object:
     # The published DiT training states hold their command line as a Namespace, which is data and runs nothing.
     allowed = torch.serialization.safe_globals([argparse.Namespace])
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             zipped = stream.read(2) == b"PK"
         with allowed, silence_output():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
@@ -240,8 +307,11 @@ def _unwrap(path: Path, data: object) -> dict[str, Tensor]:
 
 def _guess(path: Path) -> str | None:
     """What a file is that should have been tensors, where its first bytes tell."""
-    with path.open("rb") as stream:
-        head = stream.read(64)
+    try:
+        with open_regular(path) as stream:
+            head = stream.read(64)
+    except OSError:
+        return None
     if not head:
         return "it is empty"
     if head.startswith(b"version https://git-lfs"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tstitch_engines.bundle import read
+from tstitch_engines.bundle.decode import DecodeError
+from tstitch_engines.bundle.read import CONFIG_BYTES
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_index
 
@@ -15,13 +17,16 @@ __all__ = ["describe_folder", "files_of", "model_folder", "read_json", "weights_
 _ENDINGS: Final = ("safetensors", "bin")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in ``path``; ``None`` where there is no such file. Raises ``BadCheckpoint`` for a damaged one."""
-    if not path.is_file():
-        return None
+def read_json(path: Path, most: int = CONFIG_BYTES) -> dict[str, Any] | None:
+    """The JSON object in ``path``, of at most ``most`` bytes; ``None`` where there is no such file.
+
+    Raises ``BadCheckpoint`` for a damaged one.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = read.read_json(path, most, infinite=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, DecodeError) as error:
         raise BadCheckpoint(f"{path} is damaged: {error}", hint="download or copy it again") from None
     if not isinstance(data, dict):
         raise BadCheckpoint(f"{path} holds no JSON object", hint="download or copy it again")

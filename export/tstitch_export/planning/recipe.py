@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -20,6 +20,7 @@ from tstitch_engines.bundle.manifest import (
     Precision,
     PredictionType,
 )
+from tstitch_engines.bundle.read import RECIPE_BYTES, read_toml
 from tstitch_engines.errors import BadInput, UnknownName, nearest, unknown_name
 from tstitch_engines.spec import Range
 
@@ -113,7 +114,7 @@ def load_recipe(reference: str | Path) -> tuple[Recipe, Path]:
     text = str(reference)
     if text.endswith(".toml") or "/" in text:
         path = Path(text)
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise BadInput(
                 f"recipe file {text} does not exist",
                 hint=f"give the path of a TOML file, or one of the recipes {', '.join(recipe_names())}",
@@ -131,9 +132,10 @@ def _folder() -> Path:
 
 def _decode(path: Path) -> Recipe:
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe {path.name} is no valid TOML: {error}", hint="mend that line; see toml.io") from None
+        data = read_toml(path, RECIPE_BYTES)
+    except (OSError, DecodeError) as error:
+        fix = (isinstance(error, DecodeError) and error.fix) or "give a readable TOML file"
+        raise BadInput(f"recipe {path.name} can't be read: {error}", hint=fix) from None
     try:
         recipe = convert(data, Recipe, word="key")
     except DecodeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import msgspec
@@ -10,6 +9,7 @@ import msgspec
 from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Member
+from tstitch_engines.bundle.read import MANIFEST_BYTES, read_json
 from tstitch_engines.errors import BadBundle
 
 __all__ = ["ShippedMember", "read_shipped", "write_shipped"]
@@ -26,7 +26,7 @@ def read_shipped(path: Path) -> ShippedMember:
     """The record at ``path``, its files verified. Raises ``BadBundle`` for a damaged installation."""
     fix = "install the package again: pip install --force-reinstall tstitch-trt"
     try:
-        record = convert(json.loads(path.read_bytes()), ShippedMember, word="field")
+        record = convert(read_json(path, MANIFEST_BYTES), ShippedMember, word="field")
         for part in record.member.onnx:
             if hash_file(path.parent / part.path) != (part.sha256, part.bytes):
                 raise BadBundle(f"{path.parent / part.path} was altered since it was packed", hint=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 from pathlib import Path
@@ -120,3 +121,55 @@ def test_wrong_paths(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "model": "DiT"}, tmp_path / "no.pt")
     with pytest.raises(BadCheckpoint, match=r"holds no state dict.*epoch, model"):
         read_checkpoint(tmp_path / "no.pt")
+
+
+def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+LIES = {
+    "longer header than the file": (safetensors({"a": entry()}, b"1234", 1 << 40), "its header would be 1,099,511"),
+    "header over the limit": (safetensors(b"{}" + b" " * (17 << 20)), "allowed are 16,777,216"),
+    "negative header": (safetensors({}, length=(1 << 64) - 1), "its header would be"),
+    "no object": (safetensors([]), "no JSON object"),
+    "nested": (safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested deeper"),
+    "digits": (safetensors(b'{"a": ' + b"9" * 5000 + b"}"), "5,000 digits"),
+    "twice": (safetensors(b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), b"1234"), "the key 'a' twice"),
+    "overlap": (safetensors({"a": entry(), "b": entry()}, b"1234"), "'b' begins at byte"),
+    "hole": (safetensors({"a": entry(), "b": entry(offsets=(8, 12))}, bytes(12)), "'b' begins at byte"),
+    "beyond the file": (safetensors({"a": entry(shape=(2,), offsets=(0, 8))}, b"1234"), "its header promises"),
+    "bytes of nobody": (safetensors({"a": entry()}, b"12345678"), "its header promises"),
+    "backwards": (safetensors({"a": entry(offsets=(4, 0))}, b"1234"), "4 bytes, and has -4"),
+    "before the file": (safetensors({"a": entry(offsets=(-4, 0))}, b"1234"), "the entry of 'a' is wrong"),
+    "shape": (safetensors({"a": entry(shape=(2, 3))}, b"1234"), "'a' is F32 2x3, 24 bytes, and has 4"),
+    "huge shape": (safetensors({"a": entry(shape=(2**48, 2**48))}, b"1234"), "and has 4"),
+    "negative shape": (safetensors({"a": entry(shape=(-1, -1))}, b"1234"), "the entry of 'a' is wrong"),
+    "many sides": (safetensors({"a": entry(shape=(1,) * 10_000)}, b"1234"), "the entry of 'a' is wrong"),
+    "shape of text": (safetensors({"a": entry(shape="1")}, b"1234"), "the entry of 'a' is wrong"),
+    "fractions": (safetensors({"a": entry(offsets=(0.5, 4))}, b"1234"), "the entry of 'a' is wrong"),
+    "type": (safetensors({"a": entry(dtype="Q7")}, b"1234"), "the unknown type 'Q7'"),
+    "type of number": (safetensors({"a": entry(dtype=7)}, b"1234"), "the entry of 'a' is wrong"),
+    "more keys": (safetensors({"a": {**entry(), "run": "me"}}, b"1234"), "the entry of 'a' is wrong"),
+    "metadata": (safetensors({"__metadata__": [1]}), "Expected `object`"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_safetensors_headers_that_lie_are_refused(kind: str, tmp_path: Path) -> None:
+    content, problem = LIES[kind]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=problem):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "model.pt"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(BadCheckpoint, match="is not a file"):
+        read_checkpoint(tmp_path / name)

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.read import RECORD_BYTES, read_json
 from tstitch_engines.errors import FailedWork
-from tstitch_trt.files import atomic_file, write_text
+from tstitch_trt.files import atomic_file, open_arrays, write_text
 
 __all__ = ["Observations"]
 
@@ -55,7 +56,7 @@ class Observations:
     def times(self) -> list[float]:
         """Milliseconds of the timed rounds so far."""
         try:
-            return [float(ms) for ms in json.loads((self._folder / "times.json").read_text())]
+            return msgspec.convert(read_json(self._folder / "times.json", RECORD_BYTES), list[float])
         except (OSError, ValueError):
             return []
 
@@ -71,8 +72,8 @@ class Observations:
         if not path.is_file():
             return {}
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            with open_arrays(path) as stored:
+                return {name: stored.read(name) for name in stored.names}
+        except (OSError, ValueError) as error:
             _log.warning("%s is damaged and is drawn again: %s", path, error)
             return {}

@@ -8,7 +8,6 @@ weights, tokenizer), or ``image.onnx`` and ``text.onnx`` (or ``.pt``, TorchScrip
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.identity import digest
+from tstitch_engines.bundle.read import CONFIG_BYTES, read_json
 from tstitch_engines.errors import BadInput, first_line
 from tstitch_engines.needs import require
 from tstitch_trt.study.quality.loading import open_network
@@ -85,7 +85,10 @@ class _Transformers:
         what = "a CLIP model in transformers' form"
         require("torch", what, instead=instead)
         transformers = require("transformers", what, instead=instead)
-        kind = json.loads(config.read_text()).get("model_type")
+        try:
+            kind = dict(read_json(config, CONFIG_BYTES)).get("model_type")
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f"--clip {config} is damaged: {error}", hint="download or copy it again") from None
         if kind != "clip":
             raise BadInput(f"--clip {folder} holds a model of type {kind!r}; allowed is clip", hint="give a CLIP model")
         try:

@@ -8,11 +8,9 @@ in ADM's reference batches, arXiv 2105.05233) or ``mean``, ``covariance`` and ``
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.files import load_array, save_array
+from tstitch_trt.files import Arrays, load_array, open_arrays, save_array
 from tstitch_trt.study.quality.gaussian import Gaussian, frechet_distance, gaussian_of
 from tstitch_trt.study.quality.network import FeatureNetwork
 
@@ -31,6 +29,7 @@ _log = logging.getLogger(__name__)
 MOST: Final = 10_000  # features that all pairs are taken of (kernel distance, precision, recall)
 _BLOCK: Final = 256  # pictures of a reference between two saves
 _SAME: Final = 0.3  # of the total variance: thousands of pictures are closer to their whole set, two networks are not
+_MOST_PICTURES: Final = 10**9
 _HOW: Final = "numpy.savez(FILE, pictures) of uint8 [N,H,W,C] makes a reference, as do the evaluators of ADM"
 
 
@@ -62,9 +61,9 @@ class Reference:
 def knows_pictures(path: Path) -> bool:
     """Whether a reference has pictures or features one by one; ``False`` for what can't be read."""
     try:
-        with path.open("rb") as file:
-            return bool({"arr_0", "features"} & set(np.load(file, allow_pickle=False).files))
-    except (OSError, ValueError, EOFError, BadZipFile, AttributeError):
+        with open_arrays(path) as archive:
+            return bool({"arr_0", "features"} & set(archive.names))
+    except (OSError, ValueError):
         return False
 
 
@@ -87,15 +86,14 @@ def read_reference(
         raise BadInput(f"the reference {path} does not exist", hint=_HOW)
     sha256 = hash_file(path)[0]
     try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise ValueError("it holds one array; a reference is a .npz")
-            names = set(archive.files)
-            statistics = _statistics(archive, names)
-            features = np.asarray(archive["features"], np.float32) if "features" in names else None
-            pictures = archive["arr_0"] if "arr_0" in names else None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        with open_arrays(path) as archive:
+            names = set(archive.names)
+            statistics = _statistics(archive)
+            features = archive.read("features").astype(np.float32) if "features" in names else None
+            pictures = archive.read("arr_0") if "arr_0" in names else None
+        if features is not None and not (features.ndim == 2 and len(features) > 1 and np.isfinite(features).all()):
+            raise ValueError(f"features {list(features.shape)} are no finite [N,F] with N >= 2")
+    except (OSError, ValueError) as error:
         raise BadInput(f"the reference {path} can't be read: {error}", hint=_HOW) from None
     if pictures is not None:
         features = _features_of(
@@ -128,13 +126,16 @@ def _same_network(path: Path, statistics: Gaussian, features: NDArray[np.float32
     return same
 
 
-def _statistics(archive: Mapping[str, Any], names: set[str]) -> Gaussian | None:
+def _statistics(archive: Arrays) -> Gaussian | None:
     for mean, covariance in (("mean", "covariance"), ("mu", "sigma")):
-        if {mean, covariance} <= names:
-            a, b = (np.asarray(archive[name], np.float64) for name in (mean, covariance))
+        if {mean, covariance} <= set(archive.names):
+            a, b = (archive.read(name).astype(np.float64) for name in (mean, covariance))
             if a.ndim != 1 or b.shape != (len(a), len(a)) or not (np.isfinite(a).all() and np.isfinite(b).all()):
                 raise ValueError(f"{mean} {list(a.shape)} and {covariance} {list(b.shape)} are no finite [F] and [F,F]")
-            return Gaussian(a, b, int(archive["count"]) if "count" in names else 0)
+            count = archive.read("count") if "count" in archive.names else np.array(0)
+            if count.size != 1 or not 0 <= count <= _MOST_PICTURES:
+                raise ValueError(f"count is {count.reshape(-1)[:4]}; allowed is a number up to {_MOST_PICTURES:,}")
+            return Gaussian(a, b, int(count.reshape(-1)[0]))
     return None
 
 

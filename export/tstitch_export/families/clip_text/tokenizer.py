@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tstitch_engines.bundle.decode import DecodeError
+from tstitch_engines.bundle.read import VOCABULARY_BYTES, read_text
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.folder import read_json
@@ -142,13 +144,17 @@ _Parts = tuple[dict[str, int], list[tuple[str, str]], dict[str, _Added]]
 
 
 def _read_parts(folder: Path) -> _Parts:
-    vocabulary = _numbered(read_json(folder / "vocab.json") or {}, folder / "vocab.json")
+    vocabulary = _numbered(read_json(folder / "vocab.json", VOCABULARY_BYTES) or {}, folder / "vocab.json")
     added = _numbered(read_json(folder / "added_tokens.json") or {}, folder / "added_tokens.json")
     file = folder / "merges.txt"
     if not file.is_file():
         raise BadCheckpoint(f"{folder} has vocab.json and no merges.txt", hint="copy merges.txt too")
+    try:
+        lines = read_text(file, VOCABULARY_BYTES).split("\n")
+    except (OSError, DecodeError) as error:
+        raise BadCheckpoint(f"{file} is damaged: {error}", hint="download or copy it again") from None
     merges: list[tuple[str, str]] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")):
+    for number, line in enumerate(lines):
         if not line.strip() or (number == 0 and line.startswith("#version")):
             continue
         left, blank, right = line.strip().partition(" ")
@@ -162,7 +168,7 @@ def _read_parts(folder: Path) -> _Parts:
 
 
 def _read_whole(file: Path) -> _Parts:
-    data = read_json(file)
+    data = read_json(file, VOCABULARY_BYTES)
     if data is None:
         raise BadCheckpoint(
             f"{file.parent} is no CLIP tokenizer: it has neither vocab.json nor tokenizer.json",

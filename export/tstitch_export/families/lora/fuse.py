@@ -7,20 +7,25 @@ spellings, so that UNets and text encoders go through the same code.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.read import decode_json
 from tstitch_engines.errors import BadCheckpoint, BadInput
-from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.checkpoint import (
+    read_checkpoint,
+    read_safetensors_header,
+    read_safetensors_metadata,
+)
 from tstitch_export.checkpoint.folder import read_json
 from tstitch_export.checkpoint.signatures import Shapes
 from tstitch_export.families.base import LoraTarget, LoraUse
@@ -39,6 +44,21 @@ LORA_OPTION: Final = (
     str,
     "LoRAs to fuse: FILE.safetensors[:WEIGHT], several with commas; weight 1 where none is given",
 )
+
+
+_AGAIN: Final = "download or copy it again"
+_Alpha = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+# Names of modules and no more: PEFT takes any regular expression, and some of those never end
+_ModulePattern = Annotated[str, msgspec.Meta(pattern=r"^\^?[\w.\\-]{1,200}\$?$")]
+
+
+class _Settings(msgspec.Struct, frozen=True):
+    """Keys of PEFT's ``LoraConfig`` that change what a LoRA's tensors mean."""
+
+    lora_alpha: _Alpha | None = None
+    alpha_pattern: dict[_ModulePattern, _Alpha] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
 
 
 def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
@@ -119,15 +139,19 @@ def _product(pieces: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     return product
 
 
-def _scale(pieces: Mapping[str, NDArray[np.float32]], module: str, settings: Mapping[str, Any]) -> float:
+def _scale(pieces: Mapping[str, NDArray[np.float32]], module: str, settings: _Settings) -> float:
     rank = pieces["down"].shape[0]
-    alpha = float(pieces["alpha"]) if "alpha" in pieces else settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+    alpha = settings.lora_alpha
+    if "alpha" in pieces:
+        alpha = float(pieces["alpha"].reshape(-1)[0]) if pieces["alpha"].size == 1 else math.nan
+        if not math.isfinite(alpha):
+            raise BadCheckpoint(f"the LoRA's alpha of {module} is no finite number", hint=_AGAIN)
+    for pattern, value in (settings.alpha_pattern or {}).items():
         if "alpha" not in pieces and re.fullmatch(rf"(.*\.)?({pattern})", module):  # as PEFT matches it
             alpha = value
     if alpha is None:
         return 1.0
-    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return float(alpha) / (math.sqrt(rank) if settings.use_rslora else rank)
 
 
 def _matched(use: LoraUse, target: LoraTarget, model: str) -> list[tuple[LoraLayer, str]]:
@@ -152,7 +176,7 @@ def _matched(use: LoraUse, target: LoraTarget, model: str) -> list[tuple[LoraLay
             f"{lora_looks_like(layers, stored)}",
             hint="give one that was trained for this model, or leave the option lora away",
         )
-    if _settings(use.path, part).get("use_dora"):
+    if _settings(use.path, part).use_dora:
         raise BadCheckpoint(
             f"{use.path.name} is DoRA, not a plain LoRA",
             hint="merge it with the tool that made it, and give the merged model",
@@ -164,6 +188,8 @@ def _shape(layer: LoraLayer, stored: Shapes) -> tuple[int, ...]:
     """The product's shape: (out, in, kernel height, kernel width). (0,) where down, mid and up don't fit together."""
     down, up = _padded(stored[layer.keys["down"]]), _padded(stored[layer.keys["up"]])
     kernel = down[2:]
+    if 0 in (*down, *up):
+        return (0,)
     if "mid" in layer.keys:
         mid = _padded(stored[layer.keys["mid"]])
         if down[2:] != (1, 1) or mid[:2] != (up[1], down[0]):
@@ -190,20 +216,24 @@ def _spelt(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _settings(path: Path, part: str) -> dict[str, Any]:
+def _settings(path: Path, part: str) -> _Settings:
     """What PEFT notes about a LoRA besides its tensors: in the file (diffusers), or in ``adapter_config.json``."""
     if path.suffix != ".safetensors":
-        return {}
-    noted = {}
-    with path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    if text := header.get("__metadata__", {}).get("lora_adapter_metadata"):
-        noted = {
-            key.removeprefix(f"{part}."): value for key, value in json.loads(text).items() if key.startswith(f"{part}.")
-        }
-    elif any(key.startswith("base_model.model.") for key in header):
-        noted = read_json(path.parent / "adapter_config.json") or {}
-    return noted
+        return _Settings()
+    noted: Mapping[str, Any] = {}
+    place, start = path, f"{part}."
+    if text := read_safetensors_metadata(path).get("lora_adapter_metadata"):
+        try:
+            noted = {key.removeprefix(start): v for key, v in dict(decode_json(text)).items() if key.startswith(start)}
+        except (ValueError, TypeError) as error:
+            raise BadCheckpoint(f"{path.name}: its lora_adapter_metadata is damaged: {error}", hint=_AGAIN) from None
+    elif any(key.startswith("base_model.model.") for key in read_safetensors_header(path)):
+        place = path.parent / "adapter_config.json"
+        noted = read_json(place) or {}
+    try:
+        return msgspec.convert(noted, _Settings)
+    except msgspec.ValidationError as error:
+        raise BadCheckpoint(f"{place.name} says of the LoRA what can't be: {error}", hint=_AGAIN) from None
 
 
 def _number(text: str) -> float | None:

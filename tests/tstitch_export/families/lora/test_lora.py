@@ -123,6 +123,35 @@ def test_what_peft_notes_beside_the_tensors_counts() -> None:
     assert torch.allclose(state["b.to_q.weight"], 2 / 2 * up @ down, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("noted", "words"),
+    [
+        (
+            '{"unet.alpha_pattern": {"(a+)+b": 1}}',
+            "says of the LoRA what can't be",
+        ),  # would match until the end of time
+        ('{"unet.alpha_pattern": [1]}', "says of the LoRA what can't be"),
+        ('{"unet.lora_alpha": 1e300}', "says of the LoRA what can't be"),
+        ('{"unet.lora_alpha": NaN}', "lora_adapter_metadata is damaged"),
+        ('{"unet.use_rslora": "yes"}', "says of the LoRA what can't be"),
+        ("[1]", "lora_adapter_metadata is damaged"),
+        ("[" * 100_000, "lora_adapter_metadata is damaged"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_settings_that_can_not_be(noted: str, words: str) -> None:
+    tensors = {"unet.a.lora_A.weight": torch.ones(4, 6), "unet.a.lora_B.weight": torch.ones(8, 4)}
+    with pytest.raises(BadCheckpoint, match=words):
+        fuse_tensors({"a.weight": torch.zeros(8, 6)}, tensors, metadata={"lora_adapter_metadata": noted})
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(float("nan")), torch.ones(2)])
+def test_an_alpha_is_one_finite_number(alpha: torch.Tensor) -> None:
+    tensors = {"lora_unet_a.lora_down.weight": torch.ones(4, 6), "lora_unet_a.lora_up.weight": torch.ones(8, 4)}
+    with pytest.raises(BadCheckpoint, match="alpha of a is no finite number"):
+        fuse_tensors({"a.weight": torch.zeros(8, 6)}, tensors | {"lora_unet_a.alpha": alpha})
+
+
 def test_an_adapter_folder_of_peft(tmp_path: Path) -> None:
     down, up = torch.randn(4, 6), torch.randn(8, 4)
     save_file(
