@@ -13,6 +13,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import SCHEMA, Defaults, Manifest, Member, Network, Precision, Quality
+from tstitch_engines.child import Limits
 from tstitch_engines.compile.bundle import DEFAULT_BATCH
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
@@ -47,6 +48,8 @@ def build(
     options: Mapping[str, Scalar] | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    time_limit: float | str | None = None,
+    memory_limit: int | str | None = None,
 ) -> Manifest:
     """Builds the bundle ``output`` and returns its manifest.
 
@@ -61,9 +64,13 @@ def build(
     interrupted build goes on there. Engines for other backends and machines are kept where the ONNX is the same.
     ``output`` is replaced in one step at the end.
 
+    Each network is compiled in a child process, which is ended after ``time_limit`` (seconds, or ``30m``; 2 hours by
+    default) or when it holds more than ``memory_limit`` (bytes, or ``8GiB``; by default what is free when it starts).
+
     Raises ``BadInput`` before anything is built, ``BuildFailed`` when an export or a compilation fails or the disk is
-    full, ``Unavailable`` when a library is missing.
+    full, ``OutOfTime`` and ``OutOfMemory`` at those limits, ``Unavailable`` when a library is missing.
     """
+    limits = Limits.of(time_limit, memory_limit)
     report = progress or silent
     opened = open_backend(backend)
     plan = plan_bundle(
@@ -76,7 +83,12 @@ def build(
     )
     settings = plan.options
     compiler = Compiler(
-        backend=opened, device=device, profile=ShapeProfile({"B": profile}), settings=settings, cache=Cache(fresh=fresh)
+        backend=opened,
+        device=device,
+        profile=ShapeProfile({"B": profile}),
+        settings=settings,
+        cache=Cache(fresh=fresh),
+        limits=limits,
     )
     sizes = plan.sizes(batch=profile, height=height, width=width, tokens=tokens)
     profiles = {network.name: network.profile(sizes) for network in plan.networks}

@@ -27,6 +27,7 @@ from tstitch_engines.bundle.manifest import (
     Network,
     NoiseScheduleSpec,
 )
+from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.spec import Range, TensorSpec
 
@@ -185,6 +186,7 @@ def text_bundle(
     batch: Range | None = None,
     sides: Range | None = None,
     tokens: Range | None = None,
+    limits: Limits = DEFAULT,
     **fields: Any,
 ) -> Bundle:
     """Writes the bundle and compiles its engines. ``files``: of the parts, by purpose."""
@@ -222,7 +224,9 @@ def text_bundle(
     dims = {spec_dim for one in made.values() for spec in one.network.inputs for spec_dim in spec.dims}
     ranges = {"B": batch or Range(1, 2, 4), "H": sides or Range(4, 8, 16), "W": sides or Range(4, 8, 16)}
     ranges |= {"T": tokens or Range(1, 5, 12)}
-    return recompile(bundle, backend="onnxruntime", profile={k: r for k, r in ranges.items() if k in dims})
+    return recompile(
+        bundle, backend="onnxruntime", profile={k: r for k, r in ranges.items() if k in dims}, limits=limits
+    )
 
 
 def _component(staging: Path, folder: str, source: Path) -> Component:

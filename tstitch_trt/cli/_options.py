@@ -13,6 +13,7 @@ from tstitch_trt.cli._command import option
 if TYPE_CHECKING:
     from tstitch_engines.bundle.bundle import Bundle
     from tstitch_engines.bundle.manifest import Manifest
+    from tstitch_engines.child import Limits
     from tstitch_trt.request.options import ImageKeywords
     from tstitch_trt.runtime.runtime import Runtime
     from tstitch_trt.runtime.vae import Tile
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tstitch_trt.study.quality.scorer import Scorer
 
 __all__ = [
+    "LimitOptions",
     "LoadOptions",
     "PictureOptions",
     "PromptsFile",
@@ -43,7 +45,22 @@ def threads_option(text: str = "CPU threads.") -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class LimitOptions:
+    """Limits of the child processes that compile, verify and run networks for metrics."""
+
+    time_limit: str | None = option(
+        "End work on one network in a child process after this long. [2h to compile, 10m to verify or measure]", "TIME"
+    )
+    memory_limit: str | None = option("End it when it holds more memory: 8GiB, 500MB. [what is free]", "SIZE")
+
+    def limits(self) -> Limits:
+        from tstitch_engines.child import Limits
+
+        return Limits.of(self.time_limit, self.memory_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(LimitOptions):
     """Where and with what to run."""
 
     device: str = option("cpu, cuda or cuda:N.", "NAME", default="cpu")

@@ -10,7 +10,7 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import lora_texts
+from tstitch_trt.cli._options import LimitOptions, lora_texts
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Manifest, Precision
@@ -36,7 +36,7 @@ tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --part
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(LimitOptions):
     list_recipes: bool = option("List the recipes that come with the package.", None, "--list")
     show_template: bool = option("Write a commented recipe to start one's own from.", None, "--template")
     members: tuple[str, ...] = option(
@@ -151,6 +151,8 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
                 options=options | {f"{name}.lora": text for name, text in lora_texts(given.loras).items()},
                 fresh=given.fresh,
                 progress=bar,
+                time_limit=given.time_limit,
+                memory_limit=given.memory_limit,
             )
     if as_json:
         import msgspec
@@ -186,6 +188,7 @@ def _recompile(
         output=given.output,
         fresh=given.fresh,
         progress=progress,
+        limits=given.limits(),
     ).manifest
 
 

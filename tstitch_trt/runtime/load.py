@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import ComponentName
+from tstitch_engines.child import Limits
 from tstitch_engines.compile.load import load_engine
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
@@ -41,6 +42,8 @@ def load(
     progress: Progress | None = None,
     chooser: ChooserFactory | None = None,
     timeout: float | None = None,
+    time_limit: float | str | None = None,
+    memory_limit: int | str | None = None,
 ) -> Runtime:
     """Loads all members and parts of a bundle and returns the runtime that samples from them.
 
@@ -59,7 +62,8 @@ def load(
 
     ``rebuild``: engines that are missing, damaged or don't fit this machine and these versions are compiled again from
     the bundle's own ONNX with the options and profile they had, and the bundle is replaced in one step. ``progress``
-    then gets the phase and the share done.
+    then gets the phase and the share done. ``time_limit`` and ``memory_limit``: of the child process that compiles one,
+    as of ``tstitch_export.build.build``.
 
     ``chooser``: makes what chooses schedules for ``latency_budget_ms``; by default of ``tstitch_trt.load`` the one that
     reads the bundle's calibration and studies (``tstitch_trt.study.budget``).
@@ -74,6 +78,7 @@ def load(
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     check_choice(graph, "graph mode", GRAPH_MODES)
     check_timeout(timeout)
+    limits = Limits.of(time_limit, memory_limit)
     started = perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify, engines=not rebuild)
     place = open_device(device, stream=stream)
@@ -87,7 +92,9 @@ def load(
     library = open_backend(name)
     if rebuild:
         every = opened.manifest.networks()
-        opened = rebuild_engines(opened, library, place.name, names=every, verify=verify, progress=progress)
+        opened = rebuild_engines(
+            opened, library, place.name, names=every, verify=verify, progress=progress, limits=limits
+        )
     networks = opened.manifest.networks()
     options = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
     chosen = {network: select_engine(opened, network, library, place.name) for network in networks}

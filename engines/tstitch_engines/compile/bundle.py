@@ -17,6 +17,7 @@ from tstitch_engines.bundle.bundle import MANIFEST, Bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.manifest import Component, EngineRecord, Manifest, Network, Option
+from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.engine import Compiler, keep_record
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress, silent
@@ -48,15 +49,18 @@ def recompile(
     output: Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    limits: Limits = DEFAULT,
 ) -> Bundle:
     """``bundle`` with engines of ``backend`` for all its networks or for ``names``; all else is kept.
 
     ``options`` and ``profile`` default to those of the engine it has of that backend, the profile else to those of
     other engines; a range of ``B`` is for members only. An engine of the same backend and architecture is replaced.
     What was compiled before comes from the bundle or the cache, unless ``fresh``; an interrupted call goes on there.
+    ``limits``: of the child process that compiles one network.
 
     It replaces ``bundle`` in one step at the end, or is written to ``output``. Raises ``BadBundle`` when the ONNX is
-    not what the manifest describes or the place is read-only, ``BadInput`` before any work, and ``BuildFailed``.
+    not what the manifest describes or the place is read-only, ``BadInput`` before any work, ``BuildFailed``,
+    ``OutOfTime`` and ``OutOfMemory``.
     """
     opened = open_backend(backend)
     if opened.model_kind != "onnx":
@@ -80,7 +84,7 @@ def recompile(
     compilers: dict[str, Compiler] = {}
     for name in wanted:
         ranges = {dim: r for dim, r in (profile or {}).items() if dim != "B" or name in bundle.manifest.members}
-        compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache)
+        compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache, limits)
     place = bundle.root.resolve() if output is None else output.resolve()
     _require_writable(place, compile_command(bundle, backend, device))
     work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or silent)
@@ -94,6 +98,7 @@ def _compiler(
     profile: Mapping[str, Range],
     options: Mapping[str, Option] | None,
     cache: Cache,
+    limits: Limits,
 ) -> Compiler:
     same = [record.identity for record in network.engines if record.identity.backend == backend.name]
     every = [*same, *(record.identity for record in network.engines)]
@@ -109,7 +114,9 @@ def _compiler(
         dims[name] = found
     if options is None:
         options = backend.options_for(same[0].options, device) if same else {}
-    return Compiler(backend=backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache)
+    return Compiler(
+        backend=backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache, limits=limits
+    )
 
 
 def _require_writable(place: Path, command: str) -> None:

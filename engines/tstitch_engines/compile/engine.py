@@ -14,6 +14,7 @@ from tstitch_engines.bundle.cache import Cache, Entry
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.identity import digest, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network, Option
+from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.progress import Progress
 from tstitch_engines.spec import ShapeProfile
 
@@ -24,13 +25,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Compiler:
-    """A backend with all that decides what it makes, and the cache of what it made. ``settings`` are typed options."""
+    """A backend with all that decides what it makes, and the cache of what it made. ``settings`` are typed options.
+
+    ``limits``: of the child process that compiles one network.
+    """
 
     backend: Backend
     device: str
     profile: ShapeProfile
     settings: Mapping[str, Option]
     cache: Cache
+    limits: Limits = DEFAULT
     arch: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +121,7 @@ class Compiler:
                 options=self.settings,
                 output=folder / output,
                 progress=report,
+                limits=self.limits,
             )
             return {
                 "what": what,

@@ -10,6 +10,7 @@ import msgspec
 
 from tstitch_engines.bundle.identity import check_identity, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
+from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.bundle import compile_command, recompile
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput
 from tstitch_engines.progress import Progress
@@ -70,6 +71,7 @@ def rebuild(
     names: Iterable[str],
     verify: Literal["full", "size"] = "full",
     progress: Progress | None = None,
+    limits: Limits = DEFAULT,
 ) -> Bundle:
     """``bundle`` with engines that fit ``device``: those that are missing, damaged or don't fit are compiled again.
 
@@ -85,7 +87,7 @@ def rebuild(
             stale.append(name)
     if not stale:
         return bundle
-    return recompile(bundle, backend=backend.name, device=device, names=stale, progress=progress)
+    return recompile(bundle, backend=backend.name, device=device, names=stale, progress=progress, limits=limits)
 
 
 def check_load_options(
