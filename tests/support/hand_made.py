@@ -31,7 +31,7 @@ from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.spec import Range, TensorSpec
 
-__all__ = ["CHANNELS", "Made", "graph", "made_member", "text_bundle"]
+__all__ = ["CHANNELS", "Made", "component", "graph", "made_member", "text_bundle"]
 
 CHANNELS = 4
 Array = NDArray[np.float64]
@@ -198,7 +198,7 @@ def text_bundle(
             path = staging / name / "model.onnx"
             path.parent.mkdir()
             path.write_bytes(one.model.SerializeToString())
-            more = {key: _component(staging, name, file) for key, file in (files or {}).get(name, {}).items()}
+            more = {key: component(staging, name, file) for key, file in (files or {}).get(name, {}).items()}
             fresh = {"onnx": (_described(staging, path),), "files": more}
             networks[name] = type(one.network)(
                 **{field: getattr(one.network, field) for field in one.network.__struct_fields__} | fresh
@@ -229,7 +229,8 @@ def text_bundle(
     )
 
 
-def _component(staging: Path, folder: str, source: Path) -> Component:
+def component(staging: Path, folder: str, source: Path) -> Component:
+    """Copies a file into a folder of the bundle at ``staging``."""
     path = staging / folder / source.name
     path.write_bytes(source.read_bytes())
     return _described(staging, path)

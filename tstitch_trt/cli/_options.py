@@ -123,13 +123,13 @@ class QualityOptions:
         return NetworkOptions.parse(parse_pairs(self.features_options, option="--features-option", value="VALUE"))
 
     def scorer(
-        self, bundle: Bundle, metrics: str | Sequence[str], *, threads: int, cache: Path | None = None
+        self, bundle: Bundle, metrics: str | Sequence[str], *, threads: int, limits: Limits, cache: Path | None = None
     ) -> Scorer:
         from tstitch_trt.study.quality.scorer import Scorer
 
         return Scorer.of(
             bundle, metrics, reference=self.reference, features=self.features, options=self.network(),
-            lpips=self.lpips, clip=self.clip, threads=threads, cache=cache,
+            lpips=self.lpips, clip=self.clip, threads=threads, cache=cache, limits=limits,
         )  # fmt: skip
 
 

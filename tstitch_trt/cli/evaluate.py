@@ -106,7 +106,9 @@ def command(
         metrics = _list(wanted.metrics) if wanted.metrics else _usual_metrics(runtime.bundle, quality)
         _check_used(metrics, quality)
         place = wanted.work or default_root() / "evaluate"
-        scorer = quality.scorer(runtime.bundle, metrics, threads=runtime.threads, cache=place / "references")
+        scorer = quality.scorer(
+            runtime.bundle, metrics, threads=runtime.threads, limits=load.limits(), cache=place / "references"
+        )
         images = ImageSet(wanted.samples, wanted.seed, prompts_for(manifest, prompts))
         settings = wanted.settings(manifest)
         for note in scorer.notes(wanted.samples):

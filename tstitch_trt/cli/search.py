@@ -75,7 +75,7 @@ def command(
         metric = wanted.metric or usual_metric(runtime.manifest)
         study = search(
             runtime,
-            quality.scorer(runtime.bundle, metric, threads=load.threads or 0),
+            quality.scorer(runtime.bundle, metric, threads=load.threads or 0, limits=load.limits()),
             work=wanted.work or default_root() / "search",
             samples=wanted.samples,
             seed=wanted.seed,

@@ -1,4 +1,7 @@
-"""Loads network files to run on the CPU: ONNX (``.onnx``) by ONNX Runtime, else TorchScript by PyTorch."""
+"""Loads network files to run on the CPU: ONNX (``.onnx``) by ONNX Runtime, else TorchScript by PyTorch.
+
+In a child process only (``foreign``): a script may do what it likes with time and memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature networks: ONNX on ONNX Runtime or TorchScript on PyTorch, both on the CPU.
+"""Feature networks: ONNX on ONNX Runtime or TorchScript on PyTorch, both on the CPU and in a child process.
 
 Input, unless the options differ: pictures float32 ``[N,C,H,W]`` in [-1, 1]. They are resized (bicubic with
 antialiasing, without rounding: Parmar et al., arXiv 2104.11222) where the network has a fixed size, and grey ones are
@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.study.quality.loading import open_network
+from tstitch_trt.study.quality.foreign import LARGEST_SIDE, ForeignNetwork
 
 __all__ = ["OPTIONS", "FeatureNetwork", "NetworkOptions", "resized", "scaled"]
 
@@ -56,6 +57,10 @@ class NetworkOptions(msgspec.Struct, frozen=True, kw_only=True):
             if name in ("size", "channels"):
                 if not value.isdigit() or (name == "channels" and value not in ("1", "3")) or int(value) < 1:
                     raise BadInput(f"option {name} is {value!r}; allowed: {OPTIONS[name]}", hint=f"e.g. {name}=3")
+                if len(value) > 9 or int(value) > LARGEST_SIDE:
+                    raise BadInput(
+                        f"option {name} is {value[:20]}; allowed is at most {LARGEST_SIDE}", hint=f"e.g. {name}=3"
+                    )
                 given[name] = int(value)
             else:
                 given[name] = value
@@ -65,20 +70,27 @@ class NetworkOptions(msgspec.Struct, frozen=True, kw_only=True):
 class FeatureNetwork:
     """A loaded network. ``name``: its file's; ``sha256``: of the file."""
 
-    def __init__(self, path: Path, *, options: NetworkOptions | None = None, threads: int = 0) -> None:
-        """Raises ``BadInput`` for a file that is no such network, ``Unavailable`` for a missing library."""
+    def __init__(
+        self, path: Path, *, options: NetworkOptions | None = None, threads: int = 0, limits: Limits = DEFAULT
+    ) -> None:
+        """``limits``: of loading it and of each batch.
+
+        Raises ``BadInput`` for a file that is no such network, ``Unavailable`` for a missing library.
+        """
         self.name = path.name
         self._options = options or NetworkOptions()
-        self._net = open_network(path, threads=threads, what="feature network")
-        if len(self._net.inputs) != 1 and not self._net.scripted:
+        self._net = ForeignNetwork(path, threads=threads, what="feature network", limits=limits)
+        facts = self._net.facts
+        if len(facts.inputs) != 1 and not facts.scripted:
             raise BadInput(
-                f"the feature network {path.name} takes {len(self._net.inputs)} inputs; allowed is one, pictures",
+                f"the feature network {path.name} takes {len(facts.inputs)} inputs; allowed is one, pictures",
                 hint="export it with one input [N,C,H,W]",
             )
-        self._inception = "return_features" in self._net.keywords
-        self.channels = self._options.channels or self._net.channels
-        self.size = self._net.size or ((self._options.size,) * 2 if self._options.size else None)
-        self.classifies = "logits" in self._net.outputs
+        self._dtype = facts.dtype
+        self._inception = "return_features" in facts.keywords
+        self.channels = self._options.channels or facts.channels
+        self.size = facts.size or ((self._options.size,) * 2 if self._options.size else None)
+        self.classifies = "logits" in facts.outputs
         self.sha256 = hash_file(path)[0]
 
     @property
@@ -106,13 +118,13 @@ class FeatureNetwork:
         return joined, np.concatenate(logits) if logits else None
 
     def _prepared(self, images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
-        values = self._options.range or ("0:255" if self._inception or self._net.dtype == "uint8" else "-1:1")
+        values = self._options.range or ("0:255" if self._inception or self._dtype == "uint8" else "-1:1")
         channels = self.channels or (3 if self._inception else images_NHWC.shape[-1])
         size = None if self._inception and not self._options.size else self.size
         pictures = scaled(images_NHWC, values, channels=channels, size=size, what=f"the feature network {self.name}")
-        if self._net.dtype == "uint8":
+        if self._dtype == "uint8":
             return np.clip(np.rint(pictures), 0, 255).astype(np.uint8)
-        return pictures.astype(self._net.dtype, copy=False)
+        return pictures.astype(self._dtype, copy=False)
 
     def _pick(self, found: dict[str, Any]) -> Any:
         wanted = self._options.output

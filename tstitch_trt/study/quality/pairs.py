@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.files import hash_file
+from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.errors import BadInput
-from tstitch_trt.study.quality.loading import open_network
+from tstitch_trt.study.quality.foreign import ForeignNetwork
 from tstitch_trt.study.quality.network import scaled
 
 __all__ = ["Lpips", "decibels", "squared_errors"]
@@ -40,11 +41,11 @@ class Lpips:
     as well), as ``lpips.LPIPS(...)`` takes and gives them.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
-        self._net = open_network(path, threads=threads, what="LPIPS network")
-        if len(self._net.inputs) < 2:
+    def __init__(self, path: Path, *, threads: int = 0, limits: Limits = DEFAULT) -> None:
+        self._net = ForeignNetwork(path, threads=threads, what="LPIPS network", limits=limits)
+        if len(self._net.facts.inputs) < 2:
             raise BadInput(
-                f"the LPIPS network {path.name} takes {len(self._net.inputs)} input; allowed are two, batches of "
+                f"the LPIPS network {path.name} takes {len(self._net.facts.inputs)} input; allowed are two, batches of "
                 "pictures in [-1, 1]",
                 hint="trace or export lpips.LPIPS(...) with two example pictures",
             )
@@ -53,14 +54,15 @@ class Lpips:
 
     def __call__(self, images: NDArray[np.uint8], against: NDArray[np.uint8]) -> NDArray[np.float64]:
         """The distance of each pair of pictures uint8 ``[N,H,W,C]``, float64 ``[N]``."""
-        channels = self._net.channels or (3 if self._net.scripted else images.shape[-1])
+        facts = self._net.facts
+        channels = facts.channels or (3 if facts.scripted else images.shape[-1])
         found = []
         for start in range(0, len(images), _BATCH):
             pair = [
-                scaled(part[start : start + _BATCH], "-1:1", channels=channels, size=self._net.size, what="LPIPS")
+                scaled(part[start : start + _BATCH], "-1:1", channels=channels, size=facts.size, what="LPIPS")
                 for part in (images, against)
             ]
-            answer = np.asarray(next(iter(self._net.run(pair, {}).values())), np.float64)
+            answer = np.asarray(next(iter(self._net.run(pair).values())), np.float64)
             if answer.size != len(pair[0]):
                 raise BadInput(
                     f"the LPIPS network {self._name} gives {list(answer.shape)} for {len(pair[0])} pairs; allowed is "

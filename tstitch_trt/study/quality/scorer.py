@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.identity import digest
-from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.errors import BadInput, Unavailable, unknown_name
+from tstitch_engines.bundle.manifest import Manifest, Quality
+from tstitch_engines.child import DEFAULT, Limits
+from tstitch_engines.errors import BadInput, Unavailable, Untrusted, unknown_name
 from tstitch_trt.study.quality.clip import Clip
 from tstitch_trt.study.quality.gaussian import FrechetTo, gaussian_of
 from tstitch_trt.study.quality.kernel import KernelTo
@@ -98,6 +99,7 @@ class Scorer:
         clip: Path | None = None,
         threads: int = 0,
         cache: Path | None = None,
+        limits: Limits = DEFAULT,
     ) -> Scorer:
         """The scorer of an open bundle.
 
@@ -105,6 +107,7 @@ class Scorer:
         bundle's own. ``features``: a feature network with its ``options`` (``tstitch_trt.study.quality.network``), by
         default the bundle's own. ``lpips``, ``clip``: networks that these two metrics need. ``threads``: 0 for all
         cores.
+        ``limits``: of the child process that runs the networks, for each batch.
         ``cache``: a folder that keeps the features of a reference's pictures from one time to the next.
 
         Raises ``UnknownName`` for an unknown metric and ``Unavailable`` for one that lacks what it needs.
@@ -127,8 +130,10 @@ class Scorer:
         if set(metrics) & {*_BY_NETWORK, "accuracy"}:
             own = None
             if manifest.quality is not None and (features is None or "accuracy" in metrics):
-                own = FeatureNetwork(bundle.path(manifest.quality.network), threads=threads)
-            given = None if features is None else FeatureNetwork(features, options=options, threads=threads)
+                own = FeatureNetwork(_own_network(bundle, manifest.quality), threads=threads, limits=limits)
+            given = (
+                None if features is None else FeatureNetwork(features, options=options, threads=threads, limits=limits)
+            )
             network = given or own
             judge = next((net for net in (own, given) if net is not None and net.classifies), None)
         found = None
@@ -150,8 +155,8 @@ class Scorer:
             network=network if found is not None else None,
             reference=found,
             classifier=judge if "accuracy" in metrics else None,
-            lpips=Lpips(lpips, threads=threads) if "lpips" in metrics and lpips is not None else None,
-            clip=Clip(clip, threads=threads) if "clip" in metrics and clip is not None else None,
+            lpips=Lpips(lpips, threads=threads, limits=limits) if "lpips" in metrics and lpips is not None else None,
+            clip=Clip(clip, threads=threads, limits=limits) if "clip" in metrics and clip is not None else None,
         )
         if found is not None:
             for name in ("kid", "precision", "recall"):
@@ -343,6 +348,18 @@ class Scorer:
         if pairs and max(samples, known) > MOST:
             notes.append(f"{', '.join(pairs)}: of {MOST:,} samples and reference pictures at most")
         return notes
+
+
+def _own_network(bundle: Bundle, quality: Quality) -> Path:
+    """The bundle's own feature network. Raises ``Untrusted`` for a script, which may read and write files."""
+    path = bundle.path(quality.network)
+    if path.suffix != ".onnx":
+        raise Untrusted(
+            f"the bundle's feature network {path.name} is a TorchScript program, which may read and write files; "
+            "allowed in a bundle is ONNX",
+            hint=f"if you trust it, name it yourself: --features {path} --reference {bundle.path(quality.reference)}",
+        )
+    return path
 
 
 def _reference(
