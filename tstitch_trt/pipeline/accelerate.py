@@ -68,6 +68,7 @@ def accelerate(
     threads: int | None = None,
     progress: Progress | None = None,
     chooser: ChooserFactory | None = None,
+    timeout: float | None = None,
 ) -> AcceleratedPipeline:
     """T-Stitch for a diffusers pipeline: ``small`` takes the early steps, the pipeline's own UNet the late ones.
 
@@ -96,8 +97,8 @@ def accelerate(
 
     The bundle is kept in the folder ``cache`` (by default in tstitch-trt's cache, where ``tstitch-trt cache`` shows
     and prunes it) under the hash of all weights and options, and used again when they are the same; ``fresh`` builds
-    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal. ``chooser``: see
-    ``tstitch_trt.load``.
+    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal. ``chooser`` and
+    ``timeout``: see ``tstitch_trt.load``.
 
     Raises ``BadInput`` and its kinds for a pipeline or a pair that can't be accelerated, before anything is built.
     """
@@ -126,7 +127,14 @@ def accelerate(
     output = root / f"{_key(pipe.scheduler.config, modules, small, kind.recipe, settings)}.bundle"
 
     def opened() -> Runtime:
-        return load(_bundle(output), device=settings["device"], backend=backend, threads=threads, chooser=chooser)
+        return load(
+            _bundle(output),
+            device=settings["device"],
+            backend=backend,
+            threads=threads,
+            chooser=chooser,
+            timeout=timeout,
+        )
 
     runtime = None
     if not fresh and is_bundle(output):

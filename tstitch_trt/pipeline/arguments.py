@@ -84,7 +84,9 @@ def _bound(pipe: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> dic
     known = [key for key in signature.parameters if key not in ("self", "kwargs")]
     for key in keywords:
         if key not in known:
-            raise unknown_name(f"argument of {name}", key, [*known, "fraction", "schedule", "latency_budget_ms"])
+            raise unknown_name(
+                f"argument of {name}", key, [*known, "fraction", "schedule", "latency_budget_ms", "timeout"]
+            )
     try:
         bound = signature.bind(pipe, *args, **keywords)
     except TypeError as error:

@@ -40,8 +40,9 @@ class AcceleratedPipeline:
     """Called like ``pipe``, and with ``fraction`` or ``schedule`` besides. Made by ``tstitch_trt.accelerate``.
 
     An argument that engines can't honour is a ``BadInput`` that names it. ``pipe`` keeps text encoders, scheduler and
-    processors, and its components are shown here too, for callbacks; ``runtime`` has the engines. Use it as a context
-    manager, or call ``close``.
+    processors, and its components are shown here too, for callbacks; ``runtime`` has the engines. Any thread may call
+    it: one call has ``pipe`` and ``runtime`` to itself (``Runtime.exclusive``), others wait, or raise ``Busy`` after
+    ``timeout``. Use it as a context manager, or call ``close``.
     """
 
     # Nothing else can be set: what a callback writes into a pipeline (``_guidance_scale``) would have no effect here.
@@ -94,14 +95,28 @@ class AcceleratedPipeline:
         fraction: float | None = None,
         schedule: str | None = None,
         latency_budget_ms: float | None = None,
+        timeout: float | None = None,
         **keywords: Any,
     ) -> Any:
         """Draws pictures; arguments and result are those of the pipeline. Raises ``BadInput`` and its kinds.
+
+        ``timeout``: seconds to wait for other calls, by default those given to ``accelerate``.
 
         ``latency_budget_ms``: the best schedule whose steps take at most so long (``Runtime.within_budget``), in place
         of ``fraction`` or ``schedule``. The bundle is calibrated by ``tstitch-trt calibrate`` on
         ``runtime.bundle.root``, or ``tstitch_trt.study.calibrate.calibrate``.
         """
+        with self.runtime.exclusive(timeout=timeout):
+            return self._call(args, keywords, fraction, schedule, latency_budget_ms)
+
+    def _call(
+        self,
+        args: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        fraction: float | None,
+        schedule: str | None,
+        latency_budget_ms: float | None,
+    ) -> Any:
         import torch
 
         a = read_arguments(self.pipe, self._kind, args, keywords)

@@ -1,4 +1,7 @@
-"""Arrays from outside: pictures, masks, latents and embeddings, checked and in one layout each."""
+"""Arrays from outside: pictures, masks, latents and embeddings, checked and in one layout each.
+
+All are copies: whoever gave them may go on with them while the request waits and runs.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def as_pictures(array: NDArray[np.generic], *, what: str, channels: int) -> Pixe
             f"{what} is {array.dtype}{list(array.shape)}; needed is uint8 [H,W,{channels}] or [N,H,W,{channels}]",
             hint="numpy.asarray(picture.convert('RGB')) makes that of a PIL image",
         )
-    return np.ascontiguousarray(pixels, np.uint8)
+    return np.array(pixels, np.uint8, order="C")
 
 
 def read_image(image: object, channels: int) -> Pixels | Array:
@@ -75,7 +78,7 @@ def read_control(control: object) -> Array:
     if array.dtype.kind == "f" and array.ndim == 4 and array.shape[1] == 3:
         if not (array.size and array.min() >= 0 and array.max() <= 1):
             raise BadInput("control is floats that are not all from 0 to 1", hint="scale it: black is 0 and white is 1")
-        return np.ascontiguousarray(array, np.float32)
+        return np.array(array, np.float32, order="C")
     pixels = as_pictures(array, what="control", channels=3)
     return np.ascontiguousarray(pixels.astype(np.float32).transpose(0, 3, 1, 2) / 255)
 
@@ -168,6 +171,6 @@ def read_embedding(value: object, what: str, member: str, *, pooled: bool) -> Ar
 
 
 def to_float32(array: NDArray[np.generic]) -> Array:
-    """Numbers too large for float32 become infinite."""
+    """A copy. Numbers too large for float32 become infinite."""
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, np.float32)
+        return np.array(array, np.float32, order="C")

@@ -120,4 +120,11 @@ class SampleOptions:
 
 
 NAMES: Final = tuple(each.name for each in fields(SampleOptions) if each.name != "plan")
-_RUNTIME: Final = ("callback", "decode", "output", "tile", "latency_budget_ms")  # other keywords of ``sample``
+_RUNTIME: Final = (
+    "callback",
+    "decode",
+    "output",
+    "tile",
+    "latency_budget_ms",
+    "timeout",
+)  # other keywords of ``sample``

@@ -70,8 +70,8 @@ class LaneArena:
 
     @property
     def nbytes(self) -> int:
-        buffers = self.buffers if self._inpainting is None else self._inpainting
-        more = 0 if self._collected is None else self._collected.nbytes
+        buffers, collected = self._inpainting or self.buffers, self._collected  # a request may be making them
+        more = 0 if collected is None else collected.nbytes
         return sum(buffer.nbytes for _, buffer in buffers.items()) + self._slab.nbytes + more
 
     def kernels(self, shape: tuple[int, int, int], *, inpaint: bool = False) -> StepKernels:
@@ -89,6 +89,9 @@ class LaneArena:
             )
             self._inpainting = replace(self.buffers, image=image, mask=mask, noise=noise)
         return self._inpainting
+
+    def close(self) -> None:
+        self._kernels.clear()
 
     # --- writing lanes
 

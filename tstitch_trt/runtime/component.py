@@ -47,7 +47,8 @@ class Component:
     @property
     def nbytes(self) -> int:
         """Device memory of its inputs and outputs so far."""
-        return 0 if self._slab is None else self._slab.nbytes
+        slab = self._slab  # once: a request of another thread may be making it
+        return 0 if slab is None else slab.nbytes
 
     def __call__(self, inputs: Arrays, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.float32]]:
         """Inputs by name, float32 or integer, ``N`` rows each, to outputs by name. Waits for the device.

@@ -20,7 +20,7 @@ from tstitch_trt.checks import check_choice
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.step_graphs import GRAPH_MODES, GraphMode
-from tstitch_trt.runtime.work_queue import check_timeout
+from tstitch_trt.runtime.work_queue import EXIT, check_timeout
 
 if TYPE_CHECKING:
     from tstitch_engines.progress import Progress
@@ -102,7 +102,9 @@ def load(
         check_load_options(opened, network, record, library, place.name, options)
     decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
     engines: dict[str, Engine] = {}
+    entered = object()
     try:
+        EXIT.enter(entered)
         for network, record in chosen.items():
             where = decoding if network == ComponentName.VAE_DECODER else place
             engines[network] = load_engine(opened, network, record, library, where, threads=used)
@@ -110,6 +112,8 @@ def load(
         for engine in engines.values():
             engine.close()
         raise
+    finally:
+        EXIT.inside.pop(entered, None)
     load_ms = 1e3 * (perf_counter() - started)
     return Runtime(
         *(opened, place, name, engines, load_ms),

@@ -66,7 +66,7 @@ class Loras:
 
     def to_dict(self) -> dict[str, str]:
         """The LoRAs in use by network: ``{"large": "style.safetensors:0.8"}``."""
-        return {name: active.said for name, active in self._active.items() if active.said}
+        return {name: active.said for name, active in self._active.copy().items() if active.said}
 
     def check(self) -> None:
         """Raises ``FailedWork`` where an engine's weights are not known, after a swap and its undoing both failed."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,17 @@ from tstitch_trt.runtime.chooser import ChosenSchedule
 __all__ = ["Decode", "Result", "SegmentTiming", "StepEvent"]
 
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+T = TypeVar("T")
+
+
+class _Read(Protocol):
+    """Calls what reads the runtime's memory, or raises where that has gone on."""
+
+    def __call__(self, work: Callable[[], T], /) -> T: ...
+
+
+def _at_once(work: Callable[[], T], /) -> T:
+    return work()
 
 
 @dataclass(frozen=True)
@@ -46,22 +56,19 @@ class StepEvent:
     _latents: Callable[[], NDArray[np.float32]]
     _estimate: Callable[[], NDArray[np.float32]]
     _decode: Decode
-    _current: Callable[[], AbstractContextManager[None]] = nullcontext  # keeps the step current, or raises
+    _read: _Read = _at_once
 
     def latents(self) -> NDArray[np.float32]:
         """The state after this step, float32 ``[B,C,H,W]`` of this chunk. Waits for the device."""
-        with self._current():
-            return self._latents()
+        return self._read(self._latents)
 
     def estimate(self) -> NDArray[np.float32]:
         """The denoised estimate D of this step, float32 ``[B,C,H,W]``. Waits for the device."""
-        with self._current():
-            return self._estimate()
+        return self._read(self._estimate)
 
     def preview(self) -> NDArray[np.uint8]:
         """The estimate as pictures, uint8 ``[B,H,W,C]``. Raises ``Unavailable`` for a bundle without a decoder."""
-        with self._current():
-            return self._decode(self._estimate())
+        return self._read(lambda: self._decode(self._estimate()))
 
 
 @dataclass(frozen=True)

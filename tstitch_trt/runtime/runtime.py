@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Final, Literal, Self, Unpack
+from typing import Any, Final, Literal, Self, TypeVar, Unpack
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.device.base import Device
-from tstitch_engines.errors import BadInput, Cancelled, unknown_name
+from tstitch_engines.errors import BadInput, Busy, Cancelled, unknown_name
 from tstitch_trt.checks import check_choice
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
@@ -36,9 +38,11 @@ from tstitch_trt.runtime.text_encoder import TextEncoders
 from tstitch_trt.runtime.timing import StepTimer
 from tstitch_trt.runtime.trajectory import PendingChunk, ResultCollector, Trajectory
 from tstitch_trt.runtime.vae import Tile, Vae
-from tstitch_trt.runtime.work_queue import Turn, WorkQueue
+from tstitch_trt.runtime.work_queue import EXIT, Turn, WorkQueue
 
 __all__ = ["Runtime"]
+
+T = TypeVar("T")
 
 Callback = Callable[[StepEvent], object]
 Output = Literal["host", "device"]
@@ -49,8 +53,11 @@ class Runtime:
     """Loaded engines of one bundle on one device. Made by ``tstitch_trt.load``.
 
     Any thread may call it. It works on one call at a time, in the order of the calls; one that has waited for
-    ``timeout`` seconds raises ``Busy``. Use it as a context manager, or call ``close``: every call that needs engines
-    then raises ``Closed``.
+    ``timeout`` seconds, by default those given to ``load``, raises ``Busy``. What tells of the runtime (``memory``,
+    ``graphs``, ``loras``...) waits for nobody. Arrays that are given are copied when the call is made, and what is
+    returned is the caller's own. Use it as a context manager, or call ``close``: every call that needs engines then
+    raises ``Closed``. Runtimes that are open when the interpreter ends are closed with ``cancel``; a daemon thread
+    that is in a call then ends by ``SystemExit``, without a word.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class Runtime:
         self._timer = StepTimer(self._stepper, device)
         self._chooser = None if chooser is None else chooser(bundle, self.setup)
         self._queue = WorkQueue(device.activate, timeout)
+        _OPEN.add(self)
 
     # --- what it is
 
@@ -135,7 +143,9 @@ class Runtime:
         and one for the VAE's decoder, which runs beside them). ``parts io``: of text encoders and VAE, where there are
         any. What a library allocates on its own, the weights, and results that were left on the device are not in it.
         """
-        self._queue.check_open()
+        return self._queue.read(self._memory)
+
+    def _memory(self) -> dict[str, int]:
         scratch: dict[int, int] = {}
         for engine in self._engines.values():
             scratch |= engine.scratch()
@@ -147,21 +157,23 @@ class Runtime:
 
         Of the backend ``torch`` built with the option ``compile``; elsewhere 0.
         """
-        self._queue.check_open()
-        return {name: engine.jit_ms for name, engine in self._engines.items()}
+        return self._queue.read(lambda: {name: engine.jit_ms for name, engine in self._engines.items()})
 
     def graphs(self) -> GraphState:
         """Whether steps are replayed from graphs, why, and what could not be recorded so far."""
-        self._queue.check_open()
-        return self._stepper.graph_state()
+        return self._queue.read(self._stepper.graph_state)
 
-    def close(self, *, cancel: bool = False) -> None:
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
         """Releases graphs and engines, after the request that runs, or with ``cancel`` after its present step.
 
         Requests that are cancelled raise ``Cancelled``, those that wait for their turn ``Closed``. A request of the
         calling thread itself, in whose callback or loop this is called, is always cancelled. Results stay as they are.
+
+        ``timeout``: seconds to wait for the request that runs, by default for ever. ``Busy`` is raised after them; the
+        runtime then takes no requests, and is closed by another call.
         """
-        self._queue.close(self._free, cancel=cancel)
+        self._queue.close(self._free, cancel=cancel, timeout=timeout)
+        _OPEN.discard(self)
 
     def _free(self) -> None:
         self._stepper.close()
@@ -232,7 +244,7 @@ class Runtime:
         job = self._job(
             keywords, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
         )
-        events = self._run(job, timeout)
+        events = self._run(job, self._queue.new(), timeout)
         try:
             while True:
                 try:
@@ -261,79 +273,109 @@ class Runtime:
         """Like ``sample``, as a generator of ``StepEvent``; its return value is the ``Result``. Close it to cancel.
 
         The call checks the request; the first ``next`` encodes it. From there until it ends, is closed or dropped, it
-        has the runtime to itself: other threads wait, and another request of the same thread raises ``Busy``.
+        has the runtime to itself: other threads wait, and another request of the same thread raises ``Busy``. Any
+        thread may close it: a step that runs is the last one.
         """
         job = self._job(keywords, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
-        return self._run(job, timeout)
+        turn = self._queue.new()
+        return _Steps(self._run(job, turn, timeout), partial(self._queue.cancel, turn))
 
     # --- parts of it
 
-    def decode(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.uint8]:
+    def decode(
+        self, latents: NDArray[np.float32], *, tile: Tile = "auto", timeout: float | None = None
+    ) -> NDArray[np.uint8]:
         """Latents float32 ``[N,C,H,W]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder.
 
         ``tile``: see ``tstitch_trt.runtime.vae.Tile``.
         """
-        with self._queue.work(between_steps=True):
-            return self._vae.decode(latents, tile=tile)
+        given = self._vae.latents(latents)
+        return self._queue.do(lambda: self._vae.decode(given, tile=tile), timeout, between_steps=True)
 
-    def images(self, latents: NDArray[np.float32], *, tile: Tile = "auto") -> NDArray[np.float32]:
+    def images(
+        self, latents: NDArray[np.float32], *, tile: Tile = "auto", timeout: float | None = None
+    ) -> NDArray[np.float32]:
         """Like ``decode``, as float32 ``[N,C,H,W]`` in about [-1, 1], neither clamped nor rounded."""
-        with self._queue.work(between_steps=True):
-            return self._vae.images(latents, tile=tile)
+        given = self._vae.latents(latents)
+        return self._queue.do(lambda: self._vae.images(given, tile=tile), timeout, between_steps=True)
 
     def encode(
-        self, pictures: NDArray[np.float32], *, tile: Tile = "auto"
+        self, pictures: NDArray[np.float32], *, tile: Tile = "auto", timeout: float | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Pictures float32 ``[N,3,H,W]`` in [-1, 1] to mean and standard deviation of their latents ``[N,C,h,w]``.
 
         Raises ``Unavailable`` without an encoder.
         """
-        with self._queue.work(between_steps=True):
-            return self._vae.encode(pictures, tile=tile)
+        given = self._vae.pictures(pictures)
+        return self._queue.do(lambda: self._vae.encode(given, tile=tile), timeout, between_steps=True)
 
     def time_member(
-        self, name: str, batch: int, *, guided: bool = False, repeats: int = 20, warmup: int = 3
+        self,
+        name: str,
+        batch: int,
+        *,
+        guided: bool = False,
+        repeats: int = 20,
+        warmup: int = 3,
+        timeout: float | None = None,
     ) -> list[float]:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
         if name not in self.members:
             raise unknown_name("member", name, self.members)
-        with self._queue.work():
-            return self._timer.time_member(name, batch, guided=guided, repeats=repeats, warmup=warmup)
+        timed = partial(self._timer.time_member, name, batch, guided=guided, repeats=repeats, warmup=warmup)
+        return self._queue.do(timed, timeout)
 
     def time_step_kernels(
-        self, batch: int, *, guided: bool = False, repeats: int = 100, warmup: int = 10
+        self,
+        batch: int,
+        *,
+        guided: bool = False,
+        repeats: int = 100,
+        warmup: int = 10,
+        timeout: float | None = None,
     ) -> list[float]:
         """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
-        with self._queue.work():
-            return self._timer.time_step_kernels(batch, guided=guided, repeats=repeats, warmup=warmup)
+        timed = partial(self._timer.time_step_kernels, batch, guided=guided, repeats=repeats, warmup=warmup)
+        return self._queue.do(timed, timeout)
 
-    def swap_lora(self, name: str, files: LoraFiles) -> None:
+    # --- LoRAs, and several calls in a row
+
+    def swap_lora(self, name: str, files: LoraFiles, *, timeout: float | None = None) -> None:
         """Puts LoRAs into a member or text encoder, in place of those that an earlier call put there.
 
-        ``files``: ``"style.safetensors:0.8,lcm.safetensors"``, a path, or a list of paths and ``(path, weight)``. For
-        engines that can be refitted: of the backend ``torch``, and of TensorRT built with ``--option refit=true``.
-        Raises ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises,
-        the network has the weights that it had before.
+        They are there for the requests of all threads; ``lora`` is for those of one. ``files``:
+        ``"style.safetensors:0.8,lcm.safetensors"``, a path, or a list of paths and ``(path, weight)``. For engines that
+        can be refitted: of the backend ``torch``, and of TensorRT built with ``--option refit=true``. Raises
+        ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises, the
+        network has the weights that it had before.
         """
-        with self._queue.work():
-            self._loras.swap(name, files)
+        self._queue.do(partial(self._loras.swap, name, files), timeout)
 
-    def restore(self, name: str | None = None) -> None:
+    def restore(self, name: str | None = None, *, timeout: float | None = None) -> None:
         """Takes out what ``swap_lora`` put into a network, or into any: the bundle's own weights, bit for bit."""
-        with self._queue.work():
-            self._loras.restore(name)
+        self._queue.do(partial(self._loras.restore, name), timeout)
 
     @contextmanager
-    def lora(self, name: str, files: LoraFiles) -> Iterator[Self]:
-        """``swap_lora`` for the time of a ``with`` block; afterwards what was there before is back."""
-        with self._queue.work():
-            before = self._loras.current(name)
-            self._loras.swap(name, files)
-        try:
+    def lora(self, name: str, files: LoraFiles, *, timeout: float | None = None) -> Iterator[Self]:
+        """``swap_lora`` for an ``exclusive`` block: for no other thread. Afterwards what was there before is back."""
+        with self._queue.exclusive(timeout) as turn:
+            before = turn.run(partial(self._loras.current, name))
+            turn.run(partial(self._loras.swap, name, files))
+            try:
+                yield self
+            finally:
+                self._queue.end_inner(turn)
+                with suppress(Cancelled):  # the runtime was closed in the block: the engine is gone
+                    turn.run(partial(self._loras.put, name, before))
+
+    @contextmanager
+    def exclusive(self, *, timeout: float | None = None) -> Iterator[Self]:
+        """A ``with`` block that has the runtime to itself: the calls of this thread are done, those of others wait.
+
+        An iterator that is still open at its end is cancelled.
+        """
+        with self._queue.exclusive(timeout):
             yield self
-        finally:
-            with self._queue.work():
-                self._loras.put(name, before)
 
     # --- how
 
@@ -379,21 +421,25 @@ class Runtime:
         encode = self._vae.encoding(job.tile)
         return Request.make(self.manifest, parsed, job.plan, texts=self._texts, encode=encode)
 
-    def _run(self, job: _Job, timeout: float | None) -> Generator[StepEvent, None, Result]:
+    def _run(self, job: _Job, turn: Turn, timeout: float | None) -> Generator[StepEvent, None, Result]:
         """One turn, in which the request is encoded and its chunks run."""
-        with self._queue.turn(timeout) as turn:
-            steps = self._chunks(turn, job)
+        steps = self._chunks(turn, job)
+        turn.drop = steps.close
+        try:
+            self._queue.begin(turn, timeout)
+            while True:
+                event = turn.next_step(lambda: next(steps))
+                yield replace(event, _read=partial(turn.after, turn.step))
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        finally:
             try:
-                while True:
-                    with turn.next_step():
-                        event = next(steps)
-                    yield replace(event, _current=partial(turn.after, turn.step))
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
+                with turn.mutex:  # nobody is reading an event after this
+                    turn.drop()
             finally:
-                with turn.mutex:
-                    steps.close()
+                turn.over = True
+                self._queue.end(turn)
 
     def _chunks(self, turn: Turn, job: _Job) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
@@ -442,3 +488,54 @@ class _Job:
     output: Output
     events: bool
     budget: ChosenSchedule | None
+
+
+class _Steps(Generator[StepEvent, None, Result]):
+    """What ``iterate`` returns: the generator ``events``, which any thread may close."""
+
+    def __init__(self, events: Generator[StepEvent, None, Result], cancel: Callable[[str], None]) -> None:
+        self._events = events
+        self._cancel = cancel
+
+    def __next__(self) -> StepEvent:
+        return self.send(None)
+
+    def send(self, value: None) -> StepEvent:
+        try:
+            return self._go(lambda: self._events.send(value))
+        except KeyboardInterrupt:  # raised here or inside: its traceback may be kept, and this object with it
+            self.close()
+            raise
+
+    def throw(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> StepEvent:
+        error = typ if val is None else val
+        return self._go(lambda: self._events.throw(error))
+
+    def close(self) -> None:
+        try:
+            self._go(self._events.close)
+        except Busy:
+            self._cancel("its iterator was closed")
+
+    def _go(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except ValueError as error:
+            if str(error) != "generator already executing":
+                raise
+            raise Busy(
+                "another call goes on with this iterator, or waits for the runtime on its behalf",
+                hint="go on with it from one thread at a time; close() may be called at any time",
+            ) from None
+
+
+_OPEN: Final[WeakSet[Runtime]] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before the interpreter stops daemon threads, which would abort the process where one is inside an engine."""
+    EXIT.begin()
+    for runtime in list(_OPEN):
+        runtime.close(cancel=True)
+    EXIT.wait()

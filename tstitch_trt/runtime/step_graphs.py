@@ -65,8 +65,8 @@ class StepGraphs:
         self._segments: OrderedDict[tuple[StepKey, int], Graph] = OrderedDict()
 
     def state(self) -> GraphState:
-        recorded = sum(graph is not None for graph in self._steps.values())
-        return GraphState(mode=self.mode, reason=self._reason, recorded=recorded, call_by_call=dict(self._plain))
+        recorded = sum(graph is not None for graph in self._steps.copy().values())
+        return GraphState(mode=self.mode, reason=self._reason, recorded=recorded, call_by_call=self._plain.copy())
 
     def step(self, key: StepKey) -> Graph | None:
         """The graph of one step, or ``None`` when the step runs call by call."""

@@ -50,6 +50,7 @@ class Stepper:
         self.profiles = {name: engine.profile for name, engine in engines.items()}
         self.limits = Limits.of(manifest, self.profiles)
         self.batch_floor, self.batch_limit = self.limits.batch.min, self.limits.batch.max
+        self._tuned = tuple(sorted({self.profiles[name].dims["B"].opt for name in self.members}))
         self.arena = LaneArena(
             device,
             slots=self.batch_limit,
@@ -82,7 +83,7 @@ class Stepper:
         return Splitting(
             floor=self.batch_floor,
             limit=self.batch_limit,
-            tuned=tuple(sorted({self._engines[name].profile.dims["B"].opt for name in self.members})),
+            tuned=self._tuned,
             rounded=self._graphs.mode != "off",
         )
 
@@ -249,6 +250,7 @@ class Stepper:
         for engine in self._engines.values():
             engine.close()
         self._io.close()
+        self.arena.close()
         self._engines, self._holds = {}, {}
 
 

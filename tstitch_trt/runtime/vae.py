@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.errors import BadInput, OutOfProfile, Unavailable
+from tstitch_trt.request.arrays import to_float32
 from tstitch_trt.request.init_image import Encode
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.tiling import Blend, Tiles, tiles_of
@@ -154,6 +155,14 @@ class Vae:
         if size is not None and self._decoder is not None:
             self._decoder.check(size, tile)
 
+    def latents(self, array: Any) -> Array:
+        """A copy for ``decode`` and ``images``. Raises ``BadInput``."""
+        return _checked(array, self._manifest.latent.channels, "latents")
+
+    def pictures(self, array: Any) -> Array:
+        """A copy for ``encode``. Raises ``BadInput``."""
+        return _checked(array, 3, "pictures")
+
     def encoding(self, tile: Tile) -> Encode | None:
         """The encoder with this ``tile``, if the bundle has one."""
         return None if self.encoder is None else partial(self.encoder.encode, tile=tile)
@@ -165,7 +174,6 @@ class Vae:
     def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
         """Like ``decode``, as float32 ``[N,3,H,W]`` in about [-1, 1]."""
         manifest = self._manifest
-        latents = _checked(latents, manifest.latent.channels, "latents")
         if manifest.decoder.kind == "pixel":
             found = latents / np.float32(manifest.latent.scaling) + np.float32(manifest.latent.shift)
             return np.asarray(found, np.float32)
@@ -183,11 +191,11 @@ class Vae:
                 f"the bundle {self._manifest.name!r} has no picture encoder",
                 hint=f"build it from a whole pipeline folder, or with --part {ComponentName.VAE_ENCODER}=FOLDER",
             )
-        return self.encoder.encode(_checked(pictures, 3, "pictures"), tile=tile)
+        return self.encoder.encode(pictures, tile=tile)
 
 
 def _checked(array: Any, channels: int, what: str) -> Array:
-    """As float32 ``[N,channels,H,W]``. Raises ``BadInput``."""
+    """A copy, float32 ``[N,channels,H,W]``. Raises ``BadInput``."""
     try:
         found = np.asarray(array)
     except (RuntimeError, TypeError, ValueError):  # a ragged list, a tensor on a GPU
@@ -195,4 +203,4 @@ def _checked(array: Any, channels: int, what: str) -> Array:
     if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1] != channels or not found.size:
         got = f"{found.dtype}{list(found.shape)}" if found.dtype.kind in "biufc" else f"a {type(array).__name__}"
         raise BadInput(f"{what} are {got}; needed is float32[N, {channels}, H, W]", hint="give one entry per picture")
-    return np.asarray(found, np.float32)
+    return to_float32(found)

@@ -81,14 +81,17 @@ def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
     """
     folder = bundle.root / STUDIES
     files = [folder / f"{record.kind}.json", *sorted(folder.glob(f"{record.kind}-*.json"))] if folder.is_dir() else []
-    found = [_read(path, record) for path in files if path.is_file()]
+    found = [study for path in files if (study := _read(path, record)) is not None]
     return sorted(found, key=lambda study: study.made, reverse=True)
 
 
-def _read(path: Path, record: type[S]) -> S:
+def _read(path: Path, record: type[S]) -> S | None:
+    """``None`` where there is no such file, or no longer."""
     fix = f"measure it again, or remove it: rm {path}"
     try:
         data = read_json(path, STUDY_BYTES)
+    except FileNotFoundError:
+        return None
     except (OSError, DecodeError) as error:
         raise BadBundle(f"{path} is damaged: {error}", hint=fix) from None
     schema = data.get("schema") if isinstance(data, Mapping) else None

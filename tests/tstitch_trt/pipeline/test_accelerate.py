@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from support.accelerating import SD, fast, pipeline, seeded
 from support.compare import relative_error
 from support.tiny_pipelines import PIXELS, noise, scheduler, stitched
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, Busy
 from tstitch_trt.study.budget import Conditions
 from tstitch_trt.study.calibrate.calibrate import calibrate
 from tstitch_trt.study.store import save_study
@@ -140,6 +141,27 @@ def test_callbacks_see_each_step_and_may_end_it(accelerated: Any) -> None:
         assert relative_error(got.numpy(), want.numpy()) < 1e-3
         assert [call[:2] for call in ours] == [call[:2] for call in theirs]
         assert all(relative_error(a[2], b[2]) < 1e-3 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_threads_get_their_own_pictures(accelerated: Any) -> None:
+    """Of one object, with callbacks, of which one ends its call early."""
+    accelerated.scheduler = scheduler("ddim")
+
+    def draw(seed: int) -> np.ndarray:
+        def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = step == seed and seed < 3
+            return given
+
+        asked = {**SD, "prompt": f"number {seed}", "negative_prompt": "blurry", "num_inference_steps": 4}
+        found = accelerated(**asked, generator=seeded(seed), callback_on_step_end=callback, output_type="latent")
+        return np.asarray(found.images.numpy())
+
+    alone = [draw(seed) for seed in range(4)]
+    with ThreadPoolExecutor(8) as threads:
+        for want, got in zip(alone * 2, threads.map(draw, [*range(4)] * 2), strict=True):
+            np.testing.assert_array_equal(got, want)
+    with pytest.raises(Busy, match="own request"):
+        accelerated(**SD, callback_on_step_end=lambda *_: accelerated(**SD), output_type="latent")
 
 
 def test_callbacks_may_look_at_the_pipeline_and_change_nothing(accelerated: Any) -> None:

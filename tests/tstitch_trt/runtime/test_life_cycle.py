@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import inspect
+import os
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +21,10 @@ import pytest
 import tstitch_trt
 from support.hand_made_parts import World
 from support.tiny import TinyPair
-from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork
+from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork, TStitchError
 from tstitch_trt import Runtime
-from tstitch_trt.runtime.result import StepEvent
+from tstitch_trt.runtime.result import Result, StepEvent
 from tstitch_trt.runtime.work_queue import WorkQueue
 
 SECONDS = 30  # a test that waits longer has hung
@@ -52,49 +61,167 @@ class Gate:
         self._opened.set()
 
     def hold(self, runtime: Runtime, thread: ThreadPoolExecutor, **request: Any) -> Future[Any]:
-        running = thread.submit(runtime.sample, callback=self, **{**SHORT, **request})
+        running = thread.submit(runtime.sample, callback=self, **(request or SHORT))
         assert self.reached.wait(SECONDS)
         return running
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return World().bundle(tmp_path_factory.mktemp("world"))
+
+
+ASKED: dict[str, Any] = {"prompt": "a fox", "steps": 3, "schedule": "plain", "seed": 5}
+
+
+def calls_of(runtime: Runtime) -> dict[str, Callable[..., Any]]:
+    """A call of every public verb and property, which takes ``timeout=`` if the verb does.
+
+    What depends on a clock is left out of what they return.
+    """
+    size = (runtime.manifest.latent.height, runtime.manifest.latent.width)
+    latents = np.random.default_rng(0).standard_normal((1, 4, *size)).astype(np.float32)
+    pictures = np.random.default_rng(1).uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
+
+    def walked(**more: Any) -> list[np.ndarray]:
+        return [event.preview() for event in runtime.iterate(**{**ASKED, "prompt": "a red fox"}, **more)]
+
+    def in_block(block: Callable[..., Any], *args: Any, **more: Any) -> np.ndarray:
+        with block(*args, **more):
+            return runtime.sample(**{**ASKED, "prompt": "a bear"}).images
+
+    calls: dict[str, Callable[..., Any]] = {
+        "sample": lambda **more: runtime.sample(**ASKED, **more).images,
+        "sample many": lambda **more: (
+            runtime.sample(**{**ASKED, "prompt": ["a blue sky", "a fox"] * 3}, height=64, width=96, **more).latents
+        ),
+        "sample on the device": lambda **more: runtime.sample(**ASKED, output="device", **more).device_latents,
+        "iterate": walked,
+        "decode": lambda **more: runtime.decode(latents, **more),
+        "images": lambda **more: runtime.images(latents, **more),
+        "encode": lambda **more: runtime.encode(pictures, **more)[0],
+        "time_member": lambda **more: len(runtime.time_member("plain", 1, repeats=2, warmup=0, **more)),
+        "time_step_kernels": lambda **more: len(runtime.time_step_kernels(1, repeats=2, warmup=0, **more)),
+        "swap_lora": lambda **more: runtime.swap_lora("plain", "style.safetensors", **more),
+        "restore": lambda **more: runtime.restore(**more),
+        "lora": lambda **more: in_block(runtime.lora, "plain", "style.safetensors", **more),
+        "exclusive": lambda **more: in_block(runtime.exclusive, **more),
+        "plan": lambda: runtime.plan(steps=3).rows,
+        "within_budget": lambda: runtime.within_budget(100.0, prompt="a fox"),
+        "memory": runtime.memory,
+        "jit_ms": runtime.jit_ms,
+        "graphs": runtime.graphs,
+    }
+    public = [name for name in dir(runtime) if not name.startswith("_")]
+    calls |= {name: partial(getattr, runtime, name) for name in public if not callable(getattr(runtime, name))}
+    assert {name.split(" ")[0] for name in calls} | {"close"} == set(public), "a verb or property without a place here"
+    return calls
+
+
+def result_of(walk: Generator[StepEvent, None, Result]) -> Result:
+    while True:
+        try:
+            next(walk)
+        except StopIteration as stop:
+            found: Result = stop.value
+            return found
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except TStitchError as error:
+        return type(error), str(error)
 
 
 # --- threads
 
 
-def test_every_verb_from_eight_threads_gives_what_it_gives_alone(
-    tmp_path_factory: pytest.TempPathFactory, other: ThreadPoolExecutor
-) -> None:
-    with tstitch_trt.load(World().bundle(tmp_path_factory.mktemp("world")), threads=1) as runtime:
-        size = (runtime.manifest.latent.height, runtime.manifest.latent.width)
-        latents = np.random.default_rng(0).standard_normal((1, 4, *size)).astype(np.float32)
-        pictures = np.random.default_rng(1).uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
-        asked: dict[str, Any] = {"steps": 3, "schedule": "plain", "seed": 5}
+def test_every_verb_from_eight_threads_gives_what_it_gives_alone(world: Bundle, other: ThreadPoolExecutor) -> None:
+    with tstitch_trt.load(world, threads=1) as runtime, tstitch_trt.load(world, threads=1) as second:
+        calls = [*calls_of(runtime).items(), *calls_of(second).items()]
+        alone = [outcome(call) for _ in range(2) for _, call in calls][len(calls) :]  # buffers are made in the first
+        order = [index for start in range(8) for index in [*range(start, len(calls)), *range(start)]]
+        running = [(index, other.submit(outcome, calls[index][1])) for index in order]
+        for index, call in running:
+            np.testing.assert_equal(call.result(SECONDS), alone[index], err_msg=calls[index][0])
 
-        def walked(prompt: str) -> list[np.ndarray]:
-            return [event.preview() for event in runtime.iterate(prompt=prompt, **asked)]
 
-        def timed() -> bool:
-            return len(runtime.time_member("plain", 1, repeats=1, warmup=0)) == 1
+def test_every_verb_that_waits_can_be_told_how_long(world: Bundle, other: ThreadPoolExecutor) -> None:
+    with tstitch_trt.load(world, threads=1) as runtime:
+        calls = calls_of(runtime)
+        outcomes = {name: outcome(call) for name, call in calls.items()}
+        gate = Gate()
+        first = gate.hold(runtime, other, **ASKED)
+        for name, call in calls.items():
+            verb = getattr(Runtime, name.split(" ")[0], None)
+            if callable(verb) and "timeout" in inspect.signature(verb).parameters:
+                with pytest.raises(Busy, match=r"busy with other requests for 0 s"):
+                    call(timeout=0)
+            else:  # it waits for nobody
+                np.testing.assert_equal(other.submit(outcome, call).result(SECONDS), outcomes[name], err_msg=name)
+        with pytest.raises(Busy, match=r"a request still runs after 0.01 s"):
+            runtime.close(timeout=0.01)
+        with pytest.raises(Closed):
+            runtime.sample(**ASKED)
+        gate.open()
+        first.result(SECONDS)
 
-        def kernels() -> bool:
-            return len(runtime.time_step_kernels(1, repeats=1, warmup=0)) == 1
 
-        verbs: list[Callable[[], Any]] = [
-            lambda: runtime.sample(prompt="a fox", **asked).images,
-            lambda: runtime.sample(prompt=["a blue sky", "a fox"], **asked, height=64, width=96).latents,
-            lambda: runtime.sample(prompt="a fox", output="device", **asked).device_latents,
-            lambda: walked("a red fox"),
-            lambda: runtime.decode(latents),
-            lambda: runtime.images(latents),
-            lambda: runtime.encode(pictures)[0],
-            timed,
-            kernels,
-            lambda: runtime.memory()["arena"],
-        ]
-        alone = [verb() for verb in verbs]
-        order = [index for start in range(8) for index in [*range(start, len(verbs)), *range(start)]]
-        calls = [(index, other.submit(verbs[index])) for index in order]
-        for index, call in calls:
-            np.testing.assert_array_equal(call.result(SECONDS), alone[index], err_msg=str(index))
+def test_an_exclusive_block_is_one_threads_own(runtime: Runtime, other: ThreadPoolExecutor) -> None:
+    expected = runtime.sample(**SHORT).latents
+    with runtime.exclusive(), runtime.exclusive():
+        np.testing.assert_array_equal(runtime.sample(**SHORT).latents, expected)
+        waiting = other.submit(runtime.sample, **SHORT)
+        with pytest.raises(Busy, match="busy with other requests"):
+            other.submit(runtime.decode, expected, timeout=0).result(SECONDS)
+        runtime.decode(expected)
+        walk = runtime.iterate(**SHORT)
+        event = next(walk)
+        with pytest.raises(Busy, match="own request"):
+            runtime.sample(**SHORT)
+        assert not waiting.done()
+    np.testing.assert_array_equal(waiting.result(SECONDS).latents, expected)
+    for call in (event.latents, partial(next, walk)):
+        with pytest.raises(Cancelled, match="the block that this request was begun in has ended"):
+            call()
+    with runtime.exclusive():
+        runtime.close()
+        with pytest.raises(Closed):
+            runtime.sample(**SHORT)
+
+
+def test_arrays_that_were_given_may_change(world: Bundle, other: ThreadPoolExecutor) -> None:
+    rng = np.random.default_rng(2)
+    noise = rng.standard_normal((1, 4, 8, 8)).astype(np.float32)
+    requests: list[dict[str, Any]] = [
+        {"latents": noise.copy()},
+        {"image": rng.integers(0, 255, (1, 64, 64, 3), np.uint8), "mask": rng.uniform(0, 1, (64, 64)), "seed": 1},
+        {"image": noise.copy(), "strength": 0.5},
+        {"control": rng.uniform(0, 1, (1, 3, 64, 64)).astype(np.float32), "schedule": "steered"},
+        {"control": rng.integers(0, 255, (64, 64, 3), np.uint8), "schedule": "steered"},
+        {"prompt": None, "prompt_embeds": rng.standard_normal((1, 6, 9)).astype(np.float32)},
+    ]
+    with tstitch_trt.load(world, threads=1, timeout=SECONDS) as runtime:
+        for request in requests:
+            asked = {"prompt": "a fox", "steps": 4, "schedule": "plain", **request}
+            expected = runtime.sample(**asked).latents
+            walk = runtime.iterate(**asked)
+            for given in request.values():
+                if isinstance(given, np.ndarray):
+                    given[...] = 0
+            np.testing.assert_array_equal(result_of(walk).latents, expected, err_msg=str(list(request)))
+        pictures = rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
+        for verb, given in ((runtime.decode, noise), (runtime.images, noise), (runtime.encode, pictures)):
+            array, alone, gate = given.copy(), verb(given), Gate()
+            first = gate.hold(runtime, other, **ASKED)
+            waiting = other.submit(verb, array)
+            while not runtime._queue._waiting:
+                pass
+            array[...] = 0
+            gate.open()
+            np.testing.assert_equal(waiting.result(SECONDS), alone)
+            first.result(SECONDS)
 
 
 def test_calls_are_served_in_the_order_of_asking() -> None:
@@ -102,13 +229,9 @@ def test_calls_are_served_in_the_order_of_asking() -> None:
     served: list[int] = []
     threads = []
 
-    def work(number: int) -> None:
-        with queue.work():
-            served.append(number)
-
-    with queue.turn():
+    with queue.exclusive():
         for number in range(8):
-            threads.append(threading.Thread(target=work, args=(number,)))
+            threads.append(threading.Thread(target=queue.do, args=(partial(served.append, number),)))
             threads[-1].start()
             while len(queue._waiting) <= number:
                 pass
@@ -204,6 +327,78 @@ def test_an_iterator_that_is_dropped_or_closed_frees_the_runtime(runtime: Runtim
     for _ in runtime.iterate(**SHORT):
         break
     runtime.sample(**SHORT, timeout=0)
+
+
+def test_an_iterator_in_the_hands_of_the_garbage_collector_frees_the_runtime(
+    runtime: Runtime, other: ThreadPoolExecutor
+) -> None:
+    walk = runtime.iterate(**SHORT)
+    next(walk)
+    circle: list[Any] = [walk]
+    circle.append(circle)
+    del walk, circle
+    waiting = other.submit(runtime.sample, **SHORT)
+    other.submit(gc.collect).result(SECONDS)
+    waiting.result(SECONDS)
+
+
+def test_an_iterator_that_another_thread_is_in(runtime: Runtime, other: ThreadPoolExecutor) -> None:
+    """To go on with it is refused; to close it ends it, in the middle of a step and while it waits."""
+    inside, go_on = threading.Event(), threading.Event()
+    stepping = runtime._stepper.stepping
+
+    def slow(kind: Any) -> Callable[[], None]:
+        one = stepping(kind)
+        return lambda: (inside.set(), go_on.wait(SECONDS), one())[-1]
+
+    runtime._stepper.stepping = slow  # type: ignore[method-assign]
+    walk, behind = runtime.iterate(**SHORT), runtime.iterate(**SHORT)
+    running, waiting = other.submit(list, walk), other.submit(list, behind)
+    assert inside.wait(SECONDS)
+    while not runtime._queue._waiting:
+        pass
+    for each in (walk, behind):
+        with pytest.raises(Busy, match="another call goes on with this iterator"):
+            next(each)
+        each.close()
+    with pytest.raises(Cancelled, match="its iterator was closed"):
+        waiting.result(SECONDS)
+    go_on.set()
+    with pytest.raises(Cancelled, match="its iterator was closed"):
+        running.result(SECONDS)
+    runtime.sample(**SHORT, timeout=0)
+
+
+def test_whenever_ctrl_c_comes_the_runtime_is_free(world: Bundle, other: ThreadPoolExecutor) -> None:
+    """Also in the middle of taking a turn and of giving it back, while the traceback of the one before is kept."""
+    with tstitch_trt.load(world, threads=1) as runtime:
+        expected = runtime.sample(**ASKED).latents
+        main, kept, done = threading.get_ident(), [], 0
+        rng = np.random.default_rng(0)
+        for trial in range(100):
+            ready = threading.Event()
+
+            def interrupt(ready: threading.Event = ready, wait: float = rng.uniform(0, 0.004)) -> None:
+                ready.wait(SECONDS)
+                threading.Event().wait(wait)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(KeyboardInterrupt))
+
+            sent = other.submit(interrupt)
+            try:
+                ready.set()
+                while True:
+                    runtime.sample(**ASKED, decode=False)
+                    runtime.decode(expected)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            except TypeError as error:  # numpy makes one of what is raised while it looks for a loop
+                kept.append(error)
+            sent.result(SECONDS)
+            call = partial(runtime.sample, **ASKED, timeout=0)
+            found = other.submit(call).result(SECONDS) if trial % 2 else call()
+            np.testing.assert_array_equal(found.latents, expected)
+            done += 1
+        assert done == 100
 
 
 def test_an_iterator_goes_from_thread_to_thread(runtime: Runtime, other: ThreadPoolExecutor) -> None:
@@ -380,6 +575,20 @@ def test_after_close_every_verb_says_so(runtime: Runtime) -> None:
     assert runtime.members == ("small", "large")
 
 
+def test_what_a_closed_runtime_is_can_still_be_asked(world: Bundle) -> None:
+    with tstitch_trt.load(world, threads=1) as runtime:
+        calls = calls_of(runtime)
+        before = {name: outcome(call) for name, call in calls.items()}
+    engines = {"sample", "iterate", "decode", "images", "encode", "time_member", "time_step_kernels", "swap_lora"}
+    engines |= {"restore", "lora", "exclusive", "memory", "jit_ms", "graphs"}
+    for name, call in calls.items():
+        if name.split(" ")[0] in engines:
+            with pytest.raises(Closed, match="this runtime is closed"):
+                call()
+        else:
+            np.testing.assert_equal(outcome(call), before[name], err_msg=name)
+
+
 def test_leaving_the_block_with_an_error_cancels(tiny_pair: TinyPair, other: ThreadPoolExecutor) -> None:
     gate = Gate()
     with (  # noqa: PT012
@@ -391,3 +600,78 @@ def test_leaving_the_block_with_an_error_cancels(tiny_pair: TinyPair, other: Thr
     gate.open()
     with pytest.raises(Cancelled):
         running.result(SECONDS)
+
+
+# --- the end of the process
+
+
+_ENDING = """
+import os, signal, sys, threading, time
+import numpy as np
+import tstitch_trt
+
+bundle, kind = sys.argv[1:]
+runtime, other = (tstitch_trt.load(bundle, threads=1) for _ in range(2))
+asked = {"prompt": "a fox", "steps": 8, "schedule": "plain", "n": 4}
+begun = threading.Barrier(6)
+
+def again(call):
+    call()
+    begun.wait()
+    while True:
+        call()
+
+def walk():
+    kept = other.iterate(**asked)
+    next(kept)
+    begun.wait()
+    time.sleep(100)
+
+latents = np.zeros((1, 4, 8, 8), np.float32)
+calls = [
+    lambda: runtime.sample(**asked),
+    lambda: runtime.sample(**asked, callback=lambda event: event.latents()),
+    lambda: (runtime.decode(latents), runtime.time_member("plain", 1, repeats=2)),
+    lambda: tstitch_trt.load(bundle, threads=1),
+]
+for call in calls:
+    threading.Thread(target=again, args=(call,), daemon=True).start()
+threading.Thread(target=walk, daemon=True).start()
+begun.wait()
+time.sleep(0.05)
+own = tstitch_trt.load(bundle, threads=1).iterate(**asked)
+next(own)
+if kind == "exit":
+    sys.exit(3)
+if kind == "interrupt":
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(100)
+print("the end")
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("end", 0), ("exit", 3), ("interrupt", -signal.SIGINT)])
+def test_the_interpreter_ends_while_threads_sample(world: Bundle, kind: str, code: int) -> None:
+    """Daemon threads that sample, load, wait and hold iterators: no abort, no traceback of theirs."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDING, str(world.root), kind], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ("the end\n" if kind == "end" else "")
+    errors = [line for line in done.stderr.splitlines() if not line.startswith(("  ", "Traceback"))]
+    assert errors == (["KeyboardInterrupt"] if kind == "interrupt" else []), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_is_told_to_load_its_own(world: Bundle) -> None:
+    """The threads of engines are not in it: to wait for them would be for ever."""
+    program = (
+        "import os, sys, tstitch_trt\nruntime = tstitch_trt.load(sys.argv[1], threads=2)\n"
+        "if os.fork() == 0:\n    try:\n        runtime.sample(prompt='a fox')\n"
+        "    except tstitch_trt.FailedWork as error:\n        os._exit('is a fork' in str(error))\n"
+        "    os._exit(9)\nprint(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(world.root)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,6 +160,29 @@ def test_for_the_time_of_a_block(made: Made, runtime: Runtime) -> None:
     assert np.array_equal(drawn(runtime).latents, with_other)
     runtime.restore()
     assert np.array_equal(drawn(runtime).latents, before)
+
+
+def test_a_block_is_for_no_other_thread(made: Made, runtime: Runtime) -> None:
+    """Blocks of several threads, begun while others are open: each draws with its own LoRA, and none is left."""
+    styles = [made.lora("style.safetensors"), made.lora("other.safetensors", style="processors", seed=8)]
+    before = drawn(runtime).latents
+    alone = []
+    for style in styles:
+        with runtime.lora("large", style):
+            alone.append(drawn(runtime).latents)
+
+    def in_block(style: Path) -> np.ndarray:
+        with runtime.lora("large", style):
+            return np.asarray(drawn(runtime).latents)
+
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(in_block, style) for style in styles * 3]
+        plain = [threads.submit(drawn, runtime) for _ in range(4)]
+        for call, want in zip(running, alone * 3, strict=True):
+            assert np.array_equal(call.result(), want)
+        for each in plain:
+            assert np.array_equal(each.result().latents, before)
+    assert runtime.loras == {}
 
 
 def test_the_text_encoder_s_part(made: Made, runtime: Runtime) -> None:

@@ -15,6 +15,7 @@ from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
+from tstitch_trt.study.budget.choose import _state
 from tstitch_trt.study.records import Calibration, Search
 from tstitch_trt.study.store import differing_weights, load_studies, save_study, weights_of
 
@@ -100,3 +101,11 @@ def test_what_can_not_be_written_leaves_the_study_before(bundle: Bundle, monkeyp
     with pytest.raises(BuildFailed, match="No space left"):
         save_study(bundle, search(samples=20))
     assert json.loads(file.read_text())["samples"] == 10
+
+
+def test_a_study_that_is_removed_meanwhile_is_none(bundle: Bundle) -> None:
+    """A link to nothing is listed and can't be read, as what another process removes in between."""
+    kept = save_study(bundle, search())
+    (kept.parent / f"{kept.stem}-gone.json").symlink_to(bundle.root / "nowhere")
+    assert len(load_studies(bundle, Search)) == 1
+    assert _state(bundle) == [(kept.name, kept.stat().st_mtime_ns)]

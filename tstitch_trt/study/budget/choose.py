@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from tstitch_engines.bundle.bundle import STUDIES, Bundle
 from tstitch_trt.plan.options import PlanOptions
@@ -46,4 +47,8 @@ class StudyChooser:
 
 def _state(bundle: Bundle) -> object:
     """What changes when a study is written or removed."""
-    return sorted((path.name, path.stat().st_mtime_ns) for path in (bundle.root / STUDIES).glob("*.json"))
+    found = []
+    for path in (bundle.root / STUDIES).glob("*.json"):
+        with suppress(FileNotFoundError):  # it was removed just now
+            found.append((path.name, path.stat().st_mtime_ns))
+    return sorted(found)

@@ -264,7 +264,7 @@ class TensorRtEngine(Engine):
         self._device.synchronize()
 
     def scratch(self) -> Mapping[int, int]:
-        blocks = [self._scratch.block(), *(ready.scratch for ready in self._contexts.values())]
+        blocks = [self._scratch.block(), *(ready.scratch for ready in self._contexts.copy().values())]
         return {block.ptr: block.nbytes for block in blocks if block is not None}
 
     def close(self) -> None:
