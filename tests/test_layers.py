@@ -36,7 +36,7 @@ ORDER = {
         ["__init__"],
     ],
     "tstitch_trt": [
-        ["checks", "files", "progress"],
+        ["checks", "files", "progress", "start"],
         ["solvers", "images"],
         ["plan"],
         ["request"],

@@ -10,6 +10,9 @@ Importing this package loads numpy and nothing heavier; engines' libraries load 
 
 from __future__ import annotations
 
+import tstitch_trt.start  # noqa: F401 - before all that takes time
+
+# isort: split
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version

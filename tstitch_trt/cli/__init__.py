@@ -10,15 +10,13 @@ import importlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 import click
 
 from tstitch_trt.cli._command import Command
-from tstitch_trt.cli._errors import EXIT_INTERRUPTED, as_failure, print_failure
+from tstitch_trt.cli._errors import as_failure, print_failure
+from tstitch_trt.cli._signals import watch_signals
 
 __all__ = ["cli", "main"]
 
@@ -84,15 +82,16 @@ def cli() -> None:
     """T-Stitch as a compiled engine: a small denoiser runs the early diffusion steps, the large one the late ones.
 
     Data goes to stdout (--json prints one JSON document), logs and progress to stderr. Exit codes: 0 done, 1 the work
-    failed, 2 bad input, 130 interrupted.
+    failed, 2 bad input, 130 interrupted, 143 terminated.
     """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 failed work, 2 bad input, 130 Ctrl-C."""
+    """Runs one command and returns its exit code: 0 done, 1 failed work, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 129
+    SIGHUP."""
     args = list(sys.argv[1:] if argv is None else argv)
     developer = "--traceback" in args or os.environ.get("TSTITCH_TRACEBACK", "") not in ("", "0")
-    with _watch_ctrl_c() as pressed:
+    with watch_signals() as caught:
         try:
             code = cli.main(args, prog_name="tstitch-trt", standalone_mode=False)
             sys.stdout.flush()
@@ -106,46 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         except (click.Abort, KeyboardInterrupt):
-            click.echo("interrupted", err=True)
-            return EXIT_INTERRUPTED
+            return _interrupted(signal.SIGINT)
+        except SystemExit:
+            if not caught:
+                raise
+            return _interrupted(caught[0])
         except Exception as error:
             if developer:
                 import traceback
 
                 traceback.print_exc()
-            if pressed:
-                click.echo("interrupted", err=True)
-                return EXIT_INTERRUPTED
+            if caught:
+                return _interrupted(caught[0])
             failure = as_failure(error)
             print_failure(failure)
             return failure.exit_code
 
 
-@contextmanager
-def _watch_ctrl_c() -> Iterator[list[int]]:
-    """A list that is no longer empty once Ctrl-C was pressed.
-
-    Ctrl-C raises ``KeyboardInterrupt`` as always, but a library may turn that into an error of its own: an extension
-    module that is being imported fails with ``ImportError``.
-    """
-    pressed: list[int] = []
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield pressed
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if pressed:
-            # Python notes a Ctrl-C that ends an exec or eval of text, as in namedtuple, and `python -m` would end by
-            # that signal instead of our exit code. The next exec of text clears the note.
-            exec("")  # noqa: S102
+def _interrupted(number: int) -> int:
+    click.echo("interrupted" if number == signal.SIGINT else "terminated", err=True)
+    return 128 + number

@@ -9,9 +9,7 @@ import click
 
 from tstitch_engines.errors import BadInput, FailedWork, TStitchError, nearest
 
-__all__ = ["EXIT_INTERRUPTED", "as_failure", "print_failure"]
-
-EXIT_INTERRUPTED = 130
+__all__ = ["as_failure", "print_failure"]
 
 
 def print_failure(failure: TStitchError) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +19,7 @@ EXAMPLES = """
 tstitch-trt ui fashion.bundle
 tstitch-trt ui fashion.bundle --port 0 --threads 4
 tstitch-trt ui sd15.bundle --backend torch --host 0.0.0.0 --port 8080
+tstitch-trt ui sd15.bundle --host 0.0.0.0 --token-file token.txt --allow-host gpu.example.org
 """
 
 
@@ -24,6 +27,16 @@ tstitch-trt ui sd15.bundle --backend torch --host 0.0.0.0 --port 8080
 class Address:
     host: str = option("0.0.0.0: all that reach this machine.", "ADDRESS", default="127.0.0.1")
     port: int = option("0: any free one.", "N", default=7860, least=0, most=65535)
+    allow_host: tuple[str, ...] = option(
+        "Another name that browsers may ask for, e.g. behind a proxy or tunnel. May be repeated.", "NAME[:PORT]"
+    )
+    token_file: Path | None = option(
+        "The token that visitors must know, 16 characters or more. [made anew unless --host is this machine alone]",
+        "FILE",
+    )
+    queue: int = option(
+        "How many drawings may wait; more are told when to try again.", "N", default=16, least=1, most=32
+    )
 
 
 @tstitch_command("ui", EXAMPLES, json=False, address=Address, load=LoadOptions)
@@ -32,47 +45,74 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
 
     Class or prompt, steps, seed, guidance, solver and the share of the steps on the first member; the same seeds at
     several shares side by side with the time per image; the plot of time and quality with the chosen point. The page
-    asks nothing of the network. The address is printed to stdout. Needs gradio: pip install "tstitch-trt[ui]".
+    asks nothing of the network. The address is printed to stdout, with the token in it where there is one: whoever
+    reaches another --host than this machine's own must know it. Needs gradio: pip install "tstitch-trt[ui]".
     """
+    import secrets
     import tempfile
+    import time
     from contextlib import ExitStack
 
     from tstitch_trt.progress import log
     from tstitch_trt.report.samples import undrawable
     from tstitch_trt.study.fractions import warm_up_fractions
     from tstitch_trt.ui.app import build_page, import_gradio, serving, wait_for_interrupt
+    from tstitch_trt.ui.guard import Guard, is_loopback, read_token
+    from tstitch_trt.ui.visitors import DrawingQueue
 
-    free = _free(address.host, address.port)
-    with tempfile.TemporaryDirectory(prefix="tstitch-ui-") as temporary, ExitStack() as stack:
-        gradio = import_gradio(temporary=temporary)
+    token = None if is_loopback(address.host) else secrets.token_urlsafe(24)
+    if address.token_file is not None:
+        token = read_token(address.token_file)
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(address.host, address.port))
+        port = int(listening.getsockname()[1])
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-ui-"))).resolve()
+        gradio = import_gradio(temporary=str(temporary))
         runtime = stack.enter_context(load.open(bundle))
         manifest = runtime.manifest
         if (reason := undrawable(manifest)) is not None:
             raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
         pictures = {"labels": [0]} if manifest.conditioning.kind == "class" else {"prompt": ""}
-        warm_up_fractions(runtime, {**pictures, "guidance": manifest.defaults.guidance})
-        page = build_page(gradio, runtime, str(bundle), temporary=Path(temporary))
-        with serving(gradio, page, host=address.host, port=free) as url:
-            click.echo(url)
-            log("Ctrl-C stops it")
-            wait_for_interrupt()
+        began = time.monotonic()
+        warmed = warm_up_fractions(runtime, {**pictures, "guidance": manifest.defaults.guidance})
+        queue = DrawingQueue(address.queue, seconds_per_unit=(time.monotonic() - began) / warmed)
+        page = build_page(gradio, runtime, str(bundle), temporary=temporary, queue=queue)
+        guarded = partial(
+            Guard, host=address.host, port=port, names=address.allow_host, token=token, pictures=temporary,
+            visitors=queue.visitors,
+        )  # fmt: skip
+        with serving(gradio, page, listening, guarded):
+            try:
+                click.echo(_url(address.host, port, token))
+                log("Ctrl-C stops it")
+                wait_for_interrupt()
+            finally:
+                queue.close()
     log("stopped")
+    if queue.cut_off:
+        raise KeyboardInterrupt
 
 
-def _free(host: str, port: int) -> int:
-    """``port``, or for 0 one that is free. Raises ``Unavailable`` and ``BadInput``."""
-    import socket
+def _url(host: str, port: int, token: str | None) -> str:
+    """The page's address in this machine's browser."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every address is said as this one
+    name = f"[{reached}]" if ":" in reached else reached
+    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to ``port``, or for 0 to one that is free. Raises ``Unavailable`` and ``BadInput``."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise BadInput(f"--host {host!r} is no address: {error}", hint="--host 127.0.0.1") from None
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise Unavailable(
-                f"{host}:{port} can't be listened on: {error.strerror}", hint="choose another, or any: --port 0"
-            ) from None
-        return int(probe.getsockname()[1])
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise Unavailable(
+            f"{host}:{port} can't be listened on: {error.strerror}", hint="choose another, or any: --port 0"
+        ) from None
+    return bound

@@ -44,10 +44,11 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return " + ".join(f"{steps} {name}" for name, steps in counts.items())
 
 
-def warm_up_fractions(runtime: Runtime, request: Mapping[str, Any]) -> None:
-    """Runs every member that a fraction goes between: the first runs of an engine are slow."""
+def warm_up_fractions(runtime: Runtime, request: Mapping[str, Any]) -> int:
+    """Runs every member that a fraction goes between: the first runs of an engine are slow. Returns the steps."""
     for fraction in (0.0, 1.0):
         runtime.sample(**{**request, "steps": 2}, fraction=fraction, decode=fraction == 0)
+    return 4
 
 
 def draw_fractions(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import html
 import os
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tstitch_engines.errors import TStitchError
+from tstitch_engines.errors import BadInput, Busy, FailedWork, TStitchError
 from tstitch_engines.needs import require
+from tstitch_trt.checks import check_choice, check_number, check_text, check_whole, shown
 from tstitch_trt.solvers import SOLVERS
 from tstitch_trt.study.fractions import draw_fractions
 from tstitch_trt.study.gather import gather
@@ -21,12 +24,21 @@ from tstitch_trt.ui.pareto import pareto
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
+    from tstitch_trt.ui.guard import App
+    from tstitch_trt.ui.visitors import DrawingQueue
 
 __all__ = ["build_page", "import_gradio", "serving", "wait_for_interrupt"]
 
 _BESIDE: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MOST_STEPS: Final = 200
+_MOST_IMAGES: Final = 8
 _MOST_GUIDANCE: Final = 15.0
+_LONGEST_PROMPT: Final = 2000  # characters
+_PLOT_SECONDS: Final = 10.0  # that a plot waits for others
+_STOP_SECONDS: Final = 2.0
+_MOST_CONNECTIONS: Final = 256
+_MOST_EVENTS: Final = 64  # that Gradio keeps before it has a thread for them
+_MOST_SESSIONS: Final = 512
 
 
 def import_gradio(*, temporary: str) -> Any:
@@ -40,48 +52,84 @@ def import_gradio(*, temporary: str) -> Any:
     return require("gradio", "the page", extra="ui")
 
 
-def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
-    """The page over a loaded runtime, one request at a time. ``path``: the bundle as it was named; ``temporary``: where
-    pictures are kept, below the system's temporary folder."""
+def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path, queue: DrawingQueue) -> Any:
+    """The page over a loaded runtime, one drawing at a time. ``path``: the bundle as it was named; ``temporary``: where
+    pictures are kept, below the system's temporary folder. Values from the browser are checked here: what the page
+    offers binds nobody who writes requests of his own."""
     manifest = runtime.manifest
     defaults, conditioning = manifest.defaults, manifest.conditioning
     first, last = runtime.members[0], runtime.members[-1]
     studies = gather(runtime.bundle)
     classes = conditioning.kind == "class"
+    plotting = threading.Lock()  # matplotlib draws in one thread at a time
 
     def asked(
-        what: Any, negative: str, count: float, steps: float, seed: float, guidance: float, solver: str
+        count: object,
+        steps: object,
+        seed: object,
+        guidance: object,
+        solver: object,
+        what: object,
+        negative: object = "",
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The pictures, and the settings of the plan."""
-        pictures: dict[str, Any] = {"labels": [int(what)]} if classes else {"prompt": what}
-        if negative:
-            pictures["negative_prompt"] = negative
-        settings = {"steps": int(steps), "solver": solver, "guidance": float(guidance)}
-        return {**pictures, "n": int(count), "seed": int(seed)}, settings
+        if classes:
+            pictures: dict[str, Any] = {"labels": [_whole(what, "class", 0, conditioning.classes - 1)]}
+        else:
+            pictures = {"prompt": _text(what, "prompt")}
+            if negative:
+                pictures["negative_prompt"] = _text(negative, "negative prompt")
+        settings = {
+            "steps": _whole(steps, "steps", 1, _MOST_STEPS),
+            "solver": check_choice(solver, "solver", SOLVERS),
+            "guidance": check_number(guidance, "guidance", 0, _MOST_GUIDANCE),
+        }
+        images = _whole(count, "images per fraction", 1, _MOST_IMAGES)
+        return {**pictures, "n": images, "seed": _whole(seed, "seed", 0, 2**63 - 1)}, settings
 
     def drawing(
-        fraction: float,
-        beside: list[float],
-        *request: Any,
+        asking: gr.Request,
+        fraction: object,
+        beside: object,
+        *request: object,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> Iterator[Any]:
-        wanted = sorted({round(float(f), 4) for f in (fraction, *beside)})
-
-        def tell(phase: str, share: float) -> None:
-            progress(share, desc=phase)
-
         with _shown(gr):
-            found = []
-            for drawn in draw_fractions(runtime, wanted, *asked(*request), tell, each_step=True):
-                caption = f"{drawn.fraction:.0%}: {drawn.members}, {drawn.ms:,.0f} ms per image"
-                found += [(str(kept(image, temporary)), caption) for image in drawn.images]
-                yield found
+            pictures, settings = asked(*request)
+            chosen = [_fraction(fraction), *_fractions_beside(beside)]
+            wanted = sorted({round(one, 4) for one in chosen})
+            each = pictures["n"] * settings["steps"]
+            client = asking.client.host if asking.client else ""
+            with queue.turn(str(asking.session_hash), client, each * len(wanted)) as mine:
+                for seconds in queue.wait(mine):
+                    progress(0, desc=f"waiting for others, about {seconds:.0f} s")
 
-    def plotted(fraction: float, *request: Any) -> str:
-        _, settings = asked(*request)
+                def tell(phase: str, share: float) -> None:
+                    mine.check()
+                    progress(share, desc=phase)
+
+                found = []
+                began = time.monotonic()
+                for drawn in draw_fractions(runtime, wanted, pictures, settings, tell, each_step=True):
+                    queue.timed(mine, each, time.monotonic() - began)
+                    caption = f"{drawn.fraction:.0%}: {drawn.members}, {drawn.ms:,.0f} ms per image"
+                    found += [(str(kept(image, temporary)), caption) for image in drawn.images]
+                    yield found
+                    began = time.monotonic()
+
+    def plotted(fraction: object, *request: object) -> str:
         with _shown(gr):
-            plan = runtime.plan(fraction=float(fraction), **settings)
-            return pareto(runtime, studies, path, plan, guidance=settings["guidance"])
+            _, settings = asked(*request)
+            plan = runtime.plan(fraction=_fraction(fraction), **settings)
+            if not plotting.acquire(timeout=_PLOT_SECONDS):
+                raise Busy(f"busy with other plots for {_PLOT_SECONDS:.0f} s", hint="move a slider to try again")
+            try:
+                return pareto(runtime, studies, path, plan, guidance=settings["guidance"])
+            finally:
+                plotting.release()
+
+    # Gradio reads annotations of arguments as objects, and those of this file are text
+    drawing.__annotations__["asking"] = gr.Request
 
     with gr.Blocks(title=f"{manifest.name}: stitch point") as page:
         gr.Markdown(
@@ -93,10 +141,10 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
                     names = conditioning.names or tuple(f"class {i}" for i in range(conditioning.classes))
                     choices = [(name, index) for index, name in enumerate(names)]
                     what = gr.Dropdown(choices, value=0, label="Class", elem_id="what")
-                    negative = gr.State("")
+                    texts = [what]
                 else:
                     what = gr.Textbox(value="", label="Prompt", lines=3, elem_id="what")
-                    negative = gr.Textbox(value="", label="Negative prompt", elem_id="negative")
+                    texts = [what, gr.Textbox(value="", label="Negative prompt", elem_id="negative")]
                 fraction = gr.Slider(
                     0, 1, value=0.4, step=0.05, label=f"Share of the steps on {first}", elem_id="fraction"
                 )
@@ -130,18 +178,24 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path) -> Any:
                     elem_id="pictures",
                 )
                 plot = gr.HTML(elem_id="plot", label="Time and quality", show_label=False)
-        request = [what, negative, count, steps, seed, guidance, solver]
-        one = {"concurrency_limit": 1, "concurrency_id": "runtime"}
-        go.click(drawing, [fraction, beside, *request], gallery, **one)
+        request = [count, steps, seed, guidance, solver, *texts]
+        # Gradio gives each its thread at once: `queue` has the bound, the order, and the words for both. And it would
+        # check some of the values, with words of its own and a trace in the log.
+        plain = {"preprocess": False, "concurrency_limit": None}
+        go.click(drawing, [fraction, beside, *request], gallery, **plain)
         marks = [fraction.change, steps.change, guidance.change, solver.change, page.load]
         for event in marks:
-            event(plotted, [fraction, *request], plot, show_progress="hidden", trigger_mode="always_last")
+            event(plotted, [fraction, *request], plot, show_progress="hidden", trigger_mode="always_last", **plain)
     return page
 
 
 @contextmanager
-def serving(gr: Any, page: Any, *, host: str, port: int) -> Iterator[str]:
-    """The page on the network while the block runs; yields its address."""
+def serving(gr: Any, page: Any, listening: socket.socket, guarded: Callable[..., App]) -> Iterator[None]:
+    """The page on the network while the block runs. ``guarded`` puts the guard around Gradio's application, given the
+    number of values of each of the page's events."""
+    import fastapi
+    import uvicorn
+
     theme = gr.themes.Default(
         primary_hue="blue",
         neutral_hue="slate",
@@ -149,23 +203,47 @@ def serving(gr: Any, page: Any, *, host: str, port: int) -> Iterator[str]:
         font_mono=["ui-monospace", "monospace"],
     )
     style = files("tstitch_trt.ui").joinpath("style.css").read_text(encoding="utf-8")
-    page.queue(default_concurrency_limit=1, api_open=False)
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        ssr_mode=False,
+    page.queue(max_size=_MOST_EVENTS, api_open=False)
+    page.state_session_capacity = _MOST_SESSIONS
+    # Not page.launch: variables of the environment could make it share the page, or serve files beside the guard
+    plain = fastapi.FastAPI(openapi_url=None)
+    app = gr.mount_gradio_app(
+        plain,
+        page,
+        path="/",
         footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
         theme=theme,
         css=style,
     )
+    config = uvicorn.Config(
+        guarded(app, events={index: len(event.inputs) for index, event in page.fns.items()}),
+        log_level="critical",  # the guard logs what fails
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        ws="none",
+        limit_concurrency=_MOST_CONNECTIONS,
+        timeout_graceful_shutdown=1,  # streams of open pages have no end
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="page", daemon=True)
+    thread.start()
     try:
-        yield str(address)
+        while not server.started:
+            if not thread.is_alive():
+                raise FailedWork("the page's server did not start", hint="run again with --traceback")
+            time.sleep(0.01)
+        yield
     finally:
-        page.close(verbose=False)
+        server.should_exit = True
+        thread.join(_STOP_SECONDS)
 
 
 @contextmanager
@@ -181,6 +259,25 @@ def _shown(gr: Any) -> Iterator[None]:
 def _plain(text: str) -> str:
     """``text`` where Markdown is expected: no markup in it."""
     return html.escape(text).replace("`", "").replace("[", "(").replace("]", ")")
+
+
+def _whole(value: object, what: str, low: int, high: int) -> int:
+    """JSON has one kind of numbers: 5.0 is a whole one."""
+    return check_whole(int(value) if isinstance(value, float) and value.is_integer() else value, what, low, high)
+
+
+def _text(value: object, what: str) -> str:
+    return check_text(value, what, example="a red fox", most=_LONGEST_PROMPT)
+
+
+def _fraction(value: object) -> float:
+    return check_number(value, "share of the steps", 0, 1)
+
+
+def _fractions_beside(values: object) -> list[float]:
+    if not isinstance(values, list) or len(values) > len(_BESIDE):
+        raise BadInput(f"beside it is {shown(values)}; allowed are shares of the steps", hint="tick the boxes")
+    return [_fraction(value) for value in values]
 
 
 def wait_for_interrupt() -> None:

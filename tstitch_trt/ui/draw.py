@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import secrets
+import time
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +17,9 @@ from tstitch_trt.files import atomic_file
 __all__ = ["enlarged", "kept"]
 
 _SMALLEST: Final = 224  # pixels a side; smaller pictures are enlarged for the page, pixel by pixel
+_MOST_PICTURES: Final = 1000
+_MOST_BYTES: Final = 1 << 30
+_KEY: Final = secrets.token_bytes(16)  # so that nobody finds a picture's name by drawing it elsewhere
 
 
 def enlarged(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -23,16 +29,31 @@ def enlarged(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rgb.repeat(factor, axis=0).repeat(factor, axis=1))
 
 
-def kept(image_HWC: NDArray[np.uint8], folder: Path) -> Path:
+def kept(
+    image_HWC: NDArray[np.uint8], folder: Path, *, most: int = _MOST_PICTURES, most_bytes: int = _MOST_BYTES
+) -> Path:
     """The picture as the page shows it, as a PNG file in ``folder`` named by its pixels, which is written once.
 
-    Gradio would write the files of all pictures again whenever one is added, while the browser reads them.
+    Gradio would write the files of all pictures again whenever one is added, while the browser reads them. The folder
+    keeps at most ``most`` pictures of ``most_bytes`` in all: those that were used last.
     """
     from PIL import Image
 
     shown = enlarged(image_HWC)
-    path = folder / f"{hashlib.sha256(repr(shown.shape).encode() + shown.tobytes()).hexdigest()[:32]}.png"
-    if not path.exists():
-        with atomic_file(path) as file:
-            Image.fromarray(shown).save(file, format="PNG")
+    name = hashlib.blake2b(repr(shown.shape).encode() + shown.tobytes(), key=_KEY, digest_size=16).hexdigest()
+    path = folder / f"{name}.png"
+    if path.exists():
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now, and not written again
+        return path
+    with atomic_file(path) as file:
+        Image.fromarray(shown).save(file, format="PNG")
+    found = sorted(
+        ((one.stat(), one) for one in folder.glob("*.png")),
+        key=lambda one: -max(one[0].st_mtime_ns, one[0].st_atime_ns),
+    )
+    size = 0
+    for rank, (about, one) in enumerate(found):
+        size += about.st_size
+        if one != path and (rank >= most or size > most_bytes):
+            one.unlink(missing_ok=True)
     return path

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from PIL import Image
 import tstitch_trt
 from support.browser import Watched, browser_page, pixels
 from support.command import Command, refused
+from support.page_client import DRAW, PLOT, Visitor, raw
 from support.report_studies import evaluation
 from support.studies import search, search_point
 from tstitch_engines.bundle.bundle import open_bundle
@@ -28,6 +32,8 @@ from tstitch_trt.study.gather import Studies
 from tstitch_trt.study.store import save_study, weights_of
 from tstitch_trt.ui.draw import enlarged, kept
 from tstitch_trt.ui.pareto import pareto
+
+HOSTILE = "</script><img src=x onerror=document.title='run'>${document.title='run'} {{1}} `b` [a](javascript:x)"
 
 
 @pytest.fixture
@@ -62,6 +68,21 @@ def test_a_picture_s_file_is_written_once(tmp_path: Path) -> None:
     assert kept(other, tmp_path) != path
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), enlarged(first))
+
+
+def test_the_folder_of_pictures_is_bounded(tmp_path: Path) -> None:
+    def drawn(value: int, **bound: int) -> Path:
+        return kept(np.full((28, 28, 1), value, np.uint8), tmp_path, **bound)
+
+    first, second, third = (drawn(value, most=3) for value in range(3))
+    os.utime(second, ns=(1, 1))
+    assert drawn(0, most=3) == first  # is used again
+    drawn(3, most=3)
+    assert first.exists()
+    assert not second.exists()
+    last = drawn(4, most_bytes=1)  # the one that is about to be shown stays
+    assert list(tmp_path.iterdir()) == [last]
+    assert not third.exists()
 
 
 # --- the plot
@@ -120,6 +141,10 @@ def served(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         pytest.skip('gradio is not installed (pip install "tstitch-trt[ui]")')
     root = tmp_path_factory.mktemp("ui") / "fashion.bundle"
     shutil.copytree(fashion_bundle, root)
+    manifest = json.loads((root / "manifest.json").read_bytes())
+    manifest["name"] = HOSTILE
+    manifest["conditioning"]["names"] = [f"{index} {HOSTILE}" for index in range(10)]
+    (root / "manifest.json").write_text(json.dumps(manifest))
     bundle = open_bundle(root)
     points = [
         search_point(schedule, value, guidance=bundle.manifest.defaults.guidance)
@@ -129,20 +154,26 @@ def served(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     log = root.parent / "log.txt"
     temporary = root.parent / "tmp"
     temporary.mkdir()
-    words = [sys.executable, "-m", "tstitch_trt.cli", "ui", str(root), "--port", "0", "--threads", "1"]
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "TMPDIR": str(temporary)}
-        )
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().strip()
-        assert address.startswith("http://127.0.0.1:"), log.read_text()
+    with started(root, log, temporary) as (address, process):
         yield address, process
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert log.read_text() == "Ctrl-C stops it\nstopped\n"
         assert not list(temporary.glob("tstitch-ui-*"))  # the pictures it kept are gone
+
+
+@contextmanager
+def started(bundle: Path, log: Path, temporary: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address that the command printed, and its process."""
+    words = [sys.executable, "-m", "tstitch_trt.cli", "ui", str(bundle), "--port", "0", "--threads", "1", *options]
+    env = {**os.environ, "TMPDIR": str(temporary), "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SHARE": "true"}
+    with log.open("w") as errors:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+    assert process.stdout is not None
+    try:
+        address = process.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:"), log.read_text()
+        yield address, process
     finally:
         process.kill()
         process.wait()
@@ -155,6 +186,99 @@ def opened(served: tuple[str, Any]) -> Iterator[Watched]:
     with browser_page(viewport={"width": 1400, "height": 1000}) as seen:
         seen.page.context.set_default_timeout(120_000)
         yield seen
+
+
+def test_what_a_visitor_writes_by_hand_is_refused_by_name(served: tuple[str, Any]) -> None:
+    """The page's own bounds bind nobody; and what is refused leaves no trace of Python's anywhere."""
+    address, _ = served
+    with Visitor(address, "by-hand-1") as visitor:
+        cases: dict[int, tuple[str, list[Any]]] = {
+            0: ("share of the steps", [2, "x", None, [0.1]]), 1: ("beside it", [None, [0] * 16]),
+            2: ("images per fraction", [9, 0, 1.5, "1", 10**9, True]), 3: ("steps", [201, 0, 10**9, None, 1e308]),
+            4: ("seed", [-1, 1e30, "a"]), 5: ("guidance", [16, None]), 6: ("solver", ["no", 5, None]),
+            7: ("class", [10, -1, 1e300, HOSTILE]),
+        }  # fmt: skip
+        for place, (name, values) in cases.items():
+            for value in values:
+                data = [*visitor.request[:place], value, *visitor.request[place + 1 :]]
+                for fn, given in ((DRAW, data), (PLOT, [data[0], *data[2:]])):
+                    if fn == DRAW or place not in (1,):
+                        assert visitor.join(given, fn).status_code == 200
+                        said = visitor.outcome()
+                        assert not said["success"], (place, value)
+                        assert name in said["output"]["error"], said
+                        assert "<script" not in said["output"]["error"]
+                        assert "Traceback" not in json.dumps(said)
+        for fields in ({"fn": 999}, {"fn": -1}, {"data": [{"path": "/etc/passwd"}] * 8}, {"data": []}):
+            assert visitor.join(**fields).status_code == 422
+        assert visitor.join().status_code == 200
+        drawn = visitor.outcome()
+        assert drawn["success"]
+        shown = drawn["output"]["data"][0][0]["image"]
+        assert visitor.client.get(shown["url"]).content.startswith(b"\x89PNG")
+        folder = shown["path"].rpartition("/")[0]
+        for path in (
+            "/etc/passwd",
+            f"{folder}/../../../../etc/passwd",
+            "%2Fetc%2Fpasswd",
+            folder,
+            f"{folder}/",
+            __file__,
+        ):
+            assert visitor.client.get(f"/gradio_api/file={path}").status_code == 404
+        host = address.removeprefix("http://").strip("/")
+        for line in (
+            f"GET /gradio_api/file={folder}/../x.png",
+            "GET /assets/../../../../../etc/passwd",
+            "GET //etc/passwd",
+        ):
+            assert (
+                b" 404 " in raw(address, f"{line} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())[:20]
+            )
+        upgrade = f"GET / HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\n"
+        assert b" 101 " not in raw(address, upgrade.encode())[:20]
+        assert visitor.client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+        assert visitor.client.get("/", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_a_closed_page_s_drawing_ends_and_the_next_one_is_drawn(served: tuple[str, Any]) -> None:
+    address, _ = served
+    with Visitor(address, "leaves-early", steps=200, count=8) as first, Visitor(address, "stays-long") as second:
+        assert first.join().status_code == 200
+        with closing(first.messages()) as messages:
+            next(message for message in messages if message["msg"] == "progress")
+            assert first.join().status_code == 200
+            refusal = next(message for message in messages if message["msg"] == "process_completed")
+            assert "this page draws already" in refusal["output"]["error"]
+        first.client.close()
+        began = time.monotonic()
+        assert second.join().status_code == 200
+        assert second.outcome()["success"]
+        assert time.monotonic() - began < 20  # the first would have been drawn for minutes
+
+
+def test_a_page_with_a_token_that_is_terminated_while_it_draws(fashion_bundle: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip('gradio is not installed (pip install "tstitch-trt[ui]")')
+    token, log = tmp_path / "token.txt", tmp_path / "log.txt"
+    token.write_text("a-token-of-the-test")
+    with started(fashion_bundle, log, tmp_path, "--token-file", str(token)) as (printed, process):
+        address, _, query = printed.partition("?")
+        assert query == "token=a-token-of-the-test"
+        with Visitor(address, "the-visitor", steps=200, count=8) as visitor:
+            assert visitor.client.get("/").status_code == 401
+            assert visitor.join().status_code == 401
+            assert visitor.client.get("/", params={"token": "a-token-of-the-test"}).status_code == 200
+            assert visitor.client.get("/").status_code == 200
+            assert visitor.join().status_code == 200
+            with closing(visitor.messages()) as messages:
+                next(message for message in messages if message["msg"] == "progress")
+                began = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(30) == 143
+        assert time.monotonic() - began < 15
+        assert log.read_text() == "Ctrl-C stops it\nterminated\n"
+        assert not list(tmp_path.glob("tstitch-ui-*"))
 
 
 def assert_only_itself(seen: Watched, address: str) -> None:
@@ -182,6 +306,10 @@ def test_a_picture_is_drawn_by_pressing_the_button(served: tuple[str, Any], open
     for selector in ("#pictures", "#plot"):
         picture = pixels(page.locator(selector).screenshot())
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, selector
+    page.wait_for_selector("#plot svg")
+    assert page.title() == f"{HOSTILE}: stitch point"
+    assert page.locator("img[src=x]").count() == 0
+    assert page.locator("[href^=javascript]").count() == 0
     assert_only_itself(opened, address)
 
 
