@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from support.hand_made import Made, made_member
+from tstitch_engines.bundle.manifest import TextInputs
 
 __all__ = ["endless", "growing", "large_to_fold", "slow_to_fold"]
 
@@ -15,7 +16,7 @@ def _member(name: str, nodes: list[Any], constants: dict[str, Any]) -> Made:
     """A member that adds the scalar ``extra``, the last node's output, to what it computes."""
     from onnx import helper, numpy_helper
 
-    made = made_member(name, inputs={"encoder_hidden_states": ("T", 8)})
+    made = made_member(name, inputs={"encoder_hidden_states": ("T", 8)}, text=TextInputs(hidden=(), width=8))
     graph = made.model.graph
     last = graph.node[-1]
     for node in reversed(nodes):

@@ -49,7 +49,8 @@ class LimitOptions:
     """Limits of the child processes that compile, verify and run networks for metrics."""
 
     time_limit: str | None = option(
-        "End work on one network in a child process after this long. [2h to compile, 10m to verify or measure]", "TIME"
+        "End work on one network in a child process after this long. [2h to compile, 1h to verify, 10m to measure]",
+        "TIME",
     )
     memory_limit: str | None = option("End it when it holds more memory: 8GiB, 500MB. [what is free]", "SIZE")
 

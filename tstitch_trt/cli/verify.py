@@ -10,7 +10,7 @@ import click
 
 from tstitch_engines.errors import FailedWork
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import rebuild_option, threads_option
+from tstitch_trt.cli._options import LimitOptions, rebuild_option, threads_option
 
 if TYPE_CHECKING:
     from tstitch_trt.verify.verify import Comparison, Verification
@@ -28,7 +28,7 @@ tstitch-trt verify fashion.bundle --json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
+class Checks(LimitOptions):
     backend: str | None = option("Engines of this backend only.", "NAME")
     members: str | None = option("Engines of these members and parts only.", "A,B")
     samples: int = option("Calls on random and on recorded inputs, each, per batch size.", "N", default=2, least=1)
@@ -85,6 +85,8 @@ def command(bundle: Path, checks: Checks, as_json: bool) -> None:
             checkpoints={name: Path(path) for name, path in sources.items()},
             rebuild=checks.rebuild,
             progress=bar,
+            time_limit=checks.time_limit,
+            memory_limit=checks.memory_limit,
         )
     print_result(result, as_json, _print)
     failed = result.of("failed")

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from tstitch_engines.backends import BACKENDS, for_gpu, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
-from tstitch_engines.bundle.manifest import EngineRecord
+from tstitch_engines.bundle.manifest import EngineRecord, Manifest
+from tstitch_engines.child import Channel, Job, Limits, run_in_child
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
@@ -28,6 +30,8 @@ from tstitch_trt.verify.layers import LayerCheck, compare_layers
 from tstitch_trt.verify.references import References
 
 __all__ = ["LIMITS", "Comparison", "EngineCheck", "Verification", "verify"]
+
+_SECONDS: Final = 3600.0  # the limit of one engine unless another is given: large ones run for minutes on a CPU
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +59,8 @@ def verify(
     checkpoints: Mapping[str, Path] | None = None,
     rebuild: bool = False,
     progress: Progress = silent,
+    time_limit: float | str | None = None,
+    memory_limit: int | str | None = None,
 ) -> Verification:
     """Checks every engine of ``bundle``, or those of one backend or of some members and parts.
 
@@ -69,10 +75,15 @@ def verify(
     only. ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: first compiles engines
     that are missing, damaged or don't fit, of every backend that runs here or of ``backend``.
 
+    Engines and references run in a child process, since a graph may be made to run or grow without end. It is ended
+    when one engine takes longer than ``time_limit`` (seconds, or ``30m``; an hour by default) or when it holds more
+    than ``memory_limit`` (bytes, or ``8GiB``; by default what is free when it starts). Compiling has the same limits.
+
     Raises ``BadBundle`` for a damaged bundle, ``BadInput`` and its kinds for a selection that matches nothing,
     ``Unavailable`` without ONNX Runtime when an engine can run here, ``NotFinite`` when the members' own graphs give
-    NaN.
+    NaN, ``OutOfTime`` and ``OutOfMemory`` at the limits.
     """
+    limits = Limits.of(time_limit, memory_limit)
     if samples < 1:
         raise BadInput(f"samples = {samples}; allowed is 1 or more", hint="e.g. --samples 4")
     if threads < 0:
@@ -80,36 +91,91 @@ def verify(
     parse_device(device)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
     if rebuild:
-        opened = _rebuilt(opened, backend, members, device, progress)
+        opened = _rebuilt(opened, backend, members, device, progress, limits)
     chosen = _select(opened, backend, members)
     for name in checkpoints or {}:
         if name not in opened.manifest.networks():
             raise unknown_name("member", name, opened.manifest.networks())
+    on_gpu = device != "cpu" and any(for_gpu(one.identity.backend, one.identity.arch) for _, one in chosen)
+    with tempfile.TemporaryDirectory(prefix="tstitch-verify-") as folder:
+        request = VerifyRequest(
+            root=str(opened.root.absolute()),
+            manifest=opened.manifest,
+            chosen=tuple(chosen),
+            samples=samples,
+            seed=seed,
+            threads=threads,
+            layers=layers,
+            device=device,
+            checkpoints={name: str(Path(path).absolute()) for name, path in (checkpoints or {}).items()},
+            folder=folder,
+        )
+        job = Job(
+            what=f"the process that verifies {opened.root.name}",
+            seconds=_SECONDS,
+            limits=limits,
+            if_killed="free memory, or verify some engines at a time: --members NAME",
+            kept=not on_gpu,  # a GPU's memory is given back
+            host_only=not on_gpu,
+            temporary=Path(folder),
+        )
+        found = run_in_child(verify_here, request, job, progress=progress)
+    return msgspec.structs.replace(found, bundle=str(opened.root))
+
+
+class VerifyRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child is to check: ``chosen`` engines with the networks they are of. ``folder``: for temporary files."""
+
+    root: str
+    manifest: Manifest
+    chosen: tuple[tuple[str, EngineRecord], ...]
+    samples: int
+    seed: int
+    threads: int
+    layers: bool
+    device: str
+    checkpoints: dict[str, str]
+    folder: str
+
+
+def verify_here(request: VerifyRequest, channel: Channel) -> Verification:
+    """Verifies in this process, which is the child. The limit of time is of each engine."""
+    opened, folder, chosen = Bundle(Path(request.root), request.manifest), Path(request.folder), request.chosen
     checks: list[EngineCheck] = []
     found: list[LayerCheck] = []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-verify-")))
         made: list[References] = []  # with the first engine that runs here
 
         def references() -> References:
             if not made:
-                made.append(References(opened, samples, seed, threads, folder, checkpoints or {}))
+                checkpoints = {name: Path(path) for name, path in request.checkpoints.items()}
+                made.append(References(opened, request.samples, request.seed, request.threads, folder, checkpoints))
                 stack.callback(made[0].close)
             return made[0]
 
         for index, (name, record) in enumerate(chosen):
-            tick = partial(lambda share, text: progress(text, share), index / len(chosen))
+            channel.lap()
+            tick = partial(lambda share, text: channel.progress(text, share), index / len(chosen))
             tick(f"{name}, {record.identity.backend}")
-            checks.append(check_engine(opened, name, record, references, gpu=device, threads=threads, tick=tick))
-        if layers:
-            progress("looking for the first layer that differs", 1.0)
+            check = check_engine(
+                opened, name, record, references, gpu=request.device, threads=request.threads, tick=tick
+            )
+            checks.append(check)
+        if request.layers:
+            channel.lap()
+            channel.progress("looking for the first layer that differs", 1.0)
             found = _layers(opened, chosen, references(), folder)
     notes = made[0].notes if made else {}
-    return Verification(bundle=str(opened.root), references=notes, engines=tuple(checks), layers=tuple(found))
+    return Verification(bundle=request.root, references=notes, engines=tuple(checks), layers=tuple(found))
 
 
 def _rebuilt(
-    bundle: Bundle, backend: str | None, members: Sequence[str] | None, device: str, progress: Progress
+    bundle: Bundle,
+    backend: str | None,
+    members: Sequence[str] | None,
+    device: str,
+    progress: Progress,
+    limits: Limits,
 ) -> Bundle:
     """``bundle`` with fitting engines of ``backend``, or of every backend it has engines of that runs here."""
     networks = bundle.manifest.networks()
@@ -128,7 +194,12 @@ def _rebuilt(
                 raise
             continue  # listed as not checked, with the reason
         bundle = rebuild_engines(
-            bundle, library, place, names=names, progress=lambda phase, share: progress(f"compiling {phase}", 0.0)
+            bundle,
+            library,
+            place,
+            names=names,
+            progress=lambda phase, share: progress(f"compiling {phase}", 0.0),
+            limits=limits,
         )
     return bundle
 

@@ -59,6 +59,7 @@ _MODULE: Final = "tstitch_engines.child.serve"
 _TAIL: Final = 2000  # characters of stderr that an error quotes at most
 _CHATTER: Final = 16 << 20  # bytes of stderr that are kept
 _POLL_MS: Final = 50
+_LARGEST_IDLE: Final = 2 << 30  # bytes that a child may hold while it waits for work
 _SLACK: Final = 2 << 30  # of RLIMIT_DATA: stacks of threads and arenas, which are mostly never touched
 _NO_MEMORY: Final = ("bad_alloc", "bad allocation", "failed to allocate memory", "can't allocate memory")
 _ENVIRONMENT_FREE: Final = ("PYTEST_CURRENT_TEST",)
@@ -388,8 +389,9 @@ class _Children:
         return _Child({} if job.kept else job.environment)
 
     def give_back(self, child: _Child, job: Job) -> None:
+        small = resident_bytes(child.process.pid) <= _LARGEST_IDLE
         with self._lock:
-            if job.kept and not self._idle:
+            if job.kept and small and not self._idle:
                 self._idle.append(child)
                 return
         child.end()
