@@ -17,7 +17,9 @@ PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bott
 # A folder or file imports only what stands on a line before its own, and files of its own folder.
 ORDER = {
     "tstitch_engines": [
-        ["errors", "progress", "quiet", "threads"],
+        ["errors", "progress", "quiet"],
+        ["checks"],
+        ["threads"],
         ["child", "needs", "spec"],
         ["bundle"],
         ["make_fatbin"],
@@ -36,7 +38,7 @@ ORDER = {
         ["__init__"],
     ],
     "tstitch_trt": [
-        ["checks", "files", "progress", "start"],
+        ["files", "progress", "start"],
         ["solvers", "images"],
         ["plan"],
         ["request"],

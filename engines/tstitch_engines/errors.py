@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+_SHOWN = 80  # characters of an unknown name that a message repeats
+
+
 class TStitchError(Exception):
     """Base of all errors raised on purpose. ``str(error)`` is the message, then ``hint: ...`` on its own line."""
 
@@ -155,7 +158,7 @@ def nearest(got: str, known: Iterable[str]) -> str | None:
 
 def unknown_name(kind: str, got: str, known: Iterable[str], *, hint: str | None = None) -> UnknownName:
     """The error for a ``kind`` (``"solver"``, ``"member"``...) called ``got`` that is not among ``known``."""
-    names = list(known)
+    names, got = list(known), got[:_SHOWN]
     close = nearest(got, names)
     fix = f"did you mean {close!r}?" if close else f"use one of: {', '.join(names)}"
     return UnknownName(

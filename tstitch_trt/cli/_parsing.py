@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.request.labels import RANGE, expand_range, split_list
+from tstitch_trt.request.limits import MOST_IMAGES
 
 __all__ = [
     "parse_age",
@@ -19,7 +20,7 @@ __all__ = [
     "parse_size",
 ]
 
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_AMOUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)")
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SECONDS = {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -31,7 +32,7 @@ def parse_numbers(text: str, *, what: str, example: str) -> list[int]:
         match = RANGE.fullmatch(part)
         if match is None:
             raise _wrong(f"{what} {part!r} in {text!r} is neither a whole number nor a range A-B", example)
-        numbers += expand_range(match, text, what=what, example=example)
+        numbers += expand_range(match, text, what=what, example=example, room=MOST_IMAGES - len(numbers))
     return numbers
 
 
@@ -56,7 +57,7 @@ def parse_fractions(text: str) -> tuple[float, ...]:
 
 def parse_interval(text: str) -> tuple[int, int]:
     """``"10:40"`` -> ``(10, 40)``: steps 10 to 39. Raises ``BadInput``."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
         problem = f"interval {text!r} is not FIRST:STOP with whole numbers and FIRST < STOP"
         raise _wrong(problem, "--guidance-interval 10:40 to guide steps 10 to 39")
@@ -65,7 +66,7 @@ def parse_interval(text: str) -> tuple[int, int]:
 
 def parse_pixels(text: str) -> tuple[int, int]:
     """``"768x512"`` -> ``(768, 512)``, width and height in pixels. Raises ``BadInput``."""
-    match = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9})[xX×]([0-9]{1,9})", text.strip())
     if match is None or not int(match[1]) or not int(match[2]):
         raise _wrong(f"size {text!r} is not WIDTHxHEIGHT in whole pixels", "--size 768x512 for 768 across, 512 down")
     return int(match[1]), int(match[2])

@@ -11,8 +11,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.checks import (
+    check_choice,
+    check_number,
+    check_text,
+    check_whole,
+    plain_number,
+    read_items,
+    read_mapping,
+    read_pair,
+    run_check,
+    shown,
+)
 from tstitch_engines.errors import BadInput, BadSchedule, UnknownName, unknown_name
-from tstitch_trt.checks import check_choice, check_number, check_text, check_whole, shown
 from tstitch_trt.plan.schedule import ROUNDINGS
 from tstitch_trt.solvers import SolverOptions
 from tstitch_trt.solvers.options import CHOICES
@@ -38,9 +49,9 @@ class StepKeywords(TypedDict, total=False):
     eta: float | None
     variance: str | None
     solver_options: Mapping[str, object] | None
-    timesteps: Sequence[float] | ArrayLike | None
+    timesteps: Iterable[float] | ArrayLike | None
     history: str | None
-    schedule: str | Sequence[str] | None
+    schedule: str | Iterable[str] | None
     fraction: float | None
     rounding: str | None
     guidance: float | Mapping[str, float] | None
@@ -99,7 +110,7 @@ class PlanOptions:
         for name, check in _CHECKS.items():
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, check(value, name))
+                object.__setattr__(self, name, run_check(check, value, name))
         if self.schedule is not None and self.fraction is not None:
             raise BadInput(
                 f"both fraction {self.fraction:g} and schedule {shown(self.schedule)} are given",
@@ -151,7 +162,7 @@ def unknown_keyword(verb: str, name: str, known: Iterable[str]) -> UnknownName:
             f"unknown keyword of {verb} {name!r}: {name} is {ours} here; known: {', '.join(known)}",
             hint=f"did you mean {ours}=?",
         )
-    return unknown_name(f"keyword of {verb}", name[:80], known)
+    return unknown_name(f"keyword of {verb}", name, known)
 
 
 # --- the checks of the fields
@@ -162,48 +173,45 @@ def _solver(value: object, what: str) -> str | SolverOptions:
 
 
 def _solver_options(value: object, what: str) -> Mapping[str, object]:
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise BadInput(f"{what} is {shown(value)}; allowed is a dict by name", hint=f'e.g. {what}={{"eta": 0.5}}')
-    return {name: option.item() if isinstance(option, np.generic) else option for name, option in value.items()}
+    return {name: _plain(option) for name, option in read_mapping(value, what, example='{"eta": 0.5}').items()}
+
+
+def _plain(option: object) -> object:
+    """A solver's option in Python's own type; its range is the solver's."""
+    if isinstance(option, bool | np.bool_):
+        return bool(option)
+    if isinstance(option, str):
+        return str.__str__(option)
+    number = plain_number(option)
+    return option if number is None else number
 
 
 def _timesteps(value: object, what: str) -> tuple[float, ...]:
-    if isinstance(value, np.ndarray) and value.ndim == 1:
-        value = value[: _LONGEST + 1].tolist()
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not 0 < len(value) <= _LONGEST:
-        raise BadInput(
-            f"{what} is {shown(value)}; allowed is a list of falling timesteps", hint=f"e.g. {what}=[900, 600, 300]"
-        )
-    return tuple(check_number(each, what, 0, 1e9) for each in value)
+    items = read_items(value, what, _LONGEST, allowed="is a list of falling timesteps", example="[900, 600, 300]")
+    return tuple(check_number(each, what, 0, 1e9) for each in items)
 
 
 def _schedule(value: object, what: str) -> str | tuple[str, ...]:
     if isinstance(value, str):
         return check_text(value, what, example="small:0.4,large")
-    if isinstance(value, bytes) or not isinstance(value, Sequence) or not 0 < len(value) <= _LONGEST:
-        raise BadSchedule(
-            f"{what} is {shown(value)}; allowed is a text, or a list with the member of each step",
-            hint='e.g. schedule="small:0.4,large"',
-        )
-    return tuple(check_text(name, "a member in schedule", example="small", most=1000) for name in value)
+    forms = "is a text, or a list with the member of each step"
+    try:
+        items = read_items(value, what, _LONGEST, allowed=forms, example='"small:0.4,large"')
+    except BadInput as error:
+        raise BadSchedule(error.message, hint=error.hint) from None
+    return tuple(check_text(name, "a member in schedule", example="small", most=1000) for name in items)
 
 
 def _guidance(value: object, what: str) -> float | Mapping[str, float]:
     if not isinstance(value, Mapping):
-        return check_number(value, what)
-    return {
-        check_text(name, f"a member in {what}", example="large", most=1000): check_number(scale, f"{what} of {name!r}")
-        for name, scale in value.items()
-    }
+        return check_number(value, what)  # from 0 on, checked where it becomes one scale a step
+    scales = read_mapping(value, what, example='{"small": 1.0, "large": 4.0}')
+    return {name: check_number(scale, f"{what} of {name!r}") for name, scale in scales.items()}
 
 
 def _interval(value: object, what: str) -> tuple[int, int]:
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != 2:
-        raise BadInput(
-            f"{what} is {shown(value)}; allowed are two whole numbers, START and STOP",
-            hint=f"e.g. {what}=(10, 40) to guide steps 10 to 39",
-        )
-    return check_whole(value[0], f"START of {what}"), check_whole(value[1], f"STOP of {what}")
+    start, stop = read_pair(value, what, "are two whole numbers, START and STOP", "(10, 40) to guide steps 10 to 39")
+    return check_whole(start, f"START of {what}"), check_whole(stop, f"STOP of {what}")
 
 
 def _choice(allowed: Sequence[str]) -> Callable[[object, str], str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.device.step_row import ROW
+from tstitch_engines.checks import FLOAT32_MAX, check_type, checked, optional
+from tstitch_engines.device.step_row import ROW, ROW_FIELDS
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan.guidance import embedded_scales, guidance_scales, guided_channels
 from tstitch_trt.plan.member_columns import is_adapted, member_columns
@@ -57,6 +59,11 @@ class Plan:
         return self.table.init_scale
 
 
+@checked(
+    others=True,
+    manifest=partial(check_type, kind=Manifest),
+    options=optional(partial(check_type, kind=PlanOptions)),
+)
 def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
     """The plan for one bundle. ``keywords`` are fields of ``PlanOptions`` and go on top of ``options``.
 
@@ -104,6 +111,7 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
         learned=np.array([manifest.members[name].learned_variance for name in resolved.names]),
     )
     rows[:, ROW["T"]], rows[:, ROW["C_IN"]] = t, c_in
+    _check_float32(rows)
     rows.flags.writeable = False
     return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), embedded, options.start or 0)
 
@@ -126,6 +134,15 @@ def _solver(manifest: Manifest, options: PlanOptions) -> SolverOptions:
         return found
     offset = defaults.solver_options.get("steps_offset")
     return with_default_spacing(found, defaults.spacing, offset if isinstance(offset, int) else None)
+
+
+def _check_float32(rows: NDArray[np.float64]) -> None:
+    """The kernels compute in float32, where a larger number is infinite."""
+    for row, column in np.argwhere(~(np.abs(rows) <= FLOAT32_MAX)):
+        raise BadInput(
+            f"step {row} has {ROW_FIELDS[column]} = {rows[row, column]:g}, which is more than float32 holds",
+            hint="use usual values for guidance, eta and the solver's options",
+        )
 
 
 def _check_variance(manifest: Manifest, schedule: Schedule, table: StepTable) -> None:

@@ -26,6 +26,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.checks import FLOAT32_MAX
 from tstitch_engines.errors import BadSchedule, unknown_name
 
 __all__ = ["ROUNDINGS", "Schedule", "Segment", "fraction_text", "resolve"]
@@ -156,7 +157,7 @@ def resolve(
     for part in parts:
         if part.kind not in (kind, ""):
             raise BadSchedule(
-                f"the schedule {_short(text)!r} mixes {kind} with {part.text!r}",
+                f"the schedule {_short(text)!r} mixes {kind} with {_short(part.text)!r}",
                 hint=f"use {kind} for every segment but one",
             )
     if kind == "fractions":
@@ -183,9 +184,13 @@ def _number(text: str, piece: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise BadSchedule(f"{text!r} in the schedule segment {piece!r} is not a number", hint=_FORMS) from None
-    if not np.isfinite(value):
-        raise BadSchedule(f"{text!r} in the schedule segment {piece!r} is not finite", hint=_FORMS)
+        raise BadSchedule(
+            f"{_short(text)!r} in the schedule segment {_short(piece)!r} is not a number", hint=_FORMS
+        ) from None
+    if not abs(value) <= FLOAT32_MAX:
+        raise BadSchedule(
+            f"{_short(text)!r} in the schedule segment {_short(piece)!r} is more than float32 holds", hint=_FORMS
+        )
     return value
 
 
@@ -211,7 +216,7 @@ def _parse(piece: str) -> _Part:
     if end is not None:
         share = _number(end, piece)
         if not 0 <= share <= 1:
-            raise BadSchedule(f"end={share} in {piece!r} is outside 0..1", hint="e.g. base@end=0.8,refiner")
+            raise BadSchedule(f"end={share} in {_short(piece)!r} is outside 0..1", hint="e.g. base@end=0.8,refiner")
         return replace(part, kind="boundaries", value=share, axis="end")
     return part
 
@@ -220,7 +225,7 @@ def _explicit(parts: list[_Part], text: str, steps: int) -> Schedule:
     wrong = [p.text for p in parts if p.kind]
     if wrong:
         raise BadSchedule(
-            f"the schedule {_short(text)!r} leaves the share of more than one segment out beside {wrong[0]!r}",
+            f"the schedule {_short(text)!r} leaves the share of more than one segment out beside {_short(wrong[0])!r}",
             hint="give every segment but one a fraction or a count, or write one bare name per step",
         )
     if len(parts) != steps:
@@ -265,10 +270,12 @@ def _from_bounds(
     if parts[-1].kind:
         raise BadSchedule(
             f"the schedule {_short(text)!r} has no member after its last boundary",
-            hint=f'end it with a bare name: "{text},{parts[-1].name}"',
+            hint=f'end it with a bare name: "...,{_short(parts[-1].name)}"',
         )
     if not all(p.kind for p in parts[:-1]):
-        raise BadSchedule(f"{parts[0].text!r} in {_short(text)!r} has no boundary", hint='e.g. "high@t>=875,low"')
+        raise BadSchedule(
+            f"{_short(parts[0].text)!r} in {_short(text)!r} has no boundary", hint='e.g. "high@t>=875,low"'
+        )
     stops: list[int] = []
     for part in parts[:-1]:
         value = round(train_steps - part.value * train_steps) if part.axis == "end" else part.value
@@ -276,7 +283,7 @@ def _from_bounds(
         stop = int(np.count_nonzero(scale > value if part.strict else scale >= value))
         if stops and stop < stops[-1]:
             raise BadSchedule(
-                f"the boundary {part.text!r} in {_short(text)!r} comes before the one on its left",
+                f"the boundary {_short(part.text)!r} in {_short(text)!r} comes before the one on its left",
                 hint="boundaries descend from noise to image: a@t>=800,b@t>=300,c",
             )
         stops.append(stop)

@@ -11,12 +11,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.checks import run_check
+from tstitch_engines.child.memory import free_memory
 from tstitch_engines.device.base import Buffer
 from tstitch_engines.errors import BadInput, NotFiniteInput
 
 __all__ = [
     "ForeignLatents",
     "as_pictures",
+    "check_room",
     "locate_latents",
     "read_array",
     "read_control",
@@ -30,20 +33,45 @@ __all__ = [
 Array = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 _HOST: Final = (1, 3)  # DLPack: the CPU, and pinned memory
+_MOST_ENTRIES: Final = 1 << 24  # of lists, which take a second to read; arrays may be larger
+_WORTH_A_LOOK: Final = 1 << 26  # bytes
 
 
 def read_array(value: object, what: str) -> NDArray[np.generic]:
     """``value`` as a numpy array, without a copy where it can be. Raises ``BadInput``."""
     try:
+        if isinstance(value, list | tuple | range) and _entries(value) > _MOST_ENTRIES:
+            raise ValueError(f"lists of more than {_MOST_ENTRIES:,} numbers are not made into arrays")
         if hasattr(value, "__dlpack__") and not isinstance(value, (np.ndarray, np.generic)):
-            viewed: NDArray[np.generic] = np.from_dlpack(value)
-            return viewed
-        return np.asarray(value)
-    except (AttributeError, BufferError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            array: NDArray[np.generic] = np.from_dlpack(value)
+        else:
+            array = np.asarray(value)
+    except Exception as error:  # whatever the object's own methods raise
         raise BadInput(
             f"a {type(value).__name__} can't be read as {what}: {str(error)[:200]}",
             hint="pass a numpy array, or in torch tensor.detach()",
         ) from error
+    check_room(max(array.nbytes, 4 * array.size), f"{what} {array.dtype}{list(array.shape)}")
+    return array
+
+
+def check_room(nbytes: int, what: str) -> None:
+    """Raises ``BadInput`` where ``nbytes`` are more than this process can get. Arrays may have no memory yet: those of
+    ``numpy.broadcast_to``, and those that are to be made."""
+    free = free_memory() if nbytes > _WORTH_A_LOOK else None
+    if free is not None and nbytes > free:
+        raise BadInput(
+            f"{what} takes {nbytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free",
+            hint="ask for fewer or smaller images at once",
+        )
+
+
+def _entries(value: object) -> int:
+    """About how many numbers nested lists hold, by the first entry of each level."""
+    found, depth = 1, 0
+    while isinstance(value, list | tuple | range) and len(value) and depth < 8:
+        found, value, depth = found * len(value), value[0], depth + 1
+    return found
 
 
 def as_pictures(array: NDArray[np.generic], *, what: str, channels: int) -> Pixels:
@@ -124,13 +152,16 @@ class ForeignLatents:
 
 def locate_latents(latents: object) -> NDArray[np.generic] | ForeignLatents:
     """As a numpy array, unless they lie in the memory of a device. Raises ``BadInput``."""
-    value: Any = latents
+    return run_check(_located, latents, "latents")
+
+
+def _located(value: Any, what: str) -> NDArray[np.generic] | ForeignLatents:
     interface = getattr(value, "__cuda_array_interface__", None)
     place = value.__dlpack_device__()[0] if hasattr(value, "__dlpack_device__") else _HOST[0]
     if interface is not None or place not in _HOST:
         shape = interface["shape"] if interface is not None else value.shape
         return ForeignLatents(value, tuple(int(side) for side in shape))
-    return read_array(latents, "latents")
+    return read_array(value, what)
 
 
 def read_latents(latents: NDArray[np.generic], shape: tuple[int, ...]) -> Array:

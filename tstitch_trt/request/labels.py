@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from tstitch_engines.bundle.manifest import Conditioning
+from tstitch_engines.checks import check_text, plain_number, read_items, shown
 from tstitch_engines.errors import BadInput, nearest
-from tstitch_trt.checks import check_text, shown
+from tstitch_trt.request.limits import MOST_IMAGES
 
 __all__ = ["RANGE", "expand_range", "parse_labels", "read_labels", "split_list"]
 
-RANGE = re.compile(r"(-?\d{1,20})(?:-(-?\d{1,20}))?")
-_MOST = 1_000_000  # values in one list: far more is a typing mistake and would fill the memory
+RANGE = re.compile(r"(-?[0-9]{1,20})(?:-(-?[0-9]{1,20}))?")
 
 
 def parse_labels(text: str, *, classes: int, names: Sequence[str] = ()) -> list[int]:
@@ -36,7 +34,7 @@ def parse_labels(text: str, *, classes: int, names: Sequence[str] = ()) -> list[
             close = nearest(part.casefold()[:80], by_name)
             fix = f"did you mean {names[by_name[close]]!r}?" if close else f"write e.g. {example}"
             raise BadInput(f"label {shown(part)} is no number, range or class name; allowed: {allowed}", hint=fix)
-        numbers = expand_range(match, text, what="label", example=example)
+        numbers = expand_range(match, text, what="label", example=example, room=MOST_IMAGES - len(labels))
         wrong = next((n for n in numbers if not 0 <= n < classes), None)
         if wrong is not None:
             raise BadInput(f"label {wrong} is out of range; allowed: {allowed}", hint=f"write e.g. {example}")
@@ -47,27 +45,27 @@ def parse_labels(text: str, *, classes: int, names: Sequence[str] = ()) -> list[
 def read_labels(value: object, conditioning: Conditioning) -> list[int]:
     """Labels as Python gives them: a number, a class name or text for ``parse_labels``, or a list of these."""
     classes = conditioning.classes
-    if isinstance(value, np.ndarray) and value.ndim == 1 and value.size <= _MOST:
-        value = value.tolist()
-    whole = isinstance(value, int | np.integer | str)
-    if not whole and (isinstance(value, bytes) or not isinstance(value, Sequence) or len(value) > _MOST):
-        raise BadInput(
-            f"labels is {shown(value)}; allowed is a class number or name, or a list of at most {_MOST:,}",
-            hint=f"e.g. labels=[0, {classes - 1}]",
-        )
+    if isinstance(value, str) or isinstance(plain_number(value), int):
+        items = [value]
+    else:
+        forms = f"is a class number or name, or a list of at most {MOST_IMAGES:,}"
+        items = read_items(value, "labels", MOST_IMAGES, allowed=forms, example=f"[0, {classes - 1}]")
     found: list[int] = []
-    for label in [value] if whole else value:  # type: ignore[attr-defined]  # a sequence, as seen above
+    for label in items:
+        number = plain_number(label)
         if isinstance(label, str):
             text = check_text(label, "labels", example="0-4")
             found += parse_labels(text, classes=classes, names=conditioning.names)
-        elif isinstance(label, bool) or not isinstance(label, int | np.integer) or not 0 <= label < classes:
+        elif isinstance(number, int) and 0 <= number < classes:
+            found.append(number)
+        else:
             raise BadInput(
                 f"label {shown(label)} is out of range; allowed is 0 to {classes - 1}"
                 + (", or a class name" if conditioning.names else ""),
                 hint=f"e.g. --labels 0-{classes - 1} or labels=[0, {classes - 1}]",
             )
-        else:
-            found.append(int(label))
+        if len(found) > MOST_IMAGES:
+            raise BadInput(f"labels has more than {MOST_IMAGES:,} entries", hint="ask for them in several requests")
     return found
 
 
@@ -79,12 +77,13 @@ def split_list(text: str, *, what: str, example: str) -> list[str]:
     return parts
 
 
-def expand_range(match: re.Match[str], text: str, *, what: str, example: str) -> list[int]:
-    """``"0-9"``, matched by ``RANGE``, as numbers; ``"9-7"`` counts down. Raises ``BadInput`` for far too many."""
+def expand_range(match: re.Match[str], text: str, *, what: str, example: str, room: int = MOST_IMAGES) -> list[int]:
+    """``"0-9"``, matched by ``RANGE``, as numbers; ``"9-7"`` counts down. ``BadInput`` for more than ``room``."""
     first = int(match[1])
     last = int(match[2]) if match[2] is not None else first
-    if abs(last - first) >= _MOST:
+    if abs(last - first) >= room:
         raise BadInput(
-            f"{what} range {match[0]!r} in {shown(text)} has more than {_MOST:,} values", hint=f"write {example}"
+            f"with {match[0]!r} the {what} list {shown(text)} has more than {MOST_IMAGES:,} values",
+            hint=f"write e.g. {example}",
         )
     return list(range(first, last + 1)) if first <= last else list(range(first, last - 1, -1))

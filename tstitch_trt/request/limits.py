@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.errors import BadInput, OutOfProfile
+from tstitch_engines.checks import check_whole
+from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.spec import Range, ShapeProfile
-from tstitch_trt.checks import shown
 
-__all__ = ["Limits", "Sizes", "network_sizes"]
+__all__ = ["MOST_IMAGES", "Limits", "Sizes", "network_sizes"]
 
 Sizes = tuple[tuple[str, int], ...]
 """The sizes of a network's dynamic dimensions other than the batch, in the order of their names. Empty: it has none."""
 
+MOST_IMAGES: Final = 100_000  # in one request, and so labels, prompts and seeds
 _MOST_PIXELS: Final = 1_000_000  # along one side
 _SIDES: Final = {"H": ("height", 2), "W": ("width", 3)}  # name of the latent's side, its place in [B,C,H,W]
 
@@ -100,12 +99,7 @@ class Limits:
             if asked is None and allowed is not None and allowed.min <= own <= allowed.max:
                 found.append(own)
                 continue
-            pixels = own * factor if asked is None else asked
-            if isinstance(pixels, bool) or not isinstance(pixels, int | np.integer) or not 1 <= pixels <= _MOST_PIXELS:
-                raise BadInput(
-                    f"{word} {shown(pixels)}; allowed are whole numbers of pixels", hint=f"e.g. {own * factor}"
-                )
-            pixels = int(pixels)
+            pixels = check_whole(own * factor if asked is None else asked, word, 1, _MOST_PIXELS, example=own * factor)
             step = factor * self.multiple(dim)
             if allowed is None or not allowed.min * factor <= pixels <= allowed.max * factor:
                 raise OutOfProfile(

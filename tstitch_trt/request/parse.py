@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,13 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.checks import (
+    check_number,
+    check_text,
+    check_whole,
+    plain_number,
+    read_items,
+    read_mapping,
+    read_pair,
+    shown,
+)
 from tstitch_engines.device.base import Buffer
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
-from tstitch_trt.checks import check_number, check_text, check_whole, shown
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plan.step_rows import reads_before
 from tstitch_trt.request.arrays import (
     ForeignLatents,
+    check_room,
     locate_latents,
     read_array,
     read_control,
@@ -28,7 +38,7 @@ from tstitch_trt.request.arrays import (
 )
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.labels import read_labels
-from tstitch_trt.request.limits import Limits
+from tstitch_trt.request.limits import MOST_IMAGES, Limits
 from tstitch_trt.request.options import SampleOptions
 
 __all__ = ["InitOptions", "MicroConditioning", "ParsedRequest", "parse_request"]
@@ -41,7 +51,7 @@ _SIZES = ("original_size", "crop", "target_size")
 _SCORES = ("aesthetic_score", "negative_aesthetic_score")
 
 _SEED_LIMIT: Final = 2**64
-_MOST_IMAGES: Final = 100_000
+_MOST_STEPS: Final = 100_000_000  # of all images together; 50,000 images of 250 steps, as FID takes, are an eighth
 _LONGEST_TEXT: Final = 20_000  # characters; text encoders read some hundreds
 
 
@@ -136,6 +146,12 @@ class ParsedRequest:
                 + ", ".join(dict.fromkeys(plan.schedule.names)),
                 hint="build them with the option controlled, or choose a schedule with one that is",
             )
+        if self.n * plan.steps > _MOST_STEPS:
+            raise BadInput(
+                f"{self.n:,} images of {plan.steps:,} steps are {self.n * plan.steps:,} steps; allowed are "
+                f"{_MOST_STEPS:,} in one request",
+                hint="ask for fewer images at once (n=), or fewer steps",
+            )
         if self.start_step >= len(plan.schedule):
             raise BadInput(
                 f"start_step {self.start_step} is outside 0..{len(plan.schedule) - 1}", hint="0 starts from noise"
@@ -169,6 +185,7 @@ def parse_request(manifest: Manifest, limits: Limits, options: SampleOptions) ->
     rows |= {} if init is None else {"image": init.image, "mask": init.mask, "masked_image": init.masked_image}
     cycled = {name: len(given) for name, given in rows.items() if given is not None}
     labels, seeds = _images(manifest, options, latents, cycled)
+    _check_memory(manifest, len(seeds), size, starts=init is not None)
     return ParsedRequest(
         labels=labels,
         prompts=prompts,
@@ -211,6 +228,16 @@ def _check_kind(manifest: Manifest, options: SampleOptions) -> None:
             raise BadInput(f"{extra[0]} was given, and no member of this bundle takes it", hint="leave it out")
 
 
+def _check_memory(manifest: Manifest, count: int, size: tuple[int, int], *, starts: bool) -> None:
+    """The latents of all images and the pictures made of them are kept until the request is done. ``starts``: so are
+    the latents and the noise that a trajectory from a picture is started from."""
+    latents = 4 * manifest.latent.channels * size[0] * size[1]
+    height, width = (side * manifest.decoder.factor for side in size)
+    pictures = 0 if manifest.decoder.kind == "none" else 3 * height * width
+    kept = latents * (4 if starts else 1) + pictures
+    check_room(count * kept, f"a request for {count:,} images of {width}x{height} pixels")
+
+
 # --- what to draw
 
 
@@ -218,11 +245,8 @@ def _texts(value: object, what: str) -> tuple[str, ...]:
     example = "a red fox"
     if isinstance(value, str):
         return (check_text(value, what, example=example, most=_LONGEST_TEXT),)
-    if isinstance(value, bytes) or not isinstance(value, Sequence) or not 0 < len(value) <= _MOST_IMAGES:
-        raise BadInput(
-            f"{what} is {shown(value)}; allowed is a text or a list of texts", hint=f'e.g. {what}="{example}"'
-        )
-    return tuple(check_text(text, f"a text of {what}", example=example, most=_LONGEST_TEXT) for text in value)
+    texts = read_items(value, what, MOST_IMAGES, allowed="is a text or a list of texts", example=f'"{example}"')
+    return tuple(check_text(text, f"a text of {what}", example=example, most=_LONGEST_TEXT) for text in texts)
 
 
 def _embeddings(manifest: Manifest, options: SampleOptions) -> Mapping[str, Mapping[str, Array]]:
@@ -233,12 +257,11 @@ def _embeddings(manifest: Manifest, options: SampleOptions) -> Mapping[str, Mapp
         if not isinstance(value, Mapping):
             found[key] = dict.fromkeys(names, read_embedding(value, key, names[0], pooled=pooled))
             continue
-        for name in value:
+        arrays = read_mapping(value, key, example="{'base': array, 'refiner': array}")
+        for name in arrays:
             if name not in manifest.members:
-                raise unknown_name(
-                    "member", name if isinstance(name, str) else shown(name), manifest.members, hint=f"(in {key})"
-                )
-        found[key] = {name: read_embedding(array, key, name, pooled=pooled) for name, array in value.items()}
+                raise unknown_name("member", name, manifest.members, hint=f"(in {key})")
+        found[key] = {name: read_embedding(array, key, name, pooled=pooled) for name, array in arrays.items()}
         if not found[key]:
             raise BadInput(f"{key} is an empty dict", hint="give an array for each member, or one for all")
     return found
@@ -257,12 +280,9 @@ def _micro(options: SampleOptions) -> MicroConditioning:
 
 
 def _pair(value: object, what: str, least: int) -> tuple[int, int]:
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != 2:
-        raise BadInput(
-            f"{what} is {shown(value)}; allowed are two whole numbers of pixels from {least} on",
-            hint=f"e.g. {what}=(512, 512), height and width" if least else f"e.g. {what}=(0, 0), top and left",
-        )
-    return check_whole(value[0], what, least), check_whole(value[1], what, least)
+    example = "(512, 512), height and width" if least else "(0, 0), top and left"
+    first, second = read_pair(value, what, f"are two whole numbers of pixels from {least} on", example)
+    return check_whole(first, what, least), check_whole(second, what, least)
 
 
 # --- how many
@@ -288,7 +308,7 @@ def _images(
             hint="give the first image's seed= (--seed), or seeds= one per image (--seeds)",
         )
     seeds = None if options.seeds is None else _seed_list(options.seeds)
-    given = {} if options.n is None else {"n": check_whole(options.n, "n", high=_MOST_IMAGES)}
+    given = {} if options.n is None else {"n": check_whole(options.n, "n", high=MOST_IMAGES)}
     given |= {} if seeds is None else {"seeds": len(seeds)}
     given |= {} if latents is None or not latents.shape else {"latents": int(latents.shape[0])}
     count = next(iter(given.values()), max(cycled.values(), default=1))
@@ -297,10 +317,10 @@ def _images(
             "these do not agree on the number of images: " + ", ".join(f"{k}: {v}" for k, v in given.items()),
             hint="give one seed and one latent per image, or leave n out",
         )
-    if not 1 <= count <= _MOST_IMAGES:
+    if not 1 <= count <= MOST_IMAGES:
         raise BadInput(
             f"{count} images in one request" if count else "0 images: nothing to draw",
-            hint=f"ask for 1 to {_MOST_IMAGES} images, e.g. n=1",
+            hint=f"ask for 1 to {MOST_IMAGES} images, e.g. n=1",
         )
     for name, rows in cycled.items():
         if rows > count:
@@ -318,23 +338,19 @@ def _images(
 
 
 def _seed_list(value: object) -> tuple[int, ...]:
-    if isinstance(value, np.ndarray) and value.ndim == 1:
-        value = value[: _MOST_IMAGES + 1].tolist()
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) > _MOST_IMAGES:
-        raise BadInput(
-            f"seeds is {shown(value)}; allowed is a list of at most {_MOST_IMAGES} whole numbers, one per image",
-            hint="e.g. seeds=[0, 1], or seed=0 for the first image",
-        )
-    return tuple(_seed(seed) for seed in value)
+    forms = f"is a list of at most {MOST_IMAGES:,} whole numbers, one per image"
+    items = read_items(value, "seeds", MOST_IMAGES, allowed=forms, example="[0, 1], or seed=0 for the first image")
+    return tuple(_seed(seed) for seed in items)
 
 
 def _seed(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < _SEED_LIMIT:
+    seed = plain_number(value)
+    if not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT:
         raise BadInput(
             f"seed {shown(value)} is out of range; allowed are whole numbers from 0 to 2**64 - 1",
             hint="e.g. seed=0 (--seed 0)",
         )
-    return int(value)
+    return seed
 
 
 # --- how large
@@ -403,10 +419,10 @@ def _init(
 ) -> InitOptions:
     """``shape``: of one image's latent. ``latents``: the noise to mix in, if it was given."""
     usual = 0.8 if options.mask is None else 1.0
-    strength = usual if options.strength is None else check_number(options.strength, "strength")
-    if not 0 < strength <= 1:
+    strength = usual if options.strength is None else check_number(options.strength, "strength", 0, 1)
+    if not strength:
         raise BadInput(
-            f"strength {strength:g}; allowed is above 0 up to 1",
+            "strength is 0; allowed is above 0 up to 1",
             hint="0.3 changes little, 0.8 much; e.g. --strength 0.6",
         )
     factor = manifest.decoder.factor

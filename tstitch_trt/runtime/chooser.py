@@ -11,8 +11,8 @@ import msgspec
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_trt.checks import shown
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.request.parse import ParsedRequest
 

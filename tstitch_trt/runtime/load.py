@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import ComponentName
+from tstitch_engines.checks import check_choice
 from tstitch_engines.child import Limits
 from tstitch_engines.compile.load import load_engine
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
@@ -16,7 +17,6 @@ from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.threads import default_threads
-from tstitch_trt.checks import check_choice
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.step_graphs import GRAPH_MODES, GraphMode

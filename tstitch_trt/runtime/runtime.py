@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
+from tstitch_engines.checks import check_choice
 from tstitch_engines.device.base import Device
 from tstitch_engines.errors import BadInput, Busy, Cancelled, unknown_name
-from tstitch_trt.checks import check_choice
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Final, Literal, TypeVar
 
+from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork
-from tstitch_trt.checks import shown
 
 __all__ = ["EXIT", "InterpreterExit", "Turn", "WorkQueue", "check_timeout"]
 

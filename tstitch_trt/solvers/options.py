@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.checks import shown
 from tstitch_trt.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 
 __all__ = ["CHOICES", "OPTION_NAMES", "SPACING_OPTIONS", "SolverOptions", "uncorrected_steps"]
@@ -78,7 +78,7 @@ class SolverOptions:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value in allowed):
-                raise unknown_name(name, value[:80] if isinstance(value, str) else shown(value), allowed)
+                raise unknown_name(name, value if isinstance(value, str) else shown(value), allowed)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool | None):
                 raise BadInput(
@@ -104,7 +104,7 @@ class SolverOptions:
         """From names and values (JSON, the command line). Raises ``UnknownName`` for an option that does not exist."""
         for key in values:
             if key not in OPTION_NAMES:
-                raise unknown_name("solver option", key[:80], OPTION_NAMES)
+                raise unknown_name("solver option", key, OPTION_NAMES)
         return SolverOptions(name=name, **values)  # type: ignore[arg-type]  # __post_init__ checks types
 
     def explicit(self) -> dict[str, str | int | float | bool]:

@@ -13,9 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tstitch_engines.checks import check_choice, check_number, check_text, check_whole, shown
 from tstitch_engines.errors import BadInput, Busy, FailedWork, TStitchError
 from tstitch_engines.needs import require
-from tstitch_trt.checks import check_choice, check_number, check_text, check_whole, shown
 from tstitch_trt.solvers import SOLVERS
 from tstitch_trt.study.fractions import draw_fractions
 from tstitch_trt.study.gather import gather

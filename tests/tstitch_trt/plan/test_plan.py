@@ -85,7 +85,7 @@ def test_solver_options_in_every_form_agree() -> None:
         ({"solver": "dimm"}, "unknown solver 'dimm'"),
         ({"fraction": 1.5}, "fraction 1.5 is outside 0..1"),
         ({"fraction": 0.4, "schedule": "small:0.4,large"}, "both fraction"),
-        ({"guidance": float("nan")}, "guidance nan"),
+        ({"guidance": float("nan")}, "guidance is nan; allowed is a number"),
         ({"guidance": -1.0}, "guidance -1"),
         ({"guidance": {"lrage": 2.0}}, "unknown member 'lrage'"),
         ({"guidance": 2.0, "guidance_rescale": 1.5}, "rescale"),

@@ -236,8 +236,8 @@ def test_a_member_that_paints_is_given_mask_and_masked_picture(runtime: Runtime,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"strength": 0.0}, "strength 0; allowed is above 0 up to 1"),
-        ({"strength": 1.5}, "strength 1.5"),
+        ({"strength": 0.0}, "strength is 0; allowed is above 0 up to 1"),
+        ({"strength": 1.5}, "strength is 1.5"),
         ({"strength": 0.1}, "strength 0.1 of 6 steps leaves no step to run"),
         ({"start_step": 2}, "both image and start_step 2"),
         ({"mask": np.zeros((32, 64))}, "the mask is 64x32 pixels, the picture 64x64"),

@@ -167,7 +167,7 @@ BAD: list[tuple[dict[str, Any], type[BadInput], str]] = [
     ({"height": 65}, OutOfProfile, "height 65 is no multiple of 16 pixels"),
     ({"height": 256}, OutOfProfile, "'base' 32..128 x 32..128, 'refiner' 32..128 x 32..128"),
     ({"width": 16}, OutOfProfile, "width 16 is outside"),
-    ({"width": 64.0}, BadInput, "width 64.0"),
+    ({"width": 64.0}, BadInput, "width is 64.0"),
     ({"labels": [1]}, BadInput, "draws from text: it has no classes"),
     ({"prompt": "a fox"}, BadInput, "both prompt and prompt_embeds"),
     ({"prompt_embeds": None}, BadInput, "nothing says what to draw"),
