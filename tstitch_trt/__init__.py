@@ -47,7 +47,7 @@ from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.plan.schedule import Schedule, Segment
 from tstitch_trt.runtime.chooser import ScheduleChooser, Setup
 from tstitch_trt.runtime.load import load as _load
-from tstitch_trt.runtime.result import Result, SegmentTiming, StepEvent
+from tstitch_trt.runtime.result import FailedImage, Result, SegmentTiming, StepEvent
 from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "Busy",
     "Cancelled",
     "Closed",
+    "FailedImage",
     "FailedWork",
     "NotCalibrated",
     "NotFinite",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 __all__ = [
     "BadBundle",
@@ -126,7 +127,18 @@ class OutOfMemory(FailedWork):
 
 
 class NotFinite(FailedWork):
-    """NaN or infinity in the latents."""
+    """NaN or infinity in the latents.
+
+    ``failed``: the images it happened to (``tstitch_trt.FailedImage``), where that is known. ``result``: the others
+    (``tstitch_trt.Result``), as far as they had been drawn; ``None`` where none had.
+    """
+
+    failed: tuple[Any, ...] = ()
+    result: Any = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        on_host = self.result is not None and self.result.on_host
+        return (*super().__reduce__(), {"failed": self.failed, "result": self.result if on_host else None})
 
 
 class NotFiniteInput(BadInput, NotFinite):

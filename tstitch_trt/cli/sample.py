@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tstitch_engines.device.step_row import ROW
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, NotFinite
 from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import LoadOptions, PictureOptions, StepOptions, lora_texts, parse_budgets
 
@@ -53,6 +53,7 @@ class Options:
         "NAME=FILE[:WEIGHT]",
         "--lora",
     )
+    partial: bool = option("Where an image becomes NaN: write the others, name it, and exit with 1.")
     latents_in: Path | None = option("Start from these latents.", "FILE.npy")
     latents_out: Path | None = option("Write the final latents.", "FILE.npy")
     output: Path | None = option(
@@ -142,6 +143,7 @@ def command(
                     done=(e.chunk - 1) * e.steps + e.step, total=e.chunks * e.steps, text=f"sampling on {e.member}"
                 ),
                 latency_budget_ms=budgets[0] if budgets else None,
+                partial=what.partial,
                 **asked,
             )
 
@@ -151,18 +153,37 @@ def command(
         document["budget"] = {**msgspec.to_builtins(result.budget), "met": result.total_ms <= result.budget.budget_ms}
     if result.loras:
         document["loras"] = dict(result.loras)
-    each = document.pop("images")
+    if result.failed:
+        document["failed"] = [asdict(failed) for failed in result.failed]
+    drawn = list(result.drawn)
+    each = [document["images"][image] for image in drawn]
     written: list[Path] = []
     if latents_out is not None:
-        save_array(latents_out, result.latents)
+        save_array(latents_out, result.latents[drawn])
     if target is not None and result.images is not None:
-        written = write_images(target, result.images, document, each)
+        written = write_images(target, result.images[drawn], document, each)
     document |= {"images": each, "files": [str(f) for f in written], "latents": latents_out and str(latents_out)}
     if as_json:
         print_json(document)
-        return
+    else:
+        _tell(result)
+        for path in (target, latents_out):
+            if path is not None:
+                click.echo(path)
+    if result.failed:
+        raise NotFinite(
+            f"{len(result.failed)} of {len(result.seeds)} images were not drawn: "
+            + "; ".join(str(failed) for failed in result.failed[:5]),
+            hint="the others were written; an fp16 engine that makes NaN is built again with --precision MEMBER=fp32",
+        )
+
+
+def _tell(result: Result) -> None:
+    """How long it took, and whether a budget was met."""
+    from tstitch_trt.progress import log
+
     log(
-        f"{len(result.seeds)} images, {len(result.schedule.names)} steps, schedule {result.schedule.text} in "
+        f"{len(result.drawn)} images, {len(result.schedule.names)} steps, schedule {result.schedule.text} in "
         f"{result.total_ms / 1e3:.2f} s ({result.total_ms / len(result.seeds):.1f} ms per image): "
         + ", ".join(f"{part.member} {part.steps} steps {part.ms:.0f} ms" for part in result.timings)
     )
@@ -170,9 +191,6 @@ def command(
         over = result.total_ms - result.budget.budget_ms
         met = "met" if over <= 0 else f"missed by {over:.1f} ms"
         log(f"the budget of {result.budget.budget_ms:.10g} ms is {met}: {result.total_ms:.1f} ms")
-    for path in (target, latents_out):
-        if path is not None:
-            click.echo(path)
 
 
 def _target(manifest: Manifest, output: Path | None, latents_out: Path | None) -> Path | None:

@@ -126,5 +126,6 @@ _RUNTIME: Final = (
     "output",
     "tile",
     "latency_budget_ms",
+    "partial",
     "timeout",
 )  # other keywords of ``sample``

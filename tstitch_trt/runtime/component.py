@@ -50,11 +50,13 @@ class Component:
         slab = self._slab  # once: a request of another thread may be making it
         return 0 if slab is None else slab.nbytes
 
-    def __call__(self, inputs: Arrays, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.float32]]:
+    def __call__(
+        self, inputs: Arrays, sizes: Mapping[str, int] | None = None, *, finite: bool = True
+    ) -> dict[str, NDArray[np.float32]]:
         """Inputs by name, float32 or integer, ``N`` rows each, to outputs by name. Waits for the device.
 
         ``sizes``: those of the dimensions besides the batch. Raises ``OutOfProfile``, and ``NotFinite`` where an output
-        holds NaN or infinity.
+        holds NaN or infinity, unless that is no matter: ``finite=False``.
         """
         rows = len(inputs[self._engine.inputs[0].name])
         most = self.profile.dims["B"].max
@@ -64,7 +66,7 @@ class Component:
         ]
         found = {spec.name: np.concatenate([piece[spec.name] for piece in pieces]) for spec in self._engine.outputs}
         for name, values in found.items():
-            if not np.isfinite(values).all():
+            if finite and not np.isfinite(values).all():
                 raise NotFinite(
                     f"{self.name} gave NaN or infinity in {name!r}",
                     hint=f"its {self.network.precision} may be too narrow: build again with --precision "

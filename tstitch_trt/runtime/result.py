@@ -14,7 +14,7 @@ from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plan.schedule import Schedule
 from tstitch_trt.runtime.chooser import ChosenSchedule
 
-__all__ = ["Decode", "Result", "SegmentTiming", "StepEvent"]
+__all__ = ["Decode", "FailedImage", "Result", "SegmentTiming", "StepEvent"]
 
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 T = TypeVar("T")
@@ -72,8 +72,32 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
+class FailedImage:
+    """Image ``image`` of a request (from 0), which was not drawn.
+
+    ``step``: the one (from 1) after which its latents held NaN or infinity, and ``member`` what made them; step 0: its
+    picture did, and ``member`` is the decoder. Without a ``member`` the request ended before it was drawn.
+    """
+
+    image: int
+    seed: int
+    step: int
+    member: str
+
+    def __str__(self) -> str:
+        if not self.member:
+            return f"image {self.image} (seed {self.seed}): the request ended before"
+        where = f"the latents after step {self.step}" if self.step else "the picture"
+        return f"image {self.image} (seed {self.seed}): NaN or infinity in {where}, made by {self.member!r}"
+
+
+@dataclass(frozen=True)
 class Result:
     """``images`` uint8 ``[N,H,W,C]``, ``None`` when not decoded; ``labels`` or ``prompts``: what each was asked to be.
+
+    ``failed``: the images that were not drawn, where partial results were asked for and in ``NotFinite.result``. They
+    keep their place: the latents there are NaN (on the device not finite) and the picture is black. ``drawn`` has the
+    places of the others.
 
     ``loras``: those that were in the engines by ``Runtime.swap_lora``, ``{"large": "style.safetensors:0.8"}``.
 
@@ -92,6 +116,17 @@ class Result:
     prompts: tuple[str, ...] = ()
     loras: Mapping[str, str] = field(default_factory=dict)
     budget: ChosenSchedule | None = None
+    failed: tuple[FailedImage, ...] = ()
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        failed = {each.image for each in self.failed}
+        return tuple(image for image in range(len(self.seeds)) if image not in failed)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether nothing of it lies on the device."""
+        return self._device_latents is None
 
     @property
     def latents(self) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
-from tstitch_engines.checks import check_choice
-from tstitch_engines.device.base import Device
-from tstitch_engines.errors import BadInput, Busy, Cancelled, unknown_name
+from tstitch_engines.checks import check_choice, shown
+from tstitch_engines.device.base import Buffer, Device
+from tstitch_engines.errors import BadInput, Busy, Cancelled, NotFinite, unknown_name
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
@@ -31,7 +31,7 @@ from tstitch_trt.request.request import Request
 from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, choose, chosen_options
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.lora import LoraFiles, Loras
-from tstitch_trt.runtime.result import Result, StepEvent
+from tstitch_trt.runtime.result import FailedImage, Result, StepEvent
 from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
 from tstitch_trt.runtime.stepper import Stepper
 from tstitch_trt.runtime.text_encoder import TextEncoders
@@ -218,6 +218,7 @@ class Runtime:
         output: Output = "host",
         tile: Tile = "auto",
         latency_budget_ms: float | None = None,
+        partial: bool = False,
         timeout: float | None = None,
         **keywords: Unpack[SampleKeywords],
     ) -> Result:
@@ -235,14 +236,24 @@ class Runtime:
         ``latency_budget_ms``: the best schedule whose trajectories take at most so long, in place of ``schedule`` or
         ``fraction`` (``within_budget``); ``Result.budget`` says what was chosen and why.
 
+        ``partial``: an image whose latents or picture become NaN does not end the request. ``Result.failed`` says
+        which, at which step and by which member; the others are, bit for bit, what they are without it.
+
         ``timeout``: seconds to wait for calls that came before, by default those given to ``load``. The callback may
         call ``decode``, ``images`` and ``encode``, which are done between the steps.
 
         Images larger in number than the engines' batch profile run in chunks. Raises ``BadInput`` and its kinds for a
-        request that can't be right, ``NotFinite`` with step and member, ``Cancelled``, ``Busy`` and ``Closed``.
+        request that can't be right, ``Cancelled``, ``Busy`` and ``Closed``; ``NotFinite`` with step and member, which
+        has the images of the chunks that were done, and with ``partial`` only if all images failed.
         """
         job = self._job(
-            keywords, decode=decode, output=output, tile=tile, events=callback is not None, within=latency_budget_ms
+            keywords,
+            decode=decode,
+            output=output,
+            tile=tile,
+            events=callback is not None,
+            within=latency_budget_ms,
+            partial=partial,
         )
         events = self._run(job, self._queue.new(), timeout)
         try:
@@ -267,6 +278,7 @@ class Runtime:
         output: Output = "host",
         tile: Tile = "auto",
         latency_budget_ms: float | None = None,
+        partial: bool = False,
         timeout: float | None = None,
         **keywords: Unpack[SampleKeywords],
     ) -> Generator[StepEvent, None, Result]:
@@ -276,9 +288,17 @@ class Runtime:
         has the runtime to itself: other threads wait, and another request of the same thread raises ``Busy``. Any
         thread may close it: a step that runs is the last one.
         """
-        job = self._job(keywords, decode=decode, output=output, tile=tile, events=True, within=latency_budget_ms)
+        job = self._job(
+            keywords,
+            decode=decode,
+            output=output,
+            tile=tile,
+            events=True,
+            within=latency_budget_ms,
+            partial=partial,
+        )
         turn = self._queue.new()
-        return _Steps(self._run(job, turn, timeout), partial(self._queue.cancel, turn))
+        return _Steps(self._run(job, turn, timeout), lambda why: self._queue.cancel(turn, why))
 
     # --- parts of it
 
@@ -388,10 +408,15 @@ class Runtime:
         tile: Tile,
         events: bool,
         within: float | None,
+        partial: bool,
     ) -> _Job:
         """Checks what can be checked before an engine runs."""
         self._queue.check_open()
         check_choice(output, "output", OUTPUTS)
+        if not isinstance(partial, bool):
+            raise BadInput(
+                f"partial is {shown(partial)}; allowed are True and False", hint="partial=True, or leave it out"
+            )
         if decode and output == "device":
             raise BadInput(
                 "decode=True with output='device': pictures are made on the host",
@@ -410,7 +435,7 @@ class Runtime:
         if decode is None:
             decode = self.manifest.decoder.kind != "none" and output == "host"
         self._vae.check(tile, parsed.size if decode else None)
-        return _Job(parsed, plan, tile, decode, output, events, budget)
+        return _Job(parsed, plan, tile, decode, output, events, budget, partial)
 
     def _request(self, job: _Job) -> Request:
         """Encodes prompts and pictures."""
@@ -444,25 +469,53 @@ class Runtime:
     def _chunks(self, turn: Turn, job: _Job) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
         request = self._request(job)
-        decode = partial(self._vae.decode, tile=job.tile)
+        each = partial(self._vae.decode_each, tile=job.tile)
         trajectory = Trajectory(
-            self._stepper, self.device, request, job.plan, decode=decode, events=job.events, check=turn.check
+            self._stepper,
+            self.device,
+            request,
+            job.plan,
+            decode=(lambda latents: each(latents)[0]) if job.partial else partial(self._vae.decode, tile=job.tile),
+            events=job.events,
+            partial=job.partial,
+            check=turn.check,
         )
         shape = (request.n, self.manifest.latent.channels, *request.size)
         kept = self.device.empty(shape, "float32") if job.output == "device" else None
-        found = ResultCollector(trajectory, None if kept is not None else shape, decode if job.decode else None)
+        host, decode = None if kept is not None else shape, each if job.decode else None
+        found = ResultCollector(trajectory, request.seeds, host, decode, partial=job.partial)
         before: PendingChunk | None = None
-        for chunk in trajectory.chunks():
-            target = None
-            if kept is not None:
-                offset = chunk.start * kept.nbytes // request.n
-                target = self.device.view(kept, offset, (chunk.count, *shape[1:]), "float32")
-            pending = yield from trajectory.run(chunk, target)
+        try:
+            for chunk in trajectory.chunks():
+                target = None
+                if kept is not None:
+                    offset = chunk.start * kept.nbytes // request.n
+                    target = self.device.view(kept, offset, (chunk.count, *shape[1:]), "float32")
+                pending = yield from trajectory.run(chunk, target)
+                before, done = pending, before
+                if done is not None:
+                    found.add(done)
+            assert before is not None, "a request has at least one image"
+            last, before = before, None
+            found.add(last)
+        except NotFinite as error:
             if before is not None:
-                found.add(before)
-            before = pending
-        assert before is not None, "a request has at least one image"
-        found.add(before)
+                with suppress(NotFinite):
+                    found.add(before)
+            result = self._result(job, request, found, kept, error.failed)
+            error.result = result if result.drawn else None
+            raise
+        return self._result(job, request, found, kept)
+
+    def _result(
+        self,
+        job: _Job,
+        request: Request,
+        found: ResultCollector,
+        kept: Buffer | None,
+        failed: Sequence[FailedImage] = (),
+    ) -> Result:
+        """``failed``: images besides those that ``found`` knows of."""
         return Result(
             found.pictures(),
             found.latents,
@@ -474,6 +527,7 @@ class Runtime:
             prompts=request.prompts,
             loras=self._loras.to_dict(),
             budget=job.budget,
+            failed=found.failed(failed),
         )
 
 
@@ -488,6 +542,7 @@ class _Job:
     output: Output
     events: bool
     budget: ChosenSchedule | None
+    partial: bool
 
 
 class _Steps(Generator[StepEvent, None, Result]):

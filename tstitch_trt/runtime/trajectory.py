@@ -15,8 +15,11 @@ from tstitch_engines.errors import NotFinite
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.request import Request
 from tstitch_trt.runtime.lane_program import StepKey, lane_programs
-from tstitch_trt.runtime.result import Decode, SegmentTiming, StepEvent
+from tstitch_trt.runtime.result import Decode, FailedImage, SegmentTiming, StepEvent
 from tstitch_trt.runtime.stepper import Stepper
+
+DecodeEach = Callable[[NDArray[np.float32]], tuple[NDArray[np.uint8], NDArray[np.bool_]]]
+"""Pictures of latents float32 ``[N,C,h,w]``, and which of them are good."""
 
 __all__ = ["Chunk", "PendingChunk", "ResultCollector", "Trajectory"]
 
@@ -58,9 +61,12 @@ class Trajectory:
         *,
         decode: Decode,
         events: bool,
+        partial: bool,
         check: Callable[[], None],
     ) -> None:
-        """``check`` is called before each step, and raises to end the request.
+        """``decode``: for previews. ``partial``: an image that fails does not end the steps of the others.
+
+        ``check`` is called before each step, and raises to end the request.
 
         Raises ``OutOfProfile`` when the engines' profiles have no room for the plan.
         """
@@ -70,6 +76,7 @@ class Trajectory:
         self._plan = plan
         self._decode = decode
         self._events = events
+        self._partial = partial
         self._check = check
         self._splitting = stepper.splitting
         self._counts = self._splitting.chunks(request.n, guided=any(plan.guided))
@@ -111,7 +118,7 @@ class Trajectory:
     def _segments(
         self, chunk: Chunk, keys: Sequence[StepKey], watch: Stopwatch
     ) -> Generator[StepEvent, None, list[tuple[str, int]]]:
-        stepper, fault = self._stepper, self._stepper.host_fault
+        stepper, fault = self._stepper, None if self._partial else self._stepper.host_fault
         segments = []
         for segment in self._plan.schedule.segments:
             step = max(segment.start, self._request.start)
@@ -132,34 +139,48 @@ class Trajectory:
                     self._check()
                     one()
                     if fault is not None and (fault[: chunk.count] >= 0).any():
-                        self._raise_fault(fault, chunk)
+                        raise self.not_finite(self._failed(fault, chunk), chunk.count)
                     if self._events:
                         yield self._event(step, chunk)
                     step += 1
         return segments
 
-    def collect(self, done: PendingChunk) -> tuple[NDArray[np.float32] | None, list[SegmentTiming]]:
-        """The chunk's latents, unless they stay on the device, and times. Waits for it. Raises ``NotFinite``."""
-        self._raise_fault(done.fault.get(), done.chunk)
+    def collect(self, done: PendingChunk) -> tuple[NDArray[np.float32] | None, list[SegmentTiming], list[FailedImage]]:
+        """The chunk's latents, unless they stay on the device, times, and the images that failed. Waits for it."""
+        failed = self._failed(done.fault.get(), done.chunk)
         times = done.watch.milliseconds()
         timings = [SegmentTiming(name, steps, ms) for (name, steps), ms in zip(done.segments, times, strict=True)]
-        return None if done.latents is None else done.latents.get(), timings
+        return None if done.latents is None else done.latents.get(), timings, failed
 
     # --- errors
 
-    def _raise_fault(self, fault: NDArray[np.int32], chunk: Chunk) -> None:
-        bad = [lane for lane in range(chunk.count) if fault[lane] >= 0]
-        if not bad:
-            return
-        step = int(fault[bad[0]])
-        name = self._plan.schedule.names[step]
-        raise NotFinite(
-            f"NaN or infinity in the latents after step {step + 1} of {len(self._plan.schedule)}, made by member "
-            f"{name!r} (timestep {self._plan.table.t[step]:g}, seed {self._request.seeds[chunk.start + bad[0]]}; "
-            f"{len(bad)} of {chunk.count} lanes)",
-            hint=f"if {name!r} is an fp16 engine, build it with --precision {name}=fp32 or bf16; "
-            "otherwise check its checkpoint and prediction type with: tstitch-trt inspect BUNDLE",
+    def _failed(self, fault: NDArray[np.int32], chunk: Chunk) -> list[FailedImage]:
+        """The images whose lanes have a ``fault``: the step at which their latents were not finite any more."""
+        seeds, names = self._request.seeds, self._plan.schedule.names
+        lanes = [lane for lane in range(chunk.count) if fault[lane] >= 0]
+        return [
+            FailedImage(image, seeds[image], int(fault[lane]) + 1, names[int(fault[lane])])
+            for lane in lanes
+            for image in [chunk.start + lane]
+        ]
+
+    def not_finite(self, failed: Sequence[FailedImage], count: int) -> NotFinite:
+        """The error for those of ``count`` images that failed. It tells of the first."""
+        first, steps = failed[0], len(self._plan.schedule)
+        if first.step:
+            where = f"the latents after step {first.step} of {steps}"
+            when = f"timestep {self._plan.table.t[first.step - 1]:g}, "
+        else:
+            where, when = "the picture", ""
+        made_by = f"member {first.member!r}" if first.step else repr(first.member)
+        error = NotFinite(
+            f"NaN or infinity in {where}, made by {made_by} ({when}seed {first.seed}; {len(failed)} of {count} lanes)",
+            hint=f"if {first.member!r} is an fp16 engine, build it with --precision {first.member}=fp32 or bf16; "
+            "otherwise check its checkpoint and prediction type with: tstitch-trt inspect BUNDLE"
+            + ("; --partial (partial=True) draws the other images" if len(failed) < count else ""),
         )
+        error.failed = tuple(failed)
+        return error
 
     def _event(self, step: int, chunk: Chunk) -> StepEvent:
         arena, device = self._stepper.arena, self._device
@@ -188,23 +209,59 @@ class Trajectory:
 class ResultCollector:
     """What the chunks of a trajectory gave, as far as they were added: in the order of the images."""
 
-    def __init__(self, trajectory: Trajectory, shape: tuple[int, ...] | None, decode: Decode | None) -> None:
-        """``shape``: of all latents, ``None`` when they stay on the device. ``decode``: to make pictures of them."""
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        seeds: Sequence[int],
+        shape: tuple[int, ...] | None,
+        decode: DecodeEach | None,
+        *,
+        partial: bool,
+    ) -> None:
+        """``shape``: of all latents, ``None`` when they stay on the device. ``decode``: to make pictures of them.
+
+        ``partial``: images that fail are no error while there are others.
+        """
         self._trajectory = trajectory
+        self._seeds = seeds
         self._decode = decode
+        self._partial = partial
         self._pictures: list[NDArray[np.uint8]] = []
-        self.latents = None if shape is None else np.empty(shape, np.float32)
+        self._failed: list[FailedImage] = []
+        self._added = 0
+        self.latents = None if shape is None else np.full(shape, np.nan, np.float32)
         self.timings: list[SegmentTiming] = []
 
     def add(self, done: PendingChunk) -> None:
         """Waits for the chunk. Raises ``NotFinite``."""
-        part, times = self._trajectory.collect(done)
+        part, times, failed = self._trajectory.collect(done)
+        chunk = done.chunk
         before = self.timings or [SegmentTiming(t.member, t.steps, 0.0) for t in times]
         self.timings = [SegmentTiming(a.member, a.steps, a.ms + b.ms) for a, b in zip(before, times, strict=True)]
         if part is not None and self.latents is not None:
-            self.latents[done.chunk.start : done.chunk.stop] = part
+            part[[each.image - chunk.start for each in failed]] = np.nan
             if self._decode is not None:
-                self._pictures.append(self._decode(part))
+                pictures, good = self._decode(part)
+                known = {each.image for each in failed}
+                bad = [chunk.start + int(lane) for lane in np.flatnonzero(~good)]
+                failed += [FailedImage(i, self._seeds[i], 0, "vae_decoder") for i in bad if i not in known]
+                self._pictures.append(pictures)
+            self.latents[chunk.start : chunk.stop] = part
+        self._failed += failed
+        self._added = chunk.stop
+        if failed and (not self._partial or len(self._failed) == len(self._seeds)):
+            raise self._trajectory.not_finite(self._failed, len(self._seeds) if self._partial else chunk.count)
+
+    def failed(self, others: Sequence[FailedImage] = ()) -> tuple[FailedImage, ...]:
+        """The images that were not drawn: those that failed, here and among the ``others``, and those not reached."""
+        found = {each.image: each for each in (*self._failed, *others)}
+        for image in range(self._added, len(self._seeds)):
+            found.setdefault(image, FailedImage(image, self._seeds[image], 0, ""))
+        return tuple(found[image] for image in sorted(found))
 
     def pictures(self) -> NDArray[np.uint8] | None:
-        return np.concatenate(self._pictures) if self._pictures else None
+        """One for each image; black where there is none."""
+        if not self._pictures:
+            return None
+        black = np.zeros((len(self._seeds) - self._added, *self._pictures[0].shape[1:]), np.uint8)
+        return np.concatenate([*self._pictures, black])

@@ -69,7 +69,14 @@ class _Half:
             _log.info("%s: %d tiles of %dx%d pixels", self._part.name, len(tiles), f * tiles.width, f * tiles.height)
 
     def _run(
-        self, name: str, array: Array, size: tuple[int, int], tile: Tile, outputs: Mapping[str, int]
+        self,
+        name: str,
+        array: Array,
+        size: tuple[int, int],
+        tile: Tile,
+        outputs: Mapping[str, int],
+        *,
+        finite: bool = True,
     ) -> dict[str, Array]:
         """The engine's ``outputs``, each with its elements per element of the latent of ``size`` along a side.
 
@@ -80,7 +87,7 @@ class _Half:
         blends = {output: Blend(tiles, size, factor=factor) for output, factor in outputs.items()}
         for y, x in tiles:
             part = array[:, :, f * y : f * (y + tiles.height), f * x : f * (x + tiles.width)]
-            found = self._part({name: part}, {"H": tiles.height, "W": tiles.width})
+            found = self._part({name: part}, {"H": tiles.height, "W": tiles.width}, finite=finite)
             for output, blend in blends.items():
                 blend.add((y, x), found[output])
         return {output: blend.result() for output, blend in blends.items()}
@@ -89,14 +96,14 @@ class _Half:
 class VaeDecoder(_Half):
     """The component ``vae_decoder``."""
 
-    def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
+    def images(self, latents: Array, *, tile: Tile = "auto", finite: bool = True) -> Array:
         """Latents float32 ``[N,C,h,w]`` in the bundle's scaling to images ``[N,3,H,W]`` in about [-1, 1].
 
         A tile sees nothing beyond its edges, and a KL decoder normalises by the mean and variance of what it sees:
-        tiled pictures differ a little from whole ones, most where tiles are small.
+        tiled pictures differ a little from whole ones, most where tiles are small. ``finite``: see ``Component``.
         """
         size = (latents.shape[2], latents.shape[3])
-        return self._run("latent", latents, size, tile, {"image": self.factor})["image"]
+        return self._run("latent", latents, size, tile, {"image": self.factor}, finite=finite)["image"]
 
 
 class VaeEncoder(_Half):
@@ -171,7 +178,18 @@ class Vae:
         """Latents float32 ``[N,C,h,w]`` to pictures uint8 ``[N,H,W,C]``. Raises ``Unavailable`` without a decoder."""
         return to_pixels(self.images(latents, tile=tile))
 
-    def images(self, latents: Array, *, tile: Tile = "auto") -> Array:
+    def decode_each(self, latents: Array, *, tile: Tile = "auto") -> tuple[Pixels, NDArray[np.bool_]]:
+        """``decode`` where some latents may be NaN, and which of the pictures are good; the others are black.
+
+        The decoder gets zeros in place of such latents: the others' batch, and so their pictures, stay the same.
+        """
+        good: NDArray[np.bool_] = np.asarray(np.isfinite(latents).all(axis=(1, 2, 3)))
+        images = self.images(np.where(good[:, None, None, None], latents, np.float32(0)), tile=tile, finite=False)
+        good &= np.isfinite(images).all(axis=(1, 2, 3))
+        images[~good] = -1
+        return to_pixels(images), good
+
+    def images(self, latents: Array, *, tile: Tile = "auto", finite: bool = True) -> Array:
         """Like ``decode``, as float32 ``[N,3,H,W]`` in about [-1, 1]."""
         manifest = self._manifest
         if manifest.decoder.kind == "pixel":
@@ -182,7 +200,7 @@ class Vae:
                 f"the bundle {manifest.name!r} has no decoder: it gives latents, not pictures",
                 hint="write the latents (--latents-out FILE.npy, or sample(decode=False)) and decode them yourself",
             )
-        return self._decoder.images(latents, tile=tile)
+        return self._decoder.images(latents, tile=tile, finite=finite)
 
     def encode(self, pictures: Array, *, tile: Tile = "auto") -> tuple[Array, Array]:
         """See ``VaeEncoder.encode``. Raises ``Unavailable`` without an encoder."""

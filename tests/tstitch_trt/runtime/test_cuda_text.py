@@ -165,15 +165,15 @@ def test_a_chunk_is_decoded_beside_the_steps_of_the_next(
     asked: dict[str, Any] = {"prompt": "a red fox", "steps": 4, "schedule": "plain:0.5,steered"}
     gpu.sample(n=4, **asked)
     left: list[int] = []
-    decode = Vae.decode
+    images = Vae.images
 
     def watched(vae: Vae, latents: np.ndarray, **options: Any) -> np.ndarray:
-        pictures = decode(vae, latents, **options)
+        pictures = images(vae, latents, **options)
         left.append(sum(kind == "Kernel" for kind, _ in main.queue))
         return pictures
 
     with monkeypatch.context() as patch:
-        patch.setattr(Vae, "decode", watched)
+        patch.setattr(Vae, "images", watched)
         ours = gpu.sample(n=11, seed=2, **asked)
     assert len(left) == 3
     assert left[0] > 0  # the second chunk's steps are not done, and the first chunk's pictures are there
