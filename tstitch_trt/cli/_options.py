@@ -147,13 +147,15 @@ class PictureOptions:
     strength: float | None = option("Share of the steps run from --image. [0.8; 1 with --mask]", "S")
     mask: Path | None = option("Paint only what is white here; keep the rest of --image.", "FILE")
     resize: bool = option("Bring --image, --mask and --control to the picture's size.")
-    control: Path | None = option("A picture for the ControlNet (edges, depth...).", "FILE")
+    control: Path | None = option(
+        "A picture for the ControlNet (edges, depth...); grey ones of 16 bits or floats keep their precision.", "FILE"
+    )
     control_scale: float | None = option("How much the ControlNet has to say. [1]", "X")
 
     def keywords(self, manifest: Manifest) -> ImageKeywords:
         """Keywords of ``Runtime.sample``. Reads the files."""
         from tstitch_trt.cli._parsing import parse_pixels
-        from tstitch_trt.images.read import read_mask, read_picture
+        from tstitch_trt.images.read import read_control, read_mask, read_picture
 
         if self.resize and not (self.image or self.mask or self.control):
             raise BadInput("--resize was given without a picture", hint="leave it out, or add --image FILE")
@@ -178,7 +180,7 @@ class PictureOptions:
         if self.mask is not None:
             found["mask"] = read_mask(self.mask, size=target, resize=self.resize, what="--mask")
         if self.control is not None:
-            found["control"] = read_picture(self.control, size=target, resize=self.resize, what="--control")
+            found["control"] = read_control(self.control, size=target, resize=self.resize, what="--control")
         return found
 
     def tiles(self) -> Tile:

@@ -32,6 +32,7 @@ __all__ = [
 
 Array = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
+_NO_LEVELS: Final = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 _HOST: Final = (1, 3)  # DLPack: the CPU, and pinned memory
 _MOST_ENTRIES: Final = 1 << 24  # of lists, which take a second to read; arrays may be larger
 _WORTH_A_LOOK: Final = 1 << 26  # bytes
@@ -39,6 +40,12 @@ _WORTH_A_LOOK: Final = 1 << 26  # bytes
 
 def read_array(value: object, what: str) -> NDArray[np.generic]:
     """``value`` as a numpy array, without a copy where it can be. Raises ``BadInput``."""
+    mode = getattr(value, "mode", "") if type(value).__module__.startswith("PIL.") else ""
+    if mode in _NO_LEVELS:
+        raise BadInput(
+            f"{what} is a PIL image of mode {mode!r}, whose numbers are no levels of red, green, blue or grey",
+            hint="numpy.asarray(picture.convert('RGB')), or 'L' for a mask",
+        )
     try:
         if isinstance(value, list | tuple | range) and _entries(value) > _MOST_ENTRIES:
             raise ValueError(f"lists of more than {_MOST_ENTRIES:,} numbers are not made into arrays")
@@ -82,9 +89,14 @@ def as_pictures(array: NDArray[np.generic], *, what: str, channels: int) -> Pixe
     if pixels.ndim == 3:
         pixels = pixels[None]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != channels or not pixels.size:
+        hint = "numpy.asarray(picture.convert('RGB')) makes that of a PIL image"
+        if array.dtype.kind in "iuf" and array.dtype != np.uint8:  # PIL would cut them off at 255
+            white = "65535" if array.dtype.kind in "iu" else "1"
+            hint = f"scale it by its white, e.g. (255 * (x / {white})).round().astype('uint8')"
+            hint += ", or give float [N,3,H,W] from 0 to 1" if what == "control" else ""
         raise BadInput(
             f"{what} is {array.dtype}{list(array.shape)}; needed is uint8 [H,W,{channels}] or [N,H,W,{channels}]",
-            hint="numpy.asarray(picture.convert('RGB')) makes that of a PIL image",
+            hint=hint,
         )
     return np.array(pixels, np.uint8, order="C")
 
@@ -119,7 +131,7 @@ def read_masks(value: object, *, size: tuple[int, int]) -> Array:
         mask = mask[..., 0]
     if mask.ndim == 2:
         mask = mask[None]
-    if mask.ndim != 3 or mask.dtype.kind not in "bfu" or not mask.size:
+    if mask.ndim != 3 or not (mask.dtype.kind in "bf" or mask.dtype == np.uint8) or not mask.size:
         raise BadInput(
             f"mask is {given.dtype}{list(given.shape)}; needed is [H,W] or [N,H,W] of bool, uint8 or floats in 0..1",
             hint="numpy.asarray(picture.convert('L')) makes that of a PIL image",
@@ -131,6 +143,11 @@ def read_masks(value: object, *, size: tuple[int, int]) -> Array:
         )
     if not np.isfinite(mask).all():
         raise NotFiniteInput("NaN or infinity in the mask", hint="give it as bool: true where to paint anew")
+    if mask.dtype.kind == "f" and not (mask.min() >= 0 and mask.max() <= 1):
+        raise BadInput(
+            f"the mask has floats from {mask.min():g} to {mask.max():g}; allowed are those from 0 to 1",
+            hint="give it as bool: true where to paint anew",
+        )
     half = 128 if mask.dtype.kind == "u" else 0.5
     return np.asarray(mask if mask.dtype.kind == "b" else mask >= half)[:, None].astype(np.float32)
 
