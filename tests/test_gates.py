@@ -39,11 +39,15 @@ GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
     ),
     "pickles are read, weights only": (
         lambda node, called: called.endswith("torch.load"),
-        {"tstitch_export.checkpoint.checkpoint", "tstitch_export.train.loop"},
+        {
+            "tstitch_engines.backends.torch_archive",
+            "tstitch_export.checkpoint.checkpoint",
+            "tstitch_export.train.loop",
+        },
     ),
     "code is made of text": (
         lambda node, called: called in ("eval", "exec", "compile"),
-        {"tstitch_trt.cli"},  # of an empty text
+        {"tstitch_trt.cli._signals"},  # of an empty text
     ),
     "libraries are opened": (
         lambda node, called: called.endswith(("CDLL", "register_custom_ops_library", "load_library")),

@@ -9,6 +9,7 @@ from support.exports import graph_of, network_plan, onnx_of
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Backend
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, Network
+from tstitch_engines.compile.load import load_own
 from tstitch_engines.device.open import open_device
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile
@@ -49,5 +50,6 @@ def load_part(name: str, network: Network, folder: Path, profile: dict[str, Rang
     )
     device = open_device("cpu")
     path = compile_part(backend, network, folder, profile)
-    engine = backend.load(path, member=network, identity=identity, device=device, threads=1)
+    files = [path, *path.parent.glob(f"{path.name}.*")]
+    engine = load_own(backend, files, network, identity, device, threads=1)
     return Component(name, network, engine, device)

@@ -31,6 +31,7 @@ __all__ = [
     "parse_budgets",
     "rebuild_option",
     "threads_option",
+    "trust_option",
 ]
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -38,6 +39,10 @@ EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
 
 def rebuild_option() -> Any:
     return option("First compile engines again that are missing, damaged or don't fit this machine.")
+
+
+def trust_option() -> Any:
+    return option("Load engines that may run code (TensorRT, PyTorch) though this machine did not compile them.")
 
 
 def threads_option(text: str = "CPU threads.") -> Any:
@@ -71,6 +76,7 @@ class LoadOptions(LimitOptions):
         "Replay recorded CUDA graphs of a step, of all equal steps in a row, or none.", default="auto"
     )
     rebuild: bool = rebuild_option()
+    trust: bool = trust_option()
 
     def open(self, bundle: Path) -> Runtime:
         """The runtime; with ``--rebuild`` under a progress bar."""

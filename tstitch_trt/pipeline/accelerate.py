@@ -235,4 +235,5 @@ def _bundle(path: Path) -> Bundle:
     if ComponentName.VAE_DECODER not in opened.manifest.parts:
         raise Unavailable(f"the bundle {path} has no VAE", hint="give the pipeline its vae")
     plain = Defaults(schedule="small:0.4,large")
-    return Bundle(opened.root, msgspec.structs.replace(opened.manifest, defaults=plain))
+    opened.manifest = msgspec.structs.replace(opened.manifest, defaults=plain)
+    return opened

@@ -11,7 +11,7 @@ from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.checks import check_choice
 from tstitch_engines.child import Limits
-from tstitch_engines.compile.load import load_engine
+from tstitch_engines.compile.load import load_engine, require_trust
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
@@ -38,6 +38,7 @@ def load(
     graph: GraphMode = "auto",
     stream: Any = None,
     rebuild: bool = False,
+    trust: bool = False,
     overlap: bool = True,
     progress: Progress | None = None,
     chooser: ChooserFactory | None = None,
@@ -65,6 +66,9 @@ def load(
     then gets the phase and the share done. ``time_limit`` and ``memory_limit``: of the child process that compiles one,
     as of ``tstitch_export.build.build``.
 
+    ``trust``: engines that may run code when they are loaded (TensorRT's plans, PyTorch's programs) may be loaded from
+    this bundle. Without it they load where ``backend`` names theirs, or this machine compiled them.
+
     ``chooser``: makes what chooses schedules for ``latency_budget_ms``; by default of ``tstitch_trt.load`` the one that
     reads the bundle's calibration and studies (``tstitch_trt.study.budget``).
 
@@ -72,7 +76,8 @@ def load(
 
     Raises ``BadBundle`` for a damaged bundle, ``BadEngine`` for engines that don't fit this machine (naming each
     field that differs and the command that rebuilds them), ``BadInput`` for an option that these engines or this
-    device can't honour, ``Unavailable`` for a missing library or device.
+    device can't honour, ``Unavailable`` for a missing library or device, ``Untrusted`` for engines that nobody vouches
+    for, ``Unsafe`` for files that hold pickled objects or read files that the bundle does not list.
     """
     if threads is not None and threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
@@ -90,15 +95,17 @@ def load(
     used = threads or (default_threads() if place.name == "cpu" else 0)
     name = backend or default_backend(opened)
     library = open_backend(name)
+    trusted = trust or backend is not None
     if rebuild:
         every = opened.manifest.networks()
         opened = rebuild_engines(
-            opened, library, place.name, names=every, verify=verify, progress=progress, limits=limits
+            opened, library, place.name, names=every, trusted=trusted, verify=verify, progress=progress, limits=limits
         )
     networks = opened.manifest.networks()
     options = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
     chosen = {network: select_engine(opened, network, library, place.name) for network in networks}
     for network, record in chosen.items():
+        require_trust(opened, network, record, library, trusted=trusted)
         check_load_options(opened, network, record, library, place.name, options)
     decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
     engines: dict[str, Engine] = {}
@@ -107,7 +114,7 @@ def load(
         EXIT.enter(entered)
         for network, record in chosen.items():
             where = decoding if network == ComponentName.VAE_DECODER else place
-            engines[network] = load_engine(opened, network, record, library, where, threads=used)
+            engines[network] = load_engine(opened, network, record, library, where, threads=used, trusted=trusted)
     except BaseException:
         for engine in engines.values():
             engine.close()

@@ -14,7 +14,7 @@ from tstitch_engines.bundle.manifest import SCHEMA, EngineRecord
 from tstitch_engines.compile.bundle import compile_command
 from tstitch_engines.compile.load import load_engine
 from tstitch_engines.device.open import open_device
-from tstitch_engines.errors import BadEngine, FailedWork, Unavailable
+from tstitch_engines.errors import BadEngine, FailedWork, Unavailable, Untrusted
 from tstitch_engines.host_call import HostRunner
 from tstitch_trt.verify.compare import LIMITS, Comparison, EngineCheck, Status, compare, draw_inputs, verdict
 from tstitch_trt.verify.references import References
@@ -30,11 +30,13 @@ def check_engine(
     *,
     gpu: str,
     threads: int,
+    trusted: bool,
     tick: Callable[[str], None],
 ) -> EngineCheck:
     """Checks one engine of the network ``name``, and compares it with its references where it can run here.
 
-    ``references``: opened by the first call. ``gpu``: where engines for GPUs run; ``cpu`` leaves them out.
+    ``references``: opened by the first call. ``gpu``: where engines for GPUs run; ``cpu`` leaves them out. ``trusted``:
+    see ``compile.load``.
     """
     identity, network = record.identity, bundle.manifest.networks()[name]
     limit, why = LIMITS[network.precision]
@@ -66,9 +68,11 @@ def check_engine(
         )
         check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=again)
         plan = describe_file(identity, path, again)
-        runner = _load(bundle, name, record, place, threads, again)
+        runner = _load(bundle, name, record, place, threads, again, trusted=trusted)
     except Unavailable as error:
         return result("not checked", error.message)
+    except Untrusted as error:
+        return result("not checked", f"{error.message}; {error.hint}")
     except BadEngine as error:
         return result("failed", error.message)
     with closing(runner):
@@ -84,8 +88,10 @@ def check_engine(
     return result(*verdict(comparisons, limit), comparisons)
 
 
-def _load(bundle: Bundle, name: str, record: EngineRecord, place: str, threads: int, again: str) -> HostRunner:
-    """Raises ``Unavailable`` for an engine that can't run here."""
+def _load(
+    bundle: Bundle, name: str, record: EngineRecord, place: str, threads: int, again: str, *, trusted: bool
+) -> HostRunner:
+    """Raises ``Unavailable`` for an engine that can't run here, ``Untrusted`` for one that is not to."""
     identity = record.identity
     backend = open_backend(identity.backend)
     if place == "cpu" and for_gpu(identity.backend, identity.arch):
@@ -97,4 +103,4 @@ def _load(bundle: Bundle, name: str, record: EngineRecord, place: str, threads: 
         backend.check_file(bundle.path(record.files[0]), device.name)
     except BadEngine as error:  # a sound engine for another machine or version
         raise Unavailable(error.message, hint=error.hint) from None
-    return HostRunner(load_engine(bundle, name, record, backend, device, threads=threads), device)
+    return HostRunner(load_engine(bundle, name, record, backend, device, threads=threads, trusted=trusted), device)

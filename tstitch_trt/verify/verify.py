@@ -58,6 +58,7 @@ def verify(
     device: str = "cuda",
     checkpoints: Mapping[str, Path] | None = None,
     rebuild: bool = False,
+    trust: bool = False,
     progress: Progress = silent,
     time_limit: float | str | None = None,
     memory_limit: int | str | None = None,
@@ -73,7 +74,8 @@ def verify(
     graph and the same graph in float32. ``checkpoints``: the origins of members and parts. Their PyTorch side is then
     the family's module with the checkpoint's weights, not the graph's, which works for DiTs in the published layout
     only. ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: first compiles engines
-    that are missing, damaged or don't fit, of every backend that runs here or of ``backend``.
+    that are missing, damaged or don't fit, of every backend that runs here or of ``backend``. ``trust``: also load
+    engines that may run code and that this machine did not compile; those of ``backend`` are loaded without it.
 
     Engines and references run in a child process, since a graph may be made to run or grow without end. It is ended
     when one engine takes longer than ``time_limit`` (seconds, or ``30m``; an hour by default) or when it holds more
@@ -89,9 +91,10 @@ def verify(
     if threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     parse_device(device)
+    trusted = trust or backend is not None
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
     if rebuild:
-        opened = _rebuilt(opened, backend, members, device, progress, limits)
+        opened = _rebuilt(opened, backend, members, device, progress, limits, trusted=trusted)
     chosen = _select(opened, backend, members)
     for name in checkpoints or {}:
         if name not in opened.manifest.networks():
@@ -107,6 +110,7 @@ def verify(
             threads=threads,
             layers=layers,
             device=device,
+            trusted=trusted or opened.vouched,
             checkpoints={name: str(Path(path).absolute()) for name, path in (checkpoints or {}).items()},
             folder=folder,
         )
@@ -124,7 +128,9 @@ def verify(
 
 
 class VerifyRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What the child is to check: ``chosen`` engines with the networks they are of. ``folder``: for temporary files."""
+    """What the child is to check: ``chosen`` engines with the networks they are of. ``trusted``: see
+    ``compile.load``. ``folder``: for temporary files.
+    """
 
     root: str
     manifest: Manifest
@@ -134,6 +140,7 @@ class VerifyRequest(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     layers: bool
     device: str
+    trusted: bool
     checkpoints: dict[str, str]
     folder: str
 
@@ -158,7 +165,11 @@ def verify_here(request: VerifyRequest, channel: Channel) -> Verification:
             tick = partial(lambda share, text: channel.progress(text, share), index / len(chosen))
             tick(f"{name}, {record.identity.backend}")
             check = check_engine(
-                opened, name, record, references, gpu=request.device, threads=request.threads, tick=tick
+                *(opened, name, record, references),
+                gpu=request.device,
+                threads=request.threads,
+                trusted=request.trusted,
+                tick=tick,
             )
             checks.append(check)
         if request.layers:
@@ -176,6 +187,8 @@ def _rebuilt(
     device: str,
     progress: Progress,
     limits: Limits,
+    *,
+    trusted: bool,
 ) -> Bundle:
     """``bundle`` with fitting engines of ``backend``, or of every backend it has engines of that runs here."""
     networks = bundle.manifest.networks()
@@ -198,6 +211,7 @@ def _rebuilt(
             library,
             place,
             names=names,
+            trusted=trusted,
             progress=lambda phase, share: progress(f"compiling {phase}", 0.0),
             limits=limits,
         )

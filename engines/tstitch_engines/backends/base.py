@@ -188,6 +188,7 @@ class Backend(ABC):
     model_kind: Literal["onnx", "exported-program"] = "onnx"  # what `compile` wants to be given
     engine_suffix: str = ".engine"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {}  # what `compile` understands: name -> (type, one-line help)
+    runs_code: ClassVar[str] = ""  # how loading one of its engines may run code that is in it; empty: it can't
     unrecorded: ClassVar[frozenset[str]] = frozenset()  # options that do not change what is compiled, only the work
 
     @abstractmethod

@@ -14,9 +14,19 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from tstitch_engines.backends.base import Backend, CompileJob, Engine
+from tstitch_engines.backends.torch_archive import check_archive
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.device.open import parse_device
-from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, FailedWork, Unavailable, first_line
+from tstitch_engines.errors import (
+    BadEngine,
+    BadInput,
+    BuildFailed,
+    FailedWork,
+    TStitchError,
+    Unavailable,
+    Unsafe,
+    first_line,
+)
 from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import storage_dtype
@@ -44,6 +54,7 @@ class TorchBackend(Backend):
     name = "torch"
     model_kind = "exported-program"
     engine_suffix = ".pt2"
+    runs_code = "PyTorch evaluates expressions and looks up operators that the program names"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
         "compile": (
             str,
@@ -73,7 +84,7 @@ class TorchBackend(Backend):
         try:
             self._program(model)
             shutil.copyfile(model, output)
-        except OSError:
+        except (OSError, Unsafe):
             raise
         except Exception as error:
             raise BuildFailed(
@@ -104,6 +115,8 @@ class TorchBackend(Backend):
             need_toolchain(kind)
         try:
             program = self._program(path)
+        except TStitchError:
+            raise
         except Exception as error:
             raise BadEngine(
                 f"PyTorch {self.version()} can't load the engine {path.name}: {first_line(error)}", hint=_REBUILD
@@ -117,6 +130,8 @@ class TorchBackend(Backend):
         return _TorchEngine(self._torch, program.module(), member, identity, device, mode=mode, threads=threads)
 
     def _program(self, path: Path) -> Any:
+        """Raises ``Unsafe`` for pickled objects, trusted or not, and whatever PyTorch raises."""
+        check_archive(self._torch, path)
         with silence_output():  # torch.export announces deprecations, and prints tracebacks of what it then raises
             return self._torch.export.load(path)
 

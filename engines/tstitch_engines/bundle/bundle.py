@@ -39,11 +39,16 @@ STUDIES = "studies"
 
 
 class Bundle:
-    """An opened bundle: its manifest is well formed and every file of it was there when it was opened."""
+    """An opened bundle: its manifest is well formed and every file of it was there when it was opened.
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    ``hashed``: every file had the hash that the manifest states. ``vouched``: it had a signature that was required.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, *, hashed: bool = False, vouched: bool = False) -> None:
         self.root = root
         self.manifest = manifest
+        self.hashed = hashed
+        self.vouched = vouched
 
     def path(self, component: Component) -> Path:
         """Where a component lies. Raises ``BadBundle`` when that is outside the bundle."""
@@ -134,7 +139,7 @@ def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full", *, e
                 check_onnx(root / network.onnx[0].path, siblings(network.onnx))
             except NotOnnx as error:
                 raise BadBundle(str(error), hint=f"build it again: {rebuild}") from None
-    return Bundle(root, manifest)
+    return Bundle(root, manifest, hashed=engines and verify == "full")
 
 
 def _read_manifest(root: Path) -> Manifest:

@@ -113,7 +113,11 @@ def _compiler(
             )
         dims[name] = found
     if options is None:
-        options = backend.options_for(same[0].options, device) if same else {}
+        # A manifest names no file that is written to (timing-cache).
+        recorded = (
+            {key: value for key, value in same[0].options.items() if key not in backend.unrecorded} if same else {}
+        )
+        options = backend.options_for(recorded, device)
     return Compiler(
         backend=backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache, limits=limits
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 
 from tstitch_engines.backends import Backend
+from tstitch_engines.bundle.built_here import is_built_here, note_built
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.cache import Cache, Entry
 from tstitch_engines.bundle.files import copy_component
@@ -74,7 +75,14 @@ class Compiler:
         identity, what = self.identity(member), f"{what}: {self.backend.name} engine"
         networks = previous.manifest.networks() if previous is not None else {}
         old = networks[name].engines if name in networks else ()
-        fitting = (record for record in old if record.identity == identity and not self.cache.fresh)
+        # What may run code is not taken over from a bundle of unknown origin.
+        fitting = (
+            record
+            for record in old
+            if record.identity == identity
+            and not self.cache.fresh
+            and (not self.backend.runs_code or is_built_here(record.files))
+        )
         engine = next((record for record in fitting if keep_record(previous, record, staging)), None)
         if engine is None:
             engine = self._compiled(name, member, identity, staging, what, report, model)
@@ -137,6 +145,7 @@ class Compiler:
             files = tuple(
                 copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
             )
+        note_built(files)
         return EngineRecord(files=files, identity=identity)
 
 

@@ -1,4 +1,9 @@
-"""Loading engines. ``Backend.load`` is called here and nowhere else."""
+"""Loading engines. ``Backend.load`` is called here and nowhere else, after the question whether to trust the engine.
+
+Loading an engine of some backends may run code that is in it (``Backend.runs_code``). Such an engine loads when the
+caller named the backend or trusts the bundle, when this machine compiled it, or when the bundle has a signature that
+the caller required. Otherwise a file from a stranger would decide what runs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tstitch_engines.bundle.built_here import is_built_here
 from tstitch_engines.bundle.manifest import siblings
+from tstitch_engines.errors import Untrusted
 
 if TYPE_CHECKING:
     from tstitch_engines.backends import Backend, Engine
@@ -14,13 +21,21 @@ if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import EngineIdentity, EngineRecord, Network
     from tstitch_engines.device.base import Device
 
-__all__ = ["load_engine", "load_own"]
+__all__ = ["load_engine", "load_own", "require_trust"]
 
 
 def load_engine(
-    bundle: Bundle, name: str, record: EngineRecord, backend: Backend, device: Device, *, threads: int
+    bundle: Bundle,
+    name: str,
+    record: EngineRecord,
+    backend: Backend,
+    device: Device,
+    *,
+    threads: int,
+    trusted: bool,
 ) -> Engine:
-    """An engine of the network ``name`` of a bundle. Raises what ``Backend.load`` raises."""
+    """An engine of the network ``name``. Raises what ``require_trust`` and ``Backend.load`` raise."""
+    require_trust(bundle, name, record, backend, trusted=trusted)
     return backend.load(
         bundle.path(record.files[0]),
         beside=siblings(record.files),
@@ -29,6 +44,29 @@ def load_engine(
         device=device,
         threads=threads,
     )
+
+
+def require_trust(bundle: Bundle, name: str, record: EngineRecord, backend: Backend, *, trusted: bool) -> None:
+    """Raises ``Untrusted`` for an engine that may run code when it is loaded and that nobody vouches for.
+
+    ``trusted``: the caller named the backend, or trusts the bundle.
+    """
+    if trusted or not backend.runs_code or bundle.vouched or _built_here(bundle, record):
+        return
+    raise Untrusted(
+        f"the {backend.name} engine of {bundle.manifest.word(name)} {name!r} in {bundle.root} was not compiled on this "
+        f"machine, and loading it may run code: {backend.runs_code}",
+        hint=f"if you trust who made the bundle: --backend {backend.name} or --trust (trust=True), or "
+        "--require-signature KEY where it is signed; else use an engine of onnxruntime, which is data",
+    )
+
+
+def _built_here(bundle: Bundle, record: EngineRecord) -> bool:
+    if not is_built_here(record.files):
+        return False
+    if not bundle.hashed:
+        bundle.check_files(record.files)
+    return True
 
 
 def load_own(

@@ -12,6 +12,7 @@ from tstitch_engines.bundle.identity import check_identity, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
 from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.bundle import compile_command, recompile
+from tstitch_engines.compile.load import require_trust
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput
 from tstitch_engines.progress import Progress
 
@@ -69,11 +70,15 @@ def rebuild(
     device: str,
     *,
     names: Iterable[str],
+    trusted: bool,
     verify: Literal["full", "size"] = "full",
     progress: Progress | None = None,
     limits: Limits = DEFAULT,
 ) -> Bundle:
-    """``bundle`` with engines that fit ``device``: those that are missing, damaged or don't fit are compiled again.
+    """``bundle`` with engines that fit ``device``.
+
+    Compiled again are those that are missing, damaged, don't fit, or may run code and are not ``trusted``
+    (``compile.load``).
 
     From the bundle's own ONNX, with the recorded options and profile; see ``recompile``. The bundle itself comes back
     when nothing is to be done.
@@ -81,7 +86,10 @@ def rebuild(
     stale: list[str] = []
     for name in names:
         try:
-            bundle.check_files(select_engine(bundle, name, backend, device).files, full=verify == "full")
+            record = select_engine(bundle, name, backend, device)
+            bundle.check_files(record.files, full=verify == "full")
+            if backend.model_kind == "onnx":
+                require_trust(bundle, name, record, backend, trusted=trusted)
         except (BadEngine, BadBundle) as error:
             _log.info("compiling again: %s", error.message)
             stale.append(name)

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,12 +20,14 @@ from support.tiny import TinyPair
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.backends.torch_compile import mode_of
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.compile.load import load_own
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, BadInput, BuildFailed, Unavailable, UnknownName
 from tstitch_engines.progress import silent
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
+from tstitch_trt.reference.recorder import own_files
 
 PROFILE = ShapeProfile({"B": Range(1, 2, 4)})
 
@@ -66,7 +69,7 @@ class Engines:
         library = open_backend(backend)
         output = self.folder / f"{'-'.join((backend, *options.values()))}{library.engine_suffix}"
         library.compile(
-            member=MEMBER,
+            member=msgspec.structs.replace(MEMBER, onnx=own_files(self.folder / "model.onnx")),
             model=self.folder / ("model.onnx" if library.model_kind == "onnx" else "model.pt2"),
             profile=PROFILE,
             device="cpu",
@@ -89,7 +92,9 @@ class Engines:
             options=options,
         )
         device = open_device("cpu")
-        return library.load(self.make(backend, **options), member=MEMBER, identity=identity, device=device, threads=0)
+        output = self.make(backend, **options)
+        files = [output, *output.parent.glob(f"{output.name}.*")]
+        return load_own(library, files, MEMBER, identity, device, threads=0)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ class TensorRtBackend(Backend):
 
     options = OPTIONS
     unrecorded = UNRECORDED
+    runs_code = "a plan is machine code, and may bring libraries of its own"
 
     def __init__(self, flavour: Flavour) -> None:
         self.flavour = flavour

@@ -15,9 +15,10 @@ import torch
 from support.exports import graph_of, network_plan, onnx_of
 from support.tiny_families import controlnet_folder, unet_folder
 from tstitch_engines.backends import open_backend
-from tstitch_engines.bundle.manifest import Component, Network, Precision, TextInputs
+from tstitch_engines.bundle.manifest import Network, Precision, TextInputs
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import Family, Inspection
+from tstitch_trt.reference.recorder import own_files
 
 
 def ignore(phase: str, share: float) -> None:
@@ -61,7 +62,7 @@ def compiled_by_rtx(found: Exported, folder: Path, precision: Precision = "fp32"
         precision=precision,
         inputs=found.family.inputs(found.inspection, precision),
         outputs=found.family.outputs(found.inspection, precision),
-        onnx=(Component(path="model.onnx", sha256="", bytes=found.graph.stat().st_size),),
+        onnx=own_files(found.graph),
         sources=(),
         check=None,
         config={},
