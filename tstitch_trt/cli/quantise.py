@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import PromptsFile, StepOptions, threads_option
+from tstitch_trt.cli._options import LimitOptions, PromptsFile, StepOptions, threads_option
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Member
@@ -26,7 +26,7 @@ tstitch-trt quantise sd15.bundle --member large --mode int8 --prompts prompts.tx
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(LimitOptions):
     member: str = option("The member to quantise.", "NAME", required=True)
     mode: str = option("int8, or fp8 (compute capability 8.9 or newer).", "MODE", required=True)
     output: Path = option("The new bundle's directory.", "DIR", "-o", "--output", required=True)

@@ -27,6 +27,7 @@ from tstitch_engines.bundle.files import copy_component, temporary_directory
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
 from tstitch_engines.bundle.weights import WEIGHTS
+from tstitch_engines.child import Limits
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.progress import Phases
@@ -59,6 +60,8 @@ def quantise(
     prompts: Sequence[str] = (),
     threads: int = 0,
     progress: Progress = silent,
+    time_limit: float | str | None = None,
+    memory_limit: int | str | None = None,
 ) -> Manifest:
     """Writes ``bundle`` with ``member`` quantised to the new bundle ``output`` and returns its manifest.
 
@@ -67,13 +70,16 @@ def quantise(
     bundle's own. ``steps``, ``solver``, ``guidance``: of the trajectories, by default the bundle's (guidance 1.5 where
     that is off and there is a null class). ``calibration``: ``max`` or, for int8, ``entropy``. ``prompts``: of a text
     bundle, in turn, by default ``PROMPTS``. ``high_precision``: the precision of the other layers. ``keep``: layers to
-    leave in it, by name or pattern.
+    leave in it, by name or pattern. ``time_limit``, ``memory_limit``: of each child process that compiles or quantises
+    a graph, as of ``tstitch_export.build.build``.
 
     The same settings give the same graph. ``output`` appears whole or not at all. Raises ``BadInput`` before any long
-    work, ``Unavailable`` without nvidia-modelopt or ONNX Runtime, ``BuildFailed``, ``NotFinite``.
+    work, ``Unavailable`` without nvidia-modelopt or ONNX Runtime, ``BuildFailed``, ``NotFinite``,
+    ``OutOfTime`` and ``OutOfMemory``.
     """
     from tstitch_export.quantise.quantise import check_method, check_quantisable, need_modelopt
 
+    limits = Limits.of(time_limit, memory_limit)
     check_method(mode, calibration, high_precision)
     for name, number, low in (("samples", samples, 1), ("seed", seed, 0), ("threads", threads, 0)):
         if number < low:
@@ -95,7 +101,7 @@ def quantise(
     wanted = {"steps": steps, "solver": solver, "guidance": guidance}
     plan = plan_calibration(manifest, member, schedules, wanted, samples=samples, seed=seed, prompts=prompts)
     graph = (mode, calibration, high_precision, tuple(keep), samples, seed)
-    return write_bundle(place, _Work(opened, member, *graph, plan, threads, Phases(progress)).fill).manifest
+    return write_bundle(place, _Work(opened, member, *graph, plan, threads, Phases(progress), limits).fill).manifest
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class _Work:
     plan: CalibrationPlan
     threads: int
     phases: Phases
+    limits: Limits
 
     def fill(self, staging: Path) -> Manifest:
         # Inside the bundle being made: the same file system, which must have room anyway, and gone with it.
@@ -118,6 +125,7 @@ class _Work:
             self.phases.phase("compiling the members", 0.0, 0.05)
             trajectories = Trajectories(
                 self.bundle,
+                limits=self.limits,
                 options=self.plan.options,
                 folder=folder,
                 threads=self.threads,
@@ -150,6 +158,7 @@ class _Work:
             method=self.method,
             high_precision=self.high_precision,
             keep=self.keep,
+            limits=self.limits,
         )
         member = msgspec.structs.replace(
             source,

@@ -15,6 +15,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Manifest, Member, Network
+from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.load import load_own
 from tstitch_engines.device.base import Device
 from tstitch_engines.device.open import open_device
@@ -56,17 +57,19 @@ class Trajectories:
         tick: Callable[[], None],
         names: Iterable[str] | None = None,
         prompts: Sequence[str] = (),
+        limits: Limits = DEFAULT,
     ) -> None:
         """``options``: shared by all trajectories, without a schedule. ``tick`` is called after every step.
 
         ``names``: the members that run, by default all. ``prompts``: of a text bundle; image ``seed`` is of prompt
-        ``seed % len(prompts)``.
+        ``seed % len(prompts)``. ``limits``: of compiling a graph.
         """
         self._bundle = bundle
         self._prompts = tuple(prompts)
         self._options = options
         self._folder = folder
         self._threads = threads
+        self._limits = limits
         self._tick = tick
         self._device: Device = open_device("cpu")
         self._engines: dict[str, Engine] = {}
@@ -113,6 +116,7 @@ class Trajectories:
             options={},
             output=self._folder / f"{tag}{backend.engine_suffix}",
             progress=silent,
+            limits=self._limits,
         )
         return load_own(backend, made, member, identity, self._device, threads=self._threads)
 
