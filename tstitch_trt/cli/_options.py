@@ -75,6 +75,9 @@ class LoadOptions(LimitOptions):
     graph: Literal["auto", "step", "segment", "off"] = option(
         "Replay recorded CUDA graphs of a step, of all equal steps in a row, or none.", default="auto"
     )
+    max_memory: str | None = option(
+        "Refuse to load what may need more memory: 8GiB, 500MB. [what it needs at once must be free]", "SIZE"
+    )
     rebuild: bool = rebuild_option()
     trust: bool = trust_option()
 

@@ -10,7 +10,7 @@ from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.checks import check_choice
-from tstitch_engines.child import Limits
+from tstitch_engines.child import Limits, parse_size
 from tstitch_engines.compile.load import load_engine, require_trust
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
@@ -18,6 +18,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_engines.threads import default_threads
 from tstitch_trt.runtime.chooser import ChooserFactory
+from tstitch_trt.runtime.memory import check_memory
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.step_graphs import GRAPH_MODES, GraphMode
 from tstitch_trt.runtime.work_queue import EXIT, check_timeout
@@ -45,6 +46,7 @@ def load(
     timeout: float | None = None,
     time_limit: float | str | None = None,
     memory_limit: int | str | None = None,
+    max_memory: int | str | None = None,
 ) -> Runtime:
     """Loads all members and parts of a bundle and returns the runtime that samples from them.
 
@@ -69,6 +71,10 @@ def load(
     ``trust``: engines that may run code when they are loaded (TensorRT's plans, PyTorch's programs) may be loaded from
     this bundle. Without it they load where ``backend`` names theirs, or this machine compiled them.
 
+    ``max_memory``: bytes, or ``8GiB``, that weights, buffers of all lanes, and inputs and outputs of all engines at
+    their largest batch and size may come to. Without it what is taken at once must be free: weights and lanes, on a GPU
+    inputs and outputs too. Activations are the libraries' own and in neither.
+
     ``chooser``: makes what chooses schedules for ``latency_budget_ms``; by default of ``tstitch_trt.load`` the one that
     reads the bundle's calibration and studies (``tstitch_trt.study.budget``).
 
@@ -76,14 +82,16 @@ def load(
 
     Raises ``BadBundle`` for a damaged bundle, ``BadEngine`` for engines that don't fit this machine (naming each
     field that differs and the command that rebuilds them), ``BadInput`` for an option that these engines or this
-    device can't honour, ``Unavailable`` for a missing library or device, ``Untrusted`` for engines that nobody vouches
-    for, ``Unsafe`` for files that hold pickled objects or read files that the bundle does not list.
+    device can't honour, ``Unavailable`` for a missing library or device, ``OutOfMemory`` before anything is loaded,
+    ``Untrusted`` for engines that nobody vouches for, ``Unsafe`` for files that hold pickled objects or read files that
+    the bundle does not list.
     """
     if threads is not None and threads < 0:
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     check_choice(graph, "graph mode", GRAPH_MODES)
     check_timeout(timeout)
     limits = Limits.of(time_limit, memory_limit)
+    most = None if max_memory is None else parse_size(max_memory, "max_memory", "--max-memory 8GiB")
     started = perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify, engines=not rebuild)
     place = open_device(device, stream=stream)
@@ -107,6 +115,7 @@ def load(
     for network, record in chosen.items():
         require_trust(opened, network, record, library, trusted=trusted)
         check_load_options(opened, network, record, library, place.name, options)
+    check_memory(opened.manifest, chosen, place, most)
     decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
     engines: dict[str, Engine] = {}
     entered = object()

@@ -30,7 +30,7 @@ from tstitch_engines.device.cuda_kernels import (
     load_module,
 )
 from tstitch_engines.device.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
-from tstitch_engines.errors import BadInput, FailedWork, Unavailable
+from tstitch_engines.errors import BadInput, FailedWork, OutOfMemory, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
 
 __all__ = ["CudaDevice", "CudaStopwatch", "compute_capability", "cuda_bindings"]
@@ -99,7 +99,7 @@ class CudaDevice:
         return other
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
-        """See ``Device``. Raises ``FailedWork`` when the GPU's memory does not suffice."""
+        """See ``Device``. Raises ``OutOfMemory`` when the GPU's memory does not suffice."""
         memory = self._allocate(math.prod(shape) * itemsize(dtype), f"{dtype}{list(shape)}", self._stream)
         buffer = CudaBuffer(memory, int(memory.handle), shape, dtype)
         assert buffer.ptr % ALIGNMENT == 0, "CUDA's allocators align to 256 bytes"
@@ -113,7 +113,7 @@ class CudaDevice:
             if "OUT_OF_MEMORY" not in str(error):
                 raise
             free = self.free_memory()
-            raise FailedWork(
+            raise OutOfMemory(
                 f"{self.name} has no room for {what}: {nbytes / 2**20:.1f} MiB, of {free / 2**20:.1f} MiB free",
                 hint="use a smaller batch, or free memory that other programs hold (nvidia-smi lists them)",
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
@@ -37,7 +38,7 @@ class HostDevice:
         return HostBuffer(shape, dtype)
 
     def view(self, block: Buffer, offset: int, shape: tuple[int, ...], dtype: str) -> HostBuffer:
-        nbytes = int(np.prod(shape, dtype=np.int64)) * itemsize(dtype)
+        nbytes = math.prod(shape) * itemsize(dtype)
         raw = _host(block).reshape(-1).view(np.uint8)
         assert offset + nbytes <= len(raw), "the view ends outside its block"
         return HostBuffer(shape, dtype, raw[offset : offset + nbytes].view(storage_dtype(dtype)).reshape(shape))

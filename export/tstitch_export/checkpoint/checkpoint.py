@@ -90,7 +90,8 @@ class Checkpoint:
     ) -> None:
         """``shards``: the files that hold its tensors, where it is an index."""
         self.path = path
-        self.shapes = dict(shapes)
+        # An empty tensor holds nothing that a model could be of, whatever its other dimensions say.
+        self.shapes = {name: shape for name, shape in shapes.items() if 0 not in shape}
         self._stored = stored
         self._shards = tuple(shards)
 
@@ -302,7 +303,22 @@ def _unwrap(path: Path, data: object) -> dict[str, Tensor]:
             f"{path.name} holds no state dict: no tensors at the top or under {', '.join(_NESTED)}; it has: {held}",
             hint=f"save the model's own state dict; {_SAFETENSORS_HINT}",
         )
+    for name, tensor in tensors.items():
+        _check_whole(path, name, tensor)
     return tensors
+
+
+def _check_whole(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises ``BadCheckpoint`` for a tensor that is larger than the memory that it shows: sparse, or repeated."""
+    import torch
+
+    held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided and tensor.device.type == "cpu" else -1
+    if held < tensor.numel() * tensor.element_size():
+        raise BadCheckpoint(
+            f"{path.name}: {_shown(name)} is {'x'.join(map(str, tensor.shape))} of {tensor.dtype}, and the file does "
+            "not hold that many numbers",
+            hint="save it with tensor.contiguous()",
+        )
 
 
 def _guess(path: Path) -> str | None:

@@ -27,10 +27,11 @@ def fill(make: Callable[[], nn.Module], state: Mapping[str, Tensor], *, name: st
         if dict(model.named_buffers()).keys() - model.state_dict().keys():
             model = make()  # it computes tables that no state dict holds
         model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever a library's constructor makes of numbers from a file
         reason = [line.strip() for line in str(error).splitlines() if line.strip()]
+        shown = reason[min(1, len(reason) - 1)] if reason else type(error).__name__
         raise BadCheckpoint(
-            f"{name}: the weights do not fit their configuration: {reason[min(1, len(reason) - 1)]}",
+            f"{name}: the weights do not fit their configuration: {shown}",
             hint="copy config.json and the weights from the same model",
         ) from None
     return model.float().eval().requires_grad_(False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Precision, PredictionType, TextInputs
+from tstitch_engines.errors import BadCheckpoint, first_line
 from tstitch_engines.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -101,9 +102,21 @@ class Family(ABC):
     # Those that say how to export and not what the checkpoint is: a recipe's hold for any checkpoint that is given.
     choices: ClassVar[frozenset[str]] = frozenset()
 
-    @abstractmethod
     def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         """Raises ``BadCheckpoint`` saying what the file looks like when it is no checkpoint of this family."""
+        try:
+            return self._inspect(path, options)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            # a list where a number belongs, shapes of other lengths: nobody can list what a file may say
+            raise BadCheckpoint(
+                f"{path} is no whole checkpoint of the family {self.name!r}: {type(error).__name__}: "
+                f"{first_line(error)[:200]}",
+                hint="copy config.json and the weights again from one model",
+            ) from error
+
+    @abstractmethod
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+        """Does the work of ``inspect``, for files as they are published."""
 
     def holds(self, shapes: Mapping[str, tuple[int, ...]], part: str) -> bool:
         """Whether the single file of a whole pipeline with these tensors has this network, as its ``part``."""

@@ -331,8 +331,10 @@ def test_what_is_no_latents_is_not_decoded(runtime: Runtime, given: Any, said: s
 
 def test_memory_is_what_inspect_plans(runtime: Runtime) -> None:
     memory = runtime.memory()
+    engines = [record for member in runtime.manifest.members.values() for record in member.engines]
+    weights = sum(part.bytes for record in engines for part in record.files)
     assert planned_memory(runtime.manifest) == {
-        "onnxruntime": {name: memory[name] for name in ("arena", "engine io")},
+        "onnxruntime": {"weights": weights, **{name: memory[name] for name in ("arena", "engine io")}},
     }
     assert memory["arena"] > 8 * 3 * 4 * 4 * 8 * 8  # 8 lanes of 4x8x8 float32: the latent and two estimates
     assert memory["engine io"] > 0

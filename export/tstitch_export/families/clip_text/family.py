@@ -16,6 +16,7 @@ from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
 from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.config_limits import check_numbers
 from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, LoraTarget, Role, Scalar
 from tstitch_export.families.clip_text.layout import PREFIXES, Piece, Shapes, find_tower, name_pieces, take
@@ -59,7 +60,7 @@ class ClipTextFamily(Family):
         "lora": LORA_OPTION,
     }
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         options = typed(options, self.options, what=f"family {self.name!r}")
         part = str(options.get("part", "text_encoder"))
         if part not in PREFIXES:
@@ -202,7 +203,9 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
             hint="give a CLIP text encoder",
         )
     weights = weights_file(folder, ("model", "pytorch_model"))
-    projection = read_checkpoint(weights).shapes.get("text_projection.weight") if "CLIPTextModel" not in kinds else None
+    shapes = read_checkpoint(weights).shapes
+    check_numbers(config, shapes, str(folder / "config.json"))
+    projection = shapes.get("text_projection.weight") if "CLIPTextModel" not in kinds else None
     index = read_json(folder.parent / "model_index.json") or {}
     xl = "XL" in str(index.get("_class_name"))
     return Inspection(

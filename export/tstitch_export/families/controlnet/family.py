@@ -40,7 +40,7 @@ class ControlNetFamily(TextConditioned):
     role: ClassVar[Role] = "controlnet"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {}
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
         source = _single(path) if path.is_file() else read_diffusers(path, part="controlnet", kind=_CLASS)
         config = UNetConfig(source.config)
         problem = _problem(config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.config_limits import check_numbers
 from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import check_config
@@ -60,6 +61,8 @@ def inspect(path: Path, heads: int | None) -> Inspection:
             hint="leave num_heads away for a diffusers folder",
         )
     weights = weights_file(folder, (_STEM,))
+    shapes = read_checkpoint(weights).shapes
+    check_numbers(config, shapes, str(folder / "config.json"))
     width = values["num_attention_heads"] * values["attention_head_dim"]
     channels, patch, size = values["in_channels"], values["patch_size"], values["sample_size"]
     out_channels = config.get("out_channels") or channels
@@ -68,7 +71,6 @@ def inspect(path: Path, heads: int | None) -> Inspection:
             f"{path.name}: out_channels is {out_channels}; allowed are {channels} or {2 * channels} (learned variance)",
             hint="this model predicts something else than noise, v or the picture",
         )
-    shapes = read_checkpoint(weights).shapes
     labels = shapes[_TABLE][0] if _TABLE in shapes else 1 + (config.get("num_embeds_ada_norm") or 1000)
     wanted = {
         "pos_embed.proj.weight": (width, channels, patch, patch),

@@ -27,7 +27,7 @@ class DiTFamily(ClassMember):
         "num_heads": (int, "attention heads, where width and config.json do not tell")
     }
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         given = typed(options, self.options, what="family 'dit'").get("num_heads")
         heads = None if given is None else int(given)
         if path.is_dir():

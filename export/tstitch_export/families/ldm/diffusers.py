@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.config_limits import check_numbers
 from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import check_config
@@ -55,6 +56,7 @@ def inspect(path: Path) -> Inspection:
         )
     weights = weights_file(folder, [_STEM])
     shapes = read_checkpoint(weights).shapes
+    check_numbers(config, shapes, str(folder / "config.json"))
     check_config({"conv_in.weight": (widths[0], channels, 3, 3)}, shapes, weights)
     files, labels = _classes(path, folder, config, weights, shapes)
     height, width = _size(path, config.get("sample_size"))

@@ -60,7 +60,7 @@ class LDMFamily(ClassMember):
     }
     choices: ClassVar[frozenset[str]] = frozenset({"null_embedding", "dynamic"})
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         given = typed(options, self.options, what="family 'ldm'")
         null = str(given.get("null_embedding", "none"))
         if null not in _NULLS:

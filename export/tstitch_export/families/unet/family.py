@@ -76,7 +76,7 @@ class _UNetFamily(TextConditioned):
 
     choices: ClassVar[frozenset[str]] = frozenset({"lora", "controlled"})
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
         source = read_unet(path)
         config = UNetConfig(source.config)
         self._expect_kind(path, config)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.config_limits import check_numbers
 from tstitch_export.checkpoint.folder import files_of, model_folder, weights_file
 from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
@@ -88,6 +89,7 @@ def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
             f"{stored} does not fit its config.json: it looks like {looks_like(shapes)}",
             hint="copy config.json and the weights from the same model",
         )
+    check_numbers(config, shapes, str(folder / "config.json"))
     return Source(
         layout="diffusers",
         path=folder,

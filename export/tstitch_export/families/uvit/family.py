@@ -35,7 +35,7 @@ class UViTFamily(ClassMember):
         "time": (str, "discrete or continuous: the noise it was trained with, where the size does not tell"),
     }
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         given = typed(options, self.options, what="family 'uvit'")
         if path.is_dir():
             raise BadCheckpoint(

@@ -17,6 +17,7 @@ from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.config_limits import LARGEST_PICTURE, check_numbers
 from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, Role, Scalar
 from tstitch_export.families.options import typed
@@ -40,14 +41,17 @@ class _VaeFamily(Family):
         "shift": (float, "what is added to the autoencoder's latent when decoding, if not as stated"),
     }
 
-    def inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
+    def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         options = typed(options, self.options, what=f"family {self.name!r}")
         files: tuple[Path, ...]
         if path.is_file():
             layout, folder, files, config = "single-file", path, (path,), _file_config(path)
         else:
             folder, config = _read_folder(path)
-            files = (folder / "config.json", *files_of(weights_file(folder, ("diffusion_pytorch_model",))))
+            weights = weights_file(folder, ("diffusion_pytorch_model",))
+            shapes, file = read_checkpoint(weights).shapes, folder / "config.json"
+            check_numbers(config, shapes, str(file), largest_size=LARGEST_PICTURE)
+            files = (file, *files_of(weights))
             layout = "diffusers"
         kind = _KINDS[config["_class_name"]]
         scaling = float(options.get("scaling", config.get("scaling_factor") or _SCALING[kind]))
