@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -50,12 +51,16 @@ def storage_dtype(dtype: str) -> np.dtype[np.generic]:
     return np.dtype(DTYPES[dtype][1])
 
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+Dimension = Annotated[str, msgspec.Meta(max_length=64)]
+
+
 class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes one dynamic dimension may take; ``opt`` is the one the engine is tuned for."""
 
-    min: int
-    opt: int
-    max: int
+    min: Size
+    opt: Size
+    max: Size
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
@@ -83,7 +88,7 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ShapeProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The allowed sizes of every named dynamic dimension of a member, e.g. ``{"B": 1:8:16}``."""
 
-    dims: dict[str, Range]
+    dims: Annotated[dict[Dimension, Range], msgspec.Meta(max_length=32)]
 
     def ends(self, spec: TensorSpec) -> list[tuple[int, ...]]:
         """The smallest, the usual and the largest shape of a tensor."""
@@ -112,9 +117,9 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     A dimension may be a multiple of a named one, ``"8*H"``, or a part of it, ``"H/8"`` (rounded up).
     """
 
-    name: str
+    name: Annotated[str, msgspec.Meta(pattern=r"\A[\w.:/-]{1,500}\Z")]
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: Annotated[tuple[Size | Dimension, ...], msgspec.Meta(max_length=8)]
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -144,7 +149,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 # FACTOR*NAME or NAME/PART; the name is letters, because digits alone are no name to ONNX tools
-_DIMENSION = re.compile(r"(?:(\d+)\*)?([A-Za-z]+)(?:/(\d+))?")
+_DIMENSION = re.compile(r"(?:([1-9][0-9]{0,5})\*)?([A-Za-z]+)(?:/([1-9][0-9]{0,5}))?")
 
 
 def parse_dimension(text: str) -> tuple[int, str, int]:

@@ -15,6 +15,7 @@ from typing import Literal, NoReturn
 
 import msgspec
 
+from tstitch_engines.bundle.consistency import check_manifest
 from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.files import (
     exchange,
@@ -167,10 +168,12 @@ def _read_manifest(root: Path) -> Manifest:
         fix = "a newer tstitch-trt made it: upgrade with pip install -U tstitch-trt, or " if schema > SCHEMA else ""
         raise BadBundle(f"{file} has schema version {schema}; this version reads {SCHEMA}", hint=fix + rebuild)
     try:
-        return convert(data, Manifest, word="field")
+        manifest = convert(data, Manifest, word="field")
+        check_manifest(manifest)
     except DecodeError as error:
         fix = f"{error.fix}; or {rebuild}" if error.fix else rebuild
         raise BadBundle(f"{file}: {error.message}", hint=fix) from None
+    return manifest
 
 
 def _inside(root: Path, component: Component, rebuild: str) -> Path:
@@ -225,6 +228,7 @@ def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
             if (output / STUDIES).is_dir():
                 shutil.copytree(output / STUDIES, staging / STUDIES)
             write_durably(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+            _read_back(staging, output)
             for directory in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
                 sync(directory)
             _replace(staging, output, backup)
@@ -235,6 +239,17 @@ def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
             "-o DIR; what was there before is unchanged",
         ) from error
     return Bundle(output, manifest)
+
+
+def _read_back(staging: Path, output: Path) -> None:
+    """Opens what was written, as whoever gets it will. Raises ``BuildFailed``: ``output`` is still the old bundle."""
+    try:
+        open_bundle(staging, "size")
+    except BadBundle as error:
+        raise BuildFailed(
+            f"the bundle made for {output} can't be opened and was not put there: {error.message}",
+            hint="change the recipe, option or checkpoint that this value is from; what was there before is unchanged",
+        ) from error
 
 
 def _refuse_foreign(output: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
 
 __all__ = [
@@ -35,9 +36,34 @@ __all__ = [
 
 SCHEMA = 1
 
+# What the numbers and texts of a manifest may be: far above what any model has, far below what hurts to allocate or
+# to print. Checked wherever a manifest or recipe is decoded, a new bundle before it replaces the old one.
+# What moves a terminal's cursor or turns its text
+_BLANK = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+Name = Annotated[str, msgspec.Meta(max_length=500, pattern=rf"\A[^{_BLANK}]*\Z")]
+Text = Annotated[str, msgspec.Meta(max_length=20_000, pattern=rf"\A(?:[^{_BLANK}]|[\t\n\r])*\Z")]
+NetworkName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_-]{0,63}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
+Channels = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+Width = Annotated[int, msgspec.Meta(ge=0, le=65_536)]
+Steps = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+Classes = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+Seed = Annotated[int, msgspec.Meta(ge=0)]
+Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+Scale = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+Shift = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+Beta = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+Few = msgspec.Meta(max_length=1000)
+Some = msgspec.Meta(min_length=1, max_length=1000)
+Many = msgspec.Meta(max_length=100_000)
+
 PredictionType = Literal["eps", "v", "x0"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-Option = str | int | float | bool
+Option = Text | Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | Number | bool
+Options = Annotated[dict[Name, Option], Few]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -47,9 +73,9 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Component(_Record, frozen=True, kw_only=True):
     """A file of the bundle: ``path`` is relative to the bundle and may not leave it."""
 
-    path: str
-    sha256: str
-    bytes: int
+    path: Name
+    sha256: Sha256
+    bytes: Bytes
 
 
 def siblings(files: Sequence[Component]) -> frozenset[str]:
@@ -65,29 +91,37 @@ class Source(_Record, frozen=True, kw_only=True):
     ``shipped`` sources come with the package, so a rebuild needs no ``--member``.
     """
 
-    name: str
-    sha256: str
-    bytes: int
+    name: Name
+    sha256: Sha256
+    bytes: Bytes
     shipped: bool = False
 
 
 class Latent(_Record, frozen=True, kw_only=True):
     """The latent that all members share: ``[channels, height, width]``; decoded from ``latent / scaling + shift``."""
 
-    channels: int
-    height: int
-    width: int
-    scaling: float = 1.0
-    shift: float = 0.0
+    channels: Channels
+    height: Side
+    width: Side
+    scaling: Scale = 1.0
+    shift: Shift = 0.0
 
 
 class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
     """``alphas_cumprod`` of the forward process, by formula."""
 
     kind: Literal["linear", "scaled-linear", "squared-cosine"]
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    steps: Steps = 1000
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.steps <= 100_000 and 0 < self.beta_start <= self.beta_end < 1):
+            raise BadInput(
+                f"noise has {self.steps} steps and beta {self.beta_start} to {self.beta_end}; allowed are 1 to 100000 "
+                "steps and 0 < beta_start <= beta_end < 1",
+                hint="1000 steps and 0.0001 to 0.02 are usual",
+            )
 
 
 class Conditioning(_Record, frozen=True, kw_only=True):
@@ -98,9 +132,9 @@ class Conditioning(_Record, frozen=True, kw_only=True):
     """
 
     kind: Literal["class", "text"] = "class"
-    classes: int = 0
-    null: int | None = None
-    names: tuple[str, ...] = ()
+    classes: Classes = 0
+    null: Classes | None = None
+    names: Annotated[tuple[Name, ...], msgspec.Meta(max_length=1_000_000)] = ()
 
     @property
     def guidable(self) -> bool:
@@ -115,13 +149,13 @@ class Defaults(_Record, frozen=True, kw_only=True):
     spacing ``leading`` whatever the solver.
     """
 
-    solver: str = "ddim"
-    solver_options: dict[str, Option] = {}
-    steps: int = 50
-    spacing: str = "dit"
-    guidance: float = 1.0
-    guided_channels: int | None = None
-    schedule: str = "small:0.4,large"
+    solver: Name = "ddim"
+    solver_options: Options = {}
+    steps: Steps = 50
+    spacing: Name = "dit"
+    guidance: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
+    guided_channels: Channels | None = None
+    schedule: Text = "small:0.4,large"
 
 
 class Decoder(_Record, frozen=True, kw_only=True):
@@ -131,36 +165,36 @@ class Decoder(_Record, frozen=True, kw_only=True):
     """
 
     kind: Literal["pixel", "vae", "none"]
-    factor: int = 1
+    factor: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
 
 
 class EngineIdentity(_Record, frozen=True, kw_only=True):
     """Everything that decides whether an engine file may run here. ``digest`` hashes the record."""
 
-    schema: int
-    backend: str
-    backend_version: str
-    onnx_sha256: str
+    schema: Count
+    backend: Name
+    backend_version: Name
+    onnx_sha256: Sha256
     precision: Precision
     profile: ShapeProfile
-    arch: str
-    options: dict[str, Option] = {}
+    arch: Name
+    options: Options = {}
 
 
 class EngineRecord(_Record, frozen=True, kw_only=True):
     """An engine: ``files[0]`` is what the backend loads, the others lie beside it (weights over 2 GB)."""
 
-    files: tuple[Component, ...]
+    files: Annotated[tuple[Component, ...], Some]
     identity: EngineIdentity
 
 
 class ExportCheck(_Record, frozen=True, kw_only=True):
     """The exported graph against PyTorch on random input: worst differences over ``batches``."""
 
-    max_abs: float
-    rel_l2: float
-    batches: tuple[int, ...]
-    against: str
+    max_abs: Number
+    rel_l2: Number
+    batches: Annotated[tuple[Count, ...], Some]
+    against: Name
 
 
 class Network(_Record, frozen=True, kw_only=True):
@@ -170,17 +204,17 @@ class Network(_Record, frozen=True, kw_only=True):
     ``multiples``: of what its dynamic dimensions must be multiples, where not 1 (``H``, ``W`` of a UNet).
     """
 
-    family: str
+    family: Name
     precision: Precision
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    onnx: tuple[Component, ...]
-    sources: tuple[Source, ...]
+    inputs: Annotated[tuple[TensorSpec, ...], Few]
+    outputs: Annotated[tuple[TensorSpec, ...], Some]
+    onnx: Annotated[tuple[Component, ...], Few]
+    sources: Annotated[tuple[Source, ...], Few]
     check: ExportCheck | None
-    config: dict[str, Option]
-    engines: tuple[EngineRecord, ...] = ()
-    files: dict[str, Component] = {}
-    multiples: dict[str, int] = {}
+    config: Options
+    engines: Annotated[tuple[EngineRecord, ...], Few] = ()
+    files: Annotated[dict[Name, Component], Few] = {}
+    multiples: Annotated[dict[Name, Channels], Few] = {}
 
     @property
     def dims(self) -> list[str]:
@@ -202,10 +236,10 @@ class TextInputs(_Record, frozen=True, kw_only=True):
     unconditional half is zeros.
     """
 
-    hidden: tuple[str, ...]
-    width: int
-    pooled: str | None = None
-    pooled_width: int = 0
+    hidden: Annotated[tuple[NetworkName, ...], Few]
+    width: Side
+    pooled: NetworkName | None = None
+    pooled_width: Width = 0
     time_ids: Literal["none", "sizes", "aesthetic"] = "none"
     zero_null: bool = False
 
@@ -222,11 +256,11 @@ class QuantisationLoss(_Record, frozen=True, kw_only=True):
     norm of the source's outputs; ``cosine``: the lowest of any row; ``max_abs``: the largest difference.
     """
 
-    timesteps: tuple[float, float]
-    rows: int
-    rel_l2: float
-    cosine: float
-    max_abs: float
+    timesteps: tuple[Number, Number]
+    rows: Count
+    rel_l2: Number
+    cosine: Number
+    max_abs: Number
 
 
 class Quantisation(_Record, frozen=True, kw_only=True):
@@ -239,24 +273,24 @@ class Quantisation(_Record, frozen=True, kw_only=True):
     bundles; trajectory ``seed`` had prompt ``seed % len``.
     """
 
-    method: str
+    method: Name
     high_precision: Precision
     source_precision: Precision
-    source_sha256: str
-    layers: tuple[str, ...]
-    kept: tuple[str, ...]
-    rows: int
-    seed: int
-    steps: int
-    solver: str
-    guidance: float
-    schedules: tuple[str, ...]
-    timesteps: tuple[float, float]
-    loss: tuple[QuantisationLoss, ...]
-    latents: tuple[float, ...]
-    latents_seeds: tuple[int, ...]
-    latents_schedule: str
-    prompts: tuple[str, ...] = ()
+    source_sha256: Sha256
+    layers: Annotated[tuple[Name, ...], Many]
+    kept: Annotated[tuple[Name, ...], Many]
+    rows: Count
+    seed: Seed
+    steps: Steps
+    solver: Name
+    guidance: Number
+    schedules: Annotated[tuple[Text, ...], Few]
+    timesteps: tuple[Number, Number]
+    loss: Annotated[tuple[QuantisationLoss, ...], Some]
+    latents: Annotated[tuple[Number, ...], Some]
+    latents_seeds: Annotated[tuple[Seed, ...], Some]
+    latents_schedule: Text
+    prompts: Annotated[tuple[Text, ...], Many] = ()
 
 
 class Member(Network, frozen=True, kw_only=True):
@@ -272,9 +306,9 @@ class Member(Network, frozen=True, kw_only=True):
     parametrisation: PredictionType
     learned_variance: bool
     noise: NoiseScheduleSpec | None = None
-    latent_ratio: float = 1.0
+    latent_ratio: Scale = 1.0
     text: TextInputs | None = None
-    guidance_embedding: int = 0
+    guidance_embedding: Width = 0
     controlled: bool = False
     inpaints: bool = False
     quantisation: Quantisation | None = None
@@ -301,18 +335,20 @@ class Quality(_Record, frozen=True, kw_only=True):
 
 class Manifest(_Record, frozen=True, kw_only=True):
     schema: Annotated[int, msgspec.Meta(ge=1)]
-    name: str
-    recipe: str
-    versions: dict[str, str]
+    name: Name
+    recipe: Name
+    versions: Annotated[dict[Name, Name], Few]
     latent: Latent
     noise: NoiseScheduleSpec
     conditioning: Conditioning
     defaults: Defaults
     decoder: Decoder
-    members: dict[str, Member]
-    parts: dict[str, Network] = {}  # by ComponentName; a member's own text encoder is MEMBER_text_encoder
+    members: Annotated[dict[NetworkName, Member], msgspec.Meta(min_length=1, max_length=64)]
+    parts: Annotated[
+        dict[NetworkName, Network], Few
+    ] = {}  # by ComponentName; a member's own text encoder is MEMBER_text_encoder
     quality: Quality | None = None
-    notes: tuple[str, ...] = ()  # what was adapted between members, and what is missing
+    notes: Annotated[tuple[Text, ...], Few] = ()  # what was adapted between members, and what is missing
 
     def networks(self) -> dict[str, Network]:
         """Members and parts by name."""

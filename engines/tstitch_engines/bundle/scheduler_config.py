@@ -59,8 +59,9 @@ class _Config:
 
     def refuse(self, key: str, value: Any, allowed: str, hint: str | None = None) -> BadInput:
         stated = "" if key in self._values else f" (the default of {self.name})"
+        shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
         return BadInput(
-            f"{self._where}: {key} is {value!r}{stated}; allowed is {allowed}",
+            f"{self._where}: {key} is {shown}{stated}; allowed is {allowed}",
             hint=hint or f"change {key}, or name a solver yourself: {', '.join(SCHEDULERS)} are read",
         )
 
@@ -75,21 +76,27 @@ class _Config:
 
     def choose(self, key: str, default: str, choices: Mapping[str, str]) -> str:
         value = self.get(key, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise self.refuse(key, value, " or ".join(repr(choice) for choice in choices))
         return choices[value]
 
-    def whole(self, key: str, default: int, *, least: int = 0) -> int:
+    def whole(self, key: str, default: int, *, least: int = 0, most: int = 100_000) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.refuse(key, value, f"a whole number of {least} or more")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.refuse(key, value, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, *, above: float, below: float) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refuse(key, value, "a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < below:
+            raise self.refuse(key, value, f"a number above {above:g} and below {below:g}")
         return float(value)
+
+    def switch(self, key: str, *, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.refuse(key, value, "true or false")
+        return value
 
 
 def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.json") -> Scheduler:
@@ -133,14 +140,14 @@ def _training(keys: _Config) -> tuple[NoiseScheduleSpec, PredictionType]:
     noise = NoiseScheduleSpec(
         kind=keys.choose("beta_schedule", "scaled_linear" if latent else "linear", _BETAS),  # type: ignore[arg-type]
         steps=keys.whole("num_train_timesteps", 1000, least=1),
-        beta_start=keys.number("beta_start", 0.00085 if latent else 0.0001),
-        beta_end=keys.number("beta_end", 0.012 if latent else 0.02),
+        beta_start=(start := keys.number("beta_start", 0.00085 if latent else 0.0001, above=0, below=1)),
+        beta_end=keys.number("beta_end", 0.012 if latent else 0.02, above=math.nextafter(start, 0), below=1),
     )
     return noise, keys.choose("prediction_type", "epsilon", _PREDICTIONS)  # type: ignore[return-value]
 
 
 def _final_alpha(keys: _Config, *, default: bool) -> str:
-    return "zero" if keys.get("set_alpha_to_one", default) else "sigma-min"
+    return "zero" if keys.switch("set_alpha_to_one", default=default) else "sigma-min"
 
 
 def _ddim(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
@@ -181,7 +188,7 @@ def _dpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     order = keys.whole("solver_order", 2)
     if order not in (2, 3):
         raise keys.refuse("solver_order", order, "2 or 3", "order 1 is DDIM: use DDIMScheduler, or solver ddim")
-    if keys.number("lambda_min_clipped", -math.inf) != -math.inf:
+    if keys.get("lambda_min_clipped", -math.inf) != -math.inf:
         raise keys.refuse(
             "lambda_min_clipped", keys.get("lambda_min_clipped", None), "-Infinity: it moves the timesteps"
         )
@@ -194,9 +201,9 @@ def _dpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
     if second != "midpoint":
         options["second_order"] = second
-    if not keys.get("lower_order_final", True):
+    if not keys.switch("lower_order_final", default=True):
         options["lower_order_final"] = False
-    if keys.get("euler_at_final", False):
+    if keys.switch("euler_at_final", default=False):
         options["euler_at_final"] = True
     options |= _sigmas(keys)
     if "sigmas" in options:
@@ -218,9 +225,11 @@ def _unipc(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     options: dict[str, Option] = {"order": order, "final": keys.choose("final_sigmas_type", "zero", _FINALS)}
     if formula != "bh2":
         options["formula"] = formula
-    if not keys.get("lower_order_final", True):
+    if not keys.switch("lower_order_final", default=True):
         options["lower_order_final"] = False
     if steps := keys.get("disable_corrector", []):
+        if not isinstance(steps, list) or len(steps) > 1000 or any(type(step) is not int for step in steps):
+            raise keys.refuse("disable_corrector", steps, "a list of steps")
         options["uncorrected"] = ",".join(str(step) for step in steps)
     options |= _sigmas(keys)
     if "sigmas" in options:
@@ -237,7 +246,7 @@ def _lcm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
 
 
 def _sigmas(keys: _Config) -> dict[str, Option]:
-    karras, exponential = keys.get("use_karras_sigmas", False), keys.get("use_exponential_sigmas", False)
+    karras, exponential = (keys.switch(f"use_{kind}_sigmas", default=False) for kind in ("karras", "exponential"))
     if karras and exponential:
         raise keys.refuse("use_exponential_sigmas", True, "false beside use_karras_sigmas")
     if not karras and not exponential:
@@ -245,7 +254,7 @@ def _sigmas(keys: _Config) -> dict[str, Option]:
     options: dict[str, Option] = {"sigmas": "karras" if karras else "exponential"}
     for name in ("sigma_min", "sigma_max"):
         if keys.get(name, None) is not None:
-            options[name] = keys.number(name, 0.0)
+            options[name] = keys.number(name, 0.0, above=0, below=1e6)
     return options
 
 

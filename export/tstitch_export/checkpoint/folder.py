@@ -11,6 +11,7 @@ from tstitch_engines.bundle.decode import DecodeError
 from tstitch_engines.bundle.read import CONFIG_BYTES
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_index
+from tstitch_export.checkpoint.model_config import check_model_config
 
 __all__ = ["describe_folder", "files_of", "model_folder", "read_json", "weights_file"]
 
@@ -42,8 +43,9 @@ def model_folder(
     """
     folder = next((path / part for part in parts if (path / part / "config.json").is_file()), path)
     config = read_json(folder / "config.json")
-    if config is None or config.get("_class_name") not in kinds:
+    if config is None or str(config.get("_class_name")) not in kinds:
         raise BadCheckpoint(f"{path} {what}: it looks like {describe_folder(folder)}", hint=hint)
+    check_model_config(config, folder / "config.json")
     return folder, config
 
 
@@ -78,8 +80,9 @@ def describe_folder(path: Path) -> str:
         return "nothing: it does not exist"
     if (index := read_json(path / "model_index.json")) is not None:
         parts = ", ".join(key for key, value in index.items() if isinstance(value, list))
-        return f"a diffusers {index.get('_class_name')} with the parts {parts}"
+        return f"a diffusers {index.get('_class_name')} with the parts {parts}"[:1000]
     if (config := read_json(path / "config.json")) is None:
         return "a folder without config.json"
-    kind = config.get("_class_name") or ", ".join(map(str, config.get("architectures") or ())) or "model of no class"
-    return f"a {kind}"
+    stated = config.get("architectures")
+    kind = config.get("_class_name") or ", ".join(map(str, stated if isinstance(stated, list) else ()))
+    return f"a {str(kind or 'model of no class')[:200]}"

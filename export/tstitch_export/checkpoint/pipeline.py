@@ -11,6 +11,7 @@ from tstitch_engines.bundle.manifest import NoiseScheduleSpec, PredictionType
 from tstitch_engines.bundle.scheduler_config import read_training
 from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.checkpoint.folder import read_json
+from tstitch_export.checkpoint.model_config import check_model_config
 
 __all__ = ["PipelineFacts", "read_pipeline"]
 
@@ -46,9 +47,11 @@ def read_pipeline(path: Path) -> PipelineFacts:
                 f"the model was trained with noise that can't be expressed: {error.message}",
                 hint="give the model's own folder, not the pipeline, and state noise and prediction type in the recipe",
             ) from None
-    vae = read_json(path / "vae" / "config.json")
-    if vae is not None and vae.get("_class_name") in _SCALING:
-        scaling = float(vae.get("scaling_factor") or _SCALING[vae["_class_name"]])
+    vae = read_json(file := path / "vae" / "config.json")
+    if vae is not None and str(vae.get("_class_name")) in _SCALING:
+        check_model_config(vae, file)
+        stated = vae.get("scaling_factor")
+        scaling = _SCALING[vae["_class_name"]] if stated is None else float(stated)
         shift = float(vae.get("shift_factor") or 0.0)
     return PipelineFacts(
         index=read_json(path / "model_index.json"),

@@ -9,7 +9,7 @@ from typing import Final
 
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Precision, Source
-from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
+from tstitch_engines.errors import BadCheckpoint, BadInput, first_line, unknown_name
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import Family, Inspection, open_family
@@ -172,6 +172,12 @@ def _plan(
         ]
     except OSError as error:
         raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Configurations that contradict themselves, each key of which is in its range
+        raise BadCheckpoint(
+            f"checkpoint {path} says of itself what can't be: {type(error).__name__}: {first_line(error)}",
+            hint="copy config.json and the weights from the same model",
+        ) from error
     return NetworkPlan(
         name=name,
         recipe=recipe,

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from tstitch_engines.bundle.consistency import check_conventions
 from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.manifest import (
     Conditioning,
@@ -166,27 +167,10 @@ def _check(recipe: Recipe, file: str) -> None:
             raise unknown_name("model family", own.family, FAMILIES)
         if own.batch is not None:
             Range.parse(own.batch)
-    conditioning = recipe.conditioning
-    if (conditioning.kind == "class") != (conditioning.classes > 0):
-        raise refuse(
-            f"conditioning of kind {conditioning.kind!r} with {conditioning.classes} classes",
-            'a class model has classes = N (and null = N with guidance); a text model has kind = "text" and neither',
-        )
-    if conditioning.names and len(conditioning.names) != conditioning.classes:
-        raise refuse(
-            f"conditioning names {len(conditioning.names)} classes of {conditioning.classes}",
-            "list every class once, or leave names away",
-        )
-    guided = recipe.defaults.guided_channels
-    if guided is not None and not 1 <= guided <= recipe.latent.channels:
-        raise refuse(
-            f"guided_channels is {guided}; allowed is 1 to {recipe.latent.channels}", "leave it away to guide all"
-        )
-    if recipe.noise.steps < 1 or not 0 < recipe.noise.beta_start <= recipe.noise.beta_end < 1:
-        raise refuse(
-            f"noise has {recipe.noise.steps} steps and beta {recipe.noise.beta_start} to {recipe.noise.beta_end}",
-            "allowed is steps >= 1 and 0 < beta_start <= beta_end < 1",
-        )
+    try:
+        check_conventions(recipe.latent, recipe.conditioning, recipe.defaults)
+    except DecodeError as error:
+        raise refuse(error.message, error.fix) from None
 
 
 def check_member_name(name: str) -> None:

@@ -71,7 +71,7 @@ def swap(old: str, new: str) -> Callable[[str], str]:
         (swap("[members.small]", '[members."../x"]'), BadInput, "is not allowed"),
         (swap("guided_channels = 3", "guided_channels = 5"), BadInput, "guided_channels is 5; allowed is 1 to 4"),
         (swap("classes = 1000", 'classes = 1000\nnames = ["cat"]'), BadInput, "names 1 classes of 1000"),
-        (swap("beta_end = 0.02", "beta_end = 2.0"), BadInput, "allowed is steps >= 1"),
+        (swap("beta_end = 0.02", "beta_end = 2.0"), BadInput, "'noise.beta_end' is 2.0; allowed is above 0 below 1"),
         (swap("[latent]", "[latent"), BadInput, "no valid TOML"),
     ],
 )

@@ -138,7 +138,7 @@ def test_what_sd15_says() -> None:
         ({"trained_betas": [0.1, 0.2]}, "trained_betas is 'a list'"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; allowed is 'linear'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
-        ({"steps_offset": -1}, "steps_offset is -1; allowed is a whole number of 0 or more"),
+        ({"steps_offset": -1}, "steps_offset is -1; allowed is a whole number from 0 to 100000"),
         ({"beta_start": "low"}, "beta_start is 'low'; allowed is a number"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type is 'learned'"),
         (
@@ -157,6 +157,28 @@ def test_what_sd15_says() -> None:
         ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}, "interpolation_type is 'log_l"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is 'continuous'"),
         ({"_class_name": "LCMScheduler", "timestep_scaling": 5.0}, "timestep_scaling is 5.0; allowed is 10.0"),
+        ({"beta_start": float("nan")}, "beta_start is nan; allowed is a number above 0 and below 1"),
+        ({"beta_start": 0}, "beta_start is 0; allowed is a number above 0"),
+        ({"beta_start": -5}, "beta_start is -5; allowed is a number above 0"),
+        ({"beta_start": "0.1"}, "beta_start is '0.1'; allowed is a number"),
+        ({"beta_end": 5}, "beta_end is 5; allowed is a number above 0.00085 and below 1"),
+        ({"beta_end": 0.0001}, "beta_end is 0.0001; allowed is a number above 0.00085"),
+        ({"beta_end": float("inf")}, "beta_end is inf"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule is ['linear']"),
+        (
+            {"num_train_timesteps": 10**9},
+            "num_train_timesteps is 1000000000; allowed is a whole number from 1 to 100000",
+        ),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        (
+            {"set_alpha_to_one": "no", "_class_name": "DDIMScheduler"},
+            "set_alpha_to_one is 'no'; allowed is true or false",
+        ),
+        ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": "all"}, "disable_corrector is 'all'"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "sigma_max": float("inf")},
+            "sigma_max is inf",
+        ),
     ],
 )
 def test_what_can_t_be_honoured_is_named(change: dict[str, Any], says: str) -> None:

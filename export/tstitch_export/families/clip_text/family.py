@@ -18,6 +18,7 @@ from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.config_limits import check_numbers
 from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
+from tstitch_export.checkpoint.model_config import check_model_config
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, LoraTarget, Role, Scalar
 from tstitch_export.families.clip_text.layout import PREFIXES, Piece, Shapes, find_tower, name_pieces, take
 from tstitch_export.families.clip_text.tokenizer import ClipTokenizer, read_tokenizer
@@ -185,11 +186,13 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
         part = path.name
     config = read_json(folder / "config.json")
     kinds = (config or {}).get("architectures") or ()
+    kinds = kinds if isinstance(kinds, list) else ()
     if config is None or not any(kind in _CLASSES for kind in kinds):
         raise BadCheckpoint(
             f"{path} is no CLIP text encoder: it looks like {describe_folder(path)}",
             hint="give the text_encoder folder of a Stable Diffusion pipeline (config.json and model.safetensors)",
         )
+    check_model_config(config, folder / "config.json")
     value = {name: config.get(key, default) for name, (key, default) in _DEFAULTS.items()}
     if type(value["pooled_at"]) is not int:
         raise BadCheckpoint(

@@ -54,12 +54,13 @@ class _VaeFamily(Family):
             files = (file, *files_of(weights))
             layout = "diffusers"
         kind = _KINDS[config["_class_name"]]
-        scaling = float(options.get("scaling", config.get("scaling_factor") or _SCALING[kind]))
+        stated = config.get("scaling_factor")
+        scaling = float(options.get("scaling", _SCALING[kind] if stated is None else stated))
         shift = float(options.get("shift", config.get("shift_factor") or 0.0))
         if not 1e-6 < scaling < 1e6:
             raise BadInput(f"scaling is {scaling}; allowed is above 0", hint="0.18215 for SD 1.x, 0.13025 for SDXL")
         factor = _factor(kind, config)
-        channels = int(config.get("latent_channels", _CHANNELS[kind]))
+        channels = int(config.get("latent_channels") or _CHANNELS[kind])
         sample = config.get("sample_size") or (512 if kind == "tiny" else 256)
         native = max(1, int(min(sample) if isinstance(sample, (list, tuple)) else sample) // factor)
         return Inspection(
