@@ -28,6 +28,7 @@ from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.runtime.chooser import chosen_options
 from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.runtime.work_queue import EXIT
 
 __all__ = ["AcceleratedPipeline"]
 
@@ -124,9 +125,9 @@ class AcceleratedPipeline:
         try:
             with torch.no_grad():
                 options = self._options(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
-                given = self._texts(a)
+                given = EXIT.run(lambda: self._texts(a))
                 count = given["n"]
-                given |= self._pictures(a, count, *default_size(self.pipe, self._kind, a))
+                given |= EXIT.run(lambda: self._pictures(a, count, *default_size(self.pipe, self._kind, a)))
                 if latency_budget_ms is not None:
                     options = self._within(latency_budget_ms, a, given, options)
                 plan = make_plan(self.runtime.manifest, options)
@@ -137,7 +138,7 @@ class AcceleratedPipeline:
                 if plan.rows[:, ROW["S"]].any():
                     given["seeds"] = step_noise_seeds(a.generator, count)
                 found = self._run(a, given, options, self._stop(a, plan))
-                return pipeline_output(self.pipe, self.runtime, found, a, xl=self._kind.xl)
+                return EXIT.run(lambda: pipeline_output(self.pipe, self.runtime, found, a, xl=self._kind.xl))
         finally:
             self.pipe.maybe_free_model_hooks()  # where it offloads its text encoders
 

@@ -545,19 +545,27 @@ class _Job:
     partial: bool
 
 
+_ITERATOR_CLOSED: Final = "its iterator was closed by another thread"
+
+
 class _Steps(Generator[StepEvent, None, Result]):
     """What ``iterate`` returns: the generator ``events``, which any thread may close."""
 
     def __init__(self, events: Generator[StepEvent, None, Result], cancel: Callable[[str], None]) -> None:
         self._events = events
         self._cancel = cancel
+        self._closed = False
 
     def __next__(self) -> StepEvent:
         return self.send(None)
 
     def send(self, value: None) -> StepEvent:
         try:
-            return self._go(lambda: self._events.send(value))
+            event = self._go(lambda: self._events.send(value))
+            if self._closed:  # by another thread, which could not end the generator in the middle of this
+                self._events.close()
+                raise Cancelled(_ITERATOR_CLOSED, hint="nothing to do: the runtime is free")
+            return event
         except KeyboardInterrupt:  # raised here or inside: its traceback may be kept, and this object with it
             self.close()
             raise
@@ -567,10 +575,11 @@ class _Steps(Generator[StepEvent, None, Result]):
         return self._go(lambda: self._events.throw(error))
 
     def close(self) -> None:
+        self._closed = True  # first: either the generator can be closed here, or `send` sees this
         try:
             self._go(self._events.close)
         except Busy:
-            self._cancel("its iterator was closed")
+            self._cancel(_ITERATOR_CLOSED)
 
     def _go(self, call: Callable[[], T]) -> T:
         try:

@@ -44,6 +44,15 @@ class InterpreterExit:
         self.inside[key] = None  # before the question: `wait` sees this one, or this one sees who waits
         self.check()
 
+    def run(self, work: Callable[[], T]) -> T:
+        """``work``, which takes no turn and must not be stopped in the middle either: other libraries' native code."""
+        key = object()
+        try:
+            self.enter(key)
+            return work()
+        finally:
+            self.inside.pop(key, None)
+
     def check(self) -> None:
         """Raises ``SystemExit`` in a thread that the interpreter is about to stop."""
         if self._ending is not None and self._ending is not (thread := threading.current_thread()):

@@ -353,7 +353,7 @@ def test_an_iterator_that_another_thread_is_in(runtime: Runtime, other: ThreadPo
 
     runtime._stepper.stepping = slow  # type: ignore[method-assign]
     walk, behind = runtime.iterate(**SHORT), runtime.iterate(**SHORT)
-    running, waiting = other.submit(list, walk), other.submit(list, behind)
+    running, waiting = other.submit(next, walk), other.submit(next, behind)
     assert inside.wait(SECONDS)
     while not runtime._queue._waiting:
         pass
