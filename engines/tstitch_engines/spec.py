@@ -51,7 +51,8 @@ def storage_dtype(dtype: str) -> np.dtype[np.generic]:
     return np.dtype(DTYPES[dtype][1])
 
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_LARGEST = 1 << 24  # of a dimension
+Size = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST)]
 Dimension = Annotated[str, msgspec.Meta(max_length=64)]
 
 
@@ -68,6 +69,11 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"profile {self.min}:{self.opt}:{self.max} is not ordered; allowed is 1 <= MIN <= OPT <= MAX",
                 hint="write it as MIN:OPT:MAX, e.g. --batch 1:8:16",
             )
+        if self.max > _LARGEST:
+            raise BadInput(
+                f"profile {self.min}:{self.opt}:{self.max} ends above {_LARGEST}, the largest size of a dimension",
+                hint="write it as MIN:OPT:MAX, e.g. --batch 1:8:16",
+            )
 
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"
@@ -77,9 +83,10 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """``"8"`` is fixed, ``"1:16"`` is tuned for its maximum, ``"1:8:16"`` says all three."""
         parts = text.split(":")
         example = "1:8:16" if option == "--batch" else "512:512:1024"
-        if len(parts) > 3 or not all(p.isdigit() for p in parts):
+        if len(parts) > 3 or not all(p.isascii() and p.isdigit() and len(p) <= 10 for p in parts):
             raise BadInput(
-                f"profile {text!r} is not MIN:OPT:MAX with whole numbers", hint=f"write it as e.g. {option} {example}"
+                f"profile {text[:40]!r} is not MIN:OPT:MAX with whole numbers",
+                hint=f"write it as e.g. {option} {example}",
             )
         numbers = [int(p) for p in parts]
         return Range(numbers[0], numbers[-1] if len(numbers) < 3 else numbers[1], numbers[-1])

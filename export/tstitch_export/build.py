@@ -66,6 +66,7 @@ def build(
 
     Each network is compiled in a child process, which is ended after ``time_limit`` (seconds, or ``30m``; 2 hours by
     default) or when it holds more than ``memory_limit`` (bytes, or ``8GiB``; by default what is free when it starts).
+    An export whose weights alone need more is refused before it starts.
 
     Raises ``BadInput`` before anything is built, ``BuildFailed`` when an export or a compilation fails or the disk is
     full, ``OutOfTime`` and ``OutOfMemory`` at those limits, ``Unavailable`` when a library is missing.
@@ -123,7 +124,7 @@ class _Builder:
         for index, planned in enumerate(plan.networks):
             report = _within(self.report, index / len(plan.networks), 1 / len(plan.networks), f"{planned.name}: ")
             export, cache = _within(report, 0.0, 0.6), self.compiler.cache
-            network, used = exported_network(planned, staging, cache=cache, report=export)
+            network, used = exported_network(planned, staging, cache=cache, report=export, limits=self.compiler.limits)
             versions |= used
             made[planned.name] = self.compiled(planned, network, staging, report)
         versions[self.compiler.backend.name] = self.compiler.backend.version()
@@ -159,7 +160,9 @@ class _Builder:
         compiler = replace(self.compiler, profile=self.profiles[plan.name])
 
         def program() -> Path:
-            return exported_program(plan, cache=compiler.cache, report=_within(report, 0.6, 0.2))
+            return exported_program(
+                plan, cache=compiler.cache, report=_within(report, 0.6, 0.2), limits=compiler.limits
+            )
 
         engines = compiler.engines(
             plan.name,

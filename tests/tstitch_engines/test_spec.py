@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tstitch_engines.errors import BadInput
-from tstitch_engines.spec import TensorSpec
+from tstitch_engines.spec import Range, TensorSpec
 
 
 def test_multiples_and_parts_of_a_named_size() -> None:
@@ -19,3 +19,9 @@ def test_multiples_and_parts_of_a_named_size() -> None:
 def test_other_expressions_are_refused(size: str) -> None:
     with pytest.raises(BadInput, match="allowed are a size, NAME"):
         TensorSpec(name="x", dtype="float32", shape=("B", size))
+
+
+@pytest.mark.parametrize("text", ["1:8:" + "9" * 5000, "1:8:16777217", "\u00b2", "1:8:16:32", "", "-1"])
+def test_a_range_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="profile"):
+        Range.parse(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -14,8 +15,11 @@ from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Component, ExportCheck, Network
 from tstitch_engines.bundle.weights import WEIGHTS
+from tstitch_engines.child import DEFAULT, Limits, free_memory, show_size
 from tstitch_engines.compile.engine import from_cache
+from tstitch_engines.errors import OutOfMemory
 from tstitch_engines.progress import Progress
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.planning.network import NetworkPlan
 
 __all__ = ["copy_into", "exported_network", "exported_program", "versions_of"]
@@ -26,9 +30,12 @@ _EXPORT_SCHEMA: Final = 3  # part of every export's cache key: raise it when exp
 
 
 def exported_network(
-    plan: NetworkPlan, staging: Path, *, cache: Cache, report: Progress
+    plan: NetworkPlan, staging: Path, *, cache: Cache, report: Progress, limits: Limits = DEFAULT
 ) -> tuple[Network, dict[str, str]]:
-    """The network's ONNX and run-time files in the bundle: shipped, from the cache, or exported now."""
+    """The network's ONNX and run-time files in the bundle: shipped, from the cache, or exported now.
+
+    Raises ``OutOfMemory`` before an export that needs more memory than is free, or than ``limits`` allow.
+    """
     assets: dict[str, Path] = {}
     if plan.shipped is not None:
         assert plan.folder is not None, "a shipped member has its folder"
@@ -39,6 +46,7 @@ def exported_network(
         from tstitch_export.onnx_export.exporter import WEIGHT_MAP, export_onnx
 
         def make(folder: Path) -> dict[str, object]:
+            _check_memory(plan, limits)
             found = export_onnx(
                 plan.family,
                 plan.inspection,
@@ -78,11 +86,12 @@ def exported_network(
     return network, versions
 
 
-def exported_program(plan: NetworkPlan, *, cache: Cache, report: Progress) -> Path:
-    """The network as torch.export made it, which backends other than those of ONNX compile."""
+def exported_program(plan: NetworkPlan, *, cache: Cache, report: Progress, limits: Limits = DEFAULT) -> Path:
+    """The network as torch.export made it, which backends other than those of ONNX compile. Raises ``OutOfMemory``."""
     from tstitch_export.onnx_export.exporter import PROGRAM, export_program
 
     def make(folder: Path) -> dict[str, object]:
+        _check_memory(plan, limits)
         export_program(
             plan.family,
             plan.inspection,
@@ -94,6 +103,24 @@ def exported_program(plan: NetworkPlan, *, cache: Cache, report: Progress) -> Pa
 
     what = f"{plan.what}: exported program"
     return cache.keep(from_cache(cache, _key(plan, "exported-program"), make, what)).files[PROGRAM]
+
+
+def _check_memory(plan: NetworkPlan, limits: Limits) -> None:
+    """The weights are in memory once in float32, whatever they are stored in; more often for a while."""
+    known, alone = plan.inspection.config.get("parameters"), plan.inspection.layout in ("published", "diffusers")
+    if known is None and not alone:
+        return  # one of several networks in its file
+    shapes = read_checkpoint(plan.inspection.files[-1]).shapes if known is None else {}
+    numbers = int(known) if known is not None else sum(math.prod(shape) for shape in shapes.values())
+    free = free_memory()
+    allowed = limits.memory if limits.memory is not None else free
+    if allowed is not None and 4 * numbers > allowed:
+        have = f"{show_size(allowed)} are free" if limits.memory is None else f"its limit is {show_size(allowed)}"
+        raise OutOfMemory(
+            f"exporting {plan.what} needs {show_size(4 * numbers)} of memory or more "
+            f"({numbers:,} weights in float32), and {have}",
+            hint="free memory, raise --memory-limit (memory_limit=), or build on a larger machine and copy the bundle",
+        )
 
 
 def copy_into(source: Path, staging: Path, folder: str) -> Component:

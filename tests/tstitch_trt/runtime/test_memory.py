@@ -57,10 +57,9 @@ def widened(bundle: Bundle, ranges: Mapping[str, Range]) -> Bundle:
 @pytest.mark.parametrize(
     "ranges",
     [
-        {"B": Range(1, 2, 10**9)},
-        {"B": Range(1, 2, 1 << 62)},
-        {"H": Range(4, 8, 1 << 30), "W": Range(4, 8, 1 << 30)},
-        {"T": Range(1, 5, 1 << 40)},
+        {"B": Range(1, 2, 1 << 24)},
+        {"H": Range(4, 8, 1 << 24), "W": Range(4, 8, 1 << 24)},
+        {"B": Range(1, 2, 1 << 9), "T": Range(1, 5, 1 << 24)},
     ],
 )
 def test_a_profile_larger_than_the_machine_is_refused_at_once(bundle: Bundle, ranges: dict[str, Range]) -> None:

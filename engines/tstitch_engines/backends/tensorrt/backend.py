@@ -31,9 +31,9 @@ from tstitch_engines.backends.tensorrt.worker import compile_engine
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Option
-from tstitch_engines.child import DEFAULT, Job, free_memory, run_in_child
+from tstitch_engines.child import DEFAULT, Job, free_memory, run_in_child, show_size
 from tstitch_engines.device.open import parse_device
-from tstitch_engines.errors import BuildFailed, Unavailable
+from tstitch_engines.errors import BuildFailed, OutOfMemory, Unavailable
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import EngineIdentity, Network
@@ -151,7 +151,12 @@ class TensorRtBackend(Backend):
         _log.info("compiling %s with %s %s: %s", model.name, flavour.title, self.version(), expected)
         if timed:
             _log.info("timing kernels: %s", _timings(chosen.timing_cache))
-        free = free_memory()
+        limits, free = job.get("limits", DEFAULT), free_memory()
+        if limits.memory is not None and expected.memory > limits.memory:
+            raise OutOfMemory(
+                f"compiling {model.name} needs {expected}; its limit is {show_size(limits.memory)}",
+                hint="raise --memory-limit (memory_limit=), or build on a larger machine and copy the bundle",
+            )
         if free is not None and expected.memory > free:
             _log.warning(
                 "compiling %s needs %s and only %.1f GiB are free: the kernel may end it; free memory, or build on a "
@@ -168,7 +173,7 @@ class TensorRtBackend(Backend):
             Job(
                 what=f"the process compiling {model.name}",
                 seconds=BUILD_SECONDS,
-                limits=job.get("limits", DEFAULT),
+                limits=limits,
                 error=BuildFailed,
                 needs=f"; it needs {expected}",
                 if_killed="free memory, or build on a machine with more and copy the bundle",
