@@ -60,7 +60,7 @@ def check_numbers(config: Mapping[str, Any], shapes: Shapes, where: str, *, larg
 
 def _unseen(key: str) -> float:
     """What a number may be that no tensor shows."""
-    return 1e9 if key.endswith(_UNSEEN) else 1e4
+    return 1e9 if key.endswith(_UNSEEN) else 1024
 
 
 def _numbers(value: Any) -> Iterator[float]:
