@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from tstitch_engines.bundle.manifest import Bytes, Count, Number, Text
+
 __all__ = ["Machine", "describe_machine", "gpu_names", "package_version", "peak_memory", "version"]
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx", "cuda-core", "onnx")
@@ -19,14 +21,14 @@ PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "ten
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """``load``: the one-minute load average when the record was made; far above 0 the machine was busy."""
 
-    system: str
-    processor: str
-    cores: int
-    memory_bytes: int
-    load: float
-    gpus: tuple[str, ...]
-    python: str
-    versions: dict[str, str]
+    system: Text
+    processor: Text
+    cores: Count
+    memory_bytes: Bytes
+    load: Number
+    gpus: tuple[Text, ...]
+    python: Text
+    versions: dict[Text, Text]
 
 
 def version() -> str:

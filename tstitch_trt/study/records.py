@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
+from tstitch_engines.bundle.manifest import Count, Number, Seed, Text
 from tstitch_trt.request.batching import Splitting
 from tstitch_trt.study.machine import Machine
 
@@ -42,6 +43,10 @@ HIGHER_IS_BETTER: Final = ("precision", "recall", "accuracy", "psnr", "clip")
 METRICS: Final = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
 
 
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+Ms = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+Above = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+
 StudyKind = Literal["calibration", "divergence", "evaluation", "search"]
 
 
@@ -54,11 +59,11 @@ class Study(_Record, frozen=True, kw_only=True):
 
     kind: ClassVar[StudyKind]
     schema: Annotated[int, msgspec.Meta(ge=1)] = STUDY_SCHEMA
-    bundle: str
-    weights: dict[str, str]
+    bundle: Text
+    weights: dict[Text, Text]
     machine: Machine
-    command: str
-    made: str
+    command: Text
+    made: Text
 
 
 class Setting(_Record, frozen=True, kw_only=True):
@@ -68,12 +73,12 @@ class Setting(_Record, frozen=True, kw_only=True):
     ``steps`` for ``pndm``). ``members``: rows by member. ``plan``: further keywords of ``make_plan``.
     """
 
-    schedule: str
-    members: dict[str, int]
-    steps: int
-    rows: int
-    solver: str
-    guidance: float
+    schedule: Text
+    members: dict[Text, Count]
+    steps: Positive
+    rows: Positive
+    solver: Text
+    guidance: Number
     plan: dict[str, Any] = {}
 
     def share(self, member: str) -> float:
@@ -91,15 +96,15 @@ class StepCost(_Record, frozen=True, kw_only=True):
     percentile are those of ``blocks`` trajectories of this member alone, per step.
     """
 
-    member: str
+    member: Text
     guided: bool
-    batch: int
-    height: int
-    width: int
-    ms: float
-    p10_ms: float
-    p90_ms: float
-    blocks: int
+    batch: Positive
+    height: Positive
+    width: Positive
+    ms: Ms
+    p10_ms: Ms
+    p90_ms: Ms
+    blocks: Count
 
 
 class Overhead(_Record, frozen=True, kw_only=True):
@@ -108,11 +113,11 @@ class Overhead(_Record, frozen=True, kw_only=True):
     ``ms`` once, and ``switch_ms`` for each change of the member, or from guided to unguided steps or back.
     """
 
-    batch: int
-    height: int
-    width: int
-    ms: float
-    switch_ms: float = 0.0
+    batch: Positive
+    height: Positive
+    width: Positive
+    ms: Ms
+    switch_ms: Ms = 0.0
 
 
 class Check(_Record, frozen=True, kw_only=True):
@@ -122,16 +127,16 @@ class Check(_Record, frozen=True, kw_only=True):
     ``guidance_interval``: only the steps ``start <= i < stop`` were guided.
     """
 
-    schedule: str
-    steps: int
-    guidance: float
-    guidance_interval: tuple[int, int] | None = None
-    batch: int
-    height: int
-    width: int
-    predicted_ms: float
-    measured_ms: float
-    repeats: int
+    schedule: Text
+    steps: Positive
+    guidance: Number
+    guidance_interval: tuple[Count, Count] | None = None
+    batch: Positive
+    height: Positive
+    width: Positive
+    predicted_ms: Above
+    measured_ms: Above
+    repeats: Positive
 
     @property
     def error(self) -> float:
@@ -149,20 +154,20 @@ class Calibration(Study, frozen=True, kw_only=True):
     """
 
     kind = "calibration"
-    backend: str
-    device: str
-    threads: int
-    graph: str
-    engines: dict[str, str]
+    backend: Text
+    device: Text
+    threads: Count
+    graph: Text
+    engines: dict[Text, Text]
     splitting: Splitting
-    repeats: int
-    seed: int = 0
+    repeats: Positive
+    seed: Seed = 0
     steps: tuple[StepCost, ...]
     overheads: tuple[Overhead, ...]
     checks: tuple[Check, ...]
-    median_error: float
-    worst_error: float
-    upper_ratio: float
+    median_error: Number
+    worst_error: Number
+    upper_ratio: Above
 
 
 # --- divergence: tstitch-trt profile
@@ -175,13 +180,13 @@ class DivergenceStep(_Record, frozen=True, kw_only=True):
     10th and 90th percentile of ``rel_l2``.
     """
 
-    step: int
-    timestep: float
-    sigma: float
-    cosine: float
-    rel_l2: float
-    p10: float
-    p90: float
+    step: Count
+    timestep: Number
+    sigma: Number
+    cosine: Number
+    rel_l2: Number
+    p10: Number
+    p90: Number
 
 
 class OrderTrial(_Record, frozen=True, kw_only=True):
@@ -191,29 +196,29 @@ class OrderTrial(_Record, frozen=True, kw_only=True):
     ``latent_error``: median over the seeds.
     """
 
-    order: str
-    share: float = 0.0
-    schedule: str
-    latent_error: float
-    p10: float
-    p90: float
+    order: Text
+    share: Number = 0.0
+    schedule: Text
+    latent_error: Number
+    p10: Number
+    p90: Number
 
 
 class Divergence(Study, frozen=True, kw_only=True):
     """``members``: each member's divergence from ``reference``, step by step. ``suggested``: a schedule, and why."""
 
     kind = "divergence"
-    reference: str
-    steps: int
-    solver: str
-    guidance: float
-    seeds: tuple[int, ...]
-    prompts: tuple[str, ...] = ()
+    reference: Text
+    steps: Positive
+    solver: Text
+    guidance: Number
+    seeds: tuple[Seed, ...]
+    prompts: tuple[Text, ...] = ()
     members: dict[str, tuple[DivergenceStep, ...]]
     orders: tuple[OrderTrial, ...]
-    order: str
-    suggested: str
-    reason: str
+    order: Text
+    suggested: Text
+    reason: Text
 
 
 # --- quality: tstitch-trt evaluate
@@ -222,10 +227,10 @@ class Divergence(Study, frozen=True, kw_only=True):
 class Measure(_Record, frozen=True, kw_only=True):
     """A metric's value with a bootstrap interval: ``low`` and ``high`` at ``level`` (0.95), ``std`` over resamples."""
 
-    value: float
-    low: float
-    high: float
-    std: float
+    value: Number
+    low: Number
+    high: Number
+    std: Number
 
 
 class Point(_Record, frozen=True, kw_only=True):
@@ -233,11 +238,11 @@ class Point(_Record, frozen=True, kw_only=True):
     ``batch`` images, median of the batches drawn (0: not timed). ``samples_file``: the ``.npz`` of the pictures."""
 
     setting: Setting
-    samples: int
+    samples: Count
     measures: dict[str, Measure]
-    batch: int = 0
-    ms: float = 0.0
-    samples_file: str = ""
+    batch: Count = 0
+    ms: Ms = 0.0
+    samples_file: Text = ""
 
 
 class Evaluation(Study, frozen=True, kw_only=True):
@@ -248,21 +253,21 @@ class Evaluation(Study, frozen=True, kw_only=True):
     """
 
     kind = "evaluation"
-    key: str = ""
-    backend: str = ""
-    device: str = ""
-    threads: int = 0
-    samples: int
-    seed: int
-    prompts: tuple[str, ...] = ()
-    metrics: tuple[str, ...]
-    features: dict[str, str | int]
-    reference: dict[str, str | int]
-    level: float
-    resamples: int
+    key: Text = ""
+    backend: Text = ""
+    device: Text = ""
+    threads: Count = 0
+    samples: Count
+    seed: Seed
+    prompts: tuple[Text, ...] = ()
+    metrics: tuple[Text, ...]
+    features: dict[Text, Text | Count]
+    reference: dict[Text, Text | Count]
+    level: Number
+    resamples: Count
     baseline: Setting | None = None
     points: tuple[Point, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Text, ...] = ()
 
 
 # --- choice: tstitch-trt search
@@ -275,11 +280,11 @@ class SearchPoint(_Record, frozen=True, kw_only=True):
     it belongs to, e.g. ``two members``, ``large-small-large``, ``fewer steps``.
     """
 
-    kind: str
+    kind: Text
     setting: Setting
-    cost_ms: float
+    cost_ms: Ms
     quality: Measure
-    samples: int
+    samples: Count
     dropped: bool
     front: bool
 
@@ -288,11 +293,11 @@ class Search(Study, frozen=True, kw_only=True):
     """The Pareto set of cost and ``metric``. ``calibration``: the digest of the one that predicted the costs."""
 
     kind = "search"
-    metric: str
-    batch: int
-    samples: int
-    seed: int
-    prompts: tuple[str, ...] = ()
-    calibration: str
+    metric: Text
+    batch: Positive
+    samples: Count
+    seed: Seed
+    prompts: tuple[Text, ...] = ()
+    calibration: Text
     points: tuple[SearchPoint, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Text, ...] = ()

@@ -17,7 +17,7 @@ from tstitch_engines.bundle.bundle import STUDIES, Bundle
 from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.bundle.read import STUDY_BYTES, read_json
+from tstitch_engines.bundle.read import STUDY_BYTES, decode_json, read_bounded
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.files import atomic_file
 from tstitch_trt.study.machine import describe_machine
@@ -60,13 +60,22 @@ def differing_weights(manifest: Manifest, study: Study) -> list[str]:
 def save_study(bundle: Bundle, study: Study, *, key: str = "") -> Path:
     """Writes ``study`` into the bundle, in place of the one of the same kind and ``key``. Returns the file.
 
-    Raises ``BuildFailed`` where the bundle can't be written.
+    Raises ``BuildFailed`` where the bundle can't be written, or the study could not be read again: a measurement that
+    is NaN, say, for which JSON has no word.
     """
+    content = msgspec.json.format(msgspec.json.encode(study), indent=2) + b"\n"
     place = bundle.root / STUDIES / f"{study.kind}{f'-{key}' if key else ''}.json"
+    try:
+        _decode(place, content, type(study))
+    except BadBundle as error:
+        raise BuildFailed(
+            f"the {study.kind} was not kept, because it could not be read again: {error.message}",
+            hint="measure it again; a number that is none comes from a member that gives such latents",
+        ) from error
     try:
         place.parent.mkdir(exist_ok=True)
         with atomic_file(place) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(study), indent=2) + b"\n")
+            file.write(content)
     except OSError as error:
         raise BuildFailed(
             f"{place} can't be written: {error}", hint="make the bundle writable, or measure on a copy of it"
@@ -87,12 +96,24 @@ def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
 
 def _read(path: Path, record: type[S]) -> S | None:
     """``None`` where there is no such file, or no longer."""
-    fix = f"measure it again, or remove it: rm {path}"
     try:
-        data = read_json(path, STUDY_BYTES)
+        content = read_bounded(path, STUDY_BYTES)
     except FileNotFoundError:
         return None
     except (OSError, DecodeError) as error:
+        raise BadBundle(f"{path} is damaged: {error}", hint=_fix(path)) from None
+    return _decode(path, content, record)
+
+
+def _fix(path: Path) -> str:
+    return f"measure it again, or remove it: rm {path}"
+
+
+def _decode(path: Path, content: bytes, record: type[S]) -> S:
+    fix = _fix(path)
+    try:
+        data = decode_json(content)
+    except DecodeError as error:
         raise BadBundle(f"{path} is damaged: {error}", hint=fix) from None
     schema = data.get("schema") if isinstance(data, Mapping) else None
     if schema != STUDY_SCHEMA:

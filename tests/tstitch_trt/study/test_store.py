@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from support.hostile import altered, altered_bytes, dumps, only_our_errors
 from support.manifests import manifest
 from support.studies import calibration, search
 from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
@@ -80,6 +84,13 @@ def test_a_member_only_one_knows_differs(bundle: Bundle) -> None:
         (lambda text: text.replace('"schema": 1', '"schema": 9'), "schema version 9"),
         (lambda text: text.replace('"metric"', '"metrik"'), "unknown field 'metrik'"),
         (lambda text: text.replace('"batch": 8', '"batch": "x"'), "field 'batch'"),
+        (lambda text: text.replace('"batch": 8', '"batch": 0'), "field 'batch' is 0; allowed is from 1"),
+        (lambda text: text.replace('"batch": 8', '"batch": NaN'), "is damaged: it has the number NaN"),
+        (
+            lambda text: text.replace('"batch": 8', f'"batch": {"9" * 5000}'),
+            "is damaged: it has a number of 5,000 digits",
+        ),
+        (lambda text: "[" * 100_000, "is damaged: it is nested deeper"),
     ],
 )
 def test_a_damaged_study_is_named_with_the_way_out(bundle: Bundle, damage: Any, words: str) -> None:
@@ -109,3 +120,36 @@ def test_a_study_that_is_removed_meanwhile_is_none(bundle: Bundle) -> None:
     (kept.parent / f"{kept.stem}-gone.json").symlink_to(bundle.root / "nowhere")
     assert len(load_studies(bundle, Search)) == 1
     assert _state(bundle) == [(kept.name, kept.stat().st_mtime_ns)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_what_could_not_be_read_again_is_not_written(bundle: Bundle, value: float) -> None:
+    file = save_study(bundle, calibration(worst_error=0.5))
+    with pytest.raises(BuildFailed, match=r"could not be read again.*worst_error") as caught:
+        save_study(bundle, calibration(worst_error=value))
+    assert "measure it again" in caught.value.hint
+    assert json.loads(file.read_text())["worst_error"] == 0.5
+
+
+def test_a_study_that_is_a_pipe_or_leads_to_itself_is_named(bundle: Bundle) -> None:
+    file = save_study(bundle, search())
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(BadBundle, match="a pipe, not a regular file"):
+        load_studies(bundle, Search)
+    file.unlink()
+    file.symlink_to(file.name)
+    with pytest.raises(BadBundle, match="Too many levels"):
+        load_studies(bundle, Search)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_altered_studies(data: st.DataObject, bundle: Bundle) -> None:
+    study = data.draw(st.sampled_from([calibration(), search()]))
+    file = save_study(bundle, study)
+    good = file.read_bytes()
+    content = data.draw(st.one_of(altered(json.loads(good)).map(dumps), altered_bytes(good)))
+    file.write_bytes(content)
+    only_our_errors(lambda: load_studies(bundle, type(study)))
+    file.unlink()
