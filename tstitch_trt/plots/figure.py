@@ -67,6 +67,7 @@ def style(colours: Palette) -> dict[Any, Any]:
         "axes.prop_cycle": cycler(color=colours),
         "font.family": "DejaVu Sans",
         "font.size": 9.5,
+        "text.parse_math": False,  # a name with $ in it is no formula
         "axes.edgecolor": rule,
         "axes.labelcolor": ink,
         "axes.titlecolor": ink,

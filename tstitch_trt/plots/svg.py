@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, Final
 from xml.etree import ElementTree
@@ -24,6 +25,7 @@ _NAMES: Final = (*(f"series-{i}" for i in range(1, 9)), "ink", "muted", "ground"
 _VARIABLES: Final = {f"#0101{i:02x}": name for i, name in enumerate(_NAMES, 1)}
 _COLOUR = re.compile("|".join(_VARIABLES))
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
+_NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _FONT = re.compile(r"(font-family:|font: [^;]*?px) [^;]*")
 
 
@@ -37,7 +39,9 @@ def svg(name: str, title: str, draw: Callable[[Any], None], *, size: tuple[float
     from matplotlib.figure import Figure
 
     # text is measured in the style's font; the page's own is narrower
-    with matplotlib.rc_context({**style(tuple(_VARIABLES)), "svg.fonttype": "none", "svg.hashsalt": name}):
+    settings = {**style(tuple(_VARIABLES)), "svg.fonttype": "none", "svg.hashsalt": name}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's own font shows it
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.subplots())
@@ -58,7 +62,7 @@ def _legend(figure: Any) -> None:
 
 def _inline(text: str, name: str, title: str) -> Markup:
     """matplotlib's document as an element of a page: no XML header, no namespaces, no ids but its own."""
-    root = ElementTree.fromstring(text)  # noqa: S314 (matplotlib wrote it)
+    root = ElementTree.fromstring(_NOT_XML.sub("\ufffd", text))  # noqa: S314 (matplotlib wrote it)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith(("}metadata", "}style")):

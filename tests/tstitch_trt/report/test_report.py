@@ -35,7 +35,7 @@ from tstitch_trt.study.records import Study
 from tstitch_trt.study.store import save_study, weights_of
 
 SECTIONS = ["samples", "quality", "search", "divergence", "orders", "cost", "bundle", "machines", "commands"]
-EVIL = "<script>alert(1)</script> & \"quotes\" 'too'"
+EVIL = "<script>alert(1)</script> & \"quotes\" 'too' and $\\no{formula$ with a bell \x07 and \ufffe"
 
 
 class Parsed(HTMLParser):
