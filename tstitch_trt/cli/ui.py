@@ -50,47 +50,51 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
     """
     import secrets
     import tempfile
+    import threading
     import time
     from contextlib import ExitStack
 
     from tstitch_trt.progress import log
     from tstitch_trt.report.samples import undrawable
     from tstitch_trt.study.fractions import warm_up_fractions
-    from tstitch_trt.ui.app import build_page, import_gradio, serving, wait_for_interrupt
+    from tstitch_trt.ui.app import build_page, import_gradio, serving
     from tstitch_trt.ui.guard import Guard, is_loopback, read_token
     from tstitch_trt.ui.visitors import DrawingQueue
 
     token = None if is_loopback(address.host) else secrets.token_urlsafe(24)
     if address.token_file is not None:
         token = read_token(address.token_file)
-    with ExitStack() as stack:
-        listening = stack.enter_context(_listen(address.host, address.port))
-        port = int(listening.getsockname()[1])
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-ui-"))).resolve()
-        gradio = import_gradio(temporary=str(temporary))
-        runtime = stack.enter_context(load.open(bundle))
-        manifest = runtime.manifest
-        if (reason := undrawable(manifest)) is not None:
-            raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
-        pictures = {"labels": [0]} if manifest.conditioning.kind == "class" else {"prompt": ""}
-        began = time.monotonic()
-        warmed = warm_up_fractions(runtime, {**pictures, "guidance": manifest.defaults.guidance})
-        queue = DrawingQueue(address.queue, seconds_per_unit=(time.monotonic() - began) / warmed)
-        page = build_page(gradio, runtime, str(bundle), temporary=temporary, queue=queue)
-        guarded = partial(
-            Guard, host=address.host, port=port, names=address.allow_host, token=token, pictures=temporary,
-            visitors=queue.visitors,
-        )  # fmt: skip
-        with serving(gradio, page, listening, guarded):
-            try:
-                click.echo(_url(address.host, port, token))
-                log("Ctrl-C stops it")
-                wait_for_interrupt()
-            finally:
-                queue.close()
-    log("stopped")
-    if queue.cut_off:
-        raise KeyboardInterrupt
+    queue = None
+    try:
+        with ExitStack() as stack:
+            listening = stack.enter_context(_listen(address.host, address.port))
+            port = int(listening.getsockname()[1])
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-ui-"))).resolve()
+            gradio = import_gradio(temporary=str(temporary))
+            runtime = stack.enter_context(load.open(bundle))
+            manifest = runtime.manifest
+            if (reason := undrawable(manifest)) is not None:
+                raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
+            pictures = {"labels": [0]} if manifest.conditioning.kind == "class" else {"prompt": ""}
+            began = time.monotonic()
+            warmed = warm_up_fractions(runtime, {**pictures, "guidance": manifest.defaults.guidance})
+            queue = DrawingQueue(address.queue, seconds_per_unit=(time.monotonic() - began) / warmed)
+            page = build_page(gradio, runtime, str(bundle), temporary=temporary, queue=queue)
+            guarded = partial(
+                Guard, host=address.host, port=port, names=address.allow_host, token=token, pictures=temporary,
+                visitors=queue.visitors,
+            )  # fmt: skip
+            with serving(gradio, page, listening, guarded):
+                try:
+                    click.echo(_url(address.host, port, token))
+                    log("Ctrl-C stops it")
+                    threading.Event().wait()
+                finally:
+                    queue.close()
+    except KeyboardInterrupt:
+        if queue is None or queue.cut_off:
+            raise
+        log("stopped")  # as it was told to, and nobody lost a drawing
 
 
 def _url(host: str, port: int, token: str | None) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tstitch_trt.ui.guard import App
     from tstitch_trt.ui.visitors import DrawingQueue
 
-__all__ = ["build_page", "import_gradio", "serving", "wait_for_interrupt"]
+__all__ = ["build_page", "import_gradio", "serving"]
 
 _BESIDE: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MOST_STEPS: Final = 200
@@ -228,6 +228,7 @@ def serving(gr: Any, page: Any, listening: socket.socket, guarded: Callable[...,
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        http="h11",  # which bounds headers
         ws="none",
         limit_concurrency=_MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,  # streams of open pages have no end
@@ -278,11 +279,3 @@ def _fractions_beside(values: object) -> list[float]:
     if not isinstance(values, list) or len(values) > len(_BESIDE):
         raise BadInput(f"beside it is {shown(values)}; allowed are shares of the steps", hint="tick the boxes")
     return [_fraction(value) for value in values]
-
-
-def wait_for_interrupt() -> None:
-    """Returns on Ctrl-C."""
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,23 @@ def test_what_a_visitor_writes_by_hand_is_refused_by_name(served: tuple[str, Any
         assert b" 101 " not in raw(address, upgrade.encode())[:20]
         assert visitor.client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
         assert visitor.client.get("/", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_visitors_who_draw_at_once_get_their_own_pictures(served: tuple[str, Any], runtime: Runtime) -> None:
+    address, _ = served
+
+    def drawn(label: int) -> np.ndarray:
+        with Visitor(address, f"visitor-{label}", steps=4) as visitor:
+            visitor.request[-1] = label
+            assert visitor.join().status_code == 200
+            url = visitor.outcome()["output"]["data"][0][0]["image"]["url"]
+            return np.asarray(Image.open(io.BytesIO(visitor.client.get(url).content)))
+
+    with ThreadPoolExecutor(4) as pool:
+        for label, picture in enumerate(pool.map(drawn, range(4))):
+            alone = runtime.sample(labels=[label], seed=0, steps=4, fraction=0.4, guidance=1.5, solver="ddim").images
+            assert alone is not None
+            np.testing.assert_array_equal(picture, enlarged(alone[0]))
 
 
 def test_a_closed_page_s_drawing_ends_and_the_next_one_is_drawn(served: tuple[str, Any]) -> None:
