@@ -29,6 +29,7 @@ COMMANDS = {
     "calibrate": "Measure what sampling costs on this machine, for --budget-ms and search.",
     "profile": "Compare the members of a bundle step by step and suggest a schedule.",
     "inspect": "Show what a bundle holds: members, specs, engine identities, hashes, sources.",
+    "sign": "Sign a bundle, so that others can require your signature of it.",
     "verify": "Compare every engine of a bundle with ONNX Runtime and PyTorch.",
     "evaluate": "Measure how good the pictures of a bundle are over a list of schedules.",
     "search": "Find the schedules, step counts and solvers that are worth their time.",

@@ -30,6 +30,7 @@ __all__ = [
     "lora_texts",
     "parse_budgets",
     "rebuild_option",
+    "signature_option",
     "threads_option",
     "trust_option",
 ]
@@ -43,6 +44,10 @@ def rebuild_option() -> Any:
 
 def trust_option() -> Any:
     return option("Load engines that may run code (TensorRT, PyTorch) though this machine did not compile them.")
+
+
+def signature_option() -> Any:
+    return option("Refuse the bundle unless it is signed with this public key (tstitch-trt sign).", "KEY.pub.pem")
 
 
 def threads_option(text: str = "CPU threads.") -> Any:
@@ -80,6 +85,7 @@ class LoadOptions(LimitOptions):
     )
     rebuild: bool = rebuild_option()
     trust: bool = trust_option()
+    require_signature: Path | None = signature_option()
 
     def open(self, bundle: Path) -> Runtime:
         """The runtime; with ``--rebuild`` under a progress bar."""

@@ -10,7 +10,7 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import LimitOptions, lora_texts
+from tstitch_trt.cli._options import LimitOptions, lora_texts, signature_option
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Manifest, Precision
@@ -75,6 +75,7 @@ class Options(LimitOptions):
     options: tuple[str, ...] = option(
         "An option of the backend, or MEMBER.NAME of a member's family. May be repeated.", "NAME=VALUE", "--option"
     )
+    require_signature: Path | None = signature_option()
     fresh: bool = option("Make everything again, also what did not change.")
     output: Path | None = option("The bundle's directory. [RECIPE.bundle, or BUNDLE]", "DIR", "-o", "--output")
 
@@ -132,6 +133,11 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
                 f"{name} {texts[0]} decides what is exported, and {source} is a bundle, whose ONNX is exported",
                 hint=f"leave out {name}, or build from the recipe",
             )
+    if given.require_signature is not None and not from_bundle:
+        raise BadInput(
+            f"--require-signature {given.require_signature}: {source} is a recipe, and bundles are signed",
+            hint="leave it out, or build from a bundle",
+        )
     with progress_bar(f"building {source}", logs=("tstitch_engines", "tstitch_export")) as bar:
         if from_bundle:
             manifest = _recompile(Path(source), given, ranges, options, bar)
@@ -175,7 +181,7 @@ def _recompile(
 
     backend = given.backend
     options = typed(texts, open_backend(backend).options, what=f"backend {backend!r}") if texts else None
-    bundle = open_bundle(source, engines=False)
+    bundle = open_bundle(source, engines=False, require_signature=given.require_signature)
     profile = {"B": ranges["batch"], "T": ranges["tokens"]}
     for dim, side in (("H", "height"), ("W", "width")):
         profile[dim] = in_latents(ranges[side], bundle.manifest.decoder.factor, side)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tstitch_trt.cli._command import tstitch_command
+from tstitch_trt.cli._options import signature_option
 from tstitch_trt.cli._text import print_entries
 
 if TYPE_CHECKING:
@@ -24,13 +26,18 @@ tstitch-trt inspect fashion.bundle --json
 """
 
 
-@tstitch_command("inspect", EXAMPLES)
-def command(bundle: Path, as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    require_signature: Path | None = signature_option()
+
+
+@tstitch_command("inspect", EXAMPLES, wanted=Options)
+def command(bundle: Path, wanted: Options, as_json: bool) -> None:
     """Show what BUNDLE holds. Every file's size and sha256 are checked first."""
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._text import print_json
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, require_signature=wanted.require_signature)
     if as_json:
         print_json(_document(opened))
     else:
@@ -58,6 +65,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
         "bytes": sum(part.bytes for part in files),
         "files": len(files),
         "memory": planned_memory(bundle.manifest),
+        "signed": _signed(bundle),
         **document,
     }
 
@@ -81,6 +89,7 @@ def _print(bundle: Bundle) -> None:
         ("names", ", ".join(manifest.conditioning.names)),
         ("defaults", f"{drawn}, schedule {defaults.schedule}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        ("signed", _signed(bundle)),
         ("quality", "network and reference statistics" if manifest.quality else "none"),
         *(("note", note) for note in manifest.notes),
         ("files", f"{len(files)}, {size(sum(part.bytes for part in files))}, all verified"),
@@ -94,6 +103,20 @@ def _print(bundle: Bundle) -> None:
         _print_network(bundle, name, network)
     click.echo()
     print_table(("file", "size", "sha256"), [(part.path, size(part.bytes), part.sha256) for part in files])
+
+
+def _signed(bundle: Bundle) -> str:
+    from tstitch_engines.bundle.signature import is_valid, read_signature
+    from tstitch_engines.errors import Unavailable
+
+    signature = read_signature(bundle.root)
+    if signature is None:
+        return "no"
+    try:
+        state = "" if is_valid(signature, bundle.content) else "NOT VALID for this manifest; it names the key "
+    except Unavailable:
+        state = 'not checked (pip install "tstitch-trt[sign]"); it names the key '
+    return state + signature.fingerprint
 
 
 def _noise(noise: NoiseScheduleSpec) -> str:

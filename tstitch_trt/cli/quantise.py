@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import LimitOptions, PromptsFile, StepOptions, threads_option
+from tstitch_trt.cli._options import LimitOptions, PromptsFile, StepOptions, signature_option, threads_option
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Member
@@ -43,6 +43,7 @@ class Options(LimitOptions):
     high_precision: str = option(
         "What the layers that are not quantised compute in: fp16, bf16 or fp32.", "P", default="fp16"
     )
+    require_signature: Path | None = signature_option()
     keep: tuple[str, ...] = option(
         "A layer to leave in high precision, by name or pattern ('blocks.0.*'). May be repeated.", "LAYER"
     )

@@ -64,7 +64,13 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
     output, no_samples = wanted.output, wanted.no_samples
     require_output(output, ".html", ".htm", option="-o")
     points = parse_fractions(wanted.fractions)
-    opened = open_bundle(bundle, verify="size" if no_samples else "full", engines=not load.rebuild and not no_samples)
+    quick = no_samples and load.require_signature is None
+    opened = open_bundle(
+        bundle,
+        verify="size" if quick else "full",
+        engines=not load.rebuild and not no_samples,
+        require_signature=load.require_signature,
+    )
     studies = gather(opened)
     if studies.used():
         require_matplotlib()

@@ -10,7 +10,7 @@ import click
 
 from tstitch_engines.errors import FailedWork
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import LimitOptions, rebuild_option, threads_option, trust_option
+from tstitch_trt.cli._options import LimitOptions, rebuild_option, signature_option, threads_option, trust_option
 
 if TYPE_CHECKING:
     from tstitch_trt.verify.verify import Comparison, Verification
@@ -47,6 +47,7 @@ class Checks(LimitOptions):
     )
     rebuild: bool = rebuild_option()
     trust: bool = trust_option()
+    require_signature: Path | None = signature_option()
     layers: bool = option("Also name the first layer that differs, where layers can be seen.")
     threads: int | None = threads_option("CPU threads of engines and references.")
 
@@ -86,6 +87,7 @@ def command(bundle: Path, checks: Checks, as_json: bool) -> None:
             checkpoints={name: Path(path) for name, path in sources.items()},
             rebuild=checks.rebuild,
             trust=checks.trust,
+            require_signature=checks.require_signature,
             progress=bar,
             time_limit=checks.time_limit,
             memory_limit=checks.memory_limit,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, require_vouched, write_bundle
 from tstitch_engines.bundle.files import copy_component, temporary_directory
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
@@ -59,6 +59,7 @@ def quantise(
     keep: Sequence[str] = (),
     prompts: Sequence[str] = (),
     threads: int = 0,
+    require_signature: str | Path | None = None,
     progress: Progress = silent,
     time_limit: float | str | None = None,
     memory_limit: int | str | None = None,
@@ -90,7 +91,10 @@ def quantise(
             f"{place} exists already; quantising makes a new bundle and replaces none",
             hint=f"choose another directory with -o DIR, or remove it: rm -r {place}",
         )
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    if isinstance(bundle, Bundle):
+        opened = require_vouched(bundle, require_signature)
+    else:
+        opened = open_bundle(Path(bundle), require_signature=require_signature)
     manifest = opened.manifest
     if member not in manifest.members:
         raise unknown_name("member", member, manifest.members)

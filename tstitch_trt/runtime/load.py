@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from tstitch_engines.backends import Engine, open_backend
-from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, require_vouched
 from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.checks import check_choice
 from tstitch_engines.child import Limits, parse_size
@@ -40,6 +40,7 @@ def load(
     stream: Any = None,
     rebuild: bool = False,
     trust: bool = False,
+    require_signature: str | Path | None = None,
     overlap: bool = True,
     progress: Progress | None = None,
     chooser: ChooserFactory | None = None,
@@ -69,7 +70,9 @@ def load(
     as of ``tstitch_export.build.build``.
 
     ``trust``: engines that may run code when they are loaded (TensorRT's plans, PyTorch's programs) may be loaded from
-    this bundle. Without it they load where ``backend`` names theirs, or this machine compiled them.
+    this bundle. Without it they load where ``backend`` names theirs, this machine compiled them, or a signature was
+    required. ``require_signature``: the file of a public key (Ed25519, PEM) with which the bundle must be signed; it is
+    checked before anything is read, and before ``rebuild``, which leaves the new bundle unsigned.
 
     ``max_memory``: bytes, or ``8GiB``, that weights, buffers of all lanes, and inputs and outputs of all engines at
     their largest batch and size may come to. Without it what is taken at once must be free: weights and lanes, on a GPU
@@ -93,7 +96,10 @@ def load(
     limits = Limits.of(time_limit, memory_limit)
     most = None if max_memory is None else parse_size(max_memory, "max_memory", "--max-memory 8GiB")
     started = perf_counter()
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), verify=verify, engines=not rebuild)
+    if isinstance(bundle, Bundle):
+        opened = require_vouched(bundle, require_signature)
+    else:
+        opened = open_bundle(Path(bundle), verify=verify, engines=not rebuild, require_signature=require_signature)
     place = open_device(device, stream=stream)
     if graph in ("step", "segment") and not place.graphs:
         raise Unavailable(

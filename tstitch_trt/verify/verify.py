@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from tstitch_engines.backends import BACKENDS, for_gpu, open_backend
-from tstitch_engines.bundle.bundle import Bundle, open_bundle
+from tstitch_engines.bundle.bundle import Bundle, open_bundle, require_vouched
 from tstitch_engines.bundle.manifest import EngineRecord, Manifest
 from tstitch_engines.child import Channel, Job, Limits, run_in_child
 from tstitch_engines.compile.select import rebuild as rebuild_engines
@@ -59,6 +59,7 @@ def verify(
     checkpoints: Mapping[str, Path] | None = None,
     rebuild: bool = False,
     trust: bool = False,
+    require_signature: str | Path | None = None,
     progress: Progress = silent,
     time_limit: float | str | None = None,
     memory_limit: int | str | None = None,
@@ -74,8 +75,10 @@ def verify(
     graph and the same graph in float32. ``checkpoints``: the origins of members and parts. Their PyTorch side is then
     the family's module with the checkpoint's weights, not the graph's, which works for DiTs in the published layout
     only. ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: first compiles engines
-    that are missing, damaged or don't fit, of every backend that runs here or of ``backend``. ``trust``: also load
-    engines that may run code and that this machine did not compile; those of ``backend`` are loaded without it.
+    that are missing, damaged or don't fit, of every backend that runs here or of ``backend``.
+
+    ``trust``: also load engines that may run code and that this machine did not compile; those of ``backend`` are
+    loaded without it. ``require_signature``: as of ``tstitch_trt.load``.
 
     Engines and references run in a child process, since a graph may be made to run or grow without end. It is ended
     when one engine takes longer than ``time_limit`` (seconds, or ``30m``; an hour by default) or when it holds more
@@ -92,7 +95,10 @@ def verify(
         raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     parse_device(device)
     trusted = trust or backend is not None
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), engines=not rebuild)
+    if isinstance(bundle, Bundle):
+        opened = require_vouched(bundle, require_signature)
+    else:
+        opened = open_bundle(Path(bundle), engines=not rebuild, require_signature=require_signature)
     if rebuild:
         opened = _rebuilt(opened, backend, members, device, progress, limits, trusted=trusted)
     chosen = _select(opened, backend, members)
@@ -110,7 +116,8 @@ def verify(
             threads=threads,
             layers=layers,
             device=device,
-            trusted=trusted or opened.vouched,
+            trusted=trusted,
+            vouched=opened.vouched,
             checkpoints={name: str(Path(path).absolute()) for name, path in (checkpoints or {}).items()},
             folder=folder,
         )
@@ -141,13 +148,18 @@ class VerifyRequest(msgspec.Struct, frozen=True, kw_only=True):
     layers: bool
     device: str
     trusted: bool
+    vouched: bool
     checkpoints: dict[str, str]
     folder: str
 
 
 def verify_here(request: VerifyRequest, channel: Channel) -> Verification:
     """Verifies in this process, which is the child. The limit of time is of each engine."""
-    opened, folder, chosen = Bundle(Path(request.root), request.manifest), Path(request.folder), request.chosen
+    opened, folder, chosen = (
+        Bundle(Path(request.root), request.manifest, vouched=request.vouched),
+        Path(request.folder),
+        request.chosen,
+    )
     checks: list[EngineCheck] = []
     found: list[LayerCheck] = []
     with ExitStack() as stack:

@@ -6,6 +6,7 @@ import logging
 import shlex
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,10 +28,20 @@ from tstitch_engines.bundle.files import (
 )
 from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member, Network, siblings
 from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
-from tstitch_engines.bundle.read import MANIFEST_BYTES, read_json
-from tstitch_engines.errors import BadBundle, BuildFailed
+from tstitch_engines.bundle.read import MANIFEST_BYTES, decode_json, read_bounded
+from tstitch_engines.bundle.signature import check_signature
+from tstitch_engines.errors import BadBundle, BadInput, BuildFailed
 
-__all__ = ["MANIFEST", "STUDIES", "Bundle", "is_bundle", "open_bundle", "rebuild_command", "write_bundle"]
+__all__ = [
+    "MANIFEST",
+    "STUDIES",
+    "Bundle",
+    "is_bundle",
+    "open_bundle",
+    "rebuild_command",
+    "require_vouched",
+    "write_bundle",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +54,15 @@ class Bundle:
     """An opened bundle: its manifest is well formed and every file of it was there when it was opened.
 
     ``hashed``: every file had the hash that the manifest states. ``vouched``: it had a signature that was required.
+    ``content``: the bytes that ``manifest`` was read from.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, *, hashed: bool = False, vouched: bool = False) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, *, hashed: bool = False, vouched: bool = False, content: bytes = b""
+    ) -> None:
         self.root = root
         self.manifest = manifest
+        self.content = content
         self.hashed = hashed
         self.vouched = vouched
 
@@ -118,15 +133,31 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full", *, engines: bool = True) -> Bundle:
+def open_bundle(
+    path: str | Path,
+    verify: Literal["full", "size"] = "full",
+    *,
+    engines: bool = True,
+    require_signature: str | Path | None = None,
+) -> Bundle:
     """The bundle at ``path``.
 
     ``verify="size"`` checks that every file is there with its recorded size, ``"full"`` also its sha256;
-    ``engines=False`` leaves out the files of engines, for callers that compile them again. Raises ``BadBundle`` naming
-    the fault and the command that rebuilds the bundle, ``Unsafe`` for a graph that reads files it does not list.
+    ``engines=False`` leaves out the files of engines, for callers that compile them again. ``require_signature``: the
+    file of a public key with which the manifest must be signed (``bundle.signature``); it is checked before anything
+    else is read. Raises ``BadBundle`` naming the fault and the command that rebuilds the bundle, ``Untrusted`` for the
+    signature, ``Unsafe`` for a graph that reads files it does not list.
     """
     root = Path(path)
-    manifest = _read_manifest(root)
+    if require_signature is not None and verify != "full":
+        raise BadInput(
+            f"verify = {verify!r} with a signature that is required: what is signed are hashes, which are not compared",
+            hint='verify="full", or leave require_signature out',
+        )
+    content = _manifest_bytes(root)
+    if require_signature is not None:
+        check_signature(root, content, Path(require_signature))
+    manifest = _decode_manifest(root, content)
     rebuild = rebuild_command(manifest, root)
     made = manifest.engine_paths()
     for component in manifest.components():
@@ -140,10 +171,21 @@ def open_bundle(path: str | Path, verify: Literal["full", "size"] = "full", *, e
                 check_onnx(root / network.onnx[0].path, siblings(network.onnx))
             except NotOnnx as error:
                 raise BadBundle(str(error), hint=f"build it again: {rebuild}") from None
-    return Bundle(root, manifest, hashed=engines and verify == "full")
+    signed, hashed = require_signature is not None, engines and verify == "full"
+    return Bundle(root, manifest, hashed=hashed, vouched=signed, content=content)
 
 
-def _read_manifest(root: Path) -> Manifest:
+def require_vouched(bundle: Bundle, require_signature: str | Path | None) -> Bundle:
+    """``bundle``; raises ``BadInput`` where it was opened without the signature that is now required."""
+    if require_signature is not None and not bundle.vouched:
+        raise BadInput(
+            f"the signature of {bundle.root} is required of an opened bundle, whose manifest was not checked",
+            hint="give the path, or open it with open_bundle(path, require_signature=KEY)",
+        )
+    return bundle
+
+
+def _manifest_bytes(root: Path) -> bytes:
     rebuild = f"build it: {rebuild_command(None, root)}"
     if not root.exists():
         raise BadBundle(f"{root} does not exist; wanted is the directory of a bundle", hint=rebuild)
@@ -151,7 +193,7 @@ def _read_manifest(root: Path) -> Manifest:
         raise BadBundle(f"{root} is a file; a bundle is a directory with a {MANIFEST}", hint=rebuild)
     file = root / MANIFEST
     try:
-        data = read_json(file, MANIFEST_BYTES)
+        return read_bounded(file, MANIFEST_BYTES)
     except FileNotFoundError:
         parts = sorted(entry.name for entry in root.iterdir())[:4]
         raise BadBundle(
@@ -160,6 +202,14 @@ def _read_manifest(root: Path) -> Manifest:
             hint=f"give the directory of a bundle, or {rebuild}",
         ) from None
     except (OSError, DecodeError) as error:
+        raise BadBundle(f"{file} is damaged: {error}", hint=rebuild) from None
+
+
+def _decode_manifest(root: Path, content: bytes) -> Manifest:
+    rebuild, file = f"build it: {rebuild_command(None, root)}", root / MANIFEST
+    try:
+        data = decode_json(content)
+    except DecodeError as error:
         raise BadBundle(f"{file} is damaged: {error}", hint=rebuild) from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, bool) or not isinstance(schema, int):
@@ -225,8 +275,8 @@ def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
         remove_stale(output.parent, prefix)
         with _terminate_as_exception(), temporary_directory(output.parent, prefix) as staging:
             manifest = fill(staging)
-            if (output / STUDIES).is_dir():
-                shutil.copytree(output / STUDIES, staging / STUDIES)
+            if stat.S_ISDIR(_mode(output / STUDIES)):
+                shutil.copytree(output / STUDIES, staging / STUDIES, ignore=_not_plain)
             write_durably(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
             _read_back(staging, output)
             for directory in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
@@ -239,6 +289,20 @@ def write_bundle(output: Path, fill: Callable[[Path], Manifest]) -> Bundle:
             "-o DIR; what was there before is unchanged",
         ) from error
     return Bundle(output, manifest)
+
+
+def _mode(path: Path) -> int:
+    """Of the entry itself, be it a link; 0 where there is none."""
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return 0
+
+
+def _not_plain(folder: str, names: list[str]) -> list[str]:
+    """Links, pipes and devices: what they lead to is no part of the bundle, and may have no end."""
+    modes = {name: _mode(Path(folder, name)) for name in names}
+    return [name for name, mode in modes.items() if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))]
 
 
 def _read_back(staging: Path, output: Path) -> None:

@@ -69,7 +69,9 @@ def replace_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_bytes(content)
+        scratch.unlink(missing_ok=True)
+        with scratch.open("xb") as out:  # through no link that lies there
+            out.write(content)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

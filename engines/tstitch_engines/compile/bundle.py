@@ -17,6 +17,7 @@ from tstitch_engines.bundle.bundle import MANIFEST, Bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.manifest import Component, EngineRecord, Manifest, Network, Option
+from tstitch_engines.bundle.signature import SIGNATURE
 from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.engine import Compiler, keep_record
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
@@ -87,8 +88,12 @@ def recompile(
         compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache, limits)
     place = bundle.root.resolve() if output is None else output.resolve()
     _require_writable(place, compile_command(bundle, backend, device))
-    work = _Work(bundle, compilers, in_place=place == bundle.root.resolve(), report=progress or silent)
-    return write_bundle(place, work.fill)
+    in_place = place == bundle.root.resolve()
+    if in_place and (place / SIGNATURE).exists():
+        _log.warning("%s was signed; with engines compiled again it is not: sign it anew with tstitch-trt sign", place)
+    made = write_bundle(place, _Work(bundle, compilers, in_place=in_place, report=progress or silent).fill)
+    made.vouched = bundle.vouched  # what was kept is what was signed, the rest was compiled here
+    return made
 
 
 def _compiler(
@@ -139,7 +144,7 @@ class _Work:
         self._compilers = compilers
         self._in_place = in_place
         self._report = report
-        self._manifest_bytes = (bundle.root / MANIFEST).read_bytes()
+        self._manifest_bytes = bundle.content or (bundle.root / MANIFEST).read_bytes()
 
     def fill(self, staging: Path) -> Manifest:
         manifest = self._bundle.manifest

@@ -51,7 +51,11 @@ def require_trust(bundle: Bundle, name: str, record: EngineRecord, backend: Back
 
     ``trusted``: the caller named the backend, or trusts the bundle.
     """
-    if trusted or not backend.runs_code or bundle.vouched or _built_here(bundle, record):
+    if trusted or not backend.runs_code:
+        return
+    if bundle.vouched or is_built_here(record.files):
+        if not bundle.hashed:  # both are about what the manifest says that the files are
+            bundle.check_files(record.files)
         return
     raise Untrusted(
         f"the {backend.name} engine of {bundle.manifest.word(name)} {name!r} in {bundle.root} was not compiled on this "
@@ -59,14 +63,6 @@ def require_trust(bundle: Bundle, name: str, record: EngineRecord, backend: Back
         hint=f"if you trust who made the bundle: --backend {backend.name} or --trust (trust=True), or "
         "--require-signature KEY where it is signed; else use an engine of onnxruntime, which is data",
     )
-
-
-def _built_here(bundle: Bundle, record: EngineRecord) -> bool:
-    if not is_built_here(record.files):
-        return False
-    if not bundle.hashed:
-        bundle.check_files(record.files)
-    return True
 
 
 def load_own(

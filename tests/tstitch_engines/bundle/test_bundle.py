@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from support.manifests import manifest, member
 from tstitch_engines.bundle import bundle as module
 from tstitch_engines.bundle.bundle import Bundle, open_bundle, rebuild_command, write_bundle
-from tstitch_engines.bundle.files import copy_component
+from tstitch_engines.bundle.files import copy_component, replace_file
 from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Source
 from tstitch_engines.errors import BadBundle, BuildFailed
 
@@ -199,3 +200,30 @@ def test_rebuild_command_names_parts_that_were_given_and_precisions() -> None:
         "tstitch-trt build mine --member a=SD --part controlnet=canny --precision a=fp16 --precision controlnet=fp16 "
         "-o x.bundle"
     )
+
+
+def test_links_and_pipes_among_the_studies_are_left_behind(tmp_path: Path) -> None:
+    bundle, secret = tmp_path / "a.bundle", tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("secret")
+    make(bundle)
+    studies = bundle / "studies"
+    studies.mkdir()
+    (studies / "search.json").write_text("{}")
+    (studies / "link.json").symlink_to(secret / "key")
+    (studies / "folder").symlink_to(secret)
+    os.mkfifo(studies / "pipe.json")
+    make(bundle)
+    assert names(studies) == ["search.json"]
+    shutil.rmtree(studies)
+    studies.symlink_to(secret)
+    make(bundle)
+    assert not studies.exists()
+
+
+def test_a_scratch_file_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / f".a.{os.getpid()}").symlink_to(tmp_path / "secret")
+    replace_file(tmp_path / "a", b"new")
+    assert ((tmp_path / "a").read_bytes(), (tmp_path / "secret").read_text()) == (b"new", "secret")
+    assert names(tmp_path) == ["a", "secret"]
