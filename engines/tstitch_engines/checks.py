@@ -23,16 +23,20 @@ from tstitch_engines.errors import BadInput, TStitchError, unknown_name
 
 __all__ = [
     "FLOAT32_MAX",
+    "Check",
     "check_callable",
     "check_choice",
     "check_items",
     "check_number",
     "check_path",
+    "check_paths",
+    "check_precision",
     "check_switch",
     "check_text",
     "check_type",
     "check_whole",
     "checked",
+    "items_of",
     "optional",
     "plain_number",
     "read_items",
@@ -104,6 +108,7 @@ def plain_number(value: object) -> int | float | None:
             kind = getattr(dtype, "kind", None) or str(dtype).removeprefix("torch.").lstrip("b")[:1]  # (b)float16
             if kind not in ("i", "u", "f") or len(value.shape):  # type: ignore[attr-defined]  # it has a dtype
                 return None
+            value = value.detach() if hasattr(value, "detach") else value  # torch warns of a number with a gradient
             return float(value) if kind == "f" else int.__index__(operator.index(value))  # type: ignore[arg-type]
         if hasattr(value, "__index__"):
             return int.__index__(operator.index(value))
@@ -192,6 +197,19 @@ def check_path(value: object, what: str) -> Path:
     return Path(text)
 
 
+def check_paths(value: object, what: str) -> dict[str, Path]:
+    """A path for each name."""
+    paths = read_mapping(value, what, example='{"large": "folder"}')
+    return {name: check_path(path, f"{what} of {name!r}") for name, path in paths.items()}
+
+
+def check_precision(value: object, what: str) -> object:
+    """A precision for all, or by name. Which there are is another question."""
+    if isinstance(value, Mapping):
+        return read_mapping(value, what, example='{"large": "fp16"}')
+    return check_text(value, what, example="fp16", most=100)
+
+
 def check_callable(value: object, what: str) -> Any:
     """A function, or what is called like one."""
     if not callable(value):
@@ -239,6 +257,16 @@ def read_pair(value: object, what: str, allowed: str, example: str) -> tuple[obj
     if len(items) != 2:
         raise BadInput(f"{what} is {shown(value)}; allowed {allowed}", hint=f"e.g. {what}={example}")
     return items[0], items[1]
+
+
+def items_of(each: Check, most: int = 1000) -> Check:
+    """``check_items`` of values that ``each`` checks; an empty list or tuple is none."""
+
+    def check(value: object, what: str) -> object:
+        empty = isinstance(value, list | tuple) and not value
+        return () if empty else check_items(value, what, each, most)
+
+    return check
 
 
 def read_mapping(value: object, what: str, *, example: str, most: int = 1000) -> dict[str, object]:
@@ -297,7 +325,7 @@ def checked(*, others: bool = False, **checks: Check) -> Callable[[Callable[P, T
                     raise
                 raise BadInput(f"{error}", hint=f"the arguments of {name} are {', '.join(known)}") from None
 
-        call.checks = known  # type: ignore[attr-defined]  # a test holds them against the parameters
+        call.checks = checks  # type: ignore[attr-defined]  # a test holds them against the parameters
         return call
 
     return decorate

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
 from numpy.typing import DTypeLike
 
+from tstitch_engines.checks import check_whole, shown
 from tstitch_engines.errors import BadInput, OutOfProfile, unknown_name
 
 # How a dimension's range is given to `tstitch-trt build`; heights and widths are given in pixels there.
@@ -51,7 +52,7 @@ def storage_dtype(dtype: str) -> np.dtype[np.generic]:
     return np.dtype(DTYPES[dtype][1])
 
 
-_LARGEST = 1 << 24  # of a dimension
+_LARGEST: Final = 1 << 24  # of a dimension
 Size = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST)]
 Dimension = Annotated[str, msgspec.Meta(max_length=64)]
 
@@ -64,6 +65,8 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max: Size
 
     def __post_init__(self) -> None:
+        for name in ("min", "opt", "max"):
+            check_whole(getattr(self, name), f"{name.upper()} of a profile MIN:OPT:MAX", 0, 1 << 62)
         if not 1 <= self.min <= self.opt <= self.max:
             raise BadInput(
                 f"profile {self.min}:{self.opt}:{self.max} is not ordered; allowed is 1 <= MIN <= OPT <= MAX",
@@ -83,9 +86,9 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """``"8"`` is fixed, ``"1:16"`` is tuned for its maximum, ``"1:8:16"`` says all three."""
         parts = text.split(":")
         example = "1:8:16" if option == "--batch" else "512:512:1024"
-        if len(parts) > 3 or not all(p.isascii() and p.isdigit() and len(p) <= 10 for p in parts):
+        if len(parts) > 3 or not all(p.isascii() and p.isdecimal() and len(p) <= 10 for p in parts):
             raise BadInput(
-                f"profile {text[:40]!r} is not MIN:OPT:MAX with whole numbers",
+                f"profile {shown(text)} is not MIN:OPT:MAX with whole numbers",
                 hint=f"write it as e.g. {option} {example}",
             )
         numbers = [int(p) for p in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,19 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import SCHEMA, Defaults, Manifest, Member, Network, Precision, Quality
+from tstitch_engines.checks import (
+    check_callable,
+    check_path,
+    check_paths,
+    check_precision,
+    check_switch,
+    check_text,
+    check_type,
+    checked,
+    optional,
+    read_mapping,
+    taken_as_is,
+)
 from tstitch_engines.child import Limits
 from tstitch_engines.compile.bundle import DEFAULT_BATCH
 from tstitch_engines.compile.engine import Compiler
@@ -32,6 +46,24 @@ __all__ = ["build", "versions_of"]
 _log = logging.getLogger(__name__)
 
 
+@checked(
+    recipe=check_path,
+    members=optional(check_paths),
+    parts=optional(check_paths),
+    output=check_path,
+    backend=partial(check_text, example="onnxruntime", most=100),
+    precision=check_precision,
+    profile=partial(check_type, kind=Range),
+    height=optional(partial(check_type, kind=Range)),
+    width=optional(partial(check_type, kind=Range)),
+    tokens=optional(partial(check_type, kind=Range)),
+    device=partial(check_text, example="cpu", most=100),
+    options=optional(partial(read_mapping, example='{"small.controlled": False}')),
+    fresh=check_switch,
+    progress=optional(check_callable),
+    time_limit=taken_as_is,
+    memory_limit=taken_as_is,
+)
 def build(
     recipe: str | Path,
     *,

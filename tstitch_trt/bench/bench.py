@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle, islice
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from tstitch_engines.checks import check_callable, check_whole, checked, items_of, optional, taken_as_is
 from tstitch_engines.errors import BadInput, OutOfProfile
 from tstitch_engines.progress import Progress, silent
+from tstitch_engines.threads import check_threads
+from tstitch_trt.plan.schedule import check_fraction
+from tstitch_trt.request.limits import MOST_IMAGES
 from tstitch_trt.request.synthetic import synthetic_request
+from tstitch_trt.runtime.chooser import check_budget
 from tstitch_trt.runtime.step_graphs import GraphState
 from tstitch_trt.study.machine import Machine, describe_machine, peak_memory
 from tstitch_trt.study.statistics import relative_error, spread
@@ -130,6 +136,18 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     against: BaselineReport | None = None
 
 
+@checked(
+    others=True,
+    runtime=taken_as_is,
+    fractions=items_of(check_fraction),
+    budgets=items_of(check_budget),
+    batch=optional(partial(check_whole, low=1, high=MOST_IMAGES)),
+    repeats=partial(check_whole, low=1, high=10_000),
+    warmup=partial(check_whole, high=10_000),
+    threads=check_threads,
+    baseline=taken_as_is,
+    progress=check_callable,
+)
 def measure(
     runtime: Runtime,
     *,

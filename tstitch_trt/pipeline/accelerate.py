@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,9 +14,22 @@ from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle
 from tstitch_engines.bundle.files import remove_stale, temporary_directory
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import ComponentName
+from tstitch_engines.checks import (
+    check_callable,
+    check_path,
+    check_precision,
+    check_switch,
+    check_text,
+    checked,
+    optional,
+    plain_number,
+    read_mapping,
+    taken_as_is,
+)
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable
 from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range
+from tstitch_engines.threads import check_threads
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
 from tstitch_trt.pipeline.checkpoint import (
     TRAINED,
@@ -28,9 +42,11 @@ from tstitch_trt.pipeline.checkpoint import (
 )
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.pipeline import AcceleratedPipeline
-from tstitch_trt.pipeline.text_encoder_check import check_text
+from tstitch_trt.pipeline.text_encoder_check import check_text_encoders
+from tstitch_trt.plan.schedule import check_fraction
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.load import load
+from tstitch_trt.runtime.work_queue import check_timeout
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Precision
@@ -48,8 +64,40 @@ _PRECISIONS: Final[Mapping[str, Precision]] = {
     "torch.bfloat16": "bf16",
 }
 RangeLike = int | str | Range | None
+_BATCH: Final = Range(1, 2, 8)
 
 
+def _range(value: object, what: str) -> Range:
+    """The range of a dimension."""
+    number = plain_number(value)
+    if isinstance(value, Range):
+        return value
+    text = str(number) if isinstance(number, int) and abs(number) < 2**31 else value
+    try:
+        return Range.parse(check_text(text, what, example="1:2:8", most=100), option=f"--{what}")
+    except BadInput as error:
+        raise BadInput(f"{what}: {error.message}", hint=error.hint) from None
+
+
+@checked(
+    pipe=taken_as_is,
+    small=taken_as_is,
+    schedule=optional(partial(check_text, example="small:0.4,large")),
+    fraction=optional(check_fraction),
+    backend=partial(check_text, example="onnxruntime", most=100),
+    device=optional(partial(check_text, example="cuda", most=100)),
+    precision=optional(check_precision),
+    batch=_range,
+    height=optional(_range),
+    width=optional(_range),
+    options=optional(partial(read_mapping, example='{"small.controlled": False}')),
+    cache=optional(check_path),
+    fresh=check_switch,
+    threads=optional(check_threads),
+    progress=optional(check_callable),
+    chooser=optional(check_callable),
+    timeout=check_timeout,
+)
 def accelerate(
     pipe: Any,
     *,
@@ -59,7 +107,7 @@ def accelerate(
     backend: str = "onnxruntime",
     device: str | None = None,
     precision: Precision | Mapping[str, Precision] | None = None,
-    batch: RangeLike = "1:2:8",
+    batch: RangeLike = _BATCH,
     height: RangeLike = None,
     width: RangeLike = None,
     options: Mapping[str, int | float | bool | str] | None = None,
@@ -113,14 +161,14 @@ def accelerate(
     for name, module in modules.items():
         check_weights(module, f"the pipeline's {name}")
     if isinstance(small, Path):
-        check_text(small, pipe)
+        check_text_encoders(small, pipe)
     settings: dict[str, Any] = {
         "backend": backend,
         "device": device or str(pipe._execution_device),  # that of offloaded pipelines too
         "precision": precision or _precision(pipe),
-        "profile": _range(batch, "batch"),
-        "height": _range(height, "height"),
-        "width": _range(width, "width"),
+        "profile": batch,
+        "height": height,
+        "width": width,
         "options": dict(options or {}),
     }
     root = kept_root() if cache is None else Path(cache)
@@ -174,12 +222,6 @@ def _precision(pipe: Any) -> Precision:
     if found not in _PRECISIONS:
         raise BadInput(f"the pipeline's UNet is {found}; known are {', '.join(_PRECISIONS)}", hint="give precision=")
     return _PRECISIONS[found]
-
-
-def _range(value: RangeLike, name: str) -> Range | None:
-    if value is None or isinstance(value, Range):
-        return value
-    return Range.parse(str(value), option=f"--{name}")
 
 
 def _key(

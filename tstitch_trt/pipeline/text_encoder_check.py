@@ -11,12 +11,12 @@ from tstitch_engines.errors import PairMismatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["check_text"]
+__all__ = ["check_text_encoders"]
 
 _PARTS: Final = ("text_encoder", "text_encoder_2")
 
 
-def check_text(small: Path, pipe: Any) -> None:
+def check_text_encoders(small: Path, pipe: Any) -> None:
     """Raises ``PairMismatch`` where the pipeline ``small``, a folder or a single file, has another text encoder.
 
     Weights that differ by the rounding to a shorter type are equal, and LoRA layers of the loaded one do not count.

@@ -24,7 +24,7 @@ from tstitch_engines.checks import (
     shown,
 )
 from tstitch_engines.errors import BadInput, BadSchedule, UnknownName, unknown_name
-from tstitch_trt.plan.schedule import ROUNDINGS
+from tstitch_trt.plan.schedule import ROUNDINGS, check_fraction
 from tstitch_trt.solvers import SolverOptions
 from tstitch_trt.solvers.options import CHOICES
 
@@ -219,7 +219,9 @@ def _choice(allowed: Sequence[str]) -> Callable[[object, str], str]:
 
 
 _CHECKS: Final[Mapping[str, Callable[[object, str], object]]] = {
-    "steps": check_whole,  # the length of the noise schedule bounds it when the table is made
+    "steps": lambda value, what: check_whole(
+        value, what, 1
+    ),  # the length of the noise schedule bounds it when the table is made
     "solver": _solver,
     "spacing": _choice(CHOICES["spacing"]),
     "sigmas": _choice(CHOICES["sigmas"]),
@@ -229,7 +231,7 @@ _CHECKS: Final[Mapping[str, Callable[[object, str], object]]] = {
     "timesteps": _timesteps,
     "history": _choice(HISTORIES),
     "schedule": _schedule,
-    "fraction": check_number,  # 0 to 1, checked where it becomes a schedule
+    "fraction": check_fraction,
     "rounding": _choice(ROUNDINGS),
     "guidance": _guidance,
     "guidance_rescale": lambda value, what: check_number(value, what, 0, 1),

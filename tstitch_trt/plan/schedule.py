@@ -26,10 +26,10 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.checks import FLOAT32_MAX
+from tstitch_engines.checks import FLOAT32_MAX, plain_number, shown
 from tstitch_engines.errors import BadSchedule, unknown_name
 
-__all__ = ["ROUNDINGS", "Schedule", "Segment", "fraction_text", "resolve"]
+__all__ = ["ROUNDINGS", "Schedule", "Segment", "check_fraction", "fraction_text", "resolve"]
 
 _STOPS: Final[Mapping[str, Callable[[float, NDArray[np.float64]], int]]] = {
     "paper": lambda r, time: round(round(r * len(time), 9)),
@@ -108,13 +108,19 @@ class _Part:
     g: float | None = None
 
 
-def fraction_text(fraction: float, members: Sequence[str]) -> str:
-    """T-Stitch's one number as a schedule: the first member for ``fraction`` of the steps, then the last one."""
-    if not 0 <= fraction <= 1:
+def check_fraction(value: object, what: str) -> float:
+    """A share of the steps. Raises ``BadSchedule``."""
+    number = plain_number(value)
+    if number is None or not 0 <= number <= 1:
         raise BadSchedule(
-            f"fraction {fraction!r} is outside 0..1",
+            f"{what} {shown(value)} is outside 0..1",
             hint="0 runs the last member alone, 1 the first; e.g. --fraction 0.4",
         )
+    return float(number)
+
+
+def fraction_text(fraction: float, members: Sequence[str]) -> str:
+    """T-Stitch's one number as a schedule: the first member for ``fraction`` of the steps, then the last one."""
     if len(members) < 2:
         raise BadSchedule(
             f"a fraction needs two members, the bundle has {list(members)}",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -22,19 +23,31 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle.bundle import Bundle, open_bundle, require_vouched, write_bundle
+from tstitch_engines.bundle.bundle import Bundle, check_bundle, check_key, open_bundle, require_vouched, write_bundle
 from tstitch_engines.bundle.files import copy_component, temporary_directory
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
 from tstitch_engines.bundle.weights import WEIGHTS
+from tstitch_engines.checks import (
+    check_callable,
+    check_path,
+    check_text,
+    check_whole,
+    checked,
+    items_of,
+    optional,
+    taken_as_is,
+)
 from tstitch_engines.child import Limits
-from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
+from tstitch_engines.errors import BadBundle, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress, silent
+from tstitch_engines.threads import check_threads
 from tstitch_trt.progress import Phases
 from tstitch_trt.quantise.bundle import assemble
 from tstitch_trt.quantise.calibration_plan import CalibrationPlan, plan_calibration
 from tstitch_trt.quantise.trajectories import Trajectories, group_levels, pick_rows
 from tstitch_trt.reference.recorder import own_files, widen_graph
+from tstitch_trt.request.limits import MOST_IMAGES, MOST_SEED, check_prompt
 from tstitch_trt.study.statistics import compare_rows, relative_error
 
 __all__ = ["loss_of", "quantise"]
@@ -42,6 +55,27 @@ __all__ = ["loss_of", "quantise"]
 _GROUPS: Final = 10  # of noise levels in the report, at most
 
 
+@checked(
+    bundle=check_bundle,
+    member=partial(check_text, example="large", most=1000),
+    mode=partial(check_text, example="int8", most=100),
+    output=check_path,
+    samples=partial(check_whole, low=1, high=MOST_IMAGES),
+    steps=taken_as_is,  # these three by PlanOptions
+    solver=taken_as_is,
+    guidance=taken_as_is,
+    schedules=items_of(partial(check_text, example="small:0.4,large")),
+    seed=partial(check_whole, high=MOST_SEED),
+    calibration=partial(check_text, example="max", most=100),
+    high_precision=partial(check_text, example="fp16", most=100),
+    keep=items_of(partial(check_text, example="/blocks.0/*", most=10_000), 100_000),
+    prompts=items_of(check_prompt, MOST_IMAGES),
+    threads=check_threads,
+    require_signature=optional(check_key),
+    progress=check_callable,
+    time_limit=taken_as_is,
+    memory_limit=taken_as_is,
+)
 def quantise(
     bundle: str | Path | Bundle,
     *,
@@ -82,9 +116,6 @@ def quantise(
 
     limits = Limits.of(time_limit, memory_limit)
     check_method(mode, calibration, high_precision)
-    for name, number, low in (("samples", samples, 1), ("seed", seed, 0), ("threads", threads, 0)):
-        if number < low:
-            raise BadInput(f"{name} = {number}; allowed is {low} or more", hint=f"e.g. --{name} {max(low, 8)}")
     place = Path(output)
     if place.exists() or place.is_symlink():
         raise BadBundle(

@@ -8,18 +8,31 @@ from dataclasses import dataclass
 from typing import Final
 
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.checks import check_whole
+from tstitch_engines.checks import check_text, check_whole, read_pair
 from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.spec import Range, ShapeProfile
 
-__all__ = ["MOST_IMAGES", "Limits", "Sizes", "network_sizes"]
+__all__ = ["MOST_IMAGES", "MOST_SEED", "Limits", "Sizes", "check_prompt", "check_sides", "network_sizes"]
 
 Sizes = tuple[tuple[str, int], ...]
 """The sizes of a network's dynamic dimensions other than the batch, in the order of their names. Empty: it has none."""
 
 MOST_IMAGES: Final = 100_000  # in one request, and so labels, prompts and seeds
+MOST_SEED: Final = 2**63 - 1  # of studies, whose records keep it; sample takes twice as many
+_LONGEST_TEXT: Final = 20_000  # characters; text encoders read some hundreds
 _MOST_PIXELS: Final = 1_000_000  # along one side
 _SIDES: Final = {"H": ("height", 2), "W": ("width", 3)}  # name of the latent's side, its place in [B,C,H,W]
+
+
+def check_prompt(value: object, what: str) -> str:
+    """A text that text encoders may be given."""
+    return check_text(value, what, example="a red fox", most=_LONGEST_TEXT)
+
+
+def check_sides(value: object, what: str) -> tuple[int, int]:
+    """Height and width of latents."""
+    height, width = read_pair(value, what, "are height and width of latents", "[(32, 32)]")
+    return check_whole(height, what, 1, _MOST_PIXELS), check_whole(width, what, 1, _MOST_PIXELS)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.checks import (
     check_number,
-    check_text,
     check_whole,
     plain_number,
     read_items,
@@ -38,7 +37,7 @@ from tstitch_trt.request.arrays import (
 )
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.labels import read_labels
-from tstitch_trt.request.limits import MOST_IMAGES, Limits
+from tstitch_trt.request.limits import MOST_IMAGES, Limits, check_prompt
 from tstitch_trt.request.options import SampleOptions
 
 __all__ = ["InitOptions", "MicroConditioning", "ParsedRequest", "parse_request"]
@@ -52,7 +51,6 @@ _SCORES = ("aesthetic_score", "negative_aesthetic_score")
 
 _SEED_LIMIT: Final = 2**64
 _MOST_STEPS: Final = 100_000_000  # of all images together; 50,000 images of 250 steps, as FID takes, are an eighth
-_LONGEST_TEXT: Final = 20_000  # characters; text encoders read some hundreds
 
 
 @dataclass(frozen=True)
@@ -244,9 +242,9 @@ def _check_memory(manifest: Manifest, count: int, size: tuple[int, int], *, star
 def _texts(value: object, what: str) -> tuple[str, ...]:
     example = "a red fox"
     if isinstance(value, str):
-        return (check_text(value, what, example=example, most=_LONGEST_TEXT),)
+        return (check_prompt(value, what),)
     texts = read_items(value, what, MOST_IMAGES, allowed="is a text or a list of texts", example=f'"{example}"')
-    return tuple(check_text(text, f"a text of {what}", example=example, most=_LONGEST_TEXT) for text in texts)
+    return tuple(check_prompt(text, f"a text of {what}") for text in texts)
 
 
 def _embeddings(manifest: Manifest, options: SampleOptions) -> Mapping[str, Mapping[str, Array]]:
@@ -299,8 +297,6 @@ def _images(
     classes = manifest.conditioning
     if classes.kind == "class":
         wanted = list(range(classes.classes)) if options.labels is None else read_labels(options.labels, classes)
-        if not wanted:
-            raise BadInput("labels names no class: nothing to draw", hint=f"e.g. labels=[0, {classes.classes - 1}]")
         cycled = cycled if options.labels is None else {"labels": len(wanted), **cycled}
     if options.seed is not None and options.seeds is not None:
         raise BadInput(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.checks import shown
+from tstitch_engines.checks import plain_number, shown
 from tstitch_engines.errors import BadInput, Unavailable
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.request.parse import ParsedRequest
 
 __all__ = ["ChooserFactory", "ChosenSchedule", "ScheduleChooser", "Setup", "check_budget", "choose", "chosen_options"]
+
+
+_LONGEST: Final = 1e12  # ms, thirty years
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,6 @@ def choose(
     chooser: ScheduleChooser | None, manifest: Manifest, budget_ms: float, options: PlanOptions, parsed: ParsedRequest
 ) -> ChosenSchedule:
     """The schedule for one request. See ``Runtime.within_budget``."""
-    check_budget(budget_ms)
     if chooser is None:
         raise Unavailable(
             f"a latency budget of {budget_ms:g} ms, and this runtime was loaded without a chooser of schedules",
@@ -120,10 +121,12 @@ def chosen_options(options: PlanOptions, chosen: ChosenSchedule) -> PlanOptions:
     return PlanOptions.from_keywords(chosen.settings).on_top_of(options)
 
 
-def check_budget(budget_ms: float) -> None:
-    """Raises ``BadInput`` for what is no time."""
-    if isinstance(budget_ms, bool) or not isinstance(budget_ms, (int, float)) or not 0 < budget_ms < math.inf:
+def check_budget(budget_ms: object, what: str = "latency_budget_ms") -> float:
+    """Milliseconds. Raises ``BadInput`` for what is no time."""
+    number = plain_number(budget_ms)
+    if number is None or not 0 < number <= _LONGEST:
         raise BadInput(
             f"a latency budget of {shown(budget_ms)} ms; allowed are finite numbers above 0",
-            hint="e.g. --budget-ms 500 (latency_budget_ms=500)",
+            hint=f"e.g. --budget-ms 500 ({what}=500)",
         )
+    return float(number)

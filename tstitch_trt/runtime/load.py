@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from tstitch_engines.backends import Engine, open_backend
-from tstitch_engines.bundle.bundle import Bundle, open_bundle, require_vouched
+from tstitch_engines.bundle.bundle import Bundle, check_bundle, check_key, open_bundle, require_vouched
 from tstitch_engines.bundle.manifest import ComponentName
-from tstitch_engines.checks import check_choice
+from tstitch_engines.checks import (
+    check_callable,
+    check_choice,
+    check_switch,
+    check_text,
+    checked,
+    optional,
+    taken_as_is,
+)
 from tstitch_engines.child import Limits, parse_size
 from tstitch_engines.compile.load import load_engine, require_trust
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import open_device
-from tstitch_engines.errors import BadInput, Unavailable
-from tstitch_engines.threads import default_threads
+from tstitch_engines.errors import Unavailable
+from tstitch_engines.threads import check_threads, default_threads
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.memory import check_memory
 from tstitch_trt.runtime.runtime import Runtime
@@ -29,6 +38,25 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
+@checked(
+    bundle=check_bundle,
+    device=partial(check_text, example="cpu", most=100),
+    backend=optional(partial(check_text, example="onnxruntime", most=100)),
+    threads=optional(check_threads),
+    verify=partial(check_choice, allowed=("full", "size")),
+    graph=partial(check_choice, allowed=GRAPH_MODES),
+    stream=taken_as_is,
+    rebuild=check_switch,
+    trust=check_switch,
+    require_signature=optional(check_key),
+    overlap=check_switch,
+    progress=optional(check_callable),
+    chooser=optional(check_callable),
+    timeout=check_timeout,
+    time_limit=taken_as_is,
+    memory_limit=taken_as_is,
+    max_memory=taken_as_is,
+)
 def load(
     bundle: str | Path | Bundle,
     *,
@@ -52,9 +80,9 @@ def load(
     """Loads all members and parts of a bundle and returns the runtime that samples from them.
 
     ``device``: ``cpu``, ``cuda`` or ``cuda:N`` (CUDA: not run on a GPU). ``backend``: one the bundle has engines of;
-    by default the first it was built for. ``threads``: CPU threads of the engines, 0 (the default) for
-    ``$OMP_NUM_THREADS`` or else all cores; only where they run on the CPU. ``verify``: ``full`` checks every file's
-    sha256, ``size`` only sizes.
+    by default the first it was built for. ``threads``: CPU threads of the engines, at most four for each core (or 64);
+    0 (the default) for ``$OMP_NUM_THREADS`` or else all cores; only where they run on the CPU. ``verify``: ``full``
+    checks every file's sha256, ``size`` only sizes.
 
     ``graph`` (CUDA): ``step`` records each kind of step once and replays it, ``segment`` replays all equal steps in a
     row with one launch, ``off`` runs call by call; ``auto`` is ``step`` where the device has graphs and ``off`` where
@@ -89,10 +117,6 @@ def load(
     ``Untrusted`` for engines that nobody vouches for, ``Unsafe`` for files that hold pickled objects or read files that
     the bundle does not list.
     """
-    if threads is not None and threads < 0:
-        raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
-    check_choice(graph, "graph mode", GRAPH_MODES)
-    check_timeout(timeout)
     limits = Limits.of(time_limit, memory_limit)
     most = None if max_memory is None else parse_size(max_memory, "max_memory", "--max-memory 8GiB")
     started = perf_counter()

@@ -8,7 +8,7 @@ once to the engine's type. A LoRA that was fused when the bundle was built is pa
 from __future__ import annotations
 
 import logging
-import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.weights import Weights, open_weights
+from tstitch_engines.checks import check_number, check_path, check_text, read_items, read_pair
 from tstitch_engines.errors import BadBundle, BadCheckpoint, BadInput, FailedWork, unknown_name
 from tstitch_engines.host_call import from_storage, to_storage
 
@@ -31,6 +32,7 @@ __all__ = ["LoraFiles", "Loras"]
 
 _log = logging.getLogger(__name__)
 
+_MOST_LORAS: Final = 1000  # in one network
 LoraFiles = str | Path | Sequence[str | Path | tuple[str | Path, float]]
 Delta = Callable[[], NDArray[np.float32]]
 
@@ -227,22 +229,16 @@ def _uses(files: LoraFiles) -> tuple[LoraUse, ...]:
     from tstitch_export.families.base import LoraUse
     from tstitch_export.families.lora.fuse import parse_loras
 
+    forms, example = "are a text, a path, and a list of paths and (path, weight)", '"style.safetensors:0.8"'
+    single = isinstance(files, str | os.PathLike)
     found: list[LoraUse] = []
-    try:
-        for item in (files,) if isinstance(files, (str, Path)) else files:
-            if isinstance(item, str):
-                found += parse_loras(item)
-            else:
-                path, weight = item if isinstance(item, tuple) else (item, 1.0)
-                found.append(LoraUse(Path(path), float(weight)))
-    except (TypeError, ValueError):
-        raise BadInput(
-            f"{files!r} are no LoRAs; allowed are a text, a path, and a list of paths and (path, weight)",
-            hint='e.g. "style.safetensors:0.8", or [("style.safetensors", 0.8)]',
-        ) from None
+    for item in [files] if single else read_items(files, "files", _MOST_LORAS, allowed=forms, example=example):
+        if isinstance(item, str):
+            found += parse_loras(check_text(item, "files", example="style.safetensors:0.8"))
+        else:
+            path, weight = read_pair(item, "files", forms, example) if isinstance(item, tuple) else (item, 1.0)
+            found.append(LoraUse(check_path(path, "files"), check_number(weight, "a weight of files")))
     for use in found:
-        if not use.path.is_file():
+        if not check_path(use.path, "files").is_file():
             raise BadInput(f"the LoRA {use.path} does not exist", hint="give the path of a .safetensors file")
-        if not math.isfinite(use.weight):
-            raise BadInput(f"{use.path.name} has the weight {use.weight}; allowed are numbers", hint="e.g. 0.8")
     return tuple(found)

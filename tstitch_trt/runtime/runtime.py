@@ -17,18 +17,28 @@ from numpy.typing import NDArray
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
-from tstitch_engines.checks import check_choice, shown
+from tstitch_engines.checks import (
+    Check,
+    check_callable,
+    check_choice,
+    check_switch,
+    check_text,
+    check_whole,
+    checked,
+    optional,
+    taken_as_is,
+)
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.errors import BadInput, Busy, Cancelled, NotFinite, unknown_name
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
 from tstitch_trt.request.batching import Splitting
-from tstitch_trt.request.limits import Limits
+from tstitch_trt.request.limits import MOST_IMAGES, Limits
 from tstitch_trt.request.options import SampleKeywords, SampleOptions
 from tstitch_trt.request.parse import ParsedRequest, parse_request
 from tstitch_trt.request.request import Request
-from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, choose, chosen_options
+from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, check_budget, choose, chosen_options
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.lora import LoraFiles, Loras
 from tstitch_trt.runtime.result import FailedImage, Result, StepEvent
@@ -37,8 +47,8 @@ from tstitch_trt.runtime.stepper import Stepper
 from tstitch_trt.runtime.text_encoder import TextEncoders
 from tstitch_trt.runtime.timing import StepTimer
 from tstitch_trt.runtime.trajectory import PendingChunk, ResultCollector, Trajectory
-from tstitch_trt.runtime.vae import Tile, Vae
-from tstitch_trt.runtime.work_queue import EXIT, Turn, WorkQueue
+from tstitch_trt.runtime.vae import Tile, Vae, check_tile
+from tstitch_trt.runtime.work_queue import EXIT, Turn, WorkQueue, check_timeout
 
 __all__ = ["Runtime"]
 
@@ -47,6 +57,21 @@ T = TypeVar("T")
 Callback = Callable[[StepEvent], object]
 Output = Literal["host", "device"]
 OUTPUTS: Final = ("host", "device")
+
+
+# --- the checks of arguments; what a request asks for is checked by its records
+
+_NAME: Final = partial(check_text, example="large", most=1000)
+_BATCH: Final = partial(check_whole, low=1, high=MOST_IMAGES)
+MOST_REPEATS: Final = 100_000
+_HOW: Final[Mapping[str, Check]] = {
+    "decode": optional(check_switch),
+    "output": partial(check_choice, allowed=OUTPUTS),
+    "tile": check_tile,
+    "latency_budget_ms": optional(check_budget),
+    "partial": check_switch,
+    "timeout": check_timeout,
+}
 
 
 class Runtime:
@@ -163,6 +188,7 @@ class Runtime:
         """Whether steps are replayed from graphs, why, and what could not be recorded so far."""
         return self._queue.read(self._stepper.graph_state)
 
+    @checked(cancel=check_switch, timeout=check_timeout)
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
         """Releases graphs and engines, after the request that runs, or with ``cancel`` after its present step.
 
@@ -194,6 +220,7 @@ class Runtime:
         """The plan of a request, without running it. ``keywords``: see ``tstitch_trt.plan.options.PlanOptions``."""
         return make_plan(self.manifest, PlanOptions.from_keywords(keywords))
 
+    @checked(others=True, latency_budget_ms=check_budget)
     def within_budget(self, latency_budget_ms: float, **keywords: Unpack[SampleKeywords]) -> ChosenSchedule:
         """The best schedule for a request that takes at most ``latency_budget_ms``; ``sample`` takes it as well.
 
@@ -210,6 +237,7 @@ class Runtime:
         parsed = parse_request(self.manifest, self.limits, options)
         return choose(self._chooser, self.manifest, latency_budget_ms, options.plan, parsed)
 
+    @checked(others=True, callback=optional(check_callable), **_HOW)
     def sample(
         self,
         *,
@@ -271,6 +299,7 @@ class Runtime:
         finally:
             events.close()  # a callback's exception keeps this frame, and with it the iterator, as long as it is kept
 
+    @checked(others=True, **_HOW)
     def iterate(
         self,
         *,
@@ -302,6 +331,7 @@ class Runtime:
 
     # --- parts of it
 
+    @checked(latents=taken_as_is, tile=check_tile, timeout=check_timeout)
     def decode(
         self, latents: NDArray[np.float32], *, tile: Tile = "auto", timeout: float | None = None
     ) -> NDArray[np.uint8]:
@@ -312,6 +342,7 @@ class Runtime:
         given = self._vae.latents(latents)
         return self._queue.do(lambda: self._vae.decode(given, tile=tile), timeout, between_steps=True)
 
+    @checked(latents=taken_as_is, tile=check_tile, timeout=check_timeout)
     def images(
         self, latents: NDArray[np.float32], *, tile: Tile = "auto", timeout: float | None = None
     ) -> NDArray[np.float32]:
@@ -319,6 +350,7 @@ class Runtime:
         given = self._vae.latents(latents)
         return self._queue.do(lambda: self._vae.images(given, tile=tile), timeout, between_steps=True)
 
+    @checked(pictures=taken_as_is, tile=check_tile, timeout=check_timeout)
     def encode(
         self, pictures: NDArray[np.float32], *, tile: Tile = "auto", timeout: float | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -329,6 +361,14 @@ class Runtime:
         given = self._vae.pictures(pictures)
         return self._queue.do(lambda: self._vae.encode(given, tile=tile), timeout, between_steps=True)
 
+    @checked(
+        name=_NAME,
+        batch=_BATCH,
+        guided=check_switch,
+        repeats=partial(check_whole, low=1, high=MOST_REPEATS),
+        warmup=partial(check_whole, high=MOST_REPEATS),
+        timeout=check_timeout,
+    )
     def time_member(
         self,
         name: str,
@@ -345,6 +385,13 @@ class Runtime:
         timed = partial(self._timer.time_member, name, batch, guided=guided, repeats=repeats, warmup=warmup)
         return self._queue.do(timed, timeout)
 
+    @checked(
+        batch=_BATCH,
+        guided=check_switch,
+        repeats=partial(check_whole, low=1, high=MOST_REPEATS),
+        warmup=partial(check_whole, high=MOST_REPEATS),
+        timeout=check_timeout,
+    )
     def time_step_kernels(
         self,
         batch: int,
@@ -360,6 +407,7 @@ class Runtime:
 
     # --- LoRAs, and several calls in a row
 
+    @checked(name=_NAME, files=taken_as_is, timeout=check_timeout)
     def swap_lora(self, name: str, files: LoraFiles, *, timeout: float | None = None) -> None:
         """Puts LoRAs into a member or text encoder, in place of those that an earlier call put there.
 
@@ -371,11 +419,13 @@ class Runtime:
         """
         self._queue.do(partial(self._loras.swap, name, files), timeout)
 
+    @checked(name=optional(_NAME), timeout=check_timeout)
     def restore(self, name: str | None = None, *, timeout: float | None = None) -> None:
         """Takes out what ``swap_lora`` put into a network, or into any: the bundle's own weights, bit for bit."""
         self._queue.do(partial(self._loras.restore, name), timeout)
 
     @contextmanager
+    @checked(name=_NAME, files=taken_as_is, timeout=check_timeout)
     def lora(self, name: str, files: LoraFiles, *, timeout: float | None = None) -> Iterator[Self]:
         """``swap_lora`` for an ``exclusive`` block: for no other thread. Afterwards what was there before is back."""
         with self._queue.exclusive(timeout) as turn:
@@ -389,6 +439,7 @@ class Runtime:
                     turn.run(partial(self._loras.put, name, before))
 
     @contextmanager
+    @checked(timeout=check_timeout)
     def exclusive(self, *, timeout: float | None = None) -> Iterator[Self]:
         """A ``with`` block that has the runtime to itself: the calls of this thread are done, those of others wait.
 
@@ -412,11 +463,6 @@ class Runtime:
     ) -> _Job:
         """Checks what can be checked before an engine runs."""
         self._queue.check_open()
-        check_choice(output, "output", OUTPUTS)
-        if not isinstance(partial, bool):
-            raise BadInput(
-                f"partial is {shown(partial)}; allowed are True and False", hint="partial=True, or leave it out"
-            )
         if decode and output == "device":
             raise BadInput(
                 "decode=True with output='device': pictures are made on the host",

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
+from tstitch_engines.checks import plain_number, shown
 from tstitch_engines.errors import BadInput, OutOfProfile, Unavailable
-from tstitch_trt.request.arrays import to_float32
+from tstitch_trt.request.arrays import read_array, to_float32
 from tstitch_trt.request.init_image import Encode
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.tiling import Blend, Tiles, tiles_of
 
-__all__ = ["Tile", "Vae", "VaeDecoder", "VaeEncoder", "to_pixels"]
+__all__ = ["Tile", "Vae", "VaeDecoder", "VaeEncoder", "check_tile", "to_pixels"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,18 @@ Tile = Literal["auto", "off"] | int
 A number: tiles of that many pixels a side."""
 
 _SIDES: Final = (("H", "height"), ("W", "width"))
+
+
+def check_tile(value: object, what: str) -> Tile:
+    """How the VAE takes pictures."""
+    number = plain_number(value)
+    if isinstance(number, int) and 0 < number < 2**31:
+        return number
+    if isinstance(value, str) and value in ("auto", "off"):
+        return "off" if value == "off" else "auto"
+    raise BadInput(
+        f"{what} = {shown(value)}; allowed are 'auto', 'off' and a number of pixels", hint="e.g. tile=512, or 'auto'"
+    )
 
 
 class _Half:
@@ -146,15 +159,10 @@ class Vae:
         self.encoder = VaeEncoder(encoder) if (encoder := parts.get(ComponentName.VAE_ENCODER)) else None
 
     def check(self, tile: Tile, size: tuple[int, int] | None = None) -> None:
-        """Raises ``BadInput`` for a wrong ``tile``, and for any in a bundle without a VAE.
+        """Raises ``BadInput`` for any ``tile`` in a bundle without a VAE.
 
         With the ``size`` of the latents to decode also ``OutOfProfile`` where the decoder can't take it.
         """
-        number = isinstance(tile, int) and not isinstance(tile, bool) and tile > 0
-        if not number and tile not in ("auto", "off"):
-            raise BadInput(
-                f"tile = {tile!r}; allowed are 'auto', 'off' and a number of pixels", hint="e.g. tile=512, or 'auto'"
-            )
         if tile != "auto" and self._decoder is None and self.encoder is None:
             raise BadInput(
                 f"tile = {tile!r} was given, and the bundle {self._manifest.name!r} has no VAE", hint="leave it out"
@@ -214,10 +222,7 @@ class Vae:
 
 def _checked(array: Any, channels: int, what: str) -> Array:
     """A copy, float32 ``[N,channels,H,W]``. Raises ``BadInput``."""
-    try:
-        found = np.asarray(array)
-    except (RuntimeError, TypeError, ValueError):  # a ragged list, a tensor on a GPU
-        found = np.empty(0, np.object_)
+    found: NDArray[Any] = read_array(array, what)
     if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1] != channels or not found.size:
         got = f"{found.dtype}{list(found.shape)}" if found.dtype.kind in "biufc" else f"a {type(array).__name__}"
         raise BadInput(f"{what} are {got}; needed is float32[N, {channels}, H, W]", hint="give one entry per picture")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Final, Literal, TypeVar
 
-from tstitch_engines.checks import shown
+from tstitch_engines.checks import plain_number, shown
 from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork
 
 __all__ = ["EXIT", "InterpreterExit", "Turn", "WorkQueue", "check_timeout"]
@@ -347,11 +347,11 @@ def _chain(turn: Turn | None) -> list[Turn]:
     return found
 
 
-def check_timeout(timeout: float | None) -> float | None:
-    """Raises ``BadInput`` for what is no number of seconds."""
-    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if timeout is not None and not (number and timeout >= 0):
+def check_timeout(timeout: object, what: str = "timeout") -> float | None:
+    """Seconds to wait, ``None`` for ever. Raises ``BadInput`` for what is no number of seconds."""
+    number = plain_number(timeout)
+    if timeout is not None and (number is None or not number >= 0):
         raise BadInput(
-            f"timeout = {shown(timeout)}; allowed are None (for ever) and seconds from 0 on", hint="e.g. timeout=30"
+            f"{what} = {shown(timeout)}; allowed are None (for ever) and seconds from 0 on", hint="e.g. timeout=30"
         )
-    return timeout
+    return None if number is None else float(min(number, threading.TIMEOUT_MAX))

@@ -18,16 +18,22 @@ from tstitch_engines.bundle.decode import DecodeError, convert
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.bundle.read import STUDY_BYTES, decode_json, read_bounded
+from tstitch_engines.checks import check_text
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.files import atomic_file
 from tstitch_trt.study.machine import describe_machine
 from tstitch_trt.study.records import STUDY_SCHEMA, Study
 
-__all__ = ["differing_weights", "load_studies", "now", "provenance", "save_study", "weights_of"]
+__all__ = ["check_command", "differing_weights", "load_studies", "now", "provenance", "save_study", "weights_of"]
 
 _log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Study)
+
+
+def check_command(value: object, what: str) -> str:
+    """The command line that repeats a study."""
+    return check_text(value, what, example="tstitch-trt calibrate BUNDLE")
 
 
 def provenance(manifest: Manifest, command: str) -> dict[str, Any]:

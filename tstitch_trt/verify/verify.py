@@ -17,13 +17,26 @@ from typing import Final
 import msgspec
 
 from tstitch_engines.backends import BACKENDS, for_gpu, open_backend
-from tstitch_engines.bundle.bundle import Bundle, open_bundle, require_vouched
+from tstitch_engines.bundle.bundle import Bundle, check_bundle, check_key, open_bundle, require_vouched
 from tstitch_engines.bundle.manifest import EngineRecord, Manifest
+from tstitch_engines.checks import (
+    check_callable,
+    check_paths,
+    check_switch,
+    check_text,
+    check_whole,
+    checked,
+    items_of,
+    optional,
+    taken_as_is,
+)
 from tstitch_engines.child import Channel, Job, Limits, run_in_child
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
 from tstitch_engines.progress import Progress, silent
+from tstitch_engines.threads import check_threads
+from tstitch_trt.request.limits import MOST_SEED
 from tstitch_trt.verify.compare import LIMITS, Comparison, EngineCheck, Status, usual_sizes
 from tstitch_trt.verify.engine_check import check_engine
 from tstitch_trt.verify.layers import LayerCheck, compare_layers
@@ -46,6 +59,23 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
         return [check for check in self.engines if check.status == status]
 
 
+@checked(
+    bundle=check_bundle,
+    backend=optional(partial(check_text, example="onnxruntime", most=100)),
+    members=optional(items_of(partial(check_text, example="large", most=1000))),
+    samples=partial(check_whole, low=1, high=10_000),
+    seed=partial(check_whole, high=MOST_SEED),
+    threads=check_threads,
+    layers=check_switch,
+    device=partial(check_text, example="cuda", most=100),
+    checkpoints=optional(check_paths),
+    rebuild=check_switch,
+    trust=check_switch,
+    require_signature=optional(check_key),
+    progress=check_callable,
+    time_limit=taken_as_is,
+    memory_limit=taken_as_is,
+)
 def verify(
     bundle: str | Path | Bundle,
     *,
@@ -89,10 +119,6 @@ def verify(
     NaN, ``OutOfTime`` and ``OutOfMemory`` at the limits.
     """
     limits = Limits.of(time_limit, memory_limit)
-    if samples < 1:
-        raise BadInput(f"samples = {samples}; allowed is 1 or more", hint="e.g. --samples 4")
-    if threads < 0:
-        raise BadInput(f"threads = {threads}; allowed is 0 (all cores) or more", hint="e.g. --threads 4")
     parse_device(device)
     trusted = trust or backend is not None
     if isinstance(bundle, Bundle):

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput
 
 __all__ = ["DEFAULT", "Limits", "parse_size", "show_size", "show_time"]
@@ -54,7 +55,7 @@ def _time(value: object) -> float:
         found = float(value)
     if found is None or not math.isfinite(found) or not 0 < found <= _LONGEST:
         raise BadInput(
-            f"time_limit = {str(value)[:40]!r}; allowed is a time above 0 of at most a year: seconds, or a number with "
+            f"time_limit = {shown(value)}; allowed is a time above 0 of at most a year: seconds, or a number with "
             "s, m or h",
             hint="e.g. --time-limit 30m (time_limit=1800)",
         )
@@ -72,7 +73,7 @@ def parse_size(value: object, name: str, example: str) -> int:
         found = value
     if found is None or not 0 < found <= _MOST:
         raise BadInput(
-            f"{name} = {str(value)[:40]!r}; allowed is a size above 0: bytes, or a number with a unit (MB, GiB...)",
+            f"{name} = {shown(value)}; allowed is a size above 0: bytes, or a number with a unit (MB, GiB...)",
             hint=f"e.g. {example}",
         )
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tstitch_engines.checks import shown
 from tstitch_engines.device.base import Device
 from tstitch_engines.errors import BadInput, unknown_name
 
@@ -13,7 +14,11 @@ __all__ = ["open_device", "parse_device"]
 def parse_device(text: str) -> tuple[str, int]:
     """``"cpu"`` -> ``("cpu", 0)``; ``"cuda"`` and ``"cuda:1"`` likewise. Raises ``UnknownName``."""
     kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+    if (
+        kind not in ("cpu", "cuda")
+        or (index and not (index.isascii() and index.isdecimal() and len(index) < 4))
+        or (kind == "cpu" and index)
+    ):
         raise unknown_name("device", text, ["cpu", "cuda", "cuda:N"])
     return kind, int(index or 0)
 
@@ -27,7 +32,9 @@ def open_device(text: str, *, stream: Any = None) -> Device:
     kind, index = parse_device(text)
     if kind == "cpu":
         if stream is not None:
-            raise BadInput(f"stream={stream!r} was given for the device cpu", hint="use device='cuda', or leave it out")
+            raise BadInput(
+                f"stream={shown(stream)} was given for the device cpu", hint="use device='cuda', or leave it out"
+            )
         from tstitch_engines.device.host import HostDevice
 
         return HostDevice()

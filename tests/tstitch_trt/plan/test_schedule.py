@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tstitch_engines.errors import BadSchedule, UnknownName
-from tstitch_trt.plan.schedule import ROUNDINGS, Schedule, fraction_text, resolve
+from tstitch_trt.plan.schedule import ROUNDINGS, Schedule, check_fraction, fraction_text, resolve
 
 MEMBERS = ("small", "base", "large")
 
@@ -170,4 +170,4 @@ def test_unknown_members_and_roundings_name_the_nearest() -> None:
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_fractions_outside_are_refused(fraction: float) -> None:
     with pytest.raises(BadSchedule, match=r"outside 0\.\.1"):
-        fraction_text(fraction, ("small", "large"))
+        check_fraction(fraction, "fraction")

@@ -10,13 +10,16 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
 
+from tstitch_engines.checks import check_callable, check_whole, checked, items_of, optional, taken_as_is
 from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.progress import Progress, silent
+from tstitch_trt.request.limits import MOST_IMAGES, MOST_SEED, check_sides
 from tstitch_trt.study.budget.conditions import engine_digests
 from tstitch_trt.study.budget.predict import predict_ms
 from tstitch_trt.study.calibrate.drift import usual_times
@@ -24,7 +27,7 @@ from tstitch_trt.study.calibrate.fit import Fit, fit
 from tstitch_trt.study.calibrate.trials import SHORT, Bucket, Trial, check_trials, fit_trials, kind_trials, slots_of
 from tstitch_trt.study.records import Calibration, Check, Overhead, StepCost
 from tstitch_trt.study.statistics import spread
-from tstitch_trt.study.store import provenance
+from tstitch_trt.study.store import check_command, provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -45,6 +48,16 @@ def default_batches(runtime: Runtime) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if least <= size <= split.limit))
 
 
+@checked(
+    runtime=taken_as_is,
+    batches=optional(items_of(partial(check_whole, low=1, high=MOST_IMAGES))),
+    sizes=optional(items_of(check_sides)),
+    repeats=partial(check_whole, low=1, high=10_000),
+    checks=partial(check_whole, high=10_000),
+    seed=partial(check_whole, high=MOST_SEED),
+    command=check_command,
+    progress=check_callable,
+)
 def calibrate(
     runtime: Runtime,
     *,

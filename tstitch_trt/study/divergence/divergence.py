@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.checks import check_callable, check_text, check_whole, checked, items_of, optional, taken_as_is
 from tstitch_engines.errors import BadInput, BadSchedule, unknown_name
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.progress import Phases
+from tstitch_trt.request.limits import MOST_IMAGES, MOST_SEED, check_prompt
 from tstitch_trt.study.divergence.orders import (
     MEMBER_ORDERS,
     SHARES,
@@ -40,7 +43,7 @@ from tstitch_trt.study.divergence.trajectories import (
 )
 from tstitch_trt.study.records import Divergence, DivergenceStep, OrderTrial
 from tstitch_trt.study.statistics import compare_rows, spread
-from tstitch_trt.study.store import provenance
+from tstitch_trt.study.store import check_command, provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -76,6 +79,18 @@ def profile_solver(manifest: Manifest, wanted: str | None) -> str:
     return usual if is_single_step(make_plan(manifest, schedule=next(iter(manifest.members)))) else SINGLE_STEP
 
 
+@checked(
+    runtime=taken_as_is,
+    samples=partial(check_whole, low=LEAST_SAMPLES, high=MOST_IMAGES),
+    seed=partial(check_whole, high=MOST_SEED),
+    reference=optional(partial(check_text, example="large", most=1000)),
+    steps=taken_as_is,  # these three by PlanOptions
+    solver=taken_as_is,
+    guidance=taken_as_is,
+    prompts=items_of(check_prompt, MOST_IMAGES),
+    command=check_command,
+    progress=check_callable,
+)
 def profile(
     runtime: Runtime,
     *,

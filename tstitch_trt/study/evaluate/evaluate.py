@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from tstitch_engines.bundle.identity import digest
+from tstitch_engines.checks import (
+    check_callable,
+    check_items,
+    check_path,
+    check_type,
+    check_whole,
+    checked,
+    optional,
+    taken_as_is,
+)
 from tstitch_engines.errors import BadInput
 from tstitch_engines.progress import Progress, silent
+from tstitch_engines.threads import check_threads
 from tstitch_trt.progress import Phases
+from tstitch_trt.request.limits import MOST_IMAGES
 from tstitch_trt.study.evaluate.drawing import Drawing
 from tstitch_trt.study.evaluate.observations import Observations
 from tstitch_trt.study.image_set import ImageSet
@@ -20,7 +33,7 @@ from tstitch_trt.study.quality.resampling import LEVEL, RESAMPLES
 from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.records import METRICS, Evaluation, Measure, Point, Setting
 from tstitch_trt.study.settings import baseline_of, options_of
-from tstitch_trt.study.store import load_studies, provenance
+from tstitch_trt.study.store import check_command, load_studies, provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -41,6 +54,20 @@ def evaluation_key(scorer: Scorer, images: ImageSet, runtime: Runtime) -> str:
     )[:12]
 
 
+@checked(
+    runtime=taken_as_is,
+    scorer=partial(check_type, kind=Scorer),
+    settings=partial(check_items, each=partial(check_type, kind=Setting)),
+    images=partial(check_type, kind=ImageSet),
+    work=check_path,
+    npz=optional(check_path),
+    rounds=partial(check_whole, high=10_000),
+    batch=partial(check_whole, low=1, high=MOST_IMAGES),
+    resamples=partial(check_whole, low=1, high=100_000),
+    threads=check_threads,
+    command=check_command,
+    progress=check_callable,
+)
 def evaluate(
     runtime: Runtime,
     scorer: Scorer,

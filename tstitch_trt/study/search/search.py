@@ -7,14 +7,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.checks import (
+    check_callable,
+    check_number,
+    check_path,
+    check_text,
+    check_type,
+    check_whole,
+    checked,
+    items_of,
+    optional,
+    taken_as_is,
+)
 from tstitch_engines.errors import BadInput
 from tstitch_engines.progress import Progress, silent
+from tstitch_trt.plan.schedule import check_fraction
 from tstitch_trt.progress import Phases
+from tstitch_trt.request.limits import MOST_IMAGES, MOST_SEED, check_prompt
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.evaluate.drawing import Drawing
 from tstitch_trt.study.image_set import ImageSet, prompts_for
@@ -24,7 +39,7 @@ from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchP
 from tstitch_trt.study.search.candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
 from tstitch_trt.study.search.racing import Race, front, race, rounds
 from tstitch_trt.study.settings import plan_of
-from tstitch_trt.study.store import provenance
+from tstitch_trt.study.store import check_command, provenance
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -57,6 +72,23 @@ def check_search(metric: str | None, samples: int) -> None:
         )
 
 
+@checked(
+    runtime=taken_as_is,
+    scorer=partial(check_type, kind=Scorer),
+    work=check_path,
+    samples=partial(check_whole, low=1, high=MOST_IMAGES),
+    seed=partial(check_whole, high=MOST_SEED),
+    batch=optional(partial(check_whole, low=1, high=MOST_IMAGES)),
+    steps=optional(items_of(partial(check_whole, low=1))),
+    solvers=optional(items_of(partial(check_text, example="ddim", most=100))),
+    fractions=items_of(check_fraction),
+    guidance=optional(partial(check_number, low=0)),
+    prompts=items_of(check_prompt, MOST_IMAGES),
+    trials=optional(partial(check_whole, low=1)),
+    budget_s=optional(check_number),
+    command=check_command,
+    progress=check_callable,
+)
 def search(
     runtime: Runtime,
     scorer: Scorer,
