@@ -41,6 +41,18 @@ __all__ = [
 
 
 _SHOWN = 80  # characters of an unknown name that a message repeats
+_LONGEST = 6000  # of a message or hint: what was got may be as long as it likes
+# Signs that move the cursor of a terminal or turn its text: names in files and of files come from anywhere
+_CONTROLS = [
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    0x2028,
+    0x2029,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
+_ESCAPED = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS}
 
 
 class TStitchError(Exception):
@@ -49,15 +61,20 @@ class TStitchError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = _printable(message), _printable(hint)
+        super().__init__(self.message, self.hint)
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}"
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments would be lost by the default pickling
         return (partial(type(self), hint=self.hint), (self.message,))
+
+
+def _printable(text: str) -> str:
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 1000]} ... {text[-900:]}"
+    return text.translate(_ESCAPED)
 
 
 class BadInput(TStitchError):
