@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.read import VOCABULARY_BYTES, decode_json, open_regular, read_json
-from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.errors import BadCheckpoint, first_line
 from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 
@@ -102,9 +102,15 @@ class Checkpoint:
         if self._stored is not None:
             return dict(self._stored)
         require("torch", f"the checkpoint {self.path.name}")
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return {_plain(name): tensor for name, tensor in load_file(self.path).items()}
+        try:
+            return {_plain(name): tensor for name, tensor in load_file(self.path).items()}
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise BadCheckpoint(
+                f"{self.path.name} can't be loaded: {first_line(error)}", hint="download or copy it again"
+            ) from None
 
     def values(self, name: str) -> NDArray[np.float64]:
         """One small tensor of ordinary floats; of a ``.safetensors`` file read without torch."""
@@ -209,7 +215,8 @@ def _safetensors(path: Path) -> tuple[dict[str, SafetensorsEntry], dict[str, str
             header = decode_json(stream.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
-        metadata = msgspec.convert(header.pop("__metadata__", None) or {}, dict[str, str])
+        noted = header.pop("__metadata__", None)
+        metadata = msgspec.convert({} if noted is None else noted, dict[str, str])
         entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].length)):

@@ -1,0 +1,124 @@
+"""Files of a pipeline, recipes and LoRAs that somebody altered: planned, or refused with an error of ours, at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from support.hostile import altered, altered_bytes, dumps, only_our_errors
+from support.tiny_checkpoints import SD, pieces, planned, text_recipe
+from support.tiny_families import lora_file, unet_folder
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.families import open_family
+from tstitch_export.families.base import LoraUse
+from tstitch_export.families.lora.fuse import lora_deltas
+from tstitch_export.planning.recipe import load_recipe
+
+FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pieces(tmp_path_factory.mktemp("whole") / "sd", "least", **SD)
+
+
+def hostile(data: st.DataObject, good: Path) -> bytes:
+    """The content of ``good`` after somebody was at it."""
+    content = good.read_bytes()
+    if good.suffix == ".json" and data.draw(st.integers(0, 3)):
+        return dumps(data.draw(altered(json.loads(content))))
+    if good.suffix == ".safetensors":
+        end = 8 + int.from_bytes(content[:8], "little")
+        if data.draw(st.booleans()):
+            header = dumps(data.draw(altered(json.loads(content[8:end]))))
+            return len(header).to_bytes(8, "little") + header + content[end:]
+        return data.draw(altered_bytes(content[:end])) + content[end:]
+    return data.draw(altered_bytes(content))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_pipeline_of_altered_files(data: st.DataObject, pipeline: Path) -> None:
+    changed = pipeline.parent / "hostile"
+    shutil.rmtree(changed, ignore_errors=True)
+    shutil.copytree(pipeline, changed)
+    recipe = text_recipe(pipeline.parent / "pair.toml")
+    name = data.draw(st.sampled_from(FILES))
+    (changed / name).write_bytes(hostile(data, pipeline / name))
+    only_our_errors(lambda: planned(recipe, members={"small": pipeline, "large": changed}))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_altered_recipes(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = text_recipe(tmp_path_factory.getbasetemp() / "hostile.toml")
+    text = path.read_text()
+    lines = text.splitlines()
+    for _ in range(data.draw(st.integers(0, 2))):
+        number = data.draw(st.integers(0, len(lines) - 1))
+        key, equals, _ = lines[number].partition(" = ")
+        value = data.draw(
+            st.sampled_from(["nan", "-1", "0", "9" * 50, "1e300", '"x"', "[]", "{}", "true", "1979-05-27"])
+        )
+        lines[number] = (
+            f"{key} = {value}" if equals else data.draw(st.sampled_from(["", "[x.y]", "[[latent]]", "[members]"]))
+        )
+    content = "\n".join(lines).encode()
+    path.write_bytes(content if data.draw(st.booleans()) else data.draw(altered_bytes(content)))
+    only_our_errors(lambda: load_recipe(path))
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("lora")
+    module = unet_folder(folder, "least")
+    family = open_family("unet-sd")
+    inspection = family.inspect(folder, {})
+    lora_file(folder / "style.safetensors", module)
+    return folder / "style.safetensors", family.lora_target(inspection)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_altered_loras(data: st.DataObject, lora: tuple[Path, Any]) -> None:
+    good, target = lora
+    path = good.with_name("hostile.safetensors")
+    path.write_bytes(hostile(data, good))
+
+    def use() -> None:
+        for _, delta in lora_deltas(LoraUse(path), target, model="model"):
+            delta()
+
+    only_our_errors(use)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_altered_checkpoints(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    import torch
+
+    good = tmp_path_factory.getbasetemp() / "good.safetensors"
+    if not good.exists():
+        kinds = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+        save_file({str(kind): torch.ones(2, 3).to(kind) for kind in kinds}, good, metadata={"a": "b"})
+    path = good.with_name("hostile.safetensors")
+    path.write_bytes(hostile(data, good))
+    only_our_errors(lambda: [read() for read in read_checkpoint(path).arrays().values()])
