@@ -12,8 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from support.hostile import altered_bytes, only_our_errors
+from support.manifests import manifest
 from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._options import _embeddings
 from tstitch_trt.files import load_array, open_arrays, read_lines
 
 
@@ -124,3 +129,16 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
         read_lines(tmp_path / "pipe", option="--prompts")
     with pytest.raises(ValueError, match="a pipe"):
         read(tmp_path / "pipe")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_altered_arrays(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    one, several = io.BytesIO(), io.BytesIO()
+    np.save(one, np.arange(12.0).reshape(3, 4))
+    np.savez_compressed(several, prompt_embeds=np.ones((2, 3, 4), np.float32), **{"small.text_embeds": np.ones((2, 4))})
+    (folder / "a.npy").write_bytes(data.draw(altered_bytes(one.getvalue())))
+    only_our_errors(lambda: load_array(folder / "a.npy", option="--latents-in"))
+    (folder / "a.npz").write_bytes(data.draw(altered_bytes(several.getvalue())))
+    only_our_errors(lambda: _embeddings(manifest(), folder / "a.npz"))
