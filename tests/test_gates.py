@@ -33,6 +33,20 @@ GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
         lambda node, called: called.endswith("InferenceSession"),
         {"tstitch_engines.backends.onnx_session"},
     ),
+    "the library onnx opens a file: our own, or one that opening the bundle has checked": (
+        lambda node, called: called.endswith("onnx.load"),
+        {
+            "tstitch_export.onnx_export.graph",
+            "tstitch_export.onnx_export.weight_map",
+            "tstitch_export.pack_pair",
+            "tstitch_export.quantise.layers",
+            "tstitch_export.quantise.quantise",
+            "tstitch_export.quantise.worker",
+            "tstitch_export.train.classifier",
+            "tstitch_trt.reference.torch_module",
+            "tstitch_trt.verify.layers",
+        },
+    ),
     "exported programs are loaded": (
         lambda node, called: called.endswith("export.load"),
         {"tstitch_engines.backends.torch_reference"},

@@ -15,7 +15,7 @@ from tstitch_engines.backends.onnx_session import open_session
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import EngineRecord, siblings
 from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
-from tstitch_engines.errors import FailedWork
+from tstitch_engines.errors import FailedWork, Unsafe
 from tstitch_engines.host_call import Arrays
 from tstitch_engines.needs import require
 from tstitch_engines.threads import default_threads
@@ -90,6 +90,8 @@ def compare_layers(
                 check_onnx(engine, siblings(record.files))
             except NotOnnx as error:
                 note(compared, str(error))
+            except Unsafe as error:
+                note(compared, error.message)
             else:
                 found.append(first_difference(name, compared, (graph, feeds), (engine, feeds), limit))
     if network.precision == "fp16":

@@ -57,7 +57,6 @@ def test_a_signed_bundle(run: Command, bundle: Path, keys: tuple[Path, Path], tm
     private, public = keys
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     for command in (
-        ("verify", bundle, "--samples", 1, "--members", "small"),
         ("report", bundle, "--no-samples", "-o", tmp_path / "a.html"),
         ("inspect", bundle),
     ):
