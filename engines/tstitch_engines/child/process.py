@@ -35,6 +35,8 @@ from tstitch_engines.child.memory import data_bytes, free_memory, resident_bytes
 from tstitch_engines.child.protocol import (
     HEADER,
     LARGEST,
+    LARGEST_ANSWER,
+    LOGGERS,
     Answer,
     Call,
     Channel,
@@ -115,7 +117,7 @@ def run_in_child(
                 **job.environment,
             },
             folder=_folder(),
-            level=logging.getLogger("tstitch_engines").getEffectiveLevel(),
+            level=min(logging.getLogger(name).getEffectiveLevel() for name in LOGGERS),
         )
     )
     if len(call) > LARGEST:
@@ -305,9 +307,9 @@ def _cut(received: bytearray, job: Job) -> Answer | None:
     if len(received) < HEADER:
         return None
     size = int.from_bytes(received[:HEADER], "little")
-    if size > LARGEST:
+    if size > LARGEST_ANSWER:
         raise OutOfMemory(
-            f"{job.what} answered with {show_size(size)}; allowed is {show_size(LARGEST)}",
+            f"{job.what} answered with {show_size(size)}; allowed is {show_size(LARGEST_ANSWER)}",
             hint="use fewer or smaller inputs",
         )
     if len(received) < HEADER + size:

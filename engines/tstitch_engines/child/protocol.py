@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 __all__ = [
     "HEADER",
     "LARGEST",
+    "LARGEST_ANSWER",
+    "LOGGERS",
     "Answer",
     "Array",
     "Call",
@@ -30,7 +32,9 @@ __all__ = [
 ]
 
 HEADER: Final = 8
-LARGEST: Final = 4 << 30  # bytes of a message that either side takes
+LARGEST: Final = 4 << 30  # bytes of a message that the child takes
+LARGEST_ANSWER: Final = 1 << 30  # and of one that the parent takes, which nothing else bounds
+LOGGERS: Final = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # whose records go to the parent
 
 
 class Array(msgspec.Struct, frozen=True):

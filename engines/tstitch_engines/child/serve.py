@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final, NoReturn, get_type_hints
 
 import msgspec
 
-from tstitch_engines.child.protocol import HEADER, LARGEST, Answer, Call, Channel, Done, Failure, Forward
+from tstitch_engines.child.protocol import HEADER, LARGEST, LOGGERS, Answer, Call, Channel, Done, Failure, Forward
 from tstitch_engines.errors import TStitchError, first_line
 
 __all__ = ["main"]
@@ -29,7 +29,6 @@ __all__ = ["main"]
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _KILL_ME_FIRST: Final = 500  # of 1000: the kernel should end the child, not whoever waits for it
 _IDLE_MS: Final = 300_000
-_LOGGERS: Final = ("tstitch_engines", "tstitch_export", "tstitch_trt")
 
 
 def main() -> NoReturn:
@@ -45,7 +44,7 @@ def main() -> NoReturn:
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # whatever libraries print
-    for name in _LOGGERS:
+    for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.addHandler(Forward(channel))
         logger.propagate = False
@@ -82,7 +81,7 @@ def _answer(call: Call, channel: Channel) -> Answer:
     tempfile.tempdir = None  # TMPDIR may be another one now
     with suppress(OSError):
         os.chdir(call.folder)
-    for name in _LOGGERS:
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(call.level)
     try:
         module, _, name = call.target.partition(":")

@@ -20,6 +20,7 @@ from tstitch_engines.compile.engine import from_cache
 from tstitch_engines.errors import OutOfMemory
 from tstitch_engines.progress import Progress
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.onnx_export.in_child import export_in_child
 from tstitch_export.planning.network import NetworkPlan
 
 __all__ = ["copy_into", "exported_network", "exported_program", "versions_of"]
@@ -43,16 +44,18 @@ def exported_network(
         check, versions = plan.shipped.member.check, plan.shipped.versions
         _log.info("%s: reused the shipped ONNX graph", plan.what)
     else:
-        from tstitch_export.onnx_export.exporter import WEIGHT_MAP, export_onnx
+        from tstitch_export.onnx_export.exporter import WEIGHT_MAP
 
         def make(folder: Path) -> dict[str, object]:
             _check_memory(plan, limits)
-            found = export_onnx(
+            found = export_in_child(
                 plan.family,
                 plan.inspection,
                 precision=plan.precision,
                 folder=folder,
                 progress=lambda phase, share: report(f"export, {phase}", share),
+                limits=limits,
+                what=plan.what,
             )
             written = dict(plan.family.assets(plan.inspection, folder))
             if (folder / WEIGHT_MAP).exists():
@@ -88,16 +91,19 @@ def exported_network(
 
 def exported_program(plan: NetworkPlan, *, cache: Cache, report: Progress, limits: Limits = DEFAULT) -> Path:
     """The network as torch.export made it, which backends other than those of ONNX compile. Raises ``OutOfMemory``."""
-    from tstitch_export.onnx_export.exporter import PROGRAM, export_program
+    from tstitch_export.onnx_export.exporter import PROGRAM
 
     def make(folder: Path) -> dict[str, object]:
         _check_memory(plan, limits)
-        export_program(
+        export_in_child(
             plan.family,
             plan.inspection,
             precision=plan.precision,
-            output=folder / PROGRAM,
+            folder=folder,
             progress=lambda phase, share: report(f"export, {phase}", share),
+            limits=limits,
+            what=plan.what,
+            program=PROGRAM,
         )
         return {"what": what}
 
