@@ -39,7 +39,7 @@ def test_drawings_come_one_at_a_time_in_the_order_they_came() -> None:
 
 
 def test_who_finds_no_place_is_told_at_once_how_long_it_lasts() -> None:
-    queue = DrawingQueue(2, seconds_per_unit=0.5)
+    queue = DrawingQueue(2, seconds_per_unit=0.5, grace=60)
     with queue.turn("a", "1", 10), queue.turn("b", "2", 10), queue.turn("c", "3", 4):
         for session, words in (("d", "busy, about 12 s: 2 drawings wait"), ("a", "draws already, for about 12 s")):
             with pytest.raises(Busy, match=words), queue.turn(session, "4", 1):
@@ -49,7 +49,7 @@ def test_who_finds_no_place_is_told_at_once_how_long_it_lasts() -> None:
 
 
 def test_one_address_can_not_take_all_places() -> None:
-    queue = DrawingQueue(4, seconds_per_unit=0.5)
+    queue = DrawingQueue(4, seconds_per_unit=0.5, grace=60)
     with (
         queue.turn("a", "1", 1), queue.turn("b", "1", 1), queue.turn("c", "1", 1), queue.turn("d", "2", 1),
         pytest.raises(Busy, match="of this address"), queue.turn("e", "1", 1),
@@ -59,7 +59,7 @@ def test_one_address_can_not_take_all_places() -> None:
 
 def test_a_closed_page_loses_its_place() -> None:
     """Whether it draws, waits, or hangs where nobody asks it."""
-    queue, order = DrawingQueue(4, seconds_per_unit=0.1, grace=0.1), list[str]()
+    queue, order = DrawingQueue(4, seconds_per_unit=0.1, grace=0.5), list[str]()
     began = time.monotonic()
     with queue.turn("gone", "1", 1000) as gone:
         assert list(queue.wait(gone)) == []
