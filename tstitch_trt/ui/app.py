@@ -20,6 +20,7 @@ from tstitch_trt.solvers import SOLVERS
 from tstitch_trt.study.fractions import draw_fractions
 from tstitch_trt.study.gather import gather
 from tstitch_trt.ui.draw import kept
+from tstitch_trt.ui.guard import closing_idle
 from tstitch_trt.ui.pareto import pareto
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _LONGEST_PROMPT: Final = 2000  # characters
 _PLOT_SECONDS: Final = 3.0  # that a plot waits for others
 _STOP_SECONDS: Final = 2.0
 _MOST_CONNECTIONS: Final = 256
+_IDLE_SECONDS: Final = 10
 _MOST_EVENTS: Final = 64  # that Gradio keeps before it has a thread for them
 _MOST_SESSIONS: Final = 512
 
@@ -232,8 +234,10 @@ def serving(gr: Any, page: Any, listening: socket.socket, guarded: Callable[...,
         ws="none",
         limit_concurrency=_MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,  # streams of open pages have no end
+        timeout_notify=_IDLE_SECONDS,
     )
     server = uvicorn.Server(config)
+    config.callback_notify = closing_idle(server.server_state.connections)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="page", daemon=True)
     thread.start()
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import re
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qs
@@ -19,7 +20,7 @@ from tstitch_engines.bundle.read import read_text
 from tstitch_engines.errors import BadInput
 from tstitch_trt.ui.visitors import Bucket, Visitors
 
-__all__ = ["MOST_BYTES", "Guard", "is_loopback", "read_token"]
+__all__ = ["MOST_BYTES", "Guard", "closing_idle", "is_loopback", "read_token"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _DATA: Final = "/gradio_api/queue/data"
 _FILE: Final = "/gradio_api/file="
 _PICTURE: Final = re.compile(r"[0-9a-f]{32}\.png")
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
+_BODY_SECONDS: Final = 10.0
 _LONGEST_TOKEN: Final = 512
 _SHORTEST_TOKEN: Final = 16
 
@@ -213,13 +215,17 @@ class Guard:
         if not length.isdecimal() or len(length) > 18 or int(length) > MOST_BYTES:
             raise too_large
         body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise _Refused(400, "the body was cut off")
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > MOST_BYTES:
-                raise too_large
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise _Refused(400, "the body was cut off")
+                    body, more = body + message.get("body", b""), message.get("more_body", False)
+                    if len(body) > MOST_BYTES:
+                        raise too_large
+        except TimeoutError:
+            raise _Refused(408, f"the body did not come within {_BODY_SECONDS:g} s") from None
         try:
             join = msgspec.json.decode(body, type=_Join)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
@@ -229,6 +235,21 @@ class Guard:
         if len(join.data) != wanted:
             raise _Refused(422, f"event {join.fn_index} has {len(join.data)} values; needed are {wanted}")
         return msgspec.json.encode(join)
+
+
+def closing_idle(connections: Collection[Any]) -> Callable[[], Awaitable[None]]:
+    """Closes those of uvicorn's connections that wait for a request now, and did when it was called before: whoever
+    opens many and sends nothing, or sends slowly, would leave none for others."""
+    before: set[Any] = set()
+
+    async def close() -> None:
+        nonlocal before
+        idle = {one for one in connections if one.cycle is None or one.cycle.response_complete}
+        for one in idle & before:
+            one.transport.close()
+        before = idle
+
+    return close
 
 
 def read_token(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.ui.guard import MOST_BYTES, Guard, is_loopback, read_token
+from tstitch_trt.ui.guard import MOST_BYTES, Guard, closing_idle, is_loopback, read_token
 from tstitch_trt.ui.visitors import Visitors
 
 TOKEN = "a-token-of-the-test"  # noqa: S105
@@ -233,6 +234,44 @@ def test_bodies_are_bounded_and_plain() -> None:
         refused(422, json.dumps({**plain, **change}).encode())
     assert join(guard(app), [json.dumps(plain).encode()[:9], json.dumps(plain).encode()[9:]])[0] == 200
     assert json.loads(app.bodies[0]) == plain
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tstitch_trt.ui.guard._BODY_SECONDS", 0.05)
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1:7860"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": JOIN, "headers": headers, "query_string": b"", "client": None}
+    asyncio.run(guard(Reached())(scope, never, send))
+    assert sent[0]["status"] == 408
+
+
+def test_connections_that_send_nothing_are_closed() -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+
+    async def serve() -> list[bytes]:
+        config = uvicorn.Config(guard(Reached()), http="h11", log_level="critical", timeout_notify=0, lifespan="off")
+        server = uvicorn.Server(config)
+        config.callback_notify = closing_idle(server.server_state.connections)
+        listening = socket.create_server(("127.0.0.1", 0))
+        task = asyncio.create_task(server.serve(sockets=[listening]))
+        opened = [await asyncio.open_connection(*listening.getsockname()) for _ in range(3)]
+        opened[1][1].write(b"GET / HTTP/1.1\r\nHost: x")  # and no more
+        found = [await asyncio.wait_for(reader.read(), 30) for reader, _ in opened]
+        for _, writer in opened:
+            writer.close()
+            await writer.wait_closed()
+        server.should_exit = True
+        await task
+        return found
+
+    assert asyncio.run(serve()) == [b""] * 3
 
 
 def test_of_two_fields_of_one_name_what_was_checked_is_passed_on() -> None:
