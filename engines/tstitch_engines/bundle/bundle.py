@@ -377,6 +377,7 @@ def _terminate_as_exception() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not end the tidying up
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
