@@ -19,7 +19,7 @@ from tstitch_engines.errors import Unsafe
 __all__ = ["NotOnnx", "check_onnx"]
 
 _DEPTH: Final = 64  # graphs in graphs; protobuf's own readers stop at 100 messages
-_FIELDS: Final = 2_000_000  # some 160,000 nodes
+_FIELDS: Final = 1_000_000  # some 80,000 nodes
 _DIGITS: Final = 19  # of an offset or length
 _LONGEST: Final = 4096  # bytes of a name
 _KEYS: Final = ("location", "offset", "length", "checksum")

@@ -57,11 +57,12 @@ def require_trust(bundle: Bundle, name: str, record: EngineRecord, backend: Back
         if not bundle.hashed:  # both are about what the manifest says that the files are
             bundle.check_files(record.files)
         return
+    again = "; or --rebuild, which compiles it again from the bundle's ONNX" if backend.model_kind == "onnx" else ""
     raise Untrusted(
         f"the {backend.name} engine of {bundle.manifest.word(name)} {name!r} in {bundle.root} was not compiled on this "
         f"machine, and loading it may run code: {backend.runs_code}",
         hint=f"if you trust who made the bundle: --backend {backend.name} or --trust (trust=True), or "
-        "--require-signature KEY where it is signed; else use an engine of onnxruntime, which is data",
+        f"--require-signature KEY where it is signed{again}; else use an engine of onnxruntime, which is data",
     )
 
 

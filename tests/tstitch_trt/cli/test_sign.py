@@ -15,6 +15,7 @@ import tstitch_trt
 from support.command import Command, refused
 from support.tiny import TinyPair
 from support.torch_engines import PROGRAM, with_torch_engines
+from tstitch_engines.bundle.built_here import is_built_here
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.manifest import Component
 from tstitch_engines.compile.bundle import recompile
@@ -135,6 +136,7 @@ def test_engines_compiled_again_leave_it_unsigned(
     made = recompile(opened, backend="onnxruntime", profile={"B": Range(1, 2, 3)})
     assert "was signed" in caplog.text
     assert made.vouched
+    assert all(is_built_here(member.engines[0].files) for member in made.manifest.members.values())
     assert not (bundle / "manifest.sig").exists()
     refused(run("sample", bundle, "--require-signature", keys[1], "--rebuild"), "has no signature", "sign it")
 

@@ -12,15 +12,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import tstitch_trt
 from support.command import Command, refused
 from support.tiny import TinyPair
 from support.torch_engines import PROGRAM, put_engine, with_torch_engines
+from tstitch_engines.backends import open_backend
+from tstitch_engines.backends.onnxruntime import OnnxRuntimeBackend
 from tstitch_engines.backends.torch_archive import check_archive
 from tstitch_engines.bundle.built_here import note_built
 from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.cache import Cache
+from tstitch_engines.child import DEFAULT
+from tstitch_engines.compile.bundle import _compiler
+from tstitch_engines.compile.load import require_trust
 from tstitch_engines.errors import BadEngine, Unsafe, Untrusted
 
 torch = pytest.importorskip("torch")
@@ -103,6 +110,30 @@ def test_a_hash_is_no_path(stranger: Path, tmp_path: Path, monkeypatch: pytest.M
         tstitch_trt.load(stranger, threads=1, verify="size")
 
 
+def test_which_backends_have_engines_that_may_run_code(stranger: Path) -> None:
+    assert not OnnxRuntimeBackend.runs_code
+    opened = open_bundle(stranger)
+    record = opened.manifest.members["small"].engines[0]
+    require_trust(opened, "small", record, OnnxRuntimeBackend(), trusted=False)
+    for name in ("tensorrt-rtx", "torch"):
+        with pytest.raises(Untrusted, match=f"the {name} engine of member 'small'") as caught:
+            require_trust(opened, "small", record, open_backend(name), trusted=False)
+        assert ("--rebuild" in caught.value.hint) == (name == "tensorrt-rtx")
+        require_trust(opened, "small", record, open_backend(name), trusted=True)
+
+
+def test_a_manifest_names_no_file_that_a_compilation_writes(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    opened = open_bundle(tiny_pair.bundle)
+    small = opened.manifest.members["small"]
+    options = {"timing-cache": str(victim), "compute-capabilities": "8.9"}
+    identity = msgspec.structs.replace(small.engines[0].identity, backend="tensorrt-rtx", options=options)
+    engines = (msgspec.structs.replace(small.engines[0], identity=identity),)
+    network = msgspec.structs.replace(small, engines=engines)
+    made = _compiler(open_backend("tensorrt-rtx"), network, "cpu", {}, None, Cache(), DEFAULT)
+    assert made.settings == {"compute-capabilities": "8.9"}
+
+
 # --- pickled objects, which no trust lets pass
 
 
@@ -180,7 +211,7 @@ def opaque_object(archive: bytes, path: Path) -> bytes:
     )
 
 
-def older_layout(archive: bytes, path: Path) -> bytes:
+def older_layout(archive: bytes, path: Path, tensors: bytes = b"") -> bytes:
     """That of PyTorch 2.7, which later ones go on reading."""
     old = dict.fromkeys(zipfile.ZipFile(io.BytesIO(archive)).namelist())
     names = {name.partition("/")[2]: None for name in old}
@@ -191,12 +222,27 @@ def older_layout(archive: bytes, path: Path) -> bytes:
             **names,
             "version": torch_version.encode(),
             "serialized_exported_program.json": member(archive, "models/model.json"),
-            "serialized_state_dict.pt": pickled(path),
-            "serialized_constants.pt": pickled(path),
-            "serialized_example_inputs.pt": pickled(path),
+            "serialized_state_dict.pt": tensors or pickled(path),
+            "serialized_constants.pt": tensors or pickled(path),
+            "serialized_example_inputs.pt": tensors or pickled(path),
         },
         folder="",
     )
+
+
+def test_archives_of_older_versions_pass(program: tuple[Path, bytes], tmp_path: Path) -> None:
+    """The layouts of PyTorch 2.8 and 2.7: tensors as restricted pickles."""
+    tensors = io.BytesIO()
+    torch.save(({"weight": torch.ones(1)}, torch.zeros(2, 3)), tensors)
+    stored = tensors.getvalue()
+    later = {"data/weights/model.pt": stored, "data/constants/model.pt": stored, WEIGHTS: None, CONSTANTS: None}
+    for content in (
+        rewritten(program[1], later),
+        older_layout(program[1], tmp_path / "mark", tensors=stored),
+        rewritten(program[1], {"data/sample_inputs/model.pt": b""}),
+    ):
+        (tmp_path / "a.pt2").write_bytes(content)
+        check_archive(torch, tmp_path / "a.pt2")
 
 
 def library(archive: bytes, path: Path) -> bytes:
