@@ -7,7 +7,8 @@ are joined, so that nothing is cut off. There is no syntax for weights: brackets
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Network
-from tstitch_engines.errors import BadBundle
+from tstitch_engines.bundle.read import VOCABULARY_BYTES, decode_json, read_bounded
+from tstitch_engines.errors import BadBundle, first_line
 from tstitch_engines.needs import require
 from tstitch_trt.request.text import Encoded
 from tstitch_trt.runtime.component import Component
@@ -40,8 +42,8 @@ class TokenLayout:
 
     @staticmethod
     def of(network: Network) -> TokenLayout:
-        config = network.config
-        return TokenLayout(*(int(config[name]) for name in ("tokens", "bos", "eos", "pad")))
+        tokens = _config_number(network, "tokens", 3, 65_536)
+        return TokenLayout(tokens, *(_config_number(network, name, 0, 1 << 24) for name in ("bos", "eos", "pad")))
 
     @property
     def room(self) -> int:
@@ -68,10 +70,31 @@ def open_tokenizer(path: Path) -> Any:
     """A ``tokenizers.Tokenizer``. Raises ``Unavailable`` without that library, ``BadBundle`` for a damaged file."""
     how = "give prompt_embeds= in place of prompt="
     tokenizers = require("tokenizers", "reading prompts", extra="prompt", instead=how)
+    with _as_bad_bundle(f"{path} is no tokenizer"):
+        content = read_bounded(path, VOCABULARY_BYTES)
+        decode_json(content)
+        return tokenizers.Tokenizer.from_buffer(content)
+
+
+@contextmanager
+def _as_bad_bundle(what: str) -> Iterator[None]:
+    """The errors of ``tokenizers``, which have no type of their own; a panic of it is not even an ``Exception``."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no errors of its own type
-        raise BadBundle(f"{path} is no tokenizer: {error}", hint="build the bundle again") from None
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise BadBundle(f"{what}: {first_line(error)}", hint="build the bundle again") from None
+        raise
+
+
+def _config_number(network: Network, key: str, low: int, high: int, default: int | None = None) -> int:
+    value = network.config.get(key, default)
+    if type(value) is not int or not low <= value <= high:
+        raise BadBundle(
+            f"the config of a text encoder has {key} = {value!r}; allowed is {low} to {high}",
+            hint="build the bundle again",
+        )
+    return value
 
 
 class TextEncoder:
@@ -82,12 +105,19 @@ class TextEncoder:
         self._path = tokenizer
         self._tokenizer: Any = None
         self.layout = TokenLayout.of(part.network)
+        self._known = _config_number(part.network, "vocabulary", 1, 1 << 24, default=1 << 24)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of the text alone, without begin and end."""
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self._path)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _as_bad_bundle(f"{self._path} can't read the text"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= self._known:
+            raise BadBundle(
+                f"{self._path} has the token {max(ids)}, and the text encoder knows {self._known}",
+                hint="build the bundle again",
+            )
         return ids
 
     def encode(self, ids: Ids) -> Encoded:

@@ -6,9 +6,10 @@ the original ones can be read from the ONNX without a library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -16,14 +17,17 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.decode import DecodeError, convert
-from tstitch_engines.bundle.manifest import Network
+from tstitch_engines.bundle.manifest import Bytes, Name, Network
 from tstitch_engines.bundle.read import VOCABULARY_BYTES, read_json
 from tstitch_engines.errors import BadBundle, Unavailable
-from tstitch_engines.spec import storage_dtype
+from tstitch_engines.spec import DTYPES, storage_dtype
 
 __all__ = ["WEIGHTS", "Stored", "Weight", "WeightMap", "Weights", "open_weights"]
 
 WEIGHTS: Final = "weights"  # the key in Network.files
+
+
+Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=1 << 32)], ...], msgspec.Meta(max_length=8)]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -33,10 +37,10 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Stored(_Record, frozen=True):
     """The bytes of an initialiser: little-endian, from ``offset`` on in ``file``, which is one of ``Network.onnx``."""
 
-    file: str
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
+    file: Name
+    offset: Bytes
+    dtype: Name
+    shape: Shape
 
 
 class Weight(_Record, frozen=True):
@@ -47,7 +51,7 @@ class Weight(_Record, frozen=True):
     replaced.
     """
 
-    shape: tuple[int, ...]
+    shape: Shape
     parameter: str | None = None
     initialiser: str | None = None
     transposed: bool = False
@@ -77,8 +81,13 @@ class Weights:
     def read(self, initialiser: str) -> NDArray[Any]:
         """An initialiser as the graph has it, in its own type (bfloat16 as its bits). Raises ``BadBundle``."""
         stored = self.map.initialisers[initialiser]
+        if stored.dtype not in DTYPES:
+            raise BadBundle(
+                f"the weight map says that {initialiser} is {stored.dtype}; known are {', '.join(DTYPES)}",
+                hint="build the bundle again",
+            )
         kind = storage_dtype(stored.dtype)
-        nbytes = int(np.prod(stored.shape, dtype=np.int64)) * kind.itemsize
+        nbytes = math.prod(stored.shape) * kind.itemsize
         if stored.file not in self._open:
             if stored.file not in self._files:
                 raise BadBundle(
@@ -106,6 +115,9 @@ def open_weights(bundle: Bundle, name: str, network: Network) -> Weights:
         )
     try:
         found = convert(read_json(bundle.path(component), VOCABULARY_BYTES), WeightMap, word="field")
+        named = {weight.initialiser for weight in found.weights.values()} - {None}
+        if unknown := named - found.initialisers.keys():
+            raise DecodeError(f"weights are in {sorted(map(str, unknown))[0]}, which is not among the initialisers", "")
     except (DecodeError, OSError) as error:
         raise BadBundle(f"{component.path} is damaged: {error}", hint="build the bundle again") from None
     return Weights(found, {Path(part.path).name: bundle.path(part) for part in network.onnx})

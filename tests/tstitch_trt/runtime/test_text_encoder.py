@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,32 @@ def test_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadBundle, match=r"tokenizer\.json is no tokenizer"):
         open_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_without_an_end_or_with_other_tokens(texts: TextEncoders, tmp_path: Path) -> None:
+    """The library gives up on a pattern with a panic, which is no ``Exception``; an id beyond the table of embeddings
+    would be read from memory that is not the table's."""
+    good = texts._encoders["text_encoder"]
+    data = json.loads(good._path.read_bytes())
+    ids = good.tokens("a fox")
+    data["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+b"}, "content": " "}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    hostile = TextEncoder(good._part, tmp_path / "tokenizer.json")
+    with pytest.raises(BadBundle, match="can't read the text"):
+        hostile.tokens("a" * 30)
+    data["model"]["vocab"] = {token: 100_000 + number for token, number in data["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**data, "normalizer": None, "post_processor": None}))
+    with pytest.raises(BadBundle, match="and the text encoder knows"):
+        TextEncoder(good._part, tmp_path / "tokenizer.json").tokens("a fox")
+    assert ids == good.tokens("a fox")
+
+
+@pytest.mark.parametrize("change", [{"tokens": 10**12}, {"tokens": 1}, {"bos": "x"}, {"pad": -1}, {"eos": None}])
+def test_a_layout_that_can_not_be(change: dict[str, Any], texts: TextEncoders) -> None:
+    network = texts._encoders["text_encoder"]._part.network
+    altered = msgspec.structs.replace(network, config={**network.config, **change})
+    with pytest.raises(BadBundle, match="the config of a text encoder has"):
+        TokenLayout.of(altered)
 
 
 def test_parts_check_sizes_and_outputs(pipeline: Any, texts: TextEncoders) -> None:

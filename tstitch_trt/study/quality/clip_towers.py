@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.read import CONFIG_BYTES, read_json
+from tstitch_engines.bundle.read import CONFIG_BYTES, VOCABULARY_BYTES, decode_json, read_bounded, read_json
 from tstitch_engines.child import Array, Channel
 from tstitch_engines.errors import BadInput, first_line
 from tstitch_engines.needs import require
@@ -67,7 +67,7 @@ class _Transformers:
         try:
             model: Any = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
             self._tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever transformers makes of the files of a folder
             raise BadInput(
                 f"--clip {folder} can't be loaded: {first_line(error)}",
                 hint="it needs config.json, the weights and the tokenizer's files",
@@ -105,7 +105,15 @@ class _Pair:
         if not (folder / "tokenizer.json").is_file():
             raise BadInput(f"--clip {folder} has no tokenizer.json", hint="save it with the tokenizers library")
         tokenizers = require("tokenizers", "reading prompts", extra="prompt")
-        self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            content = read_bounded(folder / "tokenizer.json", VOCABULARY_BYTES)
+            decode_json(content)
+            self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library has no errors of its own type
+            raise BadInput(
+                f"--clip {folder}: tokenizer.json is no tokenizer: {first_line(error)}",
+                hint="save it with the tokenizers library",
+            ) from None
         self._tokenizer.enable_truncation(_TOKENS)
         end = self._tokenizer.token_to_id("<|endoftext|>")
         self._tokenizer.enable_padding(length=_TOKENS, pad_id=end or 0)

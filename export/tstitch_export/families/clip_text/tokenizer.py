@@ -24,6 +24,7 @@ _PATTERN: Final = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\
 _DEFAULTS: Final = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 _END: Final = "</w>"
+_MOST_TOKENS: Final = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _listed(entries: object, file: Path) -> dict[str, _Added]:
 
 def _numbered(tokens: Mapping[str, Any], file: Path) -> dict[str, int]:
     numbers = list(tokens.values())
-    if any(type(n) is not int or n < 0 for n in numbers) or len(set(numbers)) != len(numbers):
+    if any(type(n) is not int or not 0 <= n <= _MOST_TOKENS for n in numbers) or len(set(numbers)) != len(numbers):
         raise BadCheckpoint(f"{file} gives a token no id of its own", hint="download or copy it again")
     return dict(tokens)
 
