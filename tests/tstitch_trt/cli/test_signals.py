@@ -37,8 +37,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("way", ["script", "module"])
-@pytest.mark.parametrize("moment", [0, 20, 120, 250])
+@pytest.mark.parametrize(("way", "moment"), [("script", 0), ("script", 120), ("module", 20), ("module", 250)])
 def test_ctrl_c_while_the_command_line_starts(tmp_path: Path, way: str, moment: int) -> None:
     """``moment``: so many imports after the first one of ours."""
     script = tmp_path / "tstitch-trt"
