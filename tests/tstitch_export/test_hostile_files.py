@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from support.hostile import altered, altered_bytes, dumps, only_our_errors
 from support.tiny_checkpoints import SD, pieces, planned, text_recipe
 from support.tiny_families import lora_file, unet_folder
+from tstitch_engines.errors import BadInput
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
 from tstitch_export.families.base import LoraUse
@@ -52,6 +53,33 @@ def hostile(data: st.DataObject, good: Path) -> bytes:
             return len(header).to_bytes(8, "little") + header + content[end:]
         return data.draw(altered_bytes(content[:end])) + content[end:]
     return data.draw(altered_bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_start": float("nan")}, "NaN"),
+        ("scheduler/scheduler_config.json", {"beta_start": 0}, "beta_start is 0"),
+        ("scheduler/scheduler_config.json", {"beta_start": -5}, "beta_start is -5"),
+        ("scheduler/scheduler_config.json", {"beta_end": 5}, "beta_end is 5"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000"),
+        ("vae/config.json", {"scaling_factor": 0}, "'scaling_factor' is 0"),
+        ("vae/config.json", {"block_out_channels": [2**30]}, "'block_out_channels.0' is 1073741824"),
+        ("unet/config.json", {"layers_per_block": 10**6}, "'layers_per_block' is 1000000"),
+        ("unet/config.json", {"sample_size": 10**9}, "'sample_size' is 1000000000"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1000000000"),
+        ("tokenizer/vocab.json", {"a": 10**12}, "no id of its own"),
+    ],
+)
+def test_absurd_configs_are_refused_with_the_value(
+    name: str, change: dict[str, Any], problem: str, pipeline: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pipeline, tmp_path / "sd")
+    file = tmp_path / "sd" / name
+    file.write_bytes(dumps(json.loads(file.read_bytes()) | change))
+    with pytest.raises(BadInput, match=problem) as caught:
+        planned(text_recipe(tmp_path / "pair.toml"), members={"small": pipeline, "large": tmp_path / "sd"})
+    assert file.name in caught.value.message
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

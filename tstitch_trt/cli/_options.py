@@ -204,9 +204,9 @@ class PictureOptions:
             return "auto"
         if self.tile == "off":
             return "off"
-        if not self.tile.isdigit():
+        if not (self.tile.isascii() and self.tile.isdecimal() and len(self.tile) < 10):
             raise BadInput(
-                f"--tile {self.tile!r}; allowed are auto, off and a number of pixels", hint="e.g. --tile 512"
+                f"--tile {self.tile[:80]!r}; allowed are auto, off and a number of pixels", hint="e.g. --tile 512"
             )
         return int(self.tile)
 

@@ -55,8 +55,9 @@ class NetworkOptions(msgspec.Struct, frozen=True, kw_only=True):
             if name == "range" and value not in _RANGES:
                 raise unknown_name("range", value, _RANGES)
             if name in ("size", "channels"):
-                if not value.isdigit() or (name == "channels" and value not in ("1", "3")) or int(value) < 1:
-                    raise BadInput(f"option {name} is {value!r}; allowed: {OPTIONS[name]}", hint=f"e.g. {name}=3")
+                whole = value.isascii() and value.isdecimal() and value.lstrip("0") != ""
+                if not whole or (name == "channels" and value not in ("1", "3")):
+                    raise BadInput(f"option {name} is {value[:80]!r}; allowed: {OPTIONS[name]}", hint=f"e.g. {name}=3")
                 if len(value) > 9 or int(value) > LARGEST_SIDE:
                     raise BadInput(
                         f"option {name} is {value[:20]}; allowed is at most {LARGEST_SIDE}", hint=f"e.g. {name}=3"
@@ -132,7 +133,7 @@ class FeatureNetwork:
             return found["features"] if "features" in found else next(iter(found.values()))
         if wanted in found:
             return found[wanted]
-        if wanted.isdigit() and int(wanted) < len(found):
+        if wanted.isascii() and wanted.isdecimal() and len(wanted) < 10 and int(wanted) < len(found):
             return list(found.values())[int(wanted)]
         raise unknown_name("output", wanted, found, hint=f"(of the feature network {self.name})")
 
