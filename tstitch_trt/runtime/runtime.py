@@ -591,7 +591,8 @@ class _Job:
     partial: bool
 
 
-_ITERATOR_CLOSED: Final = "its iterator was closed by another thread"
+def _iterator_closed() -> Cancelled:
+    return Cancelled("its iterator was closed by another thread", hint="nothing to do: the runtime is free")
 
 
 class _Steps(Generator[StepEvent, None, Result]):
@@ -608,10 +609,10 @@ class _Steps(Generator[StepEvent, None, Result]):
     def send(self, value: None) -> StepEvent:
         try:
             event = self._go(lambda: self._events.send(value))
-            if self._closed:  # by another thread, which could not end the generator in the middle of this
-                self._events.close()
-                raise Cancelled(_ITERATOR_CLOSED, hint="nothing to do: the runtime is free")
-            return event
+            if not self._closed:
+                return event
+            self.close()  # for another thread, which could not end the generator in the middle of this
+            raise _iterator_closed()
         except KeyboardInterrupt:  # raised here or inside: its traceback may be kept, and this object with it
             self.close()
             raise
@@ -625,7 +626,7 @@ class _Steps(Generator[StepEvent, None, Result]):
         try:
             self._go(self._events.close)
         except Busy:
-            self._cancel(_ITERATOR_CLOSED)
+            self._cancel(_iterator_closed().message)
 
     def _go(self, call: Callable[[], T]) -> T:
         try:
@@ -633,6 +634,8 @@ class _Steps(Generator[StepEvent, None, Result]):
         except ValueError as error:
             if str(error) != "generator already executing":
                 raise
+            if self._closed and call != self._events.close:
+                raise _iterator_closed() from None
             raise Busy(
                 "another call goes on with this iterator, or waits for the runtime on its behalf",
                 hint="go on with it from one thread at a time; close() may be called at any time",
