@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -643,6 +644,16 @@ class _Steps(Generator[StepEvent, None, Result]):
 
 
 _OPEN: Final[WeakSet[Runtime]] = WeakSet()
+
+
+def _forget_all() -> None:
+    """In a fork, where no other thread is left, in an engine or out of it."""
+    _OPEN.clear()
+    EXIT.inside.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 @atexit.register

@@ -159,13 +159,20 @@ class WorkQueue:
         self._process = os.getpid()
 
     def check_open(self) -> None:
-        """Raises ``Closed``."""
+        """Raises ``Closed``, and ``FailedWork`` in a fork."""
         EXIT.check()
+        if self._forked:
+            raise FailedWork(
+                f"this runtime was loaded by process {self._process}, of which this one ({os.getpid()}) is a fork: its "
+                "engines have no threads here",
+                hint="load the bundle after the fork, once in each process",
+            )
         if self._state != "open":
             raise Closed("this runtime is closed", hint="load the bundle again: tstitch_trt.load(...)")
 
     def read(self, look: Callable[[], T]) -> T:
         """What ``look`` sees of an open runtime, at any time: it waits for no request. Raises ``Closed``."""
+        self.check_open()  # before the lock, which a thread that a fork left behind may hold for ever
         with self._lock:
             self.check_open()
             return look()
@@ -182,14 +189,9 @@ class WorkQueue:
         wait = self._timeout if timeout is None else check_timeout(timeout)
         until = None if wait is None else monotonic() + min(wait, threading.TIMEOUT_MAX)
         me = threading.current_thread()
+        self.check_open()
         with self._lock:
             self.check_open()
-            if self._process != os.getpid():
-                raise FailedWork(
-                    f"this runtime was loaded by process {self._process}, of which this one ({os.getpid()}) is a fork: "
-                    "its engines have no threads here",
-                    hint="load the bundle after the fork, once in each process",
-                )
             current = self._current()
             if any(each.thread is me for each in _chain(current)):
                 assert current is not None, "it is the first of the chain"
@@ -286,8 +288,10 @@ class WorkQueue:
         Requests that wait are refused with ``Closed``. The calling thread's own request can't be waited for and is
         cancelled. Called in the middle of its step, by a signal handler or a finaliser, this returns at once, and
         ``free`` is called when the request has ended. Raises ``Busy`` after ``timeout`` seconds; the runtime takes no
-        requests then, and another ``close`` may cancel.
+        requests then, and another ``close`` may cancel. Does nothing in a fork.
         """
+        if self._forked:  # nothing here is this process's to wait for or to free
+            return
         until = None if check_timeout(timeout) is None else monotonic() + min(timeout or 0, threading.TIMEOUT_MAX)
         me, why = threading.current_thread(), "the runtime was closed while this request ran"
         with self._lock:
@@ -319,6 +323,10 @@ class WorkQueue:
             turn.over = True
             turn.drop()
         self.end(turn)
+
+    @property
+    def _forked(self) -> bool:
+        return self._process != os.getpid()
 
     def _current(self) -> Turn | None:
         """The innermost turn that is on."""

@@ -662,16 +662,40 @@ def test_the_interpreter_ends_while_threads_sample(world: Bundle, kind: str, cod
     assert errors == (["KeyboardInterrupt"] if kind == "interrupt" else []), done.stderr
 
 
+_FORKING = """
+import atexit, os, sys, threading
+import tstitch_trt
+
+runtime = tstitch_trt.load(sys.argv[1], threads=1)
+held = runtime.iterate(prompt="a fox", steps=4, schedule="plain")
+inside = threading.Event()
+
+def hold():
+    next(held)
+    inside.set()
+    threading.Event().wait()
+
+threading.Thread(target=hold, daemon=True).start()
+inside.wait()
+if os.fork() == 0:
+    for call in (lambda: runtime.sample(prompt="a fox"), runtime.memory):
+        try:
+            call()
+        except tstitch_trt.FailedWork as error:
+            assert "is a fork" in str(error)
+        else:
+            os._exit(9)
+    runtime.close()
+    atexit._run_exitfuncs()
+    os._exit(1)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_is_told_to_load_its_own(world: Bundle) -> None:
     """The threads of engines are not in it: to wait for them would be for ever."""
-    program = (
-        "import os, sys, tstitch_trt\nruntime = tstitch_trt.load(sys.argv[1], threads=2)\n"
-        "if os.fork() == 0:\n    try:\n        runtime.sample(prompt='a fox')\n"
-        "    except tstitch_trt.FailedWork as error:\n        os._exit('is a fork' in str(error))\n"
-        "    os._exit(9)\nprint(os.waitstatus_to_exitcode(os.wait()[1]))"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(world.root)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", _FORKING, str(world.root)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
