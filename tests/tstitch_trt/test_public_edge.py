@@ -160,3 +160,35 @@ def test_any_value_gives_a_result_or_an_error_of_ours(runtime: Runtime, verb: st
     )
     more = picture if verb in ("sample", "iterate", "within_budget") else {}
     attempt(runtime, verb, {**BASES[verb], **more, name: ABSURD[value]()})
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"n": 10**8}, "n is 100000000; allowed is a whole number from 0 to 100000"),
+        ({"n": 100_000, "steps": 10**6}, "GiB of memory are free"),
+        ({"n": 100_000, "height": 128, "width": 128, "decode": False}, "GiB of memory are free"),
+        ({"latents": np.broadcast_to(np.float32(0), (10**5, 4, 8, 8)), "steps": 10**6}, "GiB of memory are free"),
+        ({"image": np.broadcast_to(np.uint8(0), (10**5, 64, 64, 3))}, "takes"),
+        ({"guidance": 1e39}, "guidance is 1e+39; allowed is a number that float32 holds"),
+        ({"eta": 1e300}, "eta is 1e+300"),
+        ({"control": PAINTED["image"], "control_scale": 1e300}, "control_scale is 1e+300"),
+        ({"schedule": "plain@t>=1e39,plain"}, "float32"),
+        ({"schedule": "plain:1:g=1e39,plain"}, "float32"),
+    ],
+)
+def test_what_is_absurd_in_product_or_beyond_float32_is_refused_at_once(
+    runtime: Runtime, asked: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tstitch_trt.request.arrays.free_memory", lambda: 1 << 30)
+    started = time.perf_counter()
+    with pytest.raises(BadInput) as caught:
+        runtime.sample(**{**BASE, **asked})
+    assert words in caught.value.message
+    assert time.perf_counter() - started < SECONDS
+
+
+def test_the_steps_of_all_images_have_a_limit(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tstitch_trt.request.parse._MOST_STEPS", 10)
+    with pytest.raises(BadInput, match="6 images of 2 steps are 12 steps; allowed are 10 in one request"):
+        runtime.sample(**{**BASE, "n": 6})

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.cli._command import option
 
@@ -252,7 +253,7 @@ def parse_budgets(text: str | None) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise BadInput(f"--budget-ms {text!r} is no number of milliseconds", hint="e.g. --budget-ms 500") from None
+        raise BadInput(f"--budget-ms {shown(text)} is no number of milliseconds", hint="e.g. --budget-ms 500") from None
     for budget in found:
         check_budget(budget)
     return found

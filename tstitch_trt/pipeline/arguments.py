@@ -4,26 +4,92 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
 
+from tstitch_engines.checks import (
+    Check,
+    check_callable,
+    check_items,
+    check_number,
+    check_switch,
+    check_text,
+    check_whole,
+    read_items,
+    read_pair,
+    run_check,
+    shown,
+    taken_as_is,
+)
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.pipeline.kinds import PipelineSpec
+from tstitch_trt.request.limits import MOST_IMAGES, check_prompt
 
 __all__ = ["OUTPUTS", "default_size", "read_arguments"]
 
 OUTPUTS: Final = ("pil", "np", "pt", "latent")
 
+
+def _texts(value: object, what: str) -> str | list[str]:
+    """diffusers tells one from several by the type list."""
+    if isinstance(value, str):
+        return check_prompt(value, what)
+    forms = "is a text or a list of texts"
+    items = read_items(value, what, MOST_IMAGES, allowed=forms, example='"a red fox"')
+    return [check_prompt(item, f"a text of {what}") for item in items]
+
+
+def _pair(value: object, what: str) -> tuple[int, int]:
+    first, second = read_pair(value, what, "are two whole numbers of pixels", "(512, 512)")
+    return check_whole(first, what), check_whole(second, what)
+
+
+def _timesteps(value: object, what: str) -> list[float]:
+    items = read_items(value, what, 100_000, allowed="is a list of falling timesteps", example="[999, 499]")
+    return [check_number(item, what, 0, 1e9) for item in items]
+
+
+def _tensor(value: object, what: str) -> object:
+    if not hasattr(value, "detach") or not getattr(value, "is_floating_point", bool)():
+        raise BadInput(f"{what} is {shown(value)}; allowed is a tensor of floats", hint="give a torch.Tensor")
+    return value
+
+
+def _generator(value: object, what: str) -> object:
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and not hasattr(one, "initial_seed"):
+            raise BadInput(
+                f"{what} is {shown(value)}; allowed is a torch.Generator, or a list of them",
+                hint="e.g. generator=torch.Generator().manual_seed(0)",
+            )
+    return value
+
+
+def _names(value: object, what: str) -> list[str]:
+    empty = isinstance(value, list | tuple) and not value
+    return [] if empty else list(check_items(value, what, partial(check_text, example="latents", most=100)))
+
+
+_PIXELS: Final = partial(check_whole, low=1)
 # The arguments of diffusers' pipelines that are heeded; any other may only have its default.
-_HEEDED: Final = (
-    "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "image", "mask_image", "masked_image_latents",
-    "control_image", "height", "width", "strength", "num_inference_steps", "original_inference_steps", "timesteps",
-    "denoising_start", "denoising_end", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta",
-    "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds", "output_type", "return_dict", "original_size", "crops_coords_top_left",
-    "target_size", "aesthetic_score", "negative_aesthetic_score", "clip_skip", "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs", "controlnet_conditioning_scale"
-)  # fmt: skip
+_HEEDED: Final[Mapping[str, Check]] = {
+    "prompt": _texts, "prompt_2": _texts, "negative_prompt": _texts, "negative_prompt_2": _texts,
+    "image": taken_as_is, "mask_image": taken_as_is, "masked_image_latents": _tensor, "control_image": taken_as_is,
+    "height": _PIXELS, "width": _PIXELS, "strength": partial(check_number, low=0, high=1),
+    "num_inference_steps": partial(check_whole, low=1), "original_inference_steps": partial(check_whole, low=1),
+    "timesteps": _timesteps, "denoising_start": partial(check_number, low=0, high=1),
+    "denoising_end": partial(check_number, low=0, high=1), "guidance_scale": check_number,
+    "guidance_rescale": partial(check_number, low=0, high=1),
+    "num_images_per_prompt": partial(check_whole, low=1, high=MOST_IMAGES), "eta": check_number,
+    "generator": _generator, "latents": _tensor, "prompt_embeds": _tensor, "negative_prompt_embeds": _tensor,
+    "pooled_prompt_embeds": _tensor, "negative_pooled_prompt_embeds": _tensor,
+    "output_type": partial(check_text, example="pil", most=100), "return_dict": check_switch, "original_size": _pair,
+    "crops_coords_top_left": _pair, "target_size": _pair, "aesthetic_score": check_number,
+    "negative_aesthetic_score": check_number, "clip_skip": partial(check_whole, high=100),
+    "callback_on_step_end": check_callable, "callback_on_step_end_tensor_inputs": _names,
+    "controlnet_conditioning_scale": check_number,
+}  # fmt: skip
 
 
 def read_arguments(
@@ -101,6 +167,8 @@ def _bound(pipe: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> dic
                 hint="leave it out, or call the pipeline itself: accelerated.pipe(...)",
             )
         values[key] = value
+        if key in _HEEDED and value is not None and value is not default:
+            values[key] = run_check(_HEEDED[key], value, key)
     return values
 
 
@@ -116,9 +184,9 @@ def _check_as_diffusers(pipe: Any, kind: PipelineSpec, a: SimpleNamespace) -> No
     parameters = inspect.signature(pipe.check_inputs).parameters
     try:
         pipe.check_inputs(**{name: given.get(name) for name in parameters})
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # of foreign code, about foreign values
         name = type(pipe).__name__
-        raise BadInput(f"{name} does not take this: {error}", hint=f"see the arguments of {name}") from None
+        raise BadInput(f"{name} does not take this: {str(error)[:500]}", hint=f"see the arguments of {name}") from None
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput
 from tstitch_trt.runtime.runtime import Runtime
 
@@ -16,6 +17,7 @@ __all__ = [
     "encoded",
     "latent_tensor",
     "mask_and_picture",
+    "preprocessed",
     "repeat_to",
     "step_noise_seeds",
     "unit_noise",
@@ -74,15 +76,26 @@ def repeat_to(rows: Array, count: int, what: str = "images") -> Array:
     return np.concatenate([rows] * (count // len(rows)))
 
 
+def preprocessed(processor: Any, picture: Any, what: str, height: int | None, width: int | None) -> Any:
+    """What one of the pipeline's processors makes of a picture, a tensor ``[K,C,H,W]``. Raises ``BadInput``."""
+    try:
+        return processor.preprocess(picture, height=height, width=width)
+    except Exception as error:  # of foreign code, about a foreign value
+        raise BadInput(
+            f"{what} is {shown(picture)}, which the pipeline can't read: {str(error)[:300]}",
+            hint="give a PIL image, a numpy array or a tensor, or a list of them",
+        ) from error
+
+
 def control_picture(pipe: Any, image: Any, height: int | None, width: int | None, repeats: int) -> Array:
     """The control pictures float32 ``[N,3,H,W]`` in [0, 1]."""
-    found = latent_tensor(pipe.control_image_processor.preprocess(image, height=height, width=width))
+    found = latent_tensor(preprocessed(pipe.control_image_processor, image, "the control picture", height, width))
     return found if len(found) == 1 else np.repeat(found, repeats, axis=0)
 
 
 def mask_and_picture(pipe: Any, mask: Any, picture: Any, height: int, width: int) -> tuple[Array, Any]:
     """The mask ``[N,H,W]`` of 0 and 1, and the picture with grey inside it."""
-    found = pipe.mask_processor.preprocess(mask, height=height, width=width)
+    found = preprocessed(pipe.mask_processor, mask, "mask_image", height, width)
     outside = picture * (found < 0.5) if picture.shape[1] == 3 else picture
     return latent_tensor(found)[:, 0], outside
 

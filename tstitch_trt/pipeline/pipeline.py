@@ -18,6 +18,7 @@ from tstitch_trt.pipeline.inputs import (
     encoded,
     latent_tensor,
     mask_and_picture,
+    preprocessed,
     repeat_to,
     step_noise_seeds,
     unit_noise,
@@ -124,7 +125,7 @@ class AcceleratedPipeline:
         self._interrupt = False
         try:
             with torch.no_grad():
-                options = self._options(a, fraction, schedule, usual={} if latency_budget_ms else self._chosen)
+                options = self._options(a, fraction, schedule, usual=self._chosen if latency_budget_ms is None else {})
                 given = EXIT.run(lambda: self._texts(a))
                 count = given["n"]
                 given |= EXIT.run(lambda: self._pictures(a, count, *default_size(self.pipe, self._kind, a)))
@@ -220,7 +221,13 @@ class AcceleratedPipeline:
         names = ["prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"]
         if self._kind.xl:
             names += ["prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
-        found = self.pipe.encode_prompt(**keywords, **{name: getattr(a, name) for name in names})
+        try:
+            found = self.pipe.encode_prompt(**keywords, **{name: getattr(a, name) for name in names})
+        except (IndexError, TypeError, ValueError) as error:  # clip_skip beyond the layers, lists of other lengths
+            raise BadInput(
+                f"{type(self.pipe).__name__} can't encode this prompt: {str(error)[:500]}",
+                hint="see the arguments prompt, negative_prompt and clip_skip of the pipeline",
+            ) from error
         keys = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         given = {
             key: latent_tensor(value)
@@ -253,7 +260,7 @@ class AcceleratedPipeline:
             if not kind.starts:
                 height, width = control.shape[2:]
         if kind.starts:
-            picture = pipe.image_processor.preprocess(a.image, height=height, width=width).float()
+            picture = preprocessed(pipe.image_processor, a.image, "image", height, width).float()
             if kind.masked and a.denoising_start is not None:
                 raise BadInput("denoising_start was given beside a mask", hint="use strength")
             return given | self._start(a, picture, count, height, width)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.base import Engine
-from tstitch_engines.bundle.bundle import Bundle, check_bundle, check_key, open_bundle, require_vouched, write_bundle
+from tstitch_engines.bundle.bundle import Bundle, check_bundle, open_bundle, require_vouched, write_bundle
 from tstitch_engines.bundle.files import copy_component, temporary_directory
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Manifest, Member, Precision, Quantisation, QuantisationLoss
@@ -71,7 +71,7 @@ _GROUPS: Final = 10  # of noise levels in the report, at most
     keep=items_of(partial(check_text, example="/blocks.0/*", most=10_000), 100_000),
     prompts=items_of(check_prompt, MOST_IMAGES),
     threads=check_threads,
-    require_signature=optional(check_key),
+    require_signature=optional(check_path),
     progress=check_callable,
     time_limit=taken_as_is,
     memory_limit=taken_as_is,

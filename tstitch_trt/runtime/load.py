@@ -8,11 +8,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from tstitch_engines.backends import Engine, open_backend
-from tstitch_engines.bundle.bundle import Bundle, check_bundle, check_key, open_bundle, require_vouched
+from tstitch_engines.bundle.bundle import Bundle, check_bundle, open_bundle, require_vouched
 from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.checks import (
     check_callable,
     check_choice,
+    check_path,
     check_switch,
     check_text,
     checked,
@@ -48,7 +49,7 @@ __all__ = ["load"]
     stream=taken_as_is,
     rebuild=check_switch,
     trust=check_switch,
-    require_signature=optional(check_key),
+    require_signature=optional(check_path),
     overlap=check_switch,
     progress=optional(check_callable),
     chooser=optional(check_callable),

@@ -17,10 +17,11 @@ from typing import Final
 import msgspec
 
 from tstitch_engines.backends import BACKENDS, for_gpu, open_backend
-from tstitch_engines.bundle.bundle import Bundle, check_bundle, check_key, open_bundle, require_vouched
+from tstitch_engines.bundle.bundle import Bundle, check_bundle, open_bundle, require_vouched
 from tstitch_engines.bundle.manifest import EngineRecord, Manifest
 from tstitch_engines.checks import (
     check_callable,
+    check_path,
     check_paths,
     check_switch,
     check_text,
@@ -71,7 +72,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     checkpoints=optional(check_paths),
     rebuild=check_switch,
     trust=check_switch,
-    require_signature=optional(check_key),
+    require_signature=optional(check_path),
     progress=check_callable,
     time_limit=taken_as_is,
     memory_limit=taken_as_is,

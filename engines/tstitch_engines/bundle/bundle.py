@@ -10,7 +10,6 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from os import PathLike
 from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Literal, NoReturn
@@ -31,7 +30,7 @@ from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member,
 from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
 from tstitch_engines.bundle.read import MANIFEST_BYTES, decode_json, read_bounded
 from tstitch_engines.bundle.signature import check_signature
-from tstitch_engines.checks import check_path, check_text
+from tstitch_engines.checks import check_path
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "STUDIES",
     "Bundle",
     "check_bundle",
-    "check_key",
     "is_bundle",
     "open_bundle",
     "rebuild_command",
@@ -140,11 +138,6 @@ def is_bundle(path: Path) -> bool:
 def check_bundle(value: object, what: str) -> Path | Bundle:
     """A bundle that is open, or the path of one."""
     return value if isinstance(value, Bundle) else check_path(value, what)
-
-
-def check_key(value: object, what: str) -> str | Path:
-    """A public key, or the path of its file."""
-    return check_path(value, what) if isinstance(value, PathLike) else check_text(value, what, example="key.pub")
 
 
 def open_bundle(

@@ -1,10 +1,65 @@
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadInput
-from tstitch_trt.cli._parsing import parse_fractions, parse_interval, parse_numbers, parse_pairs
+from tstitch_engines.spec import Range
+from tstitch_trt.cli._options import parse_budgets
+from tstitch_trt.cli._parsing import (
+    parse_age,
+    parse_fractions,
+    parse_interval,
+    parse_numbers,
+    parse_pairs,
+    parse_pixels,
+    parse_size,
+)
 from tstitch_trt.request.labels import parse_labels
+
+PARTS = st.sampled_from(
+    ["0", "3", "0-9", "9-7", "-1", "0-99999", "0-99999999", "9" * 25, "²", "٣", "Bag", "", " ", "1x1", "0.5", "1e400",
+     "1e999999999", "1e-99999999", "1/0", "a=b", "=", "\0", "20GB", "30d", "9" * 5000, "8x9999999999", "5:3", "1:2"]
+)  # fmt: skip
+LISTS = st.lists(PARTS, max_size=6).map(",".join) | st.lists(PARTS, max_size=4).map(":".join)
+TEXTS = LISTS | st.text(st.characters(exclude_categories=()), max_size=30)
+PARSERS: dict[str, Callable[[str], object]] = {
+    "labels": lambda text: parse_labels(text, classes=10, names=NAMES),
+    "numbers": lambda text: parse_numbers(text, what="seed", example="--seeds 1,2"),
+    "fractions": parse_fractions,
+    "interval": parse_interval,
+    "pixels": parse_pixels,
+    "pairs": lambda text: parse_pairs(text.split(","), option="--member", value="FILE"),
+    "size": lambda text: parse_size(text, option="--max-size"),
+    "age": lambda text: parse_age(text, option="--older-than"),
+    "budgets": parse_budgets,
+    "range": Range.parse,
+    "device": parse_device,
+}
+
+
+@pytest.mark.parametrize("parse", PARSERS.values(), ids=PARSERS)
+@settings(max_examples=60, deadline=2000, derandomize=True)
+@given(text=TEXTS)
+def test_any_text_is_parsed_or_is_bad_input(parse: Callable[[str], object], text: str) -> None:
+    told = ""
+    try:
+        parse(text)
+    except BadInput as error:
+        told = str(error)
+    assert len(told) < 1000
+
+
+def test_the_values_of_one_list_are_counted_together() -> None:
+    bomb = ",".join(["0-9"] * 20_000)
+    for parse in (PARSERS["labels"], PARSERS["numbers"]):
+        with pytest.raises(BadInput, match="more than 100,000 values"):
+            parse(bomb)
+
 
 NAMES = ("T-shirt/top", "Trouser", "Ankle boot")
 

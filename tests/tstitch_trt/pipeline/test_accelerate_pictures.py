@@ -46,7 +46,7 @@ def test_pictures_that_do_not_come_out_even(sd: Path, cache: Path) -> None:
             made(**SD, image=pictures(1, 2, 3))
         with pytest.raises(BadInput, match="image is missing"):
             made(**SD)
-        with pytest.raises(BadInput, match=r"strength should in \[0.0, 1.0\] but is 1.5"):
+        with pytest.raises(BadInput, match=r"strength is 1.5; allowed is a number from 0 to 1"):
             made(**SD, image=pictures(1), strength=1.5)
 
 

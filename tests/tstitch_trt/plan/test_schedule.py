@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tstitch_engines.errors import BadSchedule, UnknownName
+from tstitch_engines.errors import BadInput, BadSchedule, UnknownName
 from tstitch_trt.plan.schedule import ROUNDINGS, Schedule, check_fraction, fraction_text, resolve
 
 MEMBERS = ("small", "base", "large")
@@ -126,6 +126,63 @@ def test_every_step_has_a_member_and_shares_are_kept(shares: list[int], steps: i
     if rounding == "paper":
         for i, share in enumerate(shares):
             assert abs(schedule.names.count(f"m{i}") - share / total * 0.9 * steps) <= 1.001
+
+
+# --- texts from anybody
+
+NAMES = st.sampled_from(["small", "large", "", "lrage", "_", "s.m-1", "é", "small " * 20])
+NUMBERS = st.sampled_from(
+    [
+        "0",
+        "1",
+        "20",
+        "50",
+        "0.4",
+        "40%",
+        "1e400",
+        "-1",
+        "+.5",
+        "1e-400",
+        "9" * 5000,
+        "nan",
+        "1e39",
+        "e",
+        "%",
+        "0.4%%",
+        "",
+    ]
+)
+SEGMENTS = st.builds(
+    "".join,
+    st.tuples(
+        NAMES,
+        st.sampled_from(["", ":", "@t>=", "@t>", "@sigma>=", "@sigma>", "@end=", "@", "::", "@x>="]),
+        NUMBERS,
+        st.sampled_from(["", ":g=1", ":g=", ":g=1e39", ":g=nan", ":g=-1", " "]),
+    ),
+)
+NEAR_MISSES = st.lists(SEGMENTS, max_size=5).map(",".join)
+TEXTS = NEAR_MISSES | st.text(st.characters(exclude_categories=()), max_size=40)
+
+
+@settings(max_examples=150, deadline=2000, derandomize=True)
+@given(text=TEXTS, rounding=st.sampled_from(ROUNDINGS))
+def test_any_text_is_a_schedule_or_a_bad_one(text: str, rounding: str) -> None:
+    told = ""
+    try:
+        schedule = make(text, 50, ("small", "large"), rounding)
+    except BadInput as error:
+        told = str(error)
+    else:
+        assert len(schedule.names) == 50
+    assert len(told) < 1000
+
+
+@pytest.mark.parametrize("text", ["small," * 50_000, "small:1," * 12_000 + "large", ":" * 100_000, "a" * 100_000])
+def test_a_long_text_is_refused_at_once(text: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        make(text, 50, ("small", "large"), "paper")
+    assert len(str(caught.value)) < 1000
 
 
 @given(fraction=st.floats(0, 1), steps=st.integers(1, 200))

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -48,7 +49,23 @@ def test_graphs_asked_for_where_there_are_none(run: Command, copy: Path, tmp_pat
     assert "graphs     off (the CPU has no graphs)" in run("inspect", copy).out
 
 
-@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("2,1", 2), ("", 0), ("many", 0), ("-1", 0), (None, 0)])
+@pytest.mark.parametrize("said", ["many", "-1", "0", "1e3", "100000", "9" * 5000, "²"])
+def test_what_openmp_is_told_is_a_number_of_threads(
+    tiny_pair: TinyPair, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    with pytest.raises(BadInput, match=r"OMP_NUM_THREADS is .*; allowed is a whole number from 1 to"):
+        tstitch_trt.load(tiny_pair.bundle, verify="size")
+
+
+@pytest.mark.parametrize("threads", [100_000, 10**30, -1, True, 1.0, "4"])
+def test_threads_have_a_limit(tiny_pair: TinyPair, threads: Any) -> None:
+    """As many more as a process may have ended in a segmentation fault."""
+    with pytest.raises(BadInput, match=r"threads is .*; allowed is a whole number from 0 to"):
+        tstitch_trt.load(tiny_pair.bundle, threads=threads)
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("2,1", 2), ("", 0), (None, 0)])
 def test_threads_are_by_default_those_of_openmp(
     tiny_pair: TinyPair, said: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +112,6 @@ def test_an_engine_that_streams_its_weights_refuses_graphs(copy: Path) -> None:
 def test_every_option_of_load_is_honoured_or_refused_on_the_cpu(copy: Path) -> None:
     with pytest.raises(BadInput, match="stream="):
         tstitch_trt.load(copy, stream=1)
-    with pytest.raises(BadInput, match="threads = -1"):
+    with pytest.raises(BadInput, match="threads is -1"):
         tstitch_trt.load(copy, threads=-1)
     draw(copy, threads=1, verify="size", graph="off", backend="onnxruntime", device="cpu")

@@ -207,10 +207,10 @@ def test_what_is_refused_changes_nothing(made: Made, runtime: Runtime, tmp_path:
     cases: list[tuple[str, Any, type[TStitchError], str]] = [
         ("large", lora_file(tmp_path / "wide.safetensors", wide), BadCheckpoint, "is a LoRA for another model"),
         ("large", tmp_path / "none.safetensors", BadInput, "does not exist"),
-        ("large", [("style.safetensors", "much")], BadInput, "are no LoRAs"),
-        ("large", 3, BadInput, "3 are no LoRAs"),
+        ("large", [("style.safetensors", "much")], BadInput, "a weight of files is 'much'"),
+        ("large", 3, BadInput, "files is 3; allowed are a text"),
         ("large", "", BadInput, "no LoRA is given"),
-        ("large", [(made.lora("style.safetensors"), float("nan"))], BadInput, "has the weight nan"),
+        ("large", [(made.lora("style.safetensors"), float("nan"))], BadInput, "a weight of files is nan"),
         ("large", f"{made.lora('style.safetensors')}:1e39", BadCheckpoint, "can't hold"),
         ("big", made.lora("style.safetensors"), UnknownName, "unknown network 'big'"),
     ]

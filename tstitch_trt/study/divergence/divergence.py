@@ -81,7 +81,7 @@ def profile_solver(manifest: Manifest, wanted: str | None) -> str:
 
 @checked(
     runtime=taken_as_is,
-    samples=partial(check_whole, low=LEAST_SAMPLES, high=MOST_IMAGES),
+    samples=partial(check_whole, high=MOST_IMAGES),
     seed=partial(check_whole, high=MOST_SEED),
     reference=optional(partial(check_text, example="large", most=1000)),
     steps=taken_as_is,  # these three by PlanOptions
