@@ -29,6 +29,10 @@ def loads_engine(node: ast.Call, called: str) -> bool:
 
 GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
     "engines are loaded": (loads_engine, {"tstitch_engines.compile.load"}),
+    "engines that nobody has to vouch for, of ONNX Runtime and made by this process, are loaded": (
+        lambda node, called: called == "load_own",
+        {"tstitch_trt.quantise.trajectories", "tstitch_trt.verify.references"},
+    ),
     "ONNX Runtime opens a file": (
         lambda node, called: called.endswith("InferenceSession"),
         {"tstitch_engines.backends.onnx_session"},
@@ -59,6 +63,10 @@ GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
             "tstitch_export.train.loop",
         },
     ),
+    "objects are unpickled: a child reads what its parent wrote, over their own pipe": (
+        lambda node, called: called in ("pickle.load", "pickle.loads", "marshal.load", "marshal.loads"),
+        {"tstitch_export.onnx_export.in_child"},
+    ),
     "code is made of text": (
         lambda node, called: called in ("eval", "exec", "compile"),
         {"tstitch_trt.cli._signals"},  # of an empty text
@@ -76,9 +84,8 @@ def test_one_place(what: str) -> None:
     assert {name for name, node, called in calls() if matches(node, called)} == places
 
 
-def test_nothing_is_unpickled() -> None:
+def test_no_file_is_unpickled() -> None:
     for name, node, called in calls():
-        assert called not in ("pickle.load", "pickle.loads", "marshal.load", "marshal.loads"), name
         said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         assert said.get("allow_pickle") != "True", name
         assert said.get("weights_only") != "False", name
