@@ -103,6 +103,7 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
     from tstitch_trt.cli._parsing import parse_pairs
     from tstitch_trt.cli._text import print_json, size
     from tstitch_trt.progress import log, progress_bar
+    from tstitch_trt.runtime.memory import larger_than_free
 
     if given.list_recipes:
         _list(as_json)
@@ -160,6 +161,8 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
                 time_limit=given.time_limit,
                 memory_limit=given.memory_limit,
             )
+    if given.device == "cpu" and (note := larger_than_free(manifest, given.backend)) is not None:
+        log(note)
     if as_json:
         import msgspec
 

@@ -107,6 +107,9 @@ def load(
     their largest batch and size may come to. Without it what is taken at once must be free: weights and lanes, on a GPU
     inputs and outputs too. Activations are the libraries' own and in neither.
 
+    Engines run in this process, for speed, and a step can't be interrupted: one from a stranger may run for ever or
+    take any memory for activations. ``verify`` tries it in a child process first; a server has limits of its own.
+
     ``chooser``: makes what chooses schedules for ``latency_budget_ms``; by default of ``tstitch_trt.load`` the one that
     reads the bundle's calibration and studies (``tstitch_trt.study.budget``).
 

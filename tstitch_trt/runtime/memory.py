@@ -15,7 +15,7 @@ from tstitch_trt.request.limits import Limits
 from tstitch_trt.runtime.arena import arena_bytes
 from tstitch_trt.runtime.io_buffers import conditioning_rows, io_buffer_sizes
 
-__all__ = ["check_memory", "needed_memory", "planned_limits", "planned_memory"]
+__all__ = ["check_memory", "larger_than_free", "needed_memory", "planned_limits", "planned_memory"]
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +84,19 @@ def check_memory(
         )
     if free is not None and sum(needed.values()) > free:
         _log.info("%s may come to %s at its largest batch and size", manifest.name, show_size(sum(needed.values())))
+
+
+def larger_than_free(manifest: Manifest, backend: str) -> str | None:
+    """Why a runtime with the engines of ``backend`` can't be loaded on the CPU with what is free now, in words."""
+    needed, free = planned_memory(manifest).get(backend, {}), free_memory()
+    now = sum(needed.get(name, 0) for name in ("weights", "arena"))
+    if free is None or now <= free:
+        return None
+    weights, lanes = (show_size(needed[name]) for name in ("weights", "arena"))
+    return (
+        f"loading it takes {show_size(now)} at once (weights {weights}, lanes of its largest batch {lanes}), and "
+        f"{show_size(free)} are free here: a smaller --batch needs less"
+    )
 
 
 def _planned(manifest: Manifest) -> dict[str, dict[str, EngineRecord]]:

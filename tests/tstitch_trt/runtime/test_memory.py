@@ -99,3 +99,13 @@ def test_a_buffer_larger_than_the_machine_is_no_memory_error() -> None:
     for shape in ((1 << 50,), (1 << 62, 1 << 62)):
         with pytest.raises(OutOfMemory, match=r"the host has no room for float32"):
             open_device("cpu").empty(shape, "float32")
+
+
+def test_a_build_says_that_its_bundle_is_too_large_for_this_machine(
+    run: Command, bundle: Bundle, tmp_path: Path
+) -> None:
+    built = run("build", bundle.root, "--batch", "1:2:16000000", "-o", tmp_path / "large.bundle")
+    assert built.code == 0
+    assert "loading it takes" in built.err
+    assert "a smaller --batch needs less" in built.err
+    assert run("sample", tmp_path / "large.bundle", "-o", tmp_path / "a.png").code == 1
