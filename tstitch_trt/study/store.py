@@ -70,7 +70,7 @@ def save_study(bundle: Bundle, study: Study, *, key: str = "") -> Path:
     is NaN, say, for which JSON has no word.
     """
     content = msgspec.json.format(msgspec.json.encode(study), indent=2) + b"\n"
-    place = bundle.root / STUDIES / f"{study.kind}{f'-{key}' if key else ''}.json"
+    place = _folder(bundle) / f"{study.kind}{f'-{key}' if key else ''}.json"
     try:
         _decode(place, content, type(study))
     except BadBundle as error:
@@ -94,10 +94,21 @@ def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
 
     Raises ``BadBundle`` for a file that is damaged or of a newer version.
     """
-    folder = bundle.root / STUDIES
+    folder = _folder(bundle)
     files = [folder / f"{record.kind}.json", *sorted(folder.glob(f"{record.kind}-*.json"))] if folder.is_dir() else []
     found = [study for path in files if (study := _read(path, record)) is not None]
     return sorted(found, key=lambda study: study.made, reverse=True)
+
+
+def _folder(bundle: Bundle) -> Path:
+    """The bundle's folder of studies. Raises ``BadBundle`` where it leads out of the bundle."""
+    folder = bundle.root / STUDIES
+    if folder.is_symlink():
+        raise BadBundle(
+            f"{folder} is a link; allowed is a folder of the bundle's own",
+            hint=f"do not trust who made the bundle; remove the link: rm {folder}",
+        )
+    return folder
 
 
 def _read(path: Path, record: type[S]) -> S | None:

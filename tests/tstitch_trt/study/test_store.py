@@ -155,3 +155,12 @@ def test_altered_studies(data: st.DataObject, bundle: Bundle) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{study.kind}.json").write_bytes(content)
     only_our_errors(lambda: load_studies(bundle, type(study)))
+
+
+def test_a_folder_of_studies_that_leads_elsewhere_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (bundle.root / "studies").symlink_to(tmp_path / "elsewhere")
+    for work in (lambda: save_study(bundle, search()), lambda: load_studies(bundle, Search)):
+        with pytest.raises(BadBundle, match="is a link"):
+            work()
+    assert not list((tmp_path / "elsewhere").iterdir())
