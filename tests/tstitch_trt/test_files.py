@@ -19,7 +19,7 @@ from support.hostile import altered_bytes, only_our_errors
 from support.manifests import manifest
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._options import _embeddings
-from tstitch_trt.files import load_array, open_arrays, read_lines
+from tstitch_trt.files import atomic_file, load_array, open_arrays, read_lines, write_text
 
 
 def npy(shape: Any, descr: Any = "<f4", body: bytes = b"") -> bytes:
@@ -142,3 +142,17 @@ def test_altered_arrays(data: st.DataObject, tmp_path_factory: pytest.TempPathFa
     only_our_errors(lambda: load_array(folder / "a.npy", option="--latents-in"))
     (folder / "a.npz").write_bytes(data.draw(altered_bytes(several.getvalue())))
     only_our_errors(lambda: _embeddings(manifest(), folder / "a.npz"))
+
+
+def test_a_file_gets_the_usual_mode_and_the_process_keeps_its_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask for the umask is to set it: two threads that do so can leave the process with none."""
+    (tmp_path / "plain").touch()
+    monkeypatch.setattr("os.umask", None)
+    write_text(tmp_path / "written", "text")
+    assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "written"):
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "written"]
+    assert (tmp_path / "written").read_text() == "text"

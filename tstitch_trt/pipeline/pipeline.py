@@ -82,14 +82,15 @@ class AcceleratedPipeline:
         """Steps of the running call, or of the last one."""
         return self._steps
 
-    def close(self) -> None:
-        self.runtime.close()
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
+        """See ``Runtime.close``."""
+        self.runtime.close(cancel=cancel, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cancel=kind is not None)
 
     def __call__(
         self,

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _LOOK: Final = 0.5  # seconds after which a thread that waits looks itself; usually it is told
 _GRACE: Final = 1.0  # seconds that threads have to end when the interpreter does
-_CLOSED_HINT: Final = "close() waits for requests of other threads, close(cancel=True) cancels them"
+_ENDED_HINT: Final = "ask again, of a runtime that is open; close() waits for what runs, close(cancel=True) cancels it"
 
 
 class InterpreterExit:
@@ -101,7 +101,7 @@ class Turn:
         """Raises ``Cancelled`` once the request was told to end. Called before each step."""
         EXIT.check()
         if self.why_cancelled:
-            raise Cancelled(self.why_cancelled, hint=_CLOSED_HINT)
+            raise Cancelled(self.why_cancelled, hint=_ENDED_HINT)
 
     def run(self, work: Callable[[], T]) -> T:
         """``work`` may use engines and buffers. Raises ``Cancelled``."""
