@@ -63,6 +63,16 @@ def check_manifest(manifest: Manifest) -> None:
             raise DecodeError(f"multiples of {name!r} names {sorted(unknown)[0]!r}, which is no dimension of it", "")
     for name, member in manifest.members.items():
         _check_member(name, member, manifest)
+    tokens = {
+        spec.shape[1]
+        for member in manifest.members.values()
+        for spec in member.inputs
+        if spec.name == "encoder_hidden_states"
+    }
+    if len(tokens) > 1:
+        raise DecodeError(
+            f"the members take texts of {' and '.join(map(str, tokens))} tokens; allowed is one number", ""
+        )
     _check_paths(manifest)
 
 
@@ -73,6 +83,7 @@ def _check_member(name: str, member: Member, manifest: Manifest) -> None:
     for wanted in ("sample", "timestep"):
         if wanted not in inputs:
             raise DecodeError(f"member {name!r} has no input {wanted}; it has {', '.join(inputs)[:200]}", "")
+    _check_inputs(name, member, manifest.latent)
     latent = manifest.latent
     channels = latent.channels * (2 if member.learned_variance else 1)
     for spec, count in ((inputs["sample"], latent.channels), (member.outputs[0], channels)):
@@ -87,6 +98,28 @@ def _check_member(name: str, member: Member, manifest: Manifest) -> None:
                 f"{latent.width}]",
                 "",
             )
+
+
+def _check_inputs(name: str, member: Member, latent: Latent) -> None:
+    """The runtime lays its buffers out by these shapes, row by row; ``None`` stands for a dimension of any size."""
+    text = member.text
+    rest: dict[str, tuple[int | None, ...]] = {"timestep": (), "labels": (), "control_scale": ()}
+    if text is not None:
+        rest["encoder_hidden_states"] = (None, text.width)
+        rest["text_embeds"] = (text.pooled_width,)
+        rest["time_ids"] = ({"none": 0, "sizes": 6, "aesthetic": 5}[text.time_ids],)
+    rest["timestep_cond"] = (member.guidance_embedding,)
+    rest["inpaint"] = (1 + latent.channels, None, None)
+    for spec in member.inputs:
+        row, wanted = spec.shape[1:], rest.get(spec.name)
+        fits = wanted is None or (
+            len(row) == len(wanted) and all(want in (None, side) for side, want in zip(row, wanted, strict=True))
+        )
+        if spec.shape[:1] != ("B",) or "B" in spec.shape[1:] or not fits:
+            shape = ", ".join(
+                ["B", *("any" if want is None else str(want) for want in (("...",) if wanted is None else wanted))]
+            )
+            raise DecodeError(f"member {name!r}: {str(spec)[:200]} is not of the shape [{shape}]", "")
 
 
 def _check_paths(manifest: Manifest) -> None:

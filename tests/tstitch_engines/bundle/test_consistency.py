@@ -163,6 +163,15 @@ def use(bundle: Path) -> None:
         ),
         (lambda d: d["members"]["small"]["inputs"][0].update(shape=["B", 4, 0, 8]), "inputs.0.shape.2' is 0"),
         (lambda d: d["members"]["small"]["inputs"][0].update(shape=["B", 4, "H/0", 8]), "the dimension 'H/0'"),
+        (lambda d: d["members"]["small"]["inputs"][1].update(shape=[]), "timestep float32[] is not of the shape [B]"),
+        (lambda d: d["members"]["small"]["inputs"][1].update(shape=["B", 2]), "is not of the shape [B]"),
+        (lambda d: d["members"]["small"]["inputs"][2].update(shape=[1]), "labels int64[1] is not of the shape [B]"),
+        (
+            lambda d: d["members"]["small"]["inputs"].append(
+                {"name": "encoder_hidden_states", "dtype": "float32", "shape": ["B", 7, 9]}
+            ),
+            "encoder_hidden_states float32[B, 7, 9] is not of the shape [B, any, 8]",
+        ),
         (lambda d: d["members"]["small"].update(outputs=[]), "'members.small.outputs' has 0 entries"),
         (lambda d: d["members"]["small"].update(latent_ratio=0), "'members.small.latent_ratio' is 0"),
         (lambda d: d["members"]["small"]["onnx"][0].update(bytes=-1), "'members.small.onnx.0.bytes' is -1"),
