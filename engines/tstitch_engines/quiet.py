@@ -14,6 +14,7 @@ __all__ = ["silence_output"]
 
 _log = logging.getLogger(__name__)
 _CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "diffusers")
+_STREAMS: Final = {"stdout": contextlib.redirect_stdout, "stderr": contextlib.redirect_stderr}
 
 
 class _Silence:
@@ -26,22 +27,22 @@ class _Silence:
         self._taken = contextlib.ExitStack()
         self._printed = io.StringIO()
         self._warned: list[warnings.WarningMessage] = []
-        self._stderr = False
+        self._streams: set[str] = set()
 
-    def begin(self, *, stderr: bool) -> None:
+    def begin(self, **streams: bool) -> None:
         with self._lock:
             self._blocks += 1
             if self._blocks == 1:
                 self._printed = io.StringIO()
                 self._warned = self._taken.enter_context(warnings.catch_warnings(record=True))
                 warnings.simplefilter("always")
-                self._taken.enter_context(contextlib.redirect_stdout(self._printed))
                 for logger in map(logging.getLogger, _CHATTY):
                     self._taken.callback(logger.setLevel, logger.level)
                     logger.setLevel(logging.CRITICAL)
-            if stderr and not self._stderr:
-                self._stderr = True
-                self._taken.enter_context(contextlib.redirect_stderr(self._printed))
+            for name, redirect in _STREAMS.items():
+                if streams[name] and name not in self._streams:
+                    self._streams.add(name)
+                    self._taken.enter_context(redirect(self._printed))
 
     def end(self) -> None:
         with self._lock:
@@ -49,7 +50,7 @@ class _Silence:
             if self._blocks:
                 return
             self._taken.close()
-            self._stderr = False
+            self._streams.clear()
             lines = (*self._printed.getvalue().splitlines(), *(str(item.message) for item in self._warned))
         for line in lines:
             _log.debug("%s", line)
@@ -59,12 +60,12 @@ _SILENCE: Final = _Silence()
 
 
 @contextlib.contextmanager
-def silence_output(*, stderr: bool = False) -> Iterator[None]:
-    """What Python code prints or warns inside goes to the debug log, with ``stderr`` also what it writes there.
+def silence_output(*, stdout: bool = True, stderr: bool = False) -> Iterator[None]:
+    """What Python code warns of inside goes to the debug log, and what it writes to these streams.
 
     What other threads print meanwhile goes there too.
     """
-    _SILENCE.begin(stderr=stderr)
+    _SILENCE.begin(stdout=stdout, stderr=stderr)
     try:
         yield
     finally:

@@ -25,6 +25,13 @@ def test_what_is_printed_goes_to_the_debug_log(
     assert caplog.messages == ["chatter", "noise", "more", "old"]
 
 
+def test_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with silence_output(stdout=False):
+        print("data")
+        warnings.warn("old", stacklevel=1)
+    assert capsys.readouterr() == ("data\n", "")
+
+
 @pytest.mark.parametrize("stderr", [False, True])
 def test_blocks_of_several_threads_leave_nothing_behind(stderr: bool) -> None:
     """They end in the order they began in, not the other way round as nested ones do."""

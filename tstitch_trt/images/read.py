@@ -7,7 +7,6 @@ the upper ones where the file has 16. Profiles of colours are not applied.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.read import NotRegular, open_regular
 from tstitch_engines.errors import BadInput, NotFiniteInput, first_line
+from tstitch_engines.quiet import silence_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,8 +79,8 @@ def _open(path: Path, what: str) -> Image:
     named = f"{what} {path}"
     hint = "give a picture file, e.g. PNG or JPEG"
     try:
-        with open_regular(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pictures that are large, and of what is odd in their tags
+        # The library warns of pictures that are large, and of what is odd in their tags.
+        with open_regular(path) as file, silence_output(stdout=False):
             length = file.seek(0, 2)
             if length > MOST_BYTES:
                 raise BadInput(
