@@ -24,16 +24,21 @@ def forever(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return text_bundle(tmp_path_factory.mktemp("forever") / "forever.bundle", {"small": endless()})
 
 
-def temporary() -> list[Path]:
-    return sorted(Path(tempfile.gettempdir()).glob("tstitch-verify-*"))
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that temporary files go to."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return tmp_path / "temporary"
 
 
-def test_an_engine_that_never_ends(forever: Bundle) -> None:
-    before, started = temporary(), time.monotonic()
-    with pytest.raises(OutOfTime, match=r"verifies forever\.bundle took longer than its limit of 1\.5 s"):
-        verify(forever, samples=1, time_limit=1.5)
+def test_an_engine_that_never_ends(forever: Bundle, temporary: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(OutOfTime, match=r"verifies forever\.bundle took longer than its limit of 1 s"):
+        verify(forever, samples=1, time_limit=1.0)
     assert time.monotonic() - started < 60
-    assert temporary() == before
+    assert list(temporary.iterdir()) == []
 
 
 def test_an_engine_that_takes_all_memory(tmp_path: Path) -> None:
@@ -42,16 +47,11 @@ def test_an_engine_that_takes_all_memory(tmp_path: Path) -> None:
         verify(bundle, samples=1, memory_limit="1GiB")
 
 
-def test_a_tensor_larger_than_any_machine_is_a_failed_engine_or_no_memory(tmp_path: Path) -> None:
-    bundle = text_bundle(tmp_path / "absurd.bundle", {"small": growing(elements=10**12)})
-    with pytest.raises(OutOfMemory, match=r"verifies absurd\.bundle ran out of memory"):
-        verify(bundle, samples=1)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, None])
-def test_the_command_ends_at_its_limit_and_when_it_is_stopped(forever: Bundle, number: signal.Signals | None) -> None:
-    before = temporary()
-    limit = "1.5" if number is None else "5m"
+def test_the_command_ends_at_its_limit_and_when_it_is_stopped(
+    forever: Bundle, temporary: Path, number: signal.Signals | None
+) -> None:
+    limit = "1" if number is None else "5m"
     words = [sys.executable, "-m", "tstitch_trt.cli", "verify", str(forever.root), "--time-limit", limit]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}) as command:
         child = _child_of(command.pid)
@@ -65,7 +65,7 @@ def test_the_command_ends_at_its_limit_and_when_it_is_stopped(forever: Bundle, n
     while _alive(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert temporary() == before
+    assert list(temporary.iterdir()) == []
 
 
 def _child_of(parent: int) -> int:
