@@ -122,7 +122,8 @@ def check_whole(value: object, what: str, low: int = 0, high: int = 1_000_000, *
     number = plain_number(value)
     if not isinstance(number, int) or not low <= number <= high:
         usual = max(low, 1) if example is None else example
-        flag = f" (--{what.replace('_', '-')} {usual})" if what.isidentifier() else ""
+        dashes = "-" if len(what) == 1 else "--"
+        flag = f" ({dashes}{what.replace('_', '-')} {usual})" if what.isidentifier() else ""
         raise BadInput(
             f"{what} is {shown(value)}; allowed is a whole number from {low} to {high}",
             hint=f"e.g. {what}={usual}{flag}, or leave it out",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.device.step_row import FLAG_STORE_Y, ROW
 from tstitch_engines.errors import BadInput
+from tstitch_engines.threads import check_threads
 from tstitch_trt.reference.torch_module import need_eager, torch_module
 from tstitch_trt.solvers.table import Y_COLUMNS
 from tstitch_trt.study.machine import package_version
@@ -46,6 +47,7 @@ class EagerTorch:
         """The members of a bundle as PyTorch modules. Raises ``Unavailable`` without torch and onnx, or for members
         of another family than DiT in its published layout."""
         need_eager()
+        check_threads(threads)
         import torch
 
         manifest = bundle.manifest

@@ -31,7 +31,7 @@ from tstitch_engines.errors import (
 from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import ONNX_TYPES
-from tstitch_engines.threads import default_threads
+from tstitch_engines.threads import check_threads, default_threads
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import EngineIdentity, Network
@@ -186,7 +186,7 @@ class OnnxRuntimeBackend(Backend):
         beside: Collection[str] = (),
     ) -> Engine:
         settings = self._session_options()
-        settings.intra_op_num_threads = threads or default_threads()
+        settings.intra_op_num_threads = check_threads(threads) or default_threads()
         settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done already
         stream = getattr(device, "stream_handle", None)
         if stream is not None:

@@ -30,6 +30,7 @@ from tstitch_engines.errors import (
 from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 from tstitch_engines.spec import storage_dtype
+from tstitch_engines.threads import check_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,7 +122,7 @@ class TorchBackend(Backend):
             raise BadEngine(
                 f"PyTorch {self.version()} can't load the engine {path.name}: {first_line(error)}", hint=_REBUILD
             ) from error
-        if threads:
+        if check_threads(threads):
             self._torch.set_num_threads(threads)
         if kind == "cuda":
             from torch.export.passes import move_to_device_pass

@@ -22,6 +22,7 @@ from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest, Quality
 from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.errors import BadInput, Unavailable, Untrusted, unknown_name
+from tstitch_engines.threads import check_threads
 from tstitch_trt.study.quality.clip import Clip
 from tstitch_trt.study.quality.gaussian import FrechetTo, gaussian_of
 from tstitch_trt.study.quality.kernel import KernelTo
@@ -113,6 +114,7 @@ class Scorer:
         Raises ``UnknownName`` for an unknown metric and ``Unavailable`` for one that lacks what it needs.
         """
         metrics = check_metrics([metric] if isinstance(metric, str) else metric)
+        check_threads(threads)
         manifest = bundle.manifest
         if manifest.decoder.kind == "none" and set(metrics) - {"latent_error"}:
             raise Unavailable(
