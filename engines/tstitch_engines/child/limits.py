@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from tstitch_engines.checks import shown
+from tstitch_engines.checks import plain_number, shown
 from tstitch_engines.errors import BadInput
 
 __all__ = ["DEFAULT", "Limits", "parse_size", "show_size", "show_time"]
@@ -47,12 +47,12 @@ DEFAULT: Final = Limits()
 
 def _time(value: object) -> float:
     found: float | None = None
-    if isinstance(value, str):
+    if type(value) is str:
         match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)\s*", value.lower())
         if match is not None and match[2] in _SECONDS:
             found = float(match[1]) * _SECONDS[match[2]]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LONGEST:
-        found = float(value)
+    elif (number := plain_number(value)) is not None and abs(number) <= _LONGEST:
+        found = float(number)
     if found is None or not math.isfinite(found) or not 0 < found <= _LONGEST:
         raise BadInput(
             f"time_limit = {shown(value)}; allowed is a time above 0 of at most a year: seconds, or a number with "
@@ -65,12 +65,12 @@ def _time(value: object) -> float:
 def parse_size(value: object, name: str, example: str) -> int:
     """Bytes, or text such as ``8GiB`` and ``500MB``. Raises ``BadInput`` naming the keyword ``name``."""
     found: int | None = None
-    if isinstance(value, str):
+    if type(value) is str:
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]*)\s*", value.lower())
         if match is not None and match[2] in _BYTES:
             found = int(float(match[1]) * _BYTES[match[2]])
-    elif isinstance(value, int) and not isinstance(value, bool):
-        found = value
+    elif isinstance(number := plain_number(value), int):
+        found = number
     if found is None or not 0 < found <= _MOST:
         raise BadInput(
             f"{name} = {shown(value)}; allowed is a size above 0: bytes, or a number with a unit (MB, GiB...)",

@@ -205,6 +205,8 @@ def test_a_child_ends_with_its_parent(number: signal.Signals) -> None:
         (float("nan"), None, "time_limit"),
         (float("inf"), None, "time_limit"),
         (10**400, None, "time_limit"),
+        pytest.param(10**5000, None, "time_limit", id="digits"),
+        pytest.param(None, 10**5000, "memory_limit", id="more digits"),
         (True, None, "time_limit"),
         ("soon", None, "time_limit"),
         ("9" * 5000, None, "time_limit"),
@@ -225,5 +227,6 @@ def test_limits_that_are_none_are_refused(time_limit: Any, memory_limit: Any, ke
 def test_limits_are_read_as_people_write_them() -> None:
     assert Limits.of("30m", "8GiB") == Limits(time=1800.0, memory=8 << 30)
     assert Limits.of("1.5h", "500MB") == Limits(time=5400.0, memory=500_000_000)
+    assert Limits.of(np.float32(90), np.int64(1 << 30)) == Limits.of(90, 1 << 30)
     assert Limits.of(90, 1 << 30) == Limits(time=90.0, memory=1 << 30)
     assert issubclass(OutOfTime, FailedWork)
