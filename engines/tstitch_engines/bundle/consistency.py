@@ -83,6 +83,19 @@ def _check_member(name: str, member: Member, manifest: Manifest) -> None:
     for wanted in ("sample", "timestep"):
         if wanted not in inputs:
             raise DecodeError(f"member {name!r} has no input {wanted}; it has {', '.join(inputs)[:200]}", "")
+    stated = {
+        "timestep_cond": ("guidance_embedding", member.guidance_embedding > 0),
+        "inpaint": ("inpaints", member.inpaints),
+        "encoder_hidden_states": ("text", member.text is not None),
+    }
+    for wanted, (field, says) in stated.items():
+        if says and wanted not in inputs:
+            stands = str(getattr(member, field))[:100]
+            raise DecodeError(f"member {name!r} has no input {wanted}, and its {field} is {stands}", "")
+    if 0 < member.guidance_embedding < 4:
+        raise DecodeError(
+            f"guidance_embedding of member {name!r} is {member.guidance_embedding}; allowed is 0, or 4 up", ""
+        )
     _check_inputs(name, member, manifest.latent)
     latent = manifest.latent
     channels = latent.channels * (2 if member.learned_variance else 1)

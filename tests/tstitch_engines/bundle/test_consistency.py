@@ -36,7 +36,7 @@ from tstitch_engines.bundle.manifest import (
     TextInputs,
 )
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed
-from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
 from tstitch_trt.cli.inspect import _document, _print
 from tstitch_trt.plan.plan import make_plan
 
@@ -65,6 +65,7 @@ def full(staging: Path) -> Manifest:
     )  # fmt: skip
     small = msgspec.structs.replace(
         member(),
+        inputs=(*member().inputs, TensorSpec(name="encoder_hidden_states", dtype="float32", shape=("B", 7, 8))),
         onnx=(part,),
         sources=(Source(name="small.pt", sha256=part.sha256, bytes=5),),
         check=ExportCheck(max_abs=0.1, rel_l2=0.1, batches=(1, 2), against="torch 2"),
@@ -167,11 +168,12 @@ def use(bundle: Path) -> None:
         (lambda d: d["members"]["small"]["inputs"][1].update(shape=["B", 2]), "is not of the shape [B]"),
         (lambda d: d["members"]["small"]["inputs"][2].update(shape=[1]), "labels int64[1] is not of the shape [B]"),
         (
-            lambda d: d["members"]["small"]["inputs"].append(
-                {"name": "encoder_hidden_states", "dtype": "float32", "shape": ["B", 7, 9]}
-            ),
+            lambda d: d["members"]["small"]["inputs"][3].update(shape=["B", 7, 9]),
             "encoder_hidden_states float32[B, 7, 9] is not of the shape [B, any, 8]",
         ),
+        (lambda d: d["members"]["small"]["inputs"].pop(), "no input encoder_hidden_states, and its text is TextInputs"),
+        (lambda d: d["members"]["small"].update(inpaints=True), "no input inpaint, and its inpaints is True"),
+        (lambda d: d["members"]["large"].update(guidance_embedding=2), "no input timestep_cond"),
         (lambda d: d["members"]["small"].update(outputs=[]), "'members.small.outputs' has 0 entries"),
         (lambda d: d["members"]["small"].update(latent_ratio=0), "'members.small.latent_ratio' is 0"),
         (lambda d: d["members"]["small"]["onnx"][0].update(bytes=-1), "'members.small.onnx.0.bytes' is -1"),
