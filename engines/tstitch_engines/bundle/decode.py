@@ -46,10 +46,14 @@ def convert(data: Any, kind: type[T], *, word: str) -> T:
 
 def _check(data: Any, kind: inspect.Type, place: str, word: str) -> None:
     """Walks data and type side by side: msgspec alone would say what is wrong but not the value, nor what was meant."""
+    described = ""
+    if isinstance(kind, inspect.Metadata):  # a type with a description
+        described, kind = (kind.extra_json_schema or {}).get("description", ""), kind.type
     if isinstance(kind, inspect.UnionType):
         for part in kind.types:
-            if isinstance(data, _PYTHON.get(type(part), ())) and not (
-                isinstance(data, bool) and not isinstance(part, inspect.BoolType)
+            plain = type(part.type if isinstance(part, inspect.Metadata) else part)
+            if isinstance(data, _PYTHON.get(plain, ())) and not (
+                isinstance(data, bool) and plain is not inspect.BoolType
             ):
                 _check(data, part, place, word)
                 return
@@ -83,7 +87,7 @@ def _check(data: Any, kind: inspect.Type, place: str, word: str) -> None:
         raise DecodeError(f"{word} {place[:-1]!r}: invalid enum value {_shown(data)}; allowed are {allowed}", "")
     elif isinstance(kind, inspect.StrType) and isinstance(data, str):
         if kind.pattern is not None and re.search(kind.pattern, data) is None:
-            raise DecodeError(f"{word} {place[:-1]!r} is {_shown(data)}; allowed is {kind.pattern}", "")
+            raise DecodeError(f"{word} {place[:-1]!r} is {_shown(data)}; allowed is {described or kind.pattern}", "")
         _check_length(data, kind, place, word)
 
 

@@ -40,10 +40,13 @@ SCHEMA = 1
 # to print. Checked wherever a manifest or recipe is decoded, a new bundle before it replaces the old one.
 # What moves a terminal's cursor or turns its text
 _BLANK = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
-Name = Annotated[str, msgspec.Meta(max_length=500, pattern=rf"\A[^{_BLANK}]*\Z")]
-Text = Annotated[str, msgspec.Meta(max_length=20_000, pattern=rf"\A(?:[^{_BLANK}]|[\t\n\r])*\Z")]
-NetworkName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_-]{0,63}\Z")]
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_PRINTED = "text without signs that control a terminal"
+Name = Annotated[str, msgspec.Meta(max_length=500, pattern=rf"\A[^{_BLANK}]*\Z", description=_PRINTED)]
+Text = Annotated[str, msgspec.Meta(max_length=20_000, pattern=rf"\A(?:[^{_BLANK}]|[\t\n\r])*\Z", description=_PRINTED)]
+NetworkName = Annotated[
+    str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_-]{0,63}\Z", description="a small letter, then a-z, 0-9, _ and -")
+]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 hex digits")]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=4096)]

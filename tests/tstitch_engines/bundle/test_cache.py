@@ -320,3 +320,16 @@ def test_a_build_never_fails_because_another_process_clears_the_cache(tmp_path: 
         assert child.stdout is not None
         child.stdout.close()
     assert made > 1, "nothing was cleared meanwhile"
+
+
+@pytest.mark.parametrize("content", [b"[" * 1_000_000, b"9" * 5000, b"[]", b'{"key": NaN}', b"\xff", None])
+def test_records_that_are_none_are_a_miss(content: bytes | None, tmp_path: Path) -> None:
+    cache, key = Cache(tmp_path), "a" * 64
+    folder = tmp_path / "v1" / key[:2] / key
+    folder.mkdir(parents=True)
+    if content is None:
+        os.mkfifo(folder / "entry.json")
+    else:
+        (folder / "entry.json").write_bytes(content)
+    assert cache.get(key) is None
+    assert cache.stored() == []

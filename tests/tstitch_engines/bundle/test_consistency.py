@@ -177,7 +177,7 @@ def use(bundle: Path) -> None:
         (lambda d: d["members"]["small"].update(outputs=[]), "'members.small.outputs' has 0 entries"),
         (lambda d: d["members"]["small"].update(latent_ratio=0), "'members.small.latent_ratio' is 0"),
         (lambda d: d["members"]["small"]["onnx"][0].update(bytes=-1), "'members.small.onnx.0.bytes' is -1"),
-        (lambda d: d["members"]["small"]["onnx"][0].update(sha256="0"), "'members.small.onnx.0.sha256' is '0'"),
+        (lambda d: d["members"]["small"]["onnx"][0].update(sha256="0"), "sha256' is '0'; allowed is 64 hex digits"),
         (lambda d: d["members"]["small"]["files"]["weights"].update(sha256="0" * 64), "named with two hashes"),
         (
             lambda d: d["members"]["small"]["engines"][0]["identity"]["profile"]["dims"]["B"].update(max=10**12),
