@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from tstitch_engines.checks import shown
+from tstitch_engines.checks import plain_number, shown
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 
@@ -92,12 +92,14 @@ class SolverOptions:
             if value is None:
                 continue
             kind, what = (int, "a whole number") if name in _WHOLES else (int | float, "a number")
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= min(high, _MOST):
+            number = plain_number(value)
+            if not isinstance(number, kind) or not low <= number <= min(high, _MOST):
                 bounds = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
                 raise BadInput(
                     f"solver option {name} is {shown(value)}; allowed is {what} {bounds}",
                     hint=f"set {name} to {what} {bounds}, or leave it out",
                 )
+            object.__setattr__(self, name, number)
 
     @staticmethod
     def parse(name: str, values: Mapping[str, object]) -> SolverOptions:

@@ -108,3 +108,18 @@ def test_an_unknown_keyword_names_ours(name: str, hint: str) -> None:
 def test_values_of_solver_options_are_bounded(options: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         make_plan(manifest(), solver="unipc", solver_options=options)
+
+
+def test_numbers_and_lists_are_taken_as_a_person_has_them() -> None:
+    """numpy's numbers, arrays of no dimension, iterators: as Python's own."""
+    made = PlanOptions(
+        steps=np.int16(4),  # type: ignore[arg-type]
+        guidance=np.array(1.5),  # type: ignore[arg-type]
+        timesteps=(t for t in (900, np.float32(300))),  # type: ignore[arg-type]
+        schedule=iter(["small", np.str_("large")]),  # type: ignore[arg-type]
+        guidance_interval=np.array([0, 1]),  # type: ignore[arg-type]
+    )
+    assert (made.steps, made.guidance, made.timesteps) == (4, 1.5, (900.0, 300.0))
+    assert (made.schedule, made.guidance_interval) == (("small", "large"), (0, 1))
+    solver = SolverOptions(name="unipc", order=np.int64(2), s_noise=np.float32(0.5))  # type: ignore[arg-type]
+    assert (type(solver.order), type(solver.s_noise)) == (int, float)
