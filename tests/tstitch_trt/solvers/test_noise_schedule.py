@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -71,17 +73,11 @@ def test_out_of_range_sigmas_are_clipped() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [
-        NoiseScheduleSpec(kind="linear", steps=0),
-        NoiseScheduleSpec(kind="linear", beta_start=0.03),
-        NoiseScheduleSpec(kind="scaled-linear", beta_start=-0.1),
-        NoiseScheduleSpec(kind="linear", beta_end=1.0),
-        NoiseScheduleSpec(kind="linear", beta_end=float("nan")),
-    ],
+    [{"steps": 0}, {"beta_start": 0.03}, {"beta_start": -0.1}, {"beta_end": 1.0}, {"beta_end": float("nan")}],
 )
-def test_impossible_specs_are_refused(spec: NoiseScheduleSpec) -> None:
-    with pytest.raises(BadInput, match="hint: set noise"):
-        NoiseSchedule.from_spec(spec)
+def test_impossible_specs_are_refused(spec: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"are usual|set noise"):
+        NoiseSchedule.from_spec(NoiseScheduleSpec(**{"kind": "linear", **spec}))
 
 
 @pytest.mark.parametrize("values", [[], [[0.9]], [0.9, 0.9], [0.5, 0.6], [1.0, 0.5], [0.5, 0.0], [0.5, float("nan")]])
