@@ -170,6 +170,7 @@ def test_any_value_gives_a_result_or_an_error_of_ours(runtime: Runtime, verb: st
         ({"n": 100_000, "height": 128, "width": 128, "decode": False}, "GiB of memory are free"),
         ({"latents": np.broadcast_to(np.float32(0), (10**5, 4, 8, 8)), "steps": 10**6}, "GiB of memory are free"),
         ({"image": np.broadcast_to(np.uint8(0), (10**5, 64, 64, 3))}, "takes"),
+        ({"prompt": ["x" * 20_000] * 501, "n": 501}, "10,020,000 characters in all; allowed are 10,000,000"),
         ({"guidance": 1e39}, "guidance is 1e+39; allowed is a number that float32 holds"),
         ({"eta": 1e300}, "eta is 1e+300"),
         ({"control": PAINTED["image"], "control_scale": 1e300}, "control_scale is 1e+300"),

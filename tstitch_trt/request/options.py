@@ -62,7 +62,8 @@ class SampleOptions:
     ``height``, ``width``: of the picture in pixels (of the latent, where the bundle has no decoder that says how many
     pixels an element is); the bundle's own by default.
 
-    ``n``: the number of images; labels, texts and pictures go round, and more of them than images are refused.
+    ``n``: the number of images, at most 100,000 with 100 million steps and 10 million characters in all, and no more
+    than fit into free memory; labels, texts and pictures go round, and more of them than images are refused.
     ``seeds``: one per image; otherwise image i has ``seed + i`` (``seed`` is 0 by default). ``latents``: unit Gaussian
     noise float32 ``[N,C,H,W]`` to start from in place of the seeds' own; with ``start_step`` k > 0 they are the state
     before step k. They may be anything with ``__dlpack__`` or ``__cuda_array_interface__``, such as a torch tensor: on

@@ -50,6 +50,7 @@ _SIZES = ("original_size", "crop", "target_size")
 _SCORES = ("aesthetic_score", "negative_aesthetic_score")
 
 _SEED_LIMIT: Final = 2**64
+_MOST_TEXT: Final = 10_000_000  # characters of all prompts together
 _MOST_STEPS: Final = 100_000_000  # of all images together; 50,000 images of 250 steps, as FID takes, are an eighth
 
 
@@ -244,7 +245,14 @@ def _texts(value: object, what: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (check_prompt(value, what),)
     texts = read_items(value, what, MOST_IMAGES, allowed="is a text or a list of texts", example=f'"{example}"')
-    return tuple(check_prompt(text, f"a text of {what}") for text in texts)
+    found = tuple(check_prompt(text, f"a text of {what}") for text in texts)
+    total = sum(map(len, found))
+    if total > _MOST_TEXT:
+        raise BadInput(
+            f"{what} has {total:,} characters in all; allowed are {_MOST_TEXT:,} in one request",
+            hint="ask for the images in several requests",
+        )
+    return found
 
 
 def _embeddings(manifest: Manifest, options: SampleOptions) -> Mapping[str, Mapping[str, Array]]:
