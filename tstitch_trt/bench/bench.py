@@ -285,6 +285,8 @@ class _Trajectory:
 
     def _calls(self, kind: tuple[str, bool], count: int) -> list[float]:
         name, guided = kind
+        if not count:  # the half of a single step
+            return []
         return self.runtime.time_member(name, self.batch, guided=guided, repeats=count, warmup=1)
 
     def _timed_walk(self, baseline: EagerTorch) -> float:

@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from tstitch_engines.backends.base import Backend, Engine
+from tstitch_engines.bundle.files import describe_file
 from tstitch_engines.bundle.manifest import SCHEMA, Component, EngineIdentity, Member, Network
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.host_call import Arrays, from_storage
@@ -88,6 +89,6 @@ def widen_graph(model: Path, target: Path) -> Path:
 
 
 def own_files(model: Path) -> tuple[Component, ...]:
-    """The files of a graph that ``widen_graph`` wrote, for ``Network.onnx``; not hashed."""
+    """The files of a graph that ``widen_graph`` wrote, for ``Network.onnx``."""
     files = (model, model.with_name(f"{model.name}.data"))
-    return tuple(Component(path=file.name, sha256="", bytes=file.stat().st_size) for file in files if file.exists())
+    return tuple(describe_file(file) for file in files if file.exists())

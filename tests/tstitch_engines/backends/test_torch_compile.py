@@ -85,7 +85,7 @@ class Engines:
             schema=SCHEMA,
             backend=backend,
             backend_version=library.version(),
-            onnx_sha256="",
+            onnx_sha256="0" * 64,
             precision="fp32",
             profile=PROFILE,
             arch=library.arch("cpu"),

@@ -209,7 +209,7 @@ def test_bad_input_is_refused_before_anything_is_drawn(run: Command, fashion_bun
     bundle, page = fashion_bundle, tmp_path / "r.html"
     refused(run("report", bundle, "-o", tmp_path / "r.pdf"), "r.pdf", "r.html")
     refused(run("report", bundle, "-o", tmp_path / "no" / "r.html"), "does not exist", "mkdir")
-    refused(run("report", bundle, "-o", page, "--fractions", "0,2"), "fraction 2", "outside 0 to 1")
+    refused(run("report", bundle, "-o", page, "--fractions", "0,2"), "fraction '2'", "outside 0 to 1")
     refused(run("report", bundle, "-o", page, "--labels", "11"), "label 11", "0 to 9")
     refused(run("report", bundle, "-o", page, "--prompt", "a fox"), "draws classes", "--labels")
     refused(run("report", bundle, "-o", page, "--solver", "dim"), "unknown solver 'dim'", "ddim")

@@ -224,7 +224,7 @@ def test_graphs_can_be_switched_off(load: Load, cpu: Runtime, machine: Machine) 
     gpu = load(graph="off")
     assert close(gpu.sample(n=3, steps=4).latents, cpu.sample(n=3, steps=4).latents)
     assert machine.recorded == 0
-    with pytest.raises(UnknownName, match="unknown graph mode 'steps'"):
+    with pytest.raises(UnknownName, match="unknown graph 'steps'"):
         tstitch_trt.load("nowhere", graph="steps")  # type: ignore[arg-type]
 
 
