@@ -42,6 +42,7 @@ _LONG = (
     "runtime/test_lora.py",
     "test_ui.py",
     "benchmarks/test_gpu.py",
+    "benchmarks/test_soak.py",
     "cli/test_quantise.py",
     "test_torch_compile.py",
     "verify/test_verify.py",
