@@ -545,6 +545,20 @@ def test_close_in_the_middle_of_a_step_is_done_after_it(runtime: Runtime, monkey
     assert freed == [1]
 
 
+def test_close_waits_no_longer_for_a_step_than_it_was_told(other: ThreadPoolExecutor) -> None:
+    queue, freed = WorkQueue(lambda: None), []
+    inside, leave = threading.Event(), threading.Event()
+    running = other.submit(queue.do, lambda: (inside.set(), leave.wait(SECONDS)))
+    assert inside.wait(SECONDS)
+    with pytest.raises(Busy, match=r"a step still runs after 0.01 s"):
+        queue.close(lambda: freed.append(1), cancel=True, timeout=0.01)
+    assert not freed
+    leave.set()
+    queue.close(lambda: freed.append(1), cancel=True, timeout=SECONDS)
+    running.result(SECONDS)
+    assert freed == [1]
+
+
 def test_after_close_every_verb_says_so(runtime: Runtime) -> None:
     begun, fresh = runtime.iterate(**SHORT), runtime.iterate(**SHORT)
     next(begun)
