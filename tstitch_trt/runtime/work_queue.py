@@ -310,7 +310,7 @@ class WorkQueue:
         for turn in stopped:
             while until is not None and turn.running:  # in its last step
                 if monotonic() >= until:
-                    raise Busy(f"a step still runs after {timeout:g} s", hint="a step can't be interrupted: wait longer")
+                    raise Busy(f"a step still runs after {timeout:g} s", hint="steps can't be interrupted: wait longer")
                 sleep(0.002)
             self._stop(turn, why)
         with self._lock:

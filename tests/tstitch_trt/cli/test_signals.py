@@ -34,6 +34,7 @@ def make(folder, again):
             time.sleep(0.1)
 
 cli.cli = make
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
 sys.exit(cli.main(sys.argv[1:]))
 """
 
