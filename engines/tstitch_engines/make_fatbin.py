@@ -15,7 +15,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +85,8 @@ def make_fatbin(source: Path, architectures: Iterable[int] = ARCHITECTURES) -> b
             f"it knows {', '.join(map(str, known))}",
             hint="name some of those with --arch, or install another version of nvidia-cuda-nvrtc",
         )
-    with ThreadPoolExecutor(max_workers=min(len(chosen), os.cpu_count() or 1)) as pool:
-        cubins = list(pool.map(lambda arch: _compile(texts, f"sm_{arch}", "CUBIN"), chosen))
+    with ThreadPool(min(len(chosen), os.cpu_count() or 1)) as pool:  # of daemons, for which nothing waits after Ctrl-C
+        cubins = pool.map(lambda arch: _compile(texts, f"sm_{arch}", "CUBIN"), chosen)
     newest = str(chosen[-1])
     ptx = _compile(texts, f"compute_{newest}", "PTX")
     handle = nvfatbin.create([], 0)

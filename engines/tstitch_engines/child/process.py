@@ -20,10 +20,10 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from time import monotonic
 from typing import IO, Any, Final, TypeVar, get_type_hints
 
@@ -170,7 +170,7 @@ class _Child:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - `_kill` closes it
         fcntl.fcntl(self._stderr, fcntl.F_SETFL, os.O_APPEND)  # so that it can be emptied while it is written
-        self.process = _starter.submit(_start, self._stderr, environment).result()
+        self.process = _starter.start(self._stderr, environment)
         self._calls = 0
         self._finish = weakref.finalize(self, _kill, self.process, self._stderr)
 
@@ -405,9 +405,42 @@ class _Children:
             child.end()
 
 
+class _Starter:
+    """Starts children in a thread that lives as long as the process: the kernel ends a child with its starter.
+
+    A daemon, and not an executor's thread: Ctrl-C while an executor starts a thread leaves one that it does not know,
+    and Python waits for that one for ever when it exits.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: SimpleQueue[tuple[IO[bytes], Mapping[str, str], SimpleQueue[Any]]] = SimpleQueue()
+        self._runs = False
+
+    def start(self, stderr: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if not self._runs:  # after Ctrl-C in here a second thread may serve the queue too, which does no harm
+                threading.Thread(target=self._run, name="tstitch-children", daemon=True).start()
+                self._runs = True
+        answer: SimpleQueue[subprocess.Popen[bytes] | Exception] = SimpleQueue()
+        self._asked.put((stderr, environment, answer))
+        started = answer.get()
+        if isinstance(started, Exception):
+            raise started
+        return started
+
+    def _run(self) -> None:
+        while True:
+            stderr, environment, answer = self._asked.get()
+            try:
+                answer.put(_start(stderr, environment))
+            except Exception as error:
+                answer.put(error)
+            del stderr, answer
+
+
 _children = _Children()
-# The kernel ends a child with the thread that started it: this one lives as long as the process.
-_starter = ThreadPoolExecutor(1, thread_name_prefix="tstitch-children")
+_starter = _Starter()
 
 
 def end_children() -> None:
@@ -421,7 +454,7 @@ def _forget() -> None:
     for child in _children._idle:
         child._finish.detach()
     _children = _Children()
-    _starter = ThreadPoolExecutor(1, thread_name_prefix="tstitch-children")
+    _starter = _Starter()
 
 
 os.register_at_fork(after_in_child=_forget)

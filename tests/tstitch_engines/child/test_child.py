@@ -197,6 +197,31 @@ def test_a_child_ends_with_its_parent(number: signal.Signals) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_ctrl_c_while_the_first_child_starts_does_not_hang_the_exit(goes_on: bool) -> None:
+    """The worst moment: the thread that starts children runs, and its caller does not know it yet."""
+    code = (
+        "import sys, threading; sys.path[:0] = sys.argv[1].split(':')\n"
+        "from support.child_work import Order, carry_out\n"
+        "from tstitch_engines.child import Job, run_in_child\n"
+        "start = threading.Thread.start\n"
+        "def interrupted(thread):\n"
+        "    start(thread)\n"
+        "    raise KeyboardInterrupt\n"
+        "threading.Thread.start = interrupted\n"
+        "def work():\n"
+        "    return run_in_child(carry_out, Order(word='add'), Job(what='the work', seconds=60.0))\n"
+        "try:\n"
+        "    work()\n"
+        "except KeyboardInterrupt:\n"
+        "    threading.Thread.start = start\n"
+        f"    {'work()' if goes_on else ''}\n"
+        "    sys.exit(3)\n"
+    )
+    path = ":".join(entry for entry in sys.path if entry)
+    assert subprocess.run([sys.executable, "-c", code, path], timeout=60, check=False).returncode == 3
+
+
 @pytest.mark.parametrize(
     ("time_limit", "memory_limit", "keyword"),
     [
