@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from time import monotonic
+from time import monotonic, sleep
 from typing import IO, Any, Final, TypeVar, get_type_hints
 
 import msgspec
@@ -61,6 +61,7 @@ _MODULE: Final = "tstitch_engines.child.serve"
 _TAIL: Final = 2000  # characters of stderr that an error quotes at most
 _CHATTER: Final = 16 << 20  # bytes of stderr that are kept
 _POLL_MS: Final = 50
+_LINGER: Final = 2.0  # seconds that a child may take to end when it has closed its pipe
 _LARGEST_IDLE: Final = 2 << 30  # bytes that a child may hold while it waits for work
 _SLACK: Final = 2 << 30  # of RLIMIT_DATA: stacks of threads and arenas, which are mostly never touched
 _NO_MEMORY: Final = ("bad_alloc", "bad allocation", "failed to allocate memory", "can't allocate memory")
@@ -229,6 +230,8 @@ class _Child:
     def _death(self, job: Job, watch: _Watch) -> TStitchError:
         """The error for a child that ended without an answer."""
         code = _reap(self.process)
+        if code is None:
+            return job.error(f"{job.what} stopped answering and was ended", hint=job.if_crashed)
         if code == -signal.SIGKILL:
             free = free_memory()
             have = "" if free is None or not job.needs else f", free now are {show_size(free)}"
@@ -353,12 +356,22 @@ def _start(stderr: IO[bytes], environment: Mapping[str, str]) -> subprocess.Pope
     )
 
 
-def _reap(process: subprocess.Popen[bytes]) -> int:
-    """Waits for its end and kills what it started; until then its number can't be another's. The exit code."""
-    with suppress(OSError):
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+def _reap(process: subprocess.Popen[bytes]) -> int | None:
+    """Its exit code, or ``None`` if it went on without its pipe and had to be killed.
+
+    What it started is killed too, before it is waited for: until then its number can't be another's.
+    """
+    ended, deadline = False, monotonic() + _LINGER
+    try:
+        while not ended and monotonic() < deadline:
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+            if not ended:
+                sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
+    except OSError:  # somebody else has waited for it
+        ended = True
+    code = process.wait()
+    return code if ended else None
 
 
 def _kill(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
