@@ -51,6 +51,7 @@ _LONG = (
     "test_cuda_runtime.py",
     "test_calibrate.py",
 )
+_SLOW_SECONDS = 3600  # that a test marked `slow` may take
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,6 +59,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((index for index, part in enumerate(_LONG) if part in item.path.as_posix()), len(_LONG))
 
     items.sort(key=place)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(_SLOW_SECONDS))
 
 
 def pytest_collection_finish() -> None:
