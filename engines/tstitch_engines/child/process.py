@@ -206,9 +206,10 @@ class _Child:
             if out in ready:
                 part = os.read(out, 1 << 20)
                 if not part:
-                    if not (fresh or heard) and _reap(process) == 0:
+                    code = _reap(process)
+                    if code == 0 and not (fresh or heard):
                         raise _EndedIdle
-                    raise self._death(job, watch)
+                    raise self._death(code, job, watch)
                 received += part
                 while (message := _cut(received, job)) is not None:
                     heard = True
@@ -227,11 +228,8 @@ class _Child:
             if os.fstat(self._stderr.fileno()).st_size > _CHATTER:
                 os.ftruncate(self._stderr.fileno(), 0)
 
-    def _death(self, job: Job, watch: _Watch) -> TStitchError:
-        """The error for a child that ended without an answer."""
-        code = _reap(self.process)
-        if code is None:
-            return job.error(f"{job.what} stopped answering and was ended", hint=job.if_crashed)
+    def _death(self, code: int | None, job: Job, watch: _Watch) -> TStitchError:
+        """The error for a child that ended without an answer. ``code``: see ``_reap``."""
         if code == -signal.SIGKILL:
             free = free_memory()
             have = "" if free is None or not job.needs else f", free now are {show_size(free)}"
@@ -241,8 +239,11 @@ class _Child:
         if any(words in said.lower() for words in _NO_MEMORY):
             return watch.out_of_memory(said)
         known = {one.value: one.name for one in signal.Signals}
-        ended = f"exit code {code}" if code >= 0 else f"signal {known.get(-code, str(-code))}"
-        return job.error(f"{job.what} ended with {ended}{f': {said}' if said else ''}", hint=job.if_crashed)
+        if code is None:
+            ended = f"closed its pipe, went on for {_LINGER:g} s, and was ended"
+        else:
+            ended = "ended with " + (f"exit code {code}" if code >= 0 else f"signal {known.get(-code, str(-code))}")
+        return job.error(f"{job.what} {ended}{f': {said}' if said else ''}", hint=job.if_crashed)
 
     def _said(self) -> str:
         """The end of what it wrote to stderr, on one line."""

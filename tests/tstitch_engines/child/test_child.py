@@ -129,7 +129,7 @@ def test_one_absurd_block_is_refused_before_it_is_touched() -> None:
         ("kill", BuildFailed, r"the work was killed \(SIGKILL\)"),
         ("crash", BuildFailed, "the work ended with signal SIGSEGV"),
         ("exit", BuildFailed, "the work ended with exit code 0"),
-        ("close everything", BuildFailed, "the work stopped answering and was ended"),
+        ("close everything", BuildFailed, "the work closed its pipe, went on for 2 s, and was ended"),
         ("fail", BuildFailed, "the work failed: KeyError: 'nobody expects this'"),
         ("refuse", BadInput, "this is refused"),
     ],
