@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
 
-from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import LoadOptions
 
@@ -56,9 +55,10 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
 
     from tstitch_trt.progress import log
     from tstitch_trt.report.samples import undrawable
+    from tstitch_trt.serve.listen import is_loopback, listen
     from tstitch_trt.study.fractions import warm_up_fractions
     from tstitch_trt.ui.app import build_page, import_gradio, serving
-    from tstitch_trt.ui.guard import Guard, is_loopback, read_token
+    from tstitch_trt.ui.guard import Guard, read_token
     from tstitch_trt.ui.visitors import DrawingQueue
 
     token = None if is_loopback(address.host) else secrets.token_urlsafe(24)
@@ -67,7 +67,7 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
     queue = None
     try:
         with ExitStack() as stack:
-            listening = stack.enter_context(_listen(address.host, address.port))
+            listening = stack.enter_context(listen(address.host, address.port))
             port = int(listening.getsockname()[1])
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-ui-"))).resolve()
             gradio = import_gradio(temporary=str(temporary))
@@ -99,24 +99,6 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
 
 def _url(host: str, port: int, token: str | None) -> str:
     """The page's address in this machine's browser."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every address is said as this one
-    name = f"[{reached}]" if ":" in reached else reached
-    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+    from tstitch_trt.serve.listen import address_of
 
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound to ``port``, or for 0 to one that is free. Raises ``Unavailable`` and ``BadInput``."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except (OSError, UnicodeError) as error:
-        raise BadInput(f"--host {host!r} is no address: {error}", hint="--host 127.0.0.1") from None
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise Unavailable(
-            f"{host}:{port} can't be listened on: {error.strerror}", hint="choose another, or any: --port 0"
-        ) from None
-    return bound
+    return address_of(host, port) + (f"?token={token}" if token else "")

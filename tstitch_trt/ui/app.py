@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.checks import check_choice, check_number, check_text, check_whole, shown
-from tstitch_engines.errors import BadInput, Busy, FailedWork, TStitchError
+from tstitch_engines.errors import BadInput, Busy, TStitchError
 from tstitch_engines.needs import require
+from tstitch_trt.serve.listen import serving as serve_on
 from tstitch_trt.solvers import SOLVERS
 from tstitch_trt.study.fractions import draw_fractions
 from tstitch_trt.study.gather import gather
 from tstitch_trt.ui.draw import kept
-from tstitch_trt.ui.guard import closing_idle
 from tstitch_trt.ui.pareto import pareto
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ _MOST_IMAGES: Final = 8
 _MOST_GUIDANCE: Final = 15.0
 _LONGEST_PROMPT: Final = 2000  # characters
 _PLOT_SECONDS: Final = 3.0  # that a plot waits for others
-_STOP_SECONDS: Final = 2.0
+_STOP_SECONDS: Final = 1.0
 _MOST_CONNECTIONS: Final = 256
-_IDLE_SECONDS: Final = 10
 _MOST_EVENTS: Final = 64  # that Gradio keeps before it has a thread for them
 _MOST_SESSIONS: Final = 512
 
@@ -196,7 +195,6 @@ def serving(gr: Any, page: Any, listening: socket.socket, guarded: Callable[...,
     """The page on the network while the block runs. ``guarded`` puts the guard around Gradio's application, given the
     number of values of each of the page's events."""
     import fastapi
-    import uvicorn
 
     theme = gr.themes.Default(
         primary_hue="blue",
@@ -224,31 +222,12 @@ def serving(gr: Any, page: Any, listening: socket.socket, guarded: Callable[...,
         theme=theme,
         css=style,
     )
-    config = uvicorn.Config(
-        guarded(app, events={index: len(event.inputs) for index, event in page.fns.items()}),
-        log_level="critical",  # the guard logs what fails
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        http="h11",  # which bounds headers
-        ws="none",
-        limit_concurrency=_MOST_CONNECTIONS,
-        timeout_graceful_shutdown=1,  # streams of open pages have no end
-        timeout_notify=_IDLE_SECONDS,
-    )
-    server = uvicorn.Server(config)
-    config.callback_notify = closing_idle(server.server_state.connections)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="page", daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            if not thread.is_alive():
-                raise FailedWork("the page's server did not start", hint="run again with --traceback")
-            time.sleep(0.01)
+    guard = guarded(app, events={index: len(event.inputs) for index, event in page.fns.items()})
+    # Streams of open pages have no end: they are cut off
+    with serve_on(
+        guard, listening, what="the page", extra="ui", most_connections=_MOST_CONNECTIONS, finish=_STOP_SECONDS
+    ):
         yield
-    finally:
-        server.should_exit = True
-        thread.join(_STOP_SECONDS)
 
 
 @contextmanager

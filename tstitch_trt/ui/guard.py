@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import re
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qs
@@ -18,9 +17,10 @@ import msgspec
 from tstitch_engines.bundle.decode import DecodeError
 from tstitch_engines.bundle.read import read_text
 from tstitch_engines.errors import BadInput
+from tstitch_trt.serve.listen import is_address, is_loopback
 from tstitch_trt.ui.visitors import Bucket, Visitors
 
-__all__ = ["MOST_BYTES", "Guard", "closing_idle", "is_loopback", "read_token"]
+__all__ = ["MOST_BYTES", "Guard", "read_token"]
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Guard:
         found = _HOST.fullmatch(host.lower())
         if found is not None:
             name, port = found[1].strip("[]"), int(found[2] or 80)
-            own = name in self._own or (self._any_address and _is_address(name))
+            own = name in self._own or (self._any_address and is_address(name))
             if (own and port == self._port) or {found[1], host.lower()} & self._names:
                 return host.lower()
         raise _Refused(
@@ -237,21 +237,6 @@ class Guard:
         return msgspec.json.encode(join)
 
 
-def closing_idle(connections: Collection[Any]) -> Callable[[], Awaitable[None]]:
-    """Closes those of uvicorn's connections that wait for a request now, and did when it was called before: whoever
-    opens many and sends nothing, or sends slowly, would leave none for others."""
-    before: set[Any] = set()
-
-    async def close() -> None:
-        nonlocal before
-        idle = {one for one in connections if one.cycle is None or one.cycle.response_complete}
-        for one in idle & before:
-            one.transport.close()
-        before = idle
-
-    return close
-
-
 def read_token(path: Path) -> str:
     """The token in a file. Raises ``BadInput`` where it is too short, too long or of characters that no address has."""
     hint = "make one: python -c 'import secrets; print(secrets.token_urlsafe())' > token.txt"
@@ -267,19 +252,6 @@ def read_token(path: Path) -> str:
             hint=hint,
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
-    return host.lower() == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _same(given: str, secret: str) -> bool:
