@@ -7,13 +7,22 @@ one batch. A tick is one batch: some lanes of one group, one step each. Times ar
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["Costs", "Job", "Lane", "Policy", "Scheduler", "Tick"]
+__all__ = ["Costs", "Job", "Lane", "Phases", "Policy", "Scheduler", "Tick", "lane_seconds", "phases_of"]
 
 Key = Hashable
+Phases = tuple[tuple[Key, int, int], ...]  # runs of equal keys: the key, the first step, and the one after the last
+
+
+def phases_of(keys: Sequence[Key]) -> Phases:
+    phases: list[tuple[Key, int, int]] = []
+    for step, key in enumerate(keys):
+        start = phases.pop()[1] if phases and phases[-1][0] == key else step
+        phases.append((key, start, step + 1))
+    return tuple(phases)
 
 
 @dataclass(eq=False, slots=True)
@@ -32,13 +41,14 @@ class Job:
 @dataclass(eq=False, slots=True)
 class Lane:
     """Image ``image`` of a job. ``keys``: one for each step, of which ``step`` is the next. ``since``: when it became
-    ready for that step. ``slot``: its place in the arena, -1 while it waits for one."""
+    ready for that step. ``slot``: its place in the arena, -1 while it waits for one. ``phases``: of ``keys``."""
 
     job: Job
     image: int
     keys: Sequence[Key]
     step: int
     since: float
+    phases: Phases
     slot: int = -1
 
     @property
@@ -50,6 +60,12 @@ class Lane:
     def left(self) -> int:
         """Steps that are left."""
         return len(self.keys) - self.step
+
+    def phases_left(self) -> Iterator[tuple[Key, int]]:
+        """The keys of the steps that are left and how many steps each has."""
+        for key, start, stop in self.phases:
+            if stop > self.step:
+                yield key, stop - max(start, self.step)
 
 
 @dataclass(frozen=True)
@@ -71,13 +87,22 @@ class Costs(Protocol):
 
 
 class Policy(Protocol):
-    """Chooses among groups. It may keep state; ``forget`` is told of groups that are empty."""
+    """Chooses among groups. It may keep state of the groups that it is given."""
 
     def choose(self, groups: Mapping[Key, Sequence[Lane]], costs: Costs, now: float) -> Tick:
-        """``groups``: at least one, none of them empty, each in the order of the lanes' admission."""
+        """``groups``: at least one, none of them empty, each in the order of ``since``."""
 
-    def order(self, waiting: Lane, now: float) -> tuple[float, ...]:
+    def order(self, waiting: Lane, costs: Costs, now: float) -> float:
         """The lane with the smallest gets the next free slot."""
+
+
+def lane_seconds(lane: Lane, costs: Costs, batch: Callable[[Key], int] | None = None) -> float:
+    """What the steps that are left cost, each as its share of a batch as large as ``cap``, or as ``batch`` says."""
+    total = 0.0
+    for key, steps in lane.phases_left():
+        size = max(1, costs.cap(key) if batch is None else batch(key))
+        total += steps * costs.seconds(key, size) / size
+    return total
 
 
 class Scheduler:
@@ -111,7 +136,12 @@ class Scheduler:
 
     def add(self, job: Job, images: Iterable[tuple[int, Sequence[Key], int]], now: float) -> list[Lane]:
         """Lanes for a job: for each image its number, the keys of all steps and the first one that runs."""
-        lanes = [Lane(job, image, keys, step, now) for image, keys, step in images]
+        phases: dict[int, Phases] = {}  # the images of a request share their keys
+        lanes = []
+        for image, keys, step in images:
+            if id(keys) not in phases:
+                phases[id(keys)] = phases_of(keys)
+            lanes.append(Lane(job, image, keys, step, now, phases[id(keys)]))
         job.lanes += lanes
         self._waiting += lanes
         return lanes
@@ -125,7 +155,7 @@ class Scheduler:
             chosen = self._waiting
             self._waiting = []
         else:
-            chosen = heapq.nsmallest(count, self._waiting, key=lambda lane: self.policy.order(lane, now))
+            chosen = heapq.nsmallest(count, self._waiting, key=lambda lane: self.policy.order(lane, self.costs, now))
             taken = set(map(id, chosen))
             self._waiting = [lane for lane in self._waiting if id(lane) not in taken]
         for lane in chosen:
@@ -166,14 +196,8 @@ class Scheduler:
                 lane.job.lanes.remove(lane)
 
     def seconds_left(self, lanes: Iterable[Lane], batch: Callable[[Key], int] | None = None) -> float:
-        """What the steps that are left of ``lanes`` cost, each as its share of a batch as large as ``cap``, or as
-        ``batch`` says."""
-        total = 0.0
-        for lane in lanes:
-            for key in lane.keys[lane.step :]:
-                size = max(1, self.costs.cap(key) if batch is None else batch(key))
-                total += self.costs.seconds(key, size) / size
-        return total
+        """What the steps that are left of ``lanes`` cost: ``lane_seconds`` of each."""
+        return sum(lane_seconds(lane, self.costs, batch) for lane in lanes)
 
     def _leave(self, key: Key, lanes: Sequence[Lane]) -> None:
         gone = set(map(id, lanes))

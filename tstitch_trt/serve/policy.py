@@ -1,0 +1,149 @@
+"""Which group runs next and which of its lanes. Pure classes over plain values; the simulation runs the same code."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+
+from tstitch_trt.serve.scheduler import Costs, Key, Lane, Tick, lane_seconds
+
+__all__ = ["DeadlineFirst", "FirstCome", "LargestBatch"]
+
+Groups = Mapping[Key, Sequence[Lane]]
+
+
+class FirstCome:
+    """The group of the request that arrived first."""
+
+    def choose(self, groups: Groups, costs: Costs, now: float) -> Tick:
+        key = min(groups, key=lambda key: min(lane.job.arrived for lane in groups[key]))
+        return Tick(key, _first(groups[key], costs.cap(key), lambda lane: lane.job.arrived))
+
+    def order(self, waiting: Lane, costs: Costs, now: float) -> float:
+        return waiting.job.arrived
+
+
+class LargestBatch:
+    """The fullest batch. It starves small groups while large ones last: it is here to be compared with."""
+
+    def choose(self, groups: Groups, costs: Costs, now: float) -> Tick:
+        key = max(groups, key=lambda key: (min(len(groups[key]), costs.cap(key)), -groups[key][0].since))
+        return Tick(key, tuple(groups[key][: costs.cap(key)]))
+
+    def order(self, waiting: Lane, costs: Costs, now: float) -> float:
+        return waiting.job.arrived
+
+
+class DeadlineFirst:
+    """Deadlines first, then deficit round robin among the groups in seconds of device time, weighted by their lanes.
+
+    A round is one step of every lane that has a slot. The first of these that applies chooses the group:
+
+    1. A lane that has waited for its step for more than ``patience`` rounds goes first. So no lane waits for longer
+       than ``patience + 1`` rounds and one tick.
+    2. Of the lanes with deadlines, in their order, one has no more than a round to spare beside the work that is due by
+       then: the group with the earliest deadline. A deadline that its lane could not meet alone counts no more.
+    3. The group that is the first to earn its tick. Device time is earned in proportion to the lanes.
+
+    Lanes beyond a batch's cap go by deadline where it is urgent, else by arrival, ``ageing`` seconds sooner for each
+    level of priority. Those that wait for slots go by the time at which they should start: ``ageing`` seconds after
+    arrival, or what the deadline leaves; sooner by priority as well; and later by what the images before it in the same
+    request take, so that a request of many images can't hold up those behind it.
+    """
+
+    def __init__(self, *, patience: float = 4.0, ageing: float = 10.0) -> None:
+        self.patience = patience
+        self.ageing = ageing
+        self._credit: dict[Key, float] = {}  # seconds of device time
+
+    def choose(self, groups: Groups, costs: Costs, now: float) -> Tick:
+        caps = {key: costs.cap(key) for key in groups}
+        ticks = {key: costs.seconds(key, min(len(lanes), caps[key])) for key, lanes in groups.items()}
+        around = sum(ticks[key] * -(-len(lanes) // caps[key]) for key, lanes in groups.items())
+        oldest = min(groups, key=lambda key: groups[key][0].since)
+        if now - groups[oldest][0].since > self.patience * around:
+            self._pay(groups, ticks, oldest)
+            return Tick(oldest, tuple(groups[oldest][: caps[oldest]]))
+        urgent = _urgent(groups, costs, caps, ticks, around, now)
+        key = min(urgent, key=_deadline).key if urgent else self._earned(groups, ticks)
+        self._pay(groups, ticks, key)
+        return Tick(key, _first(groups[key], caps[key], lambda lane: self._place(lane, urgent)))
+
+    def order(self, waiting: Lane, costs: Costs, now: float) -> float:
+        job = waiting.job
+        own = lane_seconds(waiting, costs)
+        start = job.arrived + self.ageing + waiting.image * own
+        if now < _deadline(waiting) < math.inf:
+            start = min(start, _deadline(waiting) - own)
+        return start - job.priority * self.ageing
+
+    def _place(self, lane: Lane, urgent: frozenset[Lane]) -> tuple[float, float]:
+        return _deadline(lane) if lane in urgent else math.inf, lane.job.arrived - lane.job.priority * self.ageing
+
+    def _earned(self, groups: Groups, ticks: Mapping[Key, float]) -> Key:
+        return min(groups, key=lambda key: (ticks[key] - self._credit.get(key, 0.0)) / len(groups[key]))
+
+    def _pay(self, groups: Groups, ticks: Mapping[Key, float], key: Key) -> None:
+        """All groups earn the tick's time, and ``key`` spends it. Groups that are gone are forgotten."""
+        share = ticks[key] / sum(map(len, groups.values()))
+        self._credit = {each: self._credit.get(each, 0.0) + share * len(lanes) for each, lanes in groups.items()}
+        self._credit[key] -= ticks[key]
+
+
+def _deadline(lane: Lane) -> float:
+    return math.inf if lane.job.deadline is None else lane.job.deadline
+
+
+def _first(lanes: Sequence[Lane], count: int, place: Callable[[Lane], float | tuple[float, ...]]) -> tuple[Lane, ...]:
+    return tuple(lanes if len(lanes) <= count else heapq.nsmallest(count, lanes, key=place))
+
+
+def _urgent(
+    groups: Groups, costs: Costs, caps: Mapping[Key, int], ticks: Mapping[Key, float], around: float, now: float
+) -> frozenset[Lane]:
+    """The lanes that are due by the first deadline that leaves no more than a round to spare; none where all do."""
+    due = [(lane.job.deadline, lane) for lanes in groups.values() for lane in lanes if lane.job.deadline is not None]
+    due.sort(key=itemgetter(0))
+    needed = 0.0  # device time until all of them have ended, where their steps share batches
+    possible = []
+    phases: dict[Key, _Phase] = {}
+    for deadline, lane in due:
+        alone, left = 0.0, []
+        for key, steps in lane.phases_left():
+            phase = phases.get(key)
+            if phase is None:
+                one = costs.seconds(key, 1)
+                phase = phases[key] = _Phase(one, ticks.get(key, one), caps.get(key) or costs.cap(key))
+            alone += steps * phase.one
+            left.append((phase, steps))
+        if now + alone > deadline:
+            continue
+        possible.append(lane)
+        for phase, steps in left:
+            needed += phase.add(steps)
+        if now + needed + around > deadline:
+            return frozenset(possible)
+    return frozenset()
+
+
+class _Phase:
+    """The batches that lanes need for their steps of one key."""
+
+    __slots__ = ("batches", "cap", "longest", "one", "tick", "total")
+
+    def __init__(self, one: float, tick: float, cap: int) -> None:
+        self.one = one  # seconds of a batch of one lane
+        self.tick = tick  # and of one as it would run now
+        self.cap = cap
+        self.longest = self.total = self.batches = 0
+
+    def add(self, steps: int) -> float:
+        """A further lane with ``steps`` steps. Returns the seconds of the batches that it adds."""
+        self.total += steps
+        if steps > self.longest:
+            self.longest = steps
+        before = self.batches
+        self.batches = max(self.longest, -(-self.total // self.cap))
+        return (self.batches - before) * self.tick
