@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,9 +91,9 @@ def test_seconds_are_the_points_and_the_cap_is_within_the_tolerance(
 def test_what_runs_is_learned_and_batches_that_never_ran_follow(calibrated: bool, slower: float) -> None:
     """A machine that is not as fast as when it was calibrated."""
     points = (point(1, 0.005), point(16, 0.080)) if calibrated else ()
-    found, rng = costs(*points), random.Random(0)
+    found, rng = costs(*points), np.random.default_rng(0)
     for _ in range(1000):
-        lanes = rng.choice([1, 2, 3, 5, 8, 12, 16])
+        lanes = int(rng.choice([1, 2, 3, 5, 8, 12, 16]))
         found.observe(Step(), lanes, slower * 0.005 * lanes * rng.uniform(0.9, 1.1))
     for lanes in (1, 5, 16):
         assert found.seconds(Step(), lanes) == pytest.approx(slower * 0.005 * lanes, rel=0.1)
