@@ -21,6 +21,7 @@ __all__ = [
     "Busy",
     "Cancelled",
     "Closed",
+    "DeviceLost",
     "FailedWork",
     "NotCalibrated",
     "NotFinite",
@@ -28,6 +29,7 @@ __all__ = [
     "OutOfMemory",
     "OutOfProfile",
     "OutOfTime",
+    "Overloaded",
     "PairMismatch",
     "TStitchError",
     "Unavailable",
@@ -170,8 +172,24 @@ class Busy(FailedWork):
     """The runtime had other requests for longer than the caller would wait."""
 
 
+class Overloaded(Busy):
+    """A server's queue is full, or a latency budget can't be met under its load.
+
+    ``retry_after``: seconds after which it is worth trying again; ``None``: it can't be met even without load.
+    """
+
+    retry_after: float | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (*super().__reduce__(), {"retry_after": self.retry_after})
+
+
 class Closed(FailedWork):
     """The runtime was closed."""
+
+
+class DeviceLost(FailedWork):
+    """The device can't be used by this process any more: every later call on it fails."""
 
 
 def first_line(error: BaseException) -> str:

@@ -108,7 +108,7 @@ BASES: dict[str, dict[str, Any]] = {
     "sample": BASE, "iterate": BASE, "within_budget": {**BASE, "latency_budget_ms": 5.0}, "plan": {"steps": 2},
     "decode": {"latents": LATENTS}, "images": {"latents": LATENTS}, "encode": {"pictures": PICTURES},
     "time_member": {"name": "plain", "batch": 1, "repeats": 1}, "time_step_kernels": {"batch": 1, "repeats": 1},
-    "swap_lora": {"name": "plain", "files": "x.safetensors"}, "restore": {}, "exclusive": {},
+    "swap_lora": {"name": "plain", "files": "x.safetensors"}, "restore": {}, "exclusive": {}, "lanes": {"slots": 4},
     "lora": {"name": "plain", "files": "x.safetensors"},
 }  # fmt: skip
 KEYWORDS = [

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, NotFinite
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plan.schedule import Schedule
 from tstitch_trt.runtime.chooser import ChosenSchedule
 
-__all__ = ["Decode", "FailedImage", "Result", "SegmentTiming", "StepEvent"]
+__all__ = ["Decode", "FailedImage", "Result", "SegmentTiming", "StepEvent", "not_finite"]
 
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 T = TypeVar("T")
@@ -156,3 +156,22 @@ class Result:
     @property
     def total_ms(self) -> float:
         return sum(part.ms for part in self.timings)
+
+
+def not_finite(plan: Plan, failed: Sequence[FailedImage], count: int) -> NotFinite:
+    """The error for those of ``count`` images that failed. It tells of the first."""
+    first, steps = failed[0], len(plan.schedule)
+    if first.step:
+        where = f"the latents after step {first.step} of {steps}"
+        when = f"timestep {plan.table.t[first.step - 1]:g}, "
+    else:
+        where, when = "the picture", ""
+    made_by = f"member {first.member!r}" if first.step else repr(first.member)
+    error = NotFinite(
+        f"NaN or infinity in {where}, made by {made_by} ({when}seed {first.seed}; {len(failed)} of {count} lanes)",
+        hint=f"if {first.member!r} is an fp16 engine, build it with --precision {first.member}=fp32 or bf16; "
+        "otherwise check its checkpoint and prediction type with: tstitch-trt inspect BUNDLE"
+        + ("; --partial (partial=True) draws the other images" if len(failed) < count else ""),
+    )
+    error.failed = tuple(failed)
+    return error

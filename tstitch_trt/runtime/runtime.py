@@ -6,10 +6,10 @@ import atexit
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, Unpack
+from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
 from weakref import WeakSet
 
 import numpy as np
@@ -30,17 +30,21 @@ from tstitch_engines.checks import (
     taken_as_is,
 )
 from tstitch_engines.device.base import Buffer, Device
-from tstitch_engines.errors import BadInput, Busy, Cancelled, NotFinite, unknown_name
+from tstitch_engines.errors import Busy, Cancelled, NotFinite, unknown_name
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
 from tstitch_trt.request.batching import Splitting
+from tstitch_trt.request.init_image import Encode
 from tstitch_trt.request.limits import MOST_IMAGES, Limits
 from tstitch_trt.request.options import SampleKeywords, SampleOptions
-from tstitch_trt.request.parse import ParsedRequest, parse_request
+from tstitch_trt.request.parse import parse_request
 from tstitch_trt.request.request import Request
-from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, check_budget, choose, chosen_options
+from tstitch_trt.request.text import Texts
+from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, check_budget, choose
 from tstitch_trt.runtime.component import Component
+from tstitch_trt.runtime.job import OUTPUTS, Job, Output
+from tstitch_trt.runtime.lane_runner import LaneRunner
 from tstitch_trt.runtime.lora import LoraFiles, Loras
 from tstitch_trt.runtime.result import FailedImage, Result, StepEvent
 from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
@@ -56,8 +60,6 @@ __all__ = ["Runtime"]
 T = TypeVar("T")
 
 Callback = Callable[[StepEvent], object]
-Output = Literal["host", "device"]
-OUTPUTS: Final = ("host", "device")
 
 
 # --- the checks of arguments; what a request asks for is checked by its records
@@ -65,6 +67,7 @@ OUTPUTS: Final = ("host", "device")
 _NAME: Final = partial(check_text, example="large", most=1000)
 _BATCH: Final = partial(check_whole, low=1, high=MOST_IMAGES)
 MOST_REPEATS: Final = 100_000
+MOST_LANES: Final = 4096
 _HOW: Final[Mapping[str, Check]] = {
     "decode": optional(check_switch),
     "output": partial(check_choice, allowed=OUTPUTS),
@@ -449,51 +452,41 @@ class Runtime:
         with self._queue.exclusive(timeout):
             yield self
 
+    @contextmanager
+    @checked(slots=optional(partial(check_whole, low=1, high=MOST_LANES)), timeout=check_timeout)
+    def lanes(self, slots: int | None = None, *, timeout: float | None = None) -> Iterator[LaneRunner]:
+        """An ``exclusive`` block that runs lanes of many requests step by step: what ``tstitch_trt.serve`` is built on.
+
+        ``slots``: how many lanes there are at once; by default, and at least, as many as one batch has.
+        """
+        with self._queue.exclusive(timeout) as turn:
+            turn.run(lambda: self._stepper.resize(self.batch_limit if slots is None else slots))
+            make = partial(Job.make, self.manifest, self.limits, self._vae, self._chooser)
+            parts = (self._stepper, self.device, self._texts, self._vae)
+            runner = LaneRunner(*parts, make, self._request, turn, self.backend_name)
+            turn.drop = runner.close
+            try:
+                yield runner
+            finally:
+                runner.close()
+
     # --- how
 
-    def _job(
-        self,
-        keywords: SampleKeywords,
-        *,
-        decode: bool | None,
-        output: Output,
-        tile: Tile,
-        events: bool,
-        within: float | None,
-        partial: bool,
-    ) -> _Job:
+    def _job(self, keywords: SampleKeywords, **how: Unpack[_HowKeywords]) -> Job:
         """Checks what can be checked before an engine runs."""
         self._queue.check_open()
-        if decode and output == "device":
-            raise BadInput(
-                "decode=True with output='device': pictures are made on the host",
-                hint="leave out one of the two; runtime.decode(latents) makes pictures of host latents",
-            )
         options = SampleOptions.from_keywords(keywords)
-        parsed = parse_request(self.manifest, self.limits, options)
-        wanted, budget = options.plan, None
-        if within is not None:
-            budget = choose(self._chooser, self.manifest, within, wanted, parsed)
-            wanted = chosen_options(wanted, budget)
-        if parsed.init is not None:
-            wanted = replace(wanted, start=parsed.first_step(wanted.asked_steps(self.manifest)))
-        plan = make_plan(self.manifest, wanted)
-        parsed.check(self.manifest, plan)
-        if decode is None:
-            decode = self.manifest.decoder.kind != "none" and output == "host"
-        self._vae.check(tile, parsed.size if decode else None)
-        return _Job(parsed, plan, tile, decode, output, events, budget, partial)
+        return Job.make(self.manifest, self.limits, self._vae, self._chooser, options, **how)
 
-    def _request(self, job: _Job) -> Request:
+    def _request(self, job: Job, texts: Texts, encode: Encode | None) -> Request:
         """Encodes prompts and pictures."""
         self._loras.check()
         parsed = job.parsed
         if isinstance(parsed.latents, ForeignLatents):
             parsed = replace(parsed, latents=parsed.latents.read(self.device.borrow(parsed.latents.value)))
-        encode = self._vae.encoding(job.tile)
-        return Request.make(self.manifest, parsed, job.plan, texts=self._texts, encode=encode)
+        return Request.make(self.manifest, parsed, job.plan, texts=texts, encode=encode)
 
-    def _run(self, job: _Job, turn: Turn, timeout: float | None) -> Generator[StepEvent, None, Result]:
+    def _run(self, job: Job, turn: Turn, timeout: float | None) -> Generator[StepEvent, None, Result]:
         """One turn, in which the request is encoded and its chunks run."""
         steps = self._chunks(turn, job)
         turn.drop = steps.close
@@ -513,9 +506,9 @@ class Runtime:
                 turn.over = True
                 self._queue.end(turn)
 
-    def _chunks(self, turn: Turn, job: _Job) -> Generator[StepEvent, None, Result]:
+    def _chunks(self, turn: Turn, job: Job) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
-        request = self._request(job)
+        request = self._request(job, self._texts, self._vae.encoding(job.tile))
         each = partial(self._vae.decode_each, tile=job.tile)
         trajectory = Trajectory(
             self._stepper,
@@ -556,7 +549,7 @@ class Runtime:
 
     def _result(
         self,
-        job: _Job,
+        job: Job,
         request: Request,
         found: ResultCollector,
         kept: Buffer | None,
@@ -578,17 +571,12 @@ class Runtime:
         )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The keywords of one request, checked as far as that needs no engine."""
-
-    parsed: ParsedRequest
-    plan: Plan
-    tile: Tile
-    decode: bool
+class _HowKeywords(TypedDict):
+    decode: bool | None
     output: Output
+    tile: Tile
     events: bool
-    budget: ChosenSchedule | None
+    within: float | None
     partial: bool
 
 

@@ -51,9 +51,17 @@ class Stepper:
         self.limits = Limits.of(manifest, self.profiles)
         self.batch_floor, self.batch_limit = self.limits.batch.min, self.limits.batch.max
         self._tuned = tuple(sorted({self.profiles[name].dims["B"].opt for name in self.members}))
+        self._graph = graph
+        self._holds: dict[str, Bindings] = {}  # what each engine was bound to last
+        self._recent: OrderedDict[StepKey, None] = OrderedDict()  # the keys that are set up, the oldest first
+        self._said = False
+        self._allocate(self.batch_limit)
+
+    def _allocate(self, slots: int) -> None:
+        manifest, device = self.manifest, self._device
         self.arena = LaneArena(
             device,
-            slots=self.batch_limit,
+            slots=slots,
             latent_shape=(manifest.latent.channels, *self.limits.largest),
             table_rows=manifest.noise.steps,
             conditioning=conditioning_rows(manifest, self.limits),
@@ -61,10 +69,19 @@ class Stepper:
         # Where the arena is host memory a fault is seen at once; elsewhere reading it would wait for the device.
         self.host_fault: NDArray[np.int32] | None = getattr(self.arena.buffers.fault, "array", None)
         self._io = IoBuffers(manifest, device, self.limits, self.arena.conditioning)
-        self._holds: dict[str, Bindings] = {}  # what each engine was bound to last
-        self._graphs = StepGraphs(device, self.arena, graph)
-        self._recent: OrderedDict[StepKey, None] = OrderedDict()  # the keys that are set up, the oldest first
-        self._said = False
+        self._graphs = StepGraphs(device, self.arena, self._graph)
+
+    def resize(self, slots: int) -> None:
+        """A new arena, of ``slots`` lanes and no fewer than one batch has. What the lanes hold is lost. Waits."""
+        slots = max(slots, self.batch_limit)
+        if slots == self.arena.slots:
+            return
+        self._make_room(0)
+        self._graphs.close()
+        self._io.close()
+        self.arena.close()
+        self._holds.clear()
+        self._allocate(slots)
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose."""
@@ -155,7 +172,7 @@ class Stepper:
         gone = [self._recent.popitem(last=False)[0] for _ in range(len(self._recent) - most)]
         if not gone:
             return
-        if self._device.graphs and not self._said:  # on the host nothing is set up that takes long
+        if most and self._device.graphs and not self._said:  # on the host nothing is set up that takes long
             self._said = True
             _log.warning("more than %d kinds of step (member, lanes, size...): the oldest are set up again", most)
         self._device.synchronize()

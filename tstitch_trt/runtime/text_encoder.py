@@ -120,18 +120,24 @@ class TextEncoder:
             )
         return ids
 
-    def encode(self, ids: Ids) -> Encoded:
-        """int64 ``[N, k, tokens]`` -> hidden float32 ``[N, k tokens, D]`` and pooled ``[N, E]`` of the first chunks.
+    def encode(self, requests: Sequence[Ids]) -> list[Encoded]:
+        """Each int64 ``[N, k, tokens]`` -> hidden float32 ``[N, k tokens, D]`` and pooled ``[N, E]`` of first chunks.
 
         Equal chunks are encoded once. pooled is ``None`` where the encoder has no projection.
         """
-        count, chunks, tokens = ids.shape
-        rows, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)
+        tokens = requests[0].shape[2]
+        every = np.concatenate([ids.reshape(-1, tokens) for ids in requests])
+        rows, places = np.unique(every, axis=0, return_inverse=True)
         found = self._part({"input_ids": rows})
-        places = places.reshape(count, chunks)
-        hidden = found["hidden"][places].reshape(count, chunks * tokens, -1)
-        pooled = found.get("pooled")
-        return hidden, None if pooled is None else pooled[places[:, 0]]
+        hidden, pooled = found["hidden"], found.get("pooled")
+        encoded: list[Encoded] = []
+        start = 0
+        for count, chunks, _ in (ids.shape for ids in requests):
+            own = places.reshape(-1)[start : start + count * chunks].reshape(count, chunks)
+            start += count * chunks
+            states = hidden[own].reshape(count, chunks * tokens, -1)
+            encoded.append((states, None if pooled is None else pooled[own[:, 0]]))
+        return encoded
 
 
 class TextEncoders:
@@ -158,14 +164,25 @@ class TextEncoders:
         ``k`` is that of the longest text for any of them, so that prompts, negative prompts and the hidden states of
         two encoders fit together.
         """
+        return self.encode_each(names, [texts])[0]
+
+    def encode_each(self, names: Sequence[str], requests: Sequence[Sequence[str]]) -> list[dict[str, Encoded]]:
+        """``encode`` for several requests, each with its own ``k``: every encoder runs once for all of them."""
+        found: list[dict[str, Encoded]] = [{} for _ in requests]
         chosen = {name: self._encoders[name] for name in names}
-        tokens = {name: [encoder.tokens(text) for text in texts] for name, encoder in chosen.items()}
-        needed = [(name, chosen[name].layout.chunks(len(ids))) for name, rows in tokens.items() for ids in rows]
-        chunks = max((count for _, count in needed), default=1)
-        if chunks > 1:
-            longest = max(len(ids) for rows in tokens.values() for ids in rows)
-            _log.info("a text of %d tokens goes through the text encoders in %d chunks", longest, chunks)
-        return {
-            name: encoder.encode(np.stack([encoder.layout.lay_out(ids, chunks) for ids in tokens[name]]))
-            for name, encoder in chosen.items()
-        }
+        tokens = {name: [[one.tokens(text) for text in texts] for texts in requests] for name, one in chosen.items()}
+        chunks = [1] * len(requests)
+        for name, encoder in chosen.items():
+            for place, rows in enumerate(tokens[name]):
+                chunks[place] = max([chunks[place], *(encoder.layout.chunks(len(ids)) for ids in rows)])
+        if max(chunks, default=1) > 1:
+            longest = max(len(ids) for each in tokens.values() for rows in each for ids in rows)
+            _log.info("a text of %d tokens goes through the text encoders in %d chunks", longest, max(chunks))
+        for name, encoder in chosen.items():
+            laid = [
+                np.stack([encoder.layout.lay_out(ids, count) for ids in rows])
+                for rows, count in zip(tokens[name], chunks, strict=True)
+            ]
+            for place, encoded in enumerate(encoder.encode(laid)):
+                found[place][name] = encoded
+        return found

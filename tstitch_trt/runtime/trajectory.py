@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from tstitch_engines.device.base import Buffer, Device, Download, Stopwatch
 from tstitch_engines.device.step_row import HISTORY
-from tstitch_engines.errors import NotFinite
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.request import Request
 from tstitch_trt.runtime.lane_program import StepKey, lane_programs
-from tstitch_trt.runtime.result import Decode, FailedImage, SegmentTiming, StepEvent
+from tstitch_trt.runtime.result import Decode, FailedImage, SegmentTiming, StepEvent, not_finite
 from tstitch_trt.runtime.stepper import Stepper
 
 DecodeEach = Callable[[NDArray[np.float32]], tuple[NDArray[np.uint8], NDArray[np.bool_]]]
@@ -73,7 +72,7 @@ class Trajectory:
         self._stepper = stepper
         self._device = device
         self._request = request
-        self._plan = plan
+        self.plan = plan
         self._decode = decode
         self._events = events
         self._partial = partial
@@ -90,7 +89,7 @@ class Trajectory:
 
     def run(self, chunk: Chunk, target: Buffer | None) -> Generator[StepEvent, None, PendingChunk]:
         """Enqueues all steps. The latents go to the buffer ``target`` on the device, or without one to the host."""
-        plan, request, stepper = self._plan, self._request, self._stepper
+        plan, request, stepper = self.plan, self._request, self._stepper
         lanes = self._splitting.lanes(chunk.count, guided=plan.guided)
         images = range(chunk.start, chunk.stop)
         programs = lane_programs(
@@ -120,7 +119,7 @@ class Trajectory:
     ) -> Generator[StepEvent, None, list[tuple[str, int]]]:
         stepper, fault = self._stepper, None if self._partial else self._stepper.host_fault
         segments = []
-        for segment in self._plan.schedule.segments:
+        for segment in self.plan.schedule.segments:
             step = max(segment.start, self._request.start)
             if segment.stop <= step:
                 continue
@@ -139,7 +138,7 @@ class Trajectory:
                     self._check()
                     one()
                     if fault is not None and (fault[: chunk.count] >= 0).any():
-                        raise self.not_finite(self._failed(fault, chunk), chunk.count)
+                        raise not_finite(self.plan, self._failed(fault, chunk), chunk.count)
                     if self._events:
                         yield self._event(step, chunk)
                     step += 1
@@ -156,31 +155,13 @@ class Trajectory:
 
     def _failed(self, fault: NDArray[np.int32], chunk: Chunk) -> list[FailedImage]:
         """The images whose lanes have a ``fault``: the step at which their latents were not finite any more."""
-        seeds, names = self._request.seeds, self._plan.schedule.names
+        seeds, names = self._request.seeds, self.plan.schedule.names
         lanes = [lane for lane in range(chunk.count) if fault[lane] >= 0]
         return [
             FailedImage(image, seeds[image], int(fault[lane]) + 1, names[int(fault[lane])])
             for lane in lanes
             for image in [chunk.start + lane]
         ]
-
-    def not_finite(self, failed: Sequence[FailedImage], count: int) -> NotFinite:
-        """The error for those of ``count`` images that failed. It tells of the first."""
-        first, steps = failed[0], len(self._plan.schedule)
-        if first.step:
-            where = f"the latents after step {first.step} of {steps}"
-            when = f"timestep {self._plan.table.t[first.step - 1]:g}, "
-        else:
-            where, when = "the picture", ""
-        made_by = f"member {first.member!r}" if first.step else repr(first.member)
-        error = NotFinite(
-            f"NaN or infinity in {where}, made by {made_by} ({when}seed {first.seed}; {len(failed)} of {count} lanes)",
-            hint=f"if {first.member!r} is an fp16 engine, build it with --precision {first.member}=fp32 or bf16; "
-            "otherwise check its checkpoint and prediction type with: tstitch-trt inspect BUNDLE"
-            + ("; --partial (partial=True) draws the other images" if len(failed) < count else ""),
-        )
-        error.failed = tuple(failed)
-        return error
 
     def _event(self, step: int, chunk: Chunk) -> StepEvent:
         arena, device = self._stepper.arena, self._device
@@ -190,16 +171,16 @@ class Trajectory:
 
         def estimate() -> NDArray[np.float32]:
             stored = arena.estimates(step % HISTORY, 0, chunk.count, self._request.size)
-            p, q = self._plan.table.clean_estimate(step)
+            p, q = self.plan.table.clean_estimate(step)
             return stored if p == 0 else np.float32(p) * latents() + np.float32(q) * stored
 
         return StepEvent(
             step + 1,
-            len(self._plan.schedule),
+            len(self.plan.schedule),
             chunk.index + 1,
             chunk.total,
-            self._plan.schedule.names[step],
-            float(self._plan.table.t[step]),
+            self.plan.schedule.names[step],
+            float(self.plan.table.t[step]),
             latents,
             estimate,
             self._decode,
@@ -250,7 +231,7 @@ class ResultCollector:
         self._failed += failed
         self._added = chunk.stop
         if failed and (not self._partial or len(self._failed) == len(self._seeds)):
-            raise self._trajectory.not_finite(self._failed, len(self._seeds) if self._partial else chunk.count)
+            raise not_finite(self._trajectory.plan, self._failed, len(self._seeds) if self._partial else chunk.count)
 
     def failed(self, others: Sequence[FailedImage] = ()) -> tuple[FailedImage, ...]:
         """The images that were not drawn: those that failed, here and among the ``others``, and those not reached."""

@@ -106,6 +106,7 @@ def calls_of(runtime: Runtime) -> dict[str, Callable[..., Any]]:
         "restore": lambda **more: runtime.restore(**more),
         "lora": lambda **more: in_block(runtime.lora, "plain", "style.safetensors", **more),
         "exclusive": lambda **more: in_block(runtime.exclusive, **more),
+        "lanes": lambda **more: in_block(runtime.lanes, **more),
         "plan": lambda: runtime.plan(steps=3).rows,
         "within_budget": lambda: runtime.within_budget(100.0, prompt="a fox"),
         "memory": runtime.memory,

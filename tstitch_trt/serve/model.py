@@ -1,0 +1,244 @@
+"""One bundle of an engine: its runtime and lanes, and the requests that it works on."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tstitch_engines.errors import NotFinite
+from tstitch_trt.runtime import job as runtime_job
+from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
+from tstitch_trt.runtime.lane_runner import LaneRunner, TimedStep
+from tstitch_trt.runtime.result import FailedImage, Result, SegmentTiming, not_finite
+from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.serve.costs import MeasuredCosts, StageTimes
+from tstitch_trt.serve.handle import Handle
+from tstitch_trt.serve.scheduler import Job, Policy, Scheduler
+
+__all__ = ["Model", "Phase", "Request", "preview_steps"]
+
+Array = NDArray[np.float32]
+
+
+class Phase(NamedTuple):
+    """What the cost of a step depends on beside its batch."""
+
+    member: str
+    guided: bool
+    size: tuple[int, int]
+    controlled: bool
+
+    @staticmethod
+    def of(key: StepKey) -> Phase:
+        return Phase(key.member, key.guided, key.size, key.control is not None)
+
+
+def _phase(key: Hashable) -> Phase:
+    assert isinstance(key, Phase), "costs are asked for by phase"
+    return key
+
+
+class _PhaseCosts:
+    """Costs by the scheduler's keys."""
+
+    def __init__(self, costs: MeasuredCosts) -> None:
+        self._costs = costs
+
+    def seconds(self, key: Any, lanes: int) -> float:
+        return self._costs.seconds(Phase.of(key), lanes)
+
+    def cap(self, key: Any) -> int:
+        return self._costs.cap(Phase.of(key))
+
+
+@dataclass(eq=False)
+class Request(Job):
+    """A request on its way. ``unstarted``: images that wait for a lane. ``left``: images that have not ended.
+
+    ``previews``: the steps (from 0) after which each lane's estimate is decoded.
+    """
+
+    handle: Handle = field(kw_only=True)
+    model: Model = field(kw_only=True)
+    asked: runtime_job.Job = field(kw_only=True)
+    previews: frozenset[int] = field(kw_only=True)
+    nbytes: int = field(kw_only=True)
+    retries: int = 0
+    dropped: bool = False
+
+    def __post_init__(self) -> None:
+        segments = self.asked.plan.schedule.segments
+        self.segments = [i for i, segment in enumerate(segments) for _ in range(segment.start, segment.stop)]
+        self.seconds = [0.0] * len(segments)  # of device time, in each segment
+        self.steps = self.model.step_counts(self.asked)  # that are still to run
+        self.unstarted = self.left = self.asked.parsed.n
+        self.programs: list[LaneProgram] = []
+        self.seeds: tuple[int, ...] = ()
+        self.labels: tuple[int, ...] = ()
+        self.prompts: tuple[str, ...] = ()
+        self.failed: dict[int, FailedImage] = {}
+        self.started_at = 0.0
+        self._latents: Array | None = None
+        self._pictures: NDArray[np.uint8] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is to be done for it any more."""
+        return self.dropped or self.handle.done()
+
+    def again(self, model: Model) -> Request:
+        """The same request from its beginning, on a bundle that was loaded anew; this one is dropped."""
+        self.dropped = True
+        return replace(self, model=model, retries=self.retries + 1, dropped=False, lanes=[])
+
+    def add(self, image: int, latents: Array, picture: NDArray[np.uint8] | None) -> None:
+        """``latents [C,h,w]`` and ``picture [H,W,C]`` of one image."""
+        n = self.asked.parsed.n
+        if self._latents is None:
+            self._latents = np.full((n, *latents.shape), np.nan, np.float32)
+        self._latents[image] = latents
+        if picture is not None:
+            if self._pictures is None:
+                self._pictures = np.zeros((n, *picture.shape), np.uint8)
+            self._pictures[image] = picture
+
+    def fail(self, image: int, step: int, member: str) -> NotFinite | None:
+        """``step`` from 1; 0 for the decoder. The error, where the request has failed with it."""
+        self.failed[image] = FailedImage(image, self.seeds[image], step, member)
+        if self.asked.partial and len(self.failed) < self.asked.parsed.n:
+            return None
+        return not_finite(self.asked.plan, [self.failed[i] for i in sorted(self.failed)], self.asked.parsed.n)
+
+    def result(self) -> Result:
+        """Once every image has ended."""
+        plan, start = self.asked.plan, self.programs[0].start
+        timings = tuple(
+            SegmentTiming(segment.name, segment.stop - max(segment.start, start), 1e3 * seconds)
+            for segment, seconds in zip(plan.schedule.segments, self.seconds, strict=True)
+            if segment.stop > start
+        )
+        return Result(
+            self._pictures if self.asked.decode else None,
+            self._latents,
+            self.seeds,
+            self.labels,
+            plan,
+            timings,
+            prompts=self.prompts,
+            loras=self.model.runtime.loras,
+            budget=self.asked.budget,
+            failed=tuple(self.failed[image] for image in sorted(self.failed)),
+        )
+
+
+class Model:
+    """``weight``: its share of the device. ``owned``: the runtime is closed with it. ``open``: requests that were
+    accepted and have not ended. ``clock``: device time that it has had, over its weight."""
+
+    def __init__(
+        self,
+        name: str,
+        runtime: Runtime,
+        *,
+        source: Any,
+        owned: bool,
+        weight: float,
+        max_lanes: int | None,
+        policy: Callable[[], Policy],
+    ) -> None:
+        self.name = name
+        self.runtime = runtime
+        self.source = source
+        self.owned = owned
+        self.weight = weight
+        self.max_lanes = max_lanes or 2 * runtime.batch_limit
+        self.clock = 0.0
+        self.open = 0
+        self.waiting_images = 0
+        self.waiting_bytes = 0
+        self.lanes_by_member: Mapping[str, int] = {}
+        self.left: Counter[Phase] = Counter()  # steps that are still to run, of all lanes
+        self.warming: Iterator[tuple[TimedStep | None, float]] | None = None
+        self.warmed = 0.0  # the share that is done
+        self.was_warmed = False
+        self.warm_error: Exception | None = None
+        self.holding = False  # new requests wait aside, until those that were accepted before have ended
+        self.held: Callable[[], None] | None = None  # what is done then
+        self.aside: list[Request] = []
+        self.stages = StageTimes()
+        self._policy = policy
+        self._block = ExitStack()
+
+    def enter(self) -> None:
+        """Takes the runtime for itself, on the thread that is to run its lanes. Waits for its other callers."""
+        self.runner: LaneRunner = self._block.enter_context(self.runtime.lanes(self.max_lanes))
+        runner = self.runner
+        self.costs = MeasuredCosts(
+            most=lambda key: runner.most(_phase(key)),
+            optimum=lambda key: runner.tuned(_phase(key)),
+            batch=lambda key, lanes: runner.bucket(_phase(key), lanes),
+        )
+        self.scheduler = Scheduler(self.max_lanes, self._policy(), _PhaseCosts(self.costs))
+
+    def leave(self) -> None:
+        """Gives the runtime back, or closes it where it is the engine's own."""
+        try:
+            self._block.close()
+        finally:
+            if self.owned:
+                self.runtime.close(cancel=True)
+
+    @property
+    def backlog(self) -> float:
+        """Seconds of device time of all steps that are still to run, in batches as large as they are to be."""
+        found = 0.0
+        for phase, steps in list(self.left.items()):
+            if steps > 0:
+                size = self.costs.cap(phase)
+                found += steps * self.costs.seconds(phase, size) / size
+        return found
+
+    def step_counts(self, job: runtime_job.Job) -> Counter[Phase]:
+        """How often each phase runs, one image a time, in all of a request."""
+        plan, parsed, members = job.plan, job.parsed, self.runtime.manifest.members
+        start = plan.start if parsed.init is not None else parsed.start_step
+        steps = Counter(list(zip(plan.schedule.names, plan.guided, strict=True))[start:])
+        found: Counter[Phase] = Counter()
+        for (name, guided), count in steps.items():
+            controlled = parsed.control is not None and members[name].controlled
+            found[Phase(name, guided, parsed.size, controlled)] += parsed.n * count
+        return found
+
+    def request_bytes(self, job: runtime_job.Job) -> int:
+        """What a request holds on the host: what it brought, its latents and its pictures."""
+        parsed, manifest = job.parsed, self.runtime.manifest
+        height, width = parsed.size
+        area = height * width
+        each = 4 * manifest.latent.channels * area * (4 if parsed.init is not None else 1)
+        if job.decode:
+            each += 3 * area * manifest.decoder.factor**2
+        arrays: list[Any] = [
+            parsed.latents,
+            parsed.control,
+            *(a for by in parsed.embeddings.values() for a in by.values()),
+        ]
+        if parsed.init is not None:
+            arrays += [parsed.init.image, parsed.init.mask, parsed.init.masked_image]
+        given = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+        texts = sum(map(len, (*parsed.prompts, *(parsed.negative_prompts or ()))))
+        return parsed.n * each + given + 4 * texts
+
+
+def preview_steps(start: int, stop: int, count: int) -> frozenset[int]:
+    """``count`` steps of ``start..stop``, evenly spread, the last one left out: its picture is the result."""
+    steps = stop - start
+    if steps < 2 or not count:
+        return frozenset()
+    return frozenset(min(stop - 2, start + math.ceil(steps * (i + 1) / (count + 1)) - 1) for i in range(count))
