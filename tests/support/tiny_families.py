@@ -59,7 +59,7 @@ def clip_vocabulary() -> tuple[Mapping[str, int], tuple[tuple[str, str], ...]]:
     )
     trainer = trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", show_progress=False)
     words = _WORDS.split()
-    shuffled = random.Random(0)  # noqa: S311 - any order will do
+    shuffled = random.Random(0)
     tokenizer.train_from_iterator([" ".join(shuffled.choices(words, k=12)) for _ in range(200)], trainer)
     merges = tuple((left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"])
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
