@@ -30,6 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # What builds the same networks goes to one process, because two would wait for each other.
 _TOGETHER = {
     "pipelines": ("tstitch_trt/pipeline/",),
+    "ray": ("serve/test_ray_",),
     "families": ("tstitch_export/families/", "tensorrt/test_families.py", "test_cpu_families.py"),
 }
 # What takes longest comes first, so that of two processes none waits long for the other at the end; and the families,

@@ -30,6 +30,7 @@ __all__ = [
     "require_output",
     "require_parent",
     "save_array",
+    "write_bytes",
     "write_text",
 ]
 
@@ -58,9 +59,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def read_lines(path: Path, *, option: str) -> list[str]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput, NotFinite
+from tstitch_trt.cli._bulk import BulkOptions
 from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import LoadOptions, PictureOptions, StepOptions, lora_texts, parse_budgets
+from tstitch_trt.cli._settings import describe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from tstitch_engines.bundle.manifest import Conditioning, Manifest
     from tstitch_trt.request.options import SampleKeywords
-    from tstitch_trt.runtime.result import Result
+    from tstitch_trt.runtime.result import FailedImage, Result
+    from tstitch_trt.runtime.vae import Tile
 
 __all__ = ["command"]
 
@@ -35,6 +39,7 @@ tstitch-trt sample sd15.bundle --prompt "a clear sky" --image photo.png --mask s
 tstitch-trt sample sd15.bundle --prompt "a house" --control edges.png --control-scale 0.8 -o house.png
 tstitch-trt sample sd15.bundle --backend torch --prompt "a fox" --lora large=style.safetensors:0.8 -o styled.png
 tstitch-trt sample sdxl.bundle --prompt-embeds prompt.npz --latents-out latents.npy
+tstitch-trt sample fashion.bundle --labels 0-9 -n 50000 --ray -o samples.npz
 """
 DEFAULT_LABELS = 10
 
@@ -79,8 +84,9 @@ class PlanFlags:
 
 
 @tstitch_command(
-    "sample", EXAMPLES, what=Options, picture=PictureOptions, step=StepOptions, plan=PlanFlags, load=LoadOptions
-)
+    "sample", EXAMPLES, what=Options, picture=PictureOptions, step=StepOptions, plan=PlanFlags, load=LoadOptions,
+    bulk=BulkOptions,
+)  # fmt: skip
 def command(
     bundle: Path,
     what: Options,
@@ -88,12 +94,15 @@ def command(
     step: StepOptions,
     plan: PlanFlags,
     load: LoadOptions,
+    bulk: BulkOptions,
     as_json: bool,
 ) -> None:
     """Draw images from BUNDLE: of classes with --labels, or from text with --prompt.
 
     Without --labels a class bundle draws one image of every class (of the first ten where there are more). All options
     that are left out take the bundle's defaults. The settings are kept in the PNG files.
+
+    With --ray a run that was ended goes on where it was, and the pictures do not depend on how many workers draw them.
     """
     import msgspec
 
@@ -120,15 +129,23 @@ def command(
         kind_of(output)
     tile = picture.tiles()
     start = None if what.latents_in is None else load_array(what.latents_in, option="--latents-in")
-    with load.open(bundle) as runtime:
-        manifest = runtime.manifest
-        target = _target(manifest, output, latents_out)
+
+    def request(manifest: Manifest) -> SampleKeywords:
         asked: SampleKeywords = {
             **options.explicit(), **picture.keywords(manifest), "labels": what.labels, "n": what.count,
             "seed": what.seed, "seeds": seeds, "latents": start,
         }  # fmt: skip
         if what.labels is None and seeds is None and start is None:
             asked["labels"] = _default_labels(manifest.conditioning, what.count)
+        return asked
+
+    if bulk.ray:
+        _draw_in_bulk(bundle, what, request, load, bulk, tile=tile, kept=picture.kept(), as_json=as_json)
+        return
+    with load.open(bundle) as runtime:
+        manifest = runtime.manifest
+        target = _target(manifest, output, latents_out)
+        asked = request(manifest)
         for name, text in swapped.items():
             runtime.swap_lora(name, text)
         if budgets:
@@ -147,16 +164,15 @@ def command(
                 **asked,
             )
 
-    where = {"device": load.device, "backend": runtime.backend_name}
-    document = {**_describe(bundle, manifest, result, where), **picture.kept()}
+    where = {"bundle": bundle.name, "device": load.device, "backend": runtime.backend_name}
+    document, images = describe(manifest, result, where=where, kept=picture.kept())
+    document |= {"timings": [asdict(timing) for timing in result.timings], "total_ms": result.total_ms}
     if result.budget is not None:
         document["budget"] = {**msgspec.to_builtins(result.budget), "met": result.total_ms <= result.budget.budget_ms}
-    if result.loras:
-        document["loras"] = dict(result.loras)
     if result.failed:
         document["failed"] = [asdict(failed) for failed in result.failed]
     drawn = list(result.drawn)
-    each = [document["images"][image] for image in drawn]
+    each = [images[image] for image in drawn]
     written: list[Path] = []
     if latents_out is not None:
         save_array(latents_out, result.latents[drawn])
@@ -171,11 +187,42 @@ def command(
             if path is not None:
                 click.echo(path)
     if result.failed:
-        raise NotFinite(
-            f"{len(result.failed)} of {len(result.seeds)} images were not drawn: "
-            + "; ".join(str(failed) for failed in result.failed[:5]),
-            hint="the others were written; an fp16 engine that makes NaN is built again with --precision MEMBER=fp32",
-        )
+        raise _not_drawn(result.failed, len(result.seeds))
+
+
+def _not_drawn(failed: Sequence[FailedImage], images: int) -> NotFinite:
+    return NotFinite(
+        f"{len(failed)} of {images} images were not drawn: " + "; ".join(str(each) for each in failed[:5]),
+        hint="the others were written; an fp16 engine that makes NaN is built again with --precision MEMBER=fp32",
+    )
+
+
+def _draw_in_bulk(
+    path: Path, what: Options, request: Callable[[Manifest], SampleKeywords], load: LoadOptions, bulk: BulkOptions, *,
+    tile: Tile, kept: Mapping[str, object], as_json: bool,
+) -> None:  # fmt: skip
+    from tstitch_engines.bundle.bundle import open_bundle
+    from tstitch_trt.cli._text import print_json
+
+    for flag, value, instead in (
+        ("--latents-out", what.latents_out, "leave out --ray, or write pictures alone"),
+        ("--budget-ms", what.budget_ms, "say --schedule or --fraction: a budget is for all images at once"),
+    ):
+        if value is not None:
+            raise BadInput(f"{flag} {value} can't be had with --ray, which draws in shards", hint=instead)
+    opened = open_bundle(path, require_signature=load.require_signature)
+    output = _target(opened.manifest, what.output or Path("samples"), None)
+    assert output is not None
+    drawn = bulk.draw(
+        opened, output, request(opened.manifest), load, tile=tile, partly=what.partial, loras=lora_texts(what.loras),
+        kept=kept,
+    )  # fmt: skip
+    if as_json:
+        print_json({"files": [str(output)], **asdict(drawn)})
+    else:
+        click.echo(output)
+    if drawn.failed:
+        raise _not_drawn(drawn.failed, drawn.images)
 
 
 def _tell(result: Result) -> None:
@@ -215,41 +262,3 @@ def _default_labels(conditioning: Conditioning, count: int | None) -> str | None
             hint=f"add the classes to go round: --labels 0-{conditioning.classes - 1}",
         )
     return f"0-{min(conditioning.classes, DEFAULT_LABELS) - 1}"
-
-
-def _describe(bundle: Path, manifest: Manifest, result: Result, where: dict[str, str]) -> dict[str, Any]:
-    """All that is needed to draw the images again, and how long they took."""
-    names = manifest.conditioning.names
-    plan = result.plan
-    scales = list(zip(plan.schedule.names, plan.rows[:, ROW["G"]].tolist(), strict=True))
-    drawn: list[dict[str, Any]] = (
-        [{"prompt": prompt} for prompt in result.prompts]
-        or [{"label": label, "name": names[label] if names else None} for label in result.labels]
-        or [{}] * len(result.seeds)
-    )
-    height, width = (manifest.decoder.factor * side for side in result.latents.shape[2:])
-    return {
-        "bundle": bundle.name,
-        **where,
-        "width": width,
-        "height": height,
-        "steps": len(result.schedule.names),
-        "solver": plan.table.solver.name,
-        "solver_options": plan.table.solver.explicit(),
-        "guided": [bool(g) for g in plan.guided],
-        "guidance": {
-            name: sorted({plan.embedded.get(name, scale) for step, scale in scales if step == name})
-            for name in dict.fromkeys(plan.schedule.names)
-        },
-        "schedule": {
-            "text": result.schedule.text,
-            "rule": result.schedule.rule,
-            "members": list(result.schedule.names),
-            "segments": [
-                {"member": part.name, "start": part.start, "stop": part.stop} for part in result.schedule.segments
-            ],
-        },
-        "timings": [asdict(timing) for timing in result.timings],
-        "total_ms": result.total_ms,
-        "images": [{**one, "seed": seed} for one, seed in zip(drawn, result.seeds, strict=True)],
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_trt.files import atomic_file
+from tstitch_trt.files import atomic_file, write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["grid", "labelled_rows", "save_npz", "save_png"]
+__all__ = ["grid", "labelled_rows", "png_bytes", "save_npz", "save_png"]
 
 Pixels = NDArray[np.uint8]
 
@@ -72,15 +73,21 @@ def _wrapped(draw: Any, text: str, font: Any, width: int) -> str:
     return text if draw.textlength(text, font=font) <= width else text.replace(" ", "\n").replace("/", "/\n")
 
 
-def save_png(path: Path, image: Image, metadata: Mapping[str, str]) -> None:
-    """Writes ``image`` with ``metadata`` as PNG text chunks; the file appears whole or not at all."""
+def png_bytes(image: Image, metadata: Mapping[str, str]) -> bytes:
+    """``image`` as a PNG file with ``metadata`` as text chunks."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)
-    with atomic_file(path) as file:
-        image.save(file, format="PNG", pnginfo=info)
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def save_png(path: Path, image: Image, metadata: Mapping[str, str]) -> None:
+    """Writes what ``png_bytes`` makes; the file appears whole or not at all."""
+    write_bytes(path, png_bytes(image, metadata))
 
 
 def save_npz(path: Path, images_NHWC: Pixels) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.files import require_parent
-from tstitch_trt.images.grid import grid, save_npz, save_png
+from tstitch_trt.files import atomic_file, require_parent, write_bytes
+from tstitch_trt.images.grid import grid, png_bytes, save_npz, save_png
 from tstitch_trt.images.metadata import parameters_text
 
-__all__ = ["METADATA_KEY", "kind_of", "write_images"]
+__all__ = ["METADATA_KEY", "Kind", "join_npz", "kind_of", "picture_file", "png_name", "write_images"]
 
 METADATA_KEY = "tstitch-trt"  # the PNG text chunk that holds the settings as JSON
 _MANY = 100_000
@@ -65,13 +66,12 @@ def write_images(
 def _write_folder(
     folder: Path, images_NHWC: NDArray[np.uint8], settings: Mapping[str, Any], each: Sequence[Mapping[str, Any]]
 ) -> list[Path]:
-    width = 5 if len(images_NHWC) <= _MANY else len(str(len(images_NHWC)))
-    names = [f"{index:0{width}d}.png" for index in range(len(images_NHWC))]
+    names = [png_name(index, len(images_NHWC)) for index in range(len(images_NHWC))]
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         scratch.chmod(0o755)
         for name, image, own in zip(names, images_NHWC, each, strict=True):
-            save_png(scratch / name, grid(image[None]), _text({**settings, **own}, images_NHWC))
+            write_bytes(scratch / name, picture_file(image, settings, own))
         if folder.is_dir():  # files of others in it stay
             for name in names:
                 (scratch / name).replace(folder / name)
@@ -82,7 +82,36 @@ def _write_folder(
     return [folder / name for name in names]
 
 
+def png_name(index: int, count: int) -> str:
+    """The name of picture ``index`` (from 0) in a folder of ``count``."""
+    return f"{index:0{5 if count <= _MANY else len(str(count))}d}.png"
+
+
+def picture_file(image_HWC: NDArray[np.uint8], settings: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:
+    """One picture as a PNG file that holds ``settings`` and what is its ``own``."""
+    return png_bytes(grid(image_HWC[None]), _text({**settings, **own}, image_HWC[None]))
+
+
 def _text(settings: Mapping[str, Any], images_NHWC: NDArray[np.uint8]) -> dict[str, str]:
     text = {METADATA_KEY: json.dumps(settings, allow_nan=False), "Software": "tstitch-trt"}
     parameters = parameters_text(settings, size=(images_NHWC.shape[2], images_NHWC.shape[1]))
     return text if parameters is None else {"parameters": parameters, **text}
+
+
+def join_npz(path: Path, parts: Iterable[NDArray[np.uint8]], shape: tuple[int, ...]) -> None:
+    """Writes ``arr_0`` uint8 of ``shape`` from its ``parts`` along the first axis, one of them in memory at a time.
+
+    It is what ``save_npz`` writes. Raises ``ValueError`` where the parts are not of that shape together.
+    """
+    rows = 0
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for part in parts:
+                if part.dtype != np.uint8 or part.shape[1:] != shape[1:]:
+                    raise ValueError(f"a part is {part.dtype}{list(part.shape)}; the whole is uint8{list(shape)}")
+                rows += len(part)
+                entry.write(np.ascontiguousarray(part).data)
+        if rows != shape[0]:
+            raise ValueError(f"the parts have {rows:,} rows; the whole is uint8{list(shape)}")

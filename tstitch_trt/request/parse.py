@@ -40,7 +40,7 @@ from tstitch_trt.request.labels import read_labels
 from tstitch_trt.request.limits import MOST_IMAGES, Limits, check_prompt
 from tstitch_trt.request.options import SampleOptions
 
-__all__ = ["InitOptions", "MicroConditioning", "ParsedRequest", "parse_request"]
+__all__ = ["InitOptions", "MicroConditioning", "ParsedRequest", "count_images", "parse_request"]
 
 Array = NDArray[np.float32]
 
@@ -183,7 +183,7 @@ def parse_request(manifest: Manifest, limits: Limits, options: SampleOptions) ->
     rows |= {key: max(arrays.values(), key=len) for key, arrays in embeddings.items()}
     rows |= {} if init is None else {"image": init.image, "mask": init.mask, "masked_image": init.masked_image}
     cycled = {name: len(given) for name, given in rows.items() if given is not None}
-    labels, seeds = _images(manifest, options, latents, cycled)
+    labels, seeds = count_images(manifest, options, latents, cycled)
     _check_memory(manifest, len(seeds), size, starts=init is not None)
     return ParsedRequest(
         labels=labels,
@@ -294,13 +294,16 @@ def _pair(value: object, what: str, least: int) -> tuple[int, int]:
 # --- how many
 
 
-def _images(
+def count_images(
     manifest: Manifest,
     options: SampleOptions,
     latents: NDArray[np.generic] | ForeignLatents | None,
     cycled: dict[str, int],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The labels of a class bundle, and the seeds, both one per image. ``cycled``: rows of what goes round."""
+    """The labels of a class bundle, and the seeds, both one per image. ``cycled``: rows of what goes round.
+
+    Raises ``BadInput`` where they don't agree on the number of images.
+    """
     wanted: list[int] = []
     classes = manifest.conditioning
     if classes.kind == "class":
