@@ -111,12 +111,14 @@ class _Fault:
 
 @dataclass
 class _Ran:
-    """A batch that was enqueued. ``began``: when its tick did; ``host``: seconds of the host beside the step."""
+    """A batch that was enqueued. ``host``: seconds of the host beside the step. ``segments``: which requests took part,
+    and each with which segments of its schedule."""
 
     model: Model
     tick: Tick
     watch: Stopwatch
     host: float
+    segments: set[tuple[Request, int]]
 
 
 @dataclass
@@ -689,9 +691,13 @@ class Engine:
             self._step_failed(model, tick, error)
             return
         stepped = time.perf_counter()
+        ended = time.monotonic()
+        segments = {(_request(lane), _request(lane).segments[lane.step]) for lane in tick.lanes}
+        for request, segment in segments:
+            request.spans[segment] = (request.spans.get(segment, (now, 0.0))[0], ended)
         self._after(model, tick)
         host = chosen - began + time.perf_counter() - stepped
-        self._ran.append(_Ran(model, tick, watch, host))
+        self._ran.append(_Ran(model, tick, watch, host, segments))
         while len(self._ran) > (0 if model.runner.synchronous else _AHEAD):
             self._account(self._ran.popleft())
 
@@ -769,7 +775,7 @@ class Engine:
         model.clock += seconds / model.weight
         phase = Phase.of(key)  # type: ignore[arg-type]
         model.costs.observe(phase, len(lanes), seconds)
-        for request, segment in {(_request(lane), _request(lane).segments[lane.step - 1]) for lane in lanes}:
+        for request, segment in ran.segments:
             request.seconds[segment] += seconds
         bucket = model.runner.bucket(phase, len(lanes))
         self._tell(
@@ -976,6 +982,8 @@ class Engine:
         started = request.started_at
         request.handle._took(denoise=now - started)
         self._stage(request.handle, "denoise", started, now)
+        for segment, (began, ended) in sorted(request.spans.items()):
+            self._tell("phase", request.handle, request.asked.plan.schedule.segments[segment].name, began, ended)
         self._end(request.handle, request.result())
 
     # --- small things

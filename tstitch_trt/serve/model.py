@@ -77,6 +77,7 @@ class Request(Job):
         segments = self.asked.plan.schedule.segments
         self.segments = [i for i, segment in enumerate(segments) for _ in range(segment.start, segment.stop)]
         self.seconds = [0.0] * len(segments)  # of device time, in each segment
+        self.spans: dict[int, tuple[float, float]] = {}  # by segment: when its first step began and its last one ended
         self.steps = self.model.step_counts(self.asked)  # that are still to run
         self.unstarted = self.left = self.asked.parsed.n
         self.programs: list[LaneProgram] = []

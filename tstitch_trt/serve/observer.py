@@ -8,8 +8,9 @@ from typing import Literal
 
 from tstitch_trt.serve.handle import Handle
 
-__all__ = ["EngineState", "ModelState", "Observer", "Stage", "TickInfo"]
+__all__ = ["EngineState", "ModelState", "Observer", "Observers", "Rejection", "Stage", "TickInfo"]
 
+Rejection = Literal["queue", "bytes", "budget", "closed"]
 Stage = Literal["queue", "encode", "denoise", "decode"]
 
 
@@ -61,7 +62,7 @@ class Observer:
     def submitted(self, handle: Handle) -> None:
         """A request was accepted."""
 
-    def rejected(self, why: Literal["queue", "bytes", "budget", "closed"], model: str) -> None:
+    def rejected(self, why: Rejection, model: str) -> None:
         """A request was refused for the state that the engine is in."""
 
     def started(self, handle: Handle) -> None:
@@ -73,5 +74,44 @@ class Observer:
     def stage(self, handle: Handle, name: Stage, began: float, ended: float) -> None:
         """A stage of a request has ended."""
 
+    def phase(self, handle: Handle, member: str, began: float, ended: float) -> None:
+        """A request's steps in a row on one member: from the first of its images until the last. Told when all its
+        images have taken all steps. On a device that runs behind the host: of the host."""
+
     def finished(self, handle: Handle) -> None:
         """It is done, failed or cancelled."""
+
+
+class Observers(Observer):
+    """Tells each of several, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def submitted(self, handle: Handle) -> None:
+        for each in self._observers:
+            each.submitted(handle)
+
+    def rejected(self, why: Rejection, model: str) -> None:
+        for each in self._observers:
+            each.rejected(why, model)
+
+    def started(self, handle: Handle) -> None:
+        for each in self._observers:
+            each.started(handle)
+
+    def ticked(self, tick: TickInfo) -> None:
+        for each in self._observers:
+            each.ticked(tick)
+
+    def stage(self, handle: Handle, name: Stage, began: float, ended: float) -> None:
+        for each in self._observers:
+            each.stage(handle, name, began, ended)
+
+    def phase(self, handle: Handle, member: str, began: float, ended: float) -> None:
+        for each in self._observers:
+            each.phase(handle, member, began, ended)
+
+    def finished(self, handle: Handle) -> None:
+        for each in self._observers:
+            each.finished(handle)
