@@ -35,6 +35,7 @@ COMMANDS = {
     "search": "Find the schedules, step counts and solvers that are worth their time.",
     "cache": "List the cache of exports and engines, prune it or clear it.",
     "quantise": "Quantise one member of a bundle to int8 or fp8 and report what that costs.",
+    "export-triton": "Write a bundle as a model of Triton Inference Server.",
     "ui": "Draw in the browser at any stitch point, beside what was measured.",
     "report": "Write one page of what is known of a bundle: samples, studies, machines, commands.",
     "doctor": "Show what this machine can build and run, and how to mend what it can't.",
@@ -54,7 +55,7 @@ class _Lazy(Command, click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"tstitch_trt.cli.{cmd_name}").command
+        command = importlib.import_module(f"tstitch_trt.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 
