@@ -37,6 +37,7 @@ COMMANDS = {
     "quantise": "Quantise one member of a bundle to int8 or fp8 and report what that costs.",
     "export-triton": "Write a bundle as a model of Triton Inference Server.",
     "ui": "Draw in the browser at any stitch point, beside what was measured.",
+    "serve": "Serve bundles over HTTP, batching the steps of all requests; OpenAI's client works unchanged.",
     "report": "Write one page of what is known of a bundle: samples, studies, machines, commands.",
     "doctor": "Show what this machine can build and run, and how to mend what it can't.",
 }

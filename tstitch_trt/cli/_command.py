@@ -36,10 +36,10 @@ class Command(click.Command):
 
 
 def tstitch_command(
-    name: str, examples: str, *, bundle: bool = True, json: bool = True, **records: type[Any]
+    name: str, examples: str, *, bundle: bool = True, bundles: bool = False, json: bool = True, **records: type[Any]
 ) -> Callable[[Callable[..., object]], click.Command]:
-    """A function as the command ``name``. It is called with ``bundle`` (a ``Path``), ``as_json``, and each of the
-    ``records`` by its keyword; the help lists their options in this order."""
+    """A function as the command ``name``. It is called with ``bundle`` (a ``Path``) or ``bundles`` (one text or more),
+    ``as_json``, and each of the ``records`` by its keyword; the help lists their options in this order."""
 
     def decorate(function: Callable[..., object]) -> click.Command:
         @functools.wraps(function)
@@ -49,6 +49,7 @@ def tstitch_command(
             return function(**values, **made)
 
         found: list[Callable[[Any], Any]] = [click.argument("bundle", type=click.Path(path_type=Path))] * bundle
+        found += [click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")] * bundles
         for record in records.values():
             hints = typing.get_type_hints(record)
             found += [_option(item, hints[item.name]) for item in fields(record)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import queue
 import signal
 import sys
 import threading
@@ -13,7 +15,7 @@ from typing import Final
 
 from tstitch_trt.start import end_at_once
 
-__all__ = ["watch_signals"]
+__all__ = ["queued_signals", "watch_signals"]
 
 _PATIENCE: Final = 10.0  # seconds of tidying up in which further signals are not heard
 
@@ -51,6 +53,31 @@ def watch_signals() -> Iterator[list[int]]:
             # Python notes a Ctrl-C that ends an exec or eval of text, as in namedtuple, and `python -m` would end by
             # that signal instead of our exit code. The next exec of text clears the note.
             exec("")  # noqa: S102
+
+
+@contextmanager
+def queued_signals(*numbers: int, found: queue.SimpleQueue[int] | None = None) -> Iterator[queue.SimpleQueue[int]]:
+    """The signals ``numbers`` wait in a queue (``found``, or one of its own) while the block runs, and unwind nothing.
+
+    Of those but SIGHUP a second one ends the process at once, with 128 + its number.
+    """
+    into: queue.SimpleQueue[int] = queue.SimpleQueue() if found is None else found
+    endings = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal endings
+        endings += number != signal.SIGHUP
+        if endings > 1:
+            os.write(2, b"interrupted\n" if number == signal.SIGINT else b"terminated\n")
+            os._exit(128 + number)
+        into.put(number)
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield into
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unwinding() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
@@ -40,10 +40,15 @@ class Submissions(Observer):
 
 
 class Access:
-    """An ASGI application around the server's. ``prompts``: they are logged, cut to 1,000 characters."""
+    """An ASGI application around the server's. ``routes``: the paths it has, with one name in braces at their end for
+    those that vary; every other path is logged and counted as ``none``. ``prompts``: they are logged, cut to 1,000
+    characters."""
 
-    def __init__(self, app: App, *, metrics: Metrics, traces: Traces | None, prompts: bool) -> None:
+    def __init__(
+        self, app: App, *, routes: Iterable[str], metrics: Metrics, traces: Traces | None, prompts: bool
+    ) -> None:
         self._app = app
+        self._routes = {route.partition("{")[0]: route for route in routes}
         self._metrics = metrics
         self._traces = traces
         self._prompts = prompts
@@ -75,7 +80,7 @@ class Access:
                 raise
             finally:
                 _submitted.reset(token)
-                route = getattr(scope.get("route"), "path", None) or "none"
+                route = self._route(scope["path"].removeprefix(scope.get("root_path", "")))
                 self._metrics.answered(scope["method"], route, status)
                 if span is not None:
                     span.update_name(f"{scope['method']} {route}")
@@ -86,6 +91,11 @@ class Access:
                     error=error, hung_up=not whole,
                 )  # fmt: skip
                 log_request(self._with_drawing(line, handles))
+
+    def _route(self, path: str) -> str:
+        if path in self._routes:
+            return path
+        return self._routes.get(path.rpartition("/")[0] + "/", "none")
 
     def _with_drawing(self, line: RequestLine, handles: Sequence[Handle]) -> RequestLine:
         if not handles:
