@@ -168,12 +168,16 @@ class Admission:
         helps = any(self.margin * self._promised(offers[number], idle, now, budget) <= budget for number in allowed)
         return Refused("budget", min(min(found) - budget, load.seconds) if helps else math.inf, min(found))
 
+    def room(self, offer: Offer, images: int, bytes: int, free: int) -> bool:  # noqa: A002 - the field's
+        """Whether the queue has room beside ``images`` and ``bytes`` that wait for ``free`` slots."""
+        return images + offer.images - free <= self.max_images and bytes + offer.bytes <= self.max_bytes
+
     def _full(self, offer: Offer, load: Load) -> Refused | None:
-        """Refused where the queue has no room: for as long as those before it in the queue take, on average."""
+        """Refused where there is no ``room``: until as many have left as it needs, by the average of those there."""
+        if self.room(offer, load.images, load.bytes, load.free):
+            return None
         images = load.images + offer.images - load.free - self.max_images
         size = load.bytes + offer.bytes - self.max_bytes
-        if images <= 0 and size <= 0:
-            return None
         seconds = self._shared(offer, load)
         if offer.images > load.slots + self.max_images or offer.bytes > self.max_bytes:
             return Refused("images" if offer.bytes <= self.max_bytes else "bytes", math.inf, seconds)

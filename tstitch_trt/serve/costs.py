@@ -54,12 +54,6 @@ class _Table:
         self.ratio: dict[int, float] = {}
         self.seen: dict[int, int] = dict.fromkeys(batch, seen)
 
-    def seconds(self, lanes: int) -> float:
-        if lanes >= len(self.batch):
-            return self.seconds(len(self.batch) - 1) * lanes / (len(self.batch) - 1)
-        batch = self.batch[lanes]
-        return self.model[batch] * self.ratio.get(batch, self.factor)
-
 
 class MeasuredCosts:
     """Seconds of a step by key and lanes, and the caps of batches. ``Costs`` of the scheduler.
@@ -99,7 +93,11 @@ class MeasuredCosts:
 
     def seconds(self, key: Key, lanes: int) -> float:
         """Of one step of ``lanes`` lanes."""
-        return (self._tables.get(key) or self._table(key)).seconds(lanes)
+        table = self._tables.get(key) or self._table(key)
+        most = len(table.batch) - 1
+        batch = table.batch[lanes if lanes < most else most]
+        seconds = table.model[batch] * table.ratio.get(batch, table.factor)
+        return seconds if lanes <= most else seconds * lanes / most
 
     def cap(self, key: Key) -> int:
         """The batch at which the cost per image stops falling."""

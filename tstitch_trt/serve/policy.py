@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 from tstitch_trt.serve.scheduler import Costs, Key, Lane, Tick, lane_seconds
@@ -19,7 +19,7 @@ class FirstCome:
 
     def choose(self, groups: Groups, costs: Costs, now: float) -> Tick:
         key = min(groups, key=lambda key: min(lane.job.arrived for lane in groups[key]))
-        return Tick(key, _first(groups[key], costs.cap(key), lambda lane: lane.job.arrived))
+        return Tick(key, tuple(heapq.nsmallest(costs.cap(key), groups[key], key=lambda lane: lane.job.arrived)))
 
     def order(self, waiting: Lane, costs: Costs, now: float) -> float:
         return waiting.job.arrived
@@ -59,17 +59,36 @@ class DeadlineFirst:
         self._credit: dict[Key, float] = {}  # seconds of device time
 
     def choose(self, groups: Groups, costs: Costs, now: float) -> Tick:
-        caps = {key: costs.cap(key) for key in groups}
-        ticks = {key: costs.seconds(key, min(len(lanes), caps[key])) for key, lanes in groups.items()}
-        around = sum(ticks[key] * -(-len(lanes) // caps[key]) for key, lanes in groups.items())
-        oldest = min(groups, key=lambda key: groups[key][0].since)
-        if now - groups[oldest][0].since > self.patience * around:
-            self._pay(groups, ticks, oldest)
+        caps: dict[Key, int] = {}
+        ticks: dict[Key, float] = {}  # seconds of each group's next batch
+        around, total, longest = 0.0, 0, now
+        oldest = next(iter(groups))
+        for key, lanes in groups.items():
+            count = len(lanes)
+            total += count
+            caps[key] = cap = costs.cap(key)
+            if count <= cap:
+                ticks[key] = seconds = costs.seconds(key, count)
+            else:
+                ticks[key] = costs.seconds(key, cap)
+                seconds = ticks[key] * -(-count // cap)
+            around += seconds
+            if lanes[0].since < longest:
+                oldest, longest = key, lanes[0].since
+        if now - longest > self.patience * around:
+            self._pay(groups, ticks, total, oldest)
             return Tick(oldest, tuple(groups[oldest][: caps[oldest]]))
         urgent = _urgent(groups, costs, caps, ticks, around, now)
-        key = min(urgent, key=_deadline).key if urgent else self._earned(groups, ticks)
-        self._pay(groups, ticks, key)
-        return Tick(key, _first(groups[key], caps[key], lambda lane: self._place(lane, urgent)))
+        if urgent:
+            key = min(urgent, key=_deadline).key
+        else:
+            credit = self._credit
+            key = min(ticks, key=lambda key: (ticks[key] - credit.get(key, 0.0)) / len(groups[key]))
+        self._pay(groups, ticks, total, key)
+        lanes = groups[key]
+        if len(lanes) > caps[key]:
+            lanes = heapq.nsmallest(caps[key], lanes, key=lambda lane: self._place(lane, urgent))
+        return Tick(key, tuple(lanes))
 
     def order(self, waiting: Lane, costs: Costs, now: float) -> float:
         job = waiting.job
@@ -82,13 +101,10 @@ class DeadlineFirst:
     def _place(self, lane: Lane, urgent: frozenset[Lane]) -> tuple[float, float]:
         return _deadline(lane) if lane in urgent else math.inf, lane.job.arrived - lane.job.priority * self.ageing
 
-    def _earned(self, groups: Groups, ticks: Mapping[Key, float]) -> Key:
-        return min(groups, key=lambda key: (ticks[key] - self._credit.get(key, 0.0)) / len(groups[key]))
-
-    def _pay(self, groups: Groups, ticks: Mapping[Key, float], key: Key) -> None:
+    def _pay(self, groups: Groups, ticks: Mapping[Key, float], total: int, key: Key) -> None:
         """All groups earn the tick's time, and ``key`` spends it. Groups that are gone are forgotten."""
-        share = ticks[key] / sum(map(len, groups.values()))
-        self._credit = {each: self._credit.get(each, 0.0) + share * len(lanes) for each, lanes in groups.items()}
+        share, before = ticks[key] / total, self._credit
+        self._credit = {each: before.get(each, 0.0) + share * len(lanes) for each, lanes in groups.items()}
         self._credit[key] -= ticks[key]
 
 
@@ -96,15 +112,13 @@ def _deadline(lane: Lane) -> float:
     return math.inf if lane.job.deadline is None else lane.job.deadline
 
 
-def _first(lanes: Sequence[Lane], count: int, place: Callable[[Lane], float | tuple[float, ...]]) -> tuple[Lane, ...]:
-    return tuple(lanes if len(lanes) <= count else heapq.nsmallest(count, lanes, key=place))
-
-
 def _urgent(
     groups: Groups, costs: Costs, caps: Mapping[Key, int], ticks: Mapping[Key, float], around: float, now: float
 ) -> frozenset[Lane]:
     """The lanes that are due by the first deadline that leaves no more than a round to spare; none where all do."""
     due = [(lane.job.deadline, lane) for lanes in groups.values() for lane in lanes if lane.job.deadline is not None]
+    if not due:
+        return frozenset()
     due.sort(key=itemgetter(0))
     needed = 0.0  # device time until all of them have ended, where their steps share batches
     possible = []

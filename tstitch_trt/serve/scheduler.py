@@ -127,6 +127,11 @@ class Scheduler:
         return self._waiting
 
     @property
+    def free(self) -> int:
+        """How many slots no lane has."""
+        return len(self._free)
+
+    @property
     def idle(self) -> bool:
         return not self._groups and not self._waiting
 
@@ -169,14 +174,19 @@ class Scheduler:
         return self.policy.choose(self._groups, self.costs, now) if self._groups else None
 
     def ran(self, tick: Tick, now: float) -> list[Lane]:
-        """The tick's lanes have taken their step. Returns those that took their last one; their slots are free."""
-        done = []
-        self._leave(tick.key, tick.lanes)
-        for lane in tick.lanes:
-            lane.step += 1
+        """The tick's lanes have taken their step. Returns those that took their last one; their slots are free.
+
+        Lanes that were dropped meanwhile are left out.
+        """
+        done, groups = [], self._groups
+        lanes = [lane for lane in tick.lanes if lane.slot >= 0]
+        if lanes:
+            self._leave(tick.key, lanes)
+        for lane in lanes:
+            lane.step = step = lane.step + 1
             lane.since = now
-            if lane.left:
-                self._groups.setdefault(lane.key, []).append(lane)
+            if step < len(lane.keys):
+                groups.setdefault(lane.keys[step], []).append(lane)
             else:
                 done.append(lane)
                 self._end(lane)
@@ -200,6 +210,9 @@ class Scheduler:
         return sum(lane_seconds(lane, self.costs, batch) for lane in lanes)
 
     def _leave(self, key: Key, lanes: Sequence[Lane]) -> None:
+        if len(lanes) == len(self._groups[key]):
+            del self._groups[key]
+            return
         gone = set(map(id, lanes))
         left = [lane for lane in self._groups[key] if id(lane) not in gone]
         if left:
