@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals in each window (default 8)")
     parser.add_argument(
         "--limits",
-        default="4x+200ms,8x+200ms,500ms,1000ms",
+        default="4x+200ms,8x+200ms,1000ms,2000ms",
         help="of latency; Nx is N times the request alone, N ms at least (default %(default)s)",
     )
     parser.add_argument("--most", type=int, default=8, help="requests in a batch of LitServe's (default 8)")

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 import tstitch_trt
 from servingbench.asks import Ask, Kind
 from servingbench.figures import Counters
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, Busy
+from tstitch_trt.serve.engine import Engine
+from tstitch_trt.serve.observer import Observer, TickInfo
 
 __all__ = ["CONTENDERS", "Setup", "front_api"]
 
@@ -176,14 +178,69 @@ class Diffusers(Front):
         return pictures
 
 
+class Counting(Observer):
+    """Adds up the ticks of an engine."""
+
+    def __init__(self) -> None:
+        self.found = Counters()
+
+    def ticked(self, tick: TickInfo) -> None:
+        before = self.found
+        self.found = Counters(
+            calls=before.calls + 1,
+            lanes=before.lanes + tick.lanes,
+            seconds=before.seconds + tick.seconds,
+            overhead=before.overhead + tick.overhead,
+        )
+
+
+class Ours(Front):
+    """``tstitch_trt.serve.Engine``: LitServe hands every request on at once, and the engine batches steps.
+
+    ``told``: whether the engine is told the limit of each request, which it may then refuse.
+    """
+
+    def __init__(self, setup: Setup, *, told: bool) -> None:
+        super().__init__(setup, enable_async=True)
+        self.told = told
+
+    def setup(self, device: str) -> None:
+        self.observer = Counting()
+        self.engine = Engine(self.load(), observer=self.observer)
+        self.engine.warm_up()
+
+    async def decode_request(self, request: dict[str, Any]) -> Ask:  # type: ignore[override]
+        return msgspec.convert(request, Ask)
+
+    async def predict(self, ask: Ask) -> Pictures:
+        budget = 1e3 * ask.limit if self.told and ask.limit is not None else None
+        settings = {**ask.kind.keywords(), "labels": list(ask.labels), "seeds": list(ask.seeds)}
+        try:
+            result = await self.engine.submit(latency_budget_ms=budget, **settings)
+        except Busy as error:
+            from fastapi import HTTPException
+
+            raise HTTPException(429, error.message) from None
+        assert result.images is not None, "the bundle has a decoder"
+        return result.images
+
+    async def encode_response(self, output: Pictures) -> dict[str, Any]:  # type: ignore[override]
+        self.counters = self.observer.found
+        return self.answer(output)
+
+
 CONTENDERS: Final = {
     "single": "Runtime.sample behind a queue, one request at a time",
     "litserve": "whole requests batched by LitServe; those with equal plans in one call of Runtime.sample",
     "diffusers": "diffusers' scheduler around the same members in PyTorch, one request at a time",
+    "engine": "tstitch_trt.serve.Engine: steps batched",
+    "engine+limit": "the same, told the latency limit of each request",
 }
 
 
 def front_api(setup: Setup) -> Front:
+    if setup.contender.startswith("engine"):
+        return Ours(setup, told=setup.contender.endswith("+limit"))
     if setup.contender == "litserve":
         return Batched(setup, max_batch_size=setup.most, batch_timeout=setup.wait)
     return {"single": Single, "diffusers": Diffusers}[setup.contender](setup)

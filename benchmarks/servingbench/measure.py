@@ -109,7 +109,7 @@ class Measurement:
                     repeated = [[_sound(first.send([ask])[0], first) for _ in range(_TIMES_ALONE)] for ask in asks]
                 want = [_pictures(answers[0]) for answers in repeated]
                 found = zip(kinds, repeated, strict=True)
-                alone |= {kind: min(answer.latency for answer in answers) for kind, answers in found}
+                alone = {kind: min(answer.latency for answer in answers) for kind, answers in found} | alone
                 differences[first.name] = 0
             if name != self.names[0]:
                 with self.client(name).running() as client:
