@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from tstitch_trt.runtime.lane_program import LaneProgram, StepKey
 from tstitch_trt.runtime.lane_runner import LaneRunner, TimedStep
 from tstitch_trt.runtime.result import FailedImage, Result, SegmentTiming, not_finite
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.serve.costs import MeasuredCosts, StageTimes
+from tstitch_trt.serve.admission import Admission, Booked, Cheaper, Load, Offer, load_of
+from tstitch_trt.serve.costs import CostPoint, MeasuredCosts, StageTimes
 from tstitch_trt.serve.handle import Handle
-from tstitch_trt.serve.scheduler import Job, Policy, Scheduler
+from tstitch_trt.serve.scheduler import Job, Phases, Policy, Scheduler, phases_of
 
 __all__ = ["Model", "Phase", "Request", "preview_steps"]
 
@@ -36,13 +37,11 @@ class Phase(NamedTuple):
     controlled: bool
 
     @staticmethod
-    def of(key: StepKey) -> Phase:
+    def of(key: Hashable) -> Phase:
+        if isinstance(key, Phase):
+            return key
+        assert isinstance(key, StepKey), "the scheduler's keys are those of steps"
         return Phase(key.member, key.guided, key.size, key.control is not None)
-
-
-def _phase(key: Hashable) -> Phase:
-    assert isinstance(key, Phase), "costs are asked for by phase"
-    return key
 
 
 class _PhaseCosts:
@@ -51,10 +50,10 @@ class _PhaseCosts:
     def __init__(self, costs: MeasuredCosts) -> None:
         self._costs = costs
 
-    def seconds(self, key: Any, lanes: int) -> float:
+    def seconds(self, key: Hashable, lanes: int) -> float:
         return self._costs.seconds(Phase.of(key), lanes)
 
-    def cap(self, key: Any) -> int:
+    def cap(self, key: Hashable) -> int:
         return self._costs.cap(Phase.of(key))
 
 
@@ -86,6 +85,8 @@ class Request(Job):
         self.prompts: tuple[str, ...] = ()
         self.failed: dict[int, FailedImage] = {}
         self.started_at = 0.0
+        self.encoding = (0.0, 0.0)  # from when to when
+        self.decoding = (math.inf, 0.0)
         self._latents: Array | None = None
         self._pictures: NDArray[np.uint8] | None = None
 
@@ -153,6 +154,9 @@ class Model:
         weight: float,
         max_lanes: int | None,
         policy: Callable[[], Policy],
+        room: tuple[int, int],
+        cheaper: Cheaper | None,
+        calibration: Iterable[CostPoint],
     ) -> None:
         self.name = name
         self.runtime = runtime
@@ -168,13 +172,15 @@ class Model:
         self.left: Counter[Phase] = Counter()  # steps that are still to run, of all lanes
         self.warming: Iterator[tuple[TimedStep | None, float]] | None = None
         self.warmed = 0.0  # the share that is done
-        self.was_warmed = False
         self.warm_error: Exception | None = None
         self.holding = False  # new requests wait aside, until those that were accepted before have ended
         self.held: Callable[[], None] | None = None  # what is done then
         self.aside: list[Request] = []
         self.stages = StageTimes()
         self._policy = policy
+        self._room = room  # images and bytes that may wait
+        self._cheaper = cheaper
+        self._points = tuple(calibration)
         self._block = ExitStack()
 
     def enter(self) -> None:
@@ -182,11 +188,14 @@ class Model:
         self.runner: LaneRunner = self._block.enter_context(self.runtime.lanes(self.max_lanes))
         runner = self.runner
         self.costs = MeasuredCosts(
-            most=lambda key: runner.most(_phase(key)),
-            optimum=lambda key: runner.tuned(_phase(key)),
-            batch=lambda key, lanes: runner.bucket(_phase(key), lanes),
+            self._points,
+            most=lambda key: runner.most(Phase.of(key)),
+            optimum=lambda key: runner.tuned(Phase.of(key)),
+            batch=lambda key, lanes: runner.bucket(Phase.of(key), lanes),
         )
-        self.scheduler = Scheduler(self.max_lanes, self._policy(), _PhaseCosts(self.costs))
+        costs = _PhaseCosts(self.costs)
+        self.scheduler = Scheduler(self.max_lanes, self._policy(), costs)
+        self.admission = Admission(*self._room, costs, self.stages, cheaper=self._cheaper)
 
     def leave(self) -> None:
         """Gives the runtime back, or closes it where it is the engine's own."""
@@ -199,22 +208,55 @@ class Model:
     @property
     def backlog(self) -> float:
         """Seconds of device time of all steps that are still to run, in batches as large as they are to be."""
-        found = 0.0
-        for phase, steps in list(self.left.items()):
-            if steps > 0:
-                size = self.costs.cap(phase)
-                found += steps * self.costs.seconds(phase, size) / size
-        return found
+        return self.seconds(self.left.copy())
+
+    def phases(self, job: runtime_job.Job) -> Phases:
+        """The phases of each image of a request, before it is encoded."""
+        plan, parsed, members = job.plan, job.parsed, self.runtime.manifest.members
+        control = parsed.control is not None
+        keys = [
+            Phase(name, guided, parsed.size, control and members[name].controlled)
+            for name, guided in zip(plan.schedule.names, plan.guided, strict=True)
+        ]
+        first = plan.start if parsed.init is not None else parsed.start_step
+        return tuple((key, max(first, start), stop) for key, start, stop in phases_of(keys) if stop > first)
 
     def step_counts(self, job: runtime_job.Job) -> Counter[Phase]:
         """How often each phase runs, one image a time, in all of a request."""
-        plan, parsed, members = job.plan, job.parsed, self.runtime.manifest.members
-        start = plan.start if parsed.init is not None else parsed.start_step
-        steps = Counter(list(zip(plan.schedule.names, plan.guided, strict=True))[start:])
         found: Counter[Phase] = Counter()
-        for (name, guided), count in steps.items():
-            controlled = parsed.control is not None and members[name].controlled
-            found[Phase(name, guided, parsed.size, controlled)] += parsed.n * count
+        for key, start, stop in self.phases(job):
+            found[Phase.of(key)] += job.parsed.n * (stop - start)
+        return found
+
+    def offer(self, job: runtime_job.Job) -> Offer:
+        """What admission is told of a request."""
+        parsed, names = job.parsed, job.plan.schedule.names
+        return Offer(
+            images=parsed.n,
+            bytes=self.request_bytes(job),
+            phases=self.phases(job),
+            size=parsed.size,
+            fraction=names.count(self.runtime.members[0]) / len(names),
+            encoded=bool(parsed.prompts) or parsed.init is not None,
+            decoded=job.decode,
+        )
+
+    def load(self, requests: Iterable[Request]) -> Load:
+        """What there is to do. ``requests``: all that are open."""
+        early = [
+            Booked(request.unstarted, self.seconds(request.steps), request.deadline)
+            for request in requests
+            if request.model is self and not request.programs
+        ]
+        return load_of(self.scheduler, bytes=self.waiting_bytes, before=early)
+
+    def seconds(self, steps: Mapping[Phase, int]) -> float:
+        """Of device time, in batches as large as they are to be."""
+        found = 0.0
+        for phase, count in steps.items():
+            if count > 0:
+                size = self.costs.cap(phase)
+                found += count * self.costs.seconds(phase, size) / size
         return found
 
     def request_bytes(self, job: runtime_job.Job) -> int:

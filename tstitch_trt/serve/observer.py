@@ -72,7 +72,7 @@ class Observer:
         """A batch has run."""
 
     def stage(self, handle: Handle, name: Stage, began: float, ended: float) -> None:
-        """A stage of a request has ended."""
+        """A stage of a request has ended. It may be told of two queues: for its encoder, and for its first lane."""
 
     def phase(self, handle: Handle, member: str, began: float, ended: float) -> None:
         """A request's steps in a row on one member: from the first of its images until the last. Told when all its
