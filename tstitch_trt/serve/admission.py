@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tstitch_trt.serve.costs import StageTimes
-from tstitch_trt.serve.scheduler import Costs, Lane, Phases, Scheduler, lane_seconds
+from tstitch_trt.serve.scheduler import Costs, Key, Lane, Phases, Scheduler
 
 __all__ = ["Admission", "Admitted", "Booked", "Cheaper", "Load", "Offer", "Refused", "load_of"]
 
@@ -97,13 +97,16 @@ class Refused:
 def load_of(scheduler: Scheduler, *, bytes: int = 0, before: Iterable[Booked] = ()) -> Load:  # noqa: A002 - the field's
     """``before``: requests that are not with the scheduler yet, e.g. those that are being encoded."""
     costs = scheduler.costs
-    known: dict[tuple[int, int], float] = {}  # the images of a request wait at the same step
+    share: dict[Key, float] = {}  # of a full batch
 
     def seconds(lane: Lane) -> float:
-        at = id(lane.phases), lane.step
-        if at not in known:
-            known[at] = lane_seconds(lane, costs)
-        return known[at]
+        found = 0.0
+        for key, steps in lane.phases_left():
+            if key not in share:
+                cap = costs.cap(key)
+                share[key] = costs.seconds(key, cap) / cap
+            found += steps * share[key]
+        return found
 
     running = scheduler.running
     early = list(before)
