@@ -210,7 +210,7 @@ def command(
             log.info(front.doing)
             engine = Engine(
                 named, max_lanes=queue.max_lanes, max_queue=queue.max_queue, max_queue_bytes=queue.max_queue_memory,
-                weights=weights, load=asdict(load), observer=observers,
+                weights=weights, cheaper=queue.cheaper(), load=asdict(load), observer=observers,
             )  # fmt: skip
             stack.callback(engine.close, cancel=True)
             reload = Reloader(engine, named)

@@ -60,7 +60,7 @@ class Metrics(Observer):
         self._missed = counter("deadline_misses", "Requests that were not done within their latency budget.", "model")
         self._latency = histogram("request_seconds", "From submit to the end, of requests done.", _LATENCY, "model")
         self._stages = histogram(
-            "stage_seconds", "Of a request in queue, encode, denoise or decode.", _LATENCY, "model", "stage"
+            "stage_seconds", "In queue, encode, denoise and decode, of requests done.", _LATENCY, "model", "stage"
         )
         self._steps = histogram("step_seconds", "One step of one batch.", _STEP, "model", "member", "guided", "bucket")
         self._overhead = histogram(
@@ -109,15 +109,16 @@ class Metrics(Observer):
         self._lanes(tick.model, tick.member).inc(tick.lanes)
         self._places(tick.model, tick.member).inc(tick.bucket)
 
-    def stage(self, handle: Handle, name: str, began: float, ended: float) -> None:
-        self._stages(handle.model, name).observe(ended - began)
-
     def finished(self, handle: Handle) -> None:
         self._finished(handle.model, handle.state).inc()
         if handle.deadline is not None and handle.state != "cancelled" and time.monotonic() > handle.deadline:
             self._missed(handle.model).inc()
         if handle.state == "done":
-            self._latency(handle.model).observe(handle.times.total)
+            times = handle.times
+            self._latency(handle.model).observe(times.total)
+            for stage, seconds in (("queue", times.queued), ("encode", times.encode), ("denoise", times.denoise),
+                                   ("decode", times.decode)):  # fmt: skip
+                self._stages(handle.model, stage).observe(seconds)
             self._images(handle.model).inc(handle.n)
 
 

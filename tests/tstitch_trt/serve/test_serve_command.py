@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
 import socket
-import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from support.command import Command, refused
+from support.served import Served, served
 
 KEY = "a-key-of-the-tests"
 
@@ -41,13 +51,232 @@ def test_what_can_not_be_served_is_refused_before_anything_is_loaded(
     refused(run("serve"), "BUNDLE")
 
 
-def test_without_the_extra_it_is_refused_by_name(fashion_bundle: Path) -> None:
-    for missing in ("fastapi", "uvicorn", "prometheus_client"):
-        script = (
-            f"import sys; sys.modules[{missing!r}] = None\n"
-            "from tstitch_trt.cli import main; sys.exit(main(sys.argv[1:]))"
-        )
-        words = [sys.executable, "-c", script, "serve", str(fashion_bundle), "--port", "0"]
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert "tstitch-trt[serve]" in done.stderr
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client", "python_multipart"])
+def test_without_the_extra_it_is_refused_by_name(run: Command, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    refused(run("serve", "a.bundle"), missing, "tstitch-trt[serve]")
+
+
+# --- one server, from its start to its end
+
+
+@pytest.fixture(scope="module")
+def bundle(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("serve") / "fashion.bundle"))
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[Served]:
+    keys = bundle.parent / "keys.txt"
+    keys.write_text(f"# of the tests\nanother-key-of-the-tests\n{KEY}\n")
+    with served(bundle, log=bundle.parent / "log.txt", options=("--api-key-file", str(keys)), key=KEY) as found:
+        yield found
+
+
+@pytest.fixture
+def warm(server: Served) -> Served:
+    server.until(lambda: server.ready() == 200)
+    return server
+
+
+def test_until_it_is_warm_it_lives_and_is_not_ready(server: Served) -> None:
+    assert server.client.get("/healthz").json() == {"status": "ok"}
+    early = server.draw()
+    if early.status_code != 200:  # a fast machine may be ready by now
+        assert early.status_code == 503
+        assert early.json()["error"]["code"] == "not_ready"
+        assert int(early.headers["retry-after"]) > 0
+    server.until(lambda: server.ready() == 200)
+    assert server.messages[0] == "loading fashion"
+    assert "warming up: 100 %" in server.messages
+    assert "ready: fashion" in server.messages
+
+
+def test_who_has_no_key_learns_nothing(warm: Served) -> None:
+    for key in ("", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY):
+        for method, path in (("POST", "/v1/images/generations"), ("GET", "/v1/models"), ("POST", "/admin/reload")):
+            answer = warm.client.request(method, path, headers={"authorization": key}, json={"n": 1})
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert "fashion" not in answer.text
+    assert warm.client.get("/v1/models", headers={"authorization": "Bearer another-key-of-the-tests"}).json()["data"]
+    assert KEY not in warm.log
+
+
+def test_metrics_count_what_was_asked(warm: Served) -> None:
+    before = warm.metrics()
+
+    def since(name: str) -> float:
+        return warm.metrics().get(name, 0.0) - before.get(name, 0.0)
+
+    drawn = warm.draw(n=2, class_labels=[1, 2], steps=4, fraction=0.5)
+    assert drawn.status_code == 200, drawn.text
+    assert warm.draw(steps=10**6).status_code == 400
+    assert warm.draw(model="no-such-model-" + "x" * 50).status_code == 404
+    assert warm.client.get("/no/such/path").status_code == 404
+    model = 'model="fashion"'
+    assert since(f"tstitch_requests_accepted_total{{{model}}}") == 1
+    assert since(f'tstitch_requests_finished_total{{{model},outcome="done"}}') == 1
+    assert since(f"tstitch_images_drawn_total{{{model}}}") == 2
+    assert since(f"tstitch_request_seconds_count{{{model}}}") == 1
+    assert since(f"tstitch_tick_overhead_seconds_count{{{model}}}") == 4
+    for stage in ("queue", "encode", "denoise", "decode"):
+        assert since(f'tstitch_stage_seconds_count{{{model},stage="{stage}"}}') == 1
+    for member in ("small", "large"):
+        assert since(f'tstitch_step_lanes_total{{member="{member}",{model}}}') == 4, "two images, two steps each"
+        assert since(f'tstitch_step_places_total{{member="{member}",{model}}}') >= 4
+        assert since(f'tstitch_step_seconds_count{{bucket="2",guided="true",member="{member}",{model}}}') == 2
+    now = warm.metrics()
+    assert (now["tstitch_ready"], now["tstitch_draining"]) == (1, 0)
+    assert now[f"tstitch_requests_in_flight{{{model}}}"] == now[f"tstitch_backlog_seconds{{{model}}}"] == 0
+    answers = 'tstitch_http_responses_total{method="POST",route="/v1/images/generations",status="%d"}'
+    assert (since(answers % 200), since(answers % 400), since(answers % 404)) == (1, 1, 1)
+    assert not [name for name in now if "no-such" in name or "/no/such" in name], "a client made a label's value"
+    page = warm.client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert page.headers["content-type"].startswith("application/openmetrics-text")
+    assert page.text.endswith("# EOF\n")
+
+
+def test_a_request_has_one_line_in_the_log(warm: Served) -> None:
+    body = {"class_labels": [7], "steps": 3, "fraction": 1.0, "user": "somebody"}
+    answer = warm.client.post("/v1/images/generations", headers={"x-request-id": "mine-1"}, json=body)
+    assert answer.headers["x-request-id"] == "mine-1"
+    (line,) = (line for line in warm.lines if line.get("request_id") == "mine-1")
+    assert (line["model"], line["images"], line["steps"], line["status"]) == ("fashion", 1, 3, 200)
+    assert (line["schedule"], line["outcome"], line["client"]) == ("small[0:3]", "done", "127.0.0.1")
+    assert 0 < line["denoise"] <= line["seconds"]
+    assert "somebody" not in warm.log
+    assert not [line for line in warm.lines if line.get("route") in ("/healthz", "/metrics")]
+
+
+def test_a_client_that_hangs_up_is_counted(warm: Served) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        warm.client.post("/v1/images/generations", json={"steps": 250, "n": 4}, timeout=0.3)
+    cancelled = 'tstitch_requests_finished_total{model="fashion",outcome="cancelled"}'
+    warm.until(lambda: warm.metrics().get(cancelled) == 1)
+    warm.until(lambda: not warm.metrics().get('tstitch_lanes{member="large",model="fashion"}'))
+    warm.until(lambda: any(line.get("outcome") == "cancelled" for line in warm.lines))
+    (line,) = (line for line in warm.lines if line.get("outcome") == "cancelled")
+    assert line["status"] in (0, 499)
+
+
+def test_a_changed_bundle_takes_over_while_requests_run(warm: Served, bundle: Path) -> None:
+    manifest = bundle / "manifest.json"
+    first = manifest.read_text()
+    steps = json.loads(first)["defaults"]["steps"]
+
+    def served_steps() -> int:
+        return int(warm.client.get("/v1/models/fashion").json()["steps"])
+
+    def loaded(text: str) -> None:
+        whole = manifest.with_name("manifest.new")
+        whole.write_text(text)
+        whole.replace(manifest)
+
+    assert warm.client.post("/admin/reload").json()["models"] == []
+    stop = threading.Event()
+
+    def draw() -> list[int]:
+        found = []
+        while not stop.is_set():
+            found.append(warm.draw(steps=3).status_code)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        drawing = [pool.submit(draw) for _ in range(2)]
+        try:
+            loaded(json.dumps({**json.loads(first), "defaults": {**json.loads(first)["defaults"], "steps": steps + 1}}))
+            warm.process.send_signal(signal.SIGHUP)
+            warm.until(lambda: served_steps() == steps + 1)
+            loaded("{ no manifest")
+            answer = warm.client.post("/admin/reload")
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "reload_failed"
+            assert "fashion" in answer.json()["error"]["message"]
+            assert str(bundle.parent) not in answer.text
+            warm.process.send_signal(signal.SIGHUP)
+            said = "fashion could not be loaded again, and is served as it was"
+            warm.until(lambda: warm.messages.count(said) == 2)
+            assert served_steps() == steps + 1
+            loaded(first)
+            assert warm.client.post("/admin/reload").json()["models"] == ["fashion"]
+            assert served_steps() == steps
+        finally:
+            stop.set()
+        codes = [code for each in drawing for code in each.result(60)]
+    assert len(codes) > 4
+    assert set(codes) == {200}
+
+
+def test_sigterm_finishes_what_was_accepted_and_exits_0(warm: Served) -> None:
+    with ThreadPoolExecutor(5) as pool:
+        asked: list[Future[httpx.Response]] = [
+            pool.submit(warm.draw, n=2, steps=12, seed=10 * index) for index in range(5)
+        ]
+        warm.until(lambda: warm.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 5)
+        warm.process.send_signal(signal.SIGTERM)
+        warm.until(lambda: warm.ready() == 503)
+        refusal = warm.draw()
+        assert refusal.status_code == 503
+        assert "retry-after" in refusal.headers
+        answers = [each.result(60) for each in asked]
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert [answer.json()["tstitch"]["seeds"][0] for answer in answers] == [0, 10, 20, 30, 40]
+    assert warm.process.wait(30) == 0, warm.told()
+    assert "SIGTERM: finishing what was accepted" in warm.messages
+    assert warm.messages[-1] == "stopped"
+    assert "Traceback" not in warm.log
+
+
+# --- another one: traces, and an end that waits for nobody
+
+
+def test_traces_and_a_second_sigterm(fashion_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    environment = {**os.environ, "OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_SCHEDULE_DELAY": "50"}
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    with served(fashion_bundle, log=tmp_path / "log.txt", options=("--no-warm-up",), environment=environment) as found:
+        found.until(lambda: found.ready() == 200)
+        answer = found.client.post(
+            "/v1/images/generations", json={"steps": 4, "fraction": 0.5, "n": 1},
+            headers={"traceparent": f"00-{trace}-{parent}-01"},
+        )  # fmt: skip
+        assert answer.status_code == 200
+
+        def spans() -> dict[str, Any]:
+            lines = (line for line in found.lines if line.get("context", {}).get("trace_id") == f"0x{trace}")
+            return {line["name"]: line for line in lines}
+
+        found.until(lambda: "POST /v1/images/generations" in spans())
+        seen = spans()
+        assert set(seen) == {
+            "POST /v1/images/generations", "draw", "queue", "encode", "denoise", "decode", "steps of small",
+            "steps of large",
+        }  # fmt: skip
+        outer, drawing = seen["POST /v1/images/generations"], seen["draw"]
+        assert outer["parent_id"] == f"0x{parent}"
+        assert drawing["parent_id"] == outer["context"]["span_id"]
+        assert {seen[name]["parent_id"] for name in set(seen) - {outer["name"], "draw"}} == {
+            drawing["context"]["span_id"]
+        }
+        small, large = seen["steps of small"], seen["steps of large"]
+        assert drawing["start_time"] <= small["start_time"] <= small["end_time"] <= large["end_time"]
+        assert large["end_time"] <= drawing["end_time"] <= outer["end_time"]
+
+        def cut_off() -> int:
+            try:
+                return found.draw(steps=250, n=8).status_code
+            except httpx.TransportError:
+                return 0
+
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(cut_off)
+            found.until(lambda: found.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 1)
+            found.process.send_signal(signal.SIGTERM)
+            found.until(lambda: found.ready() == 503)
+            began = time.monotonic()
+            found.process.send_signal(signal.SIGTERM)
+            assert found.process.wait(10) == 143
+            assert time.monotonic() - began < 2
+            assert asked.result(10) == 0
+        assert found.log.endswith("terminated\n")
