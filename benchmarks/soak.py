@@ -362,9 +362,10 @@ class Use(NamedTuple):
     threads: int
 
 
-def use_now(started: float) -> Use:
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    files, native = (sum(1 for _ in Path(f"/proc/self/{name}").iterdir()) for name in ("fd", "task"))
+def use_now(started: float, process: int | str = "self") -> Use:
+    """``process``: its id."""
+    resident = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    files, native = (sum(1 for _ in Path(f"/proc/{process}/{name}").iterdir()) for name in ("fd", "task"))
     return Use(round(monotonic() - started, 2), resident, files, native)
 
 
