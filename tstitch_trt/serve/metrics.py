@@ -1,7 +1,7 @@
 """What Prometheus reads: counts and times of an engine and of the answers over HTTP.
 
-No client can make a label's value: models, members and batch sizes are the bundles', routes the server's, and every
-other word is one of a list. Counts live in a registry of this object's own, so that two servers in one process don't
+No client can make a label's value: models, members and batch sizes are the bundles', routes the server's, and all
+other words are in the code. Counts live in a registry of this object's own, so that two servers in one process don't
 share them.
 """
 
@@ -22,18 +22,14 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from tstitch_trt.serve.handle import Handle
-    from tstitch_trt.serve.observer import EngineState, TickInfo
+    from tstitch_trt.serve.observer import EngineState, Rejection, TickInfo
 
-__all__ = ["REJECTIONS", "Metrics", "metrics_route"]
-
-REJECTIONS: Final = ("queue", "bytes", "budget", "closed")
-"""Why requests are rejected; another reason is counted as ``other``."""
+__all__ = ["Metrics", "metrics_route"]
 
 _METHODS: Final = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH")
 _STEP: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _OVERHEAD: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
 _LATENCY: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
-_OTHER: Final = "other"
 
 
 class Metrics(Observer):
@@ -42,7 +38,6 @@ class Metrics(Observer):
     def __init__(self) -> None:
         client = require("prometheus_client", "/metrics", extra="serve")
         self.registry: CollectorRegistry = client.CollectorRegistry()
-        self._models: frozenset[str] = frozenset()
 
         def counter(name: str, text: str, *labels: str) -> _Children:
             return _Children(client.Counter(f"tstitch_{name}", text, labels, registry=self.registry))
@@ -79,7 +74,6 @@ class Metrics(Observer):
 
     def watch(self, state: Callable[[], EngineState]) -> None:
         """``state``: of the engine, read at every scrape."""
-        self._models = frozenset(state().models)
         self.registry.register(_Held(state))
 
     def render(self, accept: str) -> tuple[bytes, str]:
@@ -91,7 +85,7 @@ class Metrics(Observer):
 
     def answered(self, method: str, route: str, status: int) -> None:
         """``route``: the server's pattern of the path, not the path."""
-        self._responses(method if method in _METHODS else _OTHER, route, str(status)).inc()
+        self._responses(method if method in _METHODS else "other", route, str(status)).inc()
 
     # --- of the engine
 
@@ -100,8 +94,8 @@ class Metrics(Observer):
         if handle.adapted is not None:
             self._adapted(handle.model).inc()
 
-    def rejected(self, why: str, model: str) -> None:
-        self._rejected(model if model in self._models else _OTHER, why if why in REJECTIONS else _OTHER).inc()
+    def rejected(self, why: Rejection, model: str) -> None:
+        self._rejected(model, why).inc()
 
     def ticked(self, tick: TickInfo) -> None:
         self._steps(tick.model, tick.member, str(tick.guided).lower(), str(tick.bucket)).observe(tick.seconds)

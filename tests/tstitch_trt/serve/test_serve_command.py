@@ -112,11 +112,13 @@ def test_metrics_count_what_was_asked(warm: Served) -> None:
     drawn = warm.draw(n=2, class_labels=[1, 2], steps=4, fraction=0.5)
     assert drawn.status_code == 200, drawn.text
     assert warm.draw(steps=10**6).status_code == 400
+    assert warm.draw(latency_budget_ms=1, steps=200).status_code == 400, "no time helps"
     assert warm.draw(model="no-such-model-" + "x" * 50).status_code == 404
     assert warm.client.get("/no/such/path").status_code == 404
     model = 'model="fashion"'
     assert since(f"tstitch_requests_accepted_total{{{model}}}") == 1
     assert since(f'tstitch_requests_finished_total{{{model},outcome="done"}}') == 1
+    assert since(f'tstitch_requests_rejected_total{{{model},reason="budget"}}') == 1
     assert since(f"tstitch_images_drawn_total{{{model}}}") == 2
     assert since(f"tstitch_request_seconds_count{{{model}}}") == 1
     assert since(f"tstitch_tick_overhead_seconds_count{{{model}}}") == 4
@@ -130,7 +132,7 @@ def test_metrics_count_what_was_asked(warm: Served) -> None:
     assert (now["tstitch_ready"], now["tstitch_draining"]) == (1, 0)
     assert now[f"tstitch_requests_in_flight{{{model}}}"] == now[f"tstitch_backlog_seconds{{{model}}}"] == 0
     answers = 'tstitch_http_responses_total{method="POST",route="/v1/images/generations",status="%d"}'
-    assert (since(answers % 200), since(answers % 400), since(answers % 404)) == (1, 1, 1)
+    assert (since(answers % 200), since(answers % 400), since(answers % 404)) == (1, 2, 1)
     assert not [name for name in now if "no-such" in name or "/no/such" in name], "a client made a label's value"
     page = warm.client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert page.headers["content-type"].startswith("application/openmetrics-text")
@@ -280,3 +282,26 @@ def test_traces_and_a_second_sigterm(fashion_bundle: Path, tmp_path: Path) -> No
             assert time.monotonic() - began < 2
             assert asked.result(10) == 0
         assert found.log.endswith("terminated\n")
+
+
+def test_ended_while_it_loads_it_has_lost_nothing(fashion_bundle: Path, tmp_path: Path) -> None:
+    with served(fashion_bundle, log=tmp_path / "log.txt") as found:
+        found.process.send_signal(signal.SIGTERM)
+        assert found.process.wait(30) == 0
+        assert found.messages[-1] == "stopped before it was ready"
+        assert "Traceback" not in found.log
+
+
+def test_what_takes_longer_than_the_drain_is_cancelled(fashion_bundle: Path, tmp_path: Path) -> None:
+    """And with --insecure, of a server that other machines reach."""
+    options = ("--no-warm-up", "--drain-timeout", "0.2", "--host", "0.0.0.0", "--insecure")  # noqa: S104
+    with served(fashion_bundle, log=tmp_path / "log.txt", options=options) as found, ThreadPoolExecutor(1) as pool:
+        found.until(lambda: found.ready() == 200)
+        asked = pool.submit(found.draw, steps=250, n=8)
+        found.until(lambda: found.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 1)
+        began = time.monotonic()
+        found.process.send_signal(signal.SIGTERM)
+        assert asked.result(30).status_code == 503
+        assert found.process.wait(30) == 0
+        assert time.monotonic() - began < 8
+        assert "1 requests have not ended after 0.2 s: cancelled" in found.messages
