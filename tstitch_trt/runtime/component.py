@@ -36,7 +36,7 @@ class Component:
         self.name = name
         self.network = network
         self._engine = engine
-        self._device = device
+        self.device = device
         self._slab: Slab | None = None
         self._recent: OrderedDict[tuple[tuple[str, int], ...], None] = OrderedDict()  # sizes, the oldest first
 
@@ -77,7 +77,7 @@ class Component:
         return found
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
-        engine, device = self._engine, self._device
+        engine, device = self._engine, self.device
         rows = len(inputs[engine.inputs[0].name])
         batch = self._bucket(rows)
         every = {**sizes, "B": batch}
@@ -100,7 +100,7 @@ class Component:
         self._recent.move_to_end(key)
         if len(self._recent) > _SIZES:
             oldest = dict(self._recent.popitem(last=False)[0])
-            self._device.synchronize()
+            self.device.synchronize()
             self._engine.release(self._buffers(oldest), sizes=oldest)
 
     def _bucket(self, rows: int) -> int:
@@ -112,7 +112,7 @@ class Component:
         specs = (*self._engine.inputs, *self._engine.outputs)
         if self._slab is None:
             largest = {name: allowed.max for name, allowed in self.profile.dims.items()}
-            self._slab = Slab(self._device, {spec.name: spec.nbytes(largest) for spec in specs})
+            self._slab = Slab(self.device, {spec.name: spec.nbytes(largest) for spec in specs})
         return {spec.name: self._slab.view(spec.name, spec.resolve(sizes), spec.dtype) for spec in specs}
 
     def close(self) -> None:

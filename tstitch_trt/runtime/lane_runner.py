@@ -235,6 +235,10 @@ class LaneRunner:
 
         return self._turn.run(work)
 
+    def lost(self) -> str | None:
+        """Why nothing can run on the device any more, ``None`` where something can. Asked after an error."""
+        return self._device.lost()
+
     # --- decode
 
     def decode(self, latents: Array) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

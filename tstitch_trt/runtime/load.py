@@ -90,8 +90,9 @@ def load(
     it has none. ``stream`` (CUDA): a stream to work on, an object with ``__cuda_stream__`` or an integer handle, not a
     default stream; its owner keeps it alive. ``sample`` returns when its work is done either way.
 
-    ``overlap`` (CUDA): the VAE's decoder works on a stream and in activation memory of its own, so that it makes
-    pictures while the steps of the next images run. Without it there is one block of memory for all, and one order.
+    ``overlap`` (CUDA): the VAE's decoder, and the encoders of texts and pictures, each work on a stream and in
+    activation memory of their own, so that pictures are made, and with a server prompts are read, while the steps of
+    other images run. Without it there is one block of memory for all, and one order.
 
     ``rebuild``: engines that are missing, damaged or don't fit this machine and these versions are compiled again from
     the bundle's own ONNX with the options and profile they had, and the bundle is replaced in one step. ``progress``
@@ -150,13 +151,17 @@ def load(
         require_trust(opened, network, record, library, trusted=trusted)
         check_load_options(opened, network, record, library, place.name, options)
     check_memory(opened.manifest, chosen, place, most)
+    stepped = {*opened.manifest.members, ComponentName.CONTROLNET}
     decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
+    encoders = set(chosen) - stepped - {ComponentName.VAE_DECODER}
+    encoding = place.with_own_stream() if overlap and encoders else place
+    places = {ComponentName.VAE_DECODER: decoding, **dict.fromkeys(encoders, encoding)}
     engines: dict[str, Engine] = {}
     entered = object()
     try:
         EXIT.enter(entered)
         for network, record in chosen.items():
-            where = decoding if network == ComponentName.VAE_DECODER else place
+            where = places.get(network, place)
             engines[network] = load_engine(opened, network, record, library, where, threads=used, trusted=trusted)
     except BaseException:
         for engine in engines.values():
@@ -168,7 +173,7 @@ def load(
     return Runtime(
         *(opened, place, name, engines, load_ms),
         graph=graph,
-        decoding=decoding,
+        places=places,
         threads=used,
         chooser=chooser,
         timeout=timeout,

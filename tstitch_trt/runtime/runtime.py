@@ -30,7 +30,7 @@ from tstitch_engines.checks import (
     taken_as_is,
 )
 from tstitch_engines.device.base import Buffer, Device
-from tstitch_engines.errors import Busy, Cancelled, NotFinite, unknown_name
+from tstitch_engines.errors import BadInput, Busy, Cancelled, NotFinite, unknown_name
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
@@ -98,12 +98,12 @@ class Runtime:
         load_ms: float,
         *,
         graph: GraphMode = "auto",
-        decoding: Device | None = None,
+        places: Mapping[str, Device] | None = None,
         threads: int = 0,
         chooser: ChooserFactory | None = None,
         timeout: float | None = None,
     ) -> None:
-        """``decoding``: what the engine of the VAE's decoder was loaded on, if not ``device``
+        """``places``: what the engines of encoders and decoder were loaded on, if not on ``device``
         (``Device.with_own_stream``). The other options are those of ``tstitch_trt.load``.
         """
         self.bundle = bundle
@@ -114,10 +114,9 @@ class Runtime:
         self._engines = dict(engines)
         members, control = bundle.manifest.members, ComponentName.CONTROLNET
         stepped = {name: engine for name, engine in engines.items() if name in members or name == control}
-        places: dict[str, Device] = {ComponentName.VAE_DECODER: decoding or device}
         self._stepper = Stepper(bundle.manifest, device, stepped, graph)
         self._parts = {
-            name: Component(name, network, engines[name], places.get(name, device))
+            name: Component(name, network, engines[name], (places or {}).get(name, device))
             for name, network in bundle.manifest.parts.items()
             if name in engines and name not in stepped
         }
@@ -457,8 +456,14 @@ class Runtime:
     def lanes(self, slots: int | None = None, *, timeout: float | None = None) -> Iterator[LaneRunner]:
         """An ``exclusive`` block that runs lanes of many requests step by step: what ``tstitch_trt.serve`` is built on.
 
-        ``slots``: how many lanes there are at once; by default, and at least, as many as one batch has.
+        ``slots``: how many lanes there are at once; by default, and at least, as many as one batch has. Raises
+        ``BadInput`` on CUDA for a bundle with encoders or a decoder that was loaded without ``overlap``.
         """
+        if self.device.name != "cpu" and any(part.device is self.device for part in self._parts.values()):
+            raise BadInput(
+                "encoders and decoder share the stream of the steps, which several threads can't use at once",
+                hint="load the bundle with overlap=True, the default",
+            )
         with self._queue.exclusive(timeout) as turn:
             turn.run(lambda: self._stepper.resize(self.batch_limit if slots is None else slots))
             make = partial(Job.make, self.manifest, self.limits, self._vae, self._chooser)

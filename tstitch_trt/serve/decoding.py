@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,15 +12,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.errors import first_line
 from tstitch_trt.runtime.lane_runner import Answer
 from tstitch_trt.serve.book import Book
 from tstitch_trt.serve.handle import LaneEvent
 from tstitch_trt.serve.model import Model, Request
 
 __all__ = ["Decoding", "Drawn", "Fault", "Peek"]
-
-_log = logging.getLogger(__name__)
 
 _MOST: Final = 16  # images at once
 
@@ -65,7 +61,7 @@ class Decoding:
         self._failed = failed
 
     def run(self) -> None:
-        """Until the queue says ``None``. What is drawn goes before previews."""
+        """Until the queue says ``None``."""
         while True:
             batch = [self.queue.get()]
             with suppress(Empty):
@@ -74,31 +70,22 @@ class Decoding:
             for one in batch:
                 if isinstance(one, Fault) and not one.request.over:
                     self._image_failed(one.request, one.image, one.step)
-            drawn = [one for one in batch if isinstance(one, Drawn)]
-            for start in range(0, len(drawn), _MOST):
-                self._decode(drawn[start : start + _MOST])
-            for one in batch:
-                if isinstance(one, Peek) and not one.request.over:
-                    self._peek(one)
+            wanted = [one for one in batch if isinstance(one, Drawn | Peek)]
+            wanted.sort(key=lambda one: isinstance(one, Peek))  # results first
+            for start in range(0, len(wanted), _MOST):
+                self._decode([one for one in wanted[start : start + _MOST] if not one.request.over])
             if None in batch:
                 return
 
-    def _decode(self, drawn: Sequence[Drawn]) -> None:
-        groups: dict[tuple[Model, tuple[int, int]], list[tuple[Drawn, Array]]] = {}
-        for one in drawn:
-            request = one.request
-            if request.over:
-                continue
+    def _decode(self, wanted: Sequence[Drawn | Peek]) -> None:
+        groups: dict[tuple[Model, tuple[int, int]], list[tuple[Drawn | Peek, Array]]] = {}
+        for one in wanted:
+            request, latents = one.request, None
             try:
-                latents, fault = request.model.runner.fetch(one.answer)
+                latents = one.read() if isinstance(one, Peek) else self._fetch(one)
             except Exception as error:
                 self._failed(request, error)
-                continue
-            if fault >= 0:
-                self._image_failed(request, one.image, fault)
-            elif not request.asked.decode:
-                self._image_done(request, one.image, latents[0], None)
-            else:
+            if latents is not None:
                 groups.setdefault((request.model, request.asked.parsed.size), []).append((one, latents))
         for (model, size), group in groups.items():
             began = time.monotonic()
@@ -110,22 +97,32 @@ class Decoding:
                 continue
             ended = time.monotonic()
             model.stages.observe("decode", size, len(group), ended - began)
-            for request in dict.fromkeys(one.request for one, _ in group):
+            for (one, _), picture in zip(group, pictures, strict=True):
+                if isinstance(one, Peek):
+                    names = one.request.asked.plan.schedule.names
+                    event = LaneEvent(one.image, one.step + 1, len(names), names[one.step], picture)
+                    one.request.handle._tell(event)
+            for request in dict.fromkeys(one.request for one, _ in group if isinstance(one, Drawn)):
                 request.decoding = (min(began, request.decoding[0]), ended)
             for (one, latents), picture, fine in zip(group, pictures, good, strict=True):
+                if isinstance(one, Peek):
+                    continue
                 if fine:
                     self._image_done(one.request, one.image, latents[0], picture)
                 else:
                     self._image_failed(one.request, one.image, -1)
 
-    def _peek(self, peek: Peek) -> None:
-        request, names = peek.request, peek.request.asked.plan.schedule.names
-        try:
-            pictures, _ = request.model.runner.decode(peek.read())
-        except Exception as error:
-            _log.warning("no preview: %s", first_line(error))
-            return
-        request.handle._tell(LaneEvent(peek.image, peek.step + 1, len(names), names[peek.step], preview=pictures[0]))
+    def _fetch(self, one: Drawn) -> Array | None:
+        """The latents to decode; ``None`` where that is not wanted, or where they are no good."""
+        request = one.request
+        latents, fault = request.model.runner.fetch(one.answer)
+        if fault >= 0:
+            self._image_failed(request, one.image, fault)
+        elif request.asked.decode:
+            return latents
+        else:
+            self._image_done(request, one.image, latents[0], None)
+        return None
 
     def _image_failed(self, request: Request, image: int, fault: int) -> None:
         """``fault``: the step (from 0) after which it was not finite, -1 for the decoder."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from tstitch_engines.errors import DeviceLost, FailedWork, OutOfTime, first_line
+from tstitch_engines.errors import BadInput, DeviceLost, FailedWork, OutOfTime, first_line
 from tstitch_trt.runtime.lane_program import LaneProgram
 from tstitch_trt.serve.book import Book, request_of
 from tstitch_trt.serve.decoding import Decoding, Drawn, Fault, Peek
@@ -124,11 +124,11 @@ class Denoising:
                 request.model.scheduler.add(request, images, time.monotonic())
 
     def failed(self, request: Request, error: Exception) -> None:
-        """A request can't be drawn. On any thread."""
-        if isinstance(error, DeviceLost):
-            self._book.inbox.put(lambda: self._device_lost(request.model, error))
-        else:
+        """A request can't be drawn. On any thread; whether the device is to blame is asked on its own."""
+        if isinstance(error, BadInput):
             self._book.end(request.handle, error)
+        else:
+            self._book.inbox.put(lambda: self._failed([request], error))
 
     def stop(self) -> None:
         """Ends ``run`` when no request is open."""
@@ -308,19 +308,28 @@ class Denoising:
 
     def _step_failed(self, model: Model, tick: Tick, error: Exception) -> None:
         """The requests that had lanes in the batch fail, the others go on."""
-        if isinstance(error, DeviceLost):
-            self._device_lost(model, error)
+        _log.warning("a step of %d lanes of %s failed: %s", len(tick.lanes), model.name, first_line(error))
+        self._failed(list(dict.fromkeys(map(request_of, tick.lanes))), error)
+
+    def _failed(self, requests: list[Request], error: Exception) -> None:
+        """Requests of one bundle."""
+        model = requests[0].model
+        if model.runner.closed:
+            return  # its device was lost, and they began again or failed
+        if isinstance(error, DeviceLost) or (why := model.runner.lost()) is None:
+            lost = error if isinstance(error, DeviceLost) else None
+        else:
+            lost = DeviceLost(f"the device is lost: {why}", hint="start the process again")
+        if lost is not None:
+            self._device_lost(model, lost)
             return
-        _log.warning("a step of %d lanes failed: %s", len(tick.lanes), first_line(error), exc_info=error)
-        for request in dict.fromkeys(map(request_of, tick.lanes)):
+        for request in requests:
             self._book.end(request.handle, error)
 
     def _device_lost(self, model: Model, error: DeviceLost) -> None:
         """Loads the bundle again and begins anew with what was not answered; a request that this happens to twice
         fails."""
         book = self._book
-        if model not in book.every_model():
-            return  # told of it before, by another stage
         _log.error("the device is lost: %s", first_line(error))
         self._ran.clear()
         with suppress(Exception):

@@ -167,6 +167,9 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Waits until all work enqueued by this device object is done."""
 
+    def lost(self) -> str | None:
+        """Why nothing can run on it any more in this process, ``None`` where something can. Asked after an error."""
+
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records what ``work`` enqueues instead of running it. Raises ``NotCaptured`` with the reason.
 

@@ -195,6 +195,14 @@ class CudaDevice:
         self.calls["sync"] += 1
         self._stream.sync()
 
+    def lost(self) -> str | None:
+        """See ``Device``: an error that is still there after it was asked for spoils the context for good."""
+        self._runtime.cudaGetLastError()
+        code = self._runtime.cudaDeviceSynchronize()[0]
+        if int(code) == 0:
+            return None
+        return f"{self.name}: {self._runtime.cudaGetErrorString(code)[1].decode()}"
+
     def capture(self, work: Callable[[], None]) -> CudaGraph:
         before = self.calls.copy()
         try:

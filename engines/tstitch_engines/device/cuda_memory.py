@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,25 +39,31 @@ class Block:
 
 
 class Blocks:
-    """Blocks in flight. ``take`` never waits: when all are still in use it makes another one with ``allocate``."""
+    """Blocks in flight. ``take`` never waits: when all are still in use it makes another one with ``allocate``.
+
+    A thread that waits for a download gives its block back while another enqueues the next one.
+    """
 
     def __init__(self, allocate: Callable[[int], Any]) -> None:
         self._allocate = allocate
         self._blocks: list[Block] = []
+        self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> Block:
         """A block of at least ``nbytes`` that nothing uses; ``give`` it back after enqueuing its last use."""
-        for index, block in enumerate(self._blocks):
-            if block.nbytes >= nbytes and block.busy_until.is_done:
-                return self._blocks.pop(index)
+        with self._lock:
+            for index, block in enumerate(self._blocks):
+                if block.nbytes >= nbytes and block.busy_until.is_done:
+                    return self._blocks.pop(index)
         size = 1 << max(16, (nbytes - 1).bit_length())
         return Block(self._allocate(size), size)
 
     def give(self, block: Block, busy_until: Any) -> None:
         """``busy_until``: the event recorded after the block's last use."""
         block.busy_until = busy_until
-        self._blocks.append(block)
-        self._blocks.sort(key=lambda one: one.nbytes)  # so that `take` picks the smallest that fits
+        with self._lock:
+            self._blocks.append(block)
+            self._blocks.sort(key=lambda one: one.nbytes)  # so that `take` picks the smallest that fits
 
 
 class CudaDownload:

@@ -74,6 +74,9 @@ class HostDevice:
     def synchronize(self) -> None:
         self.calls["sync"] += 1
 
+    def lost(self) -> str | None:
+        return None
+
     def capture(self, work: Callable[[], None]) -> Graph:
         raise NotCaptured("the CPU has no graphs", hint="nothing to do: calls cost little there")
 

@@ -89,7 +89,7 @@ def load(machine: Machine, bundle: Bundle) -> Callable[..., Runtime]:
                 bundle.path(record.files[0]), member=network, identity=record.identity, device=HostDevice(), threads=1
             )
             engines[name] = LateEngine(engine, machine, (decoding if name == "vae_decoder" else device).stream_handle)
-        return Runtime(bundle, device, "onnxruntime", engines, 0.0, decoding=decoding, **options)
+        return Runtime(bundle, device, "onnxruntime", engines, 0.0, places={"vae_decoder": decoding}, **options)
 
     return make
 
