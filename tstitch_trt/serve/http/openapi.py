@@ -137,8 +137,15 @@ def _answer(name: str) -> dict[str, Any]:
 
 def _drawn_answer() -> dict[str, Any]:
     picture = {"schema": {"type": "string", "format": "binary"}}
-    events = {"type": "string", "description": "Events with the data PartialImageEvent and CompletedEvent; a failure "
-              "is the event error with ErrorBody."}  # fmt: skip
+    names = [f"{kind}.{what}" for kind in ("image_generation", "image_edit") for what in ("partial_image", "completed")]
+    data = {"anyOf": [_reference(name) for name in ("PartialImageEvent", "CompletedEvent", "ErrorBody")]}
+    events = {
+        "type": "object",
+        "properties": {
+            "event": {"enum": [*names, "error"]},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
+        },
+    }
     content = {
         "application/json": {"schema": _reference("ImagesResponse")},
         "text/event-stream": {"schema": events},
