@@ -77,7 +77,7 @@ def create_app(engine: Engine, settings: HttpSettings, *, extra_routes: Sequence
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 
-    app: FastAPI = fastapi.FastAPI(root_path=settings.root_path, docs_url=None, redoc_url=None, openapi_url=None)
+    app: FastAPI = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     server = _Server(engine, settings)
     for path, method, name in OPERATIONS:
         app.add_route(path, getattr(server, name), methods=[method], include_in_schema=False)

@@ -52,6 +52,7 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
+        scope["root_path"] = self._settings.root_path or scope.get("root_path", "")
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         asked = headers.get("x-request-id", "")
         request_id = asked if _ID.fullmatch(asked) else uuid.uuid4().hex
@@ -174,10 +175,10 @@ def release_body(scope: Scope) -> None:
     scope["state"]["release_body"]()
 
 
-def _path(scope: Scope) -> str:
+def _path(scope: Scope) -> Any:
     """Of the route, without the root path of a proxy."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")) or "/"
+    path, root = scope["path"], scope["root_path"]
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _from_here(scope: Scope, headers: dict[str, str], name: str) -> bool:

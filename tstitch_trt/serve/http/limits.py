@@ -46,7 +46,12 @@ class HttpLimits:
         }  # fmt: skip
         for name, high in most.items():
             check_whole(getattr(self, name), name, 1, high)
-        check_whole(self.priority, "priority", 0)
+        check_whole(self.priority, "priority", 0, 100)
+        if self.bodies_bytes < self.body_bytes:
+            raise BadInput(
+                f"bodies_bytes {self.bodies_bytes:,} is less than body_bytes {self.body_bytes:,}, of one body",
+                hint="give room for several bodies",
+            )
         check_number(self.body_seconds, "body_seconds", 0.1, _MOST_SECONDS)
         check_number(self.guidance, "guidance", 1, 1e6)
         check_number(self.latency_budget_ms, "latency_budget_ms", 1, _MOST_SECONDS * 1000)
