@@ -69,13 +69,16 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
-    """What a contender has done so far: calls of members (one a step and batch), the lanes in them, seconds in steps
-    and, of ours, the scheduler's own seconds beside them."""
+    """What a contender has done so far: calls of members (one a step and batch) and the lanes in them.
+
+    Of ours only: ``overhead``, seconds beside the steps; calls of the last member and the seconds in them.
+    """
 
     calls: int = 0
     lanes: int = 0
-    seconds: float = 0.0
     overhead: float = 0.0
+    large_calls: int = 0
+    large_seconds: float = 0.0
 
     def since(self, before: Counters) -> Counters:
         return Counters(**{n: getattr(self, n) - getattr(before, n) for n in self.__struct_fields__})

@@ -179,18 +179,20 @@ class Diffusers(Front):
 
 
 class Counting(Observer):
-    """Adds up the ticks of an engine."""
+    """Adds up the ticks of an engine. ``large``: its last member."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: str) -> None:
+        self.large = large
         self.found = Counters()
 
     def ticked(self, tick: TickInfo) -> None:
-        before = self.found
+        before, large = self.found, tick.member == self.large
         self.found = Counters(
             calls=before.calls + 1,
             lanes=before.lanes + tick.lanes,
-            seconds=before.seconds + tick.seconds,
             overhead=before.overhead + tick.overhead,
+            large_calls=before.large_calls + large,
+            large_seconds=before.large_seconds + large * tick.seconds,
         )
 
 
@@ -205,8 +207,9 @@ class Ours(Front):
         self.told = told
 
     def setup(self, device: str) -> None:
-        self.observer = Counting()
-        self.engine = Engine(self.load(), observer=self.observer)
+        runtime = self.load()
+        self.observer = Counting(runtime.members[-1])
+        self.engine = Engine(runtime, observer=self.observer)
         self.engine.warm_up()
 
     async def decode_request(self, request: dict[str, Any]) -> Ask:  # type: ignore[override]

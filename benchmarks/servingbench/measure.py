@@ -233,13 +233,21 @@ def figures(window: Window, limits: Sequence[Limit], seconds: float) -> dict[str
         "goodput": {str(limit): within(window.served, limit) * len(window.served) / seconds for limit in limits},
         "strain": {str(limit): _finite(strain(window.served, limit)) for limit in limits},
         "lanes_per_call": counters.lanes / counters.calls if counters.calls else None,
-        "overhead_ms_per_call": 1e3 * counters.overhead / counters.calls if counters.calls else None,
+        **_overhead(counters),
         "cpu_seconds": window.cpu_seconds,
         "cpu_ms_per_image": 1e3 * window.cpu_seconds / images if images else None,
         "peak_bytes": window.peak_bytes,
         "largest_difference": window.difference,
         "machine_load": window.machine_load,
     }
+
+
+def _overhead(counters: Counters) -> dict[str, float]:
+    """Of the engine, which counts it."""
+    if not counters.large_calls:
+        return {}
+    overhead, large = counters.overhead / counters.calls, counters.large_seconds / counters.large_calls
+    return {"overhead_ms": 1e3 * overhead, "large_step_ms": 1e3 * large, "overhead_share": overhead / large}
 
 
 def _finite(value: float) -> float | None:

@@ -56,6 +56,15 @@ def markdown(document: dict[str, Any]) -> str:
                     f"{found['goodput'][first]:.1f} of {load['rate']:.1f} | {_number(found['lanes_per_call'], '', 2)} "
                     f"| {found['cpu_seconds']:.1f} | {found['peak_bytes'] / 2**20:.0f} |"
                 )
+        shares = [
+            f"{found['overhead_ms']:.2f} of {found['large_step_ms']:.1f} ms ({found['overhead_share']:.1%}) at load "
+            f"{load['load']:g}"
+            for load in mix["loads"]
+            for name, found in load["contenders"].items()
+            if name == "engine" and "overhead_share" in found
+        ]
+        if shares:
+            lines += ["", f"Beside a step, as a share of a step of the large member: {', '.join(shares)}."]
     return "\n".join(lines) + "\n"
 
 
