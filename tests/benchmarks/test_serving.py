@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import random
 import statistics
@@ -11,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import open_bundle
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, FailedWork
 
 Serving = Callable[..., tuple[int, str, str]]
 
@@ -137,3 +141,86 @@ def test_the_sustained_rate_lies_where_the_limit_just_holds(figures: ModuleType)
     assert told({1: 1.5, 2: 3.0}) == (1, "below")
     assert told({1: 0.5, 2: math.inf}) == (1, "")
     assert told({1: 0.5, 2: 1.0, 3: 1.5}) == (2, "")
+
+
+# --- all of it
+
+
+@pytest.fixture
+def serving(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Serving:
+    main = importlib.import_module("serving").main
+
+    def run(bundle: Path, *more: str) -> tuple[int, str, str]:
+        places = ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch"), "--name", "test"]
+        capfd.readouterr()
+        code = main([str(bundle), *places, *more])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_servers_are_compared_measured_and_not_measured_again(
+    serving: Serving, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("litserve")
+    words = ["--steps", "2,4", "--fractions", "0,0.5", "--loads", "0.2", "--seconds", "1", "--mixes", "mixed"]
+    words += ["--contenders", "single,engine"]
+    code, out, err = serving(tiny_pair.bundle, *words)
+    assert code == 0, err
+    assert out == (tmp_path / "out" / "serving-test.md").read_text()
+    record = json.loads((tmp_path / "out" / "serving-test.json").read_text())
+    assert record["command"].startswith("python benchmarks/serving.py ")
+    assert record["compared_with"] == "single"
+    assert all(each["largest_difference"] <= record["tolerance"] == 2 for each in record["contenders"])
+    (mix,) = record["mixes"]
+    (load,) = mix["loads"]
+    assert load["rate"] == pytest.approx(0.2 * mix["capacity"])
+    for found in load["contenders"].values():
+        assert found["answered"] > 0
+        assert found["errors"] == {}
+        assert 0 < found["p50_ms"] <= found["p95_ms"] <= found["p99_ms"]
+        assert found["lanes_per_call"] >= 1
+        assert found["cpu_seconds"] > 0
+        assert found["peak_bytes"] > 50 << 20
+    assert load["contenders"]["engine"]["overhead_share"] > 0
+    with Image.open(tmp_path / "out" / "serving-test.png") as image:
+        assert image.size[0] > 1000
+
+    def none(*_: object) -> None:
+        raise AssertionError("a server was started for what was measured before")
+
+    monkeypatch.setattr(importlib.import_module("serving"), "Client", none)
+    code, again, err = serving(tiny_pair.bundle, *words)
+    assert code == 0, err
+    assert again.splitlines()[1:] == out.splitlines()[1:]
+
+
+def test_other_pictures_are_refused() -> None:
+    check = importlib.import_module("servingbench.measure").check
+    want = np.full((1, 8, 8, 1), 100, np.uint8)
+    assert check("engine", "single", "a request", want + 2, want) == 2
+    for got in (want - 3, want[:, :4], np.zeros_like(want)):
+        with pytest.raises(FailedWork, match="engine draws other pictures than single, a request"):
+            check("engine", "single", "a request", got, want)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--contenders", "single,enigne"], ("'enigne'", "engine")),
+        (["--contenders", "single,single"], ("names one twice",)),
+        (["--mixes", "mixt"], ("'mixt'", "mixed")),
+        (["--limits", "fast"], ("--limits", "4x+200ms")),
+        (["--loads", "0"], ("--loads 0", "hint:")),
+        (["--arrivals", "trace"], ("--trace FILE",)),
+    ],
+)
+def test_bad_input_is_refused_with_a_hint(
+    serving: Serving, tiny_pair: TinyPair, words: list[str], parts: tuple[str, ...]
+) -> None:
+    code, out, err = serving(tiny_pair.bundle, *words)
+    assert code == 2
+    assert out == ""
+    for part in parts:
+        assert part in err
