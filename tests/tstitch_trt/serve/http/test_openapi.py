@@ -11,7 +11,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 from schemathesis.transport.serialization import Binary
 
 from support.http_server import Server, picture_file, running
@@ -54,6 +54,8 @@ def test_answers_are_as_the_document_says(document: Any, label: str, mode: str) 
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=GenerationMode(mode)))
     def answer(case: Any) -> None:
-        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+        # A form has texts only, so that a list of one number is that number
+        form = [negative_data_rejection] if case.media_type == "multipart/form-data" else []
+        case.call_and_validate(excluded_checks=[positive_data_acceptance, *form])
 
     answer()
