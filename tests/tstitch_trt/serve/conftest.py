@@ -10,12 +10,12 @@ import pytest
 
 @pytest.fixture(scope="package")
 def address() -> Iterator[str]:
-    """``RAY_ADDRESS`` of a cluster of two CPUs, which this process is connected to."""
+    """``RAY_ADDRESS`` of a cluster of four CPUs, as Ray counts them, which this process is connected to."""
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR"
+        num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR"
     )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

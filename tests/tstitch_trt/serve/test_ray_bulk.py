@@ -51,25 +51,25 @@ def test_pictures_are_those_of_sample(by_one: Path, fashion_bundle: Path) -> Non
         np.testing.assert_array_equal(np.asarray(Image.open(by_one / f"{index:05d}.png")), picture[:, :, 0])
 
 
-def test_two_workers_that_were_ended_twice_draw_the_same(
-    address: str, by_one: Path, fashion_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Ctrl-C, then kill -9: what was finished stays, and the bytes are those of one worker."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_two_workers_that_were_ended_draw_the_same(
+    number: signal.Signals, address: str, by_one: Path, fashion_bundle: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What was finished stays, and the bytes are those of one worker."""
     words = ["sample", str(fashion_bundle), *WORDS, "--workers", "2", "-o", str(tmp_path / "two")]
-    for number in (signal.SIGINT, signal.SIGKILL):
-        before = drawn(tmp_path / "two")
-        with subprocess.Popen(
-            [sys.executable, "-m", "tstitch_trt.cli", *words],
-            env={**os.environ, "RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True,
-        ) as process:  # fmt: skip
-            while drawn(tmp_path / "two") < before + 2 and process.poll() is None:
-                time.sleep(0.005)
-            process.send_signal(number)
-            _, said = process.communicate(timeout=60)
-        assert process.returncode == (130 if number == signal.SIGINT else -number), said
-        assert before < drawn(tmp_path / "two") < N // SHARD
-        assert "Traceback" not in said
+    with subprocess.Popen(
+        [sys.executable, "-m", "tstitch_trt.cli", *words],
+        env={**os.environ, "RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        while drawn(tmp_path / "two") < 2 and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number), said
+    assert "Traceback" not in said
     before = drawn(tmp_path / "two")
+    assert 0 < before < N // SHARD
     capfd.readouterr()
     assert main([*words, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
