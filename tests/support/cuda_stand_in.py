@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
@@ -68,6 +69,9 @@ class Event:
         return 1e3 * (self.when - other.when)
 
 
+_ONE_GPU = threading.RLock()
+
+
 class Stream:
     """``queue`` holds work not yet done: ``(kind of node, what to call)``."""
 
@@ -93,14 +97,15 @@ class Stream:
         self.record().sync()
 
     def run_until(self, last: Event) -> None:
-        while not last.is_done:
-            kind, work = self.queue.pop(0)
-            if kind == "EventRecord":
-                work.when = perf_counter()
-            elif kind == "WaitEvent":
-                work._stream.run_until(work)
-            else:
-                work()
+        with _ONE_GPU:  # several threads may wait
+            while not last.is_done:
+                kind, work = self.queue.pop(0)
+                if kind == "EventRecord":
+                    work.when = perf_counter()
+                elif kind == "WaitEvent":
+                    work._stream.run_until(work)
+                else:
+                    work()
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
@@ -133,6 +138,7 @@ class Machine:
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[tuple[str, Any]]] = {}
         self.recorded = 0
+        self.error = 0  # that spoils the context
 
     def stream(self) -> Stream:
         stream = Stream(4096 + len(self.streams))
@@ -198,6 +204,7 @@ def _runtime(machine: Machine) -> Any:
         cudaGetDeviceCount=lambda: (0, 1),
         cudaGetErrorString=lambda code: (0, f"error {code}".encode()),
         cudaGetLastError=lambda: (0,),
+        cudaDeviceSynchronize=lambda: (machine.error,),
         cudaMemGetInfo=lambda: (0, 1 << 30, 1 << 31),
         cudaMemcpyAsync=memcpy,
         cudaMemcpyKind=SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3),

@@ -28,6 +28,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, NotFinite, UnknownName
 from tstitch_trt import Runtime
 from tstitch_trt.runtime.trajectory import Trajectory
+from tstitch_trt.serve import engine as serving
 
 
 class LateEngine(Engine):
@@ -368,3 +369,38 @@ def test_results_on_the_cpu_device_are_numpy(cpu: Runtime) -> None:
         _ = plain.device_latents
     with pytest.raises(BadInput, match="can't be read as latents"):
         cpu.sample(labels=[1, 2], latents=noise.requires_grad_(), steps=3)
+
+
+# --- many requests at once
+
+
+def test_an_engine_batches_the_steps_of_many_requests(load: Load, cpu: Runtime, machine: Machine) -> None:
+    """Its warm-up records every bucket; no request records another, or waits while its steps are enqueued."""
+    asked = [{"labels": [3, 7, 0][:n], "seed": 5 * n, **request} for request in REQUESTS for n in (1, 3)]
+    with load() as gpu, serving.Engine(gpu, max_lanes=7) as engine:
+        engine.warm_up()
+        recorded = machine.recorded
+        handles = [engine.submit(**each, previews=each["labels"][0] % 2) for each in asked]
+        for handle, each in zip(handles, asked, strict=True):
+            assert close(handle.result(30).latents, cpu.sample(**each).latents), each
+        rescaled = {key for key in gpu._stepper._recent if key.rescale}
+        assert machine.recorded == recorded + len(rescaled)
+
+
+def test_a_lane_that_is_not_finite_fails_alone_where_the_host_runs_ahead(load: Load, cpu: Runtime) -> None:
+    good = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    asked: dict[str, Any] = {"labels": [1, 2], "steps": 4, "guidance": 1.0, "fraction": 0.5}
+    with load() as gpu, serving.Engine(gpu) as engine:
+        bad = engine.submit(**asked, latents=good * np.array([1, 1e38]).reshape(2, 1, 1, 1), partial=True)
+        other = engine.submit(**asked, latents=good)
+        (failed,) = bad.result(30).failed
+        assert (failed.image, failed.step) == (1, 1)
+        assert close(other.result(30).latents, cpu.sample(**asked, latents=good).latents)
+
+
+def test_an_error_that_stays_is_a_lost_device(load: Load, machine: Machine) -> None:
+    with load() as gpu:
+        assert gpu.device.lost() is None
+        machine.error = 700
+        assert gpu.device.lost() == "cuda:0: error 700"
+        machine.error = 0
