@@ -64,10 +64,16 @@ class Served:
 
 
 @contextmanager
-def served(*bundles: str | Path, log: Path, options: tuple[str, ...] = (), key: str | None = None,
-           environment: dict[str, str] | None = None) -> Iterator[Served]:  # fmt: skip
-    """A server that has bound its port; it may still be loading."""
-    words = [sys.executable, "-m", "tstitch_trt.cli", "serve", *map(str, bundles), "--port", "0", "--threads", "1",
+def served(
+    *bundles: str | Path,
+    log: Path,
+    options: tuple[str, ...] = (),
+    key: str | None = None,
+    environment: dict[str, str] | None = None,
+    program: tuple[str, ...] = ("-m", "tstitch_trt.cli"),
+) -> Iterator[Served]:
+    """A server that has bound its port; it may still be loading. ``program``: what Python runs."""
+    words = [sys.executable, *program, "serve", *map(str, bundles), "--port", "0", "--threads", "1",
              "--log-format", "json", *options]  # fmt: skip
     with log.open("w") as errors:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)

@@ -6,10 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, Literal
 
 import click
@@ -45,6 +46,7 @@ tstitch-trt serve sd15.bundle --max-fraction 0.8 --min-steps 20
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _MOST_STEPS: Final = 1_000_000
 _TELL_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = 1.0
 _FINISH_SECONDS: Final = 5.0  # that answers may take to be written once everything is drawn
 
 
@@ -188,13 +190,13 @@ def command(
     provider = provider_of_environment()
     traces = None if provider is None else Traces(provider)
     observers = Observers(Submissions(), metrics, *([] if traces is None else [traces]))
-    log, front = logging.getLogger("tstitch_trt.serve"), Front()
+    log, front = logging.getLogger("tstitch_trt.serve"), Front(address.root_path)
     with logging_to(life.log_format), ExitStack() as stack:
         listening = stack.enter_context(listen(address.host, address.port))
         hangups = stack.enter_context(queued_signals(signal.SIGHUP))
         if traces is not None:
             stack.callback(traces.close)
-        stack.enter_context(
+        answering = stack.enter_context(
             serving(
                 front,
                 listening,
@@ -227,7 +229,7 @@ def command(
             routes = ["/metrics", *(path for path, _, _ in OPERATIONS)]
             front.app = Access(app, routes=routes, metrics=metrics, traces=traces, prompts=life.log_prompts)
             log.info("ready: %s", ", ".join(named))
-            while (number := signals.get()) == signal.SIGHUP:
+            while (number := _next(signals, engine, answering)) == signal.SIGHUP:
                 threading.Thread(target=_reload, args=(reload, log), name="reload", daemon=True).start()
             log.info("%s: finishing what was accepted", signal.Signals(number).name)
             _drain(engine, life.drain_timeout, log)
@@ -264,6 +266,17 @@ def _told(log: Logger) -> Progress:
             log.info("%s: %.0f %%", phase, 100 * share)
 
     return tell
+
+
+def _next(signals: SimpleQueue[int], engine: Engine, answering: threading.Thread) -> int:
+    """The next signal. Raises ``FailedWork`` when nothing can be drawn or answered any more."""
+    while True:
+        with suppress(Empty):
+            return signals.get(timeout=_LOOK_SECONDS)
+        failed = engine.state().failed
+        if failed is not None or not answering.is_alive():
+            why = "the thread that answers has ended" if failed is None else failed.partition("\nhint: ")[0]
+            raise FailedWork(why, hint="start the server again")
 
 
 def _reload(reload: Reloader, log: Logger) -> None:

@@ -15,10 +15,11 @@ _RETRY_SECONDS: Final = 5
 
 class Front:
     """An ASGI application. Until it has one to hand requests to, ``/healthz`` is well, and all else is told to try
-    again: ``doing`` says what it waits for."""
+    again: ``doing`` says what it waits for. ``root_path``: under which a proxy serves it."""
 
-    def __init__(self) -> None:
+    def __init__(self, root_path: str = "") -> None:
         self.doing = "starting"
+        self._root_path = root_path
         self.app: App | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -30,7 +31,7 @@ class Front:
             await self._answer(scope, send)
 
     async def _answer(self, scope: Scope, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = scope["path"].removeprefix(self._root_path)
         status = 503
         answer: dict[str, Any] = {"status": self.doing}
         if path == "/healthz":

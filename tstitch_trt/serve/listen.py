@@ -60,8 +60,8 @@ def listen(host: str, port: int) -> socket.socket:
 @contextmanager
 def serving(
     app: Any, listening: socket.socket, *, what: str, extra: str, most_connections: int, finish: float
-) -> Iterator[None]:
-    """``app`` on the network while the block runs, in a thread of its own.
+) -> Iterator[threading.Thread]:
+    """``app`` on the network while the block runs, in a thread of its own, which is given to it.
 
     ``what`` and ``extra``: who needs uvicorn, for the error where it is missing. At the end of the block, answers that
     are being written have ``finish`` seconds; connections are cut then.
@@ -90,7 +90,7 @@ def serving(
             if not thread.is_alive():
                 raise FailedWork(f"{what} did not start", hint="run again with --traceback")
             time.sleep(0.01)
-        yield
+        yield thread
     finally:
         server.should_exit = True
         thread.join(finish + 1)

@@ -24,7 +24,7 @@ __all__ = ["FORMATS", "LogFormat", "RequestLine", "log_request", "logging_to"]
 LogFormat = Literal["text", "json"]
 FORMATS: Final[tuple[LogFormat, ...]] = ("text", "json")
 
-_LOGGERS: Final = ("tstitch_trt", "tstitch_engines", "tstitch_export", "uvicorn.error")
+_LOGGERS: Final = ("tstitch_trt", "tstitch_engines", "tstitch_export", "uvicorn.error", "opentelemetry", "py.warnings")
 _requests = logging.getLogger("tstitch_trt.serve.requests")
 
 
@@ -68,7 +68,8 @@ def log_request(line: RequestLine) -> None:
 
 @contextmanager
 def logging_to(form: LogFormat, stream: TextIO | None = None, *, level: int = logging.INFO) -> Iterator[None]:
-    """What our packages and uvicorn log from ``level`` up is written to ``stream`` (stderr) while the block runs."""
+    """What our packages, uvicorn and OpenTelemetry log from ``level`` up, and Python's warnings, are written to
+    ``stream`` (stderr) while the block runs."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
     loggers = [logging.getLogger(name) for name in _LOGGERS]
@@ -77,9 +78,11 @@ def logging_to(form: LogFormat, stream: TextIO | None = None, *, level: int = lo
         logger.addHandler(handler)
         logger.setLevel(level)
         logger.propagate = False
+    logging.captureWarnings(True)
     try:
         yield
     finally:
+        logging.captureWarnings(False)
         for logger, old, propagate in before:
             logger.removeHandler(handler)
             logger.setLevel(old)

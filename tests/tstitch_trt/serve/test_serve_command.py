@@ -305,3 +305,34 @@ def test_what_takes_longer_than_the_drain_is_cancelled(fashion_bundle: Path, tmp
         assert found.process.wait(30) == 0
         assert time.monotonic() - began < 8
         assert "1 requests have not ended after 0.2 s: cancelled" in found.messages
+
+
+# The first step loses the device, and the bundle can't be loaded again.
+LOST = """
+import sys
+from tstitch_engines.errors import DeviceLost
+from tstitch_trt.runtime.lane_runner import LaneRunner
+from tstitch_trt.serve import engine
+
+def lost(*_, **__):
+    engine.load_runtime = lost
+    raise DeviceLost("it fell off the bus", hint="none")
+
+LaneRunner.step = lost
+from tstitch_trt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_engine_that_has_failed_for_good_ends_the_process(fashion_bundle: Path, tmp_path: Path) -> None:
+    """So that whoever watches it starts another."""
+    with served(fashion_bundle, log=tmp_path / "log.txt", options=("--no-warm-up",), program=("-c", LOST)) as found:
+        found.until(lambda: found.ready() == 200)
+        answer = found.draw()
+        assert answer.status_code >= 500
+        assert "bus" not in answer.text
+        assert found.process.wait(30) == 1
+        error, hint = found.log.splitlines()[-2:]
+        assert error.startswith("error: ")
+        assert "the device is lost" in error
+        assert hint == "hint: start the server again"
