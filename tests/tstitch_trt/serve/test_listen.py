@@ -40,16 +40,22 @@ def serve(app: Any, client: Callable[[tuple[str, int]], Awaitable[Any]]) -> Any:
     """What ``client`` returns, of a server that looks at its connections ten times a second."""
 
     async def run() -> Any:
-        config = uvicorn.Config(app, http="h11", log_config=None, log_level="critical", timeout_notify=0,
-                                lifespan="off")  # fmt: skip
+        config = uvicorn.Config(app, http="h11", log_config=None, log_level="critical", lifespan="off")
         server = uvicorn.Server(config)
         close = closing_idle(server.server_state.connections)
-        config.callback_notify = close
         listening = socket.create_server(("127.0.0.1", 0))
         task = asyncio.create_task(server.serve(sockets=[listening]))
+
+        async def look() -> None:
+            while True:
+                await asyncio.sleep(0.1)
+                await close()
+
+        looking = asyncio.create_task(look())
         try:
             return await asyncio.wait_for(client(listening.getsockname()), 30)
         finally:
+            looking.cancel()
             server.should_exit = True
             await task
 
