@@ -47,15 +47,17 @@ class DeadlineFirst:
        then: the group with the earliest deadline. A deadline that its lane could not meet alone counts no more.
     3. The group that is the first to earn its tick. Device time is earned in proportion to the lanes.
 
-    Lanes beyond a batch's cap go by deadline where it is urgent, else by arrival, ``ageing`` seconds sooner for each
-    level of priority. Those that wait for slots go by the time at which they should start: ``ageing`` seconds after
-    arrival, or what the deadline leaves; sooner by priority as well; and later by what the images before it in the same
-    request take, so that a request of many images can't hold up those behind it.
+    Lanes beyond a batch's cap go by deadline where it is urgent, else by the time at which they should end: ``stretch``
+    times what is left of them after arrival, so that short ones don't wait behind long ones, nor those without end;
+    ``ageing`` seconds sooner for each level of priority. Those that wait for slots go by the time at which they should
+    start: ``ageing`` seconds after arrival, or what the deadline leaves; sooner by priority as well; and later by what
+    the images before it in the same request take, so that a request of many images can't hold up those behind it.
     """
 
-    def __init__(self, *, patience: float = 4.0, ageing: float = 10.0) -> None:
+    def __init__(self, *, patience: float = 4.0, ageing: float = 10.0, stretch: float = 8.0) -> None:
         self.patience = patience
         self.ageing = ageing
+        self.stretch = stretch
         self._credit: dict[Key, float] = {}  # seconds of device time
 
     def choose(self, groups: Groups, costs: Costs, now: float) -> Tick:
@@ -87,7 +89,7 @@ class DeadlineFirst:
         self._pay(groups, ticks, total, key)
         lanes = groups[key]
         if len(lanes) > caps[key]:
-            lanes = heapq.nsmallest(caps[key], lanes, key=lambda lane: self._place(lane, urgent))
+            lanes = heapq.nsmallest(caps[key], lanes, key=lambda lane: self._place(lane, costs, urgent))
         return Tick(key, tuple(lanes))
 
     def order(self, waiting: Lane, costs: Costs, now: float) -> float:
@@ -98,8 +100,10 @@ class DeadlineFirst:
             start = min(start, _deadline(waiting) - own)
         return start - job.priority * self.ageing
 
-    def _place(self, lane: Lane, urgent: frozenset[Lane]) -> tuple[float, float]:
-        return _deadline(lane) if lane in urgent else math.inf, lane.job.arrived - lane.job.priority * self.ageing
+    def _place(self, lane: Lane, costs: Costs, urgent: frozenset[Lane]) -> tuple[float, float]:
+        job = lane.job
+        wanted = job.arrived + self.stretch * lane_seconds(lane, costs) - job.priority * self.ageing
+        return _deadline(lane) if lane in urgent else math.inf, wanted
 
     def _pay(self, groups: Groups, ticks: Mapping[Key, float], total: int, key: Key) -> None:
         """All groups earn the tick's time, and ``key`` spends it. Groups that are gone are forgotten."""

@@ -166,3 +166,16 @@ def test_lanes_beyond_a_cap_go_by_deadline_then_priority_then_age() -> None:
         order.append(tick.lanes[0].job)
         scheduler.drop(tick.lanes)
     assert order == [due, high, old, new]
+
+
+def test_short_requests_overtake_long_ones_and_not_for_ever() -> None:
+    costs = TableCosts({"a": (1.0, 0.0)}, {"a": 1})
+    for arrived, first in ((1.0, "short"), (900.0, "long")):
+        scheduler = Scheduler(8, DeadlineFirst(stretch=8.0), costs)
+        jobs = {"long": Job(0.0), "short": Job(arrived)}
+        scheduler.add(jobs["long"], [(0, "a" * 100, 0)], 0.0)
+        scheduler.add(jobs["short"], [(0, "a" * 2, 0)], arrived)
+        scheduler.admit(arrived)
+        tick = scheduler.choose(arrived)
+        assert tick is not None
+        assert tick.lanes[0].job is jobs[first]
