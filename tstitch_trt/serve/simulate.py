@@ -69,11 +69,11 @@ class Setup:
     """What is simulated.
 
     ``arrivals``: in order of time. ``costs``: of the steps; ``overhead``: seconds beside each batch. ``speeds``: what
-    the seconds of each device are multiplied by, in turn. ``jitter``: the standard deviation of the logarithm of a
-    batch's time. ``refresh``: seconds between two looks of the router at the devices' work; 0 is always up to date.
-    ``front``: seconds that one of ``fronts`` processes works for a request. ``retries``: how often a client that was
-    refused comes back after the time it was told. ``detect``: seconds until a failure is known; what the device had is
-    then sent to others, once. ``limit``: of latency, for the goodput.
+    the seconds of each device are multiplied by, in turn; ``pace``: and those of all, by the time. ``jitter``: the
+    standard deviation of the logarithm of a batch's time. ``refresh``: seconds between two looks of a front at the
+    devices' work; 0 is always up to date. ``front``: seconds that one of ``fronts`` processes works for a request.
+    ``retries``: how often a client that was refused comes back after the time it was told. ``detect``: seconds until a
+    failure is known; what the device had is then sent to others, once. ``limit``: of latency, for the goodput.
     """
 
     classes: Sequence[RequestClass]
@@ -89,6 +89,7 @@ class Setup:
     decode: Stage = Stage()
     overhead: float = 0.0
     speeds: Sequence[float] = (1.0,)
+    pace: Callable[[float], float] | None = None
     jitter: float = 0.0
     refresh: float = 0.0
     front: float = 0.0
@@ -400,6 +401,8 @@ class _Simulation:
         if tick is None:
             return
         seconds = self.costs.seconds(tick.key, len(tick.lanes)) * device.speed
+        if setup.pace is not None:
+            seconds *= setup.pace(now)
         if setup.jitter:
             seconds *= math.exp(self.rng.gauss(0.0, setup.jitter))
         if setup.watch is not None:
