@@ -27,6 +27,7 @@ from tstitch_trt.plan import options as plan_options
 from tstitch_trt.plan.options import PlanKeywords
 from tstitch_trt.quantise.quantise import quantise
 from tstitch_trt.request.options import SampleKeywords
+from tstitch_trt.serve import Engine
 from tstitch_trt.study.calibrate.calibrate import calibrate
 from tstitch_trt.study.divergence.divergence import profile
 from tstitch_trt.study.evaluate.evaluate import evaluate
@@ -43,10 +44,11 @@ METHODS: list[Any] = [
     for name, method in vars(Runtime).items()
     if inspect.isfunction(method) and not name.startswith("_") and len(inspect.signature(method).parameters) > 1
 ]
+SERVED: list[Any] = [Engine.__init__, Engine.submit, Engine.close]
 PLANS = (Runtime.plan,)  # all its keywords are PlanOptions'
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, *METHODS], ids=lambda function: str(function.__qualname__))
+@pytest.mark.parametrize("function", [*FUNCTIONS, *METHODS, *SERVED], ids=lambda function: str(function.__qualname__))
 def test_every_parameter_has_a_check(function: Any) -> None:
     """A new keyword without one fails here."""
     parameters = inspect.signature(function).parameters.values()
@@ -160,6 +162,34 @@ def test_any_value_gives_a_result_or_an_error_of_ours(runtime: Runtime, verb: st
     )
     more = picture if verb in ("sample", "iterate", "within_budget") else {}
     attempt(runtime, verb, {**BASES[verb], **more, name: ABSURD[value]()})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with Engine(World().bundle(tmp_path_factory.mktemp("served")), load={"threads": 1}) as made:
+        yield made
+
+
+SUBMITTED = [*inspect.signature(Engine.submit).parameters, *SampleKeywords.__annotations__]
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from([name for name in SUBMITTED if name not in ("self", "keywords")]),
+    value=st.sampled_from(sorted(ABSURD)),
+)
+def test_any_value_given_to_an_engine_is_a_result_or_an_error_of_ours(engine: Engine, name: str, value: str) -> None:
+    started, told = time.perf_counter(), ""
+    try:
+        if name == "options":
+            engine.submit(ABSURD[value]()).result(SECONDS)
+        else:
+            engine.submit(**{**BASE, name: ABSURD[value]()}).result(SECONDS)
+    except TStitchError as error:
+        told = str(error)
+    assert len(told) < 2000
+    assert time.perf_counter() - started < SECONDS
+    assert engine.state().ready
 
 
 @pytest.mark.parametrize(
