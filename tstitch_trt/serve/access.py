@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from tstitch_trt.serve.tracing import Traces
 
 __all__ = ["Access", "Submissions"]
+
+_log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -77,6 +80,8 @@ class Access:
                 await self._app(scope, receive, answer)
             except BaseException as raised:
                 error = type(raised).__name__
+                if isinstance(raised, Exception):
+                    _log.error("an answer was cut off", exc_info=raised)
                 raise
             finally:
                 _submitted.reset(token)

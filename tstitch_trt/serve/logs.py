@@ -60,7 +60,7 @@ class RequestLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
 
 def log_request(line: RequestLine) -> None:
     """At level INFO; a request that drew nothing and succeeded (a look at health or metrics) at DEBUG."""
-    quiet = not line.model and line.status < 400
+    quiet = not line.model and line.status < 400 and not line.error
     fields = {name: round(value, 6) if isinstance(value, float) else value
               for name, value in msgspec.to_builtins(line).items()}  # fmt: skip
     _requests.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})

