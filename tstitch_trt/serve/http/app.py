@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
+from tstitch_engines.checks import check_type, checked, taken_as_is
 from tstitch_engines.errors import BadInput, FailedWork
 from tstitch_engines.needs import require
 from tstitch_trt.request.options import SampleOptions
@@ -66,6 +68,7 @@ _EXPOSED: Final = ("x-request-id", "retry-after", "x-tstitch-model", "x-tstitch-
                    "x-tstitch-solver", "x-tstitch-schedule", "x-tstitch-adapted")  # fmt: skip
 
 
+@checked(engine=taken_as_is, settings=partial(check_type, kind=HttpSettings), extra_routes=taken_as_is)
 def create_app(engine: Engine, settings: HttpSettings, *, extra_routes: Sequence[APIRouter] = ()) -> FastAPI:
     """The server of ``engine``, which stays the caller's to warm up, drain and close.
 

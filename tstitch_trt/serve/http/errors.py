@@ -100,7 +100,7 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
         _log.warning("%s", error.message, extra={"fields": {"request_id": request_id}})
         return ApiError(
             500, f"an image became NaN or infinite (request {request_id})\nhint: use usual values of guidance and "
-            "steps, or another seed", code="not_finite",
+            "steps, or another seed", code="not_finite", headers={"x-should-retry": "false"},
         )  # fmt: skip
     ours = isinstance(error, BadBundle | BadCheckpoint | BadEngine | PairMismatch)  # nothing the client could mend
     if isinstance(error, BadInput) and not ours:

@@ -184,3 +184,20 @@ def test_a_client_that_leaves_frees_its_lanes(server: Server, fields: dict[str, 
         assert eventually(lambda: lanes(server) == 4)
     assert eventually(lambda: lanes(server) == 0)
     assert server.handles[name].state == "cancelled"
+
+
+def test_a_full_queue_says_when_to_come_again(server: Server, client: httpx.Client) -> None:
+    body = json.dumps(LONG).encode()
+    opened = [send(server.address, post(body)) for _ in range(4)]  # 8 images are drawn and 8 wait
+    try:
+        assert eventually(lambda: lanes(server) == 16)
+        refused = client.post(GENERATIONS, json=LONG)
+        assert code(refused) == (429, "rate_limit_exceeded")
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert 0 < int(refused.headers["retry-after-ms"]) <= 1000 * int(refused.headers["retry-after"])
+    finally:
+        for connection in opened:
+            connection.close()
+    assert eventually(lambda: lanes(server) == 0)
+    assert client.post(GENERATIONS, json={"steps": 1}).status_code == 200

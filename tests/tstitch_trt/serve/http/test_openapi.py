@@ -49,7 +49,7 @@ def test_answers_are_as_the_document_says(document: Any, label: str, mode: str) 
     (operation,) = (each.ok() for each in document.get_all_operations() if each.ok().label == label)
 
     @settings(
-        max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate],
+        max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=GenerationMode(mode)))

@@ -294,7 +294,7 @@ NAMES = st.sampled_from(["prompt", "n", "size", "steps", "seed", "class_labels",
                          "images", "mask", "solver", "priority", "output_format", "strength", "svg"])  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     body=st.binary(max_size=200) | st.dictionaries(NAMES, JSON, max_size=5).map(lambda data: json.dumps(data).encode()),
     path=st.sampled_from([GENERATIONS, EDITS]),
