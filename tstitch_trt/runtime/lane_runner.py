@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ __all__ = ["Answer", "LaneRunner", "TimedStep"]
 
 T = TypeVar("T")
 Array = NDArray[np.float32]
+_STEP_KEYS: Final = 256  # a server has every batch of every phase at several sizes
 
 
 class Phased(Protocol):
@@ -112,6 +113,7 @@ class LaneRunner:
         self._request = request
         self._turn = turn
         self._backend = backend
+        self._keys_before, stepper.most_keys = stepper.most_keys, _STEP_KEYS
         self._stages = {name: threading.Lock() for name in ("encode", "decode")}
         self._over = False
 
@@ -296,6 +298,7 @@ class LaneRunner:
     def close(self) -> None:
         """Waits for what the stages do at the moment. Idempotent."""
         self._over = True
+        self._stepper.most_keys = self._keys_before
         for lock in self._stages.values():
             with lock:
                 pass

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STEP_KEYS", "Stepper"]
 
-STEP_KEYS: Final = 32  # of step that are kept: each has a graph, and engines a context for its size
+STEP_KEYS: Final = 32  # kinds of step that are kept: each has a graph, and engines a context for its size
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Stepper:
         self.limits = Limits.of(manifest, self.profiles)
         self.batch_floor, self.batch_limit = self.limits.batch.min, self.limits.batch.max
         self._tuned = tuple(sorted({self.profiles[name].dims["B"].opt for name in self.members}))
+        self.most_keys = STEP_KEYS
         self._graph = graph
         self._holds: dict[str, Bindings] = {}  # what each engine was bound to last
         self._recent: OrderedDict[StepKey, None] = OrderedDict()  # the keys that are set up, the oldest first
@@ -150,14 +151,14 @@ class Stepper:
 
         ``preserve``: what the lanes hold is put back afterwards; otherwise it is lost.
 
-        Of all keys the last ``STEP_KEYS`` are kept. One that was longest not asked for makes room: its graphs and what
+        Of all keys the last ``most_keys`` are kept. One that was longest not asked for makes room: its graphs and what
         its engines hold for its size (TensorRT: an execution context) are let go of, and made again if it comes back.
         """
         keys = list(keys)
         for key in keys:
             self._recent[key] = None
             self._recent.move_to_end(key)
-        self._make_room(max(STEP_KEYS, len(keys)))
+        self._make_room(max(self.most_keys, len(keys)))
         for key in keys:
             if self._graphs.lacks(key):
                 engines = [self._engines[name] for name in key.networks]

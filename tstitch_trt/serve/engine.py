@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
 import secrets
 import threading
 import time
@@ -131,6 +132,7 @@ class Engine:
             for name in self._weights:
                 if name not in source:
                     raise unknown_name("model", name, source)
+        self._process = os.getpid()
         self._book = Book(observer or Observer())
         self._denoising = Denoising(self._book, self._reopen)
         encoding = Encoding(self._book, self._denoising.add, self._denoising.failed)
@@ -226,6 +228,7 @@ class Engine:
         asked = SampleOptions.from_keywords(keywords) if options is None else options
         if not isinstance(asked, SampleOptions):
             raise BadInput(f"options is {shown(asked)}; needed is a SampleOptions", hint="or give keywords: labels=[1]")
+        self._check_process()
         chosen, now = self._model(model), time.monotonic()
         job = chosen.runner.job(asked, decode=decode, events=previews > 0, partial=partial)
         offers = [(job, self._offer(chosen, job), "")]
@@ -268,6 +271,15 @@ class Engine:
         if timeout is not None:
             self._denoising.expire_at(now + timeout, found)
         return found
+
+    def _check_process(self) -> None:
+        """Raises ``FailedWork`` in a fork."""
+        if self._process != os.getpid():
+            raise FailedWork(
+                f"this engine was made by process {self._process}, of which this one ({os.getpid()}) is a fork: its "
+                "threads are not here",
+                hint="make the engine after the fork, once in each process",
+            )
 
     def _offer(self, model: Model, job: Job) -> Offer:
         """Raises ``BadInput`` for what no emptier queue would have room for, ``OutOfProfile``."""
@@ -330,6 +342,7 @@ class Engine:
 
         Of the bundles' own picture sizes. Waits. Requests are taken meanwhile and drawn afterwards.
         """
+        self._check_process()
         models = list(self._book.models.values())
         for model in models:
             self._denoising.call(partial(self._begin_warming, model))
@@ -354,6 +367,7 @@ class Engine:
         Those that were accepted before end on the old one, which is then let go of. Waits until the new one has taken
         over; where this raises, the old one goes on.
         """
+        self._check_process()
         old = self._model(model)
         new = self._open(old.name, source)
         try:
@@ -380,6 +394,7 @@ class Engine:
 
     def _once_idle(self, model: Model, work: Callable[[], None], timeout: float | None) -> None:
         wait = check_timeout(timeout)
+        self._check_process()
         self._book.check_open()
         if model.holding:
             raise Busy("another change of adapters waits for its turn", hint="try again when it is done")
@@ -400,6 +415,8 @@ class Engine:
 
         Raises ``Busy`` after ``timeout`` seconds; the engine then still draws what it has, and another call closes it.
         """
+        if self._process != os.getpid():  # nothing here is this process's to wait for or to free
+            return
         book = self._book
         self.drain()
         if cancel:
@@ -528,6 +545,10 @@ def _state(model: Model) -> ModelState:
 
 
 _OPEN: Final[WeakSet[Engine]] = WeakSet()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_OPEN.clear)
 
 
 @atexit.register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -254,6 +255,19 @@ next(handles[0].progress())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_fork_says_that_it_has_no_engine(engine: Engine) -> None:
+    engine.submit(**LONG)
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.submit(**ASKED)
+        except FailedWork as error:
+            engine.close()
+            os._exit(0 if "is a fork" in error.message else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # --- admission
