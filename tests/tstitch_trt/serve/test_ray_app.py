@@ -8,11 +8,13 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,40 @@ def test_it_is_the_same_server(server: str) -> None:
     assert events == [b"image_generation.partial_image"] * 2 + [b"image_generation.completed"]
 
 
+def busy() -> float:
+    """The busier of two engines: their lanes at work, and images that wait, over their lanes."""
+    from ray import serve
+
+    engines = serve.get_deployment_handle("Engine", "images")
+    replies = [engines.record_autoscaling_stats.remote() for _ in range(12)]  # each goes to either of them
+    return max(reply.result(timeout_s=20)["busy"] for reply in replies)
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_client_that_goes_frees_the_lanes(server: str) -> None:
+    until(lambda: busy() == 0)
+    body = json.dumps(
+        {"prompt": "Bag", "steps": 250, "n": 10, "guidance": 3, "stream": True, "partial_images": 3}
+    ).encode()
+    host, _, port = server.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(
+            f"POST /v1/{GENERATE} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {KEY}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        until(lambda: busy() > 0)
+    began = time.monotonic()
+    until(lambda: busy() == 0)
+    assert time.monotonic() - began < 3, "2,500 guided steps take longer"
+
+
 def test_the_page_of_the_cluster_deploys_what_there_is() -> None:
     from ray.serve.schema import ServeDeploySchema
 
@@ -128,3 +164,43 @@ def test_the_page_of_the_cluster_deploys_what_there_is() -> None:
         RayOptions(bundles={}).settings()
     with pytest.raises(BadInput, match="both"):
         RayOptions(bundles={}, api_key_file="x", insecure=True).settings()
+
+
+@contextmanager
+def load(server: str, clients: int, steps: int) -> Iterator[list[int]]:
+    """The status of every answer to clients that ask one after another."""
+    statuses: list[int] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            statuses.append(call(server, GENERATE, {"prompt": "Bag", "steps": steps, "n": 4})[0])
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield statuses
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.slow
+def test_engines_follow_the_load_and_a_new_version_loses_nothing(server: str, fashion_bundle: Path) -> None:
+    from ray import serve
+
+    from tstitch_trt.serve.ray_app import build
+
+    args = {"bundles": {"shoes": str(fashion_bundle)}, "insecure": True, "most_engines": 2}
+    with load(server, 4, 20) as statuses:
+        serve.run(build(args), name="images", route_prefix="/")  # another version: every replica is replaced
+    assert len(statuses) > 4
+    assert set(statuses) == {200}
+    serve.delete("images")
+    serve.run(build(args), name="images", route_prefix="/")
+    until(lambda: len(replicas()) == 1)
+    with load(server, 8, 100) as statuses:  # 32 images at a time: one engine has too few lanes
+        until(lambda: len(replicas()) == 2, 180)
+    assert set(statuses) <= {200, 429}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,3 +76,23 @@ def test_two_workers_that_were_ended_draw_the_same(
     told = json.loads(capfd.readouterr().out)
     assert (told["images"], told["before"]) == (N, before * SHARD)
     assert files(tmp_path / "two") == files(by_one)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced(by_one: Path, fashion_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "two"
+
+    def kill() -> None:
+        while drawn(output) < 2:
+            time.sleep(0.005)
+        workers = [
+            path for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::MapWorker" in path.read_bytes()[:100]
+        ]
+        os.kill(int(workers[0].parent.name), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    words = ["sample", str(fashion_bundle), *WORDS, "--workers", "2", "-o", str(output)]
+    assert main(words) == 0
+    killer.join()
+    assert files(output) == files(by_one)
