@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from tstitch_engines.errors import BadInput, DeviceLost, FailedWork, OutOfTime, first_line
+from tstitch_engines.errors import BadInput, Closed, DeviceLost, FailedWork, OutOfTime, first_line
 from tstitch_trt.runtime.lane_program import LaneProgram
 from tstitch_trt.serve.book import Book, request_of
 from tstitch_trt.serve.decoding import Decoding, Drawn, Fault, Peek
@@ -314,8 +314,13 @@ class Denoising:
     def _failed(self, requests: list[Request], error: Exception) -> None:
         """Requests of one bundle."""
         model = requests[0].model
-        if model.runner.closed:
+        if model not in self._book.every_model():
             return  # its device was lost, and they began again or failed
+        if model.runner.closed:
+            self._book.give_up(
+                Closed(f"the runtime of {model.name!r} was closed under the engine", hint="close the engine first")
+            )
+            return
         if isinstance(error, DeviceLost) or (why := model.runner.lost()) is None:
             lost = error if isinstance(error, DeviceLost) else None
         else:

@@ -189,6 +189,19 @@ def test_a_lost_device_of_somebody_elses_runtime_is_the_end(
             engine.submit(**ASKED)
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_a_runtime_that_is_closed_under_the_engine_is_the_end(tiny_pair: TinyPair, running: bool) -> None:
+    with tstitch_trt.load(tiny_pair.bundle, threads=1) as runtime, Engine(runtime) as engine:
+        handle = engine.submit(**LONG) if running else None
+        if handle is not None:
+            next(handle.progress())
+        runtime.close(cancel=True)
+        handle = handle or engine.submit(**ASKED)
+        with pytest.raises(Closed, match="was closed under the engine"):
+            handle.result(SECONDS)
+        assert not engine.state().ready
+
+
 def test_a_decoder_that_is_slow_holds_up_no_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     from tstitch_trt.runtime.vae import Vae
 
