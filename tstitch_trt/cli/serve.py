@@ -257,12 +257,12 @@ def _named(bundles: Sequence[str]) -> dict[str, Path]:
 
 def _told(log: Logger) -> Progress:
     """Progress as lines of the log, at most one every 5 s."""
-    last = 0.0
+    last, told = 0.0, 0.0
 
     def tell(phase: str, share: float) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= _TELL_SECONDS or share >= 1:
-            last = now
+        nonlocal last, told
+        if share > told and ((now := time.monotonic()) - last >= _TELL_SECONDS or share >= 1):
+            last, told = now, share
             log.info("%s: %.0f %%", phase, 100 * share)
 
     return tell
