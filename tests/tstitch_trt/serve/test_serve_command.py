@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from support.browser import browser_page
 from support.command import Command, refused
 from support.served import Served, served
 
@@ -230,56 +235,113 @@ def test_sigterm_finishes_what_was_accepted_and_exits_0(warm: Served) -> None:
     assert "Traceback" not in warm.log
 
 
-# --- another one: traces, and an end that waits for nobody
+# --- another one: what the page tells people to type, traces, and an end that waits for nobody
 
 
-def test_traces_and_a_second_sigterm(fashion_bundle: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Another site: its origin, and the folder it shows."""
+    folder = tmp_path_factory.mktemp("site")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def traced(fashion_bundle: Path, site: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Without keys, and without a warm-up."""
     pytest.importorskip("opentelemetry.sdk")
     environment = {**os.environ, "OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_SCHEDULE_DELAY": "50"}
-    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-    with served(fashion_bundle, log=tmp_path / "log.txt", options=("--no-warm-up",), environment=environment) as found:
+    options = ("--no-warm-up", "--cors-origin", site[0])
+    log = tmp_path_factory.mktemp("traced") / "log.txt"
+    with served(fashion_bundle, log=log, options=options, environment=environment) as found:
         found.until(lambda: found.ready() == 200)
-        answer = found.client.post(
-            "/v1/images/generations", json={"steps": 4, "fraction": 0.5, "n": 1},
-            headers={"traceparent": f"00-{trace}-{parent}-01"},
-        )  # fmt: skip
-        assert answer.status_code == 200
+        yield found
 
-        def spans() -> dict[str, Any]:
-            lines = (line for line in found.lines if line.get("context", {}).get("trace_id") == f"0x{trace}")
-            return {line["name"]: line for line in lines}
 
-        found.until(lambda: "POST /v1/images/generations" in spans())
-        seen = spans()
-        assert set(seen) == {
-            "POST /v1/images/generations", "draw", "queue", "encode", "denoise", "decode", "steps of small",
-            "steps of large",
-        }  # fmt: skip
-        outer, drawing = seen["POST /v1/images/generations"], seen["draw"]
-        assert outer["parent_id"] == f"0x{parent}"
-        assert drawing["parent_id"] == outer["context"]["span_id"]
-        assert {seen[name]["parent_id"] for name in set(seen) - {outer["name"], "draw"}} == {
-            drawing["context"]["span_id"]
-        }
-        small, large = seen["steps of small"], seen["steps of large"]
-        assert drawing["start_time"] <= small["start_time"] <= small["end_time"] <= large["end_time"]
-        assert large["end_time"] <= drawing["end_time"] <= outer["end_time"]
+def example(language: str, address: str) -> str:
+    page = Path(__file__).parents[3] / "docs" / "serving.md"
+    (found,) = re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    assert "http://127.0.0.1:8000/" in found
+    return str(found).replace("http://127.0.0.1:8000/", address)
 
-        def cut_off() -> int:
-            try:
-                return found.draw(steps=250, n=8).status_code
-            except httpx.TransportError:
-                return 0
 
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(cut_off)
-            found.until(lambda: found.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 1)
-            found.process.send_signal(signal.SIGTERM)
-            found.until(lambda: found.ready() == 503)
-            found.process.send_signal(signal.SIGTERM)
-            assert found.process.wait(10) == 143
-            assert asked.result(10) == 0
-        assert found.log.endswith("terminated\n")
+def test_the_python_of_the_page(traced: Served, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", example("python", traced.address)], cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    for index in range(2):
+        assert (tmp_path / f"sneaker-{index}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curl_of_the_page(traced: Served, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    subprocess.run(["bash", "-euc", example("sh", traced.address)], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "sneaker.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_html_of_the_page(traced: Served, site: tuple[str, Path]) -> None:
+    origin, folder = site
+    (folder / "index.html").write_text(
+        f"<!doctype html><link rel='icon' href='data:,'>{example('html', traced.address)}"
+    )
+    with browser_page() as seen:
+        seen.page.goto(f"{origin}/")
+        seen.page.wait_for_function("document.title == 'drawn' && picture.naturalWidth == 28")
+        assert seen.errors == []
+        # Chromium at times calls a stream aborted that the page has read to its end
+        assert [text for text in seen.failed if not text.endswith("generations: net::ERR_ABORTED")] == []
+
+
+def test_a_request_is_a_trace(traced: Served) -> None:
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    body, headers = {"steps": 4, "fraction": 0.5, "n": 1}, {"traceparent": f"00-{trace}-{parent}-01"}
+    assert traced.client.post("/v1/images/generations", json=body, headers=headers).status_code == 200
+
+    def spans() -> dict[str, Any]:
+        lines = (line for line in traced.lines if line.get("context", {}).get("trace_id") == f"0x{trace}")
+        return {line["name"]: line for line in lines}
+
+    traced.until(lambda: "POST /v1/images/generations" in spans())
+    seen = spans()
+    parts = {"queue", "encode", "denoise", "decode", "steps of small", "steps of large"}
+    assert set(seen) == {"POST /v1/images/generations", "draw", *parts}
+    outer, drawing = seen["POST /v1/images/generations"], seen["draw"]
+    assert outer["parent_id"] == f"0x{parent}"
+    assert drawing["parent_id"] == outer["context"]["span_id"]
+    assert {seen[name]["parent_id"] for name in parts} == {drawing["context"]["span_id"]}
+    small, large = seen["steps of small"], seen["steps of large"]
+    assert drawing["start_time"] <= small["start_time"] <= small["end_time"] <= large["end_time"]
+    assert large["end_time"] <= drawing["end_time"] <= outer["end_time"]
+
+
+def test_a_second_sigterm_ends_it_at_once(traced: Served) -> None:
+    def cut_off() -> int:
+        try:
+            return traced.draw(steps=250, n=8).status_code
+        except httpx.TransportError:
+            return 0
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(cut_off)
+        traced.until(lambda: traced.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 1)
+        traced.process.send_signal(signal.SIGTERM)
+        traced.until(lambda: traced.ready() == 503)
+        traced.process.send_signal(signal.SIGTERM)
+        assert traced.process.wait(10) == 143
+        assert asked.result(10) == 0
+    assert traced.log.endswith("terminated\n")
+
+
+# --- others
 
 
 def test_ended_while_it_loads_it_has_lost_nothing(fashion_bundle: Path, tmp_path: Path) -> None:
