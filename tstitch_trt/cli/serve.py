@@ -164,6 +164,7 @@ def command(
     """
     import logging
 
+    from tstitch_trt.cli._calibration import calibrated_steps
     from tstitch_trt.serve.access import Access, Submissions
     from tstitch_trt.serve.engine import Engine
     from tstitch_trt.serve.front import Front
@@ -212,7 +213,8 @@ def command(
             log.info(front.doing)
             engine = Engine(
                 named, max_lanes=queue.max_lanes, max_queue=queue.max_queue, max_queue_bytes=queue.max_queue_memory,
-                weights=weights, cheaper=queue.cheaper(), load=asdict(load), observer=observers,
+                weights=weights, cheaper=queue.cheaper(), calibration=calibrated_steps, load=asdict(load),
+                observer=observers,
             )  # fmt: skip
             stack.callback(engine.close, cancel=True)
             reload = Reloader(engine, named)

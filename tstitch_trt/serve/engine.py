@@ -13,7 +13,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from weakref import WeakSet
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.checks import (
+    check_callable,
     check_number,
     check_switch,
     check_text,
@@ -84,8 +85,9 @@ class Engine:
     default twice its largest batch. ``policy``: makes what chooses the batches of one bundle (``serve.policy``).
     ``weights``: shares of the device among bundles, 1 by default. ``max_queue`` and ``max_queue_bytes``: images of each
     bundle that wait for a lane, and what their requests hold on the host; more are refused with ``Overloaded``.
-    ``cheaper``: how far requests with a latency budget may be made cheaper under load. ``calibration``: what steps
-    cost, by bundle; without it that is learned from those that run. ``observer``: is told of everything.
+    ``cheaper``: how far requests with a latency budget may be made cheaper under load. ``calibration``: gives
+    what steps of a bundle cost, from which their batches are capped; without it the batch that its engines were tuned
+    for is the cap, and costs are learned from the steps that run. ``observer``: is told of everything.
 
     Every image is the one that ``Runtime.sample`` draws alone: bit for bit where its batches were padded to the same
     sizes, else within the engines' rounding (1e-4 relative in fp32). Raises what ``load`` raises. Not run on a GPU.
@@ -99,7 +101,7 @@ class Engine:
         max_queue=partial(check_whole, low=1, high=MOST_IMAGES),
         max_queue_bytes=taken_as_is,
         cheaper=taken_as_is,
-        calibration=taken_as_is,
+        calibration=optional(check_callable),
         load=taken_as_is,
         observer=taken_as_is,
     )
@@ -113,14 +115,14 @@ class Engine:
         max_queue: int = 256,
         max_queue_bytes: int | str = "2GiB",
         cheaper: Cheaper | None = None,
-        calibration: Mapping[str, Sequence[CostPoint]] | None = None,
+        calibration: Callable[[Runtime], Iterable[CostPoint]] | None = None,
         load: Mapping[str, Any] | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.max_queue = max_queue
         self.max_queue_bytes = parse_size(max_queue_bytes, "max_queue_bytes", "--max-queue-bytes 2GiB")
         self._cheaper = cheaper
-        self._calibration = dict(calibration or {})
+        self._calibration = calibration or (lambda runtime: ())
         self._max_lanes = max_lanes
         self._policy = policy
         self._load = dict(load or {})
@@ -474,7 +476,7 @@ class Engine:
             policy=self._policy,
             room=(self.max_queue, self.max_queue_bytes),
             cheaper=self._cheaper,
-            calibration=self._calibration.get(known, ()),
+            calibration=self._calibration(runtime),
         )
 
     def _reopen(self, model: Model) -> Model:

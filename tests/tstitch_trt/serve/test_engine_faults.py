@@ -318,7 +318,7 @@ COSTS = [
 
 def test_a_latency_budget_is_kept_or_refused_and_the_schedule_may_give_way(tiny_pair: TinyPair) -> None:
     """Costs are those of the calibration, since nothing runs before the engine is asked."""
-    options: dict[str, Any] = {"calibration": {"tiny": COSTS}, "load": {"threads": 1, "verify": "size"}}
+    options: dict[str, Any] = {"calibration": lambda runtime: COSTS, "load": {"threads": 1, "verify": "size"}}
     plain = {key: value for key, value in ASKED.items() if key != "fraction"} | {"steps": 10, "fraction": 0.2}
     with Engine(tiny_pair.bundle, **options) as engine:
         with pytest.raises(Overloaded, match="the latency budget is 4 s") as error:
