@@ -42,10 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, fashion_bundle: Path) -> Pa
     return folder
 
 
-def test_the_python_example_runs(folder: Path) -> None:
-    (example,) = blocks("python")
+def test_the_python_examples_run(folder: Path) -> None:
+    example, serving = blocks("python")
     assert len(example.strip().splitlines()) <= 20
-    done = run([sys.executable, "-c", example], folder)
+    done = run([sys.executable, "-c", f"{example}\n{serving}\nassert len(pictures) == 10"], folder)
     assert "50/50 large" in done.stdout
     with Image.open(folder / "classes.png") as image:
         assert image.size == (280, 28)
