@@ -49,8 +49,8 @@ def python_of_the_backend(folder: Path, wheels: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(wheels: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a tritonserver with one model, ``shoes``."""
+def servers(wheels: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The addresses over HTTP and gRPC of a tritonserver with one model, ``shoes``, of four lanes."""
     if sys.version_info >= (3, 13):
         pytest.skip(f"{NUMPY} has no wheel for Python {PYTHON}")
     library = Path(sysconfig.get_config_var("LIBDIR"))
@@ -68,14 +68,14 @@ def server(wheels: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPath
     for program in (backend / "triton_python_backend_stub", triton / "bin" / "tritonserver"):
         program.chmod(0o755)
     assert main(["export-triton", str(fashion_bundle), "-o", str(folder / "models"), "--name", "shoes",
-                 "--threads", "1", "--max-queue", "40"]) == 0  # fmt: skip
-    port, log = free_port(), folder / "log"
+                 "--threads", "1", "--max-queue", "40", "--max-lanes", "4"]) == 0  # fmt: skip
+    port, grpc, log = free_port(), free_port(), folder / "log"
     paths = {"PATH": f"{python_of_the_backend(folder / 'python', wheels)}{os.pathsep}{os.environ['PATH']}",
              "LD_LIBRARY_PATH": f"{wheel / 'nvidia_pytriton.libs'}{os.pathsep}{library}"}  # fmt: skip
     with log.open("w") as said, subprocess.Popen(
         [triton / "bin" / "tritonserver", "--model-repository", folder / "models", "--http-address", "127.0.0.1",
-         "--backend-directory", folder / "backends", "--http-port", str(port), "--allow-grpc", "false",
-         "--allow-metrics", "false", "--exit-timeout-secs", "5"],
+         "--backend-directory", folder / "backends", "--http-port", str(port), "--grpc-port", str(grpc),
+         "--grpc-address", "127.0.0.1", "--allow-metrics", "false", "--exit-timeout-secs", "5"],
         stdout=said, stderr=said, env={**os.environ, **paths},
     ) as process:  # fmt: skip
         address = f"http://127.0.0.1:{port}/v2"
@@ -85,10 +85,15 @@ def server(wheels: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPath
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < end, log.read_text()
                 time.sleep(0.1)
-            yield address
+            yield address, f"127.0.0.1:{grpc}"
         finally:
             process.terminate()
             process.wait(SECONDS)
+
+
+@pytest.fixture(scope="module")
+def server(servers: tuple[str, str]) -> str:
+    return servers[0]
 
 
 def free_port() -> int:
@@ -146,13 +151,40 @@ def test_a_short_request_overtakes_a_long_one(server: str) -> None:
         status, _ = infer(server, {"labels": ("BYTES", ["1"]), "n": ("INT32", [n]), "steps": ("INT32", [steps])})
         ended.append((status, steps))
 
-    threads = [threading.Thread(target=draw, args=args) for args in ((4, 80), (1, 2))]
+    threads = [threading.Thread(target=draw, args=args) for args in ((3, 80), (1, 2))]
     for thread in threads:
         thread.start()
         time.sleep(0.1)
     for thread in threads:
         thread.join()
     assert ended == [(200, 2), (200, 80)]
+
+
+def test_a_client_that_goes_frees_the_lanes(servers: tuple[str, str], wheels: Path) -> None:
+    """Over gRPC: Triton does not tell of clients of HTTP that go."""
+    client = unpacked("tritonclient==2.51.0", wheels) / "tritonclient-2.51.0.data" / "purelib"
+    packages = (client, unpacked("python-rapidjson==1.23", wheels))
+    script = """
+import sys, time
+import numpy as np
+from tritonclient import grpc
+client = grpc.InferenceServerClient(sys.argv[1])
+asked = {"labels": ("BYTES", np.array([b"1"], object)), "steps": ("INT32", np.array([1000], np.int32)),
+         "n": ("INT32", np.array([4], np.int32))}
+inputs = [grpc.InferInput(name, [1], kind) for name, (kind, _) in asked.items()]
+for each in inputs:
+    each.set_data_from_numpy(asked[each.name()][1])
+request = client.async_infer("shoes", inputs, lambda result, error: None)
+time.sleep(0.5)
+request.cancel()
+time.sleep(0.1)
+"""
+    paths = os.pathsep.join(map(str, packages))
+    subprocess.run([sys.executable, "-c", script, servers[1]], env={**os.environ, "PYTHONPATH": paths}, check=True)
+    began = time.monotonic()
+    status, _ = infer(servers[0], {"labels": ("BYTES", ["1"]), "steps": ("INT32", [2])})
+    assert status == 200
+    assert time.monotonic() - began < 3, "there is no other lane, and 4,000 steps take longer"
 
 
 def test_what_can_not_be_drawn_is_told(server: str) -> None:
