@@ -7,23 +7,19 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextvars import ContextVar
 from typing import Any, Final
 
 from tstitch_trt.serve.http.errors import ApiError, ClientGone, error_answer, to_api_error
 from tstitch_trt.serve.http.limits import HttpSettings
 from tstitch_trt.serve.listen import is_loopback
 
-__all__ = ["REQUEST_ID", "Guard", "release_body"]
+__all__ = ["Guard", "release_body"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-REQUEST_ID: Final[ContextVar[str]] = ContextVar("request_id", default="")
-"""Of the request that this task answers."""
 
 _ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
@@ -57,7 +53,7 @@ class Guard:
         asked = headers.get("x-request-id", "")
         request_id = asked if _ID.fullmatch(asked) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        token, began = REQUEST_ID.set(request_id), False
+        began = False
 
         async def answer(message: Message) -> None:
             nonlocal began
@@ -81,7 +77,6 @@ class Guard:
             await _answer(answer, *error_answer(to_api_error(error, request_id)))
         finally:
             body.release()
-            REQUEST_ID.reset(token)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Raises ``ApiError`` for callers that are not let in."""
@@ -101,7 +96,7 @@ class Guard:
         if settings.keys is not None:
             if path not in settings.open_paths:
                 self._check_key(headers.get("authorization", ""))
-        elif path.startswith(_ADMIN) and not _from_here(scope, headers, name):
+        elif path.startswith(_ADMIN) and (foreign or not _from_here(scope, headers, name)):
             raise ApiError(403, "this is for the machine itself, or for who has a key\nhint: start the server with "
                            "--api-key-file")  # fmt: skip
 

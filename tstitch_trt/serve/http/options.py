@@ -1,4 +1,4 @@
-"""What a message asks for, as options of the engine. The first image of a request that is refused costs nothing."""
+"""What a message asks for, as options of the engine."""
 
 from __future__ import annotations
 

@@ -109,8 +109,9 @@ def test_reloading_is_for_the_machine_itself_or_a_key(server: Server, keyed: htt
     def fail() -> list[str]:
         raise OSError("/secret/path is gone")
 
-    with running(server.engine, HttpSettings(reload=fail)) as client:
-        for headers in ({"host": "evil.example"}, {"x-forwarded-for": "10.0.0.1"}, {"forwarded": "for=10.0.0.1"}):
+    with running(server.engine, HttpSettings(reload=fail, cors_origins=("*",))) as client:
+        for headers in ({"host": "evil.example"}, {"x-forwarded-for": "10.0.0.1"}, {"forwarded": "for=10.0.0.1"},
+                        {"origin": "https://evil.example"}):  # fmt: skip
             assert code(client.post("/admin/reload", headers=headers)) == (403, "forbidden")
         answer = client.post("/admin/reload")
         assert code(answer) == (500, "internal_error")
