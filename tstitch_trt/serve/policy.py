@@ -37,7 +37,7 @@ class LargestBatch:
 
 
 class DeadlineFirst:
-    """Deadlines first, then deficit round robin among the groups in seconds of device time, weighted by their lanes.
+    """Deadlines first, then deficit round robin among the groups in seconds of device time.
 
     A round is one step of every lane that has a slot. The first of these that applies chooses the group:
 
@@ -45,7 +45,8 @@ class DeadlineFirst:
        than ``patience + 1`` rounds and one tick.
     2. Of the lanes with deadlines, in their order, one has no more than a round to spare beside the work that is due by
        then: the group with the earliest deadline. A deadline that its lane could not meet alone counts no more.
-    3. The group that is the first to earn its tick. Device time is earned in proportion to the lanes.
+    3. The group that is the first to earn its tick. A group earns device time by its lanes, each of which weighs
+       1 / its steps that are left: what is soon done is not kept waiting by what is not.
 
     Lanes beyond a batch's cap go by deadline where it is urgent, else by the time at which they should end: ``stretch``
     times what is left of them after arrival, so that short ones don't wait behind long ones, nor those without end;
@@ -54,7 +55,7 @@ class DeadlineFirst:
     the images before it in the same request take, so that a request of many images can't hold up those behind it.
     """
 
-    def __init__(self, *, patience: float = 4.0, ageing: float = 10.0, stretch: float = 8.0) -> None:
+    def __init__(self, *, patience: float = 8.0, ageing: float = 10.0, stretch: float = 8.0) -> None:
         self.patience = patience
         self.ageing = ageing
         self.stretch = stretch
@@ -63,30 +64,30 @@ class DeadlineFirst:
     def choose(self, groups: Groups, costs: Costs, now: float) -> Tick:
         caps: dict[Key, int] = {}
         ticks: dict[Key, float] = {}  # seconds of each group's next batch
-        around, total, longest = 0.0, 0, now
+        weights: dict[Key, float] = {}
+        around, longest = 0.0, math.inf
         oldest = next(iter(groups))
         for key, lanes in groups.items():
             count = len(lanes)
-            total += count
             caps[key] = cap = costs.cap(key)
-            if count <= cap:
-                ticks[key] = seconds = costs.seconds(key, count)
-            else:
-                ticks[key] = costs.seconds(key, cap)
-                seconds = ticks[key] * -(-count // cap)
-            around += seconds
+            if len(groups) == 1 and count <= cap:
+                self._credit = {}
+                return Tick(key, tuple(lanes))
+            ticks[key] = seconds = costs.seconds(key, min(count, cap))
+            around += seconds * -(-count // cap)
+            weights[key] = sum([1 / (len(lane.keys) - lane.step) for lane in lanes])
             if lanes[0].since < longest:
                 oldest, longest = key, lanes[0].since
         if now - longest > self.patience * around:
-            self._pay(groups, ticks, total, oldest)
+            self._pay(ticks, weights, oldest)
             return Tick(oldest, tuple(groups[oldest][: caps[oldest]]))
         urgent = _urgent(groups, costs, caps, ticks, around, now)
         if urgent:
             key = min(urgent, key=_deadline).key
         else:
             credit = self._credit
-            key = min(ticks, key=lambda key: (ticks[key] - credit.get(key, 0.0)) / len(groups[key]))
-        self._pay(groups, ticks, total, key)
+            key = min(ticks, key=lambda key: (ticks[key] - credit.get(key, 0.0)) / weights[key])
+        self._pay(ticks, weights, key)
         lanes = groups[key]
         if len(lanes) > caps[key]:
             lanes = heapq.nsmallest(caps[key], lanes, key=lambda lane: self._place(lane, costs, urgent))
@@ -105,10 +106,10 @@ class DeadlineFirst:
         wanted = job.arrived + self.stretch * lane_seconds(lane, costs) - job.priority * self.ageing
         return _deadline(lane) if lane in urgent else math.inf, wanted
 
-    def _pay(self, groups: Groups, ticks: Mapping[Key, float], total: int, key: Key) -> None:
+    def _pay(self, ticks: Mapping[Key, float], weights: Mapping[Key, float], key: Key) -> None:
         """All groups earn the tick's time, and ``key`` spends it. Groups that are gone are forgotten."""
-        share, before = ticks[key] / total, self._credit
-        self._credit = {each: before.get(each, 0.0) + share * len(lanes) for each, lanes in groups.items()}
+        share, before = ticks[key] / sum(weights.values()), self._credit
+        self._credit = {each: before.get(each, 0.0) + share * weight for each, weight in weights.items()}
         self._credit[key] -= ticks[key]
 
 

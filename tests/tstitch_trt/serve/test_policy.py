@@ -121,10 +121,17 @@ def test_device_time_is_shared_by_lanes_not_by_batches(small: int, large: int) -
     """A batch of the large size takes 16 times as long, and gets no more of the device for it."""
     costs = TableCosts({"small": (0.5, 0.5), "large": (8.0, 8.0)}, {"small": 8, "large": 8})
     spent = {"small": 0.0, "large": 0.0}
-    asked = [Asked(["small"] * 10_000, images=small), Asked(["large"] * 10_000, images=large)]
+    asked = [Asked(["small"] * 200_000, images=small), Asked(["large"] * 200_000, images=large)]
     for each in Device.of(costs, DeadlineFirst(patience=30)).run(asked, stop=10_000):
         spent[str(each.tick.key)] += each.ended - each.began
     assert spent["small"] / spent["large"] == pytest.approx(small / large, rel=0.1)
+
+
+def test_what_is_soon_done_is_not_kept_waiting() -> None:
+    """Two steps beside a hundred of others: they are done within a few seconds, not within the others' round."""
+    found = ends(DeadlineFirst(), ALONE, Asked("a" * 100, images=8), Asked("b" * 100, images=8), Asked("c" * 2))
+    assert found[2] <= 6
+    assert max(found[:2]) == 202
 
 
 def test_what_is_known_of_groups_that_are_gone_is_let_go() -> None:
@@ -152,20 +159,20 @@ def test_a_request_of_many_images_leaves_room_for_those_behind_it() -> None:
     assert all(device.ended[number] - asked[number].at <= 10 for number in range(1, 5))
 
 
-def test_lanes_beyond_a_cap_go_by_deadline_then_priority_then_age() -> None:
+def test_lanes_beyond_a_cap_go_by_deadline_then_priority_then_steps_then_age() -> None:
     costs = TableCosts({"a": (1.0, 0.0)}, {"a": 1})
     scheduler = Scheduler(8, DeadlineFirst(), costs)
-    old, new, high, due = Job(0.0), Job(1.0), Job(1.0, priority=1), Job(1.0, deadline=9.5)
-    for job in (new, old, high, due):
-        scheduler.add(job, [(0, "aaaa", 0)], 2.0)
+    old, new, high, due, short = Job(0.0), Job(1.0), Job(1.0, priority=1), Job(1.0, deadline=9.5), Job(1.0)
+    for job in (new, old, high, due, short):
+        scheduler.add(job, [(0, "aaa" if job is short else "aaaa", 0)], 2.0)
     scheduler.admit(2.0)
     order = []
-    for now in range(2, 6):
+    for now in range(2, 7):
         tick = scheduler.choose(now)
         assert tick is not None
         order.append(tick.lanes[0].job)
         scheduler.drop(tick.lanes)
-    assert order == [due, high, old, new]
+    assert order == [due, high, short, old, new]
 
 
 def test_short_requests_overtake_long_ones_and_not_for_ever() -> None:
