@@ -517,7 +517,7 @@ class Engine:
 
     def _begin_warming(self, model: Model) -> None:
         model.warmed, model.warm_error = 0.0, None
-        model.warming = model.runner.warm_up(lambda key: model.costs.cap(Phase.of(key)))
+        model.warming = model.runner.warm_up(lambda key: min(model.max_lanes, model.costs.cap(Phase.of(key))))
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """A thread that ends by a fault of ours takes no request with it in silence."""
