@@ -50,6 +50,7 @@ from tstitch_trt.study.machine import describe_machine
 
 KINDS: Final = 24  # different requests
 LEVELS: Final = 1  # of 255 that a pixel may differ by: the batch decides the order in which an engine adds
+LARGE: Final = 1 << 20  # bytes of a body whose sender the server may cut off
 PATIENCE: Final = 120.0  # seconds for one answer
 SHARES: Final = {  # of the clients' requests, in percent
     "answer": 58, "stream": 20, "cancels": 5, "malformed": 5, "hangs up": 6, "reads slowly": 6,
@@ -359,7 +360,13 @@ class Client:
 
     async def malformed(self) -> int:
         content, kind = rubbish(self.rng, dict(self._draw()[0]))
-        reply = await self.http.post("/v1/images/generations", content=content, headers={"content-type": kind})
+        try:
+            reply = await self.http.post("/v1/images/generations", content=content, headers={"content-type": kind})
+        except (httpx.ReadError, httpx.WriteError):
+            if len(content) <= LARGE:
+                raise
+            self.answers["malformed, cut off"] += 1  # while it was still being sent
+            return 0
         if not 400 <= reply.status_code < 500:
             raise Wrong(f"{reply.status_code} for {content[:200]!r} as {kind}")
         self._refused(reply.status_code, reply.headers, reply.content, malformed=True)

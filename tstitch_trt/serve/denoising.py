@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import ref
 
 from tstitch_engines.errors import BadInput, Closed, DeviceLost, FailedWork, OutOfTime, first_line
 from tstitch_trt.runtime.lane_program import LaneProgram
@@ -73,7 +74,7 @@ class Denoising:
         self._reopen = reopen
         self._stopping = False
         self._ended = threading.Event()
-        self._timeouts: list[tuple[float, int, Handle]] = []
+        self._timeouts: list[tuple[float, int, ref[Handle]]] = []  # one that has ended is kept by nobody here
         self._numbers = itertools.count()
         self._ran: deque[_Ran] = deque()
 
@@ -112,7 +113,7 @@ class Denoising:
 
     def expire_at(self, when: float, handle: Handle) -> None:
         """Ends the request then (``time.monotonic``), unless it has ended."""
-        entry = (when, next(self._numbers), handle)
+        entry = (when, next(self._numbers), ref(handle))
         self._book.inbox.put(lambda: heapq.heappush(self._timeouts, entry))
 
     def add(self, request: Request, programs: list[LaneProgram]) -> None:
@@ -181,8 +182,8 @@ class Denoising:
     def _expire(self) -> None:
         now = time.monotonic()
         while self._timeouts and self._timeouts[0][0] <= now:
-            handle = heapq.heappop(self._timeouts)[2]
-            if not handle.done():
+            handle = heapq.heappop(self._timeouts)[2]()
+            if handle is not None and not handle.done():
                 took = now - handle.submitted
                 late = OutOfTime(f"the request has not ended after {took:.3g} s", hint="give a longer timeout=")
                 self._book.end(handle, late)

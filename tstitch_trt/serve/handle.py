@@ -12,6 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
+from weakref import WeakMethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,8 @@ class Handle:
         self._count = 0
         self._wakers: list[Callable[[], None]] = []
         self._ended = False
-        self._future.add_done_callback(self._over)
+        over = WeakMethod(self._over)  # else the two keep each other, and the pictures, until the garbage is collected
+        self._future.add_done_callback(lambda future: None if (call := over()) is None else call(future))
 
     # --- for whoever asked
 

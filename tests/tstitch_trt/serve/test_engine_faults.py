@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -237,6 +239,20 @@ def test_cancels_and_time_outs_free_lanes_at_the_next_step(engine: Engine, wante
     assert (cancelled.state, late.state) == ("cancelled", "failed")
     assert idle(engine)
     np.testing.assert_allclose(engine.submit(**ASKED).result(SECONDS).latents, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_ended_is_kept_by_nobody_though_its_time_out_is_far(engine: Engine) -> None:
+    gc.disable()
+    try:
+        handles = [weakref.ref(engine.submit(**ASKED, timeout=SECONDS)) for _ in range(4)]
+        assert idle(engine)
+        engine.submit(**ASKED).result(SECONDS)  # threads keep their last one
+        until = time.monotonic() + SECONDS
+        while any(handle() for handle in handles) and time.monotonic() < until:
+            time.sleep(0.002)
+        assert not any(handle() for handle in handles)
+    finally:
+        gc.enable()
 
 
 def test_closing_draws_what_was_accepted_or_cancels_it(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
