@@ -50,6 +50,15 @@ _LONG = (
     "test_evaluate.py",
     "test_c_library.py",
     "test_cuda_runtime.py",
+    "test_solvers_diffusers.py",
+    "serve/test_ray_app.py",
+    "test_pair_builds.py",
+    "tstitch_export/test_build.py",
+    "test_build_interrupted.py",
+    "tstitch_export/quantise/",
+    "serve/test_ray_bulk.py",
+    "serve/test_serve_command.py",
+    "serve/test_triton.py",
     "test_calibrate.py",
 )
 _SLOW_SECONDS = 3600  # that a test marked `slow` may take
