@@ -33,8 +33,12 @@ class Address:
         "The token that visitors must know, 16 characters or more. [made anew unless --host is this machine alone]",
         "FILE",
     )
-    queue: int = option(
-        "How many drawings may wait; more are told when to try again.", "N", default=16, least=1, most=32
+    max_lanes: int | None = option("Images drawn at once. [2 x the bundle's largest batch]", "N", least=1)
+    max_queue: int = option(
+        "Images that may wait, half as many for one address; more are told when to try again.",
+        "N",
+        default=256,
+        least=96,
     )
 
 
@@ -42,29 +46,30 @@ class Address:
 def command(bundle: Path, address: Address, load: LoadOptions) -> None:
     """Serve a page that draws from BUNDLE at any stitch point, until Ctrl-C.
 
-    Class or prompt, steps, seed, guidance, solver and the share of the steps on the first member; the same seeds at
-    several shares side by side with the time per image; the plot of time and quality with the chosen point. The page
-    asks nothing of the network. The address is printed to stdout, with the token in it where there is one: whoever
-    reaches another --host than this machine's own must know it. Needs gradio: pip install "tstitch-trt[ui]".
+    Visitors draw at once and share batches. Class or prompt, steps, seed, guidance, solver and the share of the steps
+    on the first member; the same seeds at several shares side by side with the time per image; the plot of time and
+    quality with the chosen point. The page asks nothing of the network. The address is printed to stdout, with the
+    token in it where there is one: whoever reaches another --host than this machine's own must know it. Needs gradio:
+    pip install "tstitch-trt[ui]".
     """
     import secrets
     import tempfile
     import threading
-    import time
     from contextlib import ExitStack
 
-    from tstitch_trt.progress import log
+    from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.report.samples import undrawable
+    from tstitch_trt.serve.engine import Engine
     from tstitch_trt.serve.listen import is_loopback, listen
-    from tstitch_trt.study.fractions import warm_up_fractions
     from tstitch_trt.ui.app import build_page, import_gradio, serving
     from tstitch_trt.ui.guard import Guard, read_token
-    from tstitch_trt.ui.visitors import DrawingQueue
+    from tstitch_trt.ui.visitors import Drawings
 
     token = None if is_loopback(address.host) else secrets.token_urlsafe(24)
     if address.token_file is not None:
         token = read_token(address.token_file)
-    queue = None
+    drawings = Drawings(address.max_queue // 2)
+    cut_off = False
     try:
         with ExitStack() as stack:
             listening = stack.enter_context(listen(address.host, address.port))
@@ -72,17 +77,16 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tstitch-ui-"))).resolve()
             gradio = import_gradio(temporary=str(temporary))
             runtime = stack.enter_context(load.open(bundle))
-            manifest = runtime.manifest
-            if (reason := undrawable(manifest)) is not None:
+            if (reason := undrawable(runtime.manifest)) is not None:
                 raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
-            pictures = {"labels": [0]} if manifest.conditioning.kind == "class" else {"prompt": ""}
-            began = time.monotonic()
-            warmed = warm_up_fractions(runtime, {**pictures, "guidance": manifest.defaults.guidance})
-            queue = DrawingQueue(address.queue, seconds_per_unit=(time.monotonic() - began) / warmed)
-            page = build_page(gradio, runtime, str(bundle), temporary=temporary, queue=queue)
+            engine = Engine(runtime, max_lanes=address.max_lanes, max_queue=address.max_queue)
+            stack.callback(engine.close, cancel=True)
+            with progress_bar("warming up") as bar:
+                engine.warm_up(bar)
+            page = build_page(gradio, engine, str(bundle), temporary=temporary, drawings=drawings)
             guarded = partial(
                 Guard, host=address.host, port=port, names=address.allow_host, token=token, pictures=temporary,
-                visitors=queue.visitors,
+                visitors=drawings.visitors,
             )  # fmt: skip
             with serving(gradio, page, listening, guarded):
                 try:
@@ -90,9 +94,10 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
                     log("Ctrl-C stops it")
                     threading.Event().wait()
                 finally:
-                    queue.close()
+                    cut_off = len(drawings) > 0
+                    engine.close(cancel=True)
     except KeyboardInterrupt:
-        if queue is None or queue.cut_off:
+        if cut_off:
             raise
         log("stopped")  # as it was told to, and nobody lost a drawing
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.progress import Progress
-from tstitch_trt.runtime.result import Result, StepEvent
+from tstitch_trt.runtime.result import Result
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -20,7 +20,7 @@ __all__ = ["FractionImages", "counts_text", "draw_fractions", "warm_up_fractions
 
 @dataclass(frozen=True)
 class FractionImages:
-    """``images``: one per seed, uint8 ``[N,H,W,C]``. ``ms``: per image, of this one run, without decoding."""
+    """``images``: one per seed, uint8 ``[N,H,W,C]``. ``ms``: per image, of its steps, without decoding."""
 
     fraction: float
     result: Result
@@ -44,11 +44,10 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return " + ".join(f"{steps} {name}" for name, steps in counts.items())
 
 
-def warm_up_fractions(runtime: Runtime, request: Mapping[str, Any]) -> int:
-    """Runs every member that a fraction goes between: the first runs of an engine are slow. Returns the steps."""
+def warm_up_fractions(runtime: Runtime, request: Mapping[str, Any]) -> None:
+    """Runs every member that a fraction goes between: the first runs of an engine are slow."""
     for fraction in (0.0, 1.0):
         runtime.sample(**{**request, "steps": 2}, fraction=fraction, decode=fraction == 0)
-    return 4
 
 
 def draw_fractions(
@@ -57,22 +56,14 @@ def draw_fractions(
     pictures: Mapping[str, Any],
     settings: Mapping[str, Any],
     progress: Progress,
-    *,
-    each_step: bool = False,
 ) -> Iterator[FractionImages]:
     """Each fraction in turn, in the order given. Raises what ``Runtime.plan`` raises before anything is drawn.
 
     ``pictures``: keywords of ``Runtime.sample`` for what to draw, seeds included. ``settings``: of ``Runtime.plan``,
-    without a schedule. ``each_step``: ``progress`` is called after every step too.
+    without a schedule.
     """
     for fraction in fractions:
         runtime.plan(fraction=fraction, **settings)
     for index, fraction in enumerate(fractions):
-
-        def tell(event: StepEvent, index: int = index, fraction: float = fraction) -> None:
-            done = (event.chunk - 1 + event.step / event.steps) / event.chunks
-            progress(f"{fraction:.0%}, step {event.step} on {event.member}", (index + done) / len(fractions))
-
         progress(f"drawing at fraction {fraction:g}", index / len(fractions))
-        callback: Callable[[StepEvent], None] | None = tell if each_step else None
-        yield FractionImages(fraction, runtime.sample(**pictures, **settings, fraction=fraction, callback=callback))
+        yield FractionImages(fraction, runtime.sample(**pictures, **settings, fraction=fraction))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -18,21 +18,23 @@ from tstitch_engines.errors import BadInput, Busy, TStitchError
 from tstitch_engines.needs import require
 from tstitch_trt.serve.listen import serving as serve_on
 from tstitch_trt.solvers import SOLVERS
-from tstitch_trt.study.fractions import draw_fractions
 from tstitch_trt.study.gather import gather
 from tstitch_trt.ui.draw import kept
+from tstitch_trt.ui.drawing import draw_at_once
 from tstitch_trt.ui.pareto import pareto
 
 if TYPE_CHECKING:
-    from tstitch_trt.runtime.runtime import Runtime
+    from tstitch_trt.serve.engine import Engine
     from tstitch_trt.ui.guard import App
-    from tstitch_trt.ui.visitors import DrawingQueue
+    from tstitch_trt.ui.visitors import Drawings
 
-__all__ = ["build_page", "import_gradio", "serving"]
+__all__ = ["MOST_IMAGES", "build_page", "import_gradio", "serving"]
 
 _BESIDE: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MOST_STEPS: Final = 200
-_MOST_IMAGES: Final = 8
+_MOST_IMAGES: Final = 8  # per fraction
+MOST_IMAGES: Final = _MOST_IMAGES * (len(_BESIDE) + 1)
+"""Of one press of the button."""
 _MOST_GUIDANCE: Final = 15.0
 _LONGEST_PROMPT: Final = 2000  # characters
 _PLOT_SECONDS: Final = 3.0  # that a plot waits for others
@@ -53,10 +55,11 @@ def import_gradio(*, temporary: str) -> Any:
     return require("gradio", "the page", extra="ui")
 
 
-def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path, queue: DrawingQueue) -> Any:
-    """The page over a loaded runtime, one drawing at a time. ``path``: the bundle as it was named; ``temporary``: where
-    pictures are kept, below the system's temporary folder. Values from the browser are checked here: what the page
-    offers binds nobody who writes requests of his own."""
+def build_page(gr: Any, engine: Engine, path: str, *, temporary: Path, drawings: Drawings) -> Any:
+    """The page over an engine of one bundle. ``path``: the bundle as it was named; ``temporary``: where pictures are
+    kept, below the system's temporary folder. Values from the browser are checked here: what the page offers binds
+    nobody who writes requests of his own."""
+    runtime = engine.runtime()
     manifest = runtime.manifest
     defaults, conditioning = manifest.defaults, manifest.conditioning
     first, last = runtime.members[0], runtime.members[-1]
@@ -88,35 +91,30 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path, queue: 
         images = _whole(count, "images per fraction", 1, _MOST_IMAGES)
         return {**pictures, "n": images, "seed": _whole(seed, "seed", 0, 2**63 - 1)}, settings
 
-    def drawing(
+    async def drawing(
         asking: gr.Request,
         fraction: object,
         beside: object,
         *request: object,
         progress: Any = gr.Progress(),  # noqa: B008
-    ) -> Iterator[Any]:
+    ) -> AsyncIterator[Any]:
         with _shown(gr):
             pictures, settings = asked(*request)
             chosen = [_fraction(fraction), *_fractions_beside(beside)]
             wanted = sorted({round(one, 4) for one in chosen})
-            each = pictures["n"] * settings["steps"]
             client = asking.client.host if asking.client else ""
-            with queue.turn(str(asking.session_hash), client, each * len(wanted)) as mine:
-                for seconds in queue.wait(mine):
-                    progress(0, desc=f"waiting for others, about {seconds:.0f} s")
+            with drawings.drawing(str(asking.session_hash), client, pictures["n"] * len(wanted)) as mine:
 
-                def tell(phase: str, share: float) -> None:
-                    mine.check()
-                    progress(share, desc=phase)
+                def tell(words: str, share: float) -> None:
+                    progress(share, desc=words)
 
-                found = []
-                began = time.monotonic()
-                for drawn in draw_fractions(runtime, wanted, pictures, settings, tell, each_step=True):
-                    queue.timed(mine, each, time.monotonic() - began)
-                    caption = f"{drawn.fraction:.0%}: {drawn.members}, {drawn.ms:,.0f} ms per image"
-                    found += [(str(kept(image, temporary)), caption) for image in drawn.images]
-                    yield found
-                    began = time.monotonic()
+                shown: dict[tuple[int, int], tuple[str, str]] = {}
+                request_of_all = {**pictures, **settings}
+                async for new in draw_at_once(engine, wanted, request_of_all, check=mine.check, tell=tell):
+                    for place, picture in new.items():
+                        path = await asyncio.to_thread(kept, picture.pixels, temporary)
+                        shown[place] = (str(path), picture.caption)
+                    yield [shown[place] for place in sorted(shown)]
 
     def plotted(fraction: object, *request: object) -> str:
         with _shown(gr):
@@ -180,8 +178,8 @@ def build_page(gr: Any, runtime: Runtime, path: str, *, temporary: Path, queue: 
                 )
                 plot = gr.HTML(elem_id="plot", label="Time and quality", show_label=False)
         request = [count, steps, seed, guidance, solver, *texts]
-        # Gradio gives each its thread at once: `queue` has the bound, the order, and the words for both. And it would
-        # check some of the values, with words of its own and a trace in the log.
+        # Gradio begins each at once: the engine has the bound, the order, and the words for both. And it would check
+        # some of the values, with words of its own and a trace in the log.
         plain = {"preprocess": False, "concurrency_limit": None}
         go.click(drawing, [fraction, beside, *request], gallery, **plain)
         marks = [fraction.change, steps.change, guidance.change, solver.change, page.load]

@@ -1,22 +1,19 @@
-"""Whose turn it is to draw: a line with a bound, in which pages that were closed lose their place."""
+"""Who has a drawing under way: one a page, so many pictures an address, and none for pages that were closed."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from tstitch_engines.errors import Busy, Cancelled, Closed
+from tstitch_engines.errors import Busy, Cancelled
 
-__all__ = ["Bucket", "Drawing", "DrawingQueue", "Visitors"]
+__all__ = ["Bucket", "Drawing", "Drawings", "Visitors"]
 
 _GRACE: Final = 1.0  # seconds that a page may take to come back for its pictures
-_POLL: Final = 0.1  # seconds between two looks at whether a page that waits is still there
 _MOST_ADDRESSES: Final = 4096
-_STOP: Final = 30.0  # seconds that the step of a drawing may take
 
 
 class Bucket:
@@ -39,133 +36,82 @@ class Bucket:
 
 
 class Visitors:
-    """The pages that listen for results, by Gradio's name of their session."""
+    """The pages that listen for results, by Gradio's name of their session. For the event loop of the server."""
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
-        self._lock = threading.Lock()
 
     @contextmanager
     def listening(self, session: str) -> Iterator[None]:
-        with self._lock:
-            self._open[session] += 1
+        self._open[session] += 1
         try:
             yield
         finally:
-            with self._lock:
-                self._open[session] -= 1
-                if not self._open[session]:
-                    del self._open[session]
+            self._open[session] -= 1
+            if not self._open[session]:
+                del self._open[session]
 
     def here(self, session: str) -> bool:
         return session in self._open
 
 
 class Drawing:
-    """One press of the button. ``units``: images times steps, ``done`` of them so far."""
+    """One press of the button, for ``images`` pictures."""
 
-    def __init__(self, queue: DrawingQueue, session: str, address: str, units: int) -> None:
-        self.session, self.address = session, address
-        self.units, self.done = units, 0
-        self._queue = queue
+    def __init__(self, drawings: Drawings, session: str, address: str, images: int) -> None:
+        self.session, self.address, self.images = session, address, images
+        self._drawings = drawings
         self._seen = time.monotonic()
 
     @property
     def gone(self) -> bool:
         """Whether nobody listens for its pictures any more."""
         now = time.monotonic()
-        if self._queue.visitors.here(self.session):
+        if self._drawings.visitors.here(self.session):
             self._seen = now
-        return now - self._seen > self._queue.grace
+        return now - self._seen > self._drawings.grace
 
     def check(self) -> None:
-        """Raises ``Cancelled`` when its page was closed, and ``Closed`` when the server stops."""
-        self._queue.check_open()
-        if self.gone or not self._queue.holds(self):
+        """Raises ``Cancelled`` when its page was closed."""
+        if self.gone:
             raise Cancelled("the page was closed", hint="open it again")
 
 
-class DrawingQueue:
-    """One drawing at a time, first come, first served; ``limit`` wait at most.
+class Drawings:
+    """Those under way: one a page, and at most ``images`` pictures an address. For the event loop of the server.
 
-    A page has one place in the line, and an address at most half of the places.
+    What all addresses may ask for together is the engine's to say.
     """
 
-    def __init__(self, limit: int, *, seconds_per_unit: float, grace: float = _GRACE) -> None:
-        """``seconds_per_unit``: of one step of one image, until drawings have been timed. ``grace``: the seconds that a
-        page may take to come back."""
+    def __init__(self, images: int, *, grace: float = _GRACE) -> None:
+        """``grace``: the seconds that a page may take to come back."""
         self.visitors = Visitors()
-        self.limit = limit
         self.grace = grace
-        self.cut_off = False  # whether a drawing was under way when this was closed
-        self._rate = seconds_per_unit
-        self._line: list[Drawing] = []
-        self._changed = threading.Condition()
-        self._closed = False
+        self._images = images
+        self._open: list[Drawing] = []
 
-    def seconds(self, before: Drawing | None = None) -> float:
-        """How long it is until all in the line, or those before ``before``, are drawn."""
-        line = self._line if before is None else self._line[: self._line.index(before)]
-        return self._rate * sum(drawing.units - drawing.done for drawing in line)
-
-    def holds(self, drawing: Drawing) -> bool:
-        return drawing in self._line
-
-    def check_open(self) -> None:
-        if self._closed:
-            raise Closed("the page is being stopped", hint="start it again: tstitch-trt ui")
+    def __len__(self) -> int:
+        return len(self._open)
 
     @contextmanager
-    def turn(self, session: str, address: str, units: int) -> Iterator[Drawing]:
-        """A place in the line. Raises ``Busy`` at once where there is none, and ``Closed``."""
-        drawing = Drawing(self, session, address, units)
-        with self._changed:
-            self.check_open()
-            self._line = [one for one in self._line if not one.gone]
-            self._admit(drawing)
-            self._line.append(drawing)
+    def drawing(self, session: str, address: str, images: int) -> Iterator[Drawing]:
+        """Raises ``Busy`` at once where there is no place."""
+        drawing = Drawing(self, session, address, images)
+        self._admit(drawing)
+        self._open.append(drawing)
         try:
             yield drawing
         finally:
-            with self._changed:
-                if drawing in self._line:
-                    self._line.remove(drawing)
-                self._changed.notify_all()
-
-    def wait(self, drawing: Drawing) -> Iterator[float]:
-        """Until it is this drawing's turn: the seconds that are left, again and again. Raises as ``Drawing.check``."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._line[:1] == [drawing], _POLL)
-                drawing.check()
-                self._line = [one for one in self._line if not one.gone]
-                if self._line[0] is drawing:
-                    return
-                left = self.seconds(drawing)
-            yield left
-
-    def timed(self, drawing: Drawing, units: int, seconds: float) -> None:
-        """``units`` of the drawing took so long."""
-        drawing.done += units
-        if units:
-            self._rate += (seconds / units - self._rate) / 2
-
-    def close(self, timeout: float = _STOP) -> None:
-        """Refuses those that come, ends those that wait or draw, and waits for that."""
-        with self._changed:
-            self.cut_off = bool(self._line)
-            self._closed = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._line, timeout)
+            self._open.remove(drawing)
 
     def _admit(self, drawing: Drawing) -> None:
-        about = f"about {max(1, round(self.seconds()))} s"
-        if any(one.session == drawing.session for one in self._line):
-            raise Busy(f"this page draws already, for {about} more", hint="wait for its pictures, or load it anew")
-        if len(self._line) > self.limit:
-            raise Busy(f"busy, {about}: {self.limit} drawings wait already", hint="try again then")
-        share = max(1, self.limit // 2)
-        if sum(one.address == drawing.address for one in self._line) > share:
+        others = [one for one in self._open if not one.gone]
+        if any(one.session == drawing.session for one in others):
+            raise Busy("this page draws already", hint="wait for its pictures, or load it anew")
+        under_way = sum(one.images for one in others if one.address == drawing.address)
+        if under_way + drawing.images > self._images:
             raise Busy(
-                f"busy, {about}: {share} drawings of this address wait already", hint="close other pages, or try then"
+                f"{under_way} pictures of this address are being drawn, {drawing.images} more are too many; allowed "
+                f"are {self._images} at once",
+                hint="wait for those, or close other pages",
             )
