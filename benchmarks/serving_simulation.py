@@ -2,13 +2,13 @@
 
     tstitch-trt build fashion -o build/fashion.bundle
     python benchmarks/serving_simulation.py check build/fashion.bundle      # the engine, then its simulation: 6 minutes
-    python benchmarks/serving_simulation.py scale                           # with the step times that check measured
+    python benchmarks/serving_simulation.py scale                           # 1,000 devices, an hour on one core
     python benchmarks/serving_simulation.py scale --parts 'router-*,million'
 
-``check`` times bare steps, drives one engine in this process with Poisson arrivals of a mix, simulates the same
-requests at the same times with the costs of that window, and writes both to ``serving-simulation-check.json``.
-``scale`` writes ``serving-simulation.json`` after every part; a part that is in it is not simulated again.
-``docs/serving-simulation.md`` says what came out.
+``check`` drives one engine in this process with Poisson arrivals of a mix, simulates the same requests at the same
+times with the costs of that window, and writes both to ``serving-simulation-check.json``. ``scale`` draws that mix with
+the step times of a calibration and what the check measured beside the steps. It writes ``serving-simulation.json``
+after every part; a part that is in it is not simulated again. ``docs/serving-simulation.md`` says what came out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -30,11 +30,8 @@ import numpy as np
 from gpubench.script import parser_of, run_script, write_record
 from servingbench.asks import MIXES, Kind, make_asks
 from servingbench.replay import (
-    MeanCosts,
     Step,
-    Timed,
     Watch,
-    bare_steps,
     drive,
     percentiles,
     simulated,
@@ -46,12 +43,15 @@ import tstitch_trt
 from tstitch_engines.bundle.read import read_bounded
 from tstitch_engines.errors import BadInput
 from tstitch_trt.progress import log
+from tstitch_trt.serve.costs import CostPoint, MeasuredCosts
 from tstitch_trt.serve.engine import Engine
 from tstitch_trt.serve.policy import DeadlineFirst, FirstCome, LargestBatch
-from tstitch_trt.serve.simulate import Failure, RequestClass, Setup, bursts, poisson, simulate
+from tstitch_trt.serve.simulate import Failure, RequestClass, Setup, Stage, bursts, poisson, simulate
 from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.records import Calibration
 
 RESULTS = Path(__file__).parent / "results"
+CALIBRATION = RESULTS / "study/calibration-d97c67432c031681.json"
 LIMIT = 2.0  # seconds, for the goodput
 BYTES = 64 << 20
 
@@ -64,10 +64,19 @@ class Costed(msgspec.Struct, frozen=True, kw_only=True):
     share: int
 
 
-class Checked(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``scale`` reads of a check: bare step times and the mix."""
+class Beside(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds beside a step, and of a batch of the stages: the least of all windows."""
 
-    bare: Timed
+    step: float
+    encode: float
+    decode: float
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``scale`` reads of a check."""
+
+    slots: int
+    beside: Beside
     kinds: tuple[Costed, ...]
 
 
@@ -82,14 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     one.add_argument("--seconds", type=float, default=20.0, help="of arrivals in each window (default 20)")
     one.add_argument("--windows", type=int, default=3, help="of each load (default 3)")
-    one.add_argument("--rounds", type=int, default=20, help="in which bare steps are timed (default 20)")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--out", type=Path, default=RESULTS / "serving-simulation-check.json")
     many = commands.add_parser("scale", help="many devices, simulated")
-    many.add_argument("--costs", type=Path, default=RESULTS / "serving-simulation-check.json", help="what check wrote")
+    many.add_argument("--check", type=Path, default=RESULTS / "serving-simulation-check.json", help="what check wrote")
+    many.add_argument("--calibration", type=Path, default=CALIBRATION, help="of the bundle, as its studies/ has it")
     many.add_argument("--parts", default="*", help="names and patterns, separated by commas (default all)")
     many.add_argument("--devices", type=int, default=1000)
-    many.add_argument("--requests", type=int, default=100_000, help="of each part but the last (default 100000)")
+    many.add_argument("--requests", type=int, default=50_000, help="of each part but the last (default 50000)")
     many.add_argument("--seed", type=int, default=0)
     many.add_argument("--out", type=Path, default=RESULTS / "serving-simulation.json")
     args = parser.parse_args(argv)
@@ -104,8 +113,6 @@ def main(argv: list[str] | None = None) -> int:
 def check(args: argparse.Namespace, command: str) -> None:
     mix, watch, windows = MIXES[args.mix], Watch(), []
     with tstitch_trt.load(args.bundle, threads=1) as runtime:
-        log("timing bare steps")
-        bare = bare_steps(runtime, args.rounds)
         rows = max(runtime.splitting.tuned or (runtime.splitting.limit,))  # the engine's caps without a calibration
         caps = {name: (rows, max(1, rows // 2)) for name in runtime.members}
         kinds = {kind: steps_of(runtime, kind) for kind in sorted(mix.kinds(), key=str)}
@@ -160,7 +167,12 @@ def check(args: argparse.Namespace, command: str) -> None:
                         }
                     )
                     log(f"load {load:g}: " + ", ".join(f"{name} {100 * each:+.1f} %" for name, each in error.items()))
-    beside = float(np.median([each["costs"]["steps"][0]["beside"] for each in windows]))
+    timed_of = [each["costs"] for each in windows]
+    beside = Beside(
+        step=min(each["steps"][0]["beside"] for each in timed_of),
+        encode=min(each["encode"][0] for each in timed_of),
+        decode=min(each["decode"][0] + each["after"] for each in timed_of),
+    )
     document = {
         "command": command,
         "machine": msgspec.to_builtins(describe_machine()),
@@ -176,12 +188,8 @@ def check(args: argparse.Namespace, command: str) -> None:
             )
             for kind, steps in kinds.items()
         ],
-        "bare": msgspec.to_builtins(
-            Timed(
-                steps=tuple(msgspec.structs.replace(each, beside=beside) for each in bare),
-                caps=caps, slots=slots, encode=(1e-4, 0.0), decode=(2e-4, 1e-4),
-            )
-        ),
+        "slots": slots,
+        "beside": msgspec.to_builtins(beside),
         "median_error": {
             name: float(np.median([abs(each["error"][name]) for each in windows])) for name in windows[0]["error"]
         },
@@ -197,25 +205,29 @@ def check(args: argparse.Namespace, command: str) -> None:
 class World:
     """Setups of ``devices`` devices that draw the mix of a check."""
 
-    def __init__(self, checked: Checked, devices: int, requests: int, seed: int) -> None:
+    def __init__(self, checked: Checked, points: Sequence[CostPoint], devices: int, requests: int, seed: int) -> None:
         self.devices = devices
         self.requests = requests
         self.seed = seed
-        self.timed = checked.bare
-        kinds = {each.kind: each.steps for each in checked.kinds}
-        _, classes, self.stages = simulated(self.timed, kinds)
-        self.classes = [replace(classes[each.kind], share=float(each.share)) for each in checked.kinds]
-        self.costs = self.costs_of(self.classes)
+        self.checked = checked
+        self.size = points[0].size
+        most = {guided: max(point.batch for point in points if point.guided == guided) for guided in (False, True)}
+        self.costs = MeasuredCosts(points, most=lambda key: most[key.guided])  # type: ignore[attr-defined]  # a Step
+        steps: dict[tuple[str, bool], Step] = {}
+        self.classes = [
+            RequestClass(
+                tuple(steps.setdefault(pair, Step(*pair, self.size)) for pair in each.steps), str(each.kind),
+                images=each.kind.images, encode=1.0, share=float(each.share),
+            )
+            for each in checked.kinds
+        ]  # fmt: skip
 
-    def costs_of(self, classes: Iterable[RequestClass]) -> MeanCosts:
-        return MeanCosts(self.timed, {key for each in classes for key in steps_in(each)})
-
-    def seconds(self, classes: Sequence[RequestClass], costs: MeanCosts, *, full: bool = True) -> list[float]:
+    def seconds(self, classes: Sequence[RequestClass], *, full: bool = True) -> list[float]:
         """Of device time for a request of each class: its share of full batches, or alone."""
         found = []
         for each in classes:
-            sizes = [costs.cap(key) if full else 1 for key in each.keys]
-            steps = (costs.seconds(key, size) / size for key, size in zip(each.keys, sizes, strict=True))
+            sizes = [self.costs.cap(key) if full else 1 for key in each.keys]
+            steps = (self.costs.seconds(key, size) / size for key, size in zip(each.keys, sizes, strict=True))
             found.append(each.images * sum(steps))
         return found
 
@@ -231,23 +243,23 @@ class World:
     ) -> Setup:
         """``load``: of what the devices can do in full batches. ``burst``: all arrivals of 10 s in this share of it."""
         chosen, count = self.classes if classes is None else classes, devices or self.devices
-        costs = self.costs if classes is None else self.costs_of(chosen)
-        mean = float(np.average(self.seconds(chosen, costs), weights=[each.share for each in chosen]))
+        mean = float(np.average(self.seconds(chosen), weights=[each.share for each in chosen]))
         rate = load * count / mean
         arrivals = poisson(rate, chosen, seed=self.seed)
         if burst is not None:
             arrivals = bursts(rate, chosen, period=10.0, busy=burst, seed=self.seed)
+        beside = self.checked.beside
         base = Setup(
-            chosen, islice(arrivals, requests or self.requests), costs, devices=count, slots=self.timed.slots,
-            max_images=64, limit=LIMIT, seed=self.seed,
-            encode=self.stages[0], decode=self.stages[1],
+            chosen, islice(arrivals, requests or self.requests), self.costs, devices=count, slots=self.checked.slots,
+            max_images=64, limit=LIMIT, seed=self.seed, overhead=beside.step,
+            encode=Stage(beside.encode, most=32), decode=Stage(beside.decode, most=16),
         )  # fmt: skip
         return replace(base, **changes)
 
     def rate(self, load: float) -> float:
         """Requests per second."""
         shares = [each.share for each in self.classes]
-        return load * self.devices / float(np.average(self.seconds(self.classes, self.costs), weights=shares))
+        return load * self.devices / float(np.average(self.seconds(self.classes), weights=shares))
 
     def span(self, load: float) -> float:
         """Seconds over which requests arrive."""
@@ -291,13 +303,13 @@ def parts_of(world: World) -> dict[str, Callable[[], Setup]]:
         add(f"patience-{patience:g}", 0.9, policy=lambda patience=patience: DeadlineFirst(patience=patience), **few)
     many = replace(world.classes[0], name="many", images=48, share=0.02 * sum(each.share for each in world.classes))
     usual = world.classes[-1]
-    large = {key: replace(key, area=4) for key in steps_in(usual)}
+    large = {key: replace(key, size=(2 * key.size[0], 2 * key.size[1])) for key in steps_in(usual)}
     share = 0.05 * sum(each.share for each in world.classes)
     wide = replace(usual, name="large size", keys=tuple(large[key] for key in steps_in(usual)), share=share)
     for policy in (DeadlineFirst, FirstCome):
         add(f"many-{policy.__name__}", 0.8, policy=policy, classes=[*world.classes, many], **few)
         add(f"wide-{policy.__name__}", 0.8, policy=policy, classes=[*world.classes, wide], **few)
-    alone = world.seconds(world.classes, world.costs, full=False)
+    alone = world.seconds(world.classes, full=False)
     due = [replace(each, budget=4 * seconds + 0.2) for each, seconds in zip(world.classes, alone, strict=True)]
     for load in (0.7, 0.9, 1.1, 1.5):
         add(f"deadline-{load:g}", load, classes=due, **few)
@@ -307,13 +319,17 @@ def parts_of(world: World) -> dict[str, Callable[[], Setup]]:
 
 def scale(args: argparse.Namespace, command: str) -> None:
     try:
-        checked = msgspec.json.decode(read_bounded(args.costs, BYTES), type=Checked)
+        checked = msgspec.json.decode(read_bounded(args.check, BYTES), type=Checked)
+        calibration = msgspec.json.decode(read_bounded(args.calibration, BYTES), type=Calibration)
     except (OSError, msgspec.MsgspecError) as error:
         raise BadInput(
-            f"{args.costs} can't be read: {error}",
-            hint="write it: python benchmarks/serving_simulation.py check BUNDLE",
+            f"a file can't be read: {error}", hint="write it: python benchmarks/serving_simulation.py check BUNDLE"
         ) from None
-    world = World(checked, args.devices, args.requests, args.seed)
+    points = [
+        CostPoint(step.member, step.guided, (step.height, step.width), step.batch, step.ms / 1e3)
+        for step in calibration.steps
+    ]
+    world = World(checked, points, args.devices, args.requests, args.seed)
     done: dict[str, Any] = json.loads(args.out.read_text())["parts"] if args.out.is_file() else {}
     patterns = args.parts.split(",")
     parts = {name: part for name, part in parts_of(world).items() if any(fnmatch.fnmatch(name, p) for p in patterns)}

@@ -30,7 +30,6 @@ __all__ = [
     "Timed",
     "Watch",
     "Window",
-    "bare_steps",
     "drive",
     "percentiles",
     "simulated",
@@ -66,24 +65,19 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The key of a simulated step. One object for each kind of step: compared by identity, which is quick.
-
-    ``area``: of the pictures, in those that the times were measured with.
-    """
+    """The key of a simulated step. One object for each kind of step: compared by identity, which is quick."""
 
     member: str
     guided: bool
-    area: int = 1
+    size: tuple[int, int] = (1, 1)
 
 
 class MeanCosts:
     """``Costs`` by step times, linear between them in the lanes, with what the engine does beside included."""
 
     def __init__(self, timed: Timed, steps: Iterable[Step]) -> None:
-        self._caps = {step: max(1, timed.caps[step.member][step.guided] // step.area) for step in steps}
-        self._tables = {
-            step: _table(timed.steps, step, cap * step.area)[:: step.area] for step, cap in self._caps.items()
-        }
+        self._caps = {step: timed.caps[step.member][step.guided] for step in steps}
+        self._tables = {step: _table(timed.steps, step, cap) for step, cap in self._caps.items()}
 
     def seconds(self, key: Any, lanes: int) -> float:
         table = self._tables[key]
@@ -270,20 +264,6 @@ def simulated(
         StageTime(timed.decode[0] + timed.after, timed.decode[1], most=16),
     )
     return MeanCosts(timed, steps.values()), classes, stages
-
-
-def bare_steps(runtime: Runtime, rounds: int) -> tuple[StepTime, ...]:
-    """The least time of a bare engine call of each batch in ``rounds`` rounds: for a machine that others use too."""
-    found: dict[tuple[str, bool, int], float] = {}
-    for _ in range(rounds):
-        for member, lanes in itertools.product(runtime.members, (1, 2, 4, 8)):
-            for guided in (False, True):
-                ms = min(runtime.time_member(member, lanes, guided=guided, repeats=5, warmup=1))
-                found[member, guided, lanes] = min(ms / 1e3, found.get((member, guided, lanes), 1e9))
-    return tuple(
-        StepTime(member=member, guided=guided, lanes=lanes, seconds=seconds, beside=0.0, count=5 * rounds)
-        for (member, guided, lanes), seconds in found.items()
-    )
 
 
 def percentiles(latency: Iterable[float]) -> dict[str, float]:
