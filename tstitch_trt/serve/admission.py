@@ -12,6 +12,9 @@ from tstitch_trt.serve.scheduler import Costs, Key, Lane, Phases, Scheduler
 
 __all__ = ["Admission", "Admitted", "Booked", "Cheaper", "Load", "Offer", "Refused", "load_of"]
 
+_LEARN = 0.1  # of the margin, for one budget that was not met
+_MOST_MARGIN = 5.0
+
 
 @dataclass(frozen=True)
 class Cheaper:
@@ -130,8 +133,9 @@ def load_of(scheduler: Scheduler, *, bytes: int = 0, before: Iterable[Booked] = 
 
 
 class Admission:
-    """``max_images`` and ``max_bytes``: of what waits. ``cheaper``: ``None`` makes nothing cheaper. ``margin``: what a
-    prediction is multiplied by before it is compared with a latency budget."""
+    """``max_images`` and ``max_bytes``: of what waits. ``cheaper``: ``None`` makes nothing cheaper. ``margin``: what
+    device time is multiplied by before it is compared with a latency budget. It grows with budgets that were not met
+    and shrinks with those that were, not below what it was first, so that about ``missed`` of them are not met."""
 
     def __init__(
         self,
@@ -142,13 +146,20 @@ class Admission:
         *,
         cheaper: Cheaper | None = None,
         margin: float = 1.1,
+        missed: float = 0.01,
     ) -> None:
         self.max_images = max_images
         self.max_bytes = max_bytes
         self.costs = costs
         self.stages = stages
         self.cheaper = cheaper
-        self.margin = margin
+        self.margin = self._least = margin
+        self._missed = missed
+
+    def ended(self, *, met: bool) -> None:
+        """A request that had a latency budget was answered. Not for two threads at once."""
+        change = -_LEARN * self._missed if met else _LEARN * (1 - self._missed)
+        self.margin = min(_MOST_MARGIN, max(self._least, self.margin * (1 + change)))
 
     def admit(
         self, offers: Sequence[Offer], load: Load, now: float, *, budget: float | None = None
@@ -163,12 +174,12 @@ class Admission:
         if budget is None:
             return Admitted(0, self._shared(offers[0], load))
         allowed = [number for number, offer in enumerate(offers) if not number or self._allowed(offer)]
-        found = [self.margin * self._promised(offers[number], load, now, budget) for number in allowed]
+        found = [self._promised(offers[number], load, now, budget) for number in allowed]
         for number, seconds in zip(allowed, found, strict=True):
             if seconds <= budget:
                 return Admitted(number, seconds)
         idle = Load(load.slots)
-        helps = any(self.margin * self._promised(offers[number], idle, now, budget) <= budget for number in allowed)
+        helps = any(self._promised(offers[number], idle, now, budget) <= budget for number in allowed)
         return Refused("budget", min(min(found) - budget, load.seconds) if helps else math.inf, min(found))
 
     def room(self, offer: Offer, images: int, bytes: int, free: int) -> bool:  # noqa: A002 - the field's
@@ -220,7 +231,7 @@ class Admission:
         Above ``budget`` too where a later deadline that was promised would be missed.
         """
         each, alone = self._steps(offer)
-        needed = max(offer.images * each, alone)
+        needed = self.margin * max(offer.images * each, alone)
         before = [other for other in load.due if _deadline(other) <= now + budget]
         wanted = sum(other.waiting for other in before) + offer.images - load.free
         ended = sorted(load.running)
@@ -229,14 +240,15 @@ class Admission:
             slot = load.seconds
         elif wanted > 0:
             slot = sum(min(seconds, ended[wanted - 1]) for seconds in ended)
-        first = due = sum(other.seconds for other in before)
-        late = 0.0
+        slot, first = self.margin * slot, self.margin * sum(other.seconds for other in before)
+        late, due = 0.0, first
         for other in load.due[len(before) :]:
-            due += other.seconds
+            due += self.margin * other.seconds
             spare = _deadline(other) - now - due - load.around
             if 0 <= spare < needed:
                 late = max(late, needed - spare)
-        return max(self._beside(offer) + slot + first + needed + load.around, budget + late if late else 0.0)
+        taken = self.margin * self._beside(offer) + slot + first + needed + load.around
+        return max(taken, budget + late if late else 0.0)
 
 
 def _deadline(booked: Booked) -> float:

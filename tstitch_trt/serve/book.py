@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from queue import SimpleQueue
 from typing import Any
 
 from tstitch_engines.errors import Closed
+from tstitch_trt.runtime.result import Result
 from tstitch_trt.serve.admission import Admitted, Offer, Refused
 from tstitch_trt.serve.handle import Handle
 from tstitch_trt.serve.model import Model, Phase, Request
@@ -102,6 +104,8 @@ class Book:
             if request is None:
                 return
             self._count_out(request)
+            if request.deadline is not None and isinstance(outcome, Result):
+                request.model.admission.ended(met=time.monotonic() <= request.deadline)
             self.changed.notify_all()
         handle._finish(outcome)
         self.inbox.put(lambda: self.drop(request.lanes))

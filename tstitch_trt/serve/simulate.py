@@ -247,7 +247,9 @@ class _Simulation:
         stages = StageTimes()
         for name, stage in (("encode", setup.encode), ("decode", setup.decode)):
             stages.observe(name, (1, 1), stage.most, stage.once + stage.each * stage.most)
-        self.admission = Admission(setup.max_images, setup.max_bytes, setup.costs, stages)
+        self.admissions = [
+            Admission(setup.max_images, setup.max_bytes, setup.costs, stages) for _ in range(setup.devices)
+        ]
         for failure in setup.failures:
             self.at(failure.at, self.fail, self.devices[failure.device])
             if failure.back < math.inf:
@@ -349,9 +351,9 @@ class _Simulation:
 
     def admit(self, now: float, device: _Device, request: _Request) -> float | None:
         """Seconds after which to try again, ``None`` if it is in."""
-        offer, scheduler = self.offers[request.kind], device.scheduler
+        offer, scheduler, admission = self.offers[request.kind], device.scheduler, self.admissions[device.number]
         images = len(scheduler.waiting) + device.early
-        if request.deadline is None and self.admission.room(offer, images, device.bytes, scheduler.free):
+        if request.deadline is None and admission.room(offer, images, device.bytes, scheduler.free):
             return None
         before = [
             Booked(self.classes[each.kind].images, self.works[each.kind], each.deadline)
@@ -359,7 +361,7 @@ class _Simulation:
         ]
         load = load_of(scheduler, bytes=device.bytes, before=before)
         budget = None if request.deadline is None else request.deadline - now
-        found = self.admission.admit([offer], load, now, budget=budget)
+        found = admission.admit([offer], load, now, budget=budget)
         return None if isinstance(found, Admitted) else found.retry_after
 
     # --- a device
@@ -455,7 +457,9 @@ class _Simulation:
         report.latency.append(latency)
         report.kind.append(request.kind)
         report.images += kind.images
-        report.missed += late
+        if kind.budget is not None:
+            report.missed += late
+            self.admissions[device.number].ended(met=not late)
         report.good += latency <= self.setup.limit and not late
         report.seconds = now
 

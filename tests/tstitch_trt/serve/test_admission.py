@@ -108,6 +108,19 @@ def test_a_budget_waits_for_the_deadlines_before_it_and_breaks_none_after_it() -
     assert found == Refused("budget", 1.0, 13.0), "5 s of the other would end at 15"
 
 
+def test_budgets_that_are_not_met_make_it_careful_and_those_that_are_make_it_bold_again() -> None:
+    gate = admission(margin=1.0, missed=0.01)
+    gate.ended(met=False)
+    assert isinstance(gate.admit([LARGE], load(), 0.0, budget=10.5), Refused)
+    assert gate.admit([LARGE], load(), 0.0, budget=11.0) == Admitted(0, pytest.approx(10 * gate.margin))
+    for _ in range(200):
+        gate.ended(met=True)
+    assert gate.admit([LARGE], load(), 0.0, budget=10.0) == Admitted(0, 10.0)
+    for _ in range(200):
+        gate.ended(met=False)
+    assert gate.admit([LARGE], load(), 0.0, budget=50.0) == Admitted(0, 50.0), "never beyond five times"
+
+
 def test_a_request_is_made_cheaper_within_the_operators_limits() -> None:
     offers = [LARGE, HALF, SMALL]
     limits = Cheaper(max_fraction=0.5, min_steps=10)

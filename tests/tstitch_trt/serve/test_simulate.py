@@ -98,6 +98,15 @@ def test_a_budget_is_kept_or_refused() -> None:
     assert found.missed == 0
 
 
+def test_few_budgets_are_missed_though_batches_are_seldom_full() -> None:
+    """Ten kinds of steps, whose lanes can't share batches: a full batch is not what they will run in."""
+    costs = TableCosts({f"k{index}": (1.0, 0.5) for index in range(10)})
+    kinds = [RequestClass((f"k{index}",) * 8, budget=60.0, decode=0.0) for index in range(10)]
+    found = simulate(Setup(kinds, islice(poisson(0.2, kinds), 1500), costs))
+    assert found.refused > 300
+    assert 0 < found.missed < 0.03 * found.done
+
+
 def test_a_lost_device_loses_no_request_and_one_that_is_lost_twice_fails() -> None:
     arrivals = [(0.1 * index, 1) for index in range(12)]
     setup = {"classes": [SHORT, LONG], "arrivals": arrivals, "costs": COSTS, "devices": 2, "detect": 0.5}
