@@ -231,14 +231,32 @@ class Engine:
         if not isinstance(asked, SampleOptions):
             raise BadInput(f"options is {shown(asked)}; needed is a SampleOptions", hint="or give keywords: labels=[1]")
         self._check_process()
-        chosen, now = self._model(model), time.monotonic()
-        job = chosen.runner.job(asked, decode=decode, events=previews > 0, partial=partial)
+        while True:
+            chosen = self._model(model)
+            try:
+                return self._submit(
+                    chosen, asked, decode=decode, previews=previews, latency_budget_ms=latency_budget_ms,
+                    priority=priority, allow_partial=partial, timeout=timeout, request_id=request_id,
+                )  # fmt: skip
+            except Exception:
+                if self._book.models.get(chosen.name) is chosen:
+                    raise  # else another took over meanwhile, and is asked
+
+    def _submit(
+        self, chosen: Model, asked: SampleOptions, *, decode: bool | None, previews: int,
+        latency_budget_ms: float | None, priority: int, allow_partial: bool, timeout: float | None,
+        request_id: str | None,
+    ) -> Handle:  # fmt: skip
+        now = time.monotonic()
+        job = chosen.runner.job(asked, decode=decode, events=previews > 0, partial=allow_partial)
         offers = [(job, self._offer(chosen, job), "")]
         budget = None if latency_budget_ms is None else latency_budget_ms / 1e3
 
         def accepted() -> Handle | Refused:
             """Asked and accepted under one lock, so that the queue keeps its bound."""
             with self._book.lock:
+                if self._book.models.get(chosen.name) is not chosen:
+                    raise Busy("the bundle was replaced meanwhile", hint="submit the request again")
                 answer = self._book.ask(chosen, [offer for _, offer, _ in offers], now, budget)
                 if isinstance(answer, Refused):
                     return answer
@@ -375,7 +393,7 @@ class Engine:
         try:
             self._denoising.call(partial(self._enter_beside, new))
             self._await_warm([new], lambda phase, share: None)
-            self._denoising.call(partial(self._take_over, old, new))
+            self._denoising.call(partial(self._take_over, new))
         except BaseException:
             with suppress(Exception):
                 self._denoising.call(partial(self._abandon, new))
@@ -503,11 +521,12 @@ class Engine:
         model.open += 1  # it does not leave yet
         self._begin_warming(model)
 
-    def _take_over(self, old: Model, new: Model) -> None:
+    def _take_over(self, new: Model) -> None:
         with self._book.lock:
             self._abandon(new)
+            old = self._book.models[new.name]  # now: a lost device has the one before loaded again
             new.clock = old.clock
-            self._book.models = {**self._book.models, old.name: new}
+            self._book.models = {**self._book.models, new.name: new}
             self._book.leaving.append(old)
 
     def _abandon(self, model: Model) -> None:

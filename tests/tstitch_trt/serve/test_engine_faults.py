@@ -403,6 +403,24 @@ def test_a_bundle_is_replaced_between_requests(engine: Engine, tiny_pair: TinyPa
         old.sample(**ASKED)
 
 
+def test_a_request_that_comes_while_its_bundle_is_replaced_is_drawn_by_the_new_one(
+    engine: Engine, tiny_pair: TinyPair, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one has no requests and leaves, between the look at what is served and the acceptance."""
+    offer, asked = Engine._offer, []
+
+    def replaced_meanwhile(self: Engine, model: Any, job: Any) -> Any:
+        asked.append(model)
+        if len(asked) == 1:
+            engine.replace(None, tiny_pair.bundle)
+        return offer(self, model, job)
+
+    monkeypatch.setattr(Engine, "_offer", replaced_meanwhile)
+    np.testing.assert_allclose(engine.submit(**ASKED).result(SECONDS).latents, wanted, rtol=1e-4, atol=1e-5)
+    assert len(set(map(id, asked))) == 2
+    assert idle(engine)
+
+
 def test_a_swap_of_adapters_waits_for_requests_and_holds_back_new_ones(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
