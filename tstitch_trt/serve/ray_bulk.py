@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["cluster", "draw_shards", "read_row"]
+
+
+_HINT: Final = "see `ray status`; RAY_ADDRESS=HOST:6379 names a cluster, without it one is started on this machine"
+_REACH_SECONDS: Final = 5.0
 
 
 class _Failure(msgspec.Struct, frozen=True):
@@ -45,17 +50,29 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_reachable(os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray has no class of its own for a cluster that does not come up
         raise Unavailable(
             f"Ray does not start or can't be reached: {errors.first_line(error)}",
-            hint="see `ray status`; RAY_ADDRESS=HOST:6379 names a cluster, without it one is started on this machine",
+            hint=_HINT,
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ``Unavailable`` where nobody listens at HOST:PORT. Ray would try for some minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        return  # "auto", "local", or something that Ray refuses
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise Unavailable(f"no Ray cluster answers at RAY_ADDRESS={address[:100]}: {error}", hint=_HINT) from None
 
 
 def draw_shards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,17 @@ def test_what_can_not_be_drawn_in_shards_is_refused(
     assert main(["sample", str(fashion_bundle), "--labels", "0-9", "--ray", *flags.split()]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(
+    fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
+        words = ["sample", str(fashion_bundle), "--labels", "0", "--ray", "-o", str(tmp_path / "out")]
+        assert main(words) == 2
+    assert "no Ray cluster answers" in capsys.readouterr().err
 
 
 def test_what_a_worker_meets_comes_back_as_it_was(fashion_bundle: Path) -> None:
