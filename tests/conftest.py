@@ -61,12 +61,17 @@ _LONG = (
     "serve/test_triton.py",
     "test_calibrate.py",
 )
+# They end the process that exports and compiles for all tests of theirs, and the next export loads PyTorch again.
+_LAST = ("test_absurd_graphs.py", "child/test_child.py", "test_verify_limits.py", "test_foreign_networks.py")
 _SLOW_SECONDS = 3600  # that a test marked `slow` may take
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        return next((index for index, part in enumerate(_LONG) if part in item.path.as_posix()), len(_LONG))
+        path = item.path.as_posix()
+        if any(part in path for part in _LAST):
+            return len(_LONG) + 1
+        return next((index for index, part in enumerate(_LONG) if part in path), len(_LONG))
 
     items.sort(key=place)
     for item in items:
