@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "HALF_WRITTEN",
     "Arrays",
     "atomic_file",
     "load_array",
@@ -39,6 +40,9 @@ _HEADER_BYTES: Final = 4096
 _PIECE: Final = 1 << 20
 _RATIO: Final = 200  # of what is unpacked to what is stored, beyond _UNPACKED bytes: deflate can do 1032
 _UNPACKED: Final = 64 << 20
+
+HALF_WRITTEN: Final = ".*." + 8 * "[0-9a-f]" + ".part"
+"""The names of what ``atomic_file`` leaves behind where its process is killed, for ``glob``."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.bundle.read import decode_json, read_bounded
 from tstitch_engines.errors import BadInput, Busy, NotFinite
-from tstitch_trt.files import load_array, write_bytes
+from tstitch_trt.files import HALF_WRITTEN, load_array, write_bytes
 from tstitch_trt.images.write import join_npz, picture_file, png_name
 from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.request.options import SampleKeywords, SampleOptions
@@ -271,6 +271,8 @@ class Run:
                     hint=f"write to another place with -o, or remove {str(self.folder)!r}",
                 )
         self._finished = {one.shard: one for one in each if self._has(one)}
+        for half in self.folder.glob(HALF_WRITTEN):  # by a run that was killed
+            half.unlink(missing_ok=True)
 
     def _has(self, one: _Finished) -> bool:
         names = [name for name in one.names if "/" in name or not (self.folder / name).is_file()]

@@ -16,6 +16,7 @@ from tstitch_engines.errors import BadInput, Busy, OutOfMemory
 from tstitch_trt import FailedImage
 from tstitch_trt.cli import main
 from tstitch_trt.cli._settings import describe
+from tstitch_trt.files import atomic_file
 from tstitch_trt.images.write import join_npz
 from tstitch_trt.serve.bulk import JOURNAL, Bulk, DrawnShard, Run
 from tstitch_trt.serve.ray_bulk import _Worker, read_row
@@ -44,6 +45,21 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path) -> None:
     (tmp_path / "out" / "00002.png").unlink()
     with Run(tmp_path / "out", SETTINGS) as run:
         assert run.finished == {0}, "whose files are gone is drawn again"
+
+
+def test_what_a_killed_run_had_half_written_is_removed(tmp_path: Path) -> None:
+    with Run(tmp_path / "out", SETTINGS) as run:
+        run.keep(shard(0, "00000.png"))
+
+    def write() -> None:
+        with atomic_file(tmp_path / "out" / "00001.png"):
+            assert len(list((tmp_path / "out").iterdir())) == 3
+            with Run(tmp_path / "out", SETTINGS) as run:
+                assert run.finished == {0}
+
+    with pytest.raises(FileNotFoundError):  # it would have been put in its place at the end
+        write()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", JOURNAL]
 
 
 def test_a_folder_has_the_pictures_of_one_run(tmp_path: Path) -> None:
