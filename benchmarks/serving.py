@@ -43,8 +43,7 @@ from tstitch_trt.progress import log, progress_bar
 from tstitch_trt.study.machine import describe_machine, package_version
 from tstitch_trt.study.store import weights_of
 
-_OURS: Final = "engine"
-_THEIRS: Final = "litserve"
+OURS: Final = "engine"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,9 +219,9 @@ def measure(measurement: Measurement, loads: Sequence[Load], alone: Mapping[Kind
 
 
 def held(mix: str, windows: Windows, limits: Sequence[Limit]) -> dict[str, Any]:
-    """For each limit the largest rate at which every contender holds it, and by how much ours is above LitServe's."""
+    """For each limit the largest rate at which every contender holds it, and by how much ours is above the others'."""
     rates: dict[str, dict[str, Any]] = {}
-    gains: dict[str, str] = {}
+    gains: dict[str, dict[str, str]] = {}
     for limit in limits:
         points: dict[str, dict[float, float]] = {}
         for load, found in windows.items():
@@ -231,13 +230,9 @@ def held(mix: str, windows: Windows, limits: Sequence[Limit]) -> dict[str, Any]:
                     points.setdefault(name, {})[load.rate] = strain(window.served, limit)
         best = {name: sustained(each) for name, each in points.items()}
         rates[str(limit)] = {n: {"rate": each.rate, "bound": each.bound, "text": str(each)} for n, each in best.items()}
-        if _OURS in best and _THEIRS in best:
-            ours, theirs = best[_OURS], best[_THEIRS]
-            bounds = {("at least", ""): "at least", ("", "below"): "at least", ("at least", "below"): "at least",
-                      ("below", ""): "below", ("", "at least"): "below", ("below", "at least"): "below",
-                      ("", ""): ""}  # fmt: skip
-            bound = bounds.get((ours.bound, theirs.bound), "about")
-            gains[str(limit)] = f"{bound} {ours.rate / theirs.rate:.2f}".strip()
+        for name, theirs in best.items():
+            if OURS in best and not name.startswith(OURS):
+                gains.setdefault(name, {})[str(limit)] = best[OURS].over(theirs)
     return {"sustained": rates, "gain": gains}
 
 

@@ -127,6 +127,13 @@ class Sustained(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         return f"{self.bound} {self.rate:.3g}".strip()
 
+    def over(self, other: Sustained) -> str:
+        """The ratio of the two rates and its bound; ``about`` where that is not known."""
+        opposite: dict[str, str] = {"at least": "below", "below": "at least", "": ""}
+        bounds = {self.bound, opposite[other.bound]} - {""}
+        bound = "about" if len(bounds) > 1 else bounds.pop() if bounds else ""
+        return f"{bound} {self.rate / other.rate:.2f}".strip()
+
 
 def sustained(points: Mapping[float, float]) -> Sustained:
     """``points``: strain by offered rate. Between the last rate that holds and the first that does not, where the

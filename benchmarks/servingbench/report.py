@@ -38,9 +38,8 @@ def markdown(document: dict[str, Any]) -> str:
         for each in document["contenders"]:
             cells = [mix["sustained"][limit].get(each["name"], {"text": ""})["text"] for limit in limits]
             lines.append(f"| {each['name']} | " + " | ".join(cells) + " |")
-        if mix["gain"]:
-            cells = [mix["gain"].get(limit, "") for limit in limits]
-            lines.append("| engine over litserve | " + " | ".join(cells) + " |")
+        for name, gain in mix["gain"].items():
+            lines.append(f"| engine over {name} | " + " | ".join(gain[limit] for limit in limits) + " |")
         first = limits[0]
         lines += [
             "",

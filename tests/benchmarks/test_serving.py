@@ -143,6 +143,16 @@ def test_the_sustained_rate_lies_where_the_limit_just_holds(figures: ModuleType)
     assert told({1: 0.5, 2: 1.0, 3: 1.5}) == (2, "")
 
 
+def test_a_ratio_of_bounds_says_what_is_known(figures: ModuleType) -> None:
+    def ratio(ours: str, theirs: str) -> str:
+        return figures.Sustained(rate=3.0, bound=ours).over(figures.Sustained(rate=2.0, bound=theirs))
+
+    assert ratio("", "") == "1.50"
+    assert ratio("at least", "") == ratio("", "below") == ratio("at least", "below") == "at least 1.50"
+    assert ratio("below", "") == ratio("", "at least") == "below 1.50"
+    assert ratio("at least", "at least") == ratio("below", "below") == "about 1.50"
+
+
 # --- all of it
 
 
