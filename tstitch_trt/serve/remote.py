@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -43,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 _ENGINES: Final = 2  # that a request is given to, one after another
 _WAIT: Final = 1.0  # seconds between two tries to give a request that was accepted to another engine
+_CLOSING: Final = 5.0  # seconds for the engines to hear that requests are cancelled
 _LONGEST: Final = 300.0  # seconds of such tries for a request without a time-out
 
 
@@ -190,9 +191,17 @@ class RemoteEngine:
         self._closed = True
         for handle in list(self._tasks):
             handle.cancel("the server is ending")
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result(_CLOSING)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _begin(self, asked: Asked) -> Handle:
         first: asyncio.Future[Handle] = self._loop.create_future()
@@ -223,6 +232,7 @@ class _Request:
         self._handle: Handle | None = None
         self._told: set[tuple[int, int]] = set()  # image and step of events
         self._began = time.monotonic()
+        self._end = self._began + (_LONGEST if asked.timeout is None else asked.timeout)
 
     async def follow(self) -> None:
         try:
@@ -230,6 +240,8 @@ class _Request:
         except asyncio.CancelledError:
             self._fail(Closed("the request was cancelled", hint="submit it again"))
             raise
+        except TStitchError as error:
+            self._fail(error)
         except Exception as error:
             _log.exception("a request failed")
             self._fail(FailedWork(f"the engine failed: {first_line(error)}", hint="submit it again"))
@@ -239,6 +251,7 @@ class _Request:
             try:
                 while not await self._ask():
                     await asyncio.sleep(_WAIT)
+                    self._renew()
                 return
             except Exception as error:
                 if not self._engine._lost(error):
@@ -248,7 +261,7 @@ class _Request:
                     problem = f"request {self._asked.request_id} was lost with {_ENGINES} engines"
                     self._fail(DeviceLost(problem, hint="submit it again"))
                     return
-            self._again()
+            self._renew()
 
     async def _ask(self) -> bool:
         """Whether it has ended; if not, the engines have no room for a request that one of them had accepted."""
@@ -299,14 +312,14 @@ class _Request:
             self._first.set_exception(error)
 
     def _has_room_later(self, error: TStitchError) -> bool:
-        waited = time.monotonic() - self._began
-        return self._handle is not None and isinstance(error, Overloaded | Closed) and waited < _LONGEST
+        full = isinstance(error, Overloaded | Closed)
+        return self._handle is not None and full and time.monotonic() < self._end
 
-    def _again(self) -> None:
+    def _renew(self) -> None:
         """What is left of the time, and the plan that was accepted. It was accepted: no budget refuses it now."""
         asked = self._asked
         if asked.timeout is not None:
-            left = asked.timeout - (time.monotonic() - self._began)
+            left = self._end - time.monotonic()
             if left <= 0:
                 raise OutOfTime("the request took longer than its time-out", hint="ask for fewer steps or images")
             asked = replace(asked, timeout=left)

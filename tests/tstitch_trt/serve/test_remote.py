@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tstitch_engines.errors import Cancelled, Closed, DeviceLost, Overloaded, UnknownName
+from tstitch_engines.errors import Cancelled, Closed, DeviceLost, OutOfTime, Overloaded, UnknownName
 from tstitch_trt.request.options import SampleOptions
 from tstitch_trt.serve import remote
 from tstitch_trt.serve.engine import Engine
 from tstitch_trt.serve.handle import LaneEvent
 from tstitch_trt.serve.ray_scaling import WaitingLanes
-from tstitch_trt.serve.remote import Asked, Message, Refused, RemoteEngine, answer, facts_of
+from tstitch_trt.serve.remote import Accepted, Asked, Message, Refused, RemoteEngine, answer, facts_of
 
 OPTIONS = SampleOptions.from_keywords({"labels": [3, 5], "seed": 7, "steps": 8})
 
@@ -102,6 +103,28 @@ def test_what_was_accepted_waits_for_room(engine: Engine, monkeypatch: pytest.Mo
     assert lines.asked[-1].latency_budget_ms is None, "it was accepted already"
     assert lines.asked[-1].timeout is not None
     assert lines.asked[-1].timeout < 100
+    lines = Lines(engine, 1)
+    lines.busy = 10_000
+    with remote_engine(lines) as far, pytest.raises(OutOfTime):
+        far.submit(OPTIONS, timeout=0.3).result(60)
+
+
+def test_a_schedule_made_cheaper_under_load_stays_what_it_was(engine: Engine) -> None:
+    """The other engine may have no load, or another one."""
+    cheap = engine.runtime().plan(steps=6, fraction=1.0)
+
+    class Adapting(Lines):
+        async def __call__(self, asked: Asked) -> AsyncGenerator[Message, None]:
+            async for message in super().__call__(asked):
+                first = isinstance(message, Accepted) and len(self.asked) == 1
+                yield dataclasses.replace(message, plan=cheap, adapted="fraction 0.4 -> 1") if first else message
+
+    lines = Adapting(engine, 1)
+    with remote_engine(lines) as far:
+        handle = far.submit(OPTIONS)
+        drawn = handle.result(60).plan
+    assert handle.adapted == "fraction 0.4 -> 1"
+    assert drawn.schedule.names == handle.plan.schedule.names == ("small",) * 6
 
 
 def test_errors_are_those_of_the_engine(engine: Engine) -> None:
