@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ class Reloader:
             else:
                 self._served[model] = found
                 replaced.append(model)
+                _give_back_memory()
                 _log.info("%s was replaced", model)
         if failed:
             done = f"; replaced: {', '.join(replaced)}" if replaced else ""
@@ -71,6 +73,13 @@ class Reloader:
         if not replaced:
             _log.info("no bundle has changed")
         return tuple(replaced)
+
+
+def _give_back_memory() -> None:
+    """What was freed goes back to the system, where the C library (glibc) would keep it for itself."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _manifest(path: Path) -> bytes:
