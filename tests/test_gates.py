@@ -73,7 +73,12 @@ GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
     ),
     "libraries are opened": (
         lambda node, called: called.endswith(("CDLL", "register_custom_ops_library", "load_library")),
-        {"tstitch_engines.bundle.files", "tstitch_engines.child.serve", "tstitch_trt.doctor"},  # names in our code
+        {
+            "tstitch_engines.bundle.files",
+            "tstitch_engines.child.serve",
+            "tstitch_trt.doctor",
+            "tstitch_trt.serve.reload",
+        },  # names in our code
     ),
 }
 
