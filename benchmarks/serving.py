@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fractions", help="in place of a mix's: 0,0.4,1")
     parser.add_argument("--sizes", help="in place of the bundle's own: 256x256,512x512")
     parser.add_argument(
-        "--loads", default="0.3,0.6,0.8,1,1.2", help="shares of what one request at a time can do (default %(default)s)"
+        "--loads", default="0.4,0.6,0.8,1", help="shares of what one request at a time can do (default %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals in each window (default 8)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of arrivals in each window (default 15)")
     parser.add_argument(
         "--limits",
         default="4x+200ms,8x+200ms,1000ms,2000ms",
@@ -96,11 +96,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    names, mixes, limits = (
-        chosen_contenders(args.contenders),
-        chosen_mixes(args),
-        [Limit.parse(part) for part in args.limits.split(",")],
-    )
+    names, known = chosen_contenders(args.contenders), known_mixes(args)
+    mixes = chosen_mixes(args.mixes, known)
+    limits = [Limit.parse(part) for part in args.limits.split(",")]
     shares = chosen_loads(args)
     trace = () if args.trace is None else tuple(read_trace(args.trace))
     bundle = open_bundle(args.bundle)
@@ -116,7 +114,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         "told": str(limits[0]),
         "compared_with": names[0],
     }
-    key = {**what, "processor": machine.processor, "cores": machine.cores, "mixes": msgspec.to_builtins(mixes)}
+    key = {**what, "processor": machine.processor, "cores": machine.cores, "mixes": msgspec.to_builtins(known)}
     folder = args.scratch / digest(key)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -249,7 +247,8 @@ def chosen_contenders(text: str) -> list[str]:
     return names
 
 
-def chosen_mixes(args: argparse.Namespace) -> dict[str, Mix]:
+def known_mixes(args: argparse.Namespace) -> dict[str, Mix]:
+    """All of them, with what the command line changes."""
     changes: dict[str, Any] = {}
     if args.steps is not None:
         changes["steps"] = tuple(parse_numbers(args.steps, what="steps", example="--steps 10,20,50"))
@@ -258,12 +257,15 @@ def chosen_mixes(args: argparse.Namespace) -> dict[str, Mix]:
     if args.sizes is not None:
         pixels = [parse_pixels(size) for size in args.sizes.split(",")]
         changes["sizes"] = tuple((height, width) for width, height in pixels)
-    found = {}
-    for name in args.mixes.split(","):
-        if name not in MIXES:
-            raise unknown_name("mix", name, MIXES)
-        found[name] = msgspec.structs.replace(MIXES[name], **changes)
-    return found
+    return {name: msgspec.structs.replace(mix, **changes) for name, mix in MIXES.items()}
+
+
+def chosen_mixes(text: str, known: Mapping[str, Mix]) -> dict[str, Mix]:
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise unknown_name("mix", name, known)
+    return {name: known[name] for name in names}
 
 
 def chosen_loads(args: argparse.Namespace) -> list[float]:
@@ -275,7 +277,7 @@ def chosen_loads(args: argparse.Namespace) -> list[float]:
         raise BadInput(
             f"--loads {args.loads} --seconds {args.seconds:g} --most {args.most}; allowed are loads up to 100, seconds "
             "above 0 and 1 to 1024 requests",
-            hint="e.g. --loads 0.5,1 --seconds 8 --most 8",
+            hint="e.g. --loads 0.5,1 --seconds 15 --most 8",
         )
     if (args.arrivals == "trace") != (args.trace is not None):
         raise BadInput(

@@ -7,7 +7,11 @@ are evaluated here: LitServe reads those of ``decode_request``.
 """
 
 import base64
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -249,7 +253,15 @@ def front_api(setup: Setup) -> Front:
     return {"single": Single, "diffusers": Diffusers}[setup.contender](setup)
 
 
+def end_with(parent: int) -> None:
+    """Ends this process and its workers, which are a group, once the benchmark is gone, however it ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     setup = msgspec.json.decode(sys.argv[1], type=Setup)
     server = litserve.LitServer(front_api(setup), accelerator="cpu", devices=1, timeout=False, disable_openapi_url=True)
     server.run(
