@@ -57,23 +57,23 @@ async def drawn(
 
 def test_two_pages_share_batches_and_get_their_own_pictures(engine: Engine, runtime: Runtime, ticks: Ticks) -> None:
     async def both() -> list[Any]:
-        return await asyncio.gather(*(drawn(engine, [0.4], labels=[label], seed=label) for label in (3, 5)))
+        return await asyncio.gather(*(drawn(engine, [0.4], labels=[label], seed=label, steps=30) for label in (3, 5)))
 
     pages = asyncio.run(both())
     assert max(ticks.lanes) == 2
-    assert len(ticks.lanes) < 2 * 10
+    assert len(ticks.lanes) < 2 * 30
     engine.close()
     for label, (news, said) in zip((3, 5), pages, strict=True):
         *previews, last = news
         assert next(picture.caption for new in previews for picture in new.values()).startswith("40%: step ")
         (picture,) = last.values()
-        assert picture.caption.startswith("40%: 4 small + 6 large, ")
-        alone = runtime.sample(**REQUEST, labels=[label], seed=label, fraction=0.4).images
+        assert picture.caption.startswith("40%: 12 small + 18 large, ")
+        alone = runtime.sample(**{**REQUEST, "steps": 30}, labels=[label], seed=label, fraction=0.4).images
         assert alone is not None
         np.testing.assert_array_equal(picture.pixels, alone[0])
         shares = [share for _, share in said]
         assert shares == sorted(shares)
-        assert any("of 10 steps" in words for words, _ in said)
+        assert any("of 30 steps" in words for words, _ in said)
 
 
 def test_all_fractions_are_drawn_at_once_or_none(engine: Engine, ticks: Ticks) -> None:
