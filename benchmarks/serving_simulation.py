@@ -292,11 +292,12 @@ def parts_of(world: World) -> dict[str, Callable[[], Setup]]:
         at = world.span(load) / 3
         failures = [Failure(device, at) for device in range(round(lost * world.devices))]
         add(f"failure-{lost:g}-load-{load:g}", load, failures=failures, detect=at / 10)
-    for burst in (0.8, 0.5, 0.25):
-        add(f"burst-{burst:g}", 0.6, burst=burst)
-    for retries in (0, 1, 10):
-        add(f"retry-{retries}", 1.2, retries=retries)
+    # What one device shows as well as a thousand: more requests for each.
     few = {"devices": max(1, world.devices // 50), "requests": max(1, world.requests // 5)}
+    for burst in (0.8, 0.5, 0.25):
+        add(f"burst-{burst:g}", 0.6, burst=burst, **few)
+    for retries in (0, 1, 10):
+        add(f"retry-{retries}", 1.3, retries=retries, **few)
     for policy in (DeadlineFirst, FirstCome, LargestBatch):
         add(f"policy-{policy.__name__}", 0.9, policy=policy, **few)
     for patience in (1.0, 16.0):
