@@ -304,8 +304,10 @@ def test_a_page_with_a_token_that_is_terminated_while_it_draws(fashion_bundle: P
 def assert_only_itself(seen: Watched, address: str) -> None:
     asked_of = {url.partition("?")[0] for url in seen.requests if not url.startswith(("data:", "blob:"))}
     assert all(url.startswith(address) for url in asked_of), asked_of
-    # Gradio's page ends the stream of an event itself once it has the last message.
-    assert [text for text in seen.failed if "/queue/data" not in text] == []
+    # Gradio's page ends the stream of an event itself once it has the last message; and a preview that is replaced
+    # while it is loaded is no failure.
+    failed = [text for text in seen.failed if not ("/file=" in text and text.endswith("net::ERR_ABORTED"))]
+    assert [text for text in failed if "/queue/data" not in text] == []
     assert seen.errors == []
 
 
@@ -317,6 +319,7 @@ def test_a_picture_is_drawn_by_pressing_the_button(served: tuple[str, Any], open
     page.press("#steps input[type=number]", "Tab")
     page.wait_for_function("document.querySelector('#plot').innerHTML.includes('chosen: small:4,large:6')")
     page.click("#draw")
+    page.wait_for_function("document.querySelector('#pictures').innerText.split('ms per image').length == 4")
     page.wait_for_function(
         "[...document.querySelectorAll('#pictures img')].filter(i => i.naturalWidth == 224).length == 3"
     )
