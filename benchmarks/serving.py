@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fractions", help="in place of a mix's: 0,0.4,1")
     parser.add_argument("--sizes", help="in place of the bundle's own: 256x256,512x512")
     parser.add_argument(
-        "--loads", default="0.4,0.6,0.8,1", help="shares of what one request at a time can do (default %(default)s)"
+        "--loads",
+        default="0.3,0.5,0.7,0.9,1.1",
+        help="shares of what one request at a time can do (default %(default)s)",
     )
     parser.add_argument("--seconds", type=float, default=15.0, help="of arrivals in each window (default 15)")
     parser.add_argument(

@@ -93,6 +93,8 @@ def plot(path: Path, document: dict[str, Any]) -> None:
             p95.set_title(f"{mix['name']}: 95th percentile of latency")
             p95.set_ylabel("ms")
             p95.set_yscale("log")
+            for set_formatter in (p95.yaxis.set_major_formatter, p95.yaxis.set_minor_formatter):
+                set_formatter("{x:g}")
             for axes in (goodput, p95):
                 axes.set_xlabel("offered requests a second")
             goodput.legend()
