@@ -595,7 +595,7 @@ def test_what_a_closed_runtime_is_can_still_be_asked(world: Bundle) -> None:
         calls = calls_of(runtime)
         before = {name: outcome(call) for name, call in calls.items()}
     engines = {"sample", "iterate", "decode", "images", "encode", "time_member", "time_step_kernels", "swap_lora"}
-    engines |= {"restore", "lora", "exclusive", "memory", "jit_ms", "graphs"}
+    engines |= {"restore", "lora", "exclusive", "lanes", "memory", "jit_ms", "graphs"}
     for name, call in calls.items():
         if name.split(" ")[0] in engines:
             with pytest.raises(Closed, match="this runtime is closed"):

@@ -188,7 +188,7 @@ def test_parts_check_sizes_and_outputs(pipeline: Any, texts: TextEncoders) -> No
     def broken() -> None:
         inner()
         buffers = part._buffers({"B": 1})
-        part._device.upload(buffers["hidden"], np.full(buffers["hidden"].shape, np.nan, np.float32))
+        part.device.upload(buffers["hidden"], np.full(buffers["hidden"].shape, np.nan, np.float32))
 
     engine.enqueue = broken  # type: ignore[method-assign]
     try:
