@@ -39,9 +39,15 @@ class DrawnInBulk:
 class BulkOptions:
     ray: bool = option("Draw with Ray, in shards: run it again to go on. The cluster is $RAY_ADDRESS, or this machine.")
     workers: int | None = option("With --ray: at most so many workers. [as many as there is room for]", "N", least=1)
-    shard: int = option(
-        "With --ray: images of a shard, which one worker draws at once.", "N", default=DEFAULT_SHARD, least=1, most=4096
+    shard: int | None = option(
+        f"With --ray: images of a shard, which one worker draws at once. [{DEFAULT_SHARD}]", "N", least=1, most=4096
     )
+
+    def check(self) -> None:
+        """Raises ``BadInput`` for options that would have no effect."""
+        for flag, value in (("--workers", self.workers), ("--shard", self.shard)):
+            if value is not None and not self.ray:
+                raise BadInput(f"{flag} {value} says how --ray draws", hint=f"add --ray, or leave {flag} out")
 
     def draw(
         self, bundle: Bundle, output: Path, asked: SampleKeywords, load: LoadOptions, *, tile: Tile, partly: bool,
@@ -75,8 +81,8 @@ class BulkOptions:
         where = {"bundle": bundle.root.name, "device": load.device, "backend": backend}
         bulk = Bulk.of(
             bundle.manifest, asked, open_runtime=partial(here.open, bundle.root.absolute()),
-            describe=partial(describe, where=where, kept=kept), shard=self.shard, kind=kind, tile=tile, partial=partly,
-            loras=loras,
+            describe=partial(describe, where=where, kept=kept), shard=self.shard or DEFAULT_SHARD, kind=kind, tile=tile,
+            partial=partly, loras=loras,
         )  # fmt: skip
         settings = {**bulk.settings(), **where, "threads": str(here.threads)}
         with Run(output, settings) as run, progress_bar("sampling", bulk.images, counted="images") as bar:

@@ -114,6 +114,7 @@ def command(
     from tstitch_trt.progress import log, progress_bar
     from tstitch_trt.study.calibrate.trials import warm_up
 
+    bulk.check()
     budgets = parse_budgets(what.budget_ms)
     if len(budgets) > 1:
         raise BadInput(

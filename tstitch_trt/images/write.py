@@ -18,7 +18,7 @@ from tstitch_trt.files import atomic_file, require_parent, write_bytes
 from tstitch_trt.images.grid import grid, png_bytes, save_npz, save_png
 from tstitch_trt.images.metadata import parameters_text
 
-__all__ = ["METADATA_KEY", "Kind", "join_npz", "kind_of", "picture_file", "png_name", "write_images"]
+__all__ = ["METADATA_KEY", "join_npz", "kind_of", "picture_file", "png_name", "write_images"]
 
 METADATA_KEY = "tstitch-trt"  # the PNG text chunk that holds the settings as JSON
 _MANY = 100_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 
 import msgspec
 
@@ -30,6 +30,8 @@ __all__ = ["EngineReplica", "Front", "RayOptions", "build"]
 
 _ONGOING: Final = 10_000  # requests of a replica: the engine's queue is what refuses more
 
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
 
 class RayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``args`` of the application.
@@ -40,20 +42,20 @@ class RayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     the share of its lanes that an engine is to have at work. The others are those of ``tstitch-trt serve``.
     """
 
-    bundles: dict[str, str]
-    device: str = "cpu"
-    cpus: int = 1
+    bundles: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus: _Count = 1
     backend: str | None = None
     trust: bool = False
     require_signature: str | None = None
-    max_lanes: int | None = None
-    max_queue: int = 256
+    max_lanes: _Count | None = None
+    max_queue: _Count = 256
     max_queue_memory: str = "2GiB"
-    engines: int = 1
-    most_engines: int | None = None
-    fronts: int = 1
-    target: float = 0.8
-    timeout: float | None = 300.0
+    engines: _Count = 1
+    most_engines: _Count | None = None
+    fronts: _Count = 1
+    target: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8
+    timeout: float = 300.0
     api_key_file: str | None = None
     insecure: bool = False
     cors_origins: tuple[str, ...] = ()
@@ -67,7 +69,7 @@ class RayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             raise BadInput(problem, hint="args: api_key_file: FILE, or insecure: true to serve all who reach it")
         keys = None if self.api_key_file is None else Keys.read(self.api_key_file)
         limits = HttpLimits(images=self.max_images, steps=self.max_steps)
-        return HttpSettings(limits=limits, keys=keys, timeout=self.timeout, cors_origins=self.cors_origins)
+        return HttpSettings(limits=limits, keys=keys, timeout=self.timeout or None, cors_origins=self.cors_origins)
 
     def load(self) -> dict[str, Any]:
         """The keywords of ``tstitch_trt.load``."""
@@ -159,7 +161,12 @@ def build(args: Mapping[str, object]) -> Any:
         options = convert(dict(args), RayOptions, word="argument")
     except DecodeError as error:
         raise BadInput(f"args: {error.message}", hint=error.fix or "see docs/cluster.md") from None
-    settings = options.settings()
+    settings, most = options.settings(), options.most_engines or options.engines
+    if most < options.engines:
+        raise BadInput(
+            f"args: most_engines is {most}, and engines, the fewest, {options.engines}",
+            hint="raise most_engines, or leave it out for a fixed number",
+        )
     engines = serve.deployment(
         EngineReplica,
         name="Engine",
@@ -167,7 +174,7 @@ def build(args: Mapping[str, object]) -> Any:
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": int(options.device != "cpu")},
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.engines,
-            max_replicas=options.most_engines or options.engines,
+            max_replicas=most,
             policy=AutoscalingPolicy(policy_function=WaitingLanes, policy_kwargs={"target": options.target}),
         ),
         health_check_period_s=2.0,

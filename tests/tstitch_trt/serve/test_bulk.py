@@ -125,6 +125,16 @@ def test_what_can_not_be_drawn_in_shards_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--workers", "--shard"])
+def test_how_ray_draws_is_refused_without_ray(
+    flag: str, fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(fashion_bundle), "--labels", "0", "--steps", "1", flag, "64"]) == 2
+    assert f"{flag} 64" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_cluster_that_does_not_answer_is_told_at_once(
     fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

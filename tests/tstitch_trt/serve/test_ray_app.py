@@ -166,6 +166,30 @@ def test_the_page_of_the_cluster_deploys_what_there_is() -> None:
         RayOptions(bundles={}, api_key_file="x", insecure=True).settings()
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"bundles": {}}, "bundles"),
+        ({"device": "cuda:1"}, "allowed are cpu, cuda"),
+        ({"cpus": 0}, "'cpus' is 0"),
+        ({"target": 0}, "'target' is 0"),
+        ({"engines": 3, "most_engines": 2}, "most_engines is 2"),
+        ({"max_lane": 4}, "max_lane"),
+    ],
+)
+def test_args_are_refused_before_anything_is_started(args: Mapping[str, Any], said: str) -> None:
+    from tstitch_trt.serve.ray_app import build
+
+    with pytest.raises(BadInput, match=said):
+        build({"bundles": {"shoes": "shoes.bundle"}, "insecure": True, **args})
+
+
+def test_a_time_out_of_0_is_never() -> None:
+    from tstitch_trt.serve.ray_app import RayOptions
+
+    assert RayOptions(bundles={"a": "a"}, insecure=True, timeout=0).settings().timeout is None
+
+
 @contextmanager
 def load(server: str, clients: int, steps: int) -> Iterator[list[int]]:
     """The status of every answer to clients that ask one after another."""
