@@ -36,17 +36,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import msgspec
 import numpy as np
-from gpubench.script import parser_of, run_script, write_record
+from gpubench.script import parser_of, run_script
 from numpy.typing import NDArray
-from soak import MOST_SHOWN, Use, built_in, growth, quarters, use_now
+from soak import Use, built_in, growth, quarters, told, use_now
 
 import tstitch_trt
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.errors import BadInput, FailedWork
-from tstitch_trt.progress import log, progress_bar
-from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.progress import progress_bar
 
 KINDS: Final = 24  # different requests
 LEVELS: Final = 1  # of 255 that a pixel may differ by: the batch decides the order in which an engine adds
@@ -90,23 +88,12 @@ def run(args: argparse.Namespace) -> int:
     with Server(bundle, args, log_path) as server:
         done = asyncio.run(Soak(server, asked, args.clients, args.seed).run(seconds))
         done["violations"] += server.end()
-    document = {
-        "command": "python benchmarks/serving_soak.py " + " ".join(sys.argv[1:]),
-        "device": args.device,
-        "seed": args.seed,
-        "clients": args.clients,
-        "machine": msgspec.to_builtins(describe_machine()),
-        **done,
-    }
-    write_record(args.out, document)
-    log(f"written: {args.out}")
-    for line in done["violations"][:MOST_SHOWN]:
-        log(f"violation: {line}")
-    print(
+    command = "python benchmarks/serving_soak.py " + " ".join(sys.argv[1:])
+    return told(
+        args, {"command": command, "clients": args.clients, **done},
         f"{done['requests']} requests of {args.clients} clients in {done['seconds']:.0f} s, {done['pictures']} "
-        f"pictures compared, {len(done['violations'])} violations"
-    )
-    return 1 if done["violations"] else 0
+        "pictures compared",
+    )  # fmt: skip
 
 
 # --- what is asked for

@@ -70,21 +70,20 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cpu":
         load["threads"] = 1
     done = Soak(args.bundle or built_in(), load, args.threads, args.seed).run(seconds)
-    document = {
-        "command": "python benchmarks/soak.py " + " ".join(sys.argv[1:]),
-        "device": args.device,
-        "seed": args.seed,
-        "machine": msgspec.to_builtins(describe_machine()),
-        **done,
-    }
-    write_record(args.out, document)
+    return told(
+        args, {"command": "python benchmarks/soak.py " + " ".join(sys.argv[1:]), **done},
+        f"{done['calls']} calls of {args.threads} threads in {done['seconds']:.0f} s, {done['reloads']} reloads",
+    )  # fmt: skip
+
+
+def told(args: argparse.Namespace, done: Mapping[str, Any], words: str) -> int:
+    """Writes what was found, and shows its violations and ``words``. Returns the exit code."""
+    machine = msgspec.to_builtins(describe_machine())
+    write_record(args.out, {"device": args.device, "seed": args.seed, "machine": machine, **done})
     log(f"written: {args.out}")
     for line in done["violations"][:MOST_SHOWN]:
         log(f"violation: {line}")
-    print(
-        f"{done['calls']} calls of {args.threads} threads in {done['seconds']:.0f} s, {done['reloads']} reloads, "
-        f"{len(done['violations'])} violations"
-    )
+    print(f"{words}, {len(done['violations'])} violations")
     return 1 if done["violations"] else 0
 
 
