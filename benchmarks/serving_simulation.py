@@ -2,13 +2,14 @@
 
     tstitch-trt build fashion -o build/fashion.bundle
     python benchmarks/serving_simulation.py check build/fashion.bundle      # the engine, then its simulation: 6 minutes
-    python benchmarks/serving_simulation.py scale                           # 1,000 devices, an hour on one core
+    python benchmarks/serving_simulation.py scale                           # 1,000 devices, 40 minutes on one core
     python benchmarks/serving_simulation.py scale --parts 'router-*,million'
 
 ``check`` drives one engine in this process with Poisson arrivals of a mix, simulates the same requests at the same
 times with the costs of that window, and writes both to ``serving-simulation-check.json``. ``scale`` draws that mix with
 the step times of a calibration and what the check measured beside the steps. It writes ``serving-simulation.json``
-after every part; a part that is in it is not simulated again. ``docs/serving-simulation.md`` says what came out.
+after every part; one that is in it, made by the same command, is not simulated again. ``docs/serving-simulation.md``
+says what came out.
 """
 
 from __future__ import annotations
@@ -54,6 +55,13 @@ RESULTS = Path(__file__).parent / "results"
 CALIBRATION = RESULTS / "study/calibration-d97c67432c031681.json"
 LIMIT = 2.0  # seconds, for the goodput
 BYTES = 64 << 20
+SCALE = {  # what the parts are made of, by default
+    "check": RESULTS / "serving-simulation-check.json",
+    "calibration": CALIBRATION,
+    "devices": 1000,
+    "requests": 50_000,
+    "seed": 0,
+}
 
 
 class Costed(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,12 +102,13 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--out", type=Path, default=RESULTS / "serving-simulation-check.json")
     many = commands.add_parser("scale", help="many devices, simulated")
-    many.add_argument("--check", type=Path, default=RESULTS / "serving-simulation-check.json", help="what check wrote")
-    many.add_argument("--calibration", type=Path, default=CALIBRATION, help="of the bundle, as its studies/ has it")
+    many.add_argument("--check", type=Path, help="what check wrote")
+    many.add_argument("--calibration", type=Path, help="of the bundle, as its studies/ has it")
     many.add_argument("--parts", default="*", help="names and patterns, separated by commas (default all)")
-    many.add_argument("--devices", type=int, default=1000)
-    many.add_argument("--requests", type=int, default=50_000, help="of each part but the last (default 50000)")
-    many.add_argument("--seed", type=int, default=0)
+    many.add_argument("--devices", type=int)
+    many.add_argument("--requests", type=int, help="of each part but the last (default 50000)")
+    many.add_argument("--seed", type=int)
+    many.set_defaults(**SCALE)
     many.add_argument("--out", type=Path, default=RESULTS / "serving-simulation.json")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmarks/serving_simulation.py", *(sys.argv[1:] if argv is None else argv)])
@@ -337,7 +346,9 @@ def scale(args: argparse.Namespace, command: str) -> None:
     if not parts:
         raise BadInput(f"no part is called {args.parts}", hint=f"parts: {', '.join(parts_of(world))}")
     for name, part in parts.items():
-        if name in done:
+        words = [f"--{key}={getattr(args, key)}" for key, usual in SCALE.items() if getattr(args, key) != usual]
+        made_by = shlex.join(["python", "benchmarks/serving_simulation.py", "scale", "--parts", name, *words])
+        if name in done and done[name]["command"] == made_by:
             continue
         setup, began = part(), time.perf_counter()
         report = simulate(setup)
@@ -362,7 +373,7 @@ def scale(args: argparse.Namespace, command: str) -> None:
             "batches": report.ticks,
             "events": report.events,
             "wall_seconds": wall,
-            "command": f"python benchmarks/serving_simulation.py scale --parts {name}",
+            "command": made_by,
         }
         write_record(
             args.out,

@@ -41,3 +41,8 @@ def test_what_a_check_measured_is_scaled_and_goes_on_where_it_stopped(
     assert all(part["done"] + part["refused"] + part["failed"] == part["requests"] for part in parts.values())
     assert parts["failure-0.25-load-0.8"]["retried"] > 0
     assert scale("nothing") == 2
+    more = ["--devices", "5", "--requests", "100", "--check", str(checked), "--out", str(out)]
+    assert script.main(["scale", "--parts", "load-0.8", *more]) == 0  # others than those that are there
+    again = json.loads(out.read_text())["parts"]["load-0.8"]
+    assert (before["devices"], again["devices"]) == (4, 5)
+    assert "--devices=5 --requests=100" in again["command"]
