@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from tstitch_trt.ui.guard import App
     from tstitch_trt.ui.visitors import Drawings
 
-__all__ = ["MOST_IMAGES", "build_page", "import_gradio", "serving"]
+__all__ = ["build_page", "import_gradio", "serving"]
 
 _BESIDE: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MOST_STEPS: Final = 200
-_MOST_IMAGES: Final = 8  # per fraction
-MOST_IMAGES: Final = _MOST_IMAGES * (len(_BESIDE) + 1)
-"""Of one press of the button."""
+_MOST_IMAGES: Final = 8  # per fraction: six of them fit half of the least --max-queue
 _MOST_GUIDANCE: Final = 15.0
 _LONGEST_PROMPT: Final = 2000  # characters
 _PLOT_SECONDS: Final = 3.0  # that a plot waits for others
@@ -164,7 +162,7 @@ def build_page(gr: Any, engine: Engine, path: str, *, temporary: Path, drawings:
                         elem_id="guidance",
                     )
                     solver = gr.Dropdown(list(SOLVERS), value=defaults.solver, label="Solver", elem_id="solver")
-                    count = gr.Slider(1, 8, value=1, step=1, label="Images per fraction", elem_id="count")
+                    count = gr.Slider(1, _MOST_IMAGES, value=1, step=1, label="Images per fraction", elem_id="count")
             with gr.Column(scale=3):
                 gallery = gr.Gallery(
                     label="The same seeds at each fraction",
