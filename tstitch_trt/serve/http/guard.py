@@ -127,8 +127,10 @@ class _Body:
         """Raises ``ApiError`` for one that is too large, or finds no room."""
         said = self._headers.get("content-length", "")
         length = int(said) if said.isascii() and said.isdigit() and len(said) < 20 else None
-        if length is None:
-            length = self._most if "transfer-encoding" in self._headers else 0
+        if "transfer-encoding" in self._headers:  # which holds, whatever length is said beside it
+            length = self._most
+        elif length is None:
+            length = 0
         if length > self._most:
             raise self._too_large(length)
         if self._guard._bodies + length > self._guard._settings.limits.bodies_bytes:

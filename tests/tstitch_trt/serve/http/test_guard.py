@@ -162,6 +162,8 @@ def test_bodies_share_a_bound(server: Server) -> None:
         with send(address, post(b"{", Content_Length="900")):
             assert eventually(lambda: client.post(GENERATIONS, json={"user": "x" * 200}).status_code == 429)
             assert client.post(GENERATIONS, json={"steps": 1}).status_code == 200
+            with send(address, post(b"2\r\n{}\r\n0\r\n\r\n", Transfer_Encoding="chunked", Content_Length="2")) as lying:
+                assert b" 429 " in lying.recv(4096)
         assert eventually(lambda: client.post(GENERATIONS, json={"user": "x" * 200, "steps": 1}).status_code == 200)
 
 
