@@ -165,10 +165,10 @@ async def _form(request: Request) -> tuple[EditForm, Pictures]:
                 pictures[bare].append(value)
             elif name in _FILES:
                 raise ApiError(400, f"{bare} is a text\nhint: send it as a file, with a filename", param=bare)
-            elif name.endswith("[]"):
-                fields.setdefault(bare, []).append(value)
-            elif name in fields:
-                raise ApiError(400, f"{name[:80]!r} is given twice\nhint: give it once", param=name[:80])
+            elif name.endswith("[]") and isinstance(fields.setdefault(bare, []), list):
+                fields[bare].append(value)
+            elif bare in fields:
+                raise ApiError(400, f"{bare[:80]!r} is given twice\nhint: give it once", param=bare[:80])
             else:
                 fields[name] = _scalar(name, value)
         if len(pictures["image"]) > 1:

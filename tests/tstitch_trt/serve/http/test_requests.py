@@ -181,6 +181,8 @@ def test_forms_that_are_no_edit(client: httpx.Client) -> None:
         ({"image": ("a", PICTURE), "other": ("b", PICTURE)}, {}, "other"),
         ({"image": ("a", PICTURE)}, {"n": "two"}, "n"),
         ({"image": ("a", PICTURE)}, {"n": ["1", "1"]}, "n"),
+        ({"image": ("a", PICTURE)}, {"class_labels": "1", "class_labels[]": "1"}, "class_labels"),
+        ({"image": ("a", PICTURE)}, {"class_labels[]": "1", "class_labels": "1"}, "class_labels"),
         ({"image": ("a", PICTURE)}, {"strength": "0"}, "strength"),
         ({"image": ("a", PICTURE)}, {"image[]": "text"}, "image"),
         ([("image[]", ("a", PICTURE)), ("image[]", ("b", PICTURE))], {}, "image"),
