@@ -30,6 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _LONGEST_PROMPT: Final = 1000  # characters in a line of the log
+_CLIENT_GONE: Final = 499  # the status of an answer that nobody reads
 _submitted: ContextVar[list[Handle] | None] = ContextVar("submitted", default=None)
 
 
@@ -71,7 +72,8 @@ class Access:
                 status = message["status"]
                 request_id = dict(message["headers"]).get(b"x-request-id", b"").decode("latin-1")
             await send(message)
-            whole = whole or (message["type"] == "http.response.body" and not message.get("more_body"))
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
+            whole = whole or (ended and status != _CLIENT_GONE)
 
         spans = self._traces.answering(scope["method"], scope["headers"]) if self._traces else nullcontext()
         error = ""

@@ -55,6 +55,15 @@ def test_prompts_are_logged_where_it_was_asked_for(fashion_bundle: Path, prompts
     assert line.get("prompt") == (PROMPT[:1000] if prompts else None)
 
 
+def test_an_answer_that_nobody_reads_was_hung_up() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 499, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    (line,), _ = answer(app)
+    assert (line["status"], line["hung_up"]) == (499, True)
+
+
 def test_an_answer_that_breaks_has_a_traceback_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -163,7 +163,7 @@ def test_a_client_that_hangs_up_is_counted(warm: Served) -> None:
     warm.until(lambda: not warm.metrics().get('tstitch_lanes{member="large",model="fashion"}'))
     warm.until(lambda: any(line.get("outcome") == "cancelled" for line in warm.lines))
     (line,) = (line for line in warm.lines if line.get("outcome") == "cancelled")
-    assert line["status"] in (0, 499)
+    assert (line["status"], line["hung_up"]) == (499, True)
 
 
 def test_a_changed_bundle_takes_over_while_requests_run(warm: Served, bundle: Path) -> None:
