@@ -84,7 +84,7 @@ class Traces(Observer):
         self._provider = provider
         self._tracer = provider.get_tracer("tstitch_trt")
         self._incoming = TraceContextTextMapPropagator()
-        self._open: dict[str, Span] = {}
+        self._open: dict[Handle, Span] = {}  # an id may be there twice: it is the client's
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class Traces(Observer):
             "tstitch.steps": handle.plan.steps, "tstitch.schedule": str(handle.plan.schedule),
         })  # fmt: skip
         with self._lock:
-            self._open[handle.id] = span
+            self._open[handle] = span
 
     def stage(self, handle: Handle, name: str, began: float, ended: float) -> None:
         self._record(handle, name, began, ended)
@@ -122,7 +122,7 @@ class Traces(Observer):
 
     def finished(self, handle: Handle) -> None:
         with self._lock:
-            span = self._open.pop(handle.id, None)
+            span = self._open.pop(handle, None)
         if span is None:
             return
         span.set_attribute("tstitch.outcome", handle.state)
@@ -134,7 +134,7 @@ class Traces(Observer):
 
     def _record(self, handle: Handle, name: str, began: float, ended: float) -> None:
         """A span that has ended already. ``began``, ``ended``: of ``time.monotonic``."""
-        parent = self._open.get(handle.id)
+        parent = self._open.get(handle)
         if parent is None or not parent.is_recording():
             return
         epoch = time.time() - time.monotonic()
