@@ -100,17 +100,18 @@ def closing_idle(connections: Collection[Any]) -> Callable[[], Awaitable[None]]:
     """Ends those of uvicorn's connections that wait for a request now, and did when it was called before: whoever opens
     many and sends nothing, or sends slowly, would leave none for others. Ends those too whose client has read nothing
     of what waits for it since then."""
-    before: dict[Any, int] = {}  # connection -> bytes that wait for its client
+    before: dict[Any, tuple[int, Any]] = {}  # connection -> bytes that wait for its client, and its last request
 
     async def close() -> None:
         nonlocal before
         held = {one: one.transport.get_write_buffer_size() for one in connections}
-        now = {one: size for one, size in held.items()
+        now = {one: (size, one.cycle) for one, size in held.items()
                if size or one.cycle is None or one.cycle.response_complete}  # fmt: skip
-        for one, size in now.items():
-            if one not in before or size < before[one]:
+        for one, (size, cycle) in now.items():
+            known = before.get(one)
+            if known is None or cycle is not known[1] or size < known[0]:
                 continue
-            if size and size == before[one]:
+            if size and size == known[0]:
                 one.transport.abort()
             elif not size:
                 one.transport.close()

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ class Connection:
 
     waiting: list[int]
     end: str = ""
-    cycle: None = None
+    cycle: Any = None
 
     @property
     def transport(self) -> Connection:
@@ -125,3 +126,12 @@ def test_a_client_that_reads_slowly_keeps_its_connection() -> None:
     for _ in range(4):
         asyncio.run(close())
     assert (slow.end, stuck.end, idle.end) == ("", "cut off", "closed")
+
+
+def test_a_client_that_asks_again_and_again_keeps_its_connection() -> None:
+    busy, done = Connection([0, 0, 0]), Connection([0, 0, 0], cycle=SimpleNamespace(response_complete=True))
+    close = closing_idle([busy, done])
+    for _ in range(3):
+        busy.cycle = SimpleNamespace(response_complete=True)  # of another request, answered between two looks
+        asyncio.run(close())
+    assert (busy.end, done.end) == ("", "closed")
