@@ -162,11 +162,8 @@ class LaneArena:
 
     def estimates(self, place: int, first: int, count: int, size: tuple[int, int]) -> NDArray[np.float32]:
         """What the history of consecutive slots holds at ``place``, float32 ``[count,C,H,W]``. Waits."""
-        shape, largest = (self.latent_shape[0], *size), math.prod(self.latent_shape)
-        offset = 4 * largest * (place * self.slots + first)
-        stored = self._device.download(self._device.view(self.buffers.history, offset, (count, largest), "float32"))
-        found: NDArray[np.float32] = stored[:, : math.prod(shape)].reshape(count, *shape)
-        return found
+        slots = range(first, first + count)
+        return np.concatenate([self._device.download(self.estimate(place, slot, size)) for slot in slots])
 
     def estimate(self, place: int, slot: int, size: tuple[int, int]) -> Buffer:
         """What the history of one slot holds at ``place``, float32 ``[1,C,H,W]``, where it lies."""

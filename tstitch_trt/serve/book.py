@@ -13,9 +13,9 @@ from tstitch_engines.errors import Closed
 from tstitch_trt.runtime.result import Result
 from tstitch_trt.serve.admission import Admitted, Offer, Refused
 from tstitch_trt.serve.handle import Handle
-from tstitch_trt.serve.model import Model, Phase, Request
+from tstitch_trt.serve.model import Model, Request
 from tstitch_trt.serve.observer import Observer, Rejection, Stage, TickInfo
-from tstitch_trt.serve.scheduler import Lane, Tick
+from tstitch_trt.serve.scheduler import Lane
 
 __all__ = ["Book", "request_of"]
 
@@ -32,6 +32,7 @@ class Book:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.models: Mapping[str, Model] = {}
+        self.joining: list[Model] = []  # that are warmed up to replace others
         self.leaving: list[Model] = []  # that were replaced and have requests
         self.requests: dict[Handle, Request] = {}
         self.draining = False
@@ -42,7 +43,12 @@ class Book:
 
     def every_model(self) -> Iterator[Model]:
         yield from self.models.values()
+        yield from self.joining
         yield from self.leaving
+
+    def of(self, model: Model) -> list[Request]:
+        """The open requests to a bundle. With the lock held."""
+        return [request for request in self.requests.values() if request.model is model]
 
     def check_open(self) -> None:
         """Raises ``Closed``."""
@@ -56,12 +62,11 @@ class Book:
     def ask(self, model: Model, offers: list[Offer], now: float, budget: float | None) -> Admitted | Refused:
         """With the lock held. Raises ``Closed``."""
         self.check_open()
-        return model.admission.admit(offers, model.load(self.requests.values()), now, budget=budget)
+        return model.admission.admit(offers, model.load(self.of(model)), now, budget=budget)
 
     def accept(self, request: Request) -> None:
         """With the lock held, after ``ask``."""
         self.requests[request.handle] = request
-        self._count_in(request)
         if request.model.holding:
             request.model.aside.append(request)
         else:
@@ -69,32 +74,14 @@ class Book:
 
     def started(self, request: Request) -> bool:
         """One of its images has a lane. Whether it is the first."""
-        model = request.model
         with self.lock:
-            if not request.unstarted:
-                return False
-            first = request.unstarted == request.handle.n
             request.unstarted -= 1
-            model.waiting_images -= 1
-            model.waiting_bytes -= 0 if request.unstarted else request.nbytes
-        return first
+            return request.unstarted + 1 == request.handle.n
 
-    def stepped(self, model: Model, tick: Tick, now: float) -> None:
-        """The tick's lanes have taken their step."""
-        phase = Phase.of(tick.key)
-        with self.lock:
-            model.scheduler.ran(tick, now)
-            for lane in tick.lanes:
-                self._count_down(request_of(lane), [phase])
-
-    def drop(self, lanes: Iterable[Lane]) -> None:
+    def drop(self, model: Model, lanes: Iterable[Lane]) -> None:
         """Ends lanes early."""
         with self.lock:
-            for lane in list(lanes):
-                if lane in lane.job.lanes:
-                    request = request_of(lane)
-                    self._count_down(request, map(Phase.of, lane.keys[lane.step :]))
-                    request.model.scheduler.drop([lane])
+            model.scheduler.drop(list(lanes))
 
     def end(self, handle: Handle, outcome: Any) -> None:
         """``outcome``: a result or an error. Does nothing where the request has ended. Its lanes are free at the next
@@ -103,12 +90,13 @@ class Book:
             request = self.requests.pop(handle, None)
             if request is None:
                 return
-            self._count_out(request)
+            if request in request.model.aside:
+                request.model.aside.remove(request)
             if request.deadline is not None and isinstance(outcome, Result):
                 request.model.admission.ended(met=time.monotonic() <= request.deadline)
             self.changed.notify_all()
         handle._finish(outcome)
-        self.inbox.put(lambda: self.drop(request.lanes))
+        self.inbox.put(lambda: self.drop(request.model, request.lanes))
         self.tell(lambda observer: observer.finished(handle))
 
     def end_all(self, error: Exception) -> None:
@@ -120,9 +108,7 @@ class Book:
         with self.lock:
             if self.requests.get(request.handle) is not request:
                 return
-            self._count_out(request)
             renewed = self.requests[request.handle] = request.again(model)
-            self._count_in(renewed)
             self.to_encode.put(renewed)
 
     def give_up(self, error: Exception) -> None:
@@ -139,29 +125,6 @@ class Book:
         for request in model.aside:
             self.to_encode.put(request)
         model.aside = []
-
-    def _count_in(self, request: Request) -> None:
-        model = request.model
-        model.open += 1
-        model.waiting_images += request.unstarted
-        model.waiting_bytes += request.nbytes
-        model.left.update(request.steps)
-
-    def _count_out(self, request: Request) -> None:
-        model = request.model
-        model.open -= 1
-        model.waiting_images -= request.unstarted
-        model.waiting_bytes -= request.nbytes if request.unstarted else 0
-        model.left.subtract(request.steps)
-        request.steps.clear()
-        request.unstarted = 0
-        if request in model.aside:
-            model.aside.remove(request)
-
-    def _count_down(self, request: Request, phases: Iterable[Phase]) -> None:
-        for phase in phases if request.steps else ():
-            request.steps[phase] -= 1
-            request.model.left[phase] -= 1
 
     # --- telling
 

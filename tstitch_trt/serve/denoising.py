@@ -152,11 +152,10 @@ class Denoising:
                 for each in list(book.every_model()):
                     if each.warming is not None and not each.scheduler.groups():
                         self._warm(each)
-                    if each.held is not None and each.open == len(each.aside):
+                    if each.held is not None:
                         self._run_held(each)
-                for each in [each for each in book.leaving if not each.open]:
-                    book.leaving.remove(each)
-                    each.leave()
+                for each in list(book.leaving):
+                    self._let_go(each)
         finally:
             self._ended.set()
             for each in book.every_model():
@@ -232,10 +231,10 @@ class Denoising:
         try:
             model.runner.start(lane.slot, request.programs[lane.image])
         except Exception as error:
-            self._book.drop([lane])
+            self._book.drop(model, [lane])
             self.failed(request, error)
             return
-        if self._book.started(request):
+        if self._book.started(request) and not request.over:
             request.handle._enter("denoising")
             request.started_at = now
             began, encoded = request.encoding
@@ -262,8 +261,9 @@ class Denoising:
             for lane, answer in zip(ended, answers, strict=True):
                 self.decoding.queue.put(Drawn(request_of(lane), lane.image, answer))
         bad = [lane for lane in tick.lanes if lane.slot in faulty]
-        self._book.stepped(model, tick, time.monotonic())
-        self._book.drop(bad)
+        with self._book.lock:
+            model.scheduler.ran(tick, time.monotonic())
+            model.scheduler.drop(bad)
 
     def _account(self, ran: _Ran) -> None:
         """Waits for a batch, and takes its time down."""
@@ -297,8 +297,22 @@ class Denoising:
         with self._book.changed:
             self._book.changed.notify_all()
 
-    def _run_held(self, model: Model) -> None:
+    def _let_go(self, model: Model) -> None:
+        """Of a bundle that was replaced, once its requests have ended."""
         with self._book.lock:
+            if self._book.of(model):
+                return
+            self._book.leaving.remove(model)
+        try:
+            model.leave()
+        except Exception:
+            _log.exception("%s, which was replaced, could not be closed", model.name)
+
+    def _run_held(self, model: Model) -> None:
+        """Once all requests have ended but those that were held back."""
+        with self._book.lock:
+            if len(self._book.of(model)) > len(model.aside):
+                return
             held, model.held = model.held, None
         if held is not None:
             held()
@@ -338,6 +352,8 @@ class Denoising:
         book = self._book
         _log.error("the device is lost: %s", first_line(error))
         self._ran.clear()
+        if model.warming is not None:
+            model.warming, model.warm_error = None, error
         with suppress(Exception):
             model.leave()
         try:
@@ -352,9 +368,10 @@ class Denoising:
             return
         with book.lock:
             again.clock, again.holding, again.held = model.clock, model.holding, model.held
-            if model in book.leaving:
-                book.leaving[book.leaving.index(model)] = again
-            else:
+            for models in (book.joining, book.leaving):
+                if model in models:
+                    models[models.index(model)] = again
+            if book.models.get(model.name) is model:
                 book.models = {**book.models, model.name: again}
             requests = [request for request in book.requests.values() if request.model is model]
         for request in requests:

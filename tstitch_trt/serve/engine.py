@@ -59,7 +59,7 @@ from tstitch_trt.serve.costs import CostPoint
 from tstitch_trt.serve.denoising import Denoising
 from tstitch_trt.serve.encoding import Encoding
 from tstitch_trt.serve.handle import Handle
-from tstitch_trt.serve.model import Model, Phase, Request, preview_steps
+from tstitch_trt.serve.model import Model, Phase, Request, preview_steps, waiting_bytes
 from tstitch_trt.serve.observer import EngineState, ModelState, Observer
 from tstitch_trt.serve.policy import DeadlineFirst
 from tstitch_trt.serve.scheduler import Policy
@@ -178,7 +178,7 @@ class Engine:
         """A snapshot."""
         book = self._book
         with book.lock:
-            models = {name: _state(model) for name, model in book.models.items()}
+            models = {name: _state(model, book.of(model)) for name, model in book.models.items()}
         failed = None if book.failed is None else str(book.failed)
         ready = failed is None and not book.draining and all(model.warm for model in models.values())
         return EngineState(ready=ready, draining=book.draining, failed=failed, models=models)
@@ -269,7 +269,8 @@ class Engine:
                 )  # fmt: skip
                 self._book.accept(
                     Request(
-                        now, priority, deadline, handle=handle, model=chosen, asked=job, nbytes=offer.bytes,
+                        now, priority, deadline, handle=handle, model=chosen, asked=job,
+                        phases=offer.phases, nbytes=offer.bytes,
                         previews=preview_steps(offer.phases[0][1], len(job.plan.schedule), previews),
                     )
                 )  # fmt: skip
@@ -517,22 +518,23 @@ class Engine:
 
     def _enter_beside(self, model: Model) -> None:
         model.enter()
-        self._book.leaving.append(model)
-        model.open += 1  # it does not leave yet
+        self._book.joining.append(model)
         self._begin_warming(model)
 
     def _take_over(self, new: Model) -> None:
         with self._book.lock:
-            self._abandon(new)
+            self._book.joining.remove(new)
             old = self._book.models[new.name]  # now: a lost device has the one before loaded again
             new.clock = old.clock
             self._book.models = {**self._book.models, new.name: new}
             self._book.leaving.append(old)
 
     def _abandon(self, model: Model) -> None:
-        if model in self._book.leaving:
-            self._book.leaving.remove(model)
-            model.open -= 1
+        """Lets go of what was loaded to replace another, or of what stands in its place after its device was lost."""
+        joining = [each for each in self._book.joining if each.name == model.name] or [model]
+        self._book.joining = [each for each in self._book.joining if each not in joining]
+        for each in joining:
+            each.leave()
 
     def _begin_warming(self, model: Model) -> None:
         model.warmed, model.warm_error = 0.0, None
@@ -548,7 +550,8 @@ class Engine:
             self._book.give_up(stopped)
 
 
-def _state(model: Model) -> ModelState:
+def _state(model: Model, requests: Sequence[Request]) -> ModelState:
+    """``requests``: those of this bundle that are open."""
     lanes: dict[str, int] = {}
     for key, group in model.scheduler.groups().items():
         member = Phase.of(key).member
@@ -556,11 +559,11 @@ def _state(model: Model) -> ModelState:
     return ModelState(
         lanes=sum(lanes.values()),
         max_lanes=model.max_lanes,
-        waiting_images=model.waiting_images,
-        waiting_bytes=model.waiting_bytes,
+        waiting_images=sum(request.unstarted for request in requests),
+        waiting_bytes=waiting_bytes(requests),
         lanes_by_member=lanes,
-        open=model.open,
-        backlog_seconds=model.backlog,
+        open=len(requests),
+        backlog_seconds=model.load(requests).seconds,
         warm=model.warming is None,
     )
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from tstitch_trt.serve.costs import CostPoint, MeasuredCosts, StageTimes
 from tstitch_trt.serve.handle import Handle
 from tstitch_trt.serve.scheduler import Job, Phases, Policy, Scheduler, phases_of
 
-__all__ = ["Model", "Phase", "Request", "preview_steps"]
+__all__ = ["Model", "Phase", "Request", "preview_steps", "waiting_bytes"]
 
 Array = NDArray[np.float32]
 
@@ -61,13 +60,15 @@ class _PhaseCosts:
 class Request(Job):
     """A request on its way. ``unstarted``: images that wait for a lane. ``left``: images that have not ended.
 
-    ``previews``: the steps (from 0) after which each lane's estimate is decoded.
+    ``previews``: the steps (from 0) after which each lane's estimate is decoded. ``phases``: of each image. ``nbytes``:
+    what it holds on the host.
     """
 
     handle: Handle = field(kw_only=True)
     model: Model = field(kw_only=True)
     asked: runtime_job.Job = field(kw_only=True)
     previews: frozenset[int] = field(kw_only=True)
+    phases: Phases = field(kw_only=True)
     nbytes: int = field(kw_only=True)
     retries: int = 0
     dropped: bool = False
@@ -77,7 +78,6 @@ class Request(Job):
         self.segments = [i for i, segment in enumerate(segments) for _ in range(segment.start, segment.stop)]
         self.seconds = [0.0] * len(segments)  # of device time, in each segment
         self.spans: dict[int, tuple[float, float]] = {}  # by segment: when its first step began and its last one ended
-        self.steps = self.model.step_counts(self.asked)  # that are still to run
         self.unstarted = self.left = self.asked.parsed.n
         self.programs: list[LaneProgram] = []
         self.seeds: tuple[int, ...] = ()
@@ -141,8 +141,8 @@ class Request(Job):
 
 
 class Model:
-    """``weight``: its share of the device. ``owned``: the runtime is closed with it. ``open``: requests that were
-    accepted and have not ended. ``clock``: device time that it has had, over its weight."""
+    """``weight``: its share of the device. ``owned``: the runtime is closed with it. ``clock``: device time that it has
+    had, over its weight."""
 
     def __init__(
         self,
@@ -165,11 +165,6 @@ class Model:
         self.weight = weight
         self.max_lanes = max_lanes or 2 * runtime.batch_limit
         self.clock = 0.0
-        self.open = 0
-        self.waiting_images = 0
-        self.waiting_bytes = 0
-        self.lanes_by_member: Mapping[str, int] = {}
-        self.left: Counter[Phase] = Counter()  # steps that are still to run, of all lanes
         self.warming: Iterator[tuple[TimedStep | None, float]] | None = None
         self.warmed = 0.0  # the share that is done
         self.warm_error: Exception | None = None
@@ -205,11 +200,6 @@ class Model:
             if self.owned:
                 self.runtime.close(cancel=True)
 
-    @property
-    def backlog(self) -> float:
-        """Seconds of device time of all steps that are still to run, in batches as large as they are to be."""
-        return self.seconds(self.left.copy())
-
     def phases(self, job: runtime_job.Job) -> Phases:
         """The phases of each image of a request, before it is encoded."""
         plan, parsed, members = job.plan, job.parsed, self.runtime.manifest.members
@@ -220,13 +210,6 @@ class Model:
         ]
         first = plan.start if parsed.init is not None else parsed.start_step
         return tuple((key, max(first, start), stop) for key, start, stop in phases_of(keys) if stop > first)
-
-    def step_counts(self, job: runtime_job.Job) -> Counter[Phase]:
-        """How often each phase runs, one image a time, in all of a request."""
-        found: Counter[Phase] = Counter()
-        for key, start, stop in self.phases(job):
-            found[Phase.of(key)] += job.parsed.n * (stop - start)
-        return found
 
     def offer(self, job: runtime_job.Job) -> Offer:
         """What admission is told of a request."""
@@ -241,22 +224,21 @@ class Model:
             decoded=job.decode,
         )
 
-    def load(self, requests: Iterable[Request]) -> Load:
-        """What there is to do. ``requests``: all that are open."""
+    def load(self, requests: Collection[Request]) -> Load:
+        """What there is to do. ``requests``: those of this bundle that are open."""
         early = [
-            Booked(request.unstarted, self.seconds(request.steps), request.deadline)
+            Booked(request.unstarted, request.handle.n * self._seconds(request.phases), request.deadline)
             for request in requests
-            if request.model is self and not request.programs
+            if not request.programs
         ]
-        return load_of(self.scheduler, bytes=self.waiting_bytes, before=early)
+        return load_of(self.scheduler, bytes=waiting_bytes(requests), before=early)
 
-    def seconds(self, steps: Mapping[Phase, int]) -> float:
-        """Of device time, in batches as large as they are to be."""
+    def _seconds(self, phases: Phases) -> float:
+        """Of device time of one image, in batches as large as they are to be."""
         found = 0.0
-        for phase, count in steps.items():
-            if count > 0:
-                size = self.costs.cap(phase)
-                found += count * self.costs.seconds(phase, size) / size
+        for key, start, stop in phases:
+            size = self.costs.cap(Phase.of(key))
+            found += (stop - start) * self.costs.seconds(Phase.of(key), size) / size
         return found
 
     def request_bytes(self, job: runtime_job.Job) -> int:
@@ -277,6 +259,11 @@ class Model:
         given = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         texts = sum(map(len, (*parsed.prompts, *(parsed.negative_prompts or ()))))
         return parsed.n * each + given + 4 * texts
+
+
+def waiting_bytes(requests: Iterable[Request]) -> int:
+    """What those hold on the host that have images without a lane."""
+    return sum(request.nbytes for request in requests if request.unstarted)
 
 
 def preview_steps(start: int, stop: int, count: int) -> frozenset[int]:

@@ -7,7 +7,7 @@ one batch. A tick is one batch: some lanes of one group, one step each. Times ar
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -96,11 +96,11 @@ class Policy(Protocol):
         """The lane with the smallest gets the next free slot."""
 
 
-def lane_seconds(lane: Lane, costs: Costs, batch: Callable[[Key], int] | None = None) -> float:
-    """What the steps that are left cost, each as its share of a batch as large as ``cap``, or as ``batch`` says."""
+def lane_seconds(lane: Lane, costs: Costs) -> float:
+    """What the steps that are left cost, each as its share of a batch as large as ``cap``."""
     total = 0.0
     for key, steps in lane.phases_left():
-        size = max(1, costs.cap(key) if batch is None else batch(key))
+        size = costs.cap(key)
         total += steps * costs.seconds(key, size) / size
     return total
 
@@ -204,10 +204,6 @@ class Scheduler:
                 self._end(lane)
             else:
                 lane.job.lanes.remove(lane)
-
-    def seconds_left(self, lanes: Iterable[Lane], batch: Callable[[Key], int] | None = None) -> float:
-        """What the steps that are left of ``lanes`` cost: ``lane_seconds`` of each."""
-        return sum(lane_seconds(lane, self.costs, batch) for lane in lanes)
 
     def _leave(self, key: Key, lanes: Sequence[Lane]) -> None:
         if len(lanes) == len(self._groups[key]):

@@ -34,8 +34,9 @@ from tstitch_engines.errors import (
     Overloaded,
     UnknownName,
 )
-from tstitch_trt import FailedImage
+from tstitch_trt import FailedImage, Runtime
 from tstitch_trt.runtime.stepper import Stepper
+from tstitch_trt.serve import engine as serving
 from tstitch_trt.serve.admission import Cheaper
 from tstitch_trt.serve.costs import CostPoint
 from tstitch_trt.serve.engine import Engine
@@ -277,6 +278,7 @@ def test_closing_draws_what_was_accepted_or_cancels_it(tiny_pair: TinyPair, monk
 
 def test_the_interpreter_ends_with_an_engine_at_work(tiny_pair: TinyPair) -> None:
     script = f"""
+from tstitch_trt.serve import engine as serving
 from tstitch_trt.serve.engine import Engine
 engine = Engine({str(tiny_pair.bundle)!r}, load={{"threads": 1}})
 handles = [engine.submit(labels=[1], steps=1000) for _ in range(8)]
@@ -421,11 +423,33 @@ def test_a_request_that_comes_while_its_bundle_is_replaced_is_drawn_by_the_new_o
     assert idle(engine)
 
 
+def test_a_replacement_that_can_not_run_is_closed_and_the_old_one_goes_on(
+    engine: Engine, tiny_pair: TinyPair, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Runtime] = []
+    load = serving.load_runtime
+
+    def noted(source: Any, **options: Any) -> Runtime:
+        loaded.append(load(source, **options))
+        return loaded[-1]
+
+    def fail(slots: Any) -> None:
+        raise FailedWork("the engine broke", hint="nothing")
+
+    monkeypatch.setattr(serving, "load_runtime", noted)
+    with monkeypatch.context() as broken:
+        Steps(broken, fail)
+        with pytest.raises(FailedWork, match="the engine broke"):
+            engine.replace(None, tiny_pair.bundle)
+    with pytest.raises(Closed):
+        loaded[0].sample(**ASKED)
+    np.testing.assert_allclose(engine.submit(**ASKED).result(SECONDS).latents, wanted, rtol=1e-4, atol=1e-5)
+    assert idle(engine)
+
+
 def test_a_swap_of_adapters_waits_for_requests_and_holds_back_new_ones(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tstitch_trt import Runtime
-
     order: list[str] = []
     monkeypatch.setattr(Runtime, "swap_lora", lambda runtime, name, files: order.append(f"swap {name}"))
     gate = Gate(monkeypatch)
