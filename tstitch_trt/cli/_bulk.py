@@ -77,12 +77,13 @@ class BulkOptions:
             )
         backend = load.backend or default_backend(bundle)
         # Ray would set as many threads as a worker has CPUs, which may differ from run to run, and sums with it.
-        here = replace(load, threads=load.threads or (None if gpu else 1))
+        key = load.require_signature
+        here = replace(load, threads=load.threads or (None if gpu else 1), require_signature=key and key.absolute())
         where = {"bundle": bundle.root.name, "device": load.device, "backend": backend}
         bulk = Bulk.of(
             bundle.manifest, asked, open_runtime=partial(here.open, bundle.root.absolute()),
             describe=partial(describe, where=where, kept=kept), shard=self.shard or DEFAULT_SHARD, kind=kind, tile=tile,
-            partial=partly, loras=loras,
+            partial=partly, loras={name: _absolute(files) for name, files in loras.items()},
         )  # fmt: skip
         settings = {**bulk.settings(), **where, "threads": str(here.threads)}
         with Run(output, settings) as run, progress_bar("sampling", bulk.images, counted="images") as bar:
@@ -98,3 +99,8 @@ class BulkOptions:
                         bar.advance(bulk.size(drawn.index))
             run.complete()
             return DrawnInBulk(bulk.images, before, bulk.shards, run.failed)
+
+
+def _absolute(files: str) -> str:
+    """``FILE[:WEIGHT],...`` for workers, whose folder is another one."""
+    return ",".join(str(Path(each.strip()).absolute()) for each in files.split(","))

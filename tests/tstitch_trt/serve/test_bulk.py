@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
 from functools import partial
 from pathlib import Path
@@ -141,9 +142,13 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(
     with socket.socket() as closed:  # bound, and nobody listens
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
-        words = ["sample", str(fashion_bundle), "--labels", "0", "--ray", "-o", str(tmp_path / "out")]
-        assert main(words) == 2
+        monkeypatch.chdir(tmp_path)
+        words = ["sample", str(fashion_bundle), "--labels", "0", "--ray", "--lora", "large=a.safetensors:0.8,b"]
+        assert main([*words, "-o", "out"]) == 2
     assert "no Ray cluster answers" in capsys.readouterr().err
+    # Workers have a folder of their own.
+    settings = json.loads((tmp_path / "out" / JOURNAL).read_text())["settings"]
+    assert settings["loras"] == f"large: {tmp_path}/a.safetensors:0.8,{tmp_path}/b"
 
 
 def test_what_a_worker_meets_comes_back_as_it_was(fashion_bundle: Path) -> None:
