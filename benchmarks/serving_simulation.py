@@ -120,6 +120,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace, command: str) -> None:
+    try:
+        loads = [float(part) for part in args.loads.split(",")]
+    except ValueError:
+        loads = [0.0]
+    if not all(0 < load <= 100 for load in loads) or not 0 < args.seconds <= 1e5 or args.windows < 1:
+        raise BadInput(
+            f"--loads {args.loads} --seconds {args.seconds:g} --windows {args.windows}; allowed are loads up to 100, "
+            "seconds above 0 and 1 window or more",
+            hint="e.g. --loads 0.5,1 --seconds 20 --windows 3",
+        )
     mix, watch, windows = MIXES[args.mix], Watch(), []
     with tstitch_trt.load(args.bundle, threads=1) as runtime:
         rows = max(runtime.splitting.tuned or (runtime.splitting.limit,))  # the engine's caps without a calibration
@@ -133,7 +143,7 @@ def check(args: argparse.Namespace, command: str) -> None:
                 began = time.monotonic()
                 engine.submit(labels=[0] * kind.images, **kind.keywords()).result()
                 alone.append(time.monotonic() - began)
-            for load in map(float, args.loads.split(",")):
+            for load in loads:
                 for number in range(args.windows):
                     asks = make_asks(
                         runtime.manifest, mix, arrivals="poisson", rate=load / float(np.mean(alone)),

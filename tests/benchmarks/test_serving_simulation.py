@@ -22,6 +22,8 @@ def test_what_a_check_measured_is_scaled_and_goes_on_where_it_stopped(
     script: ModuleType, tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
     checked, out = tmp_path / "check.json", tmp_path / "scale.json"
+    for words in (["--loads", "1,x"], ["--seconds", "nan"], ["--windows", "0"]):
+        assert script.main(["check", str(tiny_pair.bundle), *words]) == 2
     command = ["check", str(tiny_pair.bundle), "--loads", "0.5", "--seconds", "1", "--windows", "1"]
     assert script.main([*command, "--out", str(checked)]) == 0
     (window,) = json.loads(checked.read_text())["windows"]
