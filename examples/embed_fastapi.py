@@ -14,7 +14,7 @@ from typing import Annotated
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from PIL import Image
 
-from tstitch_trt import BadInput, Overloaded
+from tstitch_trt import BadInput, OutOfTime, Overloaded
 from tstitch_trt.serve import Engine
 
 
@@ -40,6 +40,8 @@ async def draw(
     except Overloaded as error:
         seconds = str(math.ceil(error.retry_after or 1))
         raise HTTPException(503, error.message, {"Retry-After": seconds}) from None
+    except OutOfTime as error:
+        raise HTTPException(504, error.message) from None
     except BadInput as error:
         raise HTTPException(400, f"{error.message}; {error.hint}") from None
     picture = io.BytesIO()
