@@ -112,26 +112,25 @@ class _Server:
     async def generate(self, request: Request) -> Response:
         self._check_open()
         message = await read_generation(request, self._settings.limits)
-        return await self._draw(request, message, None)
+        return await self._draw(request, "image_generation", message)
 
     async def edit(self, request: Request) -> Response:
         self._check_open()
-        message, pictures = await read_edit(request, self._settings.limits)
-        return await self._draw(request, message, pictures)
+        return await self._draw(request, "image_edit", *await read_edit(request, self._settings.limits))
 
-    async def _draw(self, request: Request, message: ImagesRequest, pictures: Pictures | None) -> Response:
+    async def _draw(
+        self, request: Request, kind: Kind, message: ImagesRequest, pictures: Pictures | None = None
+    ) -> Response:
         check_limits(message, self._settings.limits)
         output = output_of(message, request.headers.get("accept", ""))
         model = choose_model(message.model, self._engine.models)
         request_id: str = request.state.request_id
-        submitting = asyncio.to_thread(self._submit, message, pictures, model, output, request_id)
-        handle = await _uninterrupted(submitting)
+        handle = await _uninterrupted(asyncio.to_thread(self._submit, message, pictures, model, output, request_id))
+        del message, pictures  # nobody holds what was sent while it is drawn: its room is given to others
         release_body(request.scope)
-        kind: Kind = "image_generation" if pictures is None else "image_edit"
         if output.stream:
-            return events_response(self._events(kind, message, output, handle, request_id), handle)
-        work = _answer(message, output, handle, request_id)
-        return await while_connected(work, handle, request.receive)
+            return events_response(self._events(kind, output, handle, request_id), handle)
+        return await while_connected(_answer(output, handle), handle, request.receive)
 
     def _submit(
         self, message: ImagesRequest, pictures: Pictures | None, model: str, output: Output, request_id: str
@@ -142,9 +141,7 @@ class _Server:
             priority=message.priority or 0, timeout=self._settings.timeout, request_id=request_id,
         )  # fmt: skip
 
-    async def _events(
-        self, kind: Kind, message: ImagesRequest, output: Output, handle: Handle, request_id: str
-    ) -> AsyncIterator[bytes]:
+    async def _events(self, kind: Kind, output: Output, handle: Handle, request_id: str) -> AsyncIterator[bytes]:
         sent = [0] * handle.n
         try:
             async for event in handle:
@@ -156,7 +153,7 @@ class _Server:
             result = await handle
             name = f"{kind}.completed"
             for index in range(handle.n):
-                done = await asyncio.to_thread(_completed, name, index, message, output, handle, result)
+                done = await asyncio.to_thread(_completed, name, index, output, handle, result)
                 yield event_bytes(name, done)
         except Exception as error:
             yield b"event: error\ndata: %s\n\n" % error_answer(to_api_error(error, request_id))[2]
@@ -273,28 +270,23 @@ def _base64(pixels: NDArray[np.uint8], output: Output) -> str:
     return base64.b64encode(encode_picture(pixels, output.form, output.quality)).decode()
 
 
-def _identifier(message: ImagesRequest) -> str | msgspec.UnsetType:
-    """As OpenAI's: the one that was given, or else the user."""
-    return message.safety_identifier or message.user or msgspec.UNSET
-
-
-async def _answer(message: ImagesRequest, output: Output, handle: Handle, request_id: str) -> Response:
+async def _answer(output: Output, handle: Handle) -> Response:
     result = await handle
     make = _binary if output.binary else _whole
-    return await asyncio.to_thread(make, message, output, handle, result)
+    return await asyncio.to_thread(make, output, handle, result)
 
 
-def _whole(message: ImagesRequest, output: Output, handle: Handle, result: Result) -> Response:
+def _whole(output: Output, handle: Handle, result: Result) -> Response:
     images = _images(result)
     response = ImagesResponse(
         created=int(time.time()), data=[Image(b64_json=_base64(pixels, output)) for pixels in images],
         output_format=output.form, size=_size_text(images[0]), tstitch=_drawn(handle, result),
-        safety_identifier=_identifier(message),
+        safety_identifier=output.identifier or msgspec.UNSET,
     )  # fmt: skip
     return _json(response)
 
 
-def _binary(message: ImagesRequest, output: Output, handle: Handle, result: Result) -> Response:
+def _binary(output: Output, handle: Handle, result: Result) -> Response:
     from starlette.responses import Response
 
     said: dict[str, object] = {
@@ -318,12 +310,10 @@ def _partial(name: str, event: LaneEvent, output: Output, index: int) -> Partial
     )  # fmt: skip
 
 
-def _completed(
-    name: str, index: int, message: ImagesRequest, output: Output, handle: Handle, result: Result
-) -> CompletedEvent:
+def _completed(name: str, index: int, output: Output, handle: Handle, result: Result) -> CompletedEvent:
     pixels = _images(result)[index]
     return CompletedEvent(
         type=name, b64_json=_base64(pixels, output), created_at=int(time.time()), output_format=output.form,
         size=_size_text(pixels), image_index=index, tstitch=_drawn(handle, result),
-        safety_identifier=_identifier(message),
+        safety_identifier=output.identifier or msgspec.UNSET,
     )  # fmt: skip

@@ -37,13 +37,14 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Output:
-    """What the answer is to be. ``binary``: the picture alone."""
+    """What the answer is to be. ``binary``: the picture alone. ``identifier``: of a user, repeated."""
 
     form: Format
     quality: int
     binary: bool
     stream: bool
     previews: int
+    identifier: str | None
 
 
 def check_limits(message: ImagesRequest, limits: HttpLimits) -> None:
@@ -100,7 +101,8 @@ def output_of(message: ImagesRequest, accept: str) -> Output:
             400, f"output_compression is {quality} for png, which holds every pixel as it is\nhint: add "
             "output_format=jpeg or webp", param="output_compression",
         )  # fmt: skip
-    return Output(form, quality, bool(formats), stream, message.partial_images or 0)
+    identifier = message.safety_identifier or message.user
+    return Output(form, quality, bool(formats), stream, message.partial_images or 0, identifier)
 
 
 def choose_model(asked: str | None, known: tuple[str, ...]) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import gc
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
-from support.http_server import Server, eventually, post, running, send
+from support.http_server import Server, eventually, picture_file, post, running, send
 from tstitch_engines.errors import BadInput
 from tstitch_trt.serve.http.auth import Keys
 from tstitch_trt.serve.http.limits import HttpLimits, HttpSettings
+from tstitch_trt.serve.http.messages import EditRequest
+from tstitch_trt.serve.http.options import Pictures
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 KEY, OTHER = "a-key-of-the-tests-1", "a-key-of-the-tests-2"
@@ -187,6 +193,23 @@ def test_a_client_that_leaves_frees_its_lanes(server: Server, fields: dict[str, 
         assert eventually(lambda: lanes(server) == 4)
     assert eventually(lambda: lanes(server) == 0)
     assert server.handles[name].state == "cancelled"
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}])
+def test_what_was_sent_is_not_held_while_it_is_drawn(server: Server, fields: dict[str, object]) -> None:
+    picture = base64.b64encode(picture_file(np.zeros((8, 8, 3), np.uint8))).decode()
+    body = {**LONG, "strength": 1, "images": [{"image_url": f"data:image/png;base64,{picture}"}], **fields}
+
+    def held() -> list[object]:
+        return [each for each in gc.get_objects() if type(each) in (Pictures, EditRequest)]
+
+    with ExitStack() as opened:
+        for _ in range(4):  # 8 images are drawn and 8 wait
+            opened.enter_context(send(server.address, post(json.dumps(body).encode(), path=EDITS)))
+        assert eventually(lambda: lanes(server) == 16)
+        assert eventually(lambda: not held())
+        assert lanes(server), "some are still to be drawn"
+    assert eventually(lambda: lanes(server) == 0)
 
 
 def test_a_full_queue_says_when_to_come_again(server: Server, client: httpx.Client) -> None:
