@@ -115,8 +115,9 @@ class QueueOptions:
 
         if self.max_fraction is None and self.min_steps is None:
             return None
+        share = 0.0 if self.max_fraction is None else self.max_fraction
         return Cheaper(
-            max_fraction=0.0 if self.max_fraction is None else self.max_fraction,
+            max_fraction=check_number(share, "--max-fraction", 0, 1),
             min_steps=_MOST_STEPS if self.min_steps is None else self.min_steps,
         )
 
@@ -134,7 +135,8 @@ class RequestLimits:
 
         body = None if self.max_body is None else parse_size(self.max_body, option="--max-body")
         said = {"images": self.max_images, "steps": self.max_steps, "pixels": self.max_pixels,
-                "prompt": self.max_prompt, "body_bytes": body}  # fmt: skip
+                "prompt": self.max_prompt, "body_bytes": body,
+                "bodies_bytes": body and max(body, HttpLimits.bodies_bytes)}  # fmt: skip
         return HttpLimits(**{name: value for name, value in said.items() if value is not None})
 
 
@@ -187,7 +189,8 @@ def command(
         cors_origins=address.cors_origin, root_path=address.root_path,
     )  # fmt: skip
     named = _named(bundles)
-    weights, metrics = queue.weights(list(named)), Metrics()
+    weights, cheaper, metrics = queue.weights(list(named)), queue.cheaper(), Metrics()
+    waiting = parse_size(queue.max_queue_memory, option="--max-queue-memory")
     provider = provider_of_environment()
     traces = None if provider is None else Traces(provider)
     observers = Observers(Submissions(), metrics, *([] if traces is None else [traces]))
@@ -212,8 +215,8 @@ def command(
             front.doing = f"loading {', '.join(named)}"
             log.info(front.doing)
             engine = Engine(
-                named, max_lanes=queue.max_lanes, max_queue=queue.max_queue, max_queue_bytes=queue.max_queue_memory,
-                weights=weights, cheaper=queue.cheaper(), calibration=calibrated_steps, load=asdict(load),
+                named, max_lanes=queue.max_lanes, max_queue=queue.max_queue, max_queue_bytes=waiting,
+                weights=weights, cheaper=cheaper, calibration=calibrated_steps, load=asdict(load),
                 observer=observers,
             )  # fmt: skip
             stack.callback(engine.close, cancel=True)

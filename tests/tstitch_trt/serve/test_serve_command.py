@@ -51,7 +51,9 @@ def test_what_can_not_be_served_is_refused_before_anything_is_loaded(
     refused(run("serve", fashion_bundle, "--root-path", "images"), "root_path")
     refused(run("serve", fashion_bundle, "--max-steps", "0"), "--max-steps")
     refused(run("serve", fashion_bundle, "--max-body", "much"), "much", "--max-body")
-    refused(run("serve", tmp_path / "none.bundle"), "none.bundle")
+    refused(run("serve", fashion_bundle, "--max-queue-memory", "much"), "much", "--max-queue-memory")
+    refused(run("serve", fashion_bundle, "--max-fraction", "2"), "--max-fraction", "from 0 to 1")
+    refused(run("serve", tmp_path / "none.bundle", "--max-body", "1GiB"), "none.bundle")
     refused(run("serve"), "BUNDLE")
 
 
