@@ -29,9 +29,6 @@ class Keys:
     def __repr__(self) -> str:
         return f"Keys({len(self._hashes)})"
 
-    def __len__(self) -> int:
-        return len(self._hashes)
-
     @staticmethod
     def read(path: Path | str) -> Keys:
         """The keys in a file, one a line; empty lines and those that begin with ``#`` are none. Raises ``BadInput``,
