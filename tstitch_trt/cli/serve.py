@@ -212,8 +212,8 @@ def command(
         )
         click.echo(address_of(address.host, listening.getsockname()[1]))
         try:
-            front.doing = f"loading {', '.join(named)}"
-            log.info(front.doing)
+            front.doing = "loading"  # names are for who has a key
+            log.info("loading %s", ", ".join(named))
             engine = Engine(
                 named, max_lanes=queue.max_lanes, max_queue=queue.max_queue, max_queue_bytes=waiting,
                 weights=weights, cheaper=cheaper, calibration=calibrated_steps, load=asdict(load),

@@ -91,6 +91,7 @@ def test_until_it_is_warm_it_lives_and_is_not_ready(server: Served) -> None:
     if early.status_code != 200:  # a fast machine may be ready by now
         assert early.status_code == 503
         assert early.json()["error"]["code"] == "not_ready"
+        assert "fashion" not in early.text, "told to who has no key"
         assert int(early.headers["retry-after"]) > 0
     server.until(lambda: server.ready() == 200)
     assert server.messages[0] == "loading fashion"
