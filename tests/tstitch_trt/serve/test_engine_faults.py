@@ -376,14 +376,13 @@ def test_bundles_share_the_device_by_weight(tiny_pair: TinyPair) -> None:
     bundles = {"a": tiny_pair.bundle, "b": tiny_pair.bundle}
     options: dict[str, Any] = {"weights": {"a": 3.0}, "observer": seen, "load": {"threads": 1, "verify": "size"}}
     with Engine(bundles, **options) as engine:
-        handles = [engine.submit(**{**ASKED, "steps": 400}, model=model) for model in ("b", "a") for _ in range(2)]
+        handles = [engine.submit(**{**ASKED, "steps": 1000}, model=model) for model in ("b", "a") for _ in range(2)]
         handles[-1].result(SECONDS)
         ticks = seen.ticks[[tick.model for tick in seen.ticks].index("a") :]
         both = {model: sum(tick.seconds for tick in ticks if tick.model == model) for model in bundles}
-        longest = max(tick.seconds for tick in ticks)
         for handle in handles:
             handle.cancel()
-    assert abs(both["a"] - 3 * both["b"]) <= 6 * longest
+    assert 2 < both["a"] / both["b"] < 4.5  # 3, but for what a step too long for either shifts; unweighted it were 1
     with pytest.raises(UnknownName):
         Engine(bundles, weights={"c": 1.0})
 
