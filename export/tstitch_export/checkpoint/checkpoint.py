@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -54,6 +54,7 @@ _BITS = {
     "BF16": 16,
 }
 _BITS |= {"F32": 32, "F64": 64, "C64": 64, **{f"{sign}{n}": n for sign in "IU" for n in (8, 16, 32, 64)}}
+_MOST_BESIDE = 100_000  # values of a training state that are looked at
 _HEADER_BYTES = 16 << 20  # those of the largest models have one
 _SAFETENSORS_HINT = "convert it to .safetensors where you trust it: safetensors.torch.save_file(state_dict, path)"
 
@@ -79,7 +80,12 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Checkpoint:
-    """A state dict by ``path``: ``shapes`` at once, ``tensors()`` when they are needed."""
+    """A state dict by ``path``: ``shapes`` at once, ``tensors()`` when they are needed.
+
+    ``markers`` are the names of empty tensors, ``metadata`` is that of a ``.safetensors`` file, ``beside`` the plain
+    values of a training state around its tensors (``args``, ``global_step``): numbers, texts, and lists and
+    dictionaries of them.
+    """
 
     def __init__(
         self,
@@ -87,9 +93,15 @@ class Checkpoint:
         shapes: Mapping[str, tuple[int, ...]],
         stored: Mapping[str, Tensor] | None,
         shards: Sequence[Checkpoint] = (),
+        *,
+        metadata: Mapping[str, str] | None = None,
+        beside: Mapping[str, object] | None = None,
     ) -> None:
         """``shards``: the files that hold its tensors, where it is an index."""
         self.path = path
+        self.metadata = dict(metadata or {})
+        self.beside = dict(beside or {})
+        self.markers = frozenset(name for name, shape in shapes.items() if 0 in shape)
         # An empty tensor holds nothing that a model could be of, whatever its other dimensions say.
         self.shapes = {name: shape for name, shape in shapes.items() if 0 not in shape}
         self._stored = stored
@@ -144,15 +156,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.name.endswith(".json") and ".index." in path.name:
         return _sharded(path)
     if path.suffix == ".safetensors":
-        entries = read_safetensors_header(path)
-        return Checkpoint(path, {_plain(name): entry.shape for name, entry in entries.items()}, None)
+        entries, metadata = _safetensors(path)
+        shapes = {_plain(name): entry.shape for name, entry in entries.items()}
+        return Checkpoint(path, shapes, None, metadata=metadata)
     if path.suffix not in PICKLED:
         raise BadCheckpoint(
             f"checkpoint {path.name} has the ending {path.suffix!r}; known are .safetensors, {', '.join(PICKLED)}",
             hint="rename it if it is one of those formats, or give a diffusers folder",
         )
-    stored = _unwrap(path, _load_pickled(path))
-    return Checkpoint(path, {name: tuple(tensor.shape) for name, tensor in stored.items()}, stored)
+    beside: dict[str, object] = {}
+    stored = _unwrap(path, _load_pickled(path), beside)
+    return Checkpoint(path, {name: tuple(tensor.shape) for name, tensor in stored.items()}, stored, beside=beside)
 
 
 def read_index(path: Path) -> tuple[Path, ...]:
@@ -182,13 +196,15 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _sharded(path: Path) -> Checkpoint:
     shards = [read_checkpoint(part) for part in read_index(path)]
     shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
+    shapes |= {name: (0,) for shard in shards for name in shard.markers}
     missing = [name for name in map(_plain, _weight_map(path)) if name not in shapes]
     if missing:
         raise BadCheckpoint(
             f"{path.name} lists {missing[0]}, which none of its files holds (of {len(missing)} such tensors)",
             hint="download or copy the index and all its files from one model",
         )
-    return Checkpoint(path, shapes, None, shards)
+    metadata = {key: value for shard in shards for key, value in shard.metadata.items()}
+    return Checkpoint(path, shapes, None, shards, metadata=metadata)
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
@@ -293,12 +309,14 @@ def _load_pickled(path: Path) -> object:
         raise BadCheckpoint(f"{path.name} is damaged: {reason}", hint="download or copy it again") from None
 
 
-def _unwrap(path: Path, data: object) -> dict[str, Tensor]:
+def _unwrap(path: Path, data: object, beside: dict[str, object]) -> dict[str, Tensor]:
+    """The state dict in ``data``; the plain values on the way to it are added to ``beside``, the outer ones first."""
     from torch import Tensor
 
     for _ in range(2):  # {"ema": {...}}, and the same once more inside
         if not isinstance(data, Mapping):
             break
+        _add_plain(data, beside)
         nested = next((data[key] for key in _NESTED if isinstance(data.get(key), Mapping)), None)
         if nested is None:
             break
@@ -313,6 +331,29 @@ def _unwrap(path: Path, data: object) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         _check_whole(path, name, tensor)
     return tensors
+
+
+def _add_plain(data: Mapping[Any, object], beside: dict[str, object]) -> None:
+    left = iter(range(_MOST_BESIDE))  # a pickle of a few lines may hold a list of itself, thousands of times
+    for key, value in data.items():
+        if (plain := _plain_value(value, left)) is not None:
+            beside.setdefault(str(key), plain)
+
+
+def _plain_value(value: object, left: Iterator[int], depth: int = 4) -> object:
+    """A number or text, or the ones in a list, dictionary or namespace; ``None`` where there are none."""
+    if next(left, None) is None:
+        return None
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if depth == 0 or not isinstance(value, Mapping | list | tuple):
+        return None
+    if not isinstance(value, Mapping):
+        return [plain for item in value if (plain := _plain_value(item, left, depth - 1)) is not None] or None
+    items = ((str(key), _plain_value(item, left, depth - 1)) for key, item in value.items())
+    return {key: plain for key, plain in items if plain is not None} or None
 
 
 def _check_whole(path: Path, name: str, tensor: Tensor) -> None:

@@ -173,3 +173,31 @@ def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(BadCheckpoint, match="is not a file"):
         read_checkpoint(tmp_path / name)
+
+
+def test_what_a_file_says_beside_its_tensors(tmp_path: Path) -> None:
+    marked = {**STATE, "v_pred": torch.zeros(0)}
+    save_file(marked, tmp_path / "a.safetensors", {"modelspec.prediction_type": "v"})
+    read = read_checkpoint(tmp_path / "a.safetensors")
+    assert read.metadata == {"modelspec.prediction_type": "v"}
+    assert read.markers == {"v_pred"}
+    assert "v_pred" not in read.shapes
+
+    args = argparse.Namespace(model="SiT-XL/2", image_size=256, data=None, betas=(0.9, 0.95))
+    state = {"ema": marked, "model": STATE, "opt": {"state": {0: torch.ones(2)}}, "args": args, "global_step": 7}
+    torch.save(state, tmp_path / "b.pt")
+    read = read_checkpoint(tmp_path / "b.pt")
+    assert read.beside == {
+        "args": {"model": "SiT-XL/2", "image_size": 256, "betas": [0.9, 0.95]},
+        "global_step": 7,
+    }
+    assert read.markers == {"v_pred"}
+    assert read.metadata == {}
+
+
+def test_values_that_repeat_themselves_take_no_time(tmp_path: Path) -> None:
+    inner: Any = 1
+    for _ in range(5):
+        inner = [inner] * 2000
+    torch.save({"model": STATE, "args": inner}, tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt").shapes.keys() == STATE.keys()
