@@ -31,6 +31,7 @@ __all__ = [
     "lora_texts",
     "parse_budgets",
     "rebuild_option",
+    "rounding_option",
     "signature_option",
     "threads_option",
     "trust_option",
@@ -41,6 +42,11 @@ EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
 
 def rebuild_option() -> Any:
     return option("First compile engines again that are missing, damaged or don't fit this machine.")
+
+
+def rounding_option(what: str = "") -> Any:
+    """``what``: which fractions it is for, where a command has others."""
+    return option(f"How{what} fractions become steps: paper, floor, lcm, timestep or timestep-strict. [paper]", "RULE")
 
 
 def trust_option() -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import LoadOptions, StepOptions, parse_budgets
+from tstitch_trt.cli._options import LoadOptions, StepOptions, parse_budgets, rounding_option
 
 if TYPE_CHECKING:
     from tstitch_trt.bench.bench import Bench
@@ -30,6 +30,7 @@ class Options:
     fractions: str | None = option(
         "START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member. [0:1:0.25]", "LIST"
     )
+    rounding: str | None = rounding_option()
     budget_ms: str | None = option(
         "Measure what is chosen for budgets, e.g. 200,500, and how often they are met (after: calibrate).", "MS"
     )
@@ -74,6 +75,7 @@ def command(bundle: Path, wanted: Options, step: StepOptions, load: LoadOptions,
                 threads=runtime.threads,
                 baseline=baseline,
                 progress=bar,
+                rounding=wanted.rounding,
                 **asdict(step),
             )
     print_result(result, as_json, _print, plot=wanted.plot, draw=plot_bench)

@@ -11,7 +11,7 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import command_line, option, tstitch_command
-from tstitch_trt.cli._options import LoadOptions, PromptsFile, QualityOptions
+from tstitch_trt.cli._options import LoadOptions, PromptsFile, QualityOptions, rounding_option
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.bundle import Bundle
@@ -36,6 +36,7 @@ class Options:
         "fid, kid, precision, recall, accuracy, psnr, lpips, clip, latent_error. [those that need nothing more]", "LIST"
     )
     fractions: str | None = option("Shares of the steps on the first member. [0:1:0.1; none with --schedule]", "LIST")
+    rounding: str | None = rounding_option(" --fractions")
     orders: str = option("Which member starts, for --fractions.", "LIST", default="small-first,large-first")
     schedules: tuple[str, ...] = option("A schedule more. May be repeated.", "TEXT", "--schedule")
     steps: str | None = option("Numbers of steps. [bundle's default]", "LIST")
@@ -59,12 +60,18 @@ class Options:
         counts = [manifest.defaults.steps]
         if self.steps is not None:
             counts = parse_numbers(self.steps, what="steps", example="--steps 20,50")
+        if self.rounding is not None and not shares:
+            raise BadInput(
+                f"--rounding {self.rounding} is for --fractions, and none are given", hint="leave --rounding out"
+            )
         if any(count < 1 for count in counts):
             raise BadInput(f"--steps {self.steps}; allowed are numbers from 1 on", hint="e.g. --steps 20,50")
         orders, scale, found = _list(self.orders), self.guidance, []
         for name in [manifest.defaults.solver] if self.solver is None else _list(self.solver):
             for count in counts:
-                found += fraction_settings(manifest, shares, orders, steps=count, solver=name, guidance=scale)
+                found += fraction_settings(
+                    manifest, shares, orders, steps=count, solver=name, guidance=scale, rounding=self.rounding
+                )
                 found += [
                     setting_of(manifest, schedule=text, steps=count, solver=name, guidance=scale)
                     for text in self.schedules

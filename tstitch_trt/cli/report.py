@@ -10,7 +10,7 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import command_line, option, tstitch_command
-from tstitch_trt.cli._options import LoadOptions, StepOptions
+from tstitch_trt.cli._options import LoadOptions, StepOptions, rounding_option
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Manifest
@@ -35,6 +35,7 @@ class Columns:
         "LIST",
         default="0:1:0.25",
     )
+    rounding: str | None = rounding_option()
     labels: str | None = option("Columns: classes, e.g. 3,5,0-9 or Bag. [the first ten]", "LIST")
     prompts: tuple[str, ...] = option("A column of a text bundle. [those of the studies]", "TEXT", "--prompt")
     seed: int = option("Seed of all columns.", "S", default=0, least=0)
@@ -85,7 +86,7 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
                 runtime,
                 fractions=points,
                 pictures=asked | {"seed": wanted.seed},
-                settings=asdict(step),
+                settings=asdict(step) | {"rounding": wanted.rounding},
                 progress=bar,
             )
     made, again = now(), command_line(without=("as_json",))

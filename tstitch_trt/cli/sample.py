@@ -11,7 +11,14 @@ import click
 from tstitch_engines.errors import BadInput, NotFinite
 from tstitch_trt.cli._bulk import BulkOptions
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import LoadOptions, PictureOptions, StepOptions, lora_texts, parse_budgets
+from tstitch_trt.cli._options import (
+    LoadOptions,
+    PictureOptions,
+    StepOptions,
+    lora_texts,
+    parse_budgets,
+    rounding_option,
+)
 from tstitch_trt.cli._settings import describe
 
 if TYPE_CHECKING:
@@ -72,7 +79,7 @@ class PlanFlags:
 
     fraction: float | None = option("Share of the steps on the first member, 0 to 1.", "R")
     schedule: str | None = option("Members over the steps, e.g. small:0.4,large or high@t>=875,low.", "TEXT")
-    rounding: str | None = option("paper, floor, timestep or timestep-strict. [paper]", "RULE")
+    rounding: str | None = rounding_option()
     spacing: str | None = option("Where the steps lie: leading, linspace, trailing or dit.", "NAME")
     sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
     eta: float | None = option("Noise of DDIM, 0 to 1.", "E")

@@ -16,6 +16,7 @@ from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.checks import (
     check_callable,
+    check_choice,
     check_path,
     check_precision,
     check_switch,
@@ -43,7 +44,8 @@ from tstitch_trt.pipeline.checkpoint import (
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.pipeline import AcceleratedPipeline
 from tstitch_trt.pipeline.text_encoder_check import check_text_encoders
-from tstitch_trt.plan.schedule import check_fraction
+from tstitch_trt.plan.options import PlanOptions
+from tstitch_trt.plan.schedule import ROUNDINGS, check_fraction, check_rounding
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.load import load
 from tstitch_trt.runtime.work_queue import check_timeout
@@ -84,6 +86,7 @@ def _range(value: object, what: str) -> Range:
     small=taken_as_is,
     schedule=optional(partial(check_text, example="small:0.4,large")),
     fraction=optional(check_fraction),
+    rounding=optional(partial(check_choice, allowed=ROUNDINGS)),
     backend=partial(check_text, example="onnxruntime", most=100),
     device=optional(partial(check_text, example="cuda", most=100)),
     precision=optional(check_precision),
@@ -104,6 +107,7 @@ def accelerate(
     small: Any,
     schedule: str | None = None,
     fraction: float | None = None,
+    rounding: str | None = None,
     backend: str = "onnxruntime",
     device: str | None = None,
     precision: Precision | Mapping[str, Precision] | None = None,
@@ -136,8 +140,9 @@ def accelerate(
     scheduler is ``pipe.scheduler`` at the time of each call: equal seeds give the pipeline's own pictures at
     ``fraction=0``. Solvers that add noise in every step draw that noise themselves, from seeds out of ``generator``.
 
-    ``schedule`` or ``fraction`` (0.4 of the steps where neither is given) are those of calls that say nothing else;
-    the members are called ``small`` and ``large``. ``backend``, ``device`` (the pipeline's), ``precision`` (the
+    ``schedule`` or ``fraction`` (0.4 of the steps where neither is given) are those of calls that say nothing else,
+    ``rounding`` (see ``tstitch_trt.plan.schedule.resolve``) that of their fractions, and of those of calls that say no
+    other; the members are called ``small`` and ``large``. ``backend``, ``device`` (the pipeline's), ``precision`` (the
     pipeline's) and ``options`` as in ``tstitch-trt build``: ``options={"small.controlled": False}`` lets a small UNet
     that the ControlNet does not fit run without it. ``batch``: images that run together, twice as many with guidance;
     ``height`` and ``width`` in pixels, by default the model's own size only. Each is a number, ``"MIN:OPT:MAX"`` or a
@@ -153,6 +158,8 @@ def accelerate(
     kind = kind_of(pipe)
     if schedule is not None and fraction is not None:
         raise BadSchedule("both schedule and fraction are given", hint="a fraction is a short schedule: give one")
+    if rounding is not None and schedule is not None:
+        check_rounding(rounding, schedule, ("small", "large"))
     open_backend(backend)
     small = Path(small) if isinstance(small, str | Path) else unwrap_compiled(small)
     _check_small(small)
@@ -194,7 +201,9 @@ def accelerate(
         _build(pipe, small, kind.recipe, settings, output, fresh, progress)
         runtime = opened()
     touch(output)
-    chosen = {"schedule": schedule} if schedule is not None else {"fraction": 0.4 if fraction is None else fraction}
+    chosen = PlanOptions(
+        schedule=schedule, fraction=0.4 if schedule is None and fraction is None else fraction, rounding=rounding
+    )
     return AcceleratedPipeline(pipe, runtime, chosen)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Final, Self
 
@@ -27,6 +28,7 @@ from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.outputs import call_back, pipeline_output
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
+from tstitch_trt.plan.schedule import has_fractions
 from tstitch_trt.runtime.chooser import chosen_options
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.work_queue import EXIT
@@ -39,7 +41,7 @@ _SHOWN: Final = ("components", "config", "device", "dtype", "vae_scale_factor", 
 
 
 class AcceleratedPipeline:
-    """Called like ``pipe``, and with ``fraction`` or ``schedule`` besides. Made by ``tstitch_trt.accelerate``.
+    """Called like ``pipe``, and with ``fraction``, ``rounding`` or ``schedule``. Made by ``tstitch_trt.accelerate``.
 
     An argument that engines can't honour is a ``BadInput`` that names it. ``pipe`` keeps text encoders, scheduler and
     processors, and its components are shown here too, for callbacks; ``runtime`` has the engines. Any thread may call
@@ -50,11 +52,11 @@ class AcceleratedPipeline:
     # Nothing else can be set: what a callback writes into a pipeline (``_guidance_scale``) would have no effect here.
     __slots__ = ("__weakref__", "_chosen", "_interrupt", "_kind", "_steps", "pipe", "runtime")
 
-    def __init__(self, pipe: Any, runtime: Runtime, chosen: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Any, runtime: Runtime, chosen: PlanOptions) -> None:
         self.pipe = pipe
         self.runtime = runtime
         self._kind = kind_of(pipe)
-        self._chosen = dict(chosen)
+        self._chosen = chosen
         self._interrupt = False
         self._steps = 0
 
@@ -97,6 +99,7 @@ class AcceleratedPipeline:
         *args: Any,
         fraction: float | None = None,
         schedule: str | None = None,
+        rounding: str | None = None,
         latency_budget_ms: float | None = None,
         timeout: float | None = None,
         **keywords: Any,
@@ -110,14 +113,14 @@ class AcceleratedPipeline:
         ``runtime.bundle.root``, or ``tstitch_trt.study.calibrate.calibrate``.
         """
         with self.runtime.exclusive(timeout=timeout):
-            return self._call(args, keywords, fraction, schedule, latency_budget_ms)
+            asked = PlanOptions(fraction=fraction, schedule=schedule, rounding=rounding)
+            return self._call(args, keywords, asked, latency_budget_ms)
 
     def _call(
         self,
         args: tuple[Any, ...],
         keywords: Mapping[str, Any],
-        fraction: float | None,
-        schedule: str | None,
+        asked: PlanOptions,
         latency_budget_ms: float | None,
     ) -> Any:
         import torch
@@ -126,7 +129,7 @@ class AcceleratedPipeline:
         self._interrupt = False
         try:
             with torch.no_grad():
-                options = self._options(a, fraction, schedule, usual=self._chosen if latency_budget_ms is None else {})
+                options = self._options(a, asked if latency_budget_ms is not None else self._shares(asked))
                 given = EXIT.run(lambda: self._texts(a))
                 count = given["n"]
                 given |= EXIT.run(lambda: self._pictures(a, count, *default_size(self.pipe, self._kind, a)))
@@ -158,10 +161,17 @@ class AcceleratedPipeline:
             )
         return chosen_options(options, self.runtime.within_budget(budget_ms, **given, **options.explicit()))
 
-    def _options(
-        self, a: SimpleNamespace, fraction: float | None, schedule: str | None, usual: Mapping[str, Any]
-    ) -> PlanOptions:
-        """How to draw: the pipeline's scheduler as it is now. ``usual``: without fraction and schedule."""
+    def _shares(self, asked: PlanOptions) -> PlanOptions:
+        """The schedule of a call: what it asks for, and where that leaves room what ``accelerate`` was given."""
+        schedule = asked.schedule
+        if schedule is None and asked.fraction is None:
+            return asked.on_top_of(self._chosen)
+        if asked.rounding is None and (schedule is None or has_fractions(schedule)):
+            return replace(asked, rounding=self._chosen.rounding)
+        return asked
+
+    def _options(self, a: SimpleNamespace, shares: PlanOptions) -> PlanOptions:
+        """How to draw: the pipeline's scheduler as it is now."""
         found = self._scheduler()
         settings: dict[str, Any] = {"solver": found.solver, "solver_options": dict(found.options)}
         if a.timesteps is not None:
@@ -175,8 +185,7 @@ class AcceleratedPipeline:
             settings["eta"] = a.eta
         if a.original_inference_steps is not None:
             settings["solver_options"]["original_steps"] = a.original_inference_steps
-        asked = {"fraction": fraction, "schedule": schedule}
-        settings |= {key: value for key, value in asked.items() if value is not None} or dict(usual)
+        settings |= shares.explicit()
         embedded = any(member.guidance_embedding for member in self.runtime.manifest.members.values())
         settings["guidance"] = float(a.guidance_scale) if embedded or self._guided(a) else 1.0
         settings["guidance_rescale"] = a.guidance_rescale

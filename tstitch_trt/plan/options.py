@@ -75,7 +75,7 @@ class PlanOptions:
     solver keeps the estimates of the member before across a switch (``keep``, the default) or starts again (``reset``).
 
     ``schedule``: see ``tstitch_trt.plan.schedule``; ``fraction`` is the short form for the first and the last member.
-    ``rounding`` turns fractions into steps (default ``paper``).
+    ``rounding`` turns fractions into steps (default ``paper``, see ``resolve`` there).
 
     ``guidance``: classifier-free guidance scale (arXiv 2207.12598), 1 = off; one number, or one per member; the
     schedule's own ``:g=`` goes first. ``guidance_rescale``: arXiv 2305.08891, section 3.4, 0 = off, the default.

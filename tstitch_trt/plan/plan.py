@@ -85,7 +85,7 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
         timesteps=table.t,
         sigmas=table.sigma,
         train_steps=manifest.noise.steps,
-        rounding=options.rounding or "paper",
+        rounding=options.rounding,
     )
     restarts = {segment.start for segment in resolved.segments[1:]} if options.history == "reset" else set()
     restarts |= {options.start or 0} - {0}

@@ -29,11 +29,21 @@ from numpy.typing import NDArray
 from tstitch_engines.checks import FLOAT32_MAX, plain_number, shown
 from tstitch_engines.errors import BadSchedule, unknown_name
 
-__all__ = ["ROUNDINGS", "Schedule", "Segment", "check_fraction", "fraction_text", "resolve"]
+__all__ = [
+    "ROUNDINGS",
+    "Schedule",
+    "Segment",
+    "check_fraction",
+    "check_rounding",
+    "fraction_text",
+    "has_fractions",
+    "resolve",
+]
 
 _STOPS: Final[Mapping[str, Callable[[float, NDArray[np.float64]], int]]] = {
     "paper": lambda r, time: round(round(r * len(time), 9)),
     "floor": lambda r, time: floor(round(r * len(time), 9)),
+    "lcm": lambda r, time: min(floor(round(r * len(time), 9)) + 1, len(time)) if r else 0,
     "timestep": lambda r, time: int(np.count_nonzero(time >= 1 - r)),
     "timestep-strict": lambda r, time: int(np.count_nonzero(time > 1 - r)),
 }
@@ -129,6 +139,23 @@ def fraction_text(fraction: float, members: Sequence[str]) -> str:
     return f"{members[0]}:{float(fraction)!r},{members[-1]}"
 
 
+def has_fractions(schedule: str | Sequence[str]) -> bool:
+    """Whether some segment is a fraction of the steps. Raises ``BadSchedule`` for a text that can't be read."""
+    return isinstance(schedule, str) and any(_parse(p.strip()).kind == "fractions" for p in schedule.split(","))
+
+
+def check_rounding(rounding: str, schedule: str | Sequence[str], members: Sequence[str]) -> None:
+    """Raises ``UnknownName``, and ``BadSchedule`` for a schedule without fractions, on which it has no effect."""
+    if rounding not in ROUNDINGS:
+        raise unknown_name("rounding", rounding, ROUNDINGS)
+    if not has_fractions(schedule):
+        text = schedule if isinstance(schedule, str) else ",".join(schedule)
+        raise BadSchedule(
+            f"rounding {rounding!r} is given, and the schedule {_short(text)!r} has no fractions that it could round",
+            hint=f"leave rounding out, or give a fraction: {_short(members[0])}:0.4,{_short(members[-1])}",
+        )
+
+
 def resolve(
     schedule: str | Sequence[str],
     *,
@@ -136,16 +163,17 @@ def resolve(
     timesteps: NDArray[np.float64],
     sigmas: NDArray[np.float64],
     train_steps: int,
-    rounding: str = "paper",
+    rounding: str | None = None,
 ) -> Schedule:
     """The schedule over the steps at ``timesteps`` (float64 ``[N]``, descending) and ``sigmas`` (float64 ``[N]``).
 
-    ``rounding`` turns cumulated fractions r into steps: ``paper`` round(r N), ``floor`` floor(r N), ``timestep`` the
-    steps with t / ``train_steps`` >= 1 - r, ``timestep-strict`` those with t / ``train_steps`` > 1 - r.
-    Raises ``BadSchedule`` or ``UnknownName``.
+    ``rounding`` turns cumulated fractions r into steps: ``paper`` (the default) round(r N), ``floor`` floor(r N),
+    ``lcm`` floor(r N) + 1 (no step for r = 0, at most N), ``timestep`` the steps with t / ``train_steps`` >= 1 - r,
+    ``timestep-strict`` those with t / ``train_steps`` > 1 - r. Raises ``BadSchedule``, also for a ``rounding`` beside
+    a schedule without fractions, or ``UnknownName``.
     """
-    if rounding not in ROUNDINGS:
-        raise unknown_name("rounding", rounding, ROUNDINGS)
+    if rounding is not None:
+        check_rounding(rounding, schedule, members)
     steps = len(timesteps)
     if isinstance(schedule, str):
         text = schedule
@@ -167,6 +195,7 @@ def resolve(
                 hint=f"use {kind} for every segment but one",
             )
     if kind == "fractions":
+        rounding = rounding or "paper"
         stops = _from_fractions(parts, text, timesteps / train_steps, rounding)
         rule = f"fraction, rounding {rounding}"
     elif kind == "boundaries":

@@ -100,7 +100,8 @@ def choose(
             f"a latency budget of {budget_ms:g} ms, and this runtime was loaded without a chooser of schedules",
             hint="load it with tstitch_trt.load, or give schedule= or fraction= in place of latency_budget_ms=",
         )
-    for name, value in (("schedule", options.schedule), ("fraction", options.fraction)):
+    for name in ("schedule", "fraction", "rounding"):
+        value = getattr(options, name)
         if value is not None:
             raise BadInput(
                 f"{name} {shown(value)} is given beside a budget of {budget_ms:g} ms, which chooses it",

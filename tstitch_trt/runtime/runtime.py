@@ -227,9 +227,10 @@ class Runtime:
     def within_budget(self, latency_budget_ms: float, **keywords: Unpack[SampleKeywords]) -> ChosenSchedule:
         """The best schedule for a request that takes at most ``latency_budget_ms``; ``sample`` takes it as well.
 
-        ``keywords``: the request as ``sample`` gets it, without ``schedule`` and ``fraction``; what it fixes besides
-        (steps, solver, guidance...) stays so, and the rest is chosen. The budget is for ``Result.total_ms``, the
-        trajectories of all its images: reading prompts and making pictures of latents is no part of it.
+        ``keywords``: the request as ``sample`` gets it, without ``schedule``, ``fraction`` and ``rounding``; what it
+        fixes besides (steps, solver, guidance...) stays so, and the rest is chosen. The budget is for
+        ``Result.total_ms``, the trajectories of all its images: reading prompts and making pictures of latents is no
+        part of it.
 
         Cost comes from this machine's calibration (``tstitch-trt calibrate``), quality from the newest search,
         evaluation or profile of the bundle that covers the request, else T-Stitch's rule decides. Raises

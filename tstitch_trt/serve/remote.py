@@ -326,7 +326,7 @@ class _Request:
         if self._handle is not None:
             asked = replace(asked, latency_budget_ms=None)
         if self._handle is not None and self._handle.adapted is not None:
-            keywords = {**asked.options.plan.explicit(), "fraction": None, "steps": self._handle.plan.steps}
-            keywords["schedule"] = list(self._handle.plan.schedule.names)
+            keywords = {**asked.options.plan.explicit(), "fraction": None, "rounding": None}
+            keywords |= {"steps": self._handle.plan.steps, "schedule": list(self._handle.plan.schedule.names)}
             asked = replace(asked, options=replace(asked.options, plan=PlanOptions.from_keywords(keywords)))
         self._asked = asked

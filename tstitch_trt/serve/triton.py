@@ -61,6 +61,7 @@ _ALL: Final = (
     _Input("steps", "INT32"),
     _Input("solver", "STRING"),
     _Input("fraction", "FP64"),
+    _Input("rounding", "STRING"),
     _Input("schedule", "STRING"),
     _Input("guidance", "FP64"),
     _Input("height", "INT32"),

@@ -93,8 +93,9 @@ def fraction_settings(
     steps: int,
     solver: str | None = None,
     guidance: float | None = None,
+    rounding: str | None = None,
 ) -> list[Setting]:
-    """The first member for each fraction of the rows (rounded as the paper does) and the last for the others.
+    """The first member for each fraction of the rows (see ``PlanOptions.rounding``) and the last for the others.
 
     ``orders``: ``small-first`` is T-Stitch's; ``large-first`` the reverse. Raises ``BadInput`` for one member.
     """
@@ -108,8 +109,9 @@ def fraction_settings(
         )
     small, large = names[0], names[-1]
     make = partial(setting_of, manifest, steps=steps, solver=solver, guidance=guidance)
-    rows = make(schedule=large).rows if fractions else 0
-    counts = [round(round(fraction * rows, 9)) for fraction in fractions]
+    plans = [make_plan(manifest, steps=steps, solver=solver, fraction=r, rounding=rounding) for r in fractions]
+    rows = plans[0].steps if plans else 0
+    counts = [plan.schedule.counts.get(small, 0) for plan in plans]
     schedules = [order_names(order, count, rows, small=small, large=large) for order in orders for count in counts]
     return [make(schedule=counted(names)) for names in schedules]
 

@@ -64,6 +64,29 @@ def test_the_small_one_alone_is_the_pipeline_with_its_unet(accelerated: Any, sd:
     np.testing.assert_array_equal(both.numpy(), named.numpy())  # 0.4 of PNDM's 7 evaluations
 
 
+def test_the_rounding_of_a_call_or_of_all(accelerated: Any, sd: Path, cache: Path) -> None:
+    def drawn(made: Any, **asked: Any) -> Any:
+        made.scheduler = scheduler("ddim")
+        return made(**SD, generator=seeded(2), output_type="latent", **asked).images.numpy()
+
+    three, four = (drawn(accelerated, schedule=f"small:{count},large") for count in (3, 4))
+    assert relative_error(three, four) > 1e-3
+    np.testing.assert_array_equal(drawn(accelerated, fraction=0.5), three)
+    np.testing.assert_array_equal(drawn(accelerated, fraction=0.5, rounding="lcm"), four)
+    with fast(pipeline(sd), sd, cache, fraction=0.5, rounding="lcm") as made:
+        np.testing.assert_array_equal(drawn(made), four)
+        np.testing.assert_array_equal(drawn(made, fraction=0.6), four)
+        np.testing.assert_array_equal(drawn(made, schedule="small:50%,large"), four)
+        np.testing.assert_array_equal(drawn(made, rounding="floor"), three)
+        np.testing.assert_array_equal(drawn(made, schedule="small:3,large"), three)  # nothing in it to round
+        with pytest.raises(BadInput, match="rounding 'lcm' is given, and the schedule 'small:3,large' has no"):
+            drawn(made, schedule="small:3,large", rounding="lcm")
+    with pytest.raises(BadInput, match="has no fractions"):
+        fast(pipeline(sd), sd, cache, schedule="small:3,large", rounding="floor")
+    with pytest.raises(BadInput, match="rounding 'up'"):
+        fast(pipeline(sd), sd, cache, rounding="up")
+
+
 @pytest.mark.parametrize("solver", ["pndm", "dpmpp-2m"])
 def test_stitched_is_a_loop_over_both_modules(accelerated: Any, sd: Path, solver: str) -> None:
     import torch
@@ -222,6 +245,7 @@ def test_a_budget_chooses_the_schedule(accelerated: Any) -> None:
         ),
         ({"fraction": 0.5, "schedule": "small:2,large"}, "both fraction"),
         ({"fraction": 0.5, "latency_budget_ms": 100.0}, "fraction 0.5 is given beside a budget"),
+        ({"rounding": "lcm", "latency_budget_ms": 100.0}, "rounding 'lcm' is given beside a budget"),
         ({"prompt": 5}, "prompt is 5; allowed is a text or a list of texts"),
         ({"num_images_per_prompt": 10**8}, "num_images_per_prompt is 100000000"),
         ({"num_inference_steps": float("nan")}, "num_inference_steps is nan"),

@@ -18,7 +18,7 @@ def grid(steps: int) -> tuple[np.ndarray, np.ndarray]:
     return timesteps, np.geomspace(157, 0.01, steps)
 
 
-def make(text: object, steps: int = 50, members: tuple[str, ...] = MEMBERS, rounding: str = "paper") -> Schedule:
+def make(text: object, steps: int = 50, members: tuple[str, ...] = MEMBERS, rounding: str | None = None) -> Schedule:
     timesteps, sigmas = grid(steps)
     return resolve(
         text,  # type: ignore[arg-type]
@@ -56,11 +56,13 @@ def test_shares_become_steps(text: str, expected: list[tuple[str, int]]) -> None
     assert schedule.text == text
 
 
-@pytest.mark.parametrize(("rounding", "small"), [("paper", 4), ("floor", 3), ("timestep", 4), ("timestep-strict", 3)])
+@pytest.mark.parametrize(
+    ("rounding", "small"), [("paper", 4), ("floor", 3), ("lcm", 4), ("timestep", 4), ("timestep-strict", 3)]
+)
 def test_the_rounding_is_named_and_differs(rounding: str, small: int) -> None:
     timesteps = np.array([900.0, 800, 700, 600, 500, 400, 300, 200, 100, 0])
     schedule = resolve(
-        "small:0.37,large" if rounding in ("paper", "floor") else "small:0.4,large",
+        "small:0.37,large" if rounding in ("paper", "floor", "lcm") else "small:0.4,large",
         members=MEMBERS,
         timesteps=timesteps,
         sigmas=timesteps + 1,
@@ -69,6 +71,23 @@ def test_the_rounding_is_named_and_differs(rounding: str, small: int) -> None:
     )
     assert schedule.names.count("small") == small
     assert rounding in schedule.rule
+
+
+def test_lcm_is_one_step_more_than_floor_but_at_the_ends() -> None:
+    found = [make(f"small:{r / 10},large", 4, rounding="lcm").counts.get("small", 0) for r in range(11)]
+    assert found == [0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]  # floor(4 r) + 1; at r = 0.5 of 4 steps 3, at r = 0.75 4
+    shares = make("small:0.3,base:0.2,large", 10, rounding="lcm")
+    assert runs(shares) == [("small", 4), ("base", 2), ("large", 4)]
+
+
+@pytest.mark.parametrize(
+    "schedule", ["small:20,large", "large", "small@t>=500,large", "base@end=0.8,large", ["small"] * 25 + ["large"] * 25]
+)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_rounding_of_a_schedule_without_fractions_is_refused(schedule: str | list[str], rounding: str) -> None:
+    make(schedule)
+    with pytest.raises(BadSchedule, match=f"rounding '{rounding}' is given, and the schedule "):
+        make(schedule, rounding=rounding)
 
 
 def test_boundaries_in_timestep_and_sigma() -> None:

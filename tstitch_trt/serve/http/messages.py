@@ -97,6 +97,9 @@ class ImagesRequest(_Request, kw_only=True):
     fraction: Annotated[
         float, Meta(ge=0, le=1, description="The share of the steps that the first, cheaper member takes.")
     ] | None = None  # fmt: skip
+    rounding: Annotated[
+        str, Meta(max_length=100, description="How fractions become steps: paper (the default), floor, lcm...")
+    ] | None = None  # fmt: skip
     schedule: Annotated[
         str, Meta(max_length=10_000, description="Which member takes which steps, e.g. small:0.4,large.")
     ] | None = None  # fmt: skip

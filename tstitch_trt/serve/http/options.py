@@ -24,7 +24,7 @@ __all__ = ["Output", "Pictures", "accepted_formats", "check_limits", "choose_mod
 
 _WEIGHT: Final = re.compile(r"[01](\.[0-9]{0,3})?")
 _SEEDS: Final = 2**32  # a random one is below: short enough to be typed again
-_AS_ASKED: Final = ("steps", "solver", "fraction", "schedule", "guidance", "negative_prompt")
+_AS_ASKED: Final = ("steps", "solver", "fraction", "rounding", "schedule", "guidance", "negative_prompt")
 
 
 @dataclass(frozen=True)

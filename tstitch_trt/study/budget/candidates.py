@@ -90,9 +90,9 @@ def sources(manifest: Manifest, studies: Iterable[Study], options: PlanOptions) 
 
 
 def _asked(manifest: Manifest, options: PlanOptions) -> Mapping[str, object]:
-    """The options that must be as they were measured. Rounding is none of them: a study has no fractions left."""
+    """The options that must be as they were measured."""
     said = {name: value for name, value in options.explicit().items() if value != DEFAULTS.get(name)}
-    asked = {name: value for name, value in said.items() if name not in ("start", "rounding")}
+    asked = {name: value for name, value in said.items() if name != "start"}
     return {"guidance": manifest.defaults.guidance, **asked}
 
 

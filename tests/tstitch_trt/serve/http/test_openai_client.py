@@ -17,7 +17,7 @@ from PIL import Image
 
 from support.http_server import Server, picture_file
 
-OURS = {"steps": 6, "seed": 7, "fraction": 0.5, "guidance": 2.0, "solver": "dpmpp-2m"}
+OURS = {"steps": 6, "seed": 7, "fraction": 0.5, "rounding": "lcm", "guidance": 2.0, "solver": "dpmpp-2m"}
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ def error(answer: httpx.Response) -> dict[str, Any]:
         ({"steps": 1001}, "steps", "from 1 to 1000"),
         ({"solver": "dimm"}, "solver", "did you mean 'ddim'"),
         ({"fraction": 1.5}, "fraction", "from 0 to 1"),
+        ({"fraction": 0.5, "rounding": "up"}, "rounding", "unknown rounding 'up'"),
+        ({"schedule": "small:2,large", "rounding": "lcm"}, "rounding", "no fractions"),
         ({"fraction": 0.5, "schedule": "small,large"}, None, "one of the two"),
         ({"schedule": "tiny,large"}, None, "small"),
         ({"guidance": 101}, "guidance", "from 0 to 100"),
