@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 
-__all__ = ["TinyPair"]
+__all__ = ["SHAPES", "TinyPair"]
 
 SIZE, CHANNELS = 8, 4
 PARAMETRISATION = {"small": "eps", "large": "v"}

@@ -28,6 +28,7 @@ tstitch-trt build fashion.bundle --backend tensorrt-rtx
 tstitch-trt build fashion --backend tensorrt-rtx --option compute-capabilities=8.9,12.0
 tstitch-trt build dit-256 --member small=DiT-S.pt --member large=DiT-XL.pt -o dit-256.bundle
 tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision large=bf16 --device cuda
+tstitch-trt build dit --member small=S.pt --member large=XL.pt --option small.num_heads=4
 tstitch-trt build sd15-bksdm-tiny --member small=bk-sdm-tiny --member large=stable-diffusion-v1-5 --precision fp16
 tstitch-trt build sd15-bksdm-tiny --member small=tiny/unet --member large=sd15/unet --height 512:512:768
 tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --lora large=style.safetensors:0.8

@@ -61,9 +61,10 @@ class Inspection:
     last. ``packages``: those whose version decides what is exported, besides the exporter's own.
 
     Of a denoiser: ``latent`` is ``(channels, height, width)``, native sizes where they are dynamic; ``labels`` counts
-    the rows of the label table with the null class; ``noise``, ``parametrisation``, ``scaling`` and ``shift`` (of the
-    latent) and ``scheduler`` (``scheduler_config.json``) are ``None`` where the checkpoint does not state them. The
-    others are as in ``manifest.Member``; ``text`` names the encoders of the architecture, present or not.
+    the rows of the label table, the last of which is the null class where there is one (``null_class``); ``noise``,
+    ``parametrisation``, ``scaling`` and ``shift`` (of the latent) and ``scheduler`` (``scheduler_config.json``) are
+    ``None`` where the checkpoint does not state them. The others are as in ``manifest.Member``; ``text`` names the
+    encoders of the architecture, present or not.
     """
 
     family: str
@@ -73,6 +74,7 @@ class Inspection:
     config: Mapping[str, Scalar]
     latent: tuple[int, int, int] = (0, 0, 0)
     labels: int = 0
+    null_class: bool = True
     learned_variance: bool = False
     noise: NoiseScheduleSpec | None = None
     parametrisation: PredictionType | None = None

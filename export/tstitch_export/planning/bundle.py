@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadInput
@@ -84,6 +86,8 @@ def plan_bundle(
         plan_member(name, spec, base, members.get(name), own[name], precision_of(name, known, precision, None))
         for name in names
     )
+    if spec.from_checkpoints:
+        spec = _of_checkpoints(spec, plans)
     beside, left_out = plan_parts(spec, plans, parts, own, precision)
     conventions = reconcile(spec, plans, beside)
     return BundlePlan(
@@ -94,3 +98,26 @@ def plan_bundle(
         conventions=replace(conventions, notes=(*left_out, *conventions.notes)),
         options=settings,
     )
+
+
+def _of_checkpoints(recipe: Recipe, members: Sequence[NetworkPlan]) -> Recipe:
+    """``recipe`` with the latent and the classes of the last member; whether the others have them is checked later.
+
+    A model without a null class is not guided.
+    """
+    found = members[-1].inspection
+    channels, height, width = found.latent
+    latent = msgspec.structs.replace(recipe.latent, channels=channels, height=height, width=width)
+    conditioning, defaults = recipe.conditioning, recipe.defaults
+    if conditioning.kind == "class":
+        classes = found.labels - found.null_class
+        conditioning = msgspec.structs.replace(
+            conditioning, classes=classes, null=classes if found.null_class else None
+        )
+    guided = defaults.guided_channels
+    defaults = msgspec.structs.replace(
+        defaults,
+        guidance=defaults.guidance if conditioning.guidable else 1.0,
+        guided_channels=guided if guided is not None and guided < channels else None,
+    )
+    return msgspec.structs.replace(recipe, latent=latent, conditioning=conditioning, defaults=defaults)

@@ -28,6 +28,7 @@ def check_members(recipe: Recipe, members: Sequence[NetworkPlan]) -> None:
     fixed = [plan for plan in members if not plan.dynamic]
     _same(fixed, "latent", lambda plan: _size(plan.inspection.latent), _LATENT)
     _same(members, "number of labels", lambda plan: str(plan.inspection.labels), "train both on the same classes")
+    _same(members, "null class", _null_class, "say of each whether it has one: --option MEMBER.null_class=false")
     _same(members, "latent shift", lambda plan: _number(plan.inspection.shift), "only a scale can be adapted")
     for plan in members:
         _fits(recipe, plan)
@@ -95,12 +96,10 @@ def _fits(recipe: Recipe, plan: NetworkPlan) -> None:
     classes, null = recipe.conditioning.classes, recipe.conditioning.null
     labels = classes + (null is not None)
     if found.latent[0] != wanted[0] or (not plan.dynamic and found.latent != wanted):
-        others = [other for other in recipe_names() if _suits(other, plan)]
         raise PairMismatch(
             f"{plan.who} has the latent {_size(found.latent)}; recipe {recipe.name!r} is for {_size(wanted)}",
-            hint=f"use the recipe {others[0]}: tstitch-trt build {others[0]} --member {plan.name}={found.path.name}"
-            if others
-            else "write a recipe with this latent and give its path: tstitch-trt build my.toml",
+            hint=_other_recipe(plan, same_latent=True)
+            or "write a recipe with this latent and give its path: tstitch-trt build my.toml",
         )
     kind = _condition(plan)
     if kind != _CONDITIONS[recipe.conditioning.kind]:
@@ -115,7 +114,13 @@ def _fits(recipe: Recipe, plan: NetworkPlan) -> None:
         raise PairMismatch(
             f"{plan.who} has {found.labels} labels; recipe {recipe.name!r} has {labels}: {classes} classes"
             + (f" and the null class {null} for guidance" if null is not None else ""),
-            hint="write a recipe with this model's classes (and no null if it has none) and give its path",
+            hint=_other_recipe(plan, same_latent=False)
+            or "write a recipe with this model's classes (and no null if it has none) and give its path",
+        )
+    if null is not None and not found.null_class:
+        raise PairMismatch(
+            f"{plan.who} has no null class, as the option null_class says; recipe {recipe.name!r} has one",
+            hint=_other_recipe(plan, same_latent=False) or "write a recipe without null and give its path",
         )
     if null is not None and null != classes:
         raise PairMismatch(
@@ -128,11 +133,26 @@ def _condition(plan: NetworkPlan) -> str:
     return _CONDITIONS["class" if plan.inspection.text is None else "text"]
 
 
-def _suits(recipe: str, plan: NetworkPlan) -> bool:
-    """Whether a shipped recipe is for this member's family and latent."""
-    other = load_recipe(recipe)[0]
-    latent = (other.latent.channels, other.latent.height, other.latent.width)
-    return latent == plan.inspection.latent and plan.family.name in {part.family for part in other.members.values()}
+def _null_class(plan: NetworkPlan) -> str | None:
+    return None if not plan.inspection.labels else "a null class" if plan.inspection.null_class else "none"
+
+
+def _other_recipe(plan: NetworkPlan, *, same_latent: bool) -> str | None:
+    """A hint at the shipped recipe for members of this family: for this very latent if there is one, or for any."""
+    shipped = [load_recipe(name)[0] for name in recipe_names()]
+    suited = [
+        other.name
+        for other in sorted(shipped, key=lambda other: other.from_checkpoints)
+        if {part.family for part in other.members.values()} == {plan.family.name}
+        and (other.from_checkpoints or (same_latent and _latent_of(other) == plan.inspection.latent))
+    ]
+    if not suited:
+        return None
+    return f"use the recipe {suited[0]}: tstitch-trt build {suited[0]} --member {plan.name}={plan.inspection.path.name}"
+
+
+def _latent_of(recipe: Recipe) -> tuple[int, int, int]:
+    return recipe.latent.channels, recipe.latent.height, recipe.latent.width
 
 
 def _size(latent: tuple[int, int, int]) -> str:

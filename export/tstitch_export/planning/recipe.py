@@ -82,6 +82,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A recipe file as data; the sections are the manifest's own records.
 
     ``other_members`` is the pattern for members given with ``--member`` under names the recipe does not list.
+    ``from_checkpoints``: size and channels of the latent and the classes are the members' own, whatever the file says.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     defaults: Defaults
     decoder: Decoder
     members: dict[str, MemberRecipe]
+    from_checkpoints: bool = False
     other_members: MemberRecipe | None = None
     parts: dict[str, PartRecipe] = {}
     quality: QualityRecipe | None = None

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 
 from support.dits import diffusers_folder, sparse_safetensors
+from tstitch_engines.bundle.consistency import check_conventions
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, OutOfProfile, PairMismatch, UnknownName
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.layout import PUBLISHED_SIZES, expected_shapes
+from tstitch_export.families.uvit.layout import UViTConfig
+from tstitch_export.families.uvit.layout import expected_shapes as uvit_shapes
+from tstitch_export.planning.bundle import plan_bundle
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import plan_member
 from tstitch_export.planning.recipe import load_recipe
@@ -46,6 +50,60 @@ def test_512_checkpoints_given_to_256(tmp_path: Path) -> None:
     members = {"small": published(tmp_path, "S", size=64), "large": published(tmp_path, "B", size=64)}
     said = refuse("dit-256", PairMismatch, "has the latent 4x64x64", tmp_path / "out", members=members)
     assert "tstitch-trt build dit-512" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "null", "guided"),
+    [
+        ({"size": 16}, True, 3),
+        ({"size": 48, "classes": 7}, True, 3),
+        ({"channels": 16, "classes": 7}, True, 3),
+        ({"channels": 3, "size": 64}, True, None),
+        ({"channels": 1, "classes": 10}, False, None),
+    ],
+)
+@pytest.mark.parametrize("family", ["dit", "uvit"])
+def test_a_recipe_for_any_latent_and_classes(
+    family: str, changes: dict[str, int], null: bool, guided: int | None, tmp_path: Path
+) -> None:
+    """All of it is read from the checkpoints, but for a null class, which leaves no trace in the shapes."""
+    shape = {"size": 32, "channels": 4, "classes": 1000, **changes}
+    if family == "dit":
+        members = dict.fromkeys(("small", "large"), published(tmp_path, "S", **changes))
+    else:
+        config = UViTConfig(
+            depth=13, width=512, heads=8, patch=2, size=shape["size"], channels=shape["channels"],
+            labels=shape["classes"] + 1,
+        )  # fmt: skip
+        members = dict.fromkeys(("small", "large"), sparse_safetensors(tmp_path / "u.safetensors", uvit_shapes(config)))
+    options = {} if null else {f"{name}.null_class": "false" for name in members}
+    plan = plan_bundle(family, members=members, parts={}, precision="fp32", options=options)
+    latent, conditioning, defaults = plan.conventions.latent, plan.recipe.conditioning, plan.recipe.defaults
+    assert (latent.channels, latent.height, latent.width) == (shape["channels"], shape["size"], shape["size"])
+    classes = shape["classes"] + (not null)
+    assert (conditioning.classes, conditioning.null) == (classes, classes if null else None)
+    published_scale = {"dit": 4.0, "uvit": 1.4}[family]
+    assert defaults.guidance == (published_scale if null else 1.0)
+    assert defaults.guided_channels == (guided if family == "dit" else None)
+    check_conventions(latent, conditioning, defaults)
+
+
+def test_members_that_differ_have_no_recipe(tmp_path: Path) -> None:
+    small, output = published(tmp_path, "S", size=16, classes=7), tmp_path / "out"
+    for changes, words in (({"size": 48}, "latent"), ({"size": 16, "classes": 8}, "number of labels")):
+        large = published(tmp_path, "B", **changes)
+        refuse("dit", PairMismatch, f"differ in their {words},", output, members={"small": small, "large": large})
+    members = {"small": small, "large": published(tmp_path, "B", size=16, classes=7)}
+    said = refuse("dit", PairMismatch, "null class", output, members=members, options={"large.null_class": False})
+    assert "small (S-16-7-4.safetensors) has a null class, large (B-16-7-4.safetensors) has none" in said
+    said = refuse("dit-256", PairMismatch, "the latent 4x16x16", output, members=members)
+    assert "use the recipe dit: tstitch-trt build dit --member small=" in said
+    members = {name: published(tmp_path, letter) for name, letter in (("small", "S"), ("large", "B"))}
+    said = refuse(
+        "dit-256", PairMismatch, "no null class", output, members=members,
+        options={f"{name}.null_class": False for name in members},
+    )  # fmt: skip
+    assert "use the recipe dit:" in said
 
 
 def test_members_of_different_classes(tmp_path: Path) -> None:

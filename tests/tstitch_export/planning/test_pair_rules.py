@@ -127,7 +127,7 @@ def test_labels_and_null_class(tmp_path: Path) -> None:
     recipe = classes(tmp_path / "five.toml")
     refused(recipe, five, seven, "number of labels", "small (5) has 6, large (7) has 8")
     hint = refused(recipe, seven, seven, "has 8 labels; recipe 'pair' has 6: 5 classes and the null class 5")
-    assert "write a recipe with this model's classes" in hint
+    assert "use the recipe dit: tstitch-trt build dit --member small=" in hint
     hint = refused(
         classes(tmp_path / "null.toml", null=3), five, five, "has the null class 3; a model's is the last label, 5"
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from support.command import Command, refused
+from support.tiny import SHAPES, TinyPair
 from support.tiny_checkpoints import PNDM, pieces
-from support.tiny_families import clip_text_folder
+from support.tiny_families import clip_text_folder, kl_folder
 from tstitch_export.planning.recipe import load_recipe, recipe_names
 
 
@@ -57,6 +59,25 @@ def test_the_template_is_a_recipe_that_builds(run: Command, tmp_path: Path) -> N
     assert whole.err.count(": building") == 2, "the text encoder's export and engine; the rest was there"
     assert list(whole.json["parts"]) == ["text_encoder"]
     assert "no text_encoder" not in whole.err
+
+
+def test_dits_of_any_size_need_no_recipe_of_their_own(run: Command, tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """4x8x8 latents, ten classes, and the picture's size by the VAE."""
+    kl_folder(tmp_path / "vae")
+    words = ["build", "dit", "--part", f"vae_decoder={tmp_path / 'vae'}", "-o", tmp_path / "dit.bundle"]
+    for name in ("small", "large"):
+        words += ["--member", f"{name}={tiny_pair.checkpoint(name)}"]
+    told = run(*words)
+    refused(told, "may have any number of attention heads", "--option MEMBER.num_heads=N")
+    heads = [word for name in ("small", "large") for word in ("--option", f"{name}.num_heads={SHAPES[name]['heads']}")]
+    made = run(*words, *heads, "--batch", "1:1:2", "--json")
+    assert made.code == 0, made.err
+    conditioning = made.json["conditioning"]
+    assert (conditioning["classes"], conditioning["null"], made.json["decoder"]["factor"]) == (10, 10, 2)
+    drawn = run("sample", tmp_path / "dit.bundle", "--labels", "9", "--steps", 2, "-o", tmp_path / "nine.png")
+    assert drawn.code == 0, drawn.err
+    with Image.open(tmp_path / "nine.png") as picture:
+        assert picture.size == (16, 16)
 
 
 def test_what_is_wrong_with_parts_and_sizes(run: Command, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,14 +24,16 @@ __all__ = ["DiTFamily"]
 class DiTFamily(ClassMember):
     name = "dit"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
-        "num_heads": (int, "attention heads, where width and config.json do not tell")
+        "num_heads": (int, "attention heads, where width and config.json do not tell"),
+        "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
     }
 
     def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
-        given = typed(options, self.options, what="family 'dit'").get("num_heads")
-        heads = None if given is None else int(given)
+        given = typed(options, self.options, what="family 'dit'")
+        heads = None if "num_heads" not in given else int(given["num_heads"])
+        null_class = bool(given.get("null_class", True))
         if path.is_dir():
-            return dit_diffusers.inspect(path, heads)
+            return replace(dit_diffusers.inspect(path, heads), null_class=null_class)
         config = config_from_shapes(read_checkpoint(path).shapes, name=path.name, heads=heads)
         return Inspection(
             family=self.name,
@@ -45,6 +47,7 @@ class DiTFamily(ClassMember):
             },
             latent=(config.channels, config.size, config.size),
             labels=config.classes + 1,
+            null_class=null_class,
             learned_variance=config.learn_sigma,
         )
 

@@ -32,6 +32,7 @@ class UViTFamily(ClassMember):
     name = "uvit"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
         "num_heads": (int, "attention heads, where the width does not tell"),
+        "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
         "time": (str, "discrete or continuous: the noise it was trained with, where the size does not tell"),
     }
 
@@ -57,6 +58,7 @@ class UViTFamily(ClassMember):
             },
             latent=(config.channels, config.size, config.size),
             labels=config.labels,
+            null_class=bool(given.get("null_class", True)),
             noise=NOISE[convention],
         )
 
