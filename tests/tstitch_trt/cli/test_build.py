@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+import tstitch_trt
 from support.command import Command, refused
 from support.tiny import SHAPES, TinyPair
 from support.tiny_checkpoints import PNDM, pieces
@@ -74,10 +74,8 @@ def test_dits_of_any_size_need_no_recipe_of_their_own(run: Command, tiny_pair: T
     assert made.code == 0, made.err
     conditioning = made.json["conditioning"]
     assert (conditioning["classes"], conditioning["null"], made.json["decoder"]["factor"]) == (10, 10, 2)
-    drawn = run("sample", tmp_path / "dit.bundle", "--labels", "9", "--steps", 2, "-o", tmp_path / "nine.png")
-    assert drawn.code == 0, drawn.err
-    with Image.open(tmp_path / "nine.png") as picture:
-        assert picture.size == (16, 16)
+    with tstitch_trt.load(tmp_path / "dit.bundle", threads=1) as runtime:
+        assert runtime.sample(labels=[9], steps=2).images.shape == (1, 16, 16, 3)
 
 
 def test_what_is_wrong_with_parts_and_sizes(run: Command, tmp_path: Path) -> None:
