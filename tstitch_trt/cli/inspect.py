@@ -16,7 +16,7 @@ from tstitch_trt.cli._text import print_entries
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
     from tstitch_engines.bundle.bundle import Bundle
-    from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network, NoiseScheduleSpec
+    from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network
 
 __all__ = ["command"]
 
@@ -83,7 +83,7 @@ def _print(bundle: Bundle) -> None:
     sizes = next((limits.sizes() for limits in planned_limits(manifest).values()), "")
     entries = [
         ("latent", f"{latent.channels} x {latent.height} x {latent.width}, decoder {manifest.decoder.kind}"),
-        ("noise", _noise(manifest.noise)),
+        ("noise", str(manifest.noise)),
         ("sizes", sizes),
         ("asked for", _conditioning(manifest)),
         ("names", ", ".join(manifest.conditioning.names)),
@@ -119,10 +119,6 @@ def _signed(bundle: Bundle) -> str:
     return state + signature.fingerprint
 
 
-def _noise(noise: NoiseScheduleSpec) -> str:
-    return f"{noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}"
-
-
 def _named(options: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
@@ -148,8 +144,7 @@ def _conventions(member: Member) -> list[tuple[str, str]]:
         words += ["zeros where no negative prompt is given"] if text.zero_null else []
         said.append(("text", ", ".join(words)))
     own = [f"latent {member.latent_ratio:g} times the bundle's"] if member.latent_ratio != 1 else []
-    if (noise := member.noise) is not None:
-        own.append(f"noise {_noise(noise)}")
+    own += [f"noise {member.noise}"] if member.noise is not None else []
     own += [f"guidance scale as an input, {member.guidance_embedding} wide"] if member.guidance_embedding else []
     own += ["takes a ControlNet's residuals"] if member.controlled else []
     own += ["takes mask and masked picture"] if member.inpaints else []

@@ -85,8 +85,8 @@ def _print(study: Divergence) -> None:
     )
     shown = sorted({round(i * (study.steps - 1) / 9) for i in range(10)})
     rows = [
-        (name, str(s.step + 1), f"{s.timestep:.4g}", f"{s.sigma:.4g}", *fixed(4, s.rel_l2, s.p10, s.p90),
-         f"{s.cosine:.5f}")
+        (name, str(s.step + 1), f"{s.timestep:.4g}", "inf" if s.sigma is None else f"{s.sigma:.4g}",
+         *fixed(4, s.rel_l2, s.p10, s.p90), f"{s.cosine:.5f}")
         for name, steps in study.members.items()
         for s in steps
         if s.step in shown

@@ -6,6 +6,11 @@ member meets it at ``sigma_m = r sigma``: it wants its own timestep of that leve
 
     C_IN = r a_m / a     with a_m = 1 / sqrt(1 + sigma_m^2), s_m = a_m sigma_m
     D    = (p_m C_IN x + q_m m) / r     with (p_m, q_m) the member's prediction type at (a_m, s_m)
+
+A step may be noisier than the noisiest level of a member's training. There it is told its last timestep, and ``(p_m,
+q_m)`` are those of that level, since its output rests on what it is told: its own pipelines begin like that too, with
+pure noise at a timestep that has some signal. A ratio of two latent scalings moves the first steps there (SD in SDXL's
+latent: 1.4), and so does zero terminal SNR.
 """
 
 from __future__ import annotations
@@ -19,17 +24,14 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadSchedule
 from tstitch_trt.solvers import StepTable
-from tstitch_trt.solvers.noise_schedule import NoiseSchedule
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule, signal_and_noise
 from tstitch_trt.solvers.prediction import coefficients, of_estimate
 
 __all__ = ["Columns", "is_adapted", "member_columns"]
 
 Array = NDArray[np.float64]
 
-# How far above the noisiest level of a member's training a step may lie: there it is told its noisiest timestep. A
-# ratio of two latent scalings moves the first steps there (SD in SDXL's latent: 1.4), where hardly any signal is left.
-_REACH = 2.0
-_EXACT = 1.001
+_EXACT = 1.001  # what is less far above a member's noisiest level is a rounding
 
 _log = logging.getLogger(__name__)
 
@@ -52,40 +54,40 @@ def is_adapted(manifest: Manifest, name: str) -> bool:
 def member_columns(manifest: Manifest, name: str, table: StepTable, mine: NDArray[np.bool_]) -> Columns:
     """The columns of member ``name`` for the steps ``mine`` (bool ``[N]``) of ``table``.
 
-    Raises ``BadSchedule`` for a step far noisier than anything the member was trained on.
+    Raises ``BadSchedule`` for a step without signal on a member that predicts the noise.
     """
     member = manifest.members[name]
-    a, s = table.a[mine], table.s[mine]
+    own = NoiseSchedule.from_spec(member.noise or manifest.noise)
+    ratio, most, steps = member.latent_ratio, float(own.sigmas[-1]), np.flatnonzero(mine)
+    a, s, sigma = table.a[mine], table.s[mine], ratio * table.sigma[mine]
+    if member.parametrisation == "eps":
+        _check_signal(name, steps[np.isinf(np.minimum(sigma, most))], table)
     if not is_adapted(manifest, name):
         return Columns(
             table.t[mine], table.c_in[mine], *coefficients(member.parametrisation, a, s, estimate=table.estimate)
         )
-    ratio = member.latent_ratio
-    own = NoiseSchedule.from_spec(member.noise or manifest.noise)
-    sigma = ratio * s / a
-    _check_reach(name, np.flatnonzero(mine), sigma, float(own.sigmas[-1]))
-    signal = 1 / np.hypot(1.0, sigma)
-    p, q = coefficients(member.parametrisation, signal, signal * sigma)
-    c_in = ratio * signal / a
-    return Columns(own.timestep_of(sigma), c_in, *of_estimate(table.estimate, p * c_in / ratio, q / ratio, a, s))
+    _warn_above(name, steps, sigma, most)
+    p, q = coefficients(member.parametrisation, *signal_and_noise(np.minimum(sigma, most)))
+    c_in = ratio / np.hypot(a, ratio * s)
+    t = own.with_signal().timestep_of(sigma)
+    return Columns(t, c_in, *of_estimate(table.estimate, p * c_in / ratio, q / ratio, a, s))
 
 
-def _check_reach(name: str, steps: NDArray[np.int64], sigma: Array, most: float) -> None:
-    if not sigma.size or sigma[0] <= _EXACT * most:  # the noise falls from step to step
-        return
-    if sigma[0] > _REACH * most:
-        fitting = np.flatnonzero(sigma <= most)
-        later = f"from step {steps[fitting[0]]} on" if fitting.size else "at less noisy steps"
+def _warn_above(name: str, steps: NDArray[np.int64], sigma: Array, most: float) -> None:
+    above = steps[sigma > _EXACT * most]
+    if above.size:
+        which = f"step {above[0]}" if above.size == 1 else f"steps {above[0]} to {above[-1]}"
+        _log.warning(
+            "member %r: the noise level of %s is up to %.4g in its own latent, above the %.4g of its training: "
+            "it is told its noisiest timestep there",
+            name, which, sigma[0], most,
+        )  # fmt: skip
+
+
+def _check_signal(name: str, without: NDArray[np.int64], table: StepTable) -> None:
+    if without.size:
         raise BadSchedule(
-            f"member {name!r} runs at step {steps[0]}, whose noise level is {sigma[0]:.4g} in its own latent; it was "
-            f"trained on levels up to {most:.4g}",
-            hint=f"run it {later}, and another member before",
+            f"member {name!r} predicts the noise (eps), which says nothing of the picture at step {without[0]} "
+            f"(timestep {table.t[without[0]]:g}), where there is no signal: the noise schedule has zero terminal SNR",
+            hint="run a member that predicts v or x0 there, or begin at less noise, as the spacing 'leading' does",
         )
-    _log.warning(
-        "member %r: step %d has the noise level %.4g in its own latent, above the %.4g of its training: "
-        "it is told its noisiest timestep",
-        name,
-        steps[0],
-        sigma[0],
-        most,
-    )

@@ -128,13 +128,13 @@ def _warnings(studies: Studies, here: Machine) -> Iterator[str]:
 
 
 def _facts(manifest: Manifest, path: str) -> list[tuple[str, str]]:
-    latent, noise, defaults, asked = manifest.latent, manifest.noise, manifest.defaults, manifest.conditioning
+    latent, defaults, asked = manifest.latent, manifest.defaults, manifest.conditioning
     kind = f"{asked.classes} classes" if asked.kind == "class" else "text"
     return [
         ("path", Markup("<code>{}</code>").format(path)),
         ("recipe", manifest.recipe),
         ("latent", f"{latent.channels} × {latent.height} × {latent.width}, decoder {manifest.decoder.kind}"),
-        ("noise", f"{noise.kind}, {noise.steps} steps, beta {noise.beta_start:g} to {noise.beta_end:g}"),
+        ("noise", str(manifest.noise)),
         ("asked for", kind + ("" if asked.guidable else ", without guidance")),
         (
             "defaults",

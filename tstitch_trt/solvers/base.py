@@ -21,9 +21,9 @@ Array = NDArray[np.float64]
 class Grid:
     """The ``N + 1`` noise levels of a trajectory, the last one at its end.
 
-    ``t`` float64 ``[N]``; ``a`` and ``s`` float64 ``[N+1]``: the latent is ``a x0 + s eps``. ``age`` int64 ``[N]``: how
-    many earlier estimates a step may use, 0 at the start and at every restart. ``ends``: ``(a, s)`` float64 ``[N]``
-    each at the end of each step, where that is not the beginning of the next one.
+    ``t`` float64 ``[N]``; ``a`` and ``s`` float64 ``[N+1]``: the latent is ``a x0 + s eps``; ``a[0]`` may be 0.
+    ``age`` int64 ``[N]``: how many earlier estimates a step may use, 0 at the start and at every restart. ``ends``:
+    ``(a, s)`` float64 ``[N]`` each at the end of each step, where that is not the beginning of the next one.
     """
 
     t: Array
@@ -47,7 +47,8 @@ class Grid:
     @property
     def ratio(self) -> Array:
         """``sigma' / sigma`` of each step, in ``[0, 1]``: ``exp(-h)`` with ``h`` the step in log signal-to-noise."""
-        return np.asarray((self.s_to / self.a_to) / (self.s / self.a)[:-1])
+        with np.errstate(divide="ignore"):  # a = 0
+            return np.asarray((self.s_to / self.a_to) / (self.s / self.a)[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Solver:
     coefficients: Callable[[Grid, SolverOptions], Coefficients]
     extra_point: bool = False  # see spacing.space_timesteps
     continuous: bool = False  # linspace stays fractional and sigma is interpolated linearly, as in diffusers' Euler
+    from_zero_signal: bool = False  # its steps may begin at a = 0; others begin at 2**-24 instead, as in diffusers
     timesteps: Callable[[SolverOptions, int, int], Array] | None = None  # own spacing: (options, steps, train steps)
     evaluations: Callable[[Array], Array] | None = None  # from the timesteps of the steps to those of the rows
 

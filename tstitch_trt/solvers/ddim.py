@@ -16,4 +16,5 @@ DDIM = Solver(
     space="vp",
     defaults={"eta": 0.0, "final": "zero", "step_to": "next"},
     coefficients=gaussian,
+    from_zero_signal=True,
 )

@@ -45,4 +45,5 @@ DDPM = Solver(
     space="vp",
     defaults={"variance": "fixed-small"},
     coefficients=_coefficients,
+    from_zero_signal=True,
 )

@@ -53,5 +53,6 @@ LCM = Solver(
     space="vp",
     defaults={"original_steps": 50},
     coefficients=_coefficients,
+    from_zero_signal=True,
     timesteps=_timesteps,
 )

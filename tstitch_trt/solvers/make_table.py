@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.solvers.base import Grid, Solver
-from tstitch_trt.solvers.noise_schedule import NoiseSchedule
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule, signal_and_noise
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.registry import find_solver, resolve
 from tstitch_trt.solvers.spacing import check_timesteps, space_sigmas, space_timesteps
@@ -44,6 +44,8 @@ def make_table(
         asked = replace(asked, **said)  # type: ignore[arg-type]  # explicit() holds checked fields only
     chosen = resolve(asked, own_timesteps=timesteps is not None)
     family = find_solver(chosen.name)
+    if chosen.sigmas is not None or not family.from_zero_signal:
+        noise = noise.with_signal()
     if timesteps is not None:
         t = check_timesteps(np.asarray(timesteps, np.float64), train_steps=noise.steps)
         if steps is not None and steps != t.size:
@@ -109,22 +111,24 @@ def _sigma_at(family: Solver, noise: NoiseSchedule, t: Array) -> Array:
     return noise.sigma_at(t, interpolation="linear" if family.continuous else "log")
 
 
-def _vp(sigma: Array) -> tuple[Array, Array]:
-    """``(a, s)`` of unit variance."""
-    scale = np.hypot(1.0, sigma)
-    return 1 / scale, sigma / scale
-
-
 def _table(
     family: Solver, options: SolverOptions, noise: NoiseSchedule, t: Array, sigma: Array, restarts: Collection[int]
 ) -> StepTable:
+    level = np.flatnonzero(sigma[1:] >= sigma[:-1])
+    if level.size:
+        high, low = t[level[0]], t[level[0] + 1]
+        raise BadInput(
+            f"the noise does not fall from timestep {high:g} to {low:g}: the last timestep of a noise schedule with "
+            f"zero terminal SNR has sigma {sigma[0]:.4g} for solver {family.name!r}",
+            hint="take fewer steps, or timesteps farther apart at the noisy end",
+        )
     end = float(noise.sigmas[0]) if options.final == "sigma-min" else 0.0
     if end > sigma[-1]:
         raise BadInput(
             f"final='sigma-min' ends at sigma {end:g}, above that of the last step, {sigma[-1]:g}",
             hint="use final='zero', or a last step that is at least as noisy as timestep 0",
         )
-    ends = None if options.step_to != "stride" else _vp(_stride_ends(noise, t, end))
+    ends = None if options.step_to != "stride" else signal_and_noise(_stride_ends(noise, t, end))
     if family.evaluations is not None:
         t, sigma = family.evaluations(t), family.evaluations(sigma)
         if t.size > noise.steps:  # the arena has room for that many rows
@@ -133,14 +137,16 @@ def _table(
                 hint=f"ask for at most {noise.steps - 1} steps",
             )
     sigmas = np.append(sigma, end)
-    scale = np.hypot(1.0, sigmas)
-    a = 1 / scale if family.space == "vp" else np.ones_like(sigmas)
-    grid = Grid(t=t, a=a, s=a * sigmas, age=_ages(t.size, restarts), ends=ends)
+    a, s = signal_and_noise(sigmas)
+    c_in = np.ones(t.size)
+    if family.space == "ve":
+        a, s, c_in = np.ones_like(sigmas), sigmas, a[:-1]
+    grid = Grid(t=t, a=a, s=s, age=_ages(t.size, restarts), ends=ends)
     made = family.coefficients(grid, options)
     return StepTable(
         solver=options,
         t=t,
-        c_in=1 / scale[:-1] if family.space == "ve" else np.ones(t.size),
+        c_in=c_in,
         **vars(made),
         a=grid.a[:-1],
         s=grid.s[:-1],

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadInput, unknown_name
 
-__all__ = ["NOISE_KINDS", "NoiseSchedule"]
+__all__ = ["NOISE_KINDS", "NoiseSchedule", "signal_and_noise"]
 
 Array = NDArray[np.float64]
 
@@ -32,12 +32,35 @@ _BETAS: dict[str, Callable[[NoiseScheduleSpec], Array]] = {
 }
 NOISE_KINDS = tuple(_BETAS)
 
+# The signal that solvers in log sigma have in place of none at all, as diffusers does
+_LEAST = 2.0**-24
+
+
+def _without_terminal_signal(alphas_cumprod: Array) -> Array:
+    """arXiv 2305.08891, algorithm 1: ``sqrt(alphas_cumprod)`` is shifted to end at 0 and scaled to begin as before."""
+    signal = np.sqrt(alphas_cumprod)
+    if signal.size < 2:
+        raise BadInput(
+            "a noise schedule of 1 timestep with zero terminal SNR has no signal anywhere; allowed are 2 or more",
+            hint="set noise.steps to the number of timesteps the model was trained with, e.g. 1000",
+        )
+    return np.asarray(((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2)
+
+
+def signal_and_noise(sigma: ArrayLike) -> tuple[Array, Array]:
+    """``(a, s)`` with ``a^2 + s^2 = 1`` and ``s / a = sigma``; sigma may be infinite, where ``a = 0``."""
+    sigma = np.asarray(sigma, np.float64)
+    a = np.asarray(1 / np.hypot(1.0, sigma))
+    with np.errstate(invalid="ignore"):
+        return a, np.where(np.isinf(sigma), 1.0, a * sigma)
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """``x_t = sqrt(alphas_cumprod[t]) x0 + sqrt(1 - alphas_cumprod[t]) eps`` for ``t = 0 .. T-1``.
 
-    ``alphas_cumprod`` float64 ``[T]``, strictly falling inside (0, 1). Raises ``BadInput`` for anything else.
+    ``alphas_cumprod`` float64 ``[T]``, strictly falling inside (0, 1); the last one may be 0 (zero terminal SNR).
+    Raises ``BadInput`` for anything else.
     """
 
     alphas_cumprod: Array
@@ -49,10 +72,12 @@ class NoiseSchedule:
                 f"alphas_cumprod has shape {values.shape}; allowed is one value for each training timestep",
                 hint="pass a one-dimensional array, or use NoiseSchedule.from_spec",
             )
-        if not (np.isfinite(values).all() and values[-1] > 0 and values[0] < 1 and (np.diff(values) < 0).all()):
+        falls = np.diff(values) < 0
+        falls[-1:] |= values[-1] == _LEAST  # it stands for 0, whatever is before it
+        if not (np.isfinite(values).all() and values[-1] >= 0 and 0 < values[0] < 1 and falls.all()):
             raise BadInput(
                 f"alphas_cumprod runs from {values[0]:.6g} to {values[-1]:.6g} and is not a noise schedule; "
-                "allowed are finite values that fall strictly inside (0, 1)",
+                "allowed are finite values that fall strictly inside (0, 1), the last one may be 0",
                 hint="check beta_start, beta_end and steps of the manifest's noise record",
             )
         values.flags.writeable = False
@@ -75,7 +100,17 @@ class NoiseSchedule:
                 f"beta_start {spec.beta_start} and beta_end {spec.beta_end}; allowed is 0 < beta_start <= beta_end < 1",
                 hint="set noise.beta_start and noise.beta_end as in training, e.g. 0.0001 and 0.02",
             )
-        return NoiseSchedule(np.cumprod(1 - make(spec), dtype=np.float64))
+        alphas_cumprod = np.cumprod(1 - make(spec), dtype=np.float64)
+        return NoiseSchedule(_without_terminal_signal(alphas_cumprod) if spec.zero_terminal_snr else alphas_cumprod)
+
+    def with_signal(self) -> NoiseSchedule:
+        """A last level of ``alphas_cumprod = 2**-24`` (sigma 4096) instead of 0; else unchanged.
+
+        That may be above the level before it, as with ``linear``: there diffusers has the same.
+        """
+        if self.alphas_cumprod[-1] > 0:
+            return self
+        return NoiseSchedule(np.append(self.alphas_cumprod[:-1], _LEAST))
 
     @property
     def steps(self) -> int:
@@ -84,8 +119,10 @@ class NoiseSchedule:
 
     @property
     def sigmas(self) -> Array:
-        """Noise over signal ``sqrt(1 - abar) / sqrt(abar)``, float64 ``[T]``, strictly rising."""
-        return np.asarray(np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod))
+        """Noise over signal ``sqrt(1 - abar) / sqrt(abar)``, float64 ``[T]``, strictly rising; the last one may be
+        infinite."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod))
 
     def sigma_at(self, t: ArrayLike, *, interpolation: str = "log") -> Array:
         """The sigma of timesteps in ``[0, T-1]``; between whole ones log sigma (``linear``: sigma) is interpolated."""
@@ -94,9 +131,10 @@ class NoiseSchedule:
             return np.asarray(np.interp(points, grid, self.sigmas))
         sigmas = self.sigmas
         # exp(log(sigma)) may miss the ends by a rounding, and sigma-min must not lie above timestep 0
-        return np.asarray(np.exp(np.interp(points, grid, np.log(sigmas))).clip(sigmas[0], sigmas[-1]))
+        return np.asarray(np.exp(np.interp(points, grid, np.log(sigmas))).clip(sigmas[0], sigmas.max()))
 
     def timestep_of(self, sigma: ArrayLike) -> Array:
         """The fractional timestep of a sigma, the inverse of ``sigma_at``; clipped to ``[0, T-1]``."""
-        log_sigma = np.log(np.asarray(sigma, np.float64))
-        return np.asarray(np.interp(log_sigma, np.log(self.sigmas), np.arange(self.steps)))
+        sigma, last = np.asarray(sigma, np.float64), self.steps - 1
+        rising = np.log(np.maximum.accumulate(self.sigmas))
+        return np.where(sigma >= self.sigmas[-1], last, np.interp(np.log(sigma), rising, np.arange(self.steps)))

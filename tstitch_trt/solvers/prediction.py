@@ -50,16 +50,21 @@ def coefficients(kind: str, a: ArrayLike, s: ArrayLike, *, estimate: str = "x0")
     ``kind``: the member's prediction type. ``D`` estimates the clean latent, or what ``estimate`` says
     (``of_estimate``). ``a`` and ``s`` (same shape, any) are the solver's, so one member serves variance-preserving
     (``a^2 + s^2 = 1``) and variance-exploding (``a = 1``) solvers. Raises ``UnknownName``, and ``BadInput`` for
-    ``a <= 0`` or ``s < 0``.
+    ``a < 0`` or ``s < 0``, and for ``eps`` where ``a = 0``: noise alone says nothing of the clean latent.
     """
     make = _KINDS.get(kind)
     if make is None:
         raise unknown_name("prediction type", kind, PREDICTION_TYPES)
     a, s = np.asarray(a, np.float64), np.asarray(s, np.float64)
-    if a.shape != s.shape or not (np.isfinite(a).all() and np.isfinite(s).all() and (a > 0).all() and (s >= 0).all()):
+    if a.shape != s.shape or not (np.isfinite(a).all() and np.isfinite(s).all() and (a >= 0).all() and (s >= 0).all()):
         raise BadInput(
-            f"latent scales a {a} and s {s}; allowed are finite arrays of one shape with a > 0 and s >= 0",
+            f"latent scales a {a} and s {s}; allowed are finite arrays of one shape with a >= 0 and s >= 0",
             hint="pass the columns a and s of a step table",
+        )
+    if kind == "eps" and (a == 0).any():
+        raise BadInput(
+            "a prediction of the noise (eps) says nothing of the clean latent where there is no signal (a = 0)",
+            hint="use a model that predicts v or x0 there, or begin at less noise",
         )
     if kind == estimate:
         return np.zeros_like(a), np.ones_like(a)

@@ -99,7 +99,7 @@ class StepTable(Coefficients):
         ends = np.array([self.a_end, self.s_end, self.init_scale])
         if not np.isfinite(ends).all() or self.a_end <= 0 or self.s_end < 0 or self.init_scale <= 0:
             self._refuse(f"a_end, s_end, init_scale are {ends}")
-        self._require((self.a > 0) & (self.s > 0) & (self.c_in > 0) & (self.S >= 0), "a, s, c_in or S is out of range")
+        self._require((self.a >= 0) & (self.s > 0) & (self.c_in > 0) & (self.S >= 0), "a, s, c_in or S is out of range")
         self._require(self.log_std_min <= self.log_std_max, "log_std_min is above log_std_max")
         self._check_levels()
         self._check_memory()
@@ -107,7 +107,7 @@ class StepTable(Coefficients):
 
     def _check_levels(self) -> None:
         levels = np.append(self.sigma, self.s_end / self.a_end)
-        falls = np.diff(levels) < 0
+        falls = levels[1:] < levels[:-1]
         falls[-1] |= levels[-1] == levels[-2]  # a trajectory may end at the level of its last step: a step that rests
         others = sum(np.abs(column) for column in (self.B, self.C, self.E, self.F, self.S))
         again, rests = (self.A == 0) & (self.Y != 0), (self.A == 1) & (others == 0) & (self.Y == 0)
@@ -182,8 +182,9 @@ class StepTable(Coefficients):
 
     @property
     def sigma(self) -> Array:
-        """Noise over signal ``s / a`` before each step, float64 ``[N]``."""
-        return np.asarray(self.s / self.a)
+        """Noise over signal ``s / a`` before each step, float64 ``[N]``; infinite where there is no signal."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(self.s / self.a)
 
     @property
     def history(self) -> int:

@@ -177,12 +177,12 @@ class DivergenceStep(_Record, frozen=True, kw_only=True):
     """How far a member's denoised estimate is from the reference member's, at a state of the reference's trajectory.
 
     ``cosine`` and ``rel_l2`` (norm of the difference over norm of the reference's) are medians over the seeds, with the
-    10th and 90th percentile of ``rel_l2``.
+    10th and 90th percentile of ``rel_l2``. ``sigma``: noise over signal, ``None`` where there is no signal.
     """
 
     step: Count
     timestep: Number
-    sigma: Number
+    sigma: Number | None
     cosine: Number
     rel_l2: Number
     p10: Number

@@ -111,12 +111,17 @@ class Latent(_Record, frozen=True, kw_only=True):
 
 
 class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
-    """``alphas_cumprod`` of the forward process, by formula."""
+    """``alphas_cumprod`` of the forward process, by formula.
+
+    ``zero_terminal_snr``: the betas are rescaled so that the last timestep has no signal at all (arXiv 2305.08891,
+    algorithm 1).
+    """
 
     kind: Literal["linear", "scaled-linear", "squared-cosine"]
     steps: Steps = 1000
     beta_start: Beta = 1e-4
     beta_end: Beta = 0.02
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         if not (1 <= self.steps <= 100_000 and 0 < self.beta_start <= self.beta_end < 1):
@@ -125,6 +130,10 @@ class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
                 "steps and 0 < beta_start <= beta_end < 1",
                 hint="1000 steps and 0.0001 to 0.02 are usual",
             )
+
+    def __str__(self) -> str:
+        betas = "" if self.kind == "squared-cosine" else f", beta {self.beta_start:g} to {self.beta_end:g}"
+        return f"{self.kind}, {self.steps} steps{betas}{', zero terminal SNR' if self.zero_terminal_snr else ''}"
 
 
 class Conditioning(_Record, frozen=True, kw_only=True):

@@ -44,6 +44,14 @@ _VARIANCES: Final = {
 }
 
 
+# The classes that read ``rescale_betas_zero_snr``; others carry it along from a configuration of one of these.
+_RESCALING: Final = frozenset(
+    f"{name}Scheduler"
+    for name in ("CogVideoXDDIM", "CogVideoXDPM", "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel",
+                 "DPMSolverMultistep", "EulerAncestralDiscrete", "EulerDiscrete", "LCM", "TCD", "UniPCMultistep")
+)  # fmt: skip
+
+
 class _Config:
     """The keys of one configuration, with the defaults of its class."""
 
@@ -133,7 +141,6 @@ def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseSchedu
 
 
 def _training(keys: _Config) -> tuple[NoiseScheduleSpec, PredictionType]:
-    keys.off("rescale_betas_zero_snr")
     if keys.get("trained_betas", None) is not None:
         raise keys.refuse("trained_betas", "a list", "null: a noise schedule is a formula")
     latent = keys.name in ("LCMScheduler", "TCDScheduler")  # whose defaults are those of latent diffusion
@@ -142,6 +149,7 @@ def _training(keys: _Config) -> tuple[NoiseScheduleSpec, PredictionType]:
         steps=keys.whole("num_train_timesteps", 1000, least=1),
         beta_start=(start := keys.number("beta_start", 0.00085 if latent else 0.0001, above=0, below=1)),
         beta_end=keys.number("beta_end", 0.012 if latent else 0.02, above=math.nextafter(start, 0), below=1),
+        zero_terminal_snr=keys.name in _RESCALING and keys.switch("rescale_betas_zero_snr", default=False),
     )
     return noise, keys.choose("prediction_type", "epsilon", _PREDICTIONS)  # type: ignore[return-value]
 

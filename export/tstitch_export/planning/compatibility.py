@@ -192,9 +192,14 @@ def _adapt(
     own = trained if trained != noise else None
     if own is not None:
         notes.append(
-            f"{plan.who} was trained with the noise schedule {_noise(own)}, the bundle's is {_noise(noise)}: "
+            f"{plan.who} was trained with the noise schedule {own}; the bundle's is {noise}: "
             "its timesteps are those of equal noise"
         )
+        if noise.zero_terminal_snr and not own.zero_terminal_snr:
+            notes.append(
+                f"the bundle's schedule begins with pure noise (zero terminal SNR), which {plan.who} was not trained "
+                "on: at steps noisier than its training it is told its noisiest timestep"
+            )
     ratio = 1.0 if found.scaling is None else found.scaling / latent.scaling
     if ratio != 1:
         notes.append(
@@ -237,7 +242,3 @@ def _text(plan: NetworkPlan, parts: Mapping[str, NetworkPlan], notes: list[str])
             hint="give the text encoder with projection that the member was trained with",
         )
     return msgspec.structs.replace(text, hidden=hidden, pooled=pooled)
-
-
-def _noise(noise: NoiseScheduleSpec) -> str:
-    return f"{noise.kind} {noise.beta_start:g}..{noise.beta_end:g} over {noise.steps} steps"

@@ -80,7 +80,10 @@ def test_impossible_specs_are_refused(spec: dict[str, Any]) -> None:
         NoiseSchedule.from_spec(NoiseScheduleSpec(**{"kind": "linear", **spec}))
 
 
-@pytest.mark.parametrize("values", [[], [[0.9]], [0.9, 0.9], [0.5, 0.6], [1.0, 0.5], [0.5, 0.0], [0.5, float("nan")]])
+@pytest.mark.parametrize(
+    "values",
+    [[], [[0.9]], [0.9, 0.9], [0.5, 0.6], [1.0, 0.5], [0.5, 0.0, 0.0], [0.5, -0.1], [0.0], [0.5, float("nan")]],
+)
 def test_arrays_that_are_no_noise_schedule_are_refused(values: list[float]) -> None:
     with pytest.raises(BadInput, match="allowed"):
         NoiseSchedule(np.array(values))

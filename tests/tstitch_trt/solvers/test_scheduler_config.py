@@ -132,7 +132,6 @@ def test_what_sd15_says() -> None:
     [
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding is True; allowed is false"),
         ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample is True"),
-        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
         ({"skip_prk_steps": None}, r"skip_prk_steps is False; allowed is True"),
         ({"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'; allowed is 'leading'"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas is 'a list'"),

@@ -201,7 +201,7 @@ def _steps(plan: Plan, parts: Sequence[Sequence[tuple[Doubles, Doubles] | None]]
             DivergenceStep(
                 step=step,
                 timestep=float(plan.table.t[step]),
-                sigma=float(plan.table.sigma[step]),
+                sigma=float(plan.table.sigma[step]) if plan.table.a[step] > 0 else None,
                 cosine=float(np.median(cosine)),
                 rel_l2=middle,
                 p10=low,
@@ -227,7 +227,7 @@ class _Trials:
         try:
             for trajectories in self.every:
                 trajectories.whole(self.small)
-        except BadSchedule:  # it can't run on pure noise, so it has no states to start from
+        except BadSchedule:  # it can't begin without signal, so it has no states to start from
             return None
         return self._measured(_ALONE, 1.0, (self.small,) * self.steps)
 

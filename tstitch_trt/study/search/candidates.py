@@ -78,7 +78,7 @@ def candidates(
                 text = counted(members)
                 try:
                     setting = setting_of(manifest, schedule=text, steps=count, solver=solver, guidance=guidance)
-                except BadSchedule as error:  # a member that was not trained on so much noise
+                except BadSchedule as error:  # a member that can't begin without signal
                     refused.append(f"{solver} {count}: {text}: {error.message}")
                     continue
                 candidate = Candidate(kind, setting)

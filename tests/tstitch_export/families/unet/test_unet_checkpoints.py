@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -348,7 +349,7 @@ def test_weights_that_do_not_fit(pipeline: Path, tmp_path: Path) -> None:
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ({"trained_betas": [0.1]}, "trained_betas"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr is 'yes'"),
         ({"_class_name": "EDMEulerScheduler"}, "_class_name is 'EDMEulerScheduler'"),
     ],
 )
@@ -360,6 +361,16 @@ def test_noise_that_no_schedule_expresses(changes: dict[str, Any], words: str, p
         SD.inspect(folder, {})
     assert "model's own folder" in caught.value.hint
     SD.inspect(folder / "unet", {})
+
+
+def test_noise_without_terminal_signal(pipeline: Path, tmp_path: Path) -> None:
+    folder = copied(pipeline, tmp_path)
+    file = folder / "scheduler/scheduler_config.json"
+    stated = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+    found, plain = SD.inspect(folder, {}), SD.inspect(pipeline, {})
+    assert plain.noise is not None
+    assert found.noise == msgspec.structs.replace(plain.noise, zero_terminal_snr=True)
 
 
 # --- ControlNets and members
