@@ -151,7 +151,9 @@ def _bound(pipe: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> dic
     for key in keywords:
         if key not in known:
             raise unknown_name(
-                f"argument of {name}", key, [*known, "fraction", "schedule", "rounding", "latency_budget_ms", "timeout"]
+                f"argument of {name}",
+                key,
+                [*known, "fraction", "schedule", "rounding", "guidance", "latency_budget_ms", "timeout"],
             )
     try:
         bound = signature.bind(pipe, *args, **keywords)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
+from tstitch_engines.checks import check_number, read_mapping
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.arguments import default_size, read_arguments
@@ -34,6 +36,8 @@ from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.work_queue import EXIT
 
 __all__ = ["AcceleratedPipeline"]
+
+_log = logging.getLogger(__name__)
 
 # What of the pipeline a callback may ask for, beside its components
 _SHOWN: Final = ("components", "config", "device", "dtype", "vae_scale_factor", "image_processor", "mask_processor",
@@ -100,11 +104,17 @@ class AcceleratedPipeline:
         fraction: float | None = None,
         schedule: str | None = None,
         rounding: str | None = None,
+        guidance: Mapping[str, float] | None = None,
         latency_budget_ms: float | None = None,
         timeout: float | None = None,
         **keywords: Any,
     ) -> Any:
         """Draws pictures; arguments and result are those of the pipeline. Raises ``BadInput`` and its kinds.
+
+        Each member takes ``guidance_scale`` as its own pipeline would: a UNet with ``time_cond_proj_dim`` as an input,
+        a plain one as the scale of its two halves where it is above 1. In a ``LatentConsistencyModelPipeline``, which
+        never runs a second half, a plain UNet is not guided. ``guidance={"small": 7.5}`` gives scales by member in
+        place of it, and so does ``:g=`` in a schedule.
 
         ``timeout``: seconds to wait for other calls, by default those given to ``accelerate``.
 
@@ -114,13 +124,14 @@ class AcceleratedPipeline:
         """
         with self.runtime.exclusive(timeout=timeout):
             asked = PlanOptions(fraction=fraction, schedule=schedule, rounding=rounding)
-            return self._call(args, keywords, asked, latency_budget_ms)
+            return self._call(args, keywords, asked, guidance, latency_budget_ms)
 
     def _call(
         self,
         args: tuple[Any, ...],
         keywords: Mapping[str, Any],
         asked: PlanOptions,
+        guidance: Mapping[str, float] | None,
         latency_budget_ms: float | None,
     ) -> Any:
         import torch
@@ -130,12 +141,18 @@ class AcceleratedPipeline:
         try:
             with torch.no_grad():
                 options = self._options(a, asked if latency_budget_ms is not None else self._shares(asked))
-                given = EXIT.run(lambda: self._texts(a))
+                options = replace(options, guidance=self._guidance(a, guidance))
+                guided = self._halves(options)
+                given = EXIT.run(lambda: self._texts(a, guided=guided))
                 count = given["n"]
                 given |= EXIT.run(lambda: self._pictures(a, count, *default_size(self.pipe, self._kind, a)))
                 if latency_budget_ms is not None:
                     options = self._within(latency_budget_ms, a, given, options)
                 plan = make_plan(self.runtime.manifest, options)
+                if not any(plan.guided):
+                    given = {key: value for key, value in given.items() if not key.startswith("negative")}
+                    options = replace(options, guidance_rescale=None)
+                    self._warn_unguided(a)
                 if a.denoising_start is not None:
                     given["start_step"] = self._first(a.denoising_start, plan)
                 elif a.timesteps is not None and not self._kind.starts:
@@ -186,16 +203,31 @@ class AcceleratedPipeline:
         if a.original_inference_steps is not None:
             settings["solver_options"]["original_steps"] = a.original_inference_steps
         settings |= shares.explicit()
-        embedded = any(member.guidance_embedding for member in self.runtime.manifest.members.values())
-        settings["guidance"] = float(a.guidance_scale) if embedded or self._guided(a) else 1.0
         settings["guidance_rescale"] = a.guidance_rescale
         return PlanOptions.from_keywords(settings)
 
-    def _guided(self, a: SimpleNamespace) -> bool:
-        """Whether some steps have a second half, which a member that is told the scale does not run."""
-        members = self.runtime.manifest.members.values()
-        told = all(member.guidance_embedding for member in members)
-        return bool(a.guidance_scale > 1) and not told and not self._kind.distilled
+    def _guidance(self, a: SimpleNamespace, own: Mapping[str, float] | None) -> float | Mapping[str, float]:
+        """The scale of each member, one number where all have the same. ``own`` goes first."""
+        members = self.runtime.manifest.members
+        halves = float(a.guidance_scale) if a.guidance_scale > 1 and not self._kind.distilled else 1.0
+        scales = {name: float(a.guidance_scale) if one.guidance_embedding else halves for name, one in members.items()}
+        for name, scale in read_mapping({} if own is None else own, "guidance", example='{"small": 7.5}').items():
+            scales[name] = check_number(scale, f"guidance of {name!r}")
+        return scales if len(set(scales.values())) > 1 else next(iter(scales.values()))
+
+    def _halves(self, options: PlanOptions) -> bool:
+        """Whether steps may have two halves. Without a schedule any member may run."""
+        manifest, asked = self.runtime.manifest, [options.schedule]
+        if options.schedule is None and options.fraction is None:
+            asked = list(manifest.members)
+        plans = (make_plan(manifest, options, schedule=text) for text in asked)
+        return any(any(plan.guided) for plan in plans)
+
+    def _warn_unguided(self, a: SimpleNamespace) -> None:
+        """The pipeline takes them in silence."""
+        for name in ("negative_prompt", "negative_prompt_2", "guidance_rescale"):
+            if getattr(a, name):
+                _log.warning("%s has no effect: none of these steps has an unconditional half", name)
 
     def _scheduler(self) -> Scheduler:
         """Raises ``BadInput`` for one that can't be honoured or that was made for other noise than the bundle."""
@@ -219,9 +251,8 @@ class AcceleratedPipeline:
         leads = in_sigma and self._scheduler().spacing == "leading"
         return np.float32(np.hypot(1.0, plan.init_scale) / plan.init_scale if leads else 1.0)
 
-    def _texts(self, a: SimpleNamespace) -> dict[str, Any]:
+    def _texts(self, a: SimpleNamespace, *, guided: bool) -> dict[str, Any]:
         """Embeddings by the pipeline's own text encoders, and how many pictures there are."""
-        guided = self._guided(a)
         keywords = {
             "device": self.pipe._execution_device,
             "num_images_per_prompt": a.num_images_per_prompt,

@@ -77,10 +77,11 @@ class PlanOptions:
     ``schedule``: see ``tstitch_trt.plan.schedule``; ``fraction`` is the short form for the first and the last member.
     ``rounding`` turns fractions into steps (default ``paper``, see ``resolve`` there).
 
-    ``guidance``: classifier-free guidance scale (arXiv 2207.12598), 1 = off; one number, or one per member; the
-    schedule's own ``:g=`` goes first. ``guidance_rescale``: arXiv 2305.08891, section 3.4, 0 = off, the default.
-    ``guidance_interval``: guide steps ``start <= i < stop`` only. ``guided_channels``: guide the first k channels. A
-    member distilled for a guidance scale (``Member.guidance_embedding``) takes the scale as an input and runs one half.
+    ``guidance``: classifier-free guidance scale (arXiv 2207.12598), 1 = off; one number, or numbers by member, of which
+    those without one have the bundle's default; the schedule's own ``:g=`` goes first. A member distilled for a scale
+    (``Member.guidance_embedding``) takes it as an input and runs one half; a plain member beside it runs both. The
+    others are for steps with two halves. ``guidance_rescale``: arXiv 2305.08891, section 3.4, 0 = off, the default.
+    ``guidance_interval``: guide steps ``start <= i < stop`` only. ``guided_channels``: guide the first k channels.
 
     ``start``: the step at which the trajectory is entered from a picture; a multistep solver starts again there.
 
@@ -204,7 +205,7 @@ def _schedule(value: object, what: str) -> str | tuple[str, ...]:
 
 def _guidance(value: object, what: str) -> float | Mapping[str, float]:
     if not isinstance(value, Mapping):
-        return check_number(value, what)  # from 0 on, checked where it becomes one scale a step
+        return check_number(value, what)  # its range is the member's
     scales = read_mapping(value, what, example='{"small": 1.0, "large": 4.0}')
     return {name: check_number(scale, f"{what} of {name!r}") for name, scale in scales.items()}
 

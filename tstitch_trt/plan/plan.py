@@ -14,7 +14,7 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.checks import FLOAT32_MAX, check_type, checked, optional
 from tstitch_engines.device.step_row import ROW, ROW_FIELDS
 from tstitch_engines.errors import BadInput
-from tstitch_trt.plan.guidance import embedded_scales, guidance_scales, guided_channels
+from tstitch_trt.plan.guidance import guided_channels, guided_steps
 from tstitch_trt.plan.member_columns import is_adapted, member_columns
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.schedule import Schedule, fraction_text, resolve
@@ -92,9 +92,8 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
     if restarts and table.history:
         table = make_table(solver, noise, steps, timesteps=options.timesteps, restarts=restarts)
 
-    scales = guidance_scales(manifest, resolved, options.guidance, options.guidance_interval)
-    embedded = embedded_scales(manifest, resolved, scales)
-    guided = tuple(bool(scale != 1) for scale in scales)
+    guidance = guided_steps(manifest, resolved, options)
+    guided = tuple(bool(scale != 1) for scale in guidance.scales)
     rescale = options.guidance_rescale or 0.0
     t, c_in, p, q = (np.empty(table.steps) for _ in range(4))
     for name in dict.fromkeys(resolved.names):
@@ -105,7 +104,7 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
         table,
         p=p,
         q=q,
-        guidance=scales,
+        guidance=guidance.scales,
         rescale=np.where(guided, rescale, 0.0),
         guided_channels=guided_channels(manifest, options.guided_channels),
         learned=np.array([manifest.members[name].learned_variance for name in resolved.names]),
@@ -113,7 +112,7 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
     rows[:, ROW["T"]], rows[:, ROW["C_IN"]] = t, c_in
     _check_float32(rows)
     rows.flags.writeable = False
-    return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), embedded, options.start or 0)
+    return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), guidance.embedded, options.start or 0)
 
 
 def _solver(manifest: Manifest, options: PlanOptions) -> SolverOptions:

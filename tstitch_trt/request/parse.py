@@ -124,10 +124,10 @@ class ParsedRequest:
             negative = {key for key in self.embeddings if key.startswith("negative")}
             negative |= set() if self.negative_prompts is None else {"negative_prompt"}
             if negative:
-                raise BadInput(
-                    f"{min(negative)} has no effect: no step of this plan is guided",
-                    hint="add guidance, e.g. guidance=7.5 (--guidance 7.5), or leave it out",
-                )
+                told = len(plan.embedded) == len(plan.schedule.counts)
+                why = "the members that run take their scale as an input" if told else "no step of this plan is guided"
+                guide = "" if told else "add guidance, e.g. guidance=7.5 (--guidance 7.5), or "
+                raise BadInput(f"{min(negative)} has no effect: {why}", hint=f"{guide}leave it out")
         for name in dict.fromkeys(plan.schedule.names):
             if manifest.members[name].inpaints and (self.init is None or self.init.mask is None):
                 raise BadInput(

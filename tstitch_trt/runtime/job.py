@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadInput
+from tstitch_trt.plan.guidance import check_guidance_options
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.limits import Limits
 from tstitch_trt.request.options import SampleOptions
@@ -63,6 +64,7 @@ class Job:
         if parsed.init is not None:
             wanted = replace(wanted, start=parsed.first_step(wanted.asked_steps(manifest)))
         plan = make_plan(manifest, wanted)
+        check_guidance_options(wanted, plan.guided)
         parsed.check(manifest, plan)
         if decode is None:
             decode = manifest.decoder.kind != "none" and output == "host"

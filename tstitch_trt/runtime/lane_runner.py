@@ -257,7 +257,8 @@ class LaneRunner:
         """Records and runs each kind of step at the bundle's own size, in every batch up to ``caps``, and encoders and
         decoder. Gives what each took, and the share that is done. What the first lanes hold is lost."""
         manifest, guidable = self._stepper.manifest, self._stepper.manifest.conditioning.guidable
-        phases = [(name, guided) for name in self._stepper.members for guided in (False, True)[: 1 + guidable]]
+        plain = {name: guidable and not manifest.members[name].guidance_embedding for name in self._stepper.members}
+        phases = [(name, guided) for name, halves in plain.items() for guided in (False, True)[: 1 + halves]]
         for place, (name, guided) in enumerate(phases):
             try:
                 most = min(self._stepper.splitting.most(guided=guided), self.slots)

@@ -12,7 +12,7 @@ import pytest
 
 from support.manifests import manifest, member
 from support.reference import walk
-from tstitch_engines.bundle.manifest import Conditioning, Manifest, NoiseScheduleSpec
+from tstitch_engines.bundle.manifest import Manifest, NoiseScheduleSpec
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput, BadSchedule
 from tstitch_trt.plan.plan import make_plan
@@ -152,18 +152,6 @@ def test_a_learned_variance_can_not_be_adapted() -> None:
     with pytest.raises(BadInput, match="member 'other' learned its own"):
         make_plan(pair, solver="ddpm", variance="learned", schedule="base:5,other")
     make_plan(pair, solver="ddpm", variance="learned", schedule="base")
-
-
-def test_a_distilled_member_takes_its_scale_as_an_input() -> None:
-    distilled = msgspec.structs.replace(member(), guidance_embedding=256)
-    pair = manifest({"small": distilled, "large": member()}, conditioning=Conditioning(kind="text"))
-    plan = make_plan(pair, steps=10, schedule="small:0.4,large", guidance=7.5)
-    assert plan.embedded == {"small": 7.5}
-    assert plan.guided == (False,) * 4 + (True,) * 6
-    assert plan.rows[:, ROW["G"]].tolist() == [1.0] * 4 + [7.5] * 6
-    assert make_plan(pair, steps=10, schedule="large", guidance=7.5).embedded == {}
-    with pytest.raises(BadInput, match="one for all its steps; got 3, 5"):
-        make_plan(pair, steps=10, schedule="small:5:g=3,small:5:g=5")
 
 
 def test_a_trajectory_entered_from_a_picture_starts_its_history_there() -> None:

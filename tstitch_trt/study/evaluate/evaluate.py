@@ -32,7 +32,7 @@ from tstitch_trt.study.image_set import ImageSet
 from tstitch_trt.study.quality.resampling import LEVEL, RESAMPLES
 from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.records import METRICS, Evaluation, Measure, Point, Setting
-from tstitch_trt.study.settings import baseline_of, options_of
+from tstitch_trt.study.settings import baseline_of, options_of, plan_of
 from tstitch_trt.study.store import check_command, load_studies, provenance
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def evaluate(
             scorer,
             images,
             reference=baseline,
-            guided=baseline.guidance != 1 or any(":g=" in setting.schedule for setting in family),
+            guided=any(any(plan_of(manifest, setting).guided) for setting in (baseline, *family)),
             work=work,
             phases=phases,
             keep_images=npz is not None,
