@@ -217,11 +217,10 @@ class AcceleratedPipeline:
 
     def _halves(self, options: PlanOptions) -> bool:
         """Whether steps may have two halves. Without a schedule any member may run."""
-        manifest, asked = self.runtime.manifest, [options.schedule]
+        manifest, every = self.runtime.manifest, [options]
         if options.schedule is None and options.fraction is None:
-            asked = list(manifest.members)
-        plans = (make_plan(manifest, options, schedule=text) for text in asked)
-        return any(any(plan.guided) for plan in plans)
+            every = [replace(options, schedule=name, rounding=None) for name in manifest.members]
+        return any(any(make_plan(manifest, one).guided) for one in every)
 
     def _warn_unguided(self, a: SimpleNamespace) -> None:
         """The pipeline takes them in silence."""
