@@ -14,6 +14,7 @@ from tstitch_engines.bundle.bundle import Bundle, is_bundle, open_bundle
 from tstitch_engines.bundle.files import remove_stale, temporary_directory
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import ComponentName
+from tstitch_engines.bundle.scheduler_config import read_training
 from tstitch_engines.checks import (
     check_callable,
     check_choice,
@@ -33,7 +34,6 @@ from tstitch_engines.spec import Range
 from tstitch_engines.threads import check_threads
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
 from tstitch_trt.pipeline.checkpoint import (
-    TRAINED,
     check_weights,
     module_hash,
     path_hash,
@@ -179,7 +179,7 @@ def accelerate(
         "options": dict(options or {}),
     }
     root = kept_root() if cache is None else Path(cache)
-    output = root / f"{_key(pipe.scheduler.config, modules, small, kind.recipe, settings)}.bundle"
+    output = root / f"{_key(pipe.scheduler, modules, small, kind.recipe, settings)}.bundle"
 
     def opened() -> Runtime:
         return load(
@@ -233,19 +233,19 @@ def _precision(pipe: Any) -> Precision:
     return _PRECISIONS[found]
 
 
-def _key(
-    scheduler: Mapping[str, Any], modules: Mapping[str, Any], small: Any, recipe: str, settings: Mapping[str, Any]
-) -> str:
+def _key(scheduler: Any, modules: Mapping[str, Any], small: Any, recipe: str, settings: Mapping[str, Any]) -> str:
     """The hash of all that decides the bundle."""
     from tstitch_export.build import versions_of
 
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    noise, prediction = read_training(config, where="the pipeline's scheduler")
     return digest(
         {
             "schema": _SCHEMA,
             "recipe": recipe,
             "small": path_hash(small) if isinstance(small, Path) else module_hash(small),
             "parts": {name: module_hash(module) for name, module in modules.items()},
-            "trained": {key: str(scheduler.get(key) or None) for key in TRAINED},  # not all classes have every key
+            "trained": {"noise": str(noise), "prediction": prediction},
             "settings": {key: str(value) for key, value in settings.items()},
             "versions": versions_of(("tstitch-trt", "torch", "diffusers", "onnx", "onnxscript")),
         }

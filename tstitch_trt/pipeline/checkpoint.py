@@ -6,24 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import ComponentName
 from tstitch_engines.errors import BadInput
 
 __all__ = ["check_weights", "module_hash", "path_hash", "save_large", "save_small", "unwrap_compiled"]
-
-# The keys of a scheduler's configuration that say how the model was trained; the others can be changed at any call
-TRAINED: Final = (
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "num_train_timesteps",
-    "prediction_type",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
 
 
 def unwrap_compiled(module: Any) -> Any:
