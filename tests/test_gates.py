@@ -59,7 +59,7 @@ GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
         lambda node, called: called.endswith("torch.load"),
         {
             "tstitch_engines.backends.torch_archive",
-            "tstitch_export.checkpoint.checkpoint",
+            "tstitch_export.checkpoint.pickled",
             "tstitch_export.train.loop",
         },
     ),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from support.tiny_checkpoints import SD, pieces, planned, text_recipe
 from support.tiny_families import lora_file, unet_folder
 from tstitch_engines.errors import BadInput
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.stand_ins import STAND_INS
 from tstitch_export.families import open_family
 from tstitch_export.families.base import LoraUse
 from tstitch_export.families.lora.fuse import lora_deltas
@@ -150,3 +154,35 @@ def test_altered_checkpoints(data: st.DataObject, tmp_path_factory: pytest.TempP
     path = good.with_name("hostile.safetensors")
     path.write_bytes(hostile(data, good))
     only_our_errors(lambda: [read() for read in read_checkpoint(path).arrays().values()])
+
+
+@pytest.mark.parametrize("called", [b"R", b"\x81"], ids=["call", "new"])
+def test_what_stands_in_for_a_known_name_runs_nothing(called: bytes, tmp_path: Path) -> None:
+    """Whatever a pickle does with such a name: its library is not imported, and what comes of it is no object of it."""
+    path, before = tmp_path / "a.pt", set(sys.modules)
+    libraries = {name.partition(".")[0] for _, name in STAND_INS} - {"builtins", "typing", "torch", "numpy"}
+    kinds: dict[str, list[str]] = {}
+    for stand_in, name in STAND_INS:
+        kinds.setdefault(getattr(stand_in, "__name__", ""), []).append(name)
+    for names in kinds.values():
+        for arguments in ((), ({"a": 1},), ("f8", False, True), ([1, 2],), (b"12345678", None)):
+            for state in (None, {"__class__": 1}, (3, "<", None), {"__setstate__": 1}):
+                objects = b""
+                for name in names:
+                    module, _, last = name.rpartition(".")
+                    objects += f"c{module}\n{last}\n".encode() + _inside(arguments) + called
+                    objects += b"" if state is None else _inside(state) + b"b"
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("a/version", "3\n")
+                    archive.writestr("a/data.pkl", b"\x80\x02}" + _inside("x") + b"](" + objects + b"es.")
+                error = only_our_errors(lambda: read_checkpoint(path))
+                assert error is not None
+                assert "holds no state dict" in error.message or "is damaged" in error.message
+                if len(names) > 50:  # those that are read as nothing take anything
+                    assert "holds no state dict" in error.message
+    assert not {name for name in set(sys.modules) - before if name.partition(".")[0] in libraries}
+
+
+def _inside(value: object) -> bytes:
+    """``value`` as it stands within a pickle."""
+    return pickle.dumps(value, 2)[2:-1]

@@ -7,146 +7,211 @@ transformers and diffusers write it) stands for the shards that it lists.
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
-import pickle
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.read import VOCABULARY_BYTES, decode_json, open_regular, read_json
+from tstitch_engines.bundle.read import VOCABULARY_BYTES, decode_json, read_json
 from tstitch_engines.errors import BadCheckpoint, first_line
 from tstitch_engines.needs import require
-from tstitch_engines.quiet import silence_output
+from tstitch_export.checkpoint.number_types import TYPES, check_weight_type, from_bytes, is_eight_bit_float
+from tstitch_export.checkpoint.pickled import PICKLED, read_pickled
+from tstitch_export.checkpoint.safetensors_file import SafetensorsEntry, read_header_and_metadata
+from tstitch_export.checkpoint.wrapping import unwrap_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "PICKLED",
-    "Checkpoint",
-    "SafetensorsEntry",
-    "read_checkpoint",
-    "read_index",
-    "read_safetensors_header",
-    "read_safetensors_metadata",
-]
+__all__ = ["PICKLED", "Checkpoint", "read_checkpoint", "read_index"]
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_NESTED = ("ema", "model", "state_dict")  # in this order: published DiT training states hold both ema and model
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors' names -> numpy's, of the bits
-_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F16": 16,
-    "BF16": 16,
-}
-_BITS |= {"F32": 32, "F64": 64, "C64": 64, **{f"{sign}{n}": n for sign in "IU" for n in (8, 16, 32, 64)}}
-_MOST_BESIDE = 100_000  # values of a training state that are looked at
-_HEADER_BYTES = 16 << 20  # those of the largest models have one
-_SAFETENSORS_HINT = "convert it to .safetensors where you trust it: safetensors.torch.save_file(state_dict, path)"
-
-
-class SafetensorsEntry(NamedTuple):
-    dtype: str  # as the format spells it: F32, F16, BF16, I64...
-    shape: tuple[int, ...]
-    start: int  # bytes from the start of the file
-    length: int
-
-
-_Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+Numbers = NDArray[np.floating[Any]]
+_AGAIN: Final = "download or copy it again"
+# What layers of 8-bit floats have beside their weight: its scale, and what only arithmetic in 8 bits needs
+_SCALES: Final = (".scale_weight", ".weight_scale")
+_UNUSED: Final = (".scale_input", ".input_scale", ".comfy_quant")
+_MARKER: Final = "scaled_fp8"
 
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str] = {}
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
-    dtype: str
-    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=16)]
-    data_offsets: tuple[_Size, _Size]
+class _Quantised(msgspec.Struct, forbid_unknown_fields=True):
+    """What ComfyUI notes of a layer, where it is one of 8-bit floats with a scale and nothing else."""
+
+    format: str
+    full_precision_matrix_mult: bool = False
+
+
+class _File(Protocol):
+    """One file's tensors under their stored names. ``types`` are torch's names."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def types(self) -> Mapping[str, str]: ...
+
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    def readers(self) -> Mapping[str, Callable[[], Numbers]]: ...
 
 
 class Checkpoint:
-    """A state dict by ``path``: ``shapes`` at once, ``tensors()`` when they are needed.
+    """A model's state dict by ``path``: ``shapes`` at once, ``tensors()`` when they are needed.
 
-    ``markers`` are the names of empty tensors, ``metadata`` is that of a ``.safetensors`` file, ``beside`` the plain
-    values of a training state around its tensors (``args``, ``global_step``): numbers, texts, and lists and
-    dictionaries of them.
+    The names are the model's own, without what training code put around them (``wrapping``). ``markers`` are the names
+    of empty tensors, ``metadata`` is that of a ``.safetensors`` file, ``beside`` the plain values of a training state
+    around its tensors (``args``, ``global_step``): numbers, texts, and lists and dictionaries of them. ``notes`` say in
+    words what was taken of several models.
     """
 
     def __init__(
         self,
         path: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, Tensor] | None,
-        shards: Sequence[Checkpoint] = (),
+        files: Sequence[_File],
         *,
         metadata: Mapping[str, str] | None = None,
         beside: Mapping[str, object] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        """``shards``: the files that hold its tensors, where it is an index."""
+        """``files``: one, or the shards of an index."""
         self.path = path
         self.metadata = dict(metadata or {})
         self.beside = dict(beside or {})
-        self.markers = frozenset(name for name, shape in shapes.items() if 0 in shape)
+        self._files = tuple(files)
+        stored = {key: shape for file in files for key, shape in file.shapes.items()}
+        types = {key: dtype for file in files for key, dtype in file.types.items()}
         # An empty tensor holds nothing that a model could be of, whatever its other dimensions say.
-        self.shapes = {name: shape for name, shape in shapes.items() if 0 not in shape}
-        self._stored = stored
-        self._shards = tuple(shards)
+        empty = {key for key, shape in stored.items() if 0 in shape}
+        found = unwrap_names((key for key in stored if key not in empty), file=path.name)
+        self.notes = (*notes, *found.notes)
+        self.markers = frozenset(key.removeprefix("module.") for key in empty)
+        shapes = {name: stored[key] for key, name in found.names.items()}
+        self._types = {name: types[key] for key, name in found.names.items()}
+        self._scales = _scales(path, shapes, self._types)
+        beside_weights = {*self._scales.values(), *(name for name in shapes if _is_beside(name, self._types))}
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in beside_weights}
+        self._names = dict(found.names)
+        for name in self.shapes:
+            check_weight_type(path.name, name, self._types[name])
+        for name in shapes:
+            if name.endswith(".comfy_quant"):
+                self._check_note(name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors as stored (mapped from the file where the format allows it)."""
-        if self._shards:
-            return {name: tensor for shard in self._shards for name, tensor in shard.tensors().items()}
-        if self._stored is not None:
-            return dict(self._stored)
-        require("torch", f"the checkpoint {self.path.name}")
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """The tensors as stored (mapped from the file where the format allows it), 8-bit floats as float16 or float32.
 
-        try:
-            return {_plain(name): tensor for name, tensor in load_file(self.path).items()}
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise BadCheckpoint(
-                f"{self.path.name} can't be loaded: {first_line(error)}", hint="download or copy it again"
-            ) from None
+        Raises ``BadCheckpoint``.
+        """
+        stored = {
+            self._names[key]: t for file in self._files for key, t in file.tensors().items() if key in self._names
+        }
+        return {name: _decoded(stored[name], self._scale(name, stored)) for name in self.shapes}
 
     def values(self, name: str) -> NDArray[np.float64]:
         """One small tensor of ordinary floats; of a ``.safetensors`` file read without torch."""
         return self.arrays()[name]().astype(np.float64)
 
-    def arrays(self) -> dict[str, Callable[[], NDArray[np.floating[Any]]]]:
+    def arrays(self) -> dict[str, Callable[[], Numbers]]:
         """The tensors as functions that read one, in float32 (float64 stays); ``.safetensors`` ones without torch.
 
         The file is mapped, so that it may be deleted or replaced before they are read.
         """
-        if self._shards:
-            return {name: read for shard in self._shards for name, read in shard.arrays().items()}
-        if self._stored is None:
-            entries = {_plain(key): entry for key, entry in read_safetensors_header(self.path).items()}
-            if all(entry.dtype in _FLOATS for entry in entries.values()):
-                content = np.memmap(self.path, np.uint8, "r")
-                return {name: partial(_floats, content, entry) for name, entry in entries.items()}
-        return {name: partial(_to_numpy, tensor) for name, tensor in self.tensors().items()}
+        readers = self._readers()
+        return {
+            name: partial(_scaled, readers[name], readers[self._scales[name]])
+            if name in self._scales
+            else readers[name]
+            for name in self.shapes
+        }
+
+    def _readers(self) -> dict[str, Callable[[], Numbers]]:
+        found = ((key, read) for file in self._files for key, read in file.readers().items())
+        return {self._names[key]: read for key, read in found if key in self._names}
+
+    def _scale(self, name: str, stored: Mapping[str, Tensor]) -> Tensor | None:
+        return stored[self._scales[name]] if name in self._scales else None
+
+    def _check_note(self, name: str) -> None:
+        """Raises ``BadCheckpoint`` unless ComfyUI's note ``name`` says that the layer's weight is 8-bit floats."""
+        text = self._readers()[name]().astype(np.uint8).tobytes()
+        try:
+            noted = msgspec.convert(decode_json(text), _Quantised).format
+        except ValueError:
+            noted = text[:200].decode(errors="replace")
+        if not is_eight_bit_float(noted):
+            raise BadCheckpoint(
+                f"{self.path.name}: {name!r} says that its layer is quantised: {noted}; allowed are float8_e4m3fn and "
+                "float8_e5m2",
+                hint="give the weights in float16, bfloat16 or float32",
+            )
+
+
+class _Safetensors:
+    def __init__(self, path: Path, entries: Mapping[str, SafetensorsEntry]) -> None:
+        self._path = path
+        self._entries = entries
+        self.shapes = {name: entry.shape for name, entry in entries.items()}
+        self.types = {name: TYPES[entry.dtype] for name, entry in entries.items()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        require("torch", f"the checkpoint {self._path.name}")
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self._path)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise BadCheckpoint(f"{self._path.name} can't be loaded: {first_line(error)}", hint=_AGAIN) from None
+
+    def readers(self) -> Mapping[str, Callable[[], Numbers]]:
+        content = np.memmap(self._path, np.uint8, "r")
+        return {name: partial(self._read, content, name) for name in self._entries}
+
+    def _read(self, content: NDArray[np.uint8], name: str) -> Numbers:
+        entry = self._entries[name]
+        found = from_bytes(content[entry.start : entry.start + entry.length], self.types[name], entry.shape)
+        if found is None:
+            raise _no_floats(self._path.name, name, self.types[name])
+        return found
+
+
+class _Pickled:
+    def __init__(self, path: Path, stored: Mapping[str, Tensor]) -> None:
+        self._path = path
+        self._stored = stored
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        self.types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in stored.items()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._stored
+
+    def readers(self) -> Mapping[str, Callable[[], Numbers]]:
+        return {name: partial(self._read, name) for name in self._stored}
+
+    def _read(self, name: str) -> Numbers:
+        import torch
+
+        tensor = self._stored[name]
+        if tensor.is_complex() or tensor.is_quantized:
+            raise _no_floats(self._path.name, name, self.types[name])
+        kept = tensor if tensor.dtype == torch.float64 else tensor.float()
+        found: Numbers = kept.detach().numpy()
+        return found
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads names and shapes. A dict nested under ``ema``, ``model`` or ``state_dict`` is unwrapped and the ``module.``
-    of data-parallel training is dropped. Raises ``BadCheckpoint`` for a file that is missing, damaged, of another
-    kind, or that carries code.
+    """Reads names and shapes, under the names that the model itself has.
+
+    Of several state dicts in a training state, and of several models in one, a moving average is taken before the
+    weights that it was made of; ``notes`` say so. Raises ``BadCheckpoint`` for a file that is missing, damaged, of
+    another kind, or that carries code, and for weights that are not floats.
     """
     if not path.is_file():
         raise BadCheckpoint(
@@ -155,18 +220,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     if path.name.endswith(".json") and ".index." in path.name:
         return _sharded(path)
+    file, more = _open(path)
+    return Checkpoint(path, [file], **more)
+
+
+def _open(path: Path) -> tuple[_File, dict[str, Any]]:
+    """The file, and what it says beside its tensors: keywords of ``Checkpoint``."""
     if path.suffix == ".safetensors":
-        entries, metadata = _safetensors(path)
-        shapes = {_plain(name): entry.shape for name, entry in entries.items()}
-        return Checkpoint(path, shapes, None, metadata=metadata)
+        entries, metadata = read_header_and_metadata(path)
+        return _Safetensors(path, entries), {"metadata": metadata}
     if path.suffix not in PICKLED:
         raise BadCheckpoint(
             f"checkpoint {path.name} has the ending {path.suffix!r}; known are .safetensors, {', '.join(PICKLED)}",
             hint="rename it if it is one of those formats, or give a diffusers folder",
         )
-    beside: dict[str, object] = {}
-    stored = _unwrap(path, _load_pickled(path), beside)
-    return Checkpoint(path, {name: tuple(tensor.shape) for name, tensor in stored.items()}, stored, beside=beside)
+    stored = read_pickled(path)
+    return _Pickled(path, stored.tensors), {"beside": stored.beside, "notes": stored.notes}
 
 
 def read_index(path: Path) -> tuple[Path, ...]:
@@ -185,201 +254,79 @@ def _weight_map(path: Path) -> dict[str, str]:
     try:
         found = msgspec.convert(read_json(path, VOCABULARY_BYTES), _Index).weight_map
     except (OSError, ValueError) as error:
-        raise BadCheckpoint(
-            f"{path} lists no files (no weight_map): {error}", hint="download or copy it again"
-        ) from None
+        raise BadCheckpoint(f"{path} lists no files (no weight_map): {error}", hint=_AGAIN) from None
     if not found:
-        raise BadCheckpoint(f"{path} lists no files (no weight_map)", hint="download or copy it again")
+        raise BadCheckpoint(f"{path} lists no files (no weight_map)", hint=_AGAIN)
     return found
 
 
 def _sharded(path: Path) -> Checkpoint:
-    shards = [read_checkpoint(part) for part in read_index(path)]
-    shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
-    shapes |= {name: (0,) for shard in shards for name in shard.markers}
-    missing = [name for name in map(_plain, _weight_map(path)) if name not in shapes]
+    opened = [_open(part) for part in read_index(path)]
+    held = {name for file, _ in opened for name in file.shapes}
+    missing = [name for name in _weight_map(path) if name not in held]
     if missing:
         raise BadCheckpoint(
             f"{path.name} lists {missing[0]}, which none of its files holds (of {len(missing)} such tensors)",
             hint="download or copy the index and all its files from one model",
         )
-    metadata = {key: value for shard in shards for key, value in shard.metadata.items()}
-    return Checkpoint(path, shapes, None, shards, metadata=metadata)
+    metadata = {key: value for _, more in opened for key, value in more.get("metadata", {}).items()}
+    return Checkpoint(path, [file for file, _ in opened], metadata=metadata)
 
 
-def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
-    """The tensors of a ``.safetensors`` file and where their bytes lie. Raises ``BadCheckpoint`` when it is damaged.
-
-    The rules are the format's: the tensors' bytes follow each other without a hole, each as many as its shape and type
-    need, to the end of the file.
-    """
-    return _safetensors(path)[0]
-
-
-def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """What the writer of a ``.safetensors`` file noted beside the tensors. Raises ``BadCheckpoint``."""
-    return _safetensors(path)[1]
+def _is_beside(name: str, types: Mapping[str, str]) -> bool:
+    """Whether a tensor is none of the model's, but says how its 8-bit floats are computed with."""
+    if name.rpartition(".")[2] == _MARKER:
+        return True
+    layer = next((name.removesuffix(end) for end in _UNUSED if name.endswith(end)), None)
+    return layer is not None and f"{layer}.weight" in types
 
 
-def _safetensors(path: Path) -> tuple[dict[str, SafetensorsEntry], dict[str, str]]:
-    try:
-        with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, _HEADER_BYTES):
-                raise ValueError(f"its header would be {length:,} bytes of {size:,}; allowed are {_HEADER_BYTES:,}")
-            header = decode_json(stream.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        noted = header.pop("__metadata__", None)
-        metadata = msgspec.convert({} if noted is None else noted, dict[str, str])
-        entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
-        end = 8 + length
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].length)):
-            if entry.start != end:
-                raise ValueError(f"{_shown(name)} begins at byte {entry.start:,}, where the one before ends at {end:,}")
-            end += entry.length
-        if end != size:
-            raise ValueError(f"it has {size:,} bytes, its header promises {end:,}")
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(
-            f"{path.name} is not a whole safetensors file: {_guess(path) or error}", hint="download or copy it again"
-        ) from None
-    return entries, metadata
-
-
-def _entry(name: str, value: object, base: int) -> SafetensorsEntry:
-    try:
-        entry = msgspec.convert(value, _Entry)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"the entry of {_shown(name)} is wrong: {error}") from None
-    begin, end = entry.data_offsets
-    if (bits := _BITS.get(entry.dtype)) is None:
-        raise ValueError(f"{_shown(name)} is of the unknown type {_shown(entry.dtype)}")
-    if end - begin != (needs := math.prod(entry.shape) * bits // 8):
-        shape = "x".join(map(str, entry.shape)) or "1"
-        raise ValueError(f"{_shown(name)} is {entry.dtype} {shape}, {needs:,} bytes, and has {end - begin:,}")
-    return SafetensorsEntry(entry.dtype, entry.shape, base + begin, end - begin)
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 80 else f"{name[:77]}...")
-
-
-def _floats(content: NDArray[np.uint8], entry: SafetensorsEntry) -> NDArray[np.floating[Any]]:
-    bits = content[entry.start : entry.start + entry.length].view(_FLOATS[entry.dtype]).reshape(entry.shape)
-    if entry.dtype == "BF16":  # the upper half of a float32
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.astype(np.float64 if entry.dtype == "F64" else np.float32)
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[np.floating[Any]]:
-    import torch
-
-    kept = tensor if tensor.dtype == torch.float64 else tensor.float()
-    found: NDArray[np.floating[Any]] = kept.numpy()
+def _scales(path: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> dict[str, str]:
+    """Weight -> the tensor that it is multiplied with: one number, or one for each row. Raises ``BadCheckpoint``."""
+    found = {}
+    for name, shape in shapes.items():
+        layer, dot, kind = name.rpartition(".")
+        weight = f"{layer}.weight"
+        if weight not in shapes or not is_eight_bit_float(types[weight]):
+            continue
+        if f"{dot}{kind}" not in _SCALES:
+            if "scale" in kind and f"{dot}{kind}" not in _UNUSED:
+                raise _unknown_scale(path, weight, name, shape, types[weight])
+            continue
+        if shape not in ((), (1,) * len(shape)) and (
+            shape[0] != shapes[weight][0] or any(side != 1 for side in shape[1:])
+        ):
+            raise _unknown_scale(path, weight, name, shape, types[weight])
+        found[weight] = name
     return found
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("module.")
+def _unknown_scale(path: Path, weight: str, scale: str, shape: tuple[int, ...], dtype: str) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{path.name}: {weight!r} is stored as {dtype} and {scale!r} of shape {list(shape)}; allowed is one scale "
+        "(scale_weight or weight_scale), or one for each row",
+        hint="give the weights in float16, bfloat16 or float32",
+    )
 
 
-def _load_pickled(path: Path) -> object:
-    torch = require("torch", f"the checkpoint {path.name} (only .safetensors can be inspected without)")
-    kind = _guess(path)
-    if kind is not None:
-        raise BadCheckpoint(f"{path.name} is not a PyTorch checkpoint: {kind}", hint="download or copy it again")
-    # The published DiT training states hold their command line as a Namespace, which is data and runs nothing.
-    allowed = torch.serialization.safe_globals([argparse.Namespace])
-    try:
-        with open_regular(path) as stream:
-            zipped = stream.read(2) == b"PK"
-        with allowed, silence_output():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
-        if found:
-            problem = f"holds more than tensors and was not loaded, since that could run code: it names {found[1]}"
-        else:
-            problem = "is damaged, or holds more than tensors; it was not loaded"
-        raise BadCheckpoint(f"{path.name} {problem}", hint=_SAFETENSORS_HINT) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadCheckpoint(f"{path.name} is damaged: {reason}", hint="download or copy it again") from None
-
-
-def _unwrap(path: Path, data: object, beside: dict[str, object]) -> dict[str, Tensor]:
-    """The state dict in ``data``; the plain values on the way to it are added to ``beside``, the outer ones first."""
-    from torch import Tensor
-
-    for _ in range(2):  # {"ema": {...}}, and the same once more inside
-        if not isinstance(data, Mapping):
-            break
-        _add_plain(data, beside)
-        nested = next((data[key] for key in _NESTED if isinstance(data.get(key), Mapping)), None)
-        if nested is None:
-            break
-        data = nested
-    tensors = {_plain(str(k)): v for k, v in data.items() if isinstance(v, Tensor)} if isinstance(data, Mapping) else {}
-    if not tensors:
-        held = ", ".join(map(str, list(data)[:5])) if isinstance(data, Mapping) else type(data).__name__
-        raise BadCheckpoint(
-            f"{path.name} holds no state dict: no tensors at the top or under {', '.join(_NESTED)}; it has: {held}",
-            hint=f"save the model's own state dict; {_SAFETENSORS_HINT}",
-        )
-    for name, tensor in tensors.items():
-        _check_whole(path, name, tensor)
-    return tensors
-
-
-def _add_plain(data: Mapping[Any, object], beside: dict[str, object]) -> None:
-    left = iter(range(_MOST_BESIDE))  # a pickle of a few lines may hold a list of itself, thousands of times
-    for key, value in data.items():
-        if (plain := _plain_value(value, left)) is not None:
-            beside.setdefault(str(key), plain)
-
-
-def _plain_value(value: object, left: Iterator[int], depth: int = 4) -> object:
-    """A number or text, or the ones in a list, dictionary or namespace; ``None`` where there are none."""
-    if next(left, None) is None:
-        return None
-    if isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if depth == 0 or not isinstance(value, Mapping | list | tuple):
-        return None
-    if not isinstance(value, Mapping):
-        return [plain for item in value if (plain := _plain_value(item, left, depth - 1)) is not None] or None
-    items = ((str(key), _plain_value(item, left, depth - 1)) for key, item in value.items())
-    return {key: plain for key, plain in items if plain is not None} or None
-
-
-def _check_whole(path: Path, name: str, tensor: Tensor) -> None:
-    """Raises ``BadCheckpoint`` for a tensor that is larger than the memory that it shows: sparse, or repeated."""
+def _decoded(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """8-bit floats, which have hardly an operation, as float16, which has all their numbers; in float32 when scaled."""
     import torch
 
-    held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided and tensor.device.type == "cpu" else -1
-    if held < tensor.numel() * tensor.element_size():
-        raise BadCheckpoint(
-            f"{path.name}: {_shown(name)} is {'x'.join(map(str, tensor.shape))} of {tensor.dtype}, and the file does "
-            "not hold that many numbers",
-            hint="save it with tensor.contiguous()",
-        )
+    if not is_eight_bit_float(str(tensor.dtype).removeprefix("torch.")):
+        return tensor
+    if scale is None:
+        return tensor.to(torch.float16)
+    return tensor.float() * scale.float().reshape(-1, *(1,) * (tensor.ndim - 1))
 
 
-def _guess(path: Path) -> str | None:
-    """What a file is that should have been tensors, where its first bytes tell."""
-    try:
-        with open_regular(path) as stream:
-            head = stream.read(64)
-    except OSError:
-        return None
-    if not head:
-        return "it is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer, the weights themselves were not downloaded (git lfs pull)"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "it is an HTML page, probably the answer of a download that failed"
-    return None
+def _scaled(read: Callable[[], Numbers], scale: Callable[[], Numbers]) -> Numbers:
+    value = read()
+    return value * scale().reshape(-1, *(1,) * (value.ndim - 1)).astype(value.dtype)
+
+
+def _no_floats(file: str, name: str, dtype: str) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{file}: {name[:200]!r} is stored as {dtype}; wanted are real numbers of 8 bits or more",
+        hint="save it in float32",
+    )

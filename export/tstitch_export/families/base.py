@@ -58,7 +58,8 @@ class Inspection:
     """What a checkpoint says about itself before any weight is read.
 
     ``layout``: how the family stores the model. ``files``: all that the network is made from, LoRAs too, the weights
-    last. ``packages``: those whose version decides what is exported, besides the exporter's own.
+    last. ``packages``: those whose version decides what is exported, besides the exporter's own. ``notes`` say in words
+    what was taken of several things in a file.
 
     Of a denoiser: ``latent`` is ``(channels, height, width)``, native sizes where they are dynamic; ``labels`` counts
     the rows of the label table, the last of which is the null class where there is one (``null_class``); ``noise``,
@@ -87,6 +88,7 @@ class Inspection:
     inpaints: bool = False
     packages: tuple[str, ...] = ()
     loras: tuple[LoraUse, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def libraries(self) -> tuple[str, ...]:

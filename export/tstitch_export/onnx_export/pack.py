@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BuildFailed
 from tstitch_engines.needs import require
-from tstitch_export.checkpoint.checkpoint import read_safetensors_header
+from tstitch_export.checkpoint.safetensors_file import read_safetensors_header
 
 __all__ = ["refer_to_safetensors", "store_half"]
 

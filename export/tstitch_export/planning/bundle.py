@@ -11,6 +11,7 @@ import msgspec
 from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import Range
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.options import split_options
@@ -95,7 +96,7 @@ def plan_bundle(
         base=base,
         members=plans,
         parts=beside,
-        conventions=replace(conventions, notes=(*left_out, *conventions.notes)),
+        conventions=replace(conventions, notes=(*_of_files([*plans, *beside.values()]), *left_out, *conventions.notes)),
         options=settings,
     )
 
@@ -121,3 +122,12 @@ def _of_checkpoints(recipe: Recipe, members: Sequence[NetworkPlan]) -> Recipe:
         guided_channels=guided if guided is not None and guided < channels else None,
     )
     return msgspec.structs.replace(recipe, latent=latent, conditioning=conditioning, defaults=defaults)
+
+
+def _of_files(plans: Sequence[NetworkPlan]) -> tuple[str, ...]:
+    """What was taken of files that hold more than one model; once for a file that several networks are read from."""
+    notes = []
+    for plan in plans:
+        weights = plan.inspection.files[-1]
+        notes += [f"{weights.name}: {note}" for note in (*read_checkpoint(weights).notes, *plan.inspection.notes)]
+    return tuple(dict.fromkeys(notes))

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.checkpoint import read_checkpoint, read_safetensors_header
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.safetensors_file import read_safetensors_header
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

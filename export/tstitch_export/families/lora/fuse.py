@@ -21,12 +21,9 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.read import decode_json
 from tstitch_engines.errors import BadCheckpoint, BadInput
-from tstitch_export.checkpoint.checkpoint import (
-    read_checkpoint,
-    read_safetensors_header,
-    read_safetensors_metadata,
-)
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import read_json
+from tstitch_export.checkpoint.safetensors_file import read_safetensors_header, read_safetensors_metadata
 from tstitch_export.checkpoint.signatures import Shapes
 from tstitch_export.families.base import LoraTarget, LoraUse
 from tstitch_export.families.lora.keys import LoraLayer, lora_layers, lora_looks_like

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,6 @@ def test_bad_files(tmp_path: Path) -> None:
     save_file(state, path)
     with pytest.raises(BadCheckpoint, match=r"out\.2\.weight holds NaN or infinity"):
         LDM.load(LDM.inspect(path, TINY))
-    torch.save({"state_dict": load_file(path), "callbacks": tmp_path}, tmp_path / "model.ckpt")
+    torch.save({"state_dict": load_file(path), "callbacks": os.getcwd}, tmp_path / "model.ckpt")
     with pytest.raises(BadCheckpoint, match="could run code"):
         LDM.inspect(tmp_path / "model.ckpt", TINY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,6 @@ def test_bad_files(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(BadCheckpoint, match=r"mid_block\.mlp\.fc1\.weight holds NaN"):
         UVIT.load(UVIT.inspect(tmp_path / "model.safetensors", TINY))
-    torch.save({**uvit_model().state_dict(), "config": tmp_path}, tmp_path / "model.pth")
+    torch.save({**uvit_model().state_dict(), "config": os.getcwd}, tmp_path / "model.pth")
     with pytest.raises(BadCheckpoint, match="could run code"):
         UVIT.inspect(tmp_path / "model.pth", TINY)
