@@ -2,16 +2,20 @@
 
 A text longer than an encoder's 75 tokens goes through it in chunks, each with its own begin and end; the hidden states
 are joined, so that nothing is cut off. There is no syntax for weights: brackets and colons are text like any other.
+
+A textual inversion (arXiv 2208.01618) of several vectors has a token for each: ``<cat>``, ``<cat>_1``, ``<cat>_2``...
+Its first stands for all of them, as in diffusers' pipelines.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +23,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Network
 from tstitch_engines.bundle.read import VOCABULARY_BYTES, decode_json, read_bounded
-from tstitch_engines.errors import BadBundle, first_line
+from tstitch_engines.errors import BadBundle, BadInput, first_line
 from tstitch_engines.needs import require
 from tstitch_trt.request.text import Encoded
 from tstitch_trt.runtime.component import Component
@@ -29,6 +33,8 @@ __all__ = ["TextEncoder", "TextEncoders", "TokenLayout", "open_tokenizer"]
 _log = logging.getLogger(__name__)
 
 Ids = NDArray[np.int64]
+
+_LONGEST: Final = 200_000  # characters of a prompt whose textual inversions are written out
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,17 @@ def _config_number(network: Network, key: str, low: int, high: int, default: int
     return value
 
 
+def inversions(tokenizer: Any) -> dict[str, str]:
+    """The first token of each textual inversion with several -> all of them, with blanks between."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    found: dict[str, str] = {}
+    for first in sorted(added, key=len, reverse=True):
+        others = list(itertools.takewhile(added.__contains__, (f"{first}_{number}" for number in itertools.count(1))))
+        if others:
+            found[first] = " ".join([first, *others])
+    return found
+
+
 class TextEncoder:
     """One text encoder with its tokenizer, which is opened with the first text."""
 
@@ -104,6 +121,7 @@ class TextEncoder:
         self._part = part
         self._path = tokenizer
         self._tokenizer: Any = None
+        self._inversions: Mapping[str, str] = {}
         self.layout = TokenLayout.of(part.network)
         self._known = _config_number(part.network, "vocabulary", 1, 1 << 24, default=1 << 24)
 
@@ -111,14 +129,22 @@ class TextEncoder:
         """The tokens of the text alone, without begin and end."""
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self._path)
-        with _as_bad_bundle(f"{self._path} can't read the text"):
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            self._inversions = inversions(self._tokenizer)
+        read = self._read(text)
+        here = [first for first in self._inversions if first in read.tokens]
+        for first in here:
+            text = _replaced(text, first, self._inversions[first])
+        ids: list[int] = (self._read(text) if here else read).ids
         if max(ids, default=0) >= self._known:
             raise BadBundle(
                 f"{self._path} has the token {max(ids)}, and the text encoder knows {self._known}",
                 hint="build the bundle again",
             )
         return ids
+
+    def _read(self, text: str) -> Any:
+        with _as_bad_bundle(f"{self._path} can't read the text"):
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode(self, requests: Sequence[Ids]) -> list[Encoded]:
         """Each int64 ``[N, k, tokens]`` -> hidden float32 ``[N, k tokens, D]`` and pooled ``[N, E]`` of first chunks.
@@ -138,6 +164,18 @@ class TextEncoder:
             states = hidden[own].reshape(count, chunks * tokens, -1)
             encoded.append((states, None if pooled is None else pooled[own[:, 0]]))
         return encoded
+
+
+def _replaced(text: str, first: str, every: str) -> str:
+    """Raises ``BadInput`` for a text that becomes absurdly long."""
+    length = len(text) + text.count(first) * (len(every) - len(first))
+    if length > _LONGEST:
+        raise BadInput(
+            f"the prompt has {first!r}, a textual inversion of many vectors, so often that it becomes {length:,} "
+            f"characters long; allowed are {_LONGEST:,}",
+            hint="use it once",
+        )
+    return text.replace(first, every)
 
 
 class TextEncoders:
