@@ -50,5 +50,5 @@ def test_several_vectors_are_several_tokens(trained: tuple[Any, TextEncoder], te
 
 def test_a_prompt_that_would_become_absurdly_long(trained: tuple[Any, TextEncoder], monkeypatch: Any) -> None:
     monkeypatch.setattr("tstitch_trt.runtime.text_encoder._LONGEST", 30)
-    with pytest.raises(BadInput, match="'<cat>', a textual inversion of many vectors, so often that it becomes 41"):
+    with pytest.raises(BadInput, match="'<cat>', a textual inversion of many vectors, so often that it becomes 43"):
         trained[1].tokens("<cat> <cat>")
