@@ -266,7 +266,10 @@ def test_what_can_not_be_honoured_is_refused(accelerated: Any, asked: dict[str, 
 
 
 def test_a_scheduler_for_other_noise_is_refused(accelerated: Any) -> None:
-    for changes, what in (({"prediction_type": "v_prediction"}, "is for v models"), ({"beta_end": 0.02}, "beta_end")):
+    for changes, what in (
+        ({"prediction_type": "v_prediction"}, "is for v models"),
+        ({"beta_end": 0.02}, r"beta 0\.00085 to 0\.02;"),
+    ):
         accelerated.scheduler = scheduler("ddim", **changes)
         with pytest.raises(BadInput, match=what):
             accelerated(**SD)
