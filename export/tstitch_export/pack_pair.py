@@ -4,8 +4,8 @@
         --quality runs/classifier --out export/tstitch_export/pairs/fashion
 
 Writes for each member ``NAME.safetensors`` (weights rounded to float16), ``NAME.onnx`` (a graph that computes in
-float32 and reads its weights out of that file) and ``NAME.json`` (the record that ``build`` reads). Members that are
-not named stay as they are.
+float32 and reads its weights out of that file) and ``NAME.json`` (the record that ``build`` reads); graph and record in
+half precision are ``NAME.fp16.onnx``, ``NAME.bf16.json`` and so on. Members that are not named stay as they are.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import tempfile
 from pathlib import Path
 
 from tstitch_engines.bundle.files import describe_file
-from tstitch_engines.bundle.manifest import Member, Source
+from tstitch_engines.bundle.manifest import Member, Precision, Source
 from tstitch_engines.errors import BuildFailed, TStitchError
 from tstitch_engines.needs import require
 from tstitch_engines.progress import silent
 from tstitch_export.build import versions_of
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
+from tstitch_export.families.base import TORCH_NAMES
 from tstitch_export.onnx_export.exporter import GRAPH, check_graph, export_onnx
 from tstitch_export.onnx_export.graph import validate
 from tstitch_export.onnx_export.pack import refer_to_safetensors
@@ -36,36 +37,40 @@ LIMIT = 12_000_000  # bytes that the whole pair may take in the repository
 _BUFFERS = ("pos_embed",)  # computed tables, small: kept in float32
 
 
-def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) -> ShippedMember:
-    """Packs one member into ``out`` and returns its record. Raises what the export raises."""
+def pack_member(name: str, recipe: MemberRecipe, checkpoint: Path, out: Path) -> dict[Precision, ShippedMember]:
+    """Packs one member into ``out`` and returns its records. Raises what the export raises."""
     weights = out / f"{name}.safetensors"
     _round_weights(checkpoint, weights)
+    return {precision: _pack_graph(name, recipe, weights, precision) for precision in TORCH_NAMES}
+
+
+def _pack_graph(name: str, recipe: MemberRecipe, weights: Path, precision: Precision) -> ShippedMember:
     family = open_family(recipe.family)
     inspection = family.inspect(weights, recipe.options)
     onnx = require("onnx", "packing a pair")
-    graph = out / f"{name}.onnx"
+    graph = weights.with_name(f"{name}.onnx" if precision == "fp32" else f"{name}.{precision}.onnx")
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(family, inspection, precision="fp32", folder=Path(folder), progress=silent)
+        export_onnx(family, inspection, precision=precision, folder=Path(folder), progress=silent)
         model = onnx.load(Path(folder) / GRAPH)
     refer_to_safetensors(model, weights)
     graph.write_bytes(model.SerializeToString(deterministic=True))
-    inputs, outputs = family.inputs(inspection, "fp32"), family.outputs(inspection, "fp32")
+    inputs, outputs = family.inputs(inspection, precision), family.outputs(inspection, precision)
     validate(graph, inputs=inputs, outputs=outputs)
     stored = describe_file(weights)
     member = Member(
         family=recipe.family,
         parametrisation=recipe.parametrisation,
-        precision="fp32",
+        precision=precision,
         learned_variance=inspection.learned_variance,
         inputs=inputs,
         outputs=outputs,
         onnx=(describe_file(graph), stored),
         sources=(Source(name=stored.path, sha256=stored.sha256, bytes=stored.bytes, shipped=True),),
-        check=check_graph(graph, family, inspection, "fp32"),
+        check=check_graph(graph, family, inspection, precision),
         config=dict(inspection.config),
     )
     record = ShippedMember(member=member, versions=versions_of(inspection.libraries))
-    write_shipped(out / f"{name}.json", record)
+    write_shipped(graph.with_suffix(".json"), record)
     return record
 
 
@@ -99,9 +104,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, member in recipe.members.items():
             checkpoint: Path | None = getattr(args, name)
             if checkpoint is not None:
-                check = pack_member(name, member, checkpoint, args.out).member.check
-                assert check is not None
-                sys.stdout.write(f"{name}: packed, equals PyTorch within {check.rel_l2:.1e}\n")
+                for precision, record in pack_member(name, member, checkpoint, args.out).items():
+                    check = record.member.check
+                    assert check is not None
+                    sys.stdout.write(f"{name}: packed in {precision}, equals PyTorch within {check.rel_l2:.1e}\n")
     except TStitchError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -15,7 +15,9 @@ from tstitch_export.checkpoint.safetensors_file import read_safetensors_header
 
 __all__ = ["refer_to_safetensors", "store_half"]
 
-_FLOAT, _HALF = 1, 10  # onnx.TensorProto element types
+_FLOAT, _HALF, _BFLOAT = 1, 10, 16  # onnx.TensorProto element types
+_REAL: Final = (_FLOAT, _HALF, _BFLOAT)
+_Key = tuple[tuple[int, ...], bytes]
 _SMALL: Final = 64  # elements up to which a tensor stays in the graph
 
 
@@ -34,24 +36,23 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
     """Drops the graph's own copy of its weights: they are read from the safetensors file beside it.
 
     A safetensors file is raw little-endian data, which ONNX external data may point into. Each large initialiser is
-    found in the file by value, as it is or transposed, and gets a Cast to float32 (and a Transpose), which a compiler
-    folds so that its engine needs no other file. float32 tables stay in the graph: with nothing to fold, the engine
-    would go on referring to the file. Raises ``BuildFailed`` when a weight is not in the file.
+    found in the file by value, rounded to the graph's type, as it is or transposed. It gets a Cast to that type (and a
+    Transpose), which a compiler folds. float32 tables stay in the graph. Raises ``BuildFailed`` when a weight is not in
+    the file.
     """
     from safetensors.numpy import load_file
 
     onnx = require("onnx", "packing a graph")
     loaded: Mapping[str, NDArray[Any]] = load_file(weights)
-    tensors = {name: value for name, value in loaded.items() if value.dtype == np.float16}
-    tables = {_fingerprint(value) for value in loaded.values() if value.dtype == np.float32}
-    as_is = {_fingerprint(value): name for name, value in tensors.items()}
-    flipped = {_fingerprint(value.T): name for name, value in tensors.items() if value.ndim == 2}
     header = read_safetensors_header(weights)
     graph = model.graph
     stored: dict[str, Any] = {}
+    known: dict[int, tuple[dict[_Key, str], dict[_Key, str], set[_Key]]] = {}
     for tensor in list(graph.initializer):
-        if tensor.data_type != _FLOAT or np.prod(tensor.dims) <= _SMALL:
+        if tensor.data_type not in _REAL or np.prod(tensor.dims) <= _SMALL:
             continue
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        as_is, flipped, tables = known.setdefault(tensor.data_type, _by_value(loaded, kind))
         key = _fingerprint(onnx.numpy_helper.to_array(tensor))
         name = as_is.get(key) or flipped.get(key)
         if name is None:
@@ -74,6 +75,17 @@ def refer_to_safetensors(model: Any, weights: Path) -> None:
         _replace(graph, tensor, external, transposed=key not in as_is)
 
 
+def _by_value(
+    loaded: Mapping[str, NDArray[Any]], kind: np.dtype[Any]
+) -> tuple[dict[_Key, str], dict[_Key, str], set[_Key]]:
+    """Names of the float16 tensors by their values in the type ``kind`` and by those transposed; float32 tables."""
+    rounded = {name: value.astype(kind) for name, value in loaded.items()}
+    halves = {name: value for name, value in rounded.items() if loaded[name].dtype == np.float16}
+    tables = {_fingerprint(value) for name, value in rounded.items() if loaded[name].dtype == np.float32}
+    flipped = {_fingerprint(value.T): name for name, value in halves.items() if value.ndim == 2}
+    return {_fingerprint(value): name for name, value in halves.items()}, flipped, tables
+
+
 def _replace(graph: Any, tensor: Any, stored: Any, *, transposed: bool) -> None:
     """Puts ``stored`` (shared ones once) and the nodes that turn it into what ``tensor`` was."""
     onnx = require("onnx", "packing a graph")
@@ -84,10 +96,10 @@ def _replace(graph: Any, tensor: Any, stored: Any, *, transposed: bool) -> None:
     if transposed:
         nodes.append(onnx.helper.make_node("Transpose", [source], [f"{tensor.name}.transposed"], perm=[1, 0]))
         source = f"{tensor.name}.transposed"
-    nodes.append(onnx.helper.make_node("Cast", [source], [tensor.name], to=_FLOAT))
+    nodes.append(onnx.helper.make_node("Cast", [source], [tensor.name], to=tensor.data_type))
     for position, node in enumerate(nodes):
         graph.node.insert(position, node)
 
 
-def _fingerprint(values: NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+def _fingerprint(values: NDArray[Any]) -> _Key:
     return values.shape, np.ascontiguousarray(values, np.float32).tobytes()

@@ -129,9 +129,9 @@ def plan_member(
         if given is None or not part.options or options:
             raise
         plan = _plan(name, part, path, part.options, precision, path.name)
-    if given is not None or part.shipped is None or precision != "fp32" or options:
+    if given is not None or precision not in part.shipped or options:
         return plan
-    record = base / part.shipped
+    record = base / part.shipped[precision]
     return replace(plan, shipped=read_shipped(record), folder=record.parent)
 
 

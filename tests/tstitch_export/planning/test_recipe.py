@@ -23,7 +23,7 @@ def test_shipped_recipes_decode() -> None:
         assert recipe.name == name
         assert recipe.description
         for member in recipe.members.values():
-            for path in (member.checkpoint, member.shipped):
+            for path in (member.checkpoint, *member.shipped.values()):
                 assert path is None or (folder / path).is_file()
 
 
