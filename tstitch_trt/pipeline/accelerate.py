@@ -245,7 +245,7 @@ def _key(scheduler: Any, modules: Mapping[str, Any], small: Any, recipe: str, se
             "recipe": recipe,
             "small": path_hash(small) if isinstance(small, Path) else module_hash(small),
             "parts": {name: module_hash(module) for name, module in modules.items()},
-            "trained": {"noise": str(noise), "prediction": prediction},
+            "trained": {"noise": noise, "prediction": prediction},
             "settings": {key: str(value) for key, value in settings.items()},
             "versions": versions_of(("tstitch-trt", "torch", "diffusers", "onnx", "onnxscript")),
         }

@@ -29,6 +29,7 @@ _BETAS: dict[str, Callable[[NoiseScheduleSpec], Array]] = {
     "linear": lambda spec: np.linspace(spec.beta_start, spec.beta_end, spec.steps),
     "scaled-linear": lambda spec: np.linspace(math.sqrt(spec.beta_start), math.sqrt(spec.beta_end), spec.steps) ** 2,
     "squared-cosine": _squared_cosine,
+    "betas": lambda spec: np.array(spec.betas),
 }
 NOISE_KINDS = tuple(_BETAS)
 
@@ -86,7 +87,7 @@ class NoiseSchedule:
     @staticmethod
     def from_spec(spec: NoiseScheduleSpec) -> NoiseSchedule:
         """The schedule of a manifest. Linear: arXiv 2006.11239, section 4; scaled-linear: latent diffusion, linear in
-        the square root of beta; squared-cosine: arXiv 2102.09672, eq. 17. Raises ``BadInput``."""
+        the square root of beta; squared-cosine: arXiv 2102.09672, eq. 17; betas: as given. Raises ``BadInput``."""
         make = _BETAS.get(spec.kind)
         if make is None:
             raise unknown_name("noise schedule", spec.kind, NOISE_KINDS)
@@ -95,7 +96,7 @@ class NoiseSchedule:
                 f"a noise schedule of {spec.steps} timesteps; allowed is 1 or more",
                 hint="set noise.steps to the number of timesteps the model was trained with, e.g. 1000",
             )
-        if spec.kind != "squared-cosine" and not 0 < spec.beta_start <= spec.beta_end < 1:
+        if spec.kind in ("linear", "scaled-linear") and not 0 < spec.beta_start <= spec.beta_end < 1:
             raise BadInput(
                 f"beta_start {spec.beta_start} and beta_end {spec.beta_end}; allowed is 0 < beta_start <= beta_end < 1",
                 hint="set noise.beta_start and noise.beta_end as in training, e.g. 0.0001 and 0.02",

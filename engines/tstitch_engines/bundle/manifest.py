@@ -111,17 +111,18 @@ class Latent(_Record, frozen=True, kw_only=True):
 
 
 class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
-    """``alphas_cumprod`` of the forward process, by formula.
+    """``alphas_cumprod`` of the forward process, by formula, or by its ``betas`` where the kind is ``betas``.
 
     ``zero_terminal_snr``: the betas are rescaled so that the last timestep has no signal at all (arXiv 2305.08891,
     algorithm 1).
     """
 
-    kind: Literal["linear", "scaled-linear", "squared-cosine"]
+    kind: Literal["linear", "scaled-linear", "squared-cosine", "betas"]
     steps: Steps = 1000
     beta_start: Beta = 1e-4
     beta_end: Beta = 0.02
     zero_terminal_snr: bool = False
+    betas: Annotated[tuple[Beta, ...], Many] = ()
 
     def __post_init__(self) -> None:
         if not (1 <= self.steps <= 100_000 and 0 < self.beta_start <= self.beta_end < 1):
@@ -130,9 +131,16 @@ class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
                 "steps and 0 < beta_start <= beta_end < 1",
                 hint="1000 steps and 0.0001 to 0.02 are usual",
             )
+        if len(self.betas) != (self.steps if self.kind == "betas" else 0):
+            raise BadInput(
+                f"noise is {self.kind} over {self.steps} steps and has {len(self.betas)} betas; allowed is one for "
+                "each step where the kind is betas, and none for other kinds",
+                hint="set noise.kind to betas and noise.steps to the number of betas, or leave noise.betas out",
+            )
 
     def __str__(self) -> str:
-        betas = "" if self.kind == "squared-cosine" else f", beta {self.beta_start:g} to {self.beta_end:g}"
+        first, last = (self.betas[0], self.betas[-1]) if self.betas else (self.beta_start, self.beta_end)
+        betas = "" if self.kind == "squared-cosine" else f", beta {first:g} to {last:g}"
         return f"{self.kind}, {self.steps} steps{betas}{', zero terminal SNR' if self.zero_terminal_snr else ''}"
 
 

@@ -141,17 +141,33 @@ def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseSchedu
 
 
 def _training(keys: _Config) -> tuple[NoiseScheduleSpec, PredictionType]:
-    if keys.get("trained_betas", None) is not None:
-        raise keys.refuse("trained_betas", "a list", "null: a noise schedule is a formula")
+    steps = keys.whole("num_train_timesteps", 1000, least=1)
+    zero = keys.name in _RESCALING and keys.switch("rescale_betas_zero_snr", default=False)
+    prediction: PredictionType = keys.choose("prediction_type", "epsilon", _PREDICTIONS)  # type: ignore[assignment]
+    if betas := _given_betas(keys, steps):
+        return NoiseScheduleSpec(kind="betas", betas=betas, steps=steps, zero_terminal_snr=zero), prediction
     latent = keys.name in ("LCMScheduler", "TCDScheduler")  # whose defaults are those of latent diffusion
     noise = NoiseScheduleSpec(
         kind=keys.choose("beta_schedule", "scaled_linear" if latent else "linear", _BETAS),  # type: ignore[arg-type]
-        steps=keys.whole("num_train_timesteps", 1000, least=1),
+        steps=steps,
         beta_start=(start := keys.number("beta_start", 0.00085 if latent else 0.0001, above=0, below=1)),
         beta_end=keys.number("beta_end", 0.012 if latent else 0.02, above=math.nextafter(start, 0), below=1),
-        zero_terminal_snr=keys.name in _RESCALING and keys.switch("rescale_betas_zero_snr", default=False),
+        zero_terminal_snr=zero,
     )
-    return noise, keys.choose("prediction_type", "epsilon", _PREDICTIONS)  # type: ignore[return-value]
+    return noise, prediction
+
+
+def _given_betas(keys: _Config, steps: int) -> tuple[float, ...]:
+    """``trained_betas``, which go before any formula; empty where there are none."""
+    betas = keys.get("trained_betas", None)
+    if betas is None:
+        return ()
+    betas = betas.tolist() if hasattr(betas, "tolist") else betas
+    if not isinstance(betas, list | tuple) or len(betas) != steps:
+        raise keys.refuse("trained_betas", betas, f"null or a list of num_train_timesteps = {steps} numbers")
+    if any(isinstance(beta, bool) or not isinstance(beta, float) or not 0 < beta < 1 for beta in betas):
+        raise keys.refuse("trained_betas", betas, "null or numbers above 0 and below 1")
+    return tuple(betas)
 
 
 def _final_alpha(keys: _Config, *, default: bool) -> str:

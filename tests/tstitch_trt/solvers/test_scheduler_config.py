@@ -120,6 +120,24 @@ def test_equals_from_config(name: str, steps: int) -> None:
     compare(table, scheduler, kind, silent_end=read.solver == "ddpm", relative=bound, t=t, seen=seen)
 
 
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "PNDM"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_trained_betas(name: str, zero: bool) -> None:
+    """They go before the formula, in a list or an array, and are rescaled like one."""
+    diffusers = pytest.importorskip("diffusers")
+    own = 1e-4 + 0.02 * np.linspace(0, 1, 800) ** 3
+    for betas in (own, own.tolist()):
+        config = {
+            "trained_betas": betas, "num_train_timesteps": 800, "clip_sample": False, "skip_prk_steps": True,
+            "prediction_type": "v_prediction", "rescale_betas_zero_snr": zero, "timestep_spacing": "leading",
+        }  # fmt: skip
+        scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+        scheduler.set_timesteps(12)
+        config["_class_name"] = f"{name}Scheduler"
+        assert read_scheduler(config).noise.zero_terminal_snr == (zero and name != "PNDM")
+        compare(table_of(config, 12), scheduler, "v", silent_end=name == "DDPM", relative=1e-4)
+
+
 def test_what_sd15_says() -> None:
     read = read_scheduler(SD15)
     assert (read.solver, read.spacing, read.parametrisation) == ("pndm", "leading", "eps")
@@ -134,7 +152,8 @@ def test_what_sd15_says() -> None:
         ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample is True"),
         ({"skip_prk_steps": None}, r"skip_prk_steps is False; allowed is True"),
         ({"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'; allowed is 'leading'"),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas is 'a list'"),
+        ({"trained_betas": [0.1]}, "trained_betas is [0.1]; allowed is null or a list of num_train_timesteps = 1000"),
+        ({"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "allowed is null or numbers above 0 and below 1"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; allowed is 'linear'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
         ({"steps_offset": -1}, "steps_offset is -1; allowed is a whole number from 0 to 100000"),

@@ -20,15 +20,19 @@ from tstitch_engines.device.step_row import FLAG_LEARNED, FLAG_STORE, FLAG_STORE
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.plan.step_rows import fill_rows, reads_before
 from tstitch_trt.solvers import SOLVERS, SolverOptions, StepTable, make_table, resolve, with_default_spacing
-from tstitch_trt.solvers.noise_schedule import NOISE_KINDS, NoiseSchedule
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 from tstitch_trt.solvers.prediction import PREDICTION_TYPES, coefficients
 from tstitch_trt.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 from tstitch_trt.solvers.table import COLUMNS
 
 Array = NDArray[np.float64]
 
-NOISE = {kind: NoiseSchedule.from_spec(msgspec.convert({"kind": kind}, NoiseScheduleSpec)) for kind in NOISE_KINDS}
-LINEAR = NOISE["linear"]
+NOISE = {
+    (kind, zero): NoiseSchedule.from_spec(msgspec.convert({"kind": kind, "zero_terminal_snr": zero}, NoiseScheduleSpec))
+    for kind in ("linear", "scaled-linear", "squared-cosine")
+    for zero in (False, True)
+}
+LINEAR = NOISE["linear", False]
 MULTISTEP = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "dpmpp-3m-sde", "unipc")
 
 
@@ -54,7 +58,7 @@ def tables(draw: Any) -> StepTable:
     }
     options |= {name: draw(values[name]) for name in solver.defaults if name in values}
     restarts = draw(st.sets(st.integers(0, steps - 1), max_size=4))
-    noise = NOISE[draw(st.sampled_from(NOISE_KINDS))]
+    noise = NOISE[draw(st.sampled_from(sorted(NOISE)))]
     return make_table(solver.name, noise, steps, restarts=restarts, **options)
 
 
