@@ -21,17 +21,22 @@ from tstitch_export.checkpoint.folder import read_json
 __all__ = ["ClipTokenizer", "read_tokenizer"]
 
 _PATTERN: Final = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_DEFAULTS: Final = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-_SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+_END_OF_TEXT: Final = "<|endoftext|>"
+_DEFAULTS: Final = {
+    "bos_token": "<|startoftext|>",
+    **dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT),
+}
+_LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
 _END: Final = "</w>"
 _MOST_TOKENS: Final = 10_000_000
 
 
 @dataclass(frozen=True)
 class ClipTokenizer:
-    """``special``: begin, end, pad and added tokens (textual inversion), with their ids.
+    """``special``: the tokens that are looked for in a text first, with their ids: begin, end, pad, unknown and added
+    ones (textual inversion). ``normalised``: those that match the lower-case text; ``words``: whole words only.
 
-    ``normalised``: those of them that match the lower-case text.
+    ``longest``: the number of tokens that pipelines pad a text to, where the files say one.
     """
 
     folder: Path
@@ -40,8 +45,11 @@ class ClipTokenizer:
     merges: Sequence[tuple[str, str]] = field(repr=False)
     special: Mapping[str, int]
     normalised: frozenset[str]
+    words: frozenset[str]
     begin: str
     end: str
+    unknown: str
+    longest: int | None
     bos: int
     eos: int
     pad: int
@@ -61,7 +69,7 @@ class ClipTokenizer:
                 continuing_subword_prefix="",
                 end_of_word_suffix=_END,
                 fuse_unk=False,
-                unk_token=self.end,
+                unk_token=self.unknown,
             )
         except Exception as error:  # the library's own errors have no type of their own
             raise BadCheckpoint(
@@ -82,7 +90,9 @@ class ClipTokenizer:
         # mark in a prompt then is that token and not the end of a word.
         made.add_special_tokens(
             [
-                tokenizers.AddedToken(token, special=True, normalized=token in self.normalised)
+                tokenizers.AddedToken(
+                    token, special=True, normalized=token in self.normalised, single_word=token in self.words
+                )
                 for token in sorted(self.special, key=self.special.__getitem__)
             ]
         )
@@ -104,21 +114,28 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
     whole, split = folder / "tokenizer.json", (folder / "vocab.json").is_file()
     vocabulary, merges, added = _read_parts(folder) if split else _read_whole(whole)
     settings = read_json(folder / "tokenizer_config.json") or {}
-    stated = {**(read_json(folder / "special_tokens_map.json") or {}), **settings}
-    listed = _listed(settings.get("added_tokens_decoder"), folder)
-    added = {**added, **listed}
-    begin, end = (_content(stated.get(key)) or default for key, default in _DEFAULTS.items())
-    pad = _content(stated.get("pad_token")) or end
+    listed = settings.get("added_tokens_decoder")
+    # transformers reads the older file only where the newer one has no list of its own, and then it goes first.
+    stated = settings if listed is not None else {**settings, **(read_json(folder / "special_tokens_map.json") or {})}
+    _check_settings(settings, folder)
+    named = (token for key, token in stated.items() if key.endswith("_token"))
+    special = {content: _flags(token) for token in (*named, *_extra(stated)) if (content := _content(token))}
+    begin, end, unknown, pad = (_content(stated.get(key)) or default for key, default in _DEFAULTS.items())
+    if split:  # added_tokens.json says no more than the ids
+        added = {token: entry._replace(normalised=token not in special) for token, entry in added.items()}
+    added = {**added, **_listed(listed, folder)}
     known = {**{token: entry.number for token, entry in added.items()}, **vocabulary}
-    for token in (begin, end, pad):
+    looked_for = dict.fromkeys((*added, begin, end, unknown, pad, *special))
+    for token in looked_for:
         if token not in known:
             raise BadCheckpoint(
                 f"{folder}: the special token {token!r} is not in the vocabulary of {len(vocabulary)} tokens",
                 hint="copy vocab.json, merges.txt and tokenizer_config.json from the same tokenizer",
             )
-    # As transformers settles it: the list of added tokens decides, else the last of the tokens named one by one.
-    named = {token: flag for key in _SPECIAL for token, flag in _flag(stated.get(key))}
-    named |= {token: entry.normalised for token, entry in added.items()}
+    if split and whole.is_file():
+        _check_same(folder, _read_whole(whole), vocabulary, known)
+    # As transformers settles it: the added tokens decide, else the last of the tokens named one by one.
+    flags = {**special, **{token: (entry.normalised, entry.word) for token, entry in added.items()}}
     names = ("vocab.json", "merges.txt", "added_tokens.json") if split else (whole.name,)
     files = (*names, "special_tokens_map.json", "tokenizer_config.json")
     return ClipTokenizer(
@@ -126,10 +143,13 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
         files=tuple(folder / name for name in files if (folder / name).is_file()),
         vocabulary=vocabulary,
         merges=merges,
-        special={token: known[token] for token in (*added, begin, end, pad)},
-        normalised=frozenset(token for token, flag in named.items() if flag),
+        special={token: known[token] for token in looked_for},
+        normalised=frozenset(token for token, (normalised, _) in flags.items() if normalised),
+        words=frozenset(token for token, (_, word) in flags.items() if word),
         begin=begin,
         end=end,
+        unknown=unknown,
+        longest=_longest(settings),
         bos=known[begin],
         eos=known[end],
         pad=known[pad],
@@ -139,6 +159,7 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
 class _Added(NamedTuple):
     number: int
     normalised: bool
+    word: bool = False
 
 
 _Parts = tuple[dict[str, int], list[tuple[str, str]], dict[str, _Added]]
@@ -175,6 +196,10 @@ def _read_whole(file: Path) -> _Parts:
             f"{file.parent} is no CLIP tokenizer: it has neither vocab.json nor tokenizer.json",
             hint="give the tokenizer folder of the pipeline that the text encoder is from",
         )
+    if (data.get("padding") or {}).get("direction") == "Left":
+        raise BadCheckpoint(
+            f"{file} pads on the left", hint="give the tokenizer that the text encoder was trained with"
+        )
     model = data.get("model") or {}
     if model.get("type") != "BPE" or model.get("end_of_word_suffix") != _END:
         raise BadCheckpoint(
@@ -198,7 +223,7 @@ def _listed(entries: object, file: Path) -> dict[str, _Added]:
     """Added tokens by id, as ``tokenizer_config.json`` lists them."""
     try:
         return {
-            str(entry["content"]): _Added(int(number), bool(entry.get("normalized", False)))
+            str(entry["content"]): _Added(int(number), *_flags(entry))
             for number, entry in dict(entries or {}).items()  # type: ignore[call-overload]
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -212,9 +237,52 @@ def _numbered(tokens: Mapping[str, Any], file: Path) -> dict[str, int]:
     return dict(tokens)
 
 
-def _flag(token: object) -> list[tuple[str, bool]]:
-    content = _content(token)
-    return [(content, isinstance(token, Mapping) and bool(token.get("normalized")))] if content else []
+def _flags(token: object) -> tuple[bool, bool]:
+    """Whether a token matches the lower-case text, and whether whole words only."""
+    record = token if isinstance(token, Mapping) else {}
+    return bool(record.get("normalized", False)), bool(record.get("single_word", False))
+
+
+def _extra(stated: Mapping[str, Any]) -> list[object]:
+    """Special tokens without a role of their own."""
+    found: list[object] = []
+    for key in _LISTS:
+        tokens = stated.get(key) or ()
+        found += tokens.values() if isinstance(tokens, Mapping) else tokens if isinstance(tokens, list) else []
+    return found
+
+
+def _longest(settings: Mapping[str, Any]) -> int | None:
+    """``None`` too for the huge number that transformers writes where there is no limit."""
+    number = settings.get("model_max_length", settings.get("max_len"))
+    return number if type(number) is int and number <= _MOST_TOKENS else None
+
+
+def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    """Raises ``BadCheckpoint`` for what would make other tokens than CLIP's tokenizers make."""
+    for key, allowed in (("padding_side", "right"), ("split_special_tokens", False)):
+        if settings.get(key) not in (None, allowed):
+            raise BadCheckpoint(
+                f"{folder / 'tokenizer_config.json'}: {key} is {settings[key]!r}; allowed is {allowed!r}",
+                hint="give the tokenizer that the text encoder was trained with",
+            )
+
+
+def _check_same(folder: Path, whole: _Parts, vocabulary: Mapping[str, int], known: Mapping[str, int]) -> None:
+    """Readers differ in which of the files they take."""
+    theirs, _, added = whole
+    for token, number in {**theirs, **{token: entry.number for token, entry in added.items()}}.items():
+        if known.get(token) != number:
+            raise BadCheckpoint(
+                f"{folder}: the token {token!r} is {number} in tokenizer.json and {known.get(token)} in vocab.json and "
+                "the files beside it",
+                hint="save the tokenizer again with tokenizer.save_pretrained(DIR) into an empty folder",
+            )
+    if theirs.keys() != vocabulary.keys():
+        raise BadCheckpoint(
+            f"{folder}: tokenizer.json has {len(theirs)} tokens and vocab.json {len(vocabulary)}",
+            hint="copy all files from the same tokenizer",
+        )
 
 
 def _content(token: object) -> str | None:

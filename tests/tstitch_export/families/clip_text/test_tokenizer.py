@@ -110,14 +110,91 @@ def test_what_transformers_4_saves(tmp_path: Path, pad: str) -> None:
     assert [own.encode(text).ids for text in texts] == [other(text, verbose=False).input_ids for text in texts]
 
 
-def test_added_tokens_are_kept(tmp_path: Path) -> None:
-    """Textual inversion adds tokens behind the vocabulary."""
-    folder = clip_tokenizer_folder(tmp_path / "tokenizer")
+CAT = {"content": "<my-cat>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+BEGIN = {**CAT, "content": "<|startoftext|>", "special": True, "normalized": True}
+END = {**CAT, "content": "<|endoftext|>", "special": True}
+CATS = ["a <my-cat> photo", "A <MY-CAT>", "<my-cat>s, a<my-cat>b", "wow! <My-Cat> !", "<|endoftext|> <|EndOfText|>"]
+
+
+def listed(**cat: Any) -> dict[str, Any]:
+    """The list of added tokens that transformers 4 writes into tokenizer_config.json."""
     size = len(clip_vocabulary()[0])
-    (folder / "added_tokens.json").write_text(json.dumps({"<my-cat>": size, "<my-dog>": size + 1}))
-    own = ours(folder, tmp_path / "tokenizer.json")
-    assert own.encode("a <my-dog> photo", add_special_tokens=False).ids[1] == size + 1
-    assert read_tokenizer(folder).size == size + 2
+    return {"added_tokens_decoder": {str(size - 2): BEGIN, str(size - 1): END, str(size): {**CAT, **cat}}}
+
+
+def stored(folder: Path, settings: dict[str, Any], **others: Any) -> Path:
+    """A tokenizer's folder with these settings in tokenizer_config.json; ``others``: what is in files beside it."""
+    clip_tokenizer_folder(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | settings
+    for name, content in {**others, "tokenizer_config": config}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        *[(listed(**{flag: True}), {}) for flag in ("lstrip", "rstrip", "single_word", "normalized", "special")],
+        ({}, {"added_tokens": {"<my-cat>": None}}),
+        ({}, {"added_tokens": {"<My-Cat>": None}}),
+        ({"additional_special_tokens": ["<my-cat>"]}, {"added_tokens": {"<my-cat>": None}}),
+        ({"additional_special_tokens": ["!"]}, {}),
+        ({"mask_token": "!"}, {}),
+        ({"unk_token": "!"}, {}),
+        ({"bos_token": "!"}, {}),
+        # Stable Diffusion 2: the two files differ, and the older one goes first where there is no list
+        ({"pad_token": "<|endoftext|>"}, {"special_tokens_map": {"pad_token": "!"}}),
+        ({"pad_token": "<|endoftext|>", **listed()}, {"special_tokens_map": {"pad_token": "!"}}),
+        ({}, {"special_tokens_map": {"eos_token": END, "bos_token": BEGIN, "pad_token": {**END, "normalized": True}}}),
+        ({"do_lower_case": False, "add_prefix_space": True, "errors": "strict", "strip_accents": True}, {}),
+        ({"model_max_length": 10**30, "truncation_side": "left", "clean_up_tokenization_spaces": True}, {}),
+    ],
+)  # fmt: skip
+def test_every_setting_is_as_transformers_takes_it(
+    tmp_path: Path, settings: dict[str, Any], others: dict[str, Any]
+) -> None:
+    size = len(clip_vocabulary()[0])
+    if "added_tokens" in others:
+        others = {**others, "added_tokens": dict.fromkeys(others["added_tokens"], size)}
+    folder = stored(tmp_path / "tokenizer", settings, **others)
+    own, other = ours(folder, tmp_path / "tokenizer.json"), theirs(folder)
+    assert [own.encode(text).ids for text in [*TEXTS, *CATS]] == [
+        other(text, verbose=False).input_ids for text in [*TEXTS, *CATS]
+    ]
+    read = read_tokenizer(folder)
+    assert (read.bos, read.eos, read.pad) == (other.bos_token_id, other.eos_token_id, other.pad_token_id)
+    assert read.size <= len(other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"padding_side": "left"}, "padding_side is 'left'; allowed is 'right'"),
+        ({"split_special_tokens": True}, "split_special_tokens is True; allowed is False"),
+        ({"mask_token": "<mask>"}, "the special token '<mask>' is not in the vocabulary"),
+        ({"additional_special_tokens": ["<x>"]}, "the special token '<x>' is not in the vocabulary"),
+    ],
+)
+def test_settings_that_would_make_other_tokens(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadCheckpoint, match=message):
+        read_tokenizer(stored(tmp_path / "tokenizer", settings))
+
+
+def test_two_tokenizers_in_one_folder(tmp_path: Path) -> None:
+    """transformers 5 reads tokenizer.json, older ones vocab.json: equal ones are one, others are refused."""
+    folder = clip_tokenizer_folder(tmp_path / "tokenizer")
+    theirs(folder).save_pretrained(tmp_path / "saved")
+    whole = json.loads((tmp_path / "saved/tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    assert read_tokenizer(folder).size == len(clip_vocabulary()[0])
+    added = {**whole, "added_tokens": [*whole["added_tokens"], {"id": len(clip_vocabulary()[0]), **CAT}]}
+    (folder / "tokenizer.json").write_text(json.dumps(added))
+    with pytest.raises(BadCheckpoint, match=r"'<my-cat>' is \d+ in tokenizer.json and None in vocab.json"):
+        read_tokenizer(folder)
+    (folder / "vocab.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps({**whole, "padding": {"direction": "Left"}}))
+    with pytest.raises(BadCheckpoint, match=r"tokenizer\.json pads on the left"):
+        read_tokenizer(folder)
 
 
 def test_damaged_and_foreign_folders(tmp_path: Path) -> None:
