@@ -34,16 +34,18 @@ from tstitch_engines.spec import Range
 from tstitch_engines.threads import check_threads
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
 from tstitch_trt.pipeline.checkpoint import (
-    check_weights,
     module_hash,
     path_hash,
     save_large,
     save_small,
-    unwrap_compiled,
 )
+from tstitch_trt.pipeline.code_origin import library_base
 from tstitch_trt.pipeline.kinds import kind_of
+from tstitch_trt.pipeline.own_code import scheduler_class
 from tstitch_trt.pipeline.pipeline import AcceleratedPipeline
+from tstitch_trt.pipeline.stock import StockModule, check_stock
 from tstitch_trt.pipeline.text_encoder_check import check_text_encoders
+from tstitch_trt.pipeline.wrapped import unwrap_compiled
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.schedule import ROUNDINGS, check_fraction, check_rounding
 from tstitch_trt.runtime.chooser import ChooserFactory
@@ -163,10 +165,8 @@ def accelerate(
     open_backend(backend)
     small = Path(small) if isinstance(small, str | Path) else unwrap_compiled(small)
     _check_small(small)
-    found = {name: getattr(pipe, name, None) for name in ("unet", "vae", "controlnet")}
-    modules = {name: unwrap_compiled(module) for name, module in found.items() if module is not None}
-    for name, module in modules.items():
-        check_weights(module, f"the pipeline's {name}")
+    stock = _stock_modules(pipe)
+    scheduler_class(pipe.scheduler)
     if isinstance(small, Path):
         check_text_encoders(small, pipe)
     settings: dict[str, Any] = {
@@ -179,7 +179,7 @@ def accelerate(
         "options": dict(options or {}),
     }
     root = kept_root() if cache is None else Path(cache)
-    output = root / f"{_key(pipe.scheduler, modules, small, kind.recipe, settings)}.bundle"
+    output = root / f"{_key(pipe.scheduler, stock, small, kind.recipe, settings)}.bundle"
 
     def opened() -> Runtime:
         return load(
@@ -204,7 +204,19 @@ def accelerate(
     chosen = PlanOptions(
         schedule=schedule, fraction=0.4 if schedule is None and fraction is None else fraction, rounding=rounding
     )
-    return AcceleratedPipeline(pipe, runtime, chosen)
+    return AcceleratedPipeline(pipe, runtime, chosen, stock)
+
+
+def _stock_modules(pipe: Any) -> dict[str, StockModule]:
+    """The modules that become engines, by their names in the pipeline."""
+    found = {}
+    for name in ("unet", "vae", "controlnet"):
+        module = unwrap_compiled(getattr(pipe, name, None))
+        if module is not None:
+            found[name] = check_stock(module, f"the pipeline's {name}")
+        elif name != "controlnet":
+            raise BadInput(f"the pipeline has no {name}", hint=f"give it one: pipe.{name} = ...")
+    return found
 
 
 def _check_small(small: Any) -> None:
@@ -218,12 +230,12 @@ def _check_small(small: Any) -> None:
 
         read_unet(small)
         return
-    if type(small).__name__ != "UNet2DConditionModel":
+    if library_base(type(small)).__name__ != "UNet2DConditionModel":
         raise BadInput(
             f"small is a {type(small).__name__}; allowed is a path or a UNet2DConditionModel",
             hint="of a loaded pipeline give its UNet: small=pipeline.unet",
         )
-    check_weights(small, "the small UNet")
+    check_stock(small, "the small UNet")
 
 
 def _precision(pipe: Any) -> Precision:
@@ -233,7 +245,7 @@ def _precision(pipe: Any) -> Precision:
     return _PRECISIONS[found]
 
 
-def _key(scheduler: Any, modules: Mapping[str, Any], small: Any, recipe: str, settings: Mapping[str, Any]) -> str:
+def _key(scheduler: Any, stock: Mapping[str, StockModule], small: Any, recipe: str, settings: Mapping[str, Any]) -> str:
     """The hash of all that decides the bundle."""
     from tstitch_export.build import versions_of
 
@@ -244,7 +256,7 @@ def _key(scheduler: Any, modules: Mapping[str, Any], small: Any, recipe: str, se
             "schema": _SCHEMA,
             "recipe": recipe,
             "small": path_hash(small) if isinstance(small, Path) else module_hash(small),
-            "parts": {name: module_hash(module) for name, module in modules.items()},
+            "parts": {name: module_hash(one.module) for name, one in stock.items()},
             "trained": {"noise": noise, "prediction": prediction},
             "settings": {key: str(value) for key, value in settings.items()},
             "versions": versions_of(("tstitch-trt", "torch", "diffusers", "onnx", "onnxscript")),

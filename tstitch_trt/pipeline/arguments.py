@@ -24,6 +24,7 @@ from tstitch_engines.checks import (
 )
 from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.pipeline.kinds import PipelineSpec
+from tstitch_trt.pipeline.own_code import scheduler_class
 from tstitch_trt.request.limits import MOST_IMAGES, check_prompt
 
 __all__ = ["OUTPUTS", "default_size", "read_arguments"]
@@ -123,7 +124,7 @@ def read_arguments(
         raise BadInput("image is missing", hint=f"{type(pipe).__name__} starts from a picture: image=...")
     if kind.masked and a.mask_image is None:
         raise BadInput("mask_image is missing", hint="it is what to paint anew: mask_image=...")
-    if a.original_inference_steps is not None and type(pipe.scheduler).__name__ != "LCMScheduler":
+    if a.original_inference_steps is not None and scheduler_class(pipe.scheduler) != "LCMScheduler":
         raise BadInput(
             f"original_inference_steps was given, and the scheduler is a {type(pipe.scheduler).__name__}",
             hint="leave it out, or set an LCMScheduler",

@@ -10,40 +10,12 @@ from typing import Any
 
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import ComponentName
-from tstitch_engines.errors import BadInput
+from tstitch_trt.pipeline.code_origin import library_base
+from tstitch_trt.pipeline.own_code import pipeline_class, scheduler_class
+from tstitch_trt.pipeline.weights import weights_of
+from tstitch_trt.pipeline.wrapped import unwrap_compiled
 
-__all__ = ["check_weights", "module_hash", "path_hash", "save_large", "save_small", "unwrap_compiled"]
-
-
-def unwrap_compiled(module: Any) -> Any:
-    """The module itself where it was wrapped by ``torch.compile``."""
-    return getattr(module, "_orig_mod", module)
-
-
-def check_weights(module: Any, what: str) -> None:
-    """Raises ``BadInput`` where the parameters are not what the module computes with, or are not there."""
-    parts, weights = list(module.modules()), dict(module.named_parameters())
-    if any(hasattr(part, "base_layer") for part in parts):
-        raise BadInput(
-            f"{what} has LoRA layers beside its weights", hint="fuse them first: pipe.fuse_lora(), then "
-            "pipe.unload_lora_weights()"
-        )  # fmt: skip
-    if any(parameter.is_meta for parameter in weights.values()):
-        raise BadInput(
-            f"{what} has parameters without values (sequential offloading moves them away)",
-            hint="load the pipeline without enable_sequential_cpu_offload",
-        )
-    if packed := [f"{name} holds {value.dtype}" for name, value in weights.items() if not value.is_floating_point()]:
-        raise BadInput(
-            f"{what} is quantised: {packed[0]}",
-            hint="load it in float32, float16 or bfloat16; tstitch-trt quantise makes 8 bit members of a bundle",
-        )
-    if any(getattr(part, "padding_mode", "zeros") != "zeros" for part in parts):
-        raise BadInput(f"{what} pads with something else than zeros", hint="undo it: engines are built from weights")
-    if adapters := sorted(kind for part in parts if "IPAdapter" in (kind := type(part).__name__)):
-        raise BadInput(f"{what} has an IP-Adapter ({adapters[0]})", hint="take it away: pipe.unload_ip_adapter()")
-    if any(getattr(part, "b1", None) is not None for part in parts):
-        raise BadInput(f"{what} runs with FreeU, which engines do not have", hint="switch it off: pipe.disable_freeu()")
+__all__ = ["module_hash", "path_hash", "save_large", "save_small"]
 
 
 def module_hash(module: Any) -> str:
@@ -53,9 +25,9 @@ def module_hash(module: Any) -> str:
     found = hashlib.sha256()
     config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
     found.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(weights_of(module).items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.cpu().contiguous().reshape(-1)
         found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
@@ -86,7 +58,9 @@ def save_large(pipe: Any, folder: Path) -> dict[str, Path]:
     for name in ("unet", "vae"):
         _save(unwrap_compiled(getattr(pipe, name)), folder / name)
     pipe.scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(dict(pipe.config), default=str))
+    _name_class(folder / "scheduler/scheduler_config.json", scheduler_class(pipe.scheduler))
+    index = {**pipe.config, "_class_name": pipeline_class(pipe).__name__}
+    (folder / "model_index.json").write_text(json.dumps(index, default=str))
     if getattr(pipe, "controlnet", None) is None:
         return {}
     controlnet = folder.parent / "controlnet"
@@ -95,11 +69,22 @@ def save_large(pipe: Any, folder: Path) -> dict[str, Path]:
 
 
 def _save(module: Any, folder: Path) -> None:
-    """Without where it was loaded from, so that equal weights are equal files."""
-    module.save_pretrained(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    """As diffusers does, but in one file, and without where it was loaded from: equal weights are equal files."""
+    from safetensors.torch import save_file
+
+    module.save_config(folder)
+    _name_class(folder / "config.json", library_base(type(module)).__name__)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights_of(module).items()}
+    own = {tensor.data_ptr(): name for name, tensor in weights.items()}  # files hold shared ones twice
+    weights = {name: tensor if own[tensor.data_ptr()] == name else tensor.clone() for name, tensor in weights.items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def _name_class(file: Path, name: str) -> None:
+    """Of a subclass that changes nothing the files are those of its base."""
+    config: dict[str, Any] = {**json.loads(file.read_text()), "_class_name": name}
     config.pop("_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def save_small(small: Any, pipe: Any, large: Path, folder: Path) -> Path:
@@ -120,7 +105,7 @@ def save_small(small: Any, pipe: Any, large: Path, folder: Path) -> Path:
         if not (folder / name).is_dir():
             own = whole and (small / name).is_dir()
             (folder / name).symlink_to((small if own else large).resolve() / name, target_is_directory=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": type(pipe).__name__}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline_class(pipe).__name__}))
     return folder
 
 

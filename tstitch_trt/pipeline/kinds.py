@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tstitch_engines.errors import BadInput, unknown_name
-from tstitch_trt.pipeline.checkpoint import unwrap_compiled
+from tstitch_trt.pipeline.code_origin import library_base
+from tstitch_trt.pipeline.own_code import check_pipeline_code, pipeline_class
+from tstitch_trt.pipeline.wrapped import unwrap_compiled
 
 __all__ = ["KINDS", "PipelineSpec", "kind_of"]
 
@@ -49,12 +51,14 @@ KINDS: Final[Mapping[str, PipelineSpec]] = _kinds()
 
 
 def kind_of(pipe: Any) -> PipelineSpec:
-    """Raises ``UnknownName`` for another class, ``BadInput`` for a ControlNet that is none or several."""
-    name = type(pipe).__name__
+    """Raises ``UnknownName`` for another class, ``BadInput`` for one that overrides what a call runs, and for a
+    ControlNet that is none or several."""
+    name = pipeline_class(pipe).__name__
     if name not in KINDS:
-        raise unknown_name("diffusers pipeline", name, KINDS)
+        raise unknown_name("diffusers pipeline", type(pipe).__name__, KINDS)
+    check_pipeline_code(pipe)
     control = unwrap_compiled(getattr(pipe, "controlnet", None))
-    if control is not None and type(control).__name__ != "ControlNetModel":
+    if control is not None and library_base(type(control)).__name__ != "ControlNetModel":
         raise BadInput(
             f"the pipeline has a {type(control).__name__}; allowed is one ControlNetModel",
             hint="give the pipeline a single ControlNet",

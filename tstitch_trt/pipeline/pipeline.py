@@ -28,6 +28,8 @@ from tstitch_trt.pipeline.inputs import (
 )
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.outputs import call_back, pipeline_output
+from tstitch_trt.pipeline.own_code import scheduler_class
+from tstitch_trt.pipeline.stock import StockModule
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.plan.schedule import has_fractions
@@ -54,13 +56,14 @@ class AcceleratedPipeline:
     """
 
     # Nothing else can be set: what a callback writes into a pipeline (``_guidance_scale``) would have no effect here.
-    __slots__ = ("__weakref__", "_chosen", "_interrupt", "_kind", "_steps", "pipe", "runtime")
+    __slots__ = ("__weakref__", "_chosen", "_interrupt", "_kind", "_steps", "_stock", "pipe", "runtime")
 
-    def __init__(self, pipe: Any, runtime: Runtime, chosen: PlanOptions) -> None:
+    def __init__(self, pipe: Any, runtime: Runtime, chosen: PlanOptions, stock: Mapping[str, StockModule]) -> None:
         self.pipe = pipe
         self.runtime = runtime
         self._kind = kind_of(pipe)
         self._chosen = chosen
+        self._stock = dict(stock)
         self._interrupt = False
         self._steps = 0
 
@@ -136,6 +139,7 @@ class AcceleratedPipeline:
     ) -> Any:
         import torch
 
+        self._check_pipeline()
         a = read_arguments(self.pipe, self._kind, args, keywords)
         self._interrupt = False
         try:
@@ -163,6 +167,12 @@ class AcceleratedPipeline:
                 return EXIT.run(lambda: pipeline_output(self.pipe, self.runtime, found, a, xl=self._kind.xl))
         finally:
             self.pipe.maybe_free_model_hooks()  # where it offloads its text encoders
+
+    def _check_pipeline(self) -> None:
+        """Raises ``BadInput`` where the pipeline is no longer the one that the engines were made from."""
+        kind_of(self.pipe)
+        for name, stock in self._stock.items():
+            stock.check(getattr(self.pipe, name))
 
     # --- what is asked for
 
@@ -230,7 +240,7 @@ class AcceleratedPipeline:
 
     def _scheduler(self) -> Scheduler:
         """Raises ``BadInput`` for one that can't be honoured or that was made for other noise than the bundle."""
-        config = {**self.pipe.scheduler.config, "_class_name": type(self.pipe.scheduler).__name__}
+        config = {**self.pipe.scheduler.config, "_class_name": scheduler_class(self.pipe.scheduler)}
         found = read_scheduler(config, where="the pipeline's scheduler")
         manifest = self.runtime.manifest
         if found.noise != manifest.noise or found.parametrisation != manifest.members["large"].parametrisation:

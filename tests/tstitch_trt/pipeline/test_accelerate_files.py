@@ -199,11 +199,13 @@ def test_modules_that_are_not_what_their_weights_say_are_refused(never: None, sd
 
     pipe = pipeline(sd)
     pipe.enable_freeu(0.9, 0.2, 1.5, 1.6)
-    with pytest.raises(BadInput, match="runs with FreeU"):
+    with pytest.raises(BadInput, match=r"up_blocks.0.[bs][12] is"):
         fast(pipe, sd, cache)
     pipe.disable_freeu()
     pipe.vae.decoder.conv_in.padding_mode = "circular"
-    with pytest.raises(BadInput, match="the pipeline's vae pads with something else than zeros"):
+    with pytest.raises(
+        BadInput, match=r"pipeline's vae .* decoder.conv_in.padding_mode is 'circular'; expected is 'zeros'"
+    ):
         fast(pipe, sd, cache)
     pipe.vae.decoder.conv_in.padding_mode = "zeros"
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), pipe.unet)
@@ -214,3 +216,42 @@ def test_modules_that_are_not_what_their_weights_say_are_refused(never: None, sd
     pipe.unet.conv_in.weight = torch.nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(BadInput, match=r"unet is quantised: conv_in\.weight holds torch\.int8"):
         fast(pipe, sd, cache)
+
+
+def test_a_pipeline_that_changed_since_is_refused(built: None, never: None, sd: Path, cache: Path) -> None:
+    """At the next call, whatever of it changed; put back it runs again."""
+    from diffusers import UNet2DConditionModel
+
+    pipe = pipeline(sd)
+    asked = {**SD, "output_type": "latent", "num_inference_steps": 1}
+    with fast(pipe, sd, cache) as made:
+        made(**asked)
+        own, pipe.unet = pipe.unet, UNet2DConditionModel.from_pretrained(sd / "small")
+        with pytest.raises(BadInput, match="the pipeline's unet is not the one that was accelerated"):
+            made(**asked)
+        pipe.unet = own
+        hook = pipe.vae.decoder.register_forward_hook(lambda module, args, out: -out)
+        with pytest.raises(BadInput, match=r"the pipeline's vae .* decoder.forward_hooks has"):
+            made(**asked)
+        hook.remove()
+        pipe.prepare_latents = lambda *_: None
+        with pytest.raises(BadInput, match="prepare_latents of the pipeline was replaced"):
+            made(**asked)
+        del pipe.prepare_latents
+        pipe.scheduler.alphas_cumprod[-1] = 1e-8
+        with pytest.raises(BadInput, match="alphas_cumprod of the pipeline's scheduler"):
+            made(**asked)
+        pipe.scheduler = scheduler("pndm")
+        made(**asked)
+
+
+def test_subclasses_are_saved_as_their_bases(built: None, never: None, sd: Path, cache: Path) -> None:
+    """Their bundle is that of the base."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    mine = type("Mine", (StableDiffusionPipeline,), {})
+    unet = type("MyUNet", (UNet2DConditionModel,), {}).from_pretrained(sd / "large/unet")
+    own = type("MyScheduler", (PNDMScheduler,), {}).from_config(scheduler("pndm").config)
+    pipe = mine(**{**pipeline(sd).components, "unet": unet, "scheduler": own}, requires_safety_checker=False)
+    with fast(pipe, sd, cache) as made:
+        made(**SD, output_type="latent")

@@ -1,0 +1,530 @@
+"""Which changes to a loaded module are harmless, which are refused; diffusers itself says which is which."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.pipeline.stock import check_stock
+from tstitch_trt.pipeline.weights import weights_of
+
+# diffusers says what will be deprecated
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+HEADS = {"attention_head_dim": 2, "norm_num_groups": 8, "layers_per_block": 1}
+
+
+@cache
+def shared_unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    made = UNet2DConditionModel(
+        block_out_channels=(32,), cross_attention_dim=32, sample_size=8, dropout=0.0, **blocks, **HEADS
+    )
+    return made.eval()
+
+
+@cache
+def shared_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval()
+
+
+def unet_output(unet: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, text = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, 32)))
+    with torch.no_grad():
+        found: torch.Tensor = unet(x.to(unet.dtype), 7, text.to(unet.dtype)).sample
+    return found.float()
+
+
+def vae_output(vae: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = vae.decode(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))).sample
+    return found
+
+
+def attention(unet: Any) -> Any:
+    return unet.mid_block.attentions[0].transformer_blocks[0].attn1
+
+
+# --- what changes nothing
+
+
+def fuse(unet: Any) -> None:
+    unet.fuse_qkv_projections()
+
+
+def sliced(unet: Any) -> None:
+    unet.set_attention_slice("max")
+
+
+def first_processor(unet: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet.set_attn_processor(AttnProcessor())
+
+
+def offloaded(unet: Any) -> None:
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    add_hook_to_module(unet, CpuOffload("cpu"), append=True)
+    add_hook_to_module(unet, CpuOffload("cpu"), append=True)
+
+
+def offloaded_layer_by_layer(unet: Any) -> None:
+    from accelerate import cpu_offload
+
+    cpu_offload(unet, "cpu")
+
+
+def no_longer_offloaded(unet: Any) -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    offloaded(unet)
+    remove_hook_from_module(unet)
+    assert "forward" in vars(unet)
+
+
+def group_offloaded(unet: Any) -> None:
+    unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+def subclassed(unet: Any) -> None:
+    class Mine(type(unet)):  # type: ignore[misc]
+        """Nothing of its own but a helper."""
+
+        def count_parameters(self) -> int:
+            return sum(parameter.numel() for parameter in self.parameters())
+
+    unet.__class__ = Mine
+
+
+def noted(unet: Any) -> None:
+    unet.where_it_came_from = "a file"
+
+
+def freed_freeu(unet: Any) -> None:
+    unet.enable_freeu(0.9, 0.2, 1.5, 1.6)
+    unet.disable_freeu()
+
+
+def checkpointed(unet: Any) -> None:
+    unet.enable_gradient_checkpointing()
+
+
+def channels_last(unet: Any) -> None:
+    unet.to(memory_format=torch.channels_last)
+
+
+def trained(unet: Any) -> None:
+    unet.train()
+
+
+HARMLESS: list[Callable[[Any], None]] = [
+    fuse, sliced, first_processor, offloaded, offloaded_layer_by_layer, no_longer_offloaded, group_offloaded,
+    subclassed, noted, freed_freeu, checkpointed, channels_last, trained,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.__name__)
+def test_what_changes_no_result_is_let_through(change: Callable[[Any], None]) -> None:
+    """At first and at a later call; the module's own output is the witness."""
+    want = unet_output(shared_unet())
+    unet = deepcopy(shared_unet())
+    stock = check_stock(unet, "the unet")
+    change(unet)
+    assert torch.allclose(unet_output(unet), want, rtol=1e-4, atol=1e-4)
+    stock.check(unet)
+    check_stock(unet, "the unet")
+
+
+def test_what_is_compiled_is_what_it_was() -> None:
+    """It is not run here, since PyTorch takes seconds to compile."""
+    unet = deepcopy(shared_unet())
+    stock = check_stock(unet, "the unet")
+    unet.compile(backend="eager")
+    unet.forward = torch.compile(unet.forward, backend="eager")
+    unet.compile_repeated_blocks(backend="eager")
+    stock.check(torch.compile(unet, backend="eager"))
+
+
+@pytest.mark.parametrize("change", ["enable_slicing", "enable_tiling"])
+def test_slices_and_tiles_of_a_vae_are_let_through(change: str) -> None:
+    vae = deepcopy(shared_vae())
+    stock = check_stock(vae, "the vae")
+    getattr(vae, change)()
+    stock.check(vae)
+
+
+# --- what does
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Processor:
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def custom_processor(unet: Any) -> None:
+    unet.set_attn_processor(Processor())
+
+
+def derived_processor(unet: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    class Derived(AttnProcessor2_0):  # type: ignore[misc]
+        def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+            return torch.zeros_like(hidden_states)
+
+    attention(unet).processor = Derived()
+
+
+def pag_processor(unet: Any) -> None:
+    from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
+
+    attention(unet).processor = PAGIdentitySelfAttnProcessor2_0()
+
+
+def module_processor(unet: Any) -> None:
+    from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+
+    attention(unet).set_processor(
+        CustomDiffusionAttnProcessor2_0(train_kv=True, hidden_size=32, cross_attention_dim=32)
+    )
+
+
+def forward_hook(unet: Any) -> None:
+    unet.mid_block.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def forward_pre_hook(unet: Any) -> None:
+    unet.conv_out.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def patched_forward(unet: Any) -> None:
+    unet.mid_block.forward = lambda x, *_, **__: x
+
+
+def patched_in_front_of_offloading(unet: Any) -> None:
+    own = unet.conv_out.forward
+    unet.conv_out.forward = lambda x: 2 * own(x)
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    add_hook_to_module(unet.conv_out, CpuOffload("cpu"))
+
+
+def patched_behind_offloading(unet: Any) -> None:
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    add_hook_to_module(unet.conv_out, CpuOffload("cpu"))
+    own = unet.conv_out._old_forward
+    unet.conv_out._old_forward = lambda x: 2 * own(x)
+
+
+def compiled_other(unet: Any) -> None:
+    unet.conv_out.forward = torch.compile(lambda x: x[:, :4], backend="eager")
+
+
+def other_accelerate_hook(unet: Any) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Doubled(ModelHook):  # type: ignore[misc]
+        def post_forward(self, module: Any, output: Any) -> Any:
+            return 2 * output
+
+    add_hook_to_module(unet.conv_out, Doubled())
+
+
+def other_diffusers_hook(unet: Any) -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Doubled(ModelHook):  # type: ignore[misc]
+        def post_forward(self, module: Any, output: Any) -> Any:
+            return 2 * output
+
+    HookRegistry.check_if_exists_or_initialize(unet.conv_out).register_hook(Doubled(), "doubled")
+
+
+def patched_conv_forward(unet: Any) -> None:
+    """As scripts for seamless textures do."""
+
+    def circular(self: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        padded = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+        return nn.functional.conv2d(padded, weight, bias, self.stride)
+
+    unet.conv_in._conv_forward = types.MethodType(circular, unet.conv_in)
+
+
+def circular_padding(unet: Any) -> None:
+    unet.conv_in.padding_mode = "circular"
+
+
+def exchanged_class(unet: Any) -> None:
+    unet.conv_out.__class__ = Doubling
+
+
+def exchanged_module(unet: Any) -> None:
+    other = Doubling(32, 4, 3, padding=1)
+    other.load_state_dict(unet.conv_out.state_dict())
+    unet.conv_out = other
+
+
+def exchanged_stock_module(unet: Any) -> None:
+    unet.conv_act = nn.GELU()
+
+
+def left_out(unet: Any) -> None:
+    unet.mid_block.attentions[0] = nn.Identity()
+    unet.mid_block.attentions[0].forward = lambda x, *_, **__: (x,)
+
+
+def added_module(unet: Any) -> None:
+    unet.mid_block.resnets.append(nn.Identity())
+
+
+def no_mid_block(unet: Any) -> None:
+    unet.mid_block = None
+
+
+def without_bias(unet: Any) -> None:
+    unet.conv_out.bias = None
+
+
+def parametrised(unet: Any) -> None:
+    nn.utils.parametrizations.spectral_norm(unet.conv_out)
+
+
+def freeu(unet: Any) -> None:
+    unet.enable_freeu(0.1, 0.2, 1.5, 1.6)
+
+
+def other_scale(unet: Any) -> None:
+    attention(unet).scale *= 2
+
+
+def other_eps(unet: Any) -> None:
+    unet.conv_norm_out.eps = 0.1
+
+
+def other_time(unet: Any) -> None:
+    unet.time_proj.downscale_freq_shift = 0.5
+
+
+def dropout(unet: Any) -> None:
+    for part in unet.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.9
+    unet.train()
+
+
+def fused_otherwise(unet: Any) -> None:
+    unet.fuse_qkv_projections()
+    attention(unet).to_qkv.weight.data.mul_(2)
+
+
+def lora(unet: Any) -> None:
+    from peft import LoraConfig
+
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+
+
+def quantised(unet: Any) -> None:
+    unet.conv_out.weight = nn.Parameter(unet.conv_out.weight.data.to(torch.int8), requires_grad=False)
+
+
+def tensor_subclass(unet: Any) -> None:
+    class Own(torch.Tensor):
+        pass
+
+    unet.conv_out.weight = nn.Parameter(unet.conv_out.weight.data.as_subclass(Own))
+
+
+def overriding_subclass(unet: Any) -> None:
+    class Mine(type(unet)):  # type: ignore[misc]
+        def get_time_embed(self, *args: Any, **keywords: Any) -> Any:
+            return 0 * super().get_time_embed(*args, **keywords)
+
+    unet.__class__ = Mine
+
+
+REFUSED: list[tuple[Callable[[Any], None], str]] = [
+    (custom_processor, r"processor is a \S*test_stock.Processor"),
+    (derived_processor, r"Derived, which replaces AttnProcessor2_0.__call__"),
+    (pag_processor, r"processor is a \S*PAGIdentitySelfAttnProcessor2_0"),
+    (module_processor, r"attn1.processor"),
+    (forward_hook, r"mid_block.forward_hooks has"),
+    (forward_pre_hook, r"conv_out.forward_pre_hooks has"),
+    (patched_forward, r"mid_block.forward was replaced by \S*patched_forward"),
+    (patched_in_front_of_offloading, r"conv_out.forward was replaced by \S*patched_in_front"),
+    (patched_behind_offloading, r"conv_out.forward was replaced by \S*patched_behind"),
+    (compiled_other, r"conv_out.forward was replaced"),
+    (other_accelerate_hook, r"conv_out._hf_hook or _diffusers_hook is a \S*Doubled"),
+    (other_diffusers_hook, r"conv_out._hf_hook or _diffusers_hook is a \S*Doubled"),
+    (patched_conv_forward, r"conv_in._conv_forward was replaced by \S*circular"),
+    (circular_padding, r"conv_in.padding_mode is 'circular'; expected is 'zeros'"),
+    (exchanged_class, r"Doubling, which replaces Conv2d.forward"),
+    (exchanged_module, r"Doubling, which replaces Conv2d.forward"),
+    (exchanged_stock_module, r"conv_act is a \S*GELU, where \S*SiLU is expected"),
+    (left_out, r"attentions.0 is a \S*Identity"),
+    (added_module, r"it has a \S*Identity at mid_block.resnets.2"),
+    (no_mid_block, r"mid_block"),
+    (without_bias, r"conv_out.parameters are"),
+    (parametrised, r"Parametrized|parametriz"),
+    (freeu, r"up_blocks.0.[bs][12] is"),
+    (other_scale, r"attn1.scale is"),
+    (other_eps, r"conv_norm_out.eps is 0.1; expected is 1e-05"),
+    (other_time, r"time_proj.downscale_freq_shift is 0.5"),
+    (dropout, r"dropout|Dropout|\.p is"),
+    (fused_otherwise, r"to_qkv is not what its projections would be fused to"),
+    (lora, r"has LoRA layers beside its weights"),
+    (quantised, r"is quantised: conv_out.weight holds torch.int8"),
+    (tensor_subclass, r"is quantised: conv_out.weight is a"),
+    (overriding_subclass, r"Mine, which replaces UNet2DConditionModel.get_time_embed"),
+]
+
+
+# Does not run, is not what this processor reads, or would have to be compiled
+UNSEEN = (quantised, tensor_subclass, added_module, other_scale, compiled_other, fused_otherwise)
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_changes_results_is_refused_by_name(change: Callable[[Any], None], message: str) -> None:
+    """At first and at a later call. The module's own output is another one, where it still runs."""
+    unet = deepcopy(shared_unet())
+    stock = check_stock(unet, "the unet")
+    change(unet)
+    if change not in UNSEEN:
+        torch.manual_seed(5)
+        assert not torch.allclose(unet_output(unet), unet_output(shared_unet()), rtol=1e-3, atol=1e-3)
+    for check in (partial(check_stock, unet, "the unet"), partial(stock.check, unet)):
+        with pytest.raises(BadInput, match=message) as caught:
+            check()
+        assert caught.value.message.startswith("the unet")
+
+
+# --- what is changed for all modules of a class
+
+
+@pytest.fixture
+def hooked() -> Any:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    yield
+    handle.remove()
+
+
+def test_a_hook_on_all_modules_is_refused(hooked: None) -> None:
+    with pytest.raises(BadInput, match="global forward hooks"):
+        check_stock(shared_unet(), "the unet")
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel.forward", "Attention.forward", "AttnProcessor2_0.__call__"])
+def test_a_patched_class_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = shared_unet()
+    owners = {"UNet2DConditionModel": unet, "Attention": attention(unet), "AttnProcessor2_0": attention(unet).processor}
+    owner, _, method = name.partition(".")
+    cls = type(owners[owner])
+    stock = check_stock(unet, "the unet")
+    own = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda self, *args, **keywords: own(self, *args, **keywords))
+    for check in (partial(check_stock, unet, "the unet"), partial(stock.check, unet)):
+        with pytest.raises(BadInput, match=f"{name} was replaced"):
+            check()
+
+
+def test_a_patched_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PyTorch, as attention kernels are exchanged, and of diffusers' own modules."""
+    from diffusers.models import embeddings
+
+    stock = check_stock(shared_unet(), "the unet")
+    for home, name in ((torch.nn.functional, "scaled_dot_product_attention"), (embeddings, "get_timestep_embedding")):
+        own = getattr(home, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(home, name, lambda *args, own=own, **keywords: own(*args, **keywords))
+            with pytest.raises(BadInput, match=rf"{home.__name__}.{name} was replaced"):
+                stock.check(shared_unet())
+    stock.check(shared_unet())
+
+
+def test_functions_that_a_library_adds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "count_all_of_them", lambda self: 3, raising=False)
+    check_stock(shared_unet(), "the unet")
+
+
+# --- what has changed since
+
+
+def test_other_weights_and_other_modules_are_noticed() -> None:
+    unet = deepcopy(shared_unet())
+    stock = check_stock(unet, "the unet")
+    with pytest.raises(BadInput, match="the unet is not the one that was accelerated"):
+        stock.check(deepcopy(unet))
+    delta = torch.randn(32, 2) @ torch.randn(2, 32)
+    attention(unet).to_q.weight.data += 1e-3 * delta  # as fused LoRAs are
+    with pytest.raises(BadInput, match="the unet has other weights than when it was accelerated") as caught:
+        stock.check(unet)
+    assert "tstitch_trt.accelerate again" in caught.value.hint
+    attention(unet).to_q.weight.data -= 1e-3 * delta
+
+
+def test_a_changed_configuration_is_noticed() -> None:
+    vae = deepcopy(shared_vae())
+    stock = check_stock(vae, "the vae")
+    vae.register_to_config(scaling_factor=0.5)
+    with pytest.raises(BadInput, match="the configuration of the vae has changed"):
+        stock.check(vae)
+
+
+# --- weights that are kept elsewhere, or in another type
+
+
+def test_offloaded_weights_are_read_where_they_are_kept() -> None:
+    unet = deepcopy(shared_unet())
+    offloaded_layer_by_layer(unet)
+    assert any(parameter.is_meta for parameter in unet.parameters())
+    want = shared_unet().state_dict()
+    found = weights_of(unet)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_weights_without_values_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"the unet has parameters without values: conv_in.weight"):
+        check_stock(deepcopy(shared_unet()).to("meta"), "the unet")
+
+
+def test_weights_stored_in_8_bits_are_read_in_the_type_they_are_computed_in() -> None:
+    """Layerwise casting: the values are those that the module computes with, whatever they were before."""
+    from diffusers.hooks import apply_layerwise_casting
+
+    unet = deepcopy(shared_unet())
+    apply_layerwise_casting(unet, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    check_stock(unet, "the unet")
+    found = weights_of(unet)
+    assert any(parameter.dtype == torch.float8_e4m3fn for parameter in unet.parameters())
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    plain = deepcopy(shared_unet())
+    plain.load_state_dict(found)
+    assert torch.allclose(unet_output(plain), unet_output(unet), rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_fused_for_speed_is_saved_once() -> None:
+    unet = deepcopy(shared_unet())
+    unet.fuse_qkv_projections()
+    assert weights_of(unet).keys() == shared_unet().state_dict().keys()

@@ -1,0 +1,212 @@
+"""Whether a loaded module computes what its class and its configuration say, since engines are made from these."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from typing import Any, Final
+
+from tstitch_engines.checks import shown
+from tstitch_engines.errors import BadInput
+from tstitch_trt.pipeline.code_origin import library_base, names_in_code, overrides, patched_function, stranger_in
+from tstitch_trt.pipeline.weights import FUSED, check_values, sample_of
+from tstitch_trt.pipeline.wrapped import odd_hook, replaced_method, unwrap_compiled
+
+__all__ = ["StockModule", "check_stock"]
+
+# Attention by other kernels or in slices: the same arithmetic, up to rounding
+_PROCESSORS: Final[Mapping[str, frozenset[str]]] = {
+    "AttnProcessor2_0": frozenset({
+        "AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "FusedAttnProcessor2_0",
+        "AttnProcessorNPU", "XLAFlashAttnProcessor2_0",
+    }),
+    "AttnAddedKVProcessor2_0": frozenset({
+        "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "XFormersAttnAddedKVProcessor", "SlicedAttnAddedKVProcessor",
+    }),
+}  # fmt: skip
+# Attributes that choose how something is computed and not what, or that calls look at themselves (tiling)
+_HARMLESS: Final = frozenset({
+    "gradient_checkpointing", "_gradient_checkpointing_func", "fused_projections", "_chunk_size", "_chunk_dim",
+    "use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor",
+    "_internal_dict", "processor", "_hf_hook", "_old_forward", "_diffusers_hook", "_compiled_call_impl", "training",
+    "original_attn_processors", "peft_config", "_hf_peft_config_loaded",
+})  # fmt: skip
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
+_TENSORS: Final = ("_parameters", "_buffers")
+_FUSED: Final = tuple(f".{name}" for name in FUSED)
+# By what a difference says: the call that ends it
+_ENDED_BY: Final[Mapping[str, str]] = {
+    "IPAdapter": "pipe.unload_ip_adapter()",
+    "LoRA": "pipe.unload_lora_weights()",
+    "processor is": "unet.set_default_attn_processor()",
+    **dict.fromkeys((".b1 is", ".b2 is", ".s1 is", ".s2 is"), "pipe.disable_freeu()"),
+    "hooks has": "remove() of the handle that register_forward_hook returned",
+    "padding_mode": "load the model again, or set padding_mode to 'zeros'",
+}
+
+
+@dataclass(frozen=True)
+class StockModule:
+    """A module that is what its class and configuration say, to be looked at again before each call."""
+
+    what: str
+    module: Any
+    twin: Any
+    config: Mapping[str, Any]
+    sample: Mapping[str, Any]
+
+    def check(self, module: Any) -> None:
+        """Raises ``BadInput`` where ``module`` is another one, or has changed since."""
+        again = "call tstitch_trt.accelerate again"
+        if unwrap_compiled(module) is not self.module:
+            raise BadInput(f"{self.what} is not the one that was accelerated", hint=f"{again}, or put it back")
+        check_values(self.module, self.what)
+        _check_code(self.module, self.what)
+        _check_structure(self.module, self.twin, self.what)
+        if dict(self.module.config) != self.config:
+            raise BadInput(f"the configuration of {self.what} has changed since it was accelerated", hint=again)
+        if any(not value.equal(self.sample.get(name, value)) for name, value in sample_of(self.module).items()):
+            raise BadInput(f"{self.what} has other weights than when it was accelerated", hint=again)
+
+
+def check_stock(module: Any, what: str) -> StockModule:
+    """Raises ``BadInput`` where a diffusers module does other than its class and configuration say.
+
+    It is compared with a module made from its configuration, submodule by submodule: classes, attributes, hooks and
+    the names and shapes of tensors, while the functions of the classes must be those that their libraries define.
+    What only places, casts, slices or compiles is let through.
+    """
+    import torch
+
+    check_values(module, what)
+    base = library_base(type(module))
+    if base.__module__.partition(".")[0] != "diffusers" or not hasattr(base, "from_config"):
+        raise _other(what, f"it is a {_name(type(module))}")
+    _check_code(module, what)
+    with torch.device("meta"):
+        twin = base(**{name: module.config[name] for name in signature(base).parameters if name in module.config})
+    _check_structure(module, twin, what)
+    return StockModule(what, module, twin, dict(module.config), sample_of(module))
+
+
+def _other(what: str, thing: str) -> BadInput:
+    fix = next((f": {call}" for sign, call in _ENDED_BY.items() if sign in thing), "")
+    return BadInput(
+        f"{what} does other than its class and configuration say: {thing}",
+        hint=f"engines are made from weights and configuration: undo it{fix}",
+    )
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _check_code(module: Any, what: str) -> None:
+    """Every function is a library's own: of the classes, of the modules that define them, and of PyTorch."""
+    import torch
+
+    torch_modules: Any = torch.nn.modules.module
+    for kind in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+        if getattr(torch_modules, kind):
+            raise _other(what, f"torch.nn.modules.module has {kind[1:].replace('_', ' ')}")
+    classes = {type(part) for part in module.modules()}
+    classes |= {type(part.processor) for part in module.modules() if hasattr(part, "processor")}
+    for cls in classes:
+        base = library_base(cls)
+        if (replaced := overrides(cls)) and base is not object:
+            name, owner = next(iter(replaced.items()))
+            raise _other(what, f"it has a {_name(owner)}, which replaces {base.__name__}.{name}")
+        if patched := patched_function(base):
+            raise _other(what, f"{patched} was replaced")
+    homes = {sys.modules[base.__module__] for cls in classes for base in cls.__mro__ if base.__module__ in sys.modules}
+    for home in sorted(homes, key=lambda home: home.__name__):
+        if home.__name__.startswith("diffusers.") and (found := stranger_in(home)):
+            raise _other(what, f"{found} was replaced")
+    if found := stranger_in(torch.nn.functional):
+        raise _other(what, f"{found} was replaced")
+
+
+def _check_structure(module: Any, twin: Any, what: str) -> None:
+    parts = dict(module.named_modules(remove_duplicate=False))
+    same = dict(twin.named_modules(remove_duplicate=False))
+    classes: set[Any] = {type(part) for part in same.values()}
+    known = {name for cls in classes for name in names_in_code(cls)}
+    for path, part in parts.items():
+        if path.endswith(_FUSED):
+            continue  # compared with what they were fused from, in weights.py
+        where = f"{path}." if path else ""
+        if path not in same:
+            raise _other(what, f"it has a {_name(type(part))} at {path}")
+        if library_base(type(part)) is not type(same[path]):
+            raise _other(what, f"{path or 'it'} is a {_name(type(part))}, where {_name(type(same[path]))} is expected")
+        for thing in _differences(part, same[path], known):
+            raise _other(what, f"{where}{thing}")
+    for path in same.keys() - parts.keys():
+        raise _other(what, f"it has no {path}")
+
+
+def _differences(part: Any, twin: Any, known: set[str]) -> Iterator[str]:
+    """What of ``part`` is not as in ``twin``, a submodule made from the configuration."""
+    mine, theirs = vars(part), vars(twin)
+    for kind in _HOOKS:
+        if len(mine[kind]) != len(theirs[kind]):
+            yield f"{kind.strip('_')} has {[_function_name(hook) for hook in mine[kind].values()]}"
+    if hook := odd_hook(part):
+        yield f"_hf_hook or _diffusers_hook is a {hook}"
+    for kind in _TENSORS:
+        own, expected = _shapes(mine[kind]), _shapes(theirs[kind])
+        if own != expected:
+            yield f"{kind.strip('_')} are {own}; expected are {expected}"
+    if part.training and getattr(part, "p", 0) and "Dropout" in type(part).__name__:
+        yield f"training is on, with dropout {part.p} (eval() ends it)"
+    if "processor" in mine and "processor" in theirs:
+        yield from _processor(mine["processor"], theirs["processor"])
+    if mine.get("_compiled_call_impl") is not None and (by := replaced_method(part, "_compiled_call_impl")):
+        yield f"_compiled_call_impl is {by}"
+    for name in sorted((mine.keys() | theirs.keys()) - _HARMLESS - _module_state()):
+        if name not in theirs:
+            yield from _added(part, name, known)
+        elif name not in mine or not _same(mine[name], theirs[name]):
+            yield f"{name} is {shown(mine.get(name))}; expected is {shown(theirs[name])}"
+
+
+def _added(part: Any, name: str, known: set[str]) -> Iterator[str]:
+    """An attribute that the class does not set itself: nothing, unless its code would find it."""
+    value = vars(part)[name]
+    if callable(getattr(type(part), name, None)):
+        if by := replaced_method(part, name):
+            yield f"{name} was replaced by {by}"
+    elif (name in known or hasattr(type(part), name)) and value is not None and value is not False:
+        yield f"{name} is {shown(value)}, which is not there by default"
+
+
+def _processor(mine: Any, theirs: Any) -> Iterator[str]:
+    base = library_base(type(mine))
+    allowed = _PROCESSORS.get(type(theirs).__name__, frozenset({type(theirs).__name__}))
+    if base.__name__ not in allowed or not base.__module__.startswith("diffusers."):
+        yield f"processor is a {_name(type(mine))}"
+    elif changed := [name for name in vars(mine) if callable(getattr(type(mine), name, None))]:
+        yield f"processor.{changed[0]} was replaced"
+
+
+def _shapes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    return mine is theirs or (type(mine) is type(theirs) and bool(mine == theirs))
+
+
+def _function_name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
+
+
+@cache
+def _module_state() -> frozenset[str]:
+    """What PyTorch keeps in every module, and what of it is compared on its own."""
+    import torch
+
+    return frozenset(vars(torch.nn.Module()))

@@ -1,0 +1,123 @@
+"""The weights of a loaded diffusers module: whether they can be read, what they are, and a sample of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from tstitch_engines.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FUSED", "check_values", "sample_of", "weights_of"]
+
+# What fuse_qkv_projections adds beside the projections themselves, and of which they are made
+FUSED: Final = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+_SAMPLE: Final = 8  # entries of a tensor along its diagonal
+
+
+def check_values(module: Any, what: str) -> None:
+    """Raises ``BadInput`` where the parameters are not what the module computes with, or are not there."""
+    import torch
+
+    if any(hasattr(part, "base_layer") for part in module.modules()):
+        raise BadInput(
+            f"{what} has LoRA layers beside its weights", hint="fuse them first: pipe.fuse_lora(), then "
+            "pipe.unload_lora_weights()"
+        )  # fmt: skip
+    for name, value in module.named_parameters():
+        if type(value) is not torch.nn.Parameter or type(value.data) is not torch.Tensor:
+            raise _quantised(what, f"{name} is a {type(value).__name__} of {type(value.data).__name__}")
+        if not value.is_floating_point():
+            raise _quantised(what, f"{name} holds {value.dtype}")
+        if value.is_meta and not _offloaded(module):
+            raise BadInput(f"{what} has parameters without values: {name}", hint="load its weights first")
+    for path, part in module.named_modules():
+        for fused, sources in FUSED.items():
+            if hasattr(part, fused) and not _fused_of(part, fused, sources):
+                raise BadInput(
+                    f"{what}.{path}.{fused} is not what its projections would be fused to",
+                    hint="undo it: pipe.unfuse_qkv_projections()",
+                )
+
+
+def weights_of(module: Any) -> dict[str, Tensor]:
+    """By name what the module computes with: those of offloaded ones from where they are kept, and no fused copies.
+
+    Types of 8 bits that weights are only stored in become the module's own.
+    """
+    if _offloaded(module):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        found = dict(get_state_dict_offloaded_model(module))
+    else:
+        found = dict(module.state_dict())
+    kept = {name: tensor.detach() for name, tensor in found.items() if not _is_fused(name)}
+    return {name: tensor.to(module.dtype) if _is_float8(tensor) else tensor for name, tensor in kept.items()}
+
+
+def sample_of(module: Any) -> dict[str, Tensor]:
+    """By name a few values of each tensor that is there, as the bits of float32 on the CPU: other weights show in it.
+
+    Synchronises once for each device.
+    """
+    import torch
+
+    by_device: dict[Any, dict[str, Tensor]] = {}
+    for name, tensor in module.state_dict().items():
+        if not tensor.is_meta and not _is_fused(name):
+            by_device.setdefault(tensor.device, {})[name] = _sample(tensor.detach()).float()
+    found: dict[str, Tensor] = {}
+    for parts in by_device.values():
+        whole = torch.cat(list(parts.values())).cpu().view(torch.int32)
+        found |= dict(zip(parts, torch.split(whole, [len(part) for part in parts.values()]), strict=True))
+    return found
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    line = tensor.diagonal(dim1=0, dim2=1) if tensor.ndim > 1 else tensor.reshape(-1)
+    length = line.shape[-1]
+    return line[..., :: max(1, length // _SAMPLE)].reshape(-1)
+
+
+def _quantised(what: str, thing: str) -> BadInput:
+    return BadInput(
+        f"{what} is quantised: {thing}",
+        hint="load it in float32, float16 or bfloat16; tstitch_trt.quantise makes 8 bit members of a bundle",
+    )
+
+
+def _offloaded(module: Any) -> bool:
+    """Whether accelerate keeps weights elsewhere and brings each layer's when it runs."""
+    return any(_maps(module))
+
+
+def _maps(module: Any) -> Iterator[bool]:
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            yield getattr(one, "weights_map", None) is not None
+
+
+def _is_fused(name: str) -> bool:
+    return any(f".{part}." in name for part in FUSED)
+
+
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
+def _fused_of(part: Any, fused: str, sources: tuple[str, ...]) -> bool:
+    import torch
+
+    for kind in ("weight", "bias"):
+        own = getattr(getattr(part, fused), kind, None)
+        each = [getattr(getattr(part, source), kind, None) for source in sources]
+        if own is None and all(one is None for one in each):
+            continue
+        if own is None or any(one is None for one in each) or own.is_meta:
+            return False
+        if not torch.equal(own, torch.cat([one for one in each if one is not None])):
+            return False
+    return True
