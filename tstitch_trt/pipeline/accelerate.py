@@ -249,7 +249,7 @@ def _key(scheduler: Any, stock: Mapping[str, StockModule], small: Any, recipe: s
     """The hash of all that decides the bundle."""
     from tstitch_export.build import versions_of
 
-    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    config = {**scheduler.config, "_class_name": scheduler_class(scheduler)}
     noise, prediction = read_training(config, where="the pipeline's scheduler")
     return digest(
         {
