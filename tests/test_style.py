@@ -12,7 +12,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = (ROOT / "tstitch_trt", ROOT / "export/tstitch_export", ROOT / "engines/tstitch_engines")
 
 # What these read is the signature of somebody else's function: a diffusers pipeline's, a torch module's.
-FOREIGN = {"tstitch_trt/pipeline/arguments.py", "export/tstitch_export/onnx_export/exporter.py"}
+FOREIGN = {
+    "tstitch_trt/pipeline/arguments.py",
+    "tstitch_trt/pipeline/code_origin.py",
+    "export/tstitch_export/onnx_export/exporter.py",
+}
 
 
 def sources(*folders: Path) -> Iterator[tuple[str, ast.Module]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
-from inspect import getmro
+from inspect import signature
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Final
 
-__all__ = ["library_base", "names_in_code", "overrides", "patched_function", "stranger", "stranger_in"]
+__all__ = ["library_base", "made_again", "names_in_code", "overrides", "patched_function", "stranger", "stranger_in"]
 
 _LIBRARIES: Final = ("torch", "diffusers", "accelerate", "huggingface_hub", "transformers", "peft")
 _STANDARD: Final = sysconfig.get_paths()["stdlib"]
@@ -25,6 +25,11 @@ _UNSEEN: Final = frozenset({
 def library_base(cls: type) -> type:
     """``cls`` where a library defines it, else the first of its bases for which that holds."""
     return next(base for base in cls.__mro__ if base is object or _is_library_class(base))
+
+
+def made_again(cls: Any, config: Mapping[str, Any]) -> Any:
+    """A fresh object of a diffusers class with this configuration, as ``from_config`` makes it but without its log."""
+    return cls(**{name: config[name] for name in signature(cls).parameters if name in config})
 
 
 def overrides(cls: type) -> dict[str, type]:
@@ -64,7 +69,7 @@ def stranger_in(module: ModuleType) -> str | None:
 @cache
 def names_in_code(cls: Any) -> frozenset[str]:
     """All attributes and texts that the functions of ``cls`` and its bases name."""
-    functions = (function for base in getmro(cls) for value in vars(base).values() for function in _codes(value, set()))
+    functions = (function for base in cls.__mro__ for value in vars(base).values() for function in _codes(value, set()))
     return frozenset(name for code in functions for name in _names(code))
 
 

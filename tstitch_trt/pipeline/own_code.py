@@ -5,13 +5,19 @@ from __future__ import annotations
 import sys
 from dis import get_instructions
 from functools import cache
-from inspect import signature, unwrap
 from types import CodeType, FunctionType
 from typing import Any, Final
 
 from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput
-from tstitch_trt.pipeline.code_origin import library_base, overrides, patched_function, stranger, stranger_in
+from tstitch_trt.pipeline.code_origin import (
+    library_base,
+    made_again,
+    overrides,
+    patched_function,
+    stranger,
+    stranger_in,
+)
 
 __all__ = ["check_pipeline_code", "pipeline_class", "scheduler_class"]
 
@@ -72,7 +78,7 @@ def scheduler_class(scheduler: Any) -> str:
         )
     if patched := patched_function(base) or stranger_in(sys.modules[base.__module__]):
         raise BadInput(f"{patched} was replaced, which would be ignored", hint=fix)
-    twin = base(**{key: value for key, value in scheduler.config.items() if key in _parameters(base)})
+    twin = made_again(base, scheduler.config)
     mine, theirs = vars(scheduler), vars(twin)
     for name in mine:
         if callable(getattr(base, name, None)):
@@ -103,18 +109,13 @@ def _reached(cls: type) -> frozenset[str]:
 
 
 def _names(value: Any) -> list[str]:
-    code = getattr(unwrap(value), "__code__", None) if callable(value) else None
+    code = getattr(_unwrapped(value), "__code__", None)
     waiting, found = [code] if code else [], list[str]()
     while waiting:
         one = waiting.pop()
         found += one.co_names
         waiting += [inner for inner in one.co_consts if isinstance(inner, CodeType)]
     return found
-
-
-@cache
-def _parameters(cls: type) -> frozenset[str]:
-    return frozenset(signature(cls).parameters)
 
 
 @cache
@@ -125,9 +126,15 @@ def _state(cls: type) -> frozenset[str]:
     for base in cls.__mro__:
         for name, value in vars(base).items():
             if isinstance(value, FunctionType) and name not in ("__init__", "add_noise", "get_velocity"):
-                code = unwrap(value).__code__
+                code = _unwrapped(value).__code__
                 found |= {str(step.argval) for step in get_instructions(code) if step.opname == "STORE_ATTR"}
     return frozenset(found)
+
+
+def _unwrapped(value: Any) -> Any:
+    while hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    return value
 
 
 def _same(mine: Any, theirs: Any) -> bool:

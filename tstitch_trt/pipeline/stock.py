@@ -6,12 +6,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from inspect import signature
 from typing import Any, Final
 
 from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput
-from tstitch_trt.pipeline.code_origin import library_base, names_in_code, overrides, patched_function, stranger_in
+from tstitch_trt.pipeline.code_origin import (
+    library_base,
+    made_again,
+    names_in_code,
+    overrides,
+    patched_function,
+    stranger_in,
+)
 from tstitch_trt.pipeline.weights import FUSED, check_values, sample_of
 from tstitch_trt.pipeline.wrapped import odd_hook, replaced_method, unwrap_compiled
 
@@ -87,7 +93,7 @@ def check_stock(module: Any, what: str) -> StockModule:
         raise _other(what, f"it is a {_name(type(module))}")
     _check_code(module, what)
     with torch.device("meta"):
-        twin = base(**{name: module.config[name] for name in signature(base).parameters if name in module.config})
+        twin = made_again(base, module.config)
     _check_structure(module, twin, what)
     return StockModule(what, module, twin, dict(module.config), sample_of(module))
 
