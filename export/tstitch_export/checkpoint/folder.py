@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,13 @@ from tstitch_export.checkpoint.model_config import check_model_config
 __all__ = ["describe_folder", "files_of", "model_folder", "read_json", "weights_file"]
 
 _ENDINGS: Final = ("safetensors", "bin")
+# Which of several is taken: full precision first, and the moving average, which is what pipelines draw with
+_VARIANTS: Final[tuple[str, ...]] = ("", "fp32", "ema", "fp16", "bf16", "non_ema")
+_SHARD: Final = re.compile(r"-\d+-of-\d+$")
+# What diffusers' EMAModel writes into the config.json of a moving average, which is nothing of the model's
+_OF_AVERAGES: Final = frozenset(
+    {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
+)
 
 
 def read_json(path: Path, most: int = CONFIG_BYTES) -> dict[str, Any] | None:
@@ -39,33 +47,48 @@ def model_folder(
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of a diffusers model and its ``config.json``: ``path``, or one of the ``parts`` of a pipeline there.
 
+    A moving average (``PART_ema``, ``ema_PART``) goes before ``PART`` in the state of a training, not in a pipeline.
     Raises ``BadCheckpoint`` saying ``what`` (``is no DiT``) where its class is none of ``kinds``.
     """
-    folder = next((path / part for part in parts if (path / part / "config.json").is_file()), path)
+    averages = [name for part in parts for name in (f"{part}_ema", f"ema_{part}")]
+    ordered = [*parts, *averages] if (path / "model_index.json").is_file() else [*averages, *parts]
+    folder = next((path / part for part in ordered if (path / part / "config.json").is_file()), path)
     config = read_json(folder / "config.json")
     if config is None or str(config.get("_class_name")) not in kinds:
         raise BadCheckpoint(f"{path} {what}: it looks like {describe_folder(folder)}", hint=hint)
     check_model_config(config, folder / "config.json")
-    return folder, config
+    return folder, {key: value for key, value in config.items() if key not in _OF_AVERAGES}
 
 
 def weights_file(folder: Path, stems: Sequence[str]) -> Path:
     """The weights in ``folder``, for ``read_checkpoint``: one file, or the index of several.
 
-    ``STEM.safetensors`` first, then ``STEM.safetensors.index.json``, then half-precision and other variants. Raises
-    ``BadCheckpoint`` where there are none.
+    Of several variants (``STEM.VARIANT.safetensors``) the first of ``_VARIANTS``; of one variant safetensors go before
+    pickles, and one file before an index. Raises ``BadCheckpoint`` where there are none, or several unknown variants.
     """
+    known = "|".join(map(re.escape, stems))
+    # Both spellings of an index with a variant are in use: before .safetensors and before .json.
+    name = re.compile(rf"({known})(?:\.([\w-]+?))?\.(safetensors|bin)(\.index(?:\.([\w-]+))?\.json)?")
+    found: dict[str, list[tuple[int, bool, int, Path]]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = name.fullmatch(file.name)
+        if match and file.is_file() and not _SHARD.search(match[2] or ""):
+            order = (_ENDINGS.index(match[3]), match[4] is not None, stems.index(match[1]), file)
+            found.setdefault(match[2] or match[5] or "", []).append(order)
+    usual = [variant for variant in _VARIANTS if variant in found]
+    variants = usual or sorted(found)
+    if not usual and len(variants) > 1:
+        raise BadCheckpoint(
+            f"{folder} holds the variants {', '.join(variants)} of {stems[0]}, none of which is the usual one",
+            hint="keep the one that you mean in a folder of its own, with config.json",
+        )
+    if variants:
+        return min(found[variants[0]])[-1]
     whole = [f"{stem}.{ending}" for ending in _ENDINGS for stem in stems]
-    for variant in ("", ".fp16", ".non_ema"):
-        names = [f"{stem}{variant}.{ending}" for ending in _ENDINGS for stem in stems]
-        names += [f"{stem}.{ending}.index{variant}.json" for ending in _ENDINGS for stem in stems]
-        names += [f"{stem}{variant}.{ending}.index.json" for ending in _ENDINGS for stem in stems]
-        found = next((folder / name for name in names if (folder / name).is_file()), None)
-        if found is not None:
-            return found
+    shards = folder.is_dir() and any(_SHARD.search(file.stem) for file in folder.iterdir())
     raise BadCheckpoint(
         f"{folder} has no {whole[0]} (nor {', '.join(whole[1:])}, nor an index of several files)",
-        hint="download or copy the weights too",
+        hint="download or copy the index too (*.index.json)" if shards else "download or copy the weights too",
     )
 
 

@@ -118,6 +118,9 @@ class UNetConfig:
         for key, allowed in wanted.items():
             if self.raw.get(key) not in allowed:
                 return f"{key} = {self.raw[key]!r}"
+        for key in ("down_block_types", "up_block_types"):
+            if strange := [kind for kind in self[key] if kind.startswith("Skip")]:  # they give a third tensor
+                return f"{key} has {strange[0]}, which diffusers' {CLASS} can't run"
         if self.width is None:
             return f"cross_attention_dim = {self.raw['cross_attention_dim']!r}"
         return None

@@ -116,6 +116,7 @@ class _UNetFamily(TextConditioned):
             unet=config,
             weights=source.weights,
             loras=loras,
+            notes=source.notes,
         )
 
     def load(self, inspection: Inspection) -> nn.Module:

@@ -7,6 +7,7 @@ convolution that changes the size. Attention heads leave no trace in the shapes:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -14,7 +15,17 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
 from tstitch_export.families.unet.config import UNetConfig
 
-__all__ = ["PREFIX", "config_from_shapes", "down_names", "module_names", "rename", "unet_shapes", "way_down"]
+__all__ = [
+    "PREFIX",
+    "config_from_diffusers_names",
+    "config_from_shapes",
+    "down_names",
+    "has_diffusers_names",
+    "module_names",
+    "rename",
+    "unet_shapes",
+    "way_down",
+]
 
 PREFIX: Final = "model.diffusion_model."
 _WHOLE: Final = "give a whole checkpoint of Stable Diffusion 1.x, 2.x or SDXL, or a diffusers folder"
@@ -22,6 +33,9 @@ _HEAD: Final = 64  # channels of an attention head where the projections are lin
 _HEADS: Final = 8  # heads where they are convolutions: Stable Diffusion 1.x
 _EMBEDDED: Final = 256  # width of one embedded number of SDXL's sizes
 _NATIVE: Final = {768: 64, 1024: 96, 2048: 128, 1280: 128}  # text width -> latent side of the published models
+
+_GUIDED: Final = "time_embedding.cond_proj.weight"  # of a UNet that is told the guidance scale; the original has none
+_BLOCK: Final = re.compile(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
 
 # diffusers' name of a part of a residual block -> the original one
 _RESNET: Final = {
@@ -57,6 +71,41 @@ def config_from_shapes(shapes: Shapes, *, name: str) -> UNetConfig:
                 hint="use Stable Diffusion or SDXL checkpoints that predict noise or v",
             )
     return _Reader(inside, name).config()
+
+
+def has_diffusers_names(shapes: Shapes) -> bool:
+    """Whether these are the tensors of a diffusers UNet, or of a relative of one."""
+    return "conv_in.weight" in shapes and "time_embedding.linear_1.weight" in shapes
+
+
+def config_from_diffusers_names(shapes: Shapes, *, name: str) -> UNetConfig:
+    """The configuration of a UNet under diffusers' names, which are read through the original ones.
+
+    Raises what ``config_from_shapes`` does.
+    """
+    own = {key: shape for key, shape in shapes.items() if key != _GUIDED}
+    if "conv_out.weight" not in own:
+        raise BadCheckpoint(f"{name} is no UNet: it looks like {looks_like(shapes)}", hint=_WHOLE)
+    counted: dict[tuple[str, int], int] = {}
+    for key in own:
+        if match := _BLOCK.fullmatch(key):
+            place = (match[1], int(match[2]))
+            counted[place] = max(counted.get(place, 0), 1 + int(match[3]))
+    levels = range(1 + max((level for way, level in counted if way == "down"), default=-1))
+    crossed = [any(key.startswith(f"up_blocks.{level}.attentions.") for key in own) for level in levels]
+    names = module_names(
+        UNetConfig(
+            {
+                "block_out_channels": [1] * len(levels),
+                "layers_per_block": [counted.get(("down", level), 0) for level in levels],
+                "up_block_types": ["CrossAttnUpBlock2D" if attended else "UpBlock2D" for attended in crossed],
+                "addition_embed_type": "text_time" if "add_embedding.linear_1.weight" in own else None,
+            }
+        )
+    )
+    theirs = rename(own, {original: ours for ours, original in names.items()}, name=name)
+    raw = _Reader({theirs[key]: shape for key, shape in own.items()}, name).config().raw
+    return UNetConfig({**raw, "time_cond_proj_dim": shapes[_GUIDED][1]} if _GUIDED in shapes else raw)
 
 
 def way_down(shapes: Shapes, *, name: str, kind: str, hint: str) -> dict[str, Any]:

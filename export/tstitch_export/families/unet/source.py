@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Any
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.config_limits import check_numbers
-from tstitch_export.checkpoint.folder import files_of, model_folder, weights_file
+from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
+from tstitch_export.checkpoint.model_config import check_model_config
 from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
 from tstitch_export.families.unet.config import CLASS, UNetConfig
-from tstitch_export.families.unet.layout import PREFIX, config_from_shapes, module_names, rename, unet_shapes
+from tstitch_export.families.unet.layout import (
+    PREFIX,
+    config_from_diffusers_names,
+    config_from_shapes,
+    has_diffusers_names,
+    module_names,
+    rename,
+    unet_shapes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Source", "read_diffusers", "read_state", "read_unet"]
 
 _STEM = "diffusion_pytorch_model"
+_AVERAGE = "model_ema.diffusion_model"  # latent diffusion's, under names without dots
+_AVERAGED = f"its moving average ({_AVERAGE}...) is not taken, but the weights themselves, as diffusers does"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,7 @@ class Source:
     config: Mapping[str, Any]
     shapes: Shapes
     facts: PipelineFacts = field(default_factory=PipelineFacts)
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -47,18 +59,15 @@ class Source:
 
 
 def read_unet(path: Path) -> Source:
-    """A UNet: a model folder, a pipeline folder with one in ``unet/``, or a single file in the original layout.
+    """A UNet: a model folder, a pipeline folder with one in ``unet/``, or a single file under either names.
 
     Raises ``BadCheckpoint`` saying what it looks like when it is something else.
     """
     if path.is_dir() or not path.exists():
         return read_diffusers(path, part="unet", kind=CLASS)
     checkpoint = read_checkpoint(path)
-    if "conv_in.weight" in checkpoint.shapes and "time_embedding.linear_1.weight" in checkpoint.shapes:
-        raise BadCheckpoint(
-            f"{path.name} holds the weights of a diffusers model without its config.json",
-            hint=f"give the folder with both: {path.parent}",
-        )
+    if has_diffusers_names(checkpoint.shapes):
+        return _diffusers_file(path, checkpoint.shapes)
     config = config_from_shapes(checkpoint.shapes, name=path.name)
     inside = unet_shapes(checkpoint.shapes)
     names = rename(inside, module_names(config), name=path.name)
@@ -70,6 +79,29 @@ def read_unet(path: Path) -> Source:
         config=config.raw,
         shapes={names[key]: shape for key, shape in inside.items()},
         facts=PipelineFacts(parametrisation="v" if "v_pred" in checkpoint.shapes else None),
+        notes=(_AVERAGED,) if any(key.startswith(_AVERAGE) for key in checkpoint.shapes) else (),
+    )
+
+
+def _diffusers_file(path: Path, shapes: Shapes) -> Source:
+    """A UNet's own file under diffusers' names: with the ``config.json`` beside it, or with what the shapes tell."""
+    file = path.parent / "config.json"
+    config, described, notes = read_json(file), tuple[Path, ...](), tuple[str, ...]()
+    if config is not None and config.get("_class_name") == CLASS and "conv_out.weight" in shapes:
+        check_model_config(config, file)
+        check_numbers(config, shapes, str(file))
+        found, described = config, (file,)
+    else:
+        found = dict(config_from_diffusers_names(shapes, name=path.name).raw)
+        notes = (f"there is no config.json beside {path.name}: attention heads are those of the published models",)
+    return Source(
+        layout="diffusers",
+        path=path,
+        described=described,
+        weights=(path,),
+        config={key: value for key, value in found.items() if not key.startswith("_")},
+        shapes=shapes,
+        notes=notes,
     )
 
 
@@ -90,6 +122,7 @@ def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
             hint="copy config.json and the weights from the same model",
         )
     check_numbers(config, shapes, str(folder / "config.json"))
+    averaged = folder not in (path, path / part) and (path / part / "config.json").is_file()
     return Source(
         layout="diffusers",
         path=folder,
@@ -98,6 +131,7 @@ def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
         config={key: value for key, value in config.items() if not key.startswith("_")},
         shapes=shapes,
         facts=read_pipeline(path) if folder != path else PipelineFacts(),
+        notes=(f"the moving average {folder.name} is taken, not {part}",) if averaged else (),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.dits import diffusers_folder, sparse_safetensors
+from support.tiny_checkpoints import planned, said, text_recipe
 from support.tiny_families import clip_text_folder, controlnet_folder, original_control, original_unet, unet_folder
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, PairMismatch
@@ -159,7 +160,47 @@ def test_single_files_in_the_original_layout(name: str, tmp_path: Path) -> None:
     assert told == {key: value for key, value in folder.config.items() if key != "size"}
     inputs = family.example(found, batch=2, seed=3, sizes={"H": 8, "W": 6, "T": 5})
     with torch.no_grad():
-        assert torch.equal(family.load(found)(*inputs), family.load(folder)(*inputs))
+        want = family.load(folder)(*inputs)
+        assert torch.equal(family.load(found)(*inputs), want)
+
+    # Under diffusers' names and without config.json: as the original names say it
+    save_file({f"_orig_mod.{key}": tensor for key, tensor in module.state_dict().items()}, tmp_path / "own.safetensors")
+    own = family.inspect(tmp_path / "own.safetensors", {})
+    assert (own.layout, own.files, own.config, own.text) == (
+        "diffusers", (tmp_path / "own.safetensors",), found.config, found.text
+    )  # fmt: skip
+    assert own.unet.raw == found.unet.raw  # type: ignore[attr-defined]
+    assert "attention heads are those of the published models" in own.notes[0]
+    with torch.no_grad():
+        assert torch.equal(family.load(own)(*inputs), want)
+
+
+def test_a_file_under_diffusers_names_has_the_config_beside_it(pipeline: Path, tmp_path: Path) -> None:
+    found, folder = SD.inspect(pipeline / "unet" / WEIGHTS, {}), SD.inspect(pipeline / "unet", {})
+    assert (found.config, found.files, found.latent, found.notes) == (folder.config, folder.files, folder.latent, ())
+    assert found.unet.raw == folder.unet.raw  # type: ignore[attr-defined]
+    guided = unet_folder(tmp_path, "sd", cross_attention_dim=768, attention_head_dim=8, time_cond_proj_dim=16)
+    save_file(guided.state_dict(), tmp_path / "lcm.safetensors")
+    assert SD.inspect(tmp_path / "lcm.safetensors", {}).guidance_embedding == 16
+
+
+def test_the_average_of_a_whole_file_is_left_aside(tmp_path: Path) -> None:
+    module = unet_folder(tmp_path, "sd", cross_attention_dim=768, attention_head_dim=8, norm_num_groups=32)
+    state = original_unet(module)
+    state |= {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): torch.zeros_like(tensor)
+        for key, tensor in state.items()
+        if key.startswith("model.diffusion_model.")
+    }
+    save_file({f"module.{key}": tensor for key, tensor in state.items()}, tmp_path / "full.safetensors")
+    found = SD.inspect(tmp_path / "full.safetensors", {})
+    assert "(model_ema.diffusion_model...) is not taken" in found.notes[0]
+    got = state_of(found)
+    assert all(torch.equal(got[key], tensor) for key, tensor in module.state_dict().items())
+    # A bundle's notes say it, and of which file
+    recipe = text_recipe(tmp_path / "pair.toml", halves=())
+    plan = planned(recipe, members=dict.fromkeys(("small", "large"), tmp_path / "full.safetensors"))
+    said(plan, "full.safetensors: its moving average", "is not taken")
 
 
 @pytest.mark.parametrize("layout", ["original", "bare original", "within a pipeline", "diffusers"])
@@ -220,6 +261,7 @@ def test_published_architectures_by_name() -> None:
         ({"encoder_hid_dim_type": "image_proj"}, r"encoder_hid_dim_type = 'image_proj'"),
         ({"cross_attention_dim": [32, 64]}, r"cross_attention_dim = \[32, 64\]"),
         ({"in_channels": 8}, "takes 8 channels and gives 4"),
+        ({"up_block_types": ["SkipUpBlock2D"] * 2}, "has SkipUpBlock2D, which diffusers' UNet2DConditionModel can't"),
         ({"_class_name": "UNet2DModel"}, "it looks like a UNet2DModel"),
     ],
 )
@@ -255,9 +297,8 @@ def test_other_things_on_disk(pipeline: Path, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(BadCheckpoint, match=words):
             SD.inspect(path, {})
-    with pytest.raises(BadCheckpoint, match=r"weights of a diffusers model without its config\.json") as caught:
-        SD.inspect(pipeline / "unet" / WEIGHTS, {})
-    assert str(pipeline / "unet") in caught.value.hint
+    with pytest.raises(BadCheckpoint, match="is no UNet: it looks like a ControlNet"):
+        SD.inspect(tmp_path / "control" / WEIGHTS, {})
     with pytest.raises(BadCheckpoint, match="looks like a UNet2DConditionModel"):
         open_family("controlnet").inspect(pipeline / "unet", {})
     with pytest.raises(BadCheckpoint, match="is no ControlNet: it looks like a UNet"):
