@@ -22,7 +22,7 @@ from gpubench.script import parser_of, run_script
 from tstitch_engines.bundle.bundle import STUDIES, Bundle, open_bundle
 from tstitch_engines.errors import BadInput
 from tstitch_trt.files import write_text
-from tstitch_trt.study.evaluate.claim import claims_of
+from tstitch_trt.study.evaluate.claim import Claim, claims_of
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Measure, Point
 from tstitch_trt.study.settings import share_in_order
 from tstitch_trt.study.store import differing_weights, load_studies
@@ -53,6 +53,7 @@ def tables(bundle: Bundle) -> str:
     """Of the studies of the bundle's own weights. Raises ``BadInput`` where nothing was evaluated."""
     manifest = bundle.manifest
     found = [e for e in load_studies(bundle, Evaluation) if not differing_weights(manifest, e)]
+    found.sort(key=lambda evaluation: -evaluation.samples)
     if not found:
         raise BadInput(
             f"{bundle.root} has no evaluation of its own weights", hint=f"run: tstitch-trt evaluate {bundle.root}"
@@ -95,12 +96,8 @@ def _of_evaluation(evaluation: Evaluation, members: Sequence[str]) -> list[str]:
     if rest:
         parts += ["### Solvers and step counts\n", _table(rest, _full(members), f"solver, steps, {members[0]}'s share")]
     for claim in claims_of(evaluation, members):
-        alone = claim.large.setting
-        parts.append(
-            f"{alone.solver}, {alone.steps} steps: up to {claim.fraction:.0%} on {members[0]} the Fréchet distance, "
-            f"{claim.value:.2f}, stays within {members[-1]}'s interval (at most {claim.bounds.high:.2f})"
-            + (f", {claim.speedup:.2f} times as fast.\n" if claim.speedup else ".\n")
-        )
+        parts.append(f"{claim.text(members[0], members[-1], NAMES.get(claim.metric, claim.metric))}.\n")
+        parts.append(_trials(claim, members[0]))
     return parts
 
 
@@ -116,6 +113,16 @@ def _share(members: Sequence[str]) -> Callable[[Point], str]:
 def _full(members: Sequence[str]) -> Callable[[Point], str]:
     share = _share(members)
     return lambda point: f"{point.setting.solver}, {point.setting.steps}, {share(point)}"
+
+
+def _trials(claim: Claim, first: str) -> str:
+    """The test fraction by fraction."""
+    rows = [f"| {first} | difference | at most (95 %) | |", "|---|---|---|---|"]
+    for trial in claim.trials:
+        found = trial.judgement
+        cells = ("", "", "") if found is None else (f"{found.difference:+.3g}", f"{found.upper:+.3g}", found.verdict)
+        rows.append(f"| {trial.fraction:.0%} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
 
 
 def _short(point: Point) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from support import studies
-from tstitch_trt.study.records import Check, Divergence, DivergenceStep, Evaluation, Measure, OrderTrial, Point, Setting
+from tstitch_trt.study.records import Check, Divergence, DivergenceStep, Evaluation, OrderTrial, Point, Setting
 
 __all__ = ["check", "divergence", "evaluation", "evaluation_point"]
 
@@ -75,7 +77,7 @@ def divergence(*, weights: dict[str, str] | None = None, **changes: Any) -> Dive
 def evaluation_point(small: int, large: int, ms: float, **values: float) -> Point:
     """A point of 1,000 samples in batches of 8; its intervals are 3 % wide to each side. ``ms`` 0: not timed."""
     measures = {
-        metric: Measure(value=value, low=0.97 * value, high=1.03 * value, std=0.015 * value)
+        metric: msgspec.structs.replace(studies.measure(value, std=0.015 * value), low=0.97 * value, high=1.03 * value)
         for metric, value in values.items()
     }
     return Point(setting=_setting(small, large), samples=1000, measures=measures, batch=8 if ms else 0, ms=ms)
@@ -99,7 +101,7 @@ def evaluation(*, weights: dict[str, str] | None = None, **changes: Any) -> Eval
         "reference": {"name": "held-out.npz", "sha256": "e" * 64, "count": 10000},
         "level": 0.95,
         "resamples": 1000,
-        "baseline": _setting(0, 10),
+        "references": (_setting(0, 10),),
         "points": points,
         "notes": ("1,000 samples for 64 features: the Fréchet distance is biased upwards",),
     }

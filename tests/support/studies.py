@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from tstitch_trt.request.batching import Splitting
 from tstitch_trt.study.machine import describe_machine
@@ -89,17 +92,24 @@ def setting(schedule: str, *, solver: str = "ddim", guidance: float = 1.0, **pla
     )
 
 
-def measure(value: float) -> Measure:
-    return Measure(value=value, low=value - 1, high=value + 1, std=0.5)
+def measure(value: float, *, std: float = 0.5, own: float = 0.0, bias: float = 0.0) -> Measure:
+    """Resampled like all others: ``own`` is the part of its deviations, in ``std``, that no other one shares."""
+    shared = np.random.default_rng(0).standard_normal(200)
+    alone = np.random.default_rng(round(1e6 * value)).standard_normal(200)
+    deviations = np.sqrt(1 - own**2) * shared + own * alone
+    deviations = (deviations - deviations.mean()) / deviations.std(ddof=1)
+    kept = np.asarray(deviations, "<f2").tobytes()
+    return Measure(value=value, low=value - 1, high=value + 1, std=std, bias=bias, deviations=kept)
 
 
-def search_point(schedule: str, quality: float, *, dropped: bool = False, **more: Any) -> SearchPoint:
+def search_point(schedule: str, quality: float | Measure, *, dropped: bool = False, **more: Any) -> SearchPoint:
+    """``quality``: its value, or all of it."""
     return SearchPoint(
         kind="two members",
         setting=setting(schedule, **more),
         cost_ms=1.0,
-        quality=measure(quality),
-        samples=64,
+        quality=quality if isinstance(quality, Measure) else measure(quality),
+        samples=1000,
         dropped=dropped,
         front=not dropped,
     )
@@ -110,7 +120,7 @@ def search(*, weights: dict[str, str] | None = None, **changes: Any) -> Search:
         **_said(weights),
         "metric": "fid",
         "batch": 8,
-        "samples": 64,
+        "samples": 1000,
         "seed": 0,
         "calibration": "c" * 64,
         "points": (
@@ -123,13 +133,17 @@ def search(*, weights: dict[str, str] | None = None, **changes: Any) -> Search:
 
 
 def evaluation(
-    points: dict[str, dict[str, float]], *, weights: dict[str, str] | None = None, **more: Any
+    points: Mapping[str, Mapping[str, float | Measure]],
+    *,
+    weights: dict[str, str] | None = None,
+    samples: int = 1000,
+    **more: Any,
 ) -> Evaluation:
-    """``points``: measures by schedule. ``more``: of every point's ``setting``."""
+    """``points``: measures by schedule, their values or all of them. ``more``: of every point's ``setting``."""
     metrics = tuple(dict.fromkeys(name for measures in points.values() for name in measures))
     return Evaluation(
         **_said(weights),
-        samples=64,
+        samples=samples,
         seed=0,
         metrics=metrics,
         features={"name": "test"},
@@ -139,8 +153,8 @@ def evaluation(
         points=tuple(
             Point(
                 setting=setting(schedule, **more),
-                samples=64,
-                measures={name: measure(value) for name, value in measures.items()},
+                samples=samples,
+                measures={name: m if isinstance(m, Measure) else measure(m) for name, m in measures.items()},
             )
             for schedule, measures in points.items()
         ),

@@ -37,6 +37,9 @@ class Options:
     samples: int = option("Of each that is not beaten.", "N", default=1000, least=1)
     seed: int = option("Of the first sample.", "S", default=0, least=0)
     batch: int | None = option("Images of the request whose cost counts. [8]", "B", least=1)
+    margin: float | None = option(
+        "How much worse is still no worse, a share of the last member's own value. [0.05]", "SHARE"
+    )
     trials: int | None = option("At most so many candidates, at random. [all]", "N", least=0)
     budget_minutes: float | None = option("Begin no round of samples after so long.", "M")
     work: Path | None = option("Samples that were drawn. [in the cache directory]", "DIR")
@@ -52,7 +55,9 @@ def command(
     Candidates are two- and three-member schedules, large-small-large, and the last member alone in fewer steps, which
     is what a stitched schedule has to beat. Time is predicted by the bundle's calibration of this machine (tstitch-trt
     calibrate), quality is measured. All begin with few samples; one that is clearly worse than another that costs no
-    more is dropped, and the samples of the others are doubled. The set is kept in the bundle and used by --budget-ms.
+    more is dropped, and the samples of the others are doubled. Of the rest counts how much worse than the last member
+    alone each is at most (95 %, paired by seed). The set is kept in the bundle and used by --budget-ms, unless its
+    samples are too few to tell any schedule from the last member alone.
 
     Stop it at any time: the same command goes on with the samples that were drawn.
     """
@@ -62,10 +67,13 @@ def command(
     from tstitch_trt.plots.figure import check_plot
     from tstitch_trt.plots.search import plot_search
     from tstitch_trt.progress import progress_bar
+    from tstitch_trt.study.noninferiority import check_margin
+    from tstitch_trt.study.records import MARGIN
     from tstitch_trt.study.search.search import check_search, search, usual_metric
     from tstitch_trt.study.store import save_study
 
     check_search(wanted.metric, wanted.samples)
+    margin = MARGIN if wanted.margin is None else check_margin(wanted.margin, "--margin")
     quality.network()
     shares = parse_fractions(wanted.fractions)
     steps = None if wanted.steps is None else parse_numbers(wanted.steps, what="steps", example="--steps 10,20,50")
@@ -87,6 +95,7 @@ def command(
             prompts=prompts,
             trials=wanted.trials,
             budget_s=None if minutes is None else 60 * minutes,
+            margin=margin,
             command=command_line(),
             progress=bar,
         )

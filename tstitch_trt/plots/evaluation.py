@@ -11,7 +11,8 @@ import numpy as np
 from tstitch_trt.plots.figure import MUTED, error_bars, figure, point, series
 from tstitch_trt.plots.search import ring
 from tstitch_trt.plots.words import METRIC_NAMES, family_of, interval, metric_axis, ms, order_of
-from tstitch_trt.study.records import Evaluation, Point, Setting
+from tstitch_trt.study.noninferiority import margin_of
+from tstitch_trt.study.records import HIGHER_IS_BETTER, PAIRED, Evaluation, Point, Setting
 from tstitch_trt.study.settings import ORDERS, share_in_order
 
 __all__ = ["draw_quality", "draw_shares", "plot_evaluation", "timed"]
@@ -72,7 +73,7 @@ def draw_quality(
 ) -> None:
     """``metric`` of the ``timed`` points against the milliseconds per image: one line per family of settings.
 
-    The band is the interval of ``last`` alone at its most steps. ``annotated``: with the share of the steps on
+    The band reaches from ``last`` alone at its most steps to the margin. ``annotated``: with the share of the steps on
     ``first`` beside each point. ``chosen`` is ringed.
     """
     points = timed(evaluation, metric)
@@ -80,7 +81,11 @@ def draw_quality(
     alone = [found for found in points if order_of(found.setting) == (last,)]
     if alone:
         base = max(alone, key=lambda found: found.setting.rows).measures[metric]
-        axes.axhspan(base.low, base.high, color=MUTED, alpha=0.13, linewidth=0, label=f"interval of {last} alone")
+        most = 0.0 if metric in PAIRED else margin_of(base, evaluation.margin)
+        if most > 0 and base.deviations:
+            reach = base.value + (-most if metric in HIGHER_IS_BETTER else most)
+            text = f"margin of {last} alone, {evaluation.margin:.0%}"
+            axes.axhspan(*sorted((base.value, reach)), color=MUTED, alpha=0.13, linewidth=0, label=text)
     for index, (label, family) in enumerate(_families(points, first=first, last=last).items()):
         look, x = series(index), [found.ms / found.batch for found in family]
         stitched = any(len(order_of(found.setting)) > 1 for found in family)

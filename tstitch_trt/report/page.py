@@ -17,7 +17,7 @@ from tstitch_trt.plots.divergence import draw_divergence, draw_orders
 from tstitch_trt.plots.search import draw_search
 from tstitch_trt.plots.svg import NARROW, svg
 from tstitch_trt.plots.templates import fill
-from tstitch_trt.plots.words import METRIC_NAMES, date, interval, machine_text, ms
+from tstitch_trt.plots.words import METRIC_NAMES, date, machine_text
 from tstitch_trt.report.quality import quality_of
 from tstitch_trt.report.samples import SampleTable, png_url
 from tstitch_trt.study.evaluate.claim import claims_of
@@ -73,7 +73,8 @@ def render(bundle: Bundle, page: Page) -> str:
 
 
 def _plots(studies: Studies) -> dict[str, Markup | list[Markup | None] | None]:
-    """The drawings of the newest search and divergence, of the newest orders, and of each calibration's checks."""
+    """The drawings of the search and the divergence with the most samples, of its orders, and of each calibration's
+    checks."""
     found: dict[str, Markup | list[Markup | None] | None] = {"search": None}
     for search in studies.searches[:1]:
         if search.points:
@@ -95,20 +96,31 @@ def _plots(studies: Studies) -> dict[str, Markup | list[Markup | None] | None]:
 
 def _cards(studies: Studies, first: str, last: str) -> Iterator[tuple[str, str]]:
     """The few numbers that answer "why this fraction?", as far as they were measured."""
-    for metric, evaluation in [*by_metric(studies.evaluations).items()][:1]:
-        claims = sorted(claims_of(evaluation, (first, last), metric), key=lambda claim: -claim.large.setting.rows)
-        for found in claims[:1]:
+    for metric, evaluation in by_metric(studies.evaluations).items():
+        claims = [claim for claim in claims_of(evaluation, (first, last), metric) if claim.fraction is not None]
+        for found in sorted(claims, key=lambda claim: -claim.setting.rows)[:1]:
             name = METRIC_NAMES.get(metric, metric)
-            text = f"of the steps on {first} with {name} no worse than {last} alone {interval(found.bounds)}"
+            text = (
+                f"of the steps on {first} with {name} no worse than {last} alone (margin {found.margin:.0%}, "
+                f"{found.samples:,} samples)"
+            )
             yield f"{found.fraction:.0%}", text
             if found.speedup:
-                here, alone = (ms(p.ms / p.batch) for p in (found.point, found.large))
-                yield f"{found.speedup:.2f}×", f"faster there: {here} ms per image instead of {alone}"
+                yield f"{found.speedup:.2f}×", f"as fast there as {last} alone"
+        if claims:
+            break
     for study in studies.divergences[:1]:
-        yield study.suggested, f"suggested by the divergence from {study.reference}, order {study.order}"
+        yield (
+            study.suggested,
+            f"suggested by the divergence from {study.reference}, order {study.order}, of "
+            + (f"{len(study.seeds):,} seeds"),
+        )
     for calibration in studies.calibrations[:1]:
         if calibration.checks:
-            text = f"median error of predicted times, worst {calibration.worst_error:.1%}"
+            text = (
+                f"median error of the predicted times of {len(calibration.checks):,} schedules, "
+                f"worst {calibration.worst_error:.1%}"
+            )
             yield f"{calibration.median_error:.1%}", text
 
 

@@ -12,8 +12,9 @@ from markupsafe import Markup
 from tstitch_trt.plots.evaluation import draw_quality, timed
 from tstitch_trt.plots.svg import NARROW, WIDE, svg
 from tstitch_trt.plots.words import METRIC_NAMES, better, interval, ms
+from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.gather import Studies, by_metric
-from tstitch_trt.study.records import Evaluation
+from tstitch_trt.study.records import PAIRED, Evaluation
 
 __all__ = ["Plot", "Quality", "Table", "quality_of"]
 
@@ -34,13 +35,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Quality:
-    """``untimed``: metrics without a plot, as no point has a time. ``others``: studies under other conditions."""
+    """``untimed``: metrics without a plot, as no point has a time. ``claims``: what follows, or why nothing does.
+
+    ``others``: studies under other conditions, those with the most samples first.
+    """
 
     metrics: list[str]
     plots: list[Plot]
     untimed: list[str]
+    claims: list[str]
     tables: list[Table]
-    others: list[Evaluation]
+    others: list[Table]
 
 
 def quality_of(studies: Studies, first: str, last: str) -> Quality:
@@ -65,12 +70,23 @@ def quality_of(studies: Studies, first: str, last: str) -> Quality:
             f"{name}, {better(metric)}, on {evaluation.samples:,} samples a point, with {evaluation.level:.0%} "
             "bootstrap intervals."
         )
+        if metric in PAIRED:
+            steps = max((reference.steps for reference in evaluation.references), default=0)
+            caption += f" Compared with {last} alone in {steps} steps, from the same seeds." if steps else ""
         if wide:
             caption += f" At the points: the share of the steps on {first}, or the steps of one member alone."
         plots.append(Plot(drawing, caption))
     tables = [_table(_joined(list(group.values())), list(group), first) for group in groups.values()]
-    others = [e for e in found if (e.made, e.command) not in groups]
-    return Quality(list(by_name), plots, untimed, tables, others)
+    others = sorted((e for e in found if (e.made, e.command) not in groups), key=lambda e: -e.samples)
+    claims = []
+    for metric, evaluation in by_name.items():
+        name = METRIC_NAMES.get(metric, metric)
+        claims += [claim.text(first, last, name) for claim in claims_of(evaluation, (first, last), metric)]
+        if claims:  # of the first metric that says how good pictures are
+            break
+    return Quality(
+        list(by_name), plots, untimed, claims, tables, [_table(other, list(other.metrics), first) for other in others]
+    )
 
 
 def _joined(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -17,7 +17,9 @@ from tstitch_trt.study.machine import Machine
 __all__ = [
     "HIGHER_IS_BETTER",
     "LOWER_IS_BETTER",
+    "MARGIN",
     "METRICS",
+    "PAIRED",
     "STUDY_SCHEMA",
     "Calibration",
     "Check",
@@ -36,16 +38,19 @@ __all__ = [
     "StudyKind",
 ]
 
-STUDY_SCHEMA: Final = 1
+STUDY_SCHEMA: Final = 2
 
 LOWER_IS_BETTER: Final = ("fid", "kid", "lpips", "latent_error")
 HIGHER_IS_BETTER: Final = ("precision", "recall", "accuracy", "psnr", "clip")
+MARGIN: Final = 0.05  # why: tstitch_trt.study.noninferiority
 METRICS: Final = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
+PAIRED: Final = ("lpips", "latent_error", "psnr")  # how far pictures are from the reference's, not how good they are
 
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
 Ms = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
 Above = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+Margin = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 StudyKind = Literal["calibration", "divergence", "evaluation", "search"]
 
@@ -225,12 +230,19 @@ class Divergence(Study, frozen=True, kw_only=True):
 
 
 class Measure(_Record, frozen=True, kw_only=True):
-    """A metric's value with a bootstrap interval: ``low`` and ``high`` at ``level`` (0.95), ``std`` over resamples."""
+    """A metric's value with a bootstrap interval: ``low`` and ``high`` at ``level`` (0.95), ``std`` over resamples.
+
+    ``bias``: the part of ``value`` that more samples would take away, an estimate (``fid``; else 0). ``deviations``: of
+    the resamples from their mean, in units of ``std``, float16 little endian (base64 in JSON). Samples from equal seeds
+    are resampled alike, so those of two settings give the spread of their difference. Empty where it is unknown.
+    """
 
     value: Number
     low: Number
     high: Number
     std: Number
+    bias: Number = 0.0
+    deviations: bytes = b""
 
 
 class Point(_Record, frozen=True, kw_only=True):
@@ -248,8 +260,10 @@ class Point(_Record, frozen=True, kw_only=True):
 class Evaluation(Study, frozen=True, kw_only=True):
     """``features``: the network, ``reference``: the real images (name, sha256 and count of each).
 
-    ``baseline``: the setting that paired metrics compare with (the last member alone). ``notes``: warnings, such as
-    too few samples for the features. ``key``: see ``evaluation_key``.
+    ``references``: the settings that paired metrics (``PAIRED``) compare with, one for each solver and guidance: the
+    last member alone in the most steps. ``margin``: how much worse still counts as no worse, a share of the last
+    member's own value (``tstitch_trt.study.noninferiority``). ``notes``: warnings, such as too few samples for the
+    features. ``key``: see ``evaluation_key``.
     """
 
     kind = "evaluation"
@@ -265,7 +279,8 @@ class Evaluation(Study, frozen=True, kw_only=True):
     reference: dict[Text, Text | Count]
     level: Number
     resamples: Count
-    baseline: Setting | None = None
+    margin: Margin = MARGIN
+    references: tuple[Setting, ...] = ()
     points: tuple[Point, ...]
     notes: tuple[Text, ...] = ()
 
@@ -290,7 +305,11 @@ class SearchPoint(_Record, frozen=True, kw_only=True):
 
 
 class Search(Study, frozen=True, kw_only=True):
-    """The Pareto set of cost and ``metric``. ``calibration``: the digest of the one that predicted the costs."""
+    """The Pareto set of cost and ``metric``. ``calibration``: the digest of the one that predicted the costs.
+
+    ``reference``: the last member alone in the most steps. Each point is judged by its difference from it, and
+    ``margin`` is as in ``Evaluation``.
+    """
 
     kind = "search"
     metric: Text
@@ -299,5 +318,7 @@ class Search(Study, frozen=True, kw_only=True):
     seed: Seed
     prompts: tuple[Text, ...] = ()
     calibration: Text
+    margin: Margin = MARGIN
+    reference: Setting | None = None
     points: tuple[SearchPoint, ...]
     notes: tuple[Text, ...] = ()

@@ -16,10 +16,10 @@ from tstitch_trt.study.records import Setting
 
 __all__ = [
     "ORDERS",
-    "baseline_of",
     "fraction_settings",
     "options_of",
     "plan_of",
+    "reference_of",
     "schedule_text",
     "setting_of",
     "share_in_order",
@@ -73,8 +73,12 @@ def options_of(setting: Setting) -> PlanOptions:
     return PlanOptions.from_keywords({**own, **setting.plan})
 
 
-def baseline_of(manifest: Manifest, setting: Setting) -> Setting:
-    """The last member alone in the same steps, by the same solver."""
+def reference_of(manifest: Manifest, settings: Sequence[Setting]) -> Setting:
+    """The last member alone in the most steps of ``settings``, which have one solver and guidance.
+
+    Never in fewer steps: each step count would be compared with itself, and look as good as any other.
+    """
+    setting = max(settings, key=lambda setting: setting.steps)
     return setting_of(
         manifest,
         schedule=list(manifest.members)[-1],

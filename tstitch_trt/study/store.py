@@ -22,7 +22,7 @@ from tstitch_engines.checks import check_text
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.files import atomic_file
 from tstitch_trt.study.machine import describe_machine
-from tstitch_trt.study.records import STUDY_SCHEMA, Study
+from tstitch_trt.study.records import PAIRED, STUDY_SCHEMA, Study
 
 __all__ = ["check_command", "differing_weights", "load_studies", "now", "provenance", "save_study", "weights_of"]
 
@@ -92,7 +92,8 @@ def save_study(bundle: Bundle, study: Study, *, key: str = "") -> Path:
 def load_studies(bundle: Bundle, record: type[S]) -> list[S]:
     """All studies of a kind in the bundle, of any weights and machine, the newest first.
 
-    Raises ``BadBundle`` for a file that is damaged or of a newer version.
+    Those of schema 1 are read as what they say still. Raises ``BadBundle`` for a file that is damaged or of a newer
+    version.
     """
     folder = _folder(bundle)
     files = [folder / f"{record.kind}.json", *sorted(folder.glob(f"{record.kind}-*.json"))] if folder.is_dir() else []
@@ -133,9 +134,34 @@ def _decode(path: Path, content: bytes, record: type[S]) -> S:
     except DecodeError as error:
         raise BadBundle(f"{path} is damaged: {error}", hint=fix) from None
     schema = data.get("schema") if isinstance(data, Mapping) else None
-    if schema != STUDY_SCHEMA:
-        raise BadBundle(f"{path} has schema version {schema!r}; this version reads {STUDY_SCHEMA}", hint=fix)
+    if schema == 1:
+        data = _from_schema_1(data)
+    elif schema != STUDY_SCHEMA:
+        raise BadBundle(f"{path} has schema version {schema!r}; this version reads 1 to {STUDY_SCHEMA}", hint=fix)
     try:
         return convert(data, record, word="field")
     except DecodeError as error:
         raise BadBundle(f"{path}: {error.message}", hint=fix) from None
+
+
+def _from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without paired resamples. Its ``baseline`` was the last member alone in as many steps as each setting
+    has, so its paired metrics of different step counts can't be compared: those of fewer than the most are left out."""
+    found = {key: value for key, value in data.items() if key != "baseline"} | {"schema": STUDY_SCHEMA}
+    if "baseline" in data and isinstance(points := data.get("points"), list):
+        most = max((_steps(point) for point in points), default=0)
+        found["points"] = [point if _steps(point) == most else _unpaired(point) for point in points]
+    return found
+
+
+def _steps(point: Any) -> int:
+    setting = point.get("setting") if isinstance(point, Mapping) else None
+    steps = setting.get("steps") if isinstance(setting, Mapping) else None
+    return steps if isinstance(steps, int) else 0
+
+
+def _unpaired(point: Any) -> Any:
+    measures = point.get("measures") if isinstance(point, Mapping) else None
+    if not isinstance(measures, Mapping):
+        return point
+    return {**point, "measures": {name: value for name, value in measures.items() if name not in PAIRED}}

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 
 from support.hostile import altered, altered_bytes, dumps, only_our_errors
 from support.manifests import manifest
-from support.studies import calibration, search
+from support.studies import calibration, evaluation, search
 from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.study.budget.choose import _state
-from tstitch_trt.study.records import Calibration, Search
+from tstitch_trt.study.evaluate.claim import claims_of
+from tstitch_trt.study.records import Calibration, Evaluation, Search
 from tstitch_trt.study.store import differing_weights, load_studies, save_study, weights_of
 
-STUDIES = (calibration(), search())
+STUDIES = (calibration(), search(), evaluation({"large:10": {"fid": 20.0}}))
 
 
 def make(output: Path, weights: dict[str, bytes]) -> Bundle:
@@ -83,7 +84,7 @@ def test_a_member_only_one_knows_differs(bundle: Bundle) -> None:
     ("damage", "words"),
     [
         (lambda text: text[:50], "is damaged"),
-        (lambda text: text.replace('"schema": 1', '"schema": 9'), "schema version 9"),
+        (lambda text: text.replace('"schema": 2', '"schema": 9'), "schema version 9"),
         (lambda text: text.replace('"metric"', '"metrik"'), "unknown field 'metrik'"),
         (lambda text: text.replace('"batch": 8', '"batch": "x"'), "field 'batch'"),
         (lambda text: text.replace('"batch": 8', '"batch": 0'), "field 'batch' is 0; allowed is from 1"),
@@ -102,6 +103,35 @@ def test_a_damaged_study_is_named_with_the_way_out(bundle: Bundle, damage: Any, 
         load_studies(bundle, Search)
     assert str(file) in caught.value.message
     assert f"rm {file}" in caught.value.hint
+
+
+def test_an_evaluation_of_schema_1_is_read_and_claims_nothing(bundle: Bundle) -> None:
+    """It kept no resamples, and compared every step count with itself in paired metrics."""
+    points: dict[str, dict[str, float]] = {
+        "large:10": {"fid": 20.0, "latent_error": 0.0},
+        "small:4,large:6": {"fid": 20.0, "latent_error": 0.1},
+        "large:5": {"fid": 25.0, "latent_error": 0.0},
+    }
+    made = evaluation(points)
+    file = save_study(bundle, made)
+    data = json.loads(file.read_text()) | {
+        "schema": 1,
+        "baseline": json.loads(file.read_text())["points"][0]["setting"],
+    }
+    del data["margin"], data["references"]
+    for point in data["points"]:
+        for found in point["measures"].values():
+            del found["deviations"], found["bias"]
+    file.write_text(json.dumps(data))
+    (read,) = load_studies(bundle, Evaluation)
+    assert [set(point.measures) for point in read.points] == [{"fid", "latent_error"}] * 2 + [{"fid"}]
+    assert [point.measures["fid"].value for point in read.points] == [20.0, 20.0, 25.0]
+    (claim,) = claims_of(read, ("small", "large"))
+    assert claim.fraction is None
+    assert "no resamples to compare" in claim.text("small", "large", "fid")
+    file.write_text(json.dumps(data | {"points": [1, {"setting": 2}, {"measures": []}]}))
+    with pytest.raises(BadBundle):
+        load_studies(bundle, Evaluation)
 
 
 def test_what_can_not_be_written_leaves_the_study_before(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

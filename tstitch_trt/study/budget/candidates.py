@@ -3,9 +3,14 @@
 Sources, the first that has a schedule within the budget decides:
 
     search       the points that were not dropped, by its metric
-    evaluation   the newest with a Fréchet or kernel distance, else LPIPS or PSNR against the large member
+    evaluation   with a Fréchet or kernel distance, else how far pictures are from the last member's
     divergence   the schedules that the profile ran, by the error of their final latents; the reference alone has none
     rule         T-Stitch's own (arXiv 2402.14167): the first member first, and as large a share as fits for the last
+
+Of several of a kind the one with the most samples comes first, then the newest. A search or an evaluation ranks
+schedules by how much worse than the last member alone they are at most (``tstitch_trt.study.noninferiority``), not by
+their values, which are better or worse by chance. One whose samples are too few to tell any schedule from it is not
+used.
 
 A measured schedule is a candidate where everything that the request fixes (steps, solver, guidance...) is as it was
 measured; what the request leaves open is taken from the study.
@@ -20,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 from typing import Final, Literal
 
 from tstitch_engines.bundle.identity import canonical
@@ -28,7 +34,8 @@ from tstitch_trt.plan.options import DEFAULTS, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.solvers import SolverOptions
 from tstitch_trt.study.divergence.orders import counted
-from tstitch_trt.study.records import HIGHER_IS_BETTER, Divergence, Evaluation, Search, Study, StudyKind
+from tstitch_trt.study.noninferiority import bounds_of, shortage
+from tstitch_trt.study.records import PAIRED, Divergence, Evaluation, Measure, Search, Setting, Study, StudyKind
 from tstitch_trt.study.settings import options_of
 from tstitch_trt.study.store import differing_weights
 
@@ -36,18 +43,19 @@ __all__ = ["Candidate", "Source", "SourceName", "sources"]
 
 SourceName = StudyKind | Literal["rule"]
 
-METRICS: Final = ("fid", "kid", "lpips", "psnr")  # of an evaluation, the first that it has
+METRICS: Final = ("fid", "kid", "lpips", "latent_error", "psnr")  # of an evaluation, the first that it has
 _ORDER: Final = ("search", "evaluation", "divergence")
 SHARE: Final = "share of the last member"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """``interpolated``: its quality is that between two schedules measured."""
+    """``bound``: by which it is chosen, smaller is better. ``interpolated``: both lie between two measured."""
 
     options: PlanOptions
     plan: Plan
     quality: float
+    bound: float
     interpolated: bool = False
 
 
@@ -60,10 +68,6 @@ class Source:
     metric: str
     candidates: tuple[Candidate, ...]
 
-    def goodness(self, quality: float) -> float:
-        """Larger is better."""
-        return quality if self.metric in (*HIGHER_IS_BETTER, SHARE) else -quality
-
 
 def sources(manifest: Manifest, studies: Iterable[Study], options: PlanOptions) -> tuple[list[Source], tuple[str, ...]]:
     """What ``studies`` (the newest first) and the rule offer for a request with ``options``, the best source first.
@@ -73,19 +77,20 @@ def sources(manifest: Manifest, studies: Iterable[Study], options: PlanOptions) 
     asked = _asked(manifest, options)
     found: list[Source] = []
     notes: list[str] = []
-    for study in sorted(studies, key=lambda study: _ORDER.index(study.kind)):  # stable: the newest stays first
+    for study in sorted(studies, key=lambda study: (_ORDER.index(study.kind), -_samples(study))):  # stable
         name = study.kind
         if differing := differing_weights(manifest, study):
             notes.append(
                 f"the {name} of {study.made} is of other weights ({', '.join(map(repr, differing))}) and not used"
             )
             continue
-        made = _source(manifest, study, asked)
+        made, reason = _source(manifest, study, asked)
         if made.candidates:
             found.append(made)
         else:
             text = ", ".join(f"{key} {value}" for key, value in asked.items())
-            notes.append(f"the {name} of {study.made} has no {made.metric or 'quality'} measured at {text}")
+            reason = reason or f"has no {made.metric or 'quality'} measured at {text}"
+            notes.append(f"the {name} of {study.made} {reason}")
     return [*found, _rule(manifest, options)], tuple(notes)
 
 
@@ -96,23 +101,72 @@ def _asked(manifest: Manifest, options: PlanOptions) -> Mapping[str, object]:
     return {"guidance": manifest.defaults.guidance, **asked}
 
 
-def _source(manifest: Manifest, study: Study, asked: Mapping[str, object]) -> Source:
-    metric, measured = "", list[tuple[PlanOptions, float]]()
-    if isinstance(study, Search):
-        metric = study.metric
-        measured = [(options_of(p.setting), p.quality.value) for p in study.points if not p.dropped]
-    elif isinstance(study, Evaluation):
-        metric = next((m for m in METRICS if any(m in p.measures for p in study.points)), "")
-        measured = [(options_of(p.setting), p.measures[metric].value) for p in study.points if metric in p.measures]
-    elif isinstance(study, Divergence):
-        metric = "latent_error"
+def _samples(study: Study) -> int:
+    return len(study.seeds) if isinstance(study, Divergence) else getattr(study, "samples", 0)
+
+
+def _source(manifest: Manifest, study: Study, asked: Mapping[str, object]) -> tuple[Source, str]:
+    """What a study offers, and why it offers nothing, where that is not the request."""
+    metric, reason, candidates = "latent_error", "", list[Candidate]()
+    if isinstance(study, Divergence):
         own = PlanOptions(steps=study.steps, solver=study.solver, guidance=study.guidance)
-        measured = [(replace(own, schedule=trial.schedule), trial.latent_error) for trial in study.orders]
         rows = make_plan(manifest, own, schedule=study.reference).steps
-        measured.append((replace(own, schedule=f"{study.reference}:{rows}"), 0.0))
-    fitting = [(options, value) for options, value in measured if _fits(options, asked)]
-    candidates = [Candidate(options, make_plan(manifest, options), quality) for options, quality in fitting]
-    return Source(study.kind, study.made, metric, (*candidates, *_between(manifest, candidates)))
+        errors = {f"{study.reference}:{rows}": 0.0, **{trial.schedule: trial.latent_error for trial in study.orders}}
+        for schedule, error in errors.items():
+            options = replace(own, schedule=schedule)
+            if _fits(options, asked):
+                candidates.append(Candidate(options, make_plan(manifest, options), error, error))
+    elif isinstance(study, Search | Evaluation):
+        metric, measured = _measured(study)
+        fitting = [pair for pair in measured if _fits(options_of(pair[0]), asked)]
+        last = list(manifest.members)[-1]
+        reference = _reference(fitting, last) or _reference(measured, last)
+        if reference is None and metric in PAIRED:  # psnr has none of the reference, where it is infinite
+            reference = max(fitting, key=lambda pair: pair[0].steps, default=None)
+        if fitting and reference is None:
+            reason = f"has no {metric} of {last!r} alone to compare with, and is not used"
+        elif reference is not None:
+            others = [measure for setting, measure in fitting if setting != reference[0]]
+            short = shortage(metric, others, reference[1], samples=study.samples, margin=study.margin)
+            if short is None:
+                candidates = _judged(manifest, study, metric, fitting, reference)
+            else:
+                reason = f"is not used to choose by {metric}: {short}"
+    return Source(study.kind, study.made, metric, (*candidates, *_between(manifest, candidates))), reason
+
+
+Measured = tuple[Setting, Measure]
+
+
+def _measured(study: Search | Evaluation) -> tuple[str, list[Measured]]:
+    """The metric that schedules are chosen by, and who has it on all samples."""
+    if isinstance(study, Search):
+        return study.metric, [(point.setting, point.quality) for point in study.points if not point.dropped]
+    metric = next((m for m in METRICS if any(m in point.measures for point in study.points)), "")
+    return metric, [(point.setting, point.measures[metric]) for point in study.points if metric in point.measures]
+
+
+def _reference(measured: Sequence[Measured], last: str) -> Measured | None:
+    """The last member alone in the most steps."""
+    alone = [pair for pair in measured if set(pair[0].members) == {last}]
+    return max(alone, key=lambda pair: pair[0].steps, default=None)
+
+
+def _judged(
+    manifest: Manifest, study: Study, metric: str, fitting: Sequence[Measured], reference: Measured
+) -> list[Candidate]:
+    """Candidates with their bounds. An evaluation's paired metrics compare with the reference of each solver, so that
+    only one solver's are alike."""
+    if metric in PAIRED and isinstance(study, Evaluation):
+        same = (reference[0].solver, reference[0].guidance, reference[0].plan)
+        fitting = [pair for pair in fitting if (pair[0].solver, pair[0].guidance, pair[0].plan) == same]
+    settings, measures = [setting for setting, _ in fitting], [measure for _, measure in fitting]
+    bounds = bounds_of(settings, measures, metric, reference[1], list(manifest.members))
+    return [
+        Candidate(options := options_of(setting), make_plan(manifest, options), measure.value, bound)
+        for setting, measure, bound in zip(settings, measures, bounds, strict=True)
+        if bound < inf
+    ]
 
 
 def _fits(measured: PlanOptions, asked: Mapping[str, object]) -> bool:
@@ -150,7 +204,8 @@ def _between(manifest: Manifest, candidates: Sequence[Candidate]) -> Iterator[Ca
                     schedule = f"{first}:{steps},{second}:{rows - steps}"
                     options = replace(before.options, schedule=schedule)
                     quality = before.quality + share * (after.quality - before.quality)
-                    yield Candidate(options, make_plan(manifest, options), quality, interpolated=True)
+                    bound = before.bound + share * (after.bound - before.bound)
+                    yield Candidate(options, make_plan(manifest, options), quality, bound, interpolated=True)
 
 
 def _pairs(names: list[str], found: set[tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -168,5 +223,5 @@ def _rule(manifest: Manifest, options: PlanOptions) -> Source:
     found = []
     for early in range(rows + 1 if first != last else 1):
         own = replace(options, schedule=counted([first] * early + [last] * (rows - early)))
-        found.append(Candidate(own, make_plan(manifest, own), (rows - early) / rows))
+        found.append(Candidate(own, make_plan(manifest, own), (rows - early) / rows, early / rows))
     return Source("rule", "", SHARE, tuple(found))

@@ -67,7 +67,7 @@ class Costs:
         for source, priced in table:
             within = [one for one in priced if one.upper_ms <= budget_ms * _ROUNDING]
             if within:
-                best = max(within, key=lambda one: (source.goodness(one.candidate.quality), -one.upper_ms))
+                best = min(within, key=lambda one: (one.candidate.bound, one.upper_ms))
                 plan, first = best.candidate.plan, self.calibration.steps[0]
                 return ChosenSchedule(
                     budget_ms=float(budget_ms),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +29,12 @@ from tstitch_trt.request.limits import MOST_IMAGES
 from tstitch_trt.study.evaluate.drawing import Drawing
 from tstitch_trt.study.evaluate.observations import Observations
 from tstitch_trt.study.image_set import ImageSet
+from tstitch_trt.study.noninferiority import check_margin
 from tstitch_trt.study.quality.resampling import LEVEL, RESAMPLES
 from tstitch_trt.study.quality.scorer import Scorer
-from tstitch_trt.study.records import METRICS, Evaluation, Measure, Point, Setting
-from tstitch_trt.study.settings import baseline_of, options_of, plan_of
-from tstitch_trt.study.store import check_command, load_studies, provenance
+from tstitch_trt.study.records import MARGIN, METRICS, PAIRED, Evaluation, Point, Setting
+from tstitch_trt.study.settings import options_of, plan_of, reference_of
+from tstitch_trt.study.store import check_command, load_studies, provenance, weights_of
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
@@ -64,6 +65,7 @@ def evaluation_key(scorer: Scorer, images: ImageSet, runtime: Runtime) -> str:
     rounds=partial(check_whole, high=10_000),
     batch=partial(check_whole, low=1, high=MOST_IMAGES),
     resamples=partial(check_whole, low=1, high=100_000),
+    margin=check_margin,
     threads=check_threads,
     command=check_command,
     progress=check_callable,
@@ -79,14 +81,16 @@ def evaluate(
     rounds: int = 0,
     batch: int = 8,
     resamples: int = RESAMPLES,
+    margin: float = MARGIN,
     threads: int = 0,
     command: str,
     progress: Progress = silent,
 ) -> Evaluation:
     """Draws what ``work`` does not hold yet, times ``rounds`` direct runs of ``batch`` pictures, and measures.
 
-    ``npz``: a folder for the pictures of each setting. Other settings and metrics in the bundle's evaluation of the
-    same key are kept. Raises ``BadInput`` for too few samples.
+    ``npz``: a folder for the pictures of each setting. ``margin``: how much worse is still no worse, a share of the
+    last member's own value. Other settings and metrics in the bundle's evaluation of the same key are kept. Raises
+    ``BadInput`` for too few samples.
     """
     if images.samples < 2:
         raise BadInput(f"{images.samples} sample; allowed is 2 or more", hint="e.g. --samples 2000")
@@ -94,18 +98,18 @@ def evaluate(
     asked = list({digest(setting): setting for setting in settings}.values())
     phases = Phases(progress)
     phases.phase("drawing", 0.0, 1.0, len(asked) * images.samples)
-    families: dict[str, list[Setting]] = {}
-    for setting in asked:
-        families.setdefault(digest(baseline_of(manifest, setting)), []).append(setting)
+    earlier = _earlier(runtime, evaluation_key(scorer, images, runtime))
+    before = [] if earlier is None else [point.setting for point in earlier.points]
+    references = {key: reference_of(manifest, family) for key, family in _families([*asked, *before]).items()}
     drawings: dict[str, Drawing] = {}
-    for family in families.values():
-        baseline = baseline_of(manifest, family[0])
+    for key, family in _families(asked).items():
+        reference = references[key]
         drawing = Drawing(
             runtime,
             scorer,
             images,
-            reference=baseline,
-            guided=any(any(plan_of(manifest, setting).guided) for setting in (baseline, *family)),
+            reference=reference,
+            guided=any(any(plan_of(manifest, setting).guided) for setting in (reference, *family)),
             work=work,
             phases=phases,
             keep_images=npz is not None,
@@ -150,11 +154,32 @@ def evaluate(
         reference={} if real is None else _origin(real.name, real.sha256, real.count),
         level=LEVEL,
         resamples=resamples,
-        baseline=baseline_of(manifest, asked[0]),
+        margin=margin,
+        references=tuple(references.values()),
         points=tuple(points),
         notes=tuple(notes),
     )
-    return _extended(found, runtime, evaluation_key(scorer, images, runtime))
+    found = msgspec.structs.replace(found, key=evaluation_key(scorer, images, runtime))
+    return found if earlier is None else _extended(found, earlier)
+
+
+def _families(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
+    """Settings by solver, guidance and what else is not their schedule or number of steps."""
+    found: dict[str, list[Setting]] = {}
+    for setting in settings:
+        found.setdefault(_family(setting), []).append(setting)
+    return found
+
+
+def _family(setting: Setting) -> str:
+    return digest([setting.solver, setting.guidance, setting.plan])
+
+
+def _earlier(runtime: Runtime, key: str) -> Evaluation | None:
+    """The evaluation of these weights that has this key."""
+    weights = weights_of(runtime.manifest)
+    studies = load_studies(runtime.bundle, Evaluation)
+    return next((study for study in studies if (study.key, study.weights) == (key, weights)), None)
 
 
 def _measure_times(
@@ -195,18 +220,22 @@ def _origin(name: str, sha256: str, count: int) -> dict[str, str | int]:
     return {"name": name, "sha256": sha256, "count": count}
 
 
-def _extended(found: Evaluation, runtime: Runtime, key: str) -> Evaluation:
-    """``found`` with the other settings and metrics of an earlier evaluation of the same key and weights."""
-    studies = load_studies(runtime.bundle, Evaluation)
-    earlier = next((study for study in studies if (study.key, study.weights) == (key, found.weights)), None)
-    found = msgspec.structs.replace(found, key=key)
-    if earlier is None:
-        return found
-    known = {digest(point.setting): point for point in earlier.points}
+def _extended(found: Evaluation, earlier: Evaluation) -> Evaluation:
+    """``found`` with the other settings and metrics of an earlier evaluation.
+
+    Paired metrics of it that compare with another reference, of fewer steps, are left out.
+    """
+    same = {_family(reference) for reference in found.references if reference in earlier.references}
+    known = {}
+    for point in earlier.points:
+        if _family(point.setting) not in same:
+            measures = {name: measure for name, measure in point.measures.items() if name not in PAIRED}
+            point = msgspec.structs.replace(point, measures=measures)
+        known[digest(point.setting)] = point
     points = []
     for point in found.points:
         before = known.pop(digest(point.setting), None)
-        measures: dict[str, Measure] = dict(before.measures) | point.measures if before else point.measures
+        measures = dict(before.measures) | point.measures if before else point.measures
         timed = point if point.ms or before is None else before
         points.append(
             msgspec.structs.replace(
@@ -217,10 +246,11 @@ def _extended(found: Evaluation, runtime: Runtime, key: str) -> Evaluation:
                 samples_file=point.samples_file or (before.samples_file if before else ""),
             )
         )
-    metrics = {*earlier.metrics, *found.metrics}
+    points += [point for point in known.values() if point.measures]
+    measured = {name for point in points for name in point.measures}
     return msgspec.structs.replace(
         found,
-        points=(*points, *known.values()),
-        metrics=tuple(name for name in METRICS if name in metrics),
+        points=tuple(points),
+        metrics=tuple(name for name in METRICS if name in measured),
         notes=found.notes or earlier.notes,
     )

@@ -16,10 +16,20 @@ from numpy.typing import NDArray
 
 from tstitch_trt.study.records import Measure
 
-__all__ = ["LEVEL", "RESAMPLES", "Estimate", "bootstrap_counts", "estimate", "estimate_mean", "estimate_median"]
+__all__ = [
+    "LEVEL",
+    "RESAMPLES",
+    "Estimate",
+    "bootstrap_counts",
+    "estimate",
+    "estimate_mean",
+    "estimate_median",
+    "unpacked",
+]
 
 LEVEL: Final = 0.95
 RESAMPLES: Final = 200
+_KEPT: Final = 1000  # deviations in a record
 _QUANTILES_FROM = 100  # with fewer resamples their outer quantiles are noise: the normal's are used
 
 
@@ -45,6 +55,19 @@ class Estimate:
         """The difference of the values, and its standard deviation."""
         difference = self.deviations - other.deviations
         return self.measure.value - other.measure.value, float(difference.std(ddof=1))
+
+    def packed(self) -> bytes:
+        """The deviations as ``Measure.deviations`` keeps them."""
+        scale = self.measure.std or 1.0
+        return np.asarray(self.deviations[:_KEPT] / scale, "<f2").tobytes()
+
+
+def unpacked(measure: Measure) -> NDArray[np.float64]:
+    """The deviations that a record keeps, ``[R]``; none where it keeps none or they are damaged."""
+    if len(measure.deviations) % 2:
+        return np.empty(0)
+    found = np.frombuffer(measure.deviations, "<f2").astype(np.float64) * measure.std
+    return found if np.isfinite(found).all() else np.empty(0)
 
 
 def estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:

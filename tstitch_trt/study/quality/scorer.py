@@ -257,7 +257,14 @@ class Scorer:
         kind = _METRICS[name]
         found = kind.estimate(self, features[kind.feature], resamples)
         m = found.measure
-        bounded = Measure(value=m.value, low=max(m.low, kind.least), high=min(m.high, kind.most), std=m.std)
+        bounded = Measure(
+            value=m.value,
+            low=max(m.low, kind.least),
+            high=min(m.high, kind.most),
+            std=m.std,
+            bias=self.bias(features[kind.feature]) if name == "fid" else 0.0,
+            deviations=found.packed(),
+        )
         return Estimate(bounded, found.deviations)
 
     def measures(self, features: Features, *, resamples: int = RESAMPLES) -> dict[str, Measure]:
@@ -322,8 +329,11 @@ class Scorer:
         """The bias of the Fréchet distance of features ``[N,F]``, at most the distance itself.
 
         It falls as ``1/N`` (Chong and Forsyth, arXiv 1911.07023), so half of the samples have twice of it: the mean
-        distance of two halves less that of the whole. The halves are random because classes go round.
+        distance of two halves less that of the whole. The halves are random because classes go round. Of fewer than 4
+        samples all of the distance counts as bias.
         """
+        if len(features) < 4:
+            return self._frechet(gaussian_of(features))
         order = np.random.default_rng(0).permutation(len(features))
         halves = [self._frechet(gaussian_of(features[half])) for half in np.array_split(order, 2)]
         value = self._frechet(gaussian_of(features))
@@ -337,7 +347,7 @@ class Scorer:
         width = self.reference.width
         if "fid" in self.metrics and samples < _ENOUGH * width:
             text = f"{samples} samples are few for {width} features ({_ENOUGH * width} would do): fid is biased upwards"
-            if features is not None and len(features["features"]) >= 4:
+            if features is not None:
                 value = self._frechet(gaussian_of(features["features"]))
                 text += f", by about {self.bias(features['features']):.3g} of {value:.3g}"
             notes.append(text + "; compare only values of equally many samples")

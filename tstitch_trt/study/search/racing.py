@@ -80,11 +80,13 @@ def race(
     estimate: Callable[[Sequence[K], int], Mapping[K, Estimate] | None],
     *,
     higher: bool = False,
+    keep: K | None = None,
 ) -> Race[K]:
     """Compares the candidates ``costs`` round by round, with the numbers of samples ``counts``.
 
     ``estimate``: the values of those still in the race on so many samples; ``None`` where no time is left for that,
-    which ends the race with the round before. The first round has to be measured.
+    which ends the race with the round before. The first round has to be measured. ``keep``: is never dropped, since the
+    others are compared with it.
     """
     running = list(costs)
     standings: dict[K, Standing] = {}
@@ -96,7 +98,7 @@ def race(
         done = count
         standings |= {key: Standing(found[key], count, False) for key in running}
         field = [(costs[key], found[key]) for key in running]
-        out = {key for key in running if beaten(costs[key], found[key], field, higher=higher)}
+        out = {key for key in running if key != keep and beaten(costs[key], found[key], field, higher=higher)}
         if count != counts[-1]:
             standings |= {key: Standing(found[key], count, True) for key in out}
             running = [key for key in running if key not in out]

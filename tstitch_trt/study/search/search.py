@@ -33,9 +33,10 @@ from tstitch_trt.request.limits import MOST_IMAGES, MOST_SEED, check_prompt
 from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.evaluate.drawing import Drawing
 from tstitch_trt.study.image_set import ImageSet, prompts_for
+from tstitch_trt.study.noninferiority import bounds_of, check_margin, shortage
 from tstitch_trt.study.quality.resampling import Estimate
 from tstitch_trt.study.quality.scorer import Scorer, check_metrics
-from tstitch_trt.study.records import HIGHER_IS_BETTER, METRICS, Search, SearchPoint
+from tstitch_trt.study.records import HIGHER_IS_BETTER, MARGIN, METRICS, Search, SearchPoint
 from tstitch_trt.study.search.candidates import FRACTIONS, Candidate, candidates, chosen, usual_steps
 from tstitch_trt.study.search.racing import Race, front, race, rounds
 from tstitch_trt.study.settings import plan_of
@@ -86,6 +87,7 @@ def check_search(metric: str | None, samples: int) -> None:
     prompts=items_of(check_prompt, MOST_IMAGES),
     trials=optional(check_whole),
     budget_s=optional(check_number),
+    margin=check_margin,
     command=check_command,
     progress=check_callable,
 )
@@ -104,6 +106,7 @@ def search(
     prompts: Sequence[str] = (),
     trials: int | None = None,
     budget_s: float | None = None,
+    margin: float = MARGIN,
     command: str = "",
     progress: Progress = silent,
 ) -> Search:
@@ -112,7 +115,8 @@ def search(
     ``work``: where samples are kept; the same search again goes on from there. ``batch``: images of the request whose
     cost is predicted (8, or what fits one engine call). ``steps``, ``solvers``, ``guidance``: by default the bundle's
     (``usual_steps``). ``trials``: the most candidates, drawn by ``seed``. ``budget_s``: seconds after which the current
-    round of samples is left out; the first is always finished.
+    round of samples is left out; the first is always finished. ``margin``: how much worse than the reference is no
+    worse, a share of its own value.
 
     Raises ``NotCalibrated`` for a bundle that was not calibrated here, and ``BadInput``.
     """
@@ -154,7 +158,9 @@ def search(
         return {c.key: scorer.estimate(drawing.features(c.setting, count)) for c in running}
 
     higher = scorer.metric in HIGHER_IS_BETTER
-    raced = race(costs, counts, estimate, higher=higher)
+    reference = field[0]
+    raced = race(costs, counts, estimate, higher=higher, keep=reference.key)
+    points = _points(field, costs, raced, scorer.metric, tuple(manifest.members))
     return Search(
         **provenance(manifest, command),
         metric=scorer.metric,
@@ -163,20 +169,26 @@ def search(
         seed=seed,
         prompts=images.prompts,
         calibration=digest(calibration),
-        points=_points(field, costs, raced, higher=higher),
+        margin=margin,
+        reference=reference.setting,
+        points=points,
         notes=(
             *scorer.notes(raced.samples),
-            *_told(scorer.metric, field[0], len(every) - len(field), refused, raced.samples, samples),
+            *_too_few(points, reference, scorer.metric, raced.samples, margin),
+            *_told(scorer.metric, reference, len(every) - len(field), refused, raced.samples, samples),
         ),
     )
 
 
 def _points(
-    field: Sequence[Candidate], costs: Mapping[str, float], raced: Race[str], *, higher: bool
+    field: Sequence[Candidate], costs: Mapping[str, float], raced: Race[str], metric: str, members: Sequence[str]
 ) -> tuple[SearchPoint, ...]:
-    """The cheapest first. The front is that of the candidates with all samples."""
+    """The cheapest first. The front is that of the candidates with all samples, by how much worse than the reference
+    they are at most: a value that is good by chance gets nowhere."""
     finished = [c for c in field if not raced.standings[c.key].dropped]
-    inside = front([(costs[c.key], raced.standings[c.key].estimate.measure.value) for c in finished], higher=higher)
+    measures = [raced.standings[c.key].estimate.measure for c in finished]
+    bounds = bounds_of([c.setting for c in finished], measures, metric, measures[0], members)
+    inside = front([(costs[c.key], bound) for c, bound in zip(finished, bounds, strict=True)])
     best = {c.key for c, is_in in zip(finished, inside, strict=True) if is_in}
     points = [
         SearchPoint(
@@ -191,6 +203,18 @@ def _points(
         for c in field
     ]
     return tuple(sorted(points, key=lambda point: point.cost_ms))
+
+
+def _too_few(
+    points: Sequence[SearchPoint], reference: Candidate, metric: str, samples: int, margin: float
+) -> list[str]:
+    own = next(point.quality for point in points if point.setting == reference.setting)
+    others = [point.quality for point in points if not point.dropped and point.setting != reference.setting]
+    reason = shortage(metric, others, own, samples=samples, margin=margin)
+    if reason is None:
+        return []
+    s = reference.setting
+    return [f"no schedule can be told from {s.schedule} in {s.steps} {s.solver} steps by {metric}: {reason}"]
 
 
 def _told(

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from support.manifests import manifest, member
-from support.studies import calibration, divergence, evaluation, overhead, search, search_point, step_cost
+from support.studies import calibration, divergence, evaluation, measure, overhead, search, search_point, step_cost
 from tstitch_engines.bundle.manifest import Component, Defaults
 from tstitch_engines.errors import BadInput
 from tstitch_trt.plan.options import PlanOptions
@@ -18,7 +18,7 @@ from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.request.batching import Splitting
 from tstitch_trt.runtime.chooser import ChosenSchedule
 from tstitch_trt.study.budget import Costs, predict_ms
-from tstitch_trt.study.records import Calibration, Study
+from tstitch_trt.study.records import Calibration, Measure, Study
 from tstitch_trt.study.settings import options_of
 from tstitch_trt.study.store import weights_of
 
@@ -140,7 +140,12 @@ def test_other_solvers_and_guidance_are_not_mixed() -> None:
 
 
 def test_what_the_request_fixes_must_be_as_it_was_measured() -> None:
-    points = (search_point("small:10", 9.0), search_point("small:20", 8.0), search_point("small:10", 7.0, eta=0.5))
+    points = (
+        search_point("large:12", 5.0),
+        search_point("small:10", 9.0),
+        search_point("small:20", 8.0),
+        search_point("small:10", 7.0, eta=0.5),
+    )
     study = search(weights=weights_of(MANIFEST), points=points)
     assert choose(100, study).settings["eta"] == 0.5  # left open: the best
     assert choose(100, study, steps=20).quality == 8
@@ -156,7 +161,8 @@ def test_what_the_request_fixes_must_be_as_it_was_measured() -> None:
 def test_studies_are_asked_in_their_order() -> None:
     weights = weights_of(MANIFEST)
     found = search(weights=weights, points=(search_point("large:10", 18.0),))
-    graded = evaluation({"small:10": {"fid": 40.0}, "large:8": {"kid": 1.0}}, weights=weights)
+    values = {"large:12": {"fid": 18.0}, "small:10": {"fid": 40.0}, "large:8": {"kid": 1.0}}
+    graded = evaluation(values, weights=weights)
     diverging = divergence({"small:5,large:5": 0.2, "small:8,large:2": 0.5}, weights=weights)
     studies = (diverging, graded, found)
     assert choose(200, *studies).source == "search"
@@ -184,6 +190,81 @@ def test_an_evaluation_is_read_by_its_best_metric(measures: dict[str, float], me
     got = choose(500, evaluation({"large:10": measures}, weights=weights_of(MANIFEST)))
     assert got.metric == (metric or "share of the last member")
     assert got.source == ("evaluation" if metric else "rule")
+
+
+def noisy(value: float) -> Measure:
+    return measure(value, std=3.0, own=0.9)
+
+
+LARGE = measure(20.0, std=3.0)
+
+
+def test_a_value_that_is_good_by_chance_is_not_chosen() -> None:
+    """Of 30 % the value is the best, and it may be worse by five; the large member is not worse than itself."""
+    points = {"large:10": LARGE, "small:1,large:9": measure(20.1, std=3.0), "small:3,large:7": noisy(19.0)}
+    for study in (
+        search(weights=weights_of(MANIFEST), points=tuple(search_point(text, m) for text, m in points.items())),
+        evaluation({text: {"fid": m} for text, m in points.items()}, weights=weights_of(MANIFEST)),
+    ):
+        assert choose(1000, study).schedule == "large:10"
+        got = choose(105, study)  # small:1,large:9 takes 103.4
+        assert (got.schedule, got.quality) == ("small:1,large:9", 20.1)
+
+
+def test_a_share_behind_one_that_is_worse_is_not_chosen_for_its_value() -> None:
+    values = {
+        "large:10": 20.0,
+        "small:2,large:8": 20.2,
+        "small:5,large:5": 26.0,
+        "small:7,large:3": 20.1,
+        "large:4": 23.0,
+    }
+    study = search(weights=weights_of(MANIFEST), points=tuple(search_point(text, v) for text, v in values.items()))
+    got = choose(55, study)
+    assert (got.schedule, got.quality) == ("large:4", 23.0)
+
+
+@pytest.mark.parametrize("samples", [16, 64, 1000])
+def test_a_study_whose_samples_are_too_few_is_named_and_not_used(samples: int) -> None:
+    """The rule of T-Stitch decides in its place, which needs no measurement."""
+    points = {"large:10": LARGE, "small:5,large:5": noisy(20.0), "small:10": noisy(19.0)}
+    made = tuple(search_point(text, m) for text, m in points.items())
+    searched = search(weights=weights_of(MANIFEST), points=made, samples=samples)
+    graded = evaluation({t: {"fid": m} for t, m in points.items()}, weights=weights_of(MANIFEST), samples=samples)
+    got = choose(1000, searched, graded)
+    assert (got.source, got.schedule) == ("rule", "large:10")
+    assert [note.split(" of ")[0] for note in got.notes] == ["the search", "the evaluation"]
+    assert all(f"not used to choose by fid: {samples:,} samples are not enough; about " in note for note in got.notes)
+
+
+def test_a_study_of_before_there_were_resamples_is_named_and_not_used() -> None:
+    old = [msgspec.structs.replace(measure(value), deviations=b"") for value in (20.0, 21.0)]
+    points = tuple(search_point(text, m) for text, m in zip(("large:10", "small:10"), old, strict=True))
+    got = choose(1000, search(weights=weights_of(MANIFEST), points=points))
+    assert got.source == "rule"
+    assert "keeps no resamples to compare" in got.notes[0]
+
+
+def test_a_study_without_the_large_member_alone_has_nothing_to_compare_with() -> None:
+    got = choose(1000, search(weights=weights_of(MANIFEST), points=(search_point("small:10", 1.0),)))
+    assert got.source == "rule"
+    assert "has no fid of 'large' alone to compare with" in got.notes[0]
+
+
+def test_the_study_with_the_most_samples_decides_and_not_the_newest() -> None:
+    few = evaluation({"large:10": {"fid": 1.0}}, weights=weights_of(MANIFEST), samples=200)
+    many = evaluation({"large:10": {"fid": 2.0}}, weights=weights_of(MANIFEST), samples=2000)
+    assert choose(1000, few, many).quality == 2.0
+
+
+def test_solvers_that_are_each_compared_with_themselves_are_not_mixed() -> None:
+    """Each solver's distance from its own most steps: another solver's zero says nothing."""
+    values = {"large:10": {"latent_error": 0.0}, "large:4": {"latent_error": 0.3}}
+    ddim = evaluation(values, weights=weights_of(MANIFEST))
+    other = evaluation({"large:2": {"latent_error": 0.0}}, weights=weights_of(MANIFEST), solver="dpmpp-2m")
+    study = msgspec.structs.replace(ddim, points=(*ddim.points, *other.points))
+    got = choose(60, study)
+    assert (got.schedule, got.solver) == ("large:4", "ddim")
 
 
 def test_psnr_is_better_when_it_is_higher() -> None:

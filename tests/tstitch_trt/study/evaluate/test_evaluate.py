@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tstitch_trt.study.quality.gaussian import frechet_distance, gaussian_of
 from tstitch_trt.study.quality.network import FeatureNetwork
 from tstitch_trt.study.quality.real_images import read_reference
 from tstitch_trt.study.quality.scorer import Samples, Scorer, join
-from tstitch_trt.study.records import Evaluation, Measure, Point
+from tstitch_trt.study.records import Evaluation, Measure
 from tstitch_trt.study.settings import fraction_settings, setting_of
 from tstitch_trt.study.store import load_studies, save_study
 
@@ -268,23 +269,67 @@ def test_what_looking_needs_is_asked_for(place: Path) -> None:
 # --- what it shows
 
 
-def test_the_claim_is_the_largest_fraction_within_the_large_members_interval(runtime: Runtime, tmp_path: Path) -> None:
-    found = study(runtime, tmp_path, ("fid", "accuracy"))
-    fids = {"large:4": 5.0, "small:1,large:3": 5.2, "small:2,large:2": 5.9, "small:4": 9.0, "large:2,small:2": 5.0}
+def test_fewer_steps_are_compared_with_the_most_and_not_with_themselves(runtime: Runtime, tmp_path: Path) -> None:
+    """Each step count against itself would have no error at all. Of other solvers and scales each has its own most."""
+    make = partial(setting_of, runtime.manifest, guidance=1.0)
+    few = [make(schedule=text, steps=steps) for text in ("large", "small:0.5,large") for steps in (2, 4)]
+    settings = [*few, make(schedule="large", steps=3, solver="dpmpp-2m")]
+    found = study(runtime, tmp_path, ("latent_error", "psnr"), samples=20, settings=settings)
+    assert [(r.solver, r.steps, r.schedule) for r in found.references] == [
+        ("ddim", 4, "large:4"), ("dpmpp-2m", 3, "large:3"),
+    ]  # fmt: skip
+    labels, seeds = [i % 10 for i in range(20)], list(range(20))
 
-    def point(schedule: str, fid: float, ms: float) -> Point:
-        measure = Measure(value=fid, low=fid - 1, high=fid + 1, std=0.5)
-        setting = setting_of(runtime.manifest, schedule=schedule, steps=4, guidance=1.0)
-        return Point(setting=setting, samples=10, measures={"fid": measure}, batch=2, ms=ms)
+    def latents(schedule: str, steps: int) -> Any:
+        wanted: dict[str, Any] = {"steps": steps, "solver": "ddim", "guidance": 1.0, "decode": False}
+        drawn = runtime.sample(labels=labels, seeds=seeds, schedule=schedule, **wanted)
+        return drawn.latents.astype(np.float64).reshape(20, -1)
 
-    points = tuple(point(schedule, fid, 100 - 10 * i) for i, (schedule, fid) in enumerate(fids.items()))
-    (claim,) = claims_of(msgspec.structs.replace(found, points=points), ["small", "large"])
-    assert (claim.fraction, claim.point.setting.schedule, claim.value) == (0.5, "small:2,large:2", 5.9)
-    assert claim.speedup == pytest.approx(100 / 80)
-    assert claims_of(msgspec.structs.replace(found, points=points[1:]), ["small", "large"]) == []
-    worse = (point("large:4", 5, 100), point("small:4", 6.1, 50))
-    (claim,) = claims_of(msgspec.structs.replace(found, points=worse), ["small", "large"])
-    assert (claim.fraction, claim.speedup) == (0, 1)
+    want = latents("large", 4)
+    for point in found.points[:4]:
+        got = latents(point.setting.schedule, point.setting.steps)
+        errors = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+        assert point.measures["latent_error"].value == pytest.approx(np.median(errors), rel=1e-4, abs=1e-12)
+        assert (point.measures["latent_error"].value == 0) == (point.setting.schedule == "large:4")
+    assert "psnr" in found.points[0].measures
+
+
+def test_an_extension_by_more_steps_drops_what_was_compared_with_fewer(runtime: Runtime, tmp_path: Path) -> None:
+    both, make = ("fid", "latent_error"), partial(setting_of, runtime.manifest, guidance=1.0)
+    first = study(runtime, tmp_path, both, samples=20, settings=[make(schedule="small", steps=2)])
+    save_study(runtime.bundle, first, key=first.key)
+    fewer = study(runtime, tmp_path, both, samples=20, settings=[make(schedule="small:1,large", steps=2)])
+    assert [set(point.measures) for point in fewer.points] == [{"fid", "latent_error"}] * 2
+    more = study(runtime, tmp_path, both, samples=20, settings=[make(schedule="large", steps=4)])
+    assert [set(point.measures) for point in more.points] == [{"fid", "latent_error"}, {"fid"}]
+    save_study(runtime.bundle, more, key=more.key)
+    again = study(runtime, tmp_path, both, samples=20, settings=[make(schedule="large", steps=2)])
+    assert again.references == more.references
+    assert again.points[0].measures["latent_error"].value > 0
+    shutil.rmtree(runtime.bundle.root / "studies")
+
+
+def test_the_differences_of_an_evaluation_are_paired_by_seed(runtime: Runtime, tmp_path: Path) -> None:
+    """A second evaluation that extends the first can be compared with it: resamples draw the same seeds."""
+    make = partial(setting_of, runtime.manifest, guidance=1.0, steps=4)
+    first = study(runtime, tmp_path, ("fid",), settings=[make(schedule="large")])
+    save_study(runtime.bundle, first, key=first.key)
+    both = study(runtime, tmp_path, ("fid",), settings=[make(schedule="small:1,large")])
+    shutil.rmtree(runtime.bundle.root / "studies")
+    (claim,) = claims_of(both, ("small", "large"))
+    scorer = Scorer.of(runtime.bundle, "fid", threads=1)
+    drawn = [
+        runtime.sample(
+            labels=[i % 10 for i in range(150)], seeds=list(range(150)), guidance=1.0, steps=4, schedule=text
+        )
+        for text in ("small:1,large", "large")
+    ]
+    features = [scorer.extract(one.images) for one in drawn]
+    found = claim.trials[0].judgement
+    assert found is not None
+    gap, std = scorer.estimate(features[0], resamples=30).minus(scorer.estimate(features[1], resamples=30))
+    assert found.difference == pytest.approx(gap, rel=1e-4, abs=1e-6)
+    assert found.upper - found.difference == pytest.approx(1.645 * std, rel=0.05, abs=1e-6)
 
 
 # --- text bundles
@@ -341,7 +386,8 @@ def test_the_command_prints_a_table_and_draws(place: Path, tmp_path: Path, capfd
     outcome = Command(capfd)(*args, "--plot", tmp_path / "plot.png", "--npz", tmp_path / "npz")
     assert outcome.code == 0, outcome.err
     assert "small:2,large:2" in outcome.out
-    assert "of the steps on 'small'" in outcome.out
+    assert "not enough samples to say if 50% of the steps on 'small' is as good as 'large'" in outcome.out
+    assert "times as fast" not in outcome.out
     assert "24 samples are few for 4 features" in outcome.out
     assert len(list((tmp_path / "npz").glob("ddim-*.npz"))) == 8
     with Image.open(tmp_path / "plot.png") as image:
@@ -350,6 +396,8 @@ def test_the_command_prints_a_table_and_draws(place: Path, tmp_path: Path, capfd
     assert again.code == 0, again.err
     said = again.json
     assert len(said["points"]) == 10
+    assert [claim["fraction"] for claim in said["claims"]] == [None, None]
+    assert all("not enough samples" in claim["text"] for claim in said["claims"])
     assert set(said["points"][0]["measures"]) >= {"fid", "kid", "precision", "recall", "accuracy", "latent_error"}
     assert said["points"][0]["ms"] > 0
     assert load_studies(open_bundle(place), Evaluation)[0].command.startswith("tstitch-trt")
@@ -398,6 +446,8 @@ def test_the_built_in_pair_has_all_that_metrics_of_real_pictures_need(
         (["--orders", "large"], ["unknown order 'large'"]),
         (["--schedule", "smal:0.5,large"], ["unknown member 'smal'"]),
         (["--steps", "0"], ["--steps 0"]),
+        (["--margin", "0"], ["--margin 0", "0.05"]),
+        (["--margin", "5"], ["--margin is 5", "from 0 to 1"]),
         (["--features-option", "siez=3"], ["'siez'", "'size'"]),
         (["--reference", "none.npz"], ["none.npz does not exist"]),
         (["--lpips", "none.pt", "--metrics", "lpips"], ["none.pt does not exist"]),

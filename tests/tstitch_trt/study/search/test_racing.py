@@ -110,6 +110,13 @@ def test_separated_candidates_are_dropped_early_and_the_front_is_found() -> None
     assert raced.standings[4].dropped
 
 
+def test_what_the_others_are_compared_with_is_never_dropped() -> None:
+    known = Known({0: 1.0, 1: 90.0, 2: 95.0}, 0)
+    raced = race({0: 1.0, 1: 2.0, 2: 3.0}, rounds(256, 16), known, keep=1)
+    assert raced.standings[2].dropped
+    assert (raced.standings[1].dropped, raced.standings[1].samples) == (False, 256)
+
+
 def test_time_that_runs_out_leaves_the_last_whole_round() -> None:
     known = Known({0: 1.0, 1: 2.0}, 0)
     raced = race({0: 1.0, 1: 0.5}, (4, 8, 16), lambda keys, count: None if count == 16 else known(keys, count))

@@ -22,6 +22,7 @@ from tstitch_engines.errors import BadInput, NotCalibrated
 from tstitch_trt import Runtime
 from tstitch_trt.study.budget import Conditions, predict_ms
 from tstitch_trt.study.budget.conditions import engine_digests
+from tstitch_trt.study.noninferiority import bounds_of
 from tstitch_trt.study.quality.scorer import Scorer
 from tstitch_trt.study.records import Search, SearchPoint
 from tstitch_trt.study.search.racing import front
@@ -99,8 +100,10 @@ def test_points_are_what_plain_sampling_gives(runtime: Runtime, tmp_path: Path) 
         assert point.cost_ms == predict_ms(known, runtime.plan(**options_of(point.setting).explicit()), batch=8)
         assert point.samples == 20 or point.dropped
     whole = [point for point in study.points if not point.dropped]
-    inside = front([(point.cost_ms, point.quality.value) for point in whole])
-    assert [point.front for point in whole] == inside
+    bounds = bounds_of(
+        [point.setting for point in whole], [point.quality for point in whole], "latent_error", whole[0].quality, ()
+    )
+    assert [point.front for point in whole] == front([*zip((p.cost_ms for p in whole), bounds, strict=True)])
     assert not any(point.front for point in study.points if point.dropped)
     ends = next(p for p in study.points if p.setting.schedule == "large:4" and p.setting.solver == "ddim")
     assert (ends.kind, ends.quality.value, ends.front) == ("fewer steps", 0.0, True)
@@ -215,6 +218,9 @@ def test_the_built_in_pair_is_searched_by_fid(fashion_bundle: Path, command: Com
     assert {p["setting"]["schedule"] for p in done.json["points"]} == {"large:2", "small:2", "small:1,large:1"}
     assert all(p["quality"]["low"] <= p["quality"]["value"] <= p["quality"]["high"] for p in done.json["points"])
     assert any("biased" in note for note in done.json["notes"])
+    told = "no schedule can be told from large:2 in 2 ddim steps by fid: 16 samples are not enough"
+    assert any(note.startswith(told) for note in done.json["notes"])
+    assert done.json["margin"] == 0.05
 
 
 def test_bad_words(bundle: Path, tiny_pair: TinyPair, command: Command, tmp_path: Path) -> None:
@@ -223,6 +229,7 @@ def test_bad_words(bundle: Path, tiny_pair: TinyPair, command: Command, tmp_path
     refused(command(*words, "--metric", "psnr"), "psnr", "latent_error")
     refused(command(*words, "--metric", "fid"), "no feature network")
     refused(command(*words, "--samples", 4), "4 samples", "16")
+    refused(command(*words, "--margin", 0), "--margin 0", "0.05")
     refused(command(*words, "--trials", 0, "--threads", 1), "0 candidates", "--trials 20")
     refused(command(*words, "--budget-minutes", 0, "--threads", 1), "0 minutes")
     refused(command(*words, "--solvers", "dimm", "--threads", 1), "dimm", "ddim")
