@@ -80,7 +80,7 @@ class PlanFlags:
     fraction: float | None = option("Share of the steps on the first member, 0 to 1.", "R")
     schedule: str | None = option("Members over the steps, e.g. small:0.4,large or high@t>=875,low.", "TEXT")
     rounding: str | None = rounding_option()
-    spacing: str | None = option("Where the steps lie: leading, linspace, trailing or dit.", "NAME")
+    spacing: str | None = option("Where the steps lie: leading, linspace, trailing, dit or uniform.", "NAME")
     sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
     eta: float | None = option("Noise of DDIM, 0 to 1.", "E")
     variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")

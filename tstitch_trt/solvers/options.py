@@ -23,6 +23,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "step_to": ("next", "stride"),
     "remember": ("eps", "v"),
     "second_order": ("midpoint", "heun"),
+    "middle": ("diffusers", "paper"),
     "formula": ("bh1", "bh2"),
 }
 _SWITCHES = ("lower_order_final", "euler_at_final")
@@ -66,6 +67,7 @@ class SolverOptions:
     step_to: str | None = None  # where a step ends: the next timestep, or one "stride" of T // N below its own
     remember: str | None = None  # PNDM extrapolates the noise, or the velocity (diffusers for v-prediction)
     second_order: str | None = None  # DPM-Solver++: formula of the second-order steps
+    middle: str | None = None  # DPM-Solver++ singlestep of order 3: formula of the second row of a block
     lower_order_final: bool | None = None  # lower the order near the end
     euler_at_final: bool | None = None  # the last step of order 1
     order: int | None = None  # UniPC

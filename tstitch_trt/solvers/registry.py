@@ -11,6 +11,7 @@ from tstitch_trt.solvers.base import Solver
 from tstitch_trt.solvers.ddim import DDIM
 from tstitch_trt.solvers.ddpm import DDPM
 from tstitch_trt.solvers.dpmpp import DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE
+from tstitch_trt.solvers.dpmpp_singlestep import DPMPP_2S, DPMPP_3S
 from tstitch_trt.solvers.euler import EULER, EULER_ANCESTRAL
 from tstitch_trt.solvers.lcm import LCM
 from tstitch_trt.solvers.options import SPACING_OPTIONS, SolverOptions
@@ -23,7 +24,8 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         solver.name: solver
         for solver in (
-            DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE, UNIPC, PNDM, LCM,
+            DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE, DPMPP_2S, DPMPP_3S,
+            UNIPC, PNDM, LCM,
         )
     }
 )  # fmt: skip

@@ -13,7 +13,7 @@ __all__ = ["SIGMA_SPACINGS", "SPACINGS", "check_timesteps", "space_sigmas", "spa
 
 Array = NDArray[np.float64]
 
-SPACINGS = ("dit", "leading", "linspace", "trailing")
+SPACINGS = ("dit", "leading", "linspace", "trailing", "uniform")
 SIGMA_SPACINGS = ("karras", "exponential")
 _RHO = 7.0  # arXiv 2206.00364, table 1
 
@@ -31,9 +31,10 @@ def space_timesteps(
 
     ``leading``, ``linspace`` and ``trailing`` are those of arXiv 2305.08891, table 2, as diffusers has them; ``dit`` is
     the respacing of the published DiT and Improved DDPM samplers: whole timesteps a fractional stride apart.
+    ``uniform`` is ``linspace`` without rounding, DPM-Solver's own "time uniform".
 
-    ``steps_offset`` shifts ``leading``. With ``extra_point``, ``leading`` and ``linspace`` are laid out for one step
-    more, whose timestep (0) is dropped, as diffusers' DPM-Solver has it. ``rounded=False`` keeps ``linspace``
+    ``steps_offset`` shifts ``leading``. With ``extra_point``, all but ``trailing`` and ``dit`` are laid out for one
+    step more, whose timestep (0) is dropped, as diffusers' DPM-Solver has it. ``rounded=False`` keeps ``linspace``
     fractional, as diffusers' Euler has it. A single step of ``linspace`` or ``dit`` starts at the noisy end; the
     published code starts at 0, where there is nothing to denoise.
 
@@ -42,7 +43,7 @@ def space_timesteps(
     if spacing not in SPACINGS:
         raise unknown_name("spacing", spacing, SPACINGS)
     last = train_steps - 1
-    points = steps + 1 if extra_point and spacing in ("leading", "linspace") else steps
+    points = steps + 1 if extra_point and spacing in ("leading", "linspace", "uniform") else steps
     if steps < 1 or points > train_steps:
         most = train_steps - (points - steps)
         raise BadInput(
@@ -63,9 +64,9 @@ def space_timesteps(
             )
     elif points == 1:
         t = np.array([float(last)])
-    elif spacing == "linspace":
+    elif spacing in ("linspace", "uniform"):
         t = np.linspace(0, last, points)
-        t = np.round(t) if rounded else t
+        t = np.round(t) if rounded and spacing == "linspace" else t
     else:  # sums the stride as the published code does, so that ties round alike
         t = np.round(list(accumulate(repeat(last / (points - 1), points - 1), initial=0.0)))
     return np.ascontiguousarray(t[::-1][:steps])

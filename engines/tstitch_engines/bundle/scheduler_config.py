@@ -117,11 +117,13 @@ def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.
         raise unknown_name("scheduler class", keys.name, SCHEDULERS, hint=f"(in {where})")
     keys.off("thresholding", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
     noise, prediction = _training(keys)
-    spacing = keys.choose(
-        "timestep_spacing",
-        "leading" if keys.name in _LEADING_CLASSES else "linspace",
-        {name: name for name in _SPACINGS},
-    )
+    spacing = "linspace"
+    if keys.name != "DPMSolverSinglestepScheduler":  # which has no such key
+        spacing = keys.choose(
+            "timestep_spacing",
+            "leading" if keys.name in _LEADING_CLASSES else "linspace",
+            {name: name for name in _SPACINGS},
+        )
     solver, options = SCHEDULERS[keys.name](keys, spacing)
     spaced = solver != "lcm" and ("sigmas" not in options or "sigma_ends" in options)
     if (offset := keys.whole("steps_offset", 0)) and spaced and spacing == "leading":
@@ -236,6 +238,32 @@ def _dpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     return f"dpmpp-{order}m{kind}", options
 
 
+def _singlestep(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+    """The class has no timestep_spacing: its timesteps are those of linspace."""
+    keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": ""})
+    order = keys.whole("solver_order", 2)
+    if order not in (2, 3):
+        raise keys.refuse("solver_order", order, "2 or 3", "order 1 is DDIM: use DDIMScheduler, or solver ddim")
+    if keys.get("lambda_min_clipped", -math.inf) != -math.inf:
+        raise keys.refuse(
+            "lambda_min_clipped", keys.get("lambda_min_clipped", None), "-Infinity: it moves the timesteps"
+        )
+    second = keys.choose(
+        "solver_type",
+        "midpoint",
+        {"midpoint": "midpoint", "heun": "heun"} | dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    )
+    options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
+    if second != "midpoint":
+        options["second_order"] = second
+    if not keys.switch("lower_order_final", default=False):
+        options["lower_order_final"] = False
+    options |= _sigmas(keys)
+    if "sigmas" in options:
+        options["sigma_timesteps"] = "nearest" if options["sigmas"] == "karras" else "down"
+    return f"dpmpp-{order}s", options
+
+
 def _unipc(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     keys.only("predict_x0", True, True)
     keys.only("solver_p", None, None)
@@ -287,6 +315,7 @@ SCHEDULERS: Final[Mapping[str, Callable[[_Config, str], tuple[str, dict[str, Opt
     "DDIMScheduler": _ddim,
     "DDPMScheduler": _ddpm,
     "DPMSolverMultistepScheduler": _dpm,
+    "DPMSolverSinglestepScheduler": _singlestep,
     "EulerAncestralDiscreteScheduler": lambda keys, spacing: ("euler-ancestral", {}),
     "EulerDiscreteScheduler": _euler,
     "LCMScheduler": _lcm,

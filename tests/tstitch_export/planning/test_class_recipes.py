@@ -113,6 +113,14 @@ def test_another_latent_names_the_recipe_of_the_same_family(tmp_path: Path) -> N
     assert "use the recipe uvit-512" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["uvit", "uvit-256", "uvit-512", "dit-uvit-256"])
+def test_u_vits_are_sampled_as_published(name: str) -> None:
+    """tests/tstitch_trt/solvers/test_dpmpp_singlestep.py has the published algorithm beside this very solver."""
+    defaults = load_recipe(name)[0].defaults
+    assert (defaults.solver, defaults.steps, defaults.spacing) == ("dpmpp-3s", 50, "uniform")
+    assert defaults.solver_options == {"final": "sigma-min", "middle": "paper"}
+
+
 @pytest.mark.parametrize(("name", "eta"), [("ldm-imagenet", 1.0), ("ldm-imagenet-f4", 0.0)])
 def test_latent_diffusion_is_sampled_at_the_timesteps_of_its_own_sampler(name: str, eta: float) -> None:
     """Counted from 1, and ending at the noise of timestep 0."""

@@ -50,6 +50,7 @@ def tables(draw: Any) -> StepTable:
         "variance": st.sampled_from(["fixed-small", "fixed-large", "learned"]),
         "variant": st.sampled_from(["diffusers", "k-diffusion"]),
         "second_order": st.sampled_from(["midpoint", "heun"]),
+        "middle": st.sampled_from(["diffusers", "paper"]),
         "lower_order_final": st.booleans(),
         "euler_at_final": st.booleans(),
         "order": st.integers(1, 3),
@@ -183,7 +184,7 @@ def _later(model: Any, by: int) -> Any:
     return lambda sample, t, step: model(sample, t, step + by)
 
 
-@pytest.mark.parametrize("solver", MULTISTEP)
+@pytest.mark.parametrize("solver", [*MULTISTEP, "dpmpp-2s", "dpmpp-3s"])
 def test_restarting_everywhere_is_the_first_order_solver(solver: str) -> None:
     table = make_table(solver, LINEAR, 20, spacing="dit", restarts=range(20))
     first = make_table("ddim", LINEAR, 20, spacing="dit", eta=1.0 if solver.endswith("sde") else 0.0)
