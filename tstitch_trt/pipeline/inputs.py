@@ -17,13 +17,14 @@ __all__ = [
     "encoded",
     "latent_tensor",
     "mask_and_picture",
-    "preprocessed",
     "repeat_to",
+    "start_picture",
     "step_noise_seeds",
     "unit_noise",
 ]
 
 Array = NDArray[np.float32]
+_BRIGHTEST = 2  # resizing may go beyond 1 a little; whole numbers of 8 or 16 bits go far beyond
 
 
 def latent_tensor(tensor: Any) -> Array:
@@ -76,7 +77,37 @@ def repeat_to(rows: Array, count: int, what: str = "images") -> Array:
     return np.concatenate([rows] * (count // len(rows)))
 
 
-def preprocessed(processor: Any, picture: Any, what: str, height: int | None, width: int | None) -> Any:
+def start_picture(pipe: Any, image: Any, height: int | None, width: int | None, latent_channels: int) -> Any:
+    """What ``image`` is to the pipeline: pictures float ``[K,3,H,W]`` in [-1, 1], or latents ``[K,C,h,w]``.
+
+    Raises ``BadInput`` for pictures of other channels: the pipeline itself takes four of them for latents, or fails.
+    """
+    found = _preprocessed(pipe.image_processor, image, "image", height, width).float()
+    if found.shape[1] == latent_channels and hasattr(_first(image), "detach"):
+        return found
+    return _checked(found, image, "image", 3, f", and latents as a tensor [N,{latent_channels},H,W]")
+
+
+def control_picture(pipe: Any, image: Any, height: int | None, width: int | None, repeats: int) -> Array:
+    """The control pictures float32 ``[N,3,H,W]`` in [0, 1]. Raises ``BadInput``."""
+    what = "the control picture"
+    found = _preprocessed(pipe.control_image_processor, image, what, height, width)
+    found = latent_tensor(_checked(found, image, what, 3))
+    return found if len(found) == 1 else np.repeat(found, repeats, axis=0)
+
+
+def mask_and_picture(pipe: Any, mask: Any, picture: Any, height: int, width: int) -> tuple[Array, Any]:
+    """The mask ``[N,H,W]`` of 0 and 1, and the picture with grey inside it. Raises ``BadInput``."""
+    found = _checked(_preprocessed(pipe.mask_processor, mask, "mask_image", height, width), mask, "mask_image", 1)
+    outside = picture * (found < 0.5) if picture.shape[1] == 3 else picture
+    return latent_tensor(found)[:, 0], outside
+
+
+def _first(image: Any) -> Any:
+    return image[0] if isinstance(image, list) and image else image
+
+
+def _preprocessed(processor: Any, picture: Any, what: str, height: int | None, width: int | None) -> Any:
     """What one of the pipeline's processors makes of a picture, a tensor ``[K,C,H,W]``. Raises ``BadInput``."""
     try:
         return processor.preprocess(picture, height=height, width=width)
@@ -87,17 +118,25 @@ def preprocessed(processor: Any, picture: Any, what: str, height: int | None, wi
         ) from error
 
 
-def control_picture(pipe: Any, image: Any, height: int | None, width: int | None, repeats: int) -> Array:
-    """The control pictures float32 ``[N,3,H,W]`` in [0, 1]."""
-    found = latent_tensor(preprocessed(pipe.control_image_processor, image, "the control picture", height, width))
-    return found if len(found) == 1 else np.repeat(found, repeats, axis=0)
-
-
-def mask_and_picture(pipe: Any, mask: Any, picture: Any, height: int, width: int) -> tuple[Array, Any]:
-    """The mask ``[N,H,W]`` of 0 and 1, and the picture with grey inside it."""
-    found = preprocessed(pipe.mask_processor, mask, "mask_image", height, width)
-    outside = picture * (found < 0.5) if picture.shape[1] == 3 else picture
-    return latent_tensor(found)[:, 0], outside
+def _checked(found: Any, given: Any, what: str, channels: int, more: str = "") -> Any:
+    """``found``, what the pipeline's processor made of ``given``, where it has these channels and values up to 1."""
+    mode = getattr(_first(given), "mode", None)
+    is_pil = isinstance(mode, str)
+    shown_mode = f" (mode {mode})" if is_pil else ""
+    count = found.shape[1]
+    if count != channels:
+        fix = f"{what.split()[-1]}.convert({'RGB' if channels == 3 else 'L'!r})"
+        raise BadInput(
+            f"{what} has {count} channel{'s' if count > 1 else ''}{shown_mode}; allowed "
+            f"{'are 3 (red, green, blue)' if channels == 3 else 'is 1'}{more}",
+            hint=fix if is_pil else f"give an array [N,H,W,{channels}], a tensor [N,{channels},H,W] or a PIL image",
+        )
+    if (most := float(found.abs().max())) >= _BRIGHTEST:
+        raise BadInput(
+            f"{what}{shown_mode} has values of {most:g} once the pipeline has read it; allowed is at most 1",
+            hint="divide whole numbers by their largest, 255 or 65535, or give a PIL image of 8 bits",
+        )
+    return found
 
 
 def step_noise_seeds(generator: Any, count: int) -> tuple[int, ...]:

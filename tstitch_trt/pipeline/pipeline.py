@@ -21,8 +21,8 @@ from tstitch_trt.pipeline.inputs import (
     encoded,
     latent_tensor,
     mask_and_picture,
-    preprocessed,
     repeat_to,
+    start_picture,
     step_noise_seeds,
     unit_noise,
 )
@@ -310,7 +310,7 @@ class AcceleratedPipeline:
             if not kind.starts:
                 height, width = control.shape[2:]
         if kind.starts:
-            picture = preprocessed(pipe.image_processor, a.image, "image", height, width).float()
+            picture = start_picture(pipe, a.image, height, width, self.runtime.manifest.latent.channels)
             if kind.masked and a.denoising_start is not None:
                 raise BadInput("denoising_start was given beside a mask", hint="use strength")
             return given | self._start(a, picture, count, height, width)
