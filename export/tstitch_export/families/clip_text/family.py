@@ -75,6 +75,12 @@ class ClipTextFamily(Family):
                 f"{config['vocabulary']}",
                 hint="give the tokenizer that the text encoder was trained with",
             )
+        if tokenizer.longest not in (None, int(config["tokens"])):
+            raise BadCheckpoint(
+                f"{tokenizer.folder} pads texts to {tokenizer.longest} tokens (model_max_length), and the text encoder "
+                f"{found.path.name} reads {config['tokens']}",
+                hint="give the tokenizer that the text encoder was trained with",
+            )
         if "hidden_state" in options:
             config |= {"hidden_state": options["hidden_state"], "final_norm": options["hidden_state"] == -1}
         if "final_norm" in options:
@@ -113,6 +119,7 @@ class ClipTextFamily(Family):
             field.name: config[field.name] for field in fields(ClipTextConfig) if field.name in config
         }
         sizes["eos"] = None if config["pooled_at"] == _HIGHEST else config["pooled_at"]
+        sizes["masked"] = (config["eos"], config["pad"]) if config.get("masked") else None
         make = partial(ClipText, ClipTextConfig(**sizes))
         with torch.device("meta"):
             wanted = make().state_dict()
@@ -193,6 +200,7 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
             hint="give the text_encoder folder of a Stable Diffusion pipeline (config.json and model.safetensors)",
         )
     check_model_config(config, folder / "config.json")
+    _check_config(config, folder / "config.json")
     value = {name: config.get(key, default) for name, (key, default) in _DEFAULTS.items()}
     if type(value["pooled_at"]) is not int:
         raise BadCheckpoint(
@@ -222,9 +230,28 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
             "part": part,
             "hidden_state": -2 if xl else -1,
             "final_norm": not xl,
+            # which SDXL's pipelines do not read
+            **({"masked": True} if config.get("use_attention_mask") and not xl else {}),
         },
         packages=("tokenizers",),
     )
+
+
+def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raises ``BadCheckpoint`` for what transformers would make another model of."""
+    for key in (key for key in ("quantization_config", "text_config") if config.get(key)):
+        raise BadCheckpoint(
+            f"{file} has {key}, which can't be honoured here", hint="save the text encoder alone, in fp16 or fp32"
+        )
+    for key, _ in _DEFAULTS.values():
+        if key in config and config[key] is None:
+            raise BadCheckpoint(f"{file}: {key} is null", hint="download or copy it again")
+    width, heads = (int(config.get(*_DEFAULTS[name])) for name in ("width", "heads"))
+    if width % heads:
+        raise BadCheckpoint(
+            f"{file}: num_attention_heads is {heads}, which does not divide hidden_size {width}",
+            hint="download or copy it again",
+        )
 
 
 def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspection:

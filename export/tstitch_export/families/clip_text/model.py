@@ -27,7 +27,11 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"quick_gelu": quick
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTextConfig:
-    """``projection`` 0: there is none, and no pooled output. ``eos`` ``None``: the highest token ends the text."""
+    """``projection`` 0: there is none, and no pooled output. ``eos`` ``None``: the highest token ends the text.
+
+    ``masked``: the tokens that end a text and that follow it, where nothing attends to what lies behind the end;
+    ``None``: the padding attends to itself.
+    """
 
     layers: int
     width: int
@@ -41,6 +45,7 @@ class ClipTextConfig:
     hidden_state: int
     final_norm: bool
     eos: int | None
+    masked: tuple[int, int] | None = None
 
     @property
     def hidden_layers(self) -> int:
@@ -69,7 +74,10 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal: a token sees those before it, so padding behind the text changes nothing in it and needs no mask."""
+    """Causal: a token sees those before it, so the padding behind a text changes nothing in it.
+
+    ``seen`` bool ``[B,1,T,T]``: what each token sees, where it is less than that.
+    """
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -79,13 +87,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.width)
         self.out_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, seen: Tensor | None) -> Tensor:
         def split(y: Tensor) -> Tensor:
             return y.reshape(*y.shape[:-1], self.heads, -1).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(
-            split(self.q_proj(x_BTD)), split(self.k_proj(x_BTD)), split(self.v_proj(x_BTD)), is_causal=True
-        )
+        q, k, v = split(self.q_proj(x_BTD)), split(self.k_proj(x_BTD)), split(self.v_proj(x_BTD))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
         merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(-2))
         return merged
 
@@ -110,8 +117,8 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.width, eps=config.epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), seen)
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
 
@@ -122,12 +129,23 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.used_layers))
 
 
+def _seen(input_ids: Tensor, eos: int, pad: int) -> Tensor:
+    """bool ``[B,1,T,T]``: of the tokens up to its own place, those of the text with its begin and end."""
+    ids = input_ids.float()  # as below: no integers for engine builders
+    tokens = ids.shape[1]
+    places = torch.arange(tokens, dtype=torch.float32, device=ids.device)
+    # the end is the last one, or where pads equal it the first behind the last word
+    last = ids != float(eos) if pad == eos else ids == float(eos)
+    end = torch.where(last, places, 0.0).amax(1) + (1.0 if pad == eos else 0.0)
+    return (places <= end[:, None, None, None]) & (places <= places[:, None])
+
+
 class ClipText(nn.Module):
     """input_ids int64 ``[B,T]`` -> hidden ``[B,T,D]`` and, with a projection, pooled ``[B,E]``.
 
     hidden: the states after ``hidden_layers`` layers, normalised with ``final_norm``. pooled: the projected, normalised
-    last state of the token that ends the text: the first ``eos`` or, in OpenCLIP and before transformers 4.31 (whose
-    ``eos_token_id`` is a wrong 2), the first of the highest token.
+    last state of the token that ends the text: the first ``eos``, or the first of all where there is none; in OpenCLIP
+    and before transformers 4.31 (whose ``eos_token_id`` is a wrong 2) the first of the highest token.
     """
 
     def __init__(self, config: ClipTextConfig) -> None:
@@ -144,8 +162,9 @@ class ClipText(nn.Module):
         config = self.config
         x = self.embeddings(input_ids)
         hidden: Tensor = x
+        seen = None if config.masked is None else _seen(input_ids, *config.masked)
         for index, layer in enumerate(self.encoder.layers, start=1):
-            x = layer(x)
+            x = layer(x, seen)
             if index == config.hidden_layers:
                 hidden = x
         if config.final_norm:
@@ -157,7 +176,8 @@ class ClipText(nn.Module):
         ids = input_ids.float()  # exact: vocabularies are far below 2**24
         ends = ids == (ids.amax(1, keepdim=True) if config.eos is None else float(config.eos))
         places = torch.arange(config.tokens, dtype=torch.float32, device=input_ids.device)
-        first = torch.where(ends, places, float(config.tokens - 1)).amin(1).long()
+        first = torch.where(ends, places, float(config.tokens)).amin(1)
+        first = torch.where(first < config.tokens, first, 0.0).long()
         state = last.gather(1, first[:, None, None].expand(-1, 1, config.width))[:, 0]
         pooled: Tensor = self.text_projection(state)
         return hidden, pooled

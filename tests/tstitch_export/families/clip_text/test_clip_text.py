@@ -267,3 +267,91 @@ def test_float16_overflow_is_found(tmp_path: Path) -> None:
         export_onnx(
             TEXT, TEXT.inspect(tmp_path / "pipe", {}), precision="fp16", folder=tmp_path / "out", progress=ignore
         )
+
+
+def loaded(folder: Path) -> Any:
+    return TEXT.load(TEXT.inspect(folder, {}))
+
+
+def configured(pipe: Path, **changes: Any) -> Path:
+    file = pipe / "text_encoder/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return pipe / "text_encoder"
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_padding_that_nobody_attends_to(tmp_path: Path, pad: str) -> None:
+    """``use_attention_mask``: Stable Diffusion's pipelines give the tokenizer's mask to the text encoder."""
+    from transformers import CLIPTokenizer
+
+    model = clip_text_folder(tmp_path / "pipe", pad=pad)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "pipe/tokenizer")
+    given = tokenizer(
+        ["", "a photo of a cat", "cat! !", "cat " * 90],
+        padding="max_length", max_length=77, truncation=True, return_tensors="pt",
+    )  # fmt: skip
+    with torch.inference_mode():
+        want, unmasked = model(**given)[0], model(given.input_ids)[0]
+        got = loaded(configured(tmp_path / "pipe", use_attention_mask=True))(given.input_ids)
+        assert_close(got, want)
+        assert relative_error(unmasked, want) > 0.01
+        assert_close(loaded(configured(tmp_path / "pipe", use_attention_mask=False))(given.input_ids), unmasked)
+        index = {"_class_name": "StableDiffusionXLPipeline"}  # its pipelines do not read the setting
+        (tmp_path / "pipe/model_index.json").write_text(json.dumps(index))
+        found = TEXT.inspect(configured(tmp_path / "pipe", use_attention_mask=True), {})
+    assert "masked" not in found.config
+
+
+@pytest.mark.slow
+def test_a_masked_encoder_is_exported(tmp_path: Path) -> None:
+    model = clip_text_folder(tmp_path / "pipe")
+    session = export(configured(tmp_path / "pipe", use_attention_mask=True), tmp_path / "out")
+    for batch in (1, 4):
+        given = ids(batch)
+        mask = (given != given[0, -1]).flip(1).cumsum(1).flip(1) > 0
+        mask = torch.cat([torch.ones(batch, 1, dtype=torch.bool), mask[:, :-1]], dim=1)  # and the end itself
+        (hidden,) = session.run(None, {"input_ids": given.numpy()})
+        assert_close(hidden, model(given, attention_mask=mask.long())[0])
+
+
+def test_a_text_without_its_end(tmp_path: Path) -> None:
+    """transformers then pools the first token."""
+    model = clip_text_folder(tmp_path / "pipe", projection=24)
+    model.text_model.eos_token_id = 1  # none of the ids
+    rows = ids(3).clamp(min=2)
+    with torch.inference_mode():
+        assert_close(loaded(configured(tmp_path / "pipe", eos_token_id=1))(rows)[1], model(rows).text_embeds)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_norm_eps": 0.1}, {"num_attention_heads": 4}, {"num_hidden_layers": 2}, {"hidden_act": "gelu"},
+     {"attention_dropout": 0.5, "bos_token_id": 3, "pad_token_id": 3, "initializer_factor": 3.0, "is_decoder": True}],
+)  # fmt: skip
+def test_every_key_of_a_config_is_as_transformers_takes_it(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from transformers import CLIPTextModel
+
+    clip_text_folder(tmp_path / "pipe")
+    folder = configured(tmp_path / "pipe", **changes)
+    model = CLIPTextModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        assert_close(loaded(folder)(ids(3)), model(ids(3))[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'; known are quick_gelu, gelu"),
+        ({"hidden_act": None}, "hidden_act is null"),
+        ({"hidden_size": None}, "hidden_size is null"),
+        ({"layer_norm_eps": None}, "layer_norm_eps is null"),
+        ({"num_attention_heads": 3}, "num_attention_heads is 3, which does not divide hidden_size 32"),
+        ({"quantization_config": {"load_in_8bit": True}}, "has quantization_config, which can't be honoured"),
+        ({"text_config": {"hidden_size": 8}}, "has text_config, which can't be honoured"),
+        ({"max_position_embeddings": 64}, r"pads texts to 77 tokens \(model_max_length\), and the text encoder"),
+    ],
+)
+def test_keys_of_a_config_that_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    clip_text_folder(tmp_path / "pipe")
+    with pytest.raises(BadCheckpoint, match=message):
+        TEXT.inspect(configured(tmp_path / "pipe", **changes), {})
