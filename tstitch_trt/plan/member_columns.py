@@ -77,10 +77,11 @@ def _warn_above(name: str, steps: NDArray[np.int64], sigma: Array, most: float) 
     above = steps[sigma > _EXACT * most]
     if above.size:
         which = f"step {above[0]}" if above.size == 1 else f"steps {above[0]} to {above[-1]}"
+        level = f"up to {sigma[0]:.4g}" if np.isfinite(sigma[0]) else "up to pure noise"
         _log.warning(
-            "member %r: the noise level of %s is up to %.4g in its own latent, above the %.4g of its training: "
-            "it is told its noisiest timestep there",
-            name, which, sigma[0], most,
+            "member %r: the noise level of %s is %s in its own latent, above the %.4g of its training: it is told its "
+            "noisiest timestep there",
+            name, which, level, most,
         )  # fmt: skip
 
 

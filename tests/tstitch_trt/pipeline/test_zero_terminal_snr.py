@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tstitch_trt
-from support.accelerating import LIMIT, SD, equal, fast, pictures, pipeline
+from support.accelerating import LIMIT, SD, equal, fast, mask, pictures, pipeline
 from support.compare import relative_error
 from support.tiny_pipelines import PIXELS, noise, scheduler
 from tstitch_engines.errors import BadInput, BadSchedule
@@ -69,6 +69,17 @@ def test_from_a_picture(sd: Path, cache: Path, solver: str, strength: float) -> 
     with fast(pipe, sd, cache) as made:
         pipe.scheduler = scheduler(solver, **ZERO)
         equal(pipe, made, image=pictures(1, 2), strength=strength)
+
+
+def test_painting_and_timesteps_one_by_one(sd: Path, cache: Path) -> None:
+    pipe = zero(sd, "StableDiffusionInpaintPipeline")
+    with fast(pipe, sd, cache) as made:
+        pipe.scheduler = scheduler("euler", **{**ZERO, "timestep_spacing": "leading"})
+        equal(pipe, made, image=pictures(1)[0], mask_image=mask(), strength=1.0)
+    pipe = zero(sd)
+    with fast(pipe, sd, cache) as made:
+        pipe.scheduler = scheduler("euler", **{**ZERO, "timestep_spacing": "leading"})
+        equal(pipe, made, timesteps=[999, 749, 499, 249], num_inference_steps=None)
 
 
 def test_a_scheduler_with_signal_is_for_another_bundle(accelerated: Any) -> None:
@@ -131,6 +142,6 @@ def test_a_pair_of_which_one_was_trained_without_signal(
         assert "member 'small'" not in caplog.text
         mixed = runtime.sample(**given, steps=10, guidance=5.0, decode=False)
     assert mixed.plan.schedule.names[0] == "small"
-    assert "member 'small': the noise level of steps 0 to 1 is up to inf" in caplog.text
+    assert "member 'small': the noise level of steps 0 to 1 is up to pure noise" in caplog.text
     assert np.isfinite(mixed.latents).all()
     assert 0.1 < np.std(mixed.latents) / np.std(want) < 10
