@@ -34,6 +34,7 @@ from tstitch_engines.spec import Range
 from tstitch_engines.threads import check_threads
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
 from tstitch_trt.pipeline.checkpoint import (
+    conventions_said,
     module_hash,
     path_hash,
     save_large,
@@ -134,8 +135,9 @@ def accelerate(
     ``pipe``: a Stable Diffusion or Stable Diffusion XL pipeline for text to image, image to image or inpainting, also
     with a ControlNet, or a latent consistency one. What is loaded counts and not where it came from: fused LoRAs and
     trained weights are in it. ``small``: the path of a pipeline, of a UNet's folder or of a single file, or a loaded
-    UNet of diffusers. One that says nothing of its conventions is taken to follow the pipeline's. Both read the
-    pipeline's text encoders, so a small pipeline with others is refused.
+    UNet of diffusers. One that says nothing of its conventions is taken to follow the pipeline's, but a single file
+    only where those are the usual ones; ``options={"small.prediction": "v"}`` (``small.noise``, ``small.zero_snr``)
+    says them. Both read the pipeline's text encoders, so a small pipeline with others is refused.
 
     The denoisers, the VAE and the ControlNet become engines; prompts are read by the pipeline's own text encoders, so
     that all that these can do works as before. Noise comes from ``generator`` as the pipeline draws it, and the
@@ -164,7 +166,7 @@ def accelerate(
         check_rounding(rounding, schedule, ("small", "large"))
     open_backend(backend)
     small = Path(small) if isinstance(small, str | Path) else unwrap_compiled(small)
-    _check_small(small)
+    _check_small(small, dict(options or {}))
     stock = _stock_modules(pipe)
     scheduler_class(pipe.scheduler)
     if isinstance(small, Path):
@@ -219,7 +221,8 @@ def _stock_modules(pipe: Any) -> dict[str, StockModule]:
     return found
 
 
-def _check_small(small: Any) -> None:
+def _check_small(small: Any, options: Mapping[str, Any]) -> None:
+    said = conventions_said(options)
     if isinstance(small, Path):
         if not small.exists():
             raise BadInput(
@@ -228,7 +231,7 @@ def _check_small(small: Any) -> None:
             )
         from tstitch_export.families.unet.source import read_unet
 
-        read_unet(small)
+        read_unet(small, said)
         return
     if library_base(type(small)).__name__ != "UNet2DConditionModel":
         raise BadInput(
@@ -276,7 +279,7 @@ def _build(
         report = progress or bar or silent
         report("saving the pipeline", 0.0)
         parts = save_large(pipe, staging / "large")
-        first = save_small(small, pipe, staging / "large", staging / "small")
+        first = save_small(small, pipe, staging / "large", staging / "small", conventions_said(settings["options"]))
         build(
             recipe,
             members={"small": first, "large": staging / "large"},

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import ComponentName
+from tstitch_engines.errors import BadCheckpoint
 from tstitch_trt.pipeline.code_origin import library_base
 from tstitch_trt.pipeline.own_code import pipeline_class, scheduler_class
 from tstitch_trt.pipeline.weights import weights_of
 from tstitch_trt.pipeline.wrapped import unwrap_compiled
 
-__all__ = ["module_hash", "path_hash", "save_large", "save_small"]
+if TYPE_CHECKING:
+    from tstitch_export.checkpoint.conventions import Conventions
+
+__all__ = ["conventions_said", "module_hash", "path_hash", "save_large", "save_small"]
 
 
 def module_hash(module: Any) -> str:
@@ -87,20 +91,23 @@ def _name_class(file: Path, name: str) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_small(small: Any, pipe: Any, large: Path, folder: Path) -> Path:
-    """A pipeline folder that the small member can be built from.
+def save_small(small: Any, pipe: Any, large: Path, folder: Path, said: Conventions) -> Path:
+    """A pipeline folder that the small member can be built from; ``said``: the conventions that its options give.
 
-    A module, a bare UNet folder or a single file says nothing of its conventions, but that some files are marked as
-    predicting v: it gets those of ``pipe``. Of a whole pipeline the UNet and its conventions are taken.
+    Of a whole pipeline the UNet and its conventions are taken. A module, a bare UNet folder or a single file has those
+    of ``pipe`` where it says nothing itself. Raises ``BadCheckpoint`` for a single file that says nothing, where the
+    pipeline's are not those that such files usually have.
     """
     folder.mkdir()
     whole = isinstance(small, Path) and (small / "unet").is_dir()
     if not isinstance(small, Path):
         _save(small, folder / "unet")
     elif small.is_file():
-        _save_single(small, large / "scheduler", folder)
+        _save_single(small, folder / "unet", said)
     else:
         (folder / "unet").symlink_to((small / "unet" if whole else small).resolve(), target_is_directory=True)
+    if not whole:
+        _write_training(small if isinstance(small, Path) else folder / "unet", large / "scheduler", folder, said)
     for name in ("scheduler", "vae"):
         if not (folder / name).is_dir():
             own = whole and (small / name).is_dir()
@@ -109,22 +116,55 @@ def save_small(small: Any, pipe: Any, large: Path, folder: Path) -> Path:
     return folder
 
 
-def _save_single(file: Path, scheduler: Path, folder: Path) -> None:
-    """The UNet of a single file as diffusers would save it; where the file states v, the scheduler says so."""
+def conventions_said(options: Mapping[str, Any]) -> Conventions:
+    """What ``options`` of a build (``small.prediction``...) say of the small member's training. Raises ``BadInput``."""
+    from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, read_options
+    from tstitch_export.families.options import typed
+
+    own = {key.removeprefix("small."): value for key, value in options.items() if key.startswith("small.")}
+    known = {key: value for key, value in own.items() if key in CONVENTION_OPTIONS}
+    return read_options(typed(known, CONVENTION_OPTIONS, what="member 'small'"))
+
+
+def _save_single(file: Path, unet: Path, said: Conventions) -> None:
+    """The UNet of a single file as diffusers would save it."""
     from safetensors.torch import save_file
 
     from tstitch_export.families.unet.config import CLASS
     from tstitch_export.families.unet.source import read_state, read_unet
 
-    source = read_unet(file)
-    unet = folder / "unet"
+    source = read_unet(file, said)
     unet.mkdir()
     (unet / "config.json").write_text(json.dumps({"_class_name": CLASS, **source.config}, indent=2) + "\n")
     state = read_state(source.layout, source.weights, source.config)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, unet / "diffusion_pytorch_model.safetensors")
-    if source.facts.parametrisation == "v":
+
+
+def _write_training(small: Path, scheduler: Path, folder: Path, said: Conventions) -> None:
+    """The pipeline's ``scheduler`` with what ``small`` says of its own training, where it says something."""
+    from tstitch_engines.bundle.scheduler_config import read_training
+    from tstitch_export.checkpoint.pipeline import scheduler_keys
+    from tstitch_export.families.unet.source import read_unet
+
+    config = json.loads((scheduler / "scheduler_config.json").read_text())
+    own = read_unet(small, said).conventions(said, sure=small.is_file())
+    if small.is_file():
+        noise, prediction = read_training(config, where="the pipeline's scheduler")
+        if own.prediction is None and prediction != "eps":
+            rest = f"what it predicts; the pipeline predicts {prediction}, and files that say nothing usually eps"
+            raise _silent(small, rest, "prediction", prediction)
+        if own.zero_snr is None and noise.zero_terminal_snr:
+            raise _silent(
+                small, "whether its betas are rescaled to end without signal, as the pipeline's are", "zero_snr", "true"
+            )
+    if keys := scheduler_keys(own):
         (folder / "scheduler").mkdir()
-        config = json.loads((scheduler / "scheduler_config.json").read_text())
-        (folder / "scheduler/scheduler_config.json").write_text(
-            json.dumps({**config, "prediction_type": "v_prediction"}, indent=2)
-        )
+        # A class that knows all of them, whichever the pipeline's is
+        text = json.dumps({**config, "_class_name": "DDIMScheduler", **keys}, indent=2)
+        (folder / "scheduler/scheduler_config.json").write_text(text)
+
+
+def _silent(small: Path, what: str, option: str, value: str) -> BadCheckpoint:
+    from tstitch_export.checkpoint.conventions import say
+
+    return BadCheckpoint(f"{small.name} does not say {what}", hint=say(option, value).replace("MEMBER", "small"))

@@ -115,7 +115,7 @@ class Checkpoint:
         return {name: _decoded(stored[name], self._scale(name, stored)) for name in self.shapes}
 
     def values(self, name: str) -> NDArray[np.float64]:
-        """One small tensor of ordinary floats; of a ``.safetensors`` file read without torch."""
+        """One tensor in float64; of a ``.safetensors`` file read without torch, and without the others."""
         return self.arrays()[name]().astype(np.float64)
 
     def arrays(self) -> dict[str, Callable[[], Numbers]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec, Precision, PredictionType, TextInputs
 from tstitch_engines.errors import BadCheckpoint, first_line
 from tstitch_engines.spec import TensorSpec
+from tstitch_export.checkpoint.conventions import NOTHING_KNOWN, Conventions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,9 +63,9 @@ class Inspection:
     what was taken of several things in a file.
 
     Of a denoiser: ``latent`` is ``(channels, height, width)``, native sizes where they are dynamic; ``labels`` counts
-    the rows of the label table, the last of which is the null class where there is one (``null_class``); ``noise``,
-    ``parametrisation``, ``scaling`` and ``shift`` (of the latent) and ``scheduler`` (``scheduler_config.json``) are
-    ``None`` where the checkpoint does not state them. The others are as in ``manifest.Member``; ``text`` names the
+    the rows of the label table, the last of which is the null class where there is one (``null_class``); ``trained``:
+    prediction type and noise; ``scaling`` and ``shift`` (of the latent) and ``scheduler`` (``scheduler_config.json``)
+    are ``None`` where the checkpoint does not state them. The others are as in ``manifest.Member``; ``text`` names the
     encoders of the architecture, present or not.
     """
 
@@ -77,8 +78,7 @@ class Inspection:
     labels: int = 0
     null_class: bool = True
     learned_variance: bool = False
-    noise: NoiseScheduleSpec | None = None
-    parametrisation: PredictionType | None = None
+    trained: Conventions = NOTHING_KNOWN
     scaling: float | None = None
     shift: float | None = None
     scheduler: Mapping[str, Any] | None = None
@@ -89,6 +89,14 @@ class Inspection:
     packages: tuple[str, ...] = ()
     loras: tuple[LoraUse, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def noise(self) -> NoiseScheduleSpec | None:
+        return self.trained.noise
+
+    @property
+    def parametrisation(self) -> PredictionType | None:
+        return self.trained.prediction
 
     @property
     def libraries(self) -> tuple[str, ...]:

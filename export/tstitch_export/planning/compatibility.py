@@ -17,6 +17,7 @@ import msgspec
 from tstitch_engines.bundle.manifest import Decoder, Latent, NoiseScheduleSpec, PredictionType, TextInputs
 from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
 from tstitch_engines.errors import BadInput, PairMismatch
+from tstitch_export.checkpoint.conventions import Conventions
 from tstitch_export.planning.network import NetworkPlan
 from tstitch_export.planning.pair_rules import check_control, check_members
 from tstitch_export.planning.recipe import MemberRecipe, Recipe
@@ -107,8 +108,19 @@ def _states_latent(vae: NetworkPlan) -> bool:
 
 
 def _noise_of(recipe: Recipe, members: Sequence[NetworkPlan]) -> NoiseScheduleSpec:
-    stated = [plan.inspection.noise for plan in members if plan.inspection.noise is not None]
-    return stated[-1] if stated else recipe.noise
+    stated = [plan for plan in members if _states_noise(plan.inspection.trained)]
+    return _trained(stated[-1], recipe) if stated else recipe.noise
+
+
+def _trained(plan: NetworkPlan, recipe: Recipe) -> NoiseScheduleSpec:
+    """The noise a member was trained with; a checkpoint that states none is what the recipe is for."""
+    trained = plan.inspection.trained
+    noise = trained.noise or recipe.noise
+    return noise if trained.zero_snr is None else msgspec.structs.replace(noise, zero_terminal_snr=trained.zero_snr)
+
+
+def _states_noise(trained: Conventions) -> bool:
+    return trained.noise is not None or trained.zero_snr is not None
 
 
 def _scheduler(recipe: Recipe, members: Sequence[NetworkPlan], notes: list[str]) -> Scheduler | None:
@@ -187,8 +199,9 @@ def _adapt(
     assert isinstance(plan.recipe, MemberRecipe)
     parametrisation = found.parametrisation or plan.recipe.parametrisation
     if parametrisation != plan.recipe.parametrisation:
-        notes.append(f"{plan.who} predicts {parametrisation}, as its checkpoint states")
-    trained = found.noise or recipe.noise  # a checkpoint that states nothing is what the recipe is for
+        notes.append(f"{plan.who} predicts {parametrisation}, as {found.trained.because} says")
+    notes.extend(f"{plan.who} {note}" for note in found.trained.notes)
+    trained = _trained(plan, recipe)
     own = trained if trained != noise else None
     if own is not None:
         notes.append(

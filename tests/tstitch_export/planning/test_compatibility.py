@@ -155,7 +155,7 @@ def test_noise_and_parametrisation_of_pipelines(tmp_path: Path) -> None:
     assert any("'small' (transformer) was trained with the noise schedule linear" in note for note in found.notes)
     found = planned(v)
     assert (found.members["small"].parametrisation, found.members["large"].parametrisation) == ("eps", "v")
-    assert any("predicts v, as its checkpoint states" in note for note in found.notes)
+    assert any("predicts v, as its scheduler_config.json says" in note for note in found.notes)
     assert planned(plain).notes == ()
     check(odd, BadCheckpoint, "beta_schedule is 'sigmoid'")
 

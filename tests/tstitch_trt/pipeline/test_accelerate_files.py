@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from support.accelerating import LIMIT, SD, fast, pipeline, seeded
@@ -17,6 +20,7 @@ from support.tiny_checkpoints import single_file
 from support.tiny_families import original_unet
 from support.tiny_pipelines import scheduler
 from tstitch_engines.errors import BadCheckpoint, BadInput, BadSchedule, PairMismatch, UnknownName
+from tstitch_trt.pipeline.checkpoint import conventions_said, save_small
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -97,36 +101,65 @@ def test_bundles_are_listed_and_pruned_with_the_cache(
 
 @pytest.mark.slow
 def test_small_is_a_single_file(sd: Path, cache: Path, tmp_path: Path) -> None:
-    """A bare one follows the pipeline's conventions: here it predicts v, which nothing in the file says."""
-    pipe = pipeline(sd, "ddim")
-    pipe.scheduler = scheduler("ddim", prediction_type="v_prediction")
-    text = {"cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2, "norm_num_groups": 32}
+    """It is marked as predicting v with betas that are rescaled, the pipeline is as usual."""
     file = single_file(tmp_path / "sd.safetensors", text=False, vae=False)
     from diffusers import UNet2DConditionModel
 
     module = UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet")
+    text = {"cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2, "norm_num_groups": 32}
     assert {key: module.config[key] for key in text} == text
-    pipe.unet = module
+    pipe = pipeline(sd, "ddim", unet=module)
     embeds = [torch.randn(1, 77, 768, generator=seeded(n)) for n in (1, 2)]
     asked = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "num_inference_steps": 4}
-    want = pipe(**asked, generator=seeded(1), output_type="latent").images
+    save_file({**load_file(file), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, file)
     with fast(pipe, sd, cache, small=file) as made:
         members = made.runtime.manifest.members
-        assert {member.parametrisation for member in members.values()} == {"v"}
+        found = {name: (member.parametrisation, member.noise) for name, member in members.items()}
+        assert found == {"small": ("v", replace(made.runtime.manifest.noise, zero_terminal_snr=True)),
+                         "large": ("eps", None)}  # fmt: skip
+
+    zero = scheduler("ddim", prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipe.scheduler = zero
+    want = pipe(**asked, generator=seeded(1), output_type="latent").images
+    with fast(pipe, sd, cache, small=file) as made:
         got = made(**asked, generator=seeded(1), output_type="latent", fraction=1.0).images
     assert relative_error(got.numpy(), want.numpy()) < LIMIT
 
 
-@pytest.mark.slow
-def test_small_is_a_single_file_that_says_v(sd: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_single_file_says_what_it_says(sd: Path, tmp_path: Path) -> None:
+    """And where it says nothing, it is not taken for what such files usually are not."""
     file = single_file(tmp_path / "sd.safetensors", text=False, vae=False)
-    save_file({**load_file(file), "v_pred": torch.zeros(0)}, file)
-    from diffusers import UNet2DConditionModel
+    v_zero = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    noise = {"betas": torch.linspace(1e-4, 0.02, 1000)}
 
-    pipe = pipeline(sd, "ddim", unet=UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet"))
-    with fast(pipe, sd, cache, small=file) as made:
-        found = {name: member.parametrisation for name, member in made.runtime.manifest.members.items()}
-    assert found == {"small": "v", "large": "eps"}
+    def written(pipe: Any, tensors: dict[str, Any], **options: Any) -> dict[str, Any]:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        save_file({**load_file(file), **tensors}, folder / "small.safetensors")
+        (folder / "large/scheduler").mkdir(parents=True)
+        pipe.scheduler.save_pretrained(folder / "large/scheduler")
+        said = conventions_said({f"small.{name}": value for name, value in options.items()})
+        made = save_small(folder / "small.safetensors", pipe, folder / "large", folder / "small", said)
+        config: dict[str, Any] = json.loads((made / "scheduler/scheduler_config.json").read_text())
+        return {key: config.get(key) for key in ("prediction_type", "rescale_betas_zero_snr", "beta_schedule")}
+
+    def as_list(*values: Any) -> dict[str, Any]:
+        return dict(zip(("prediction_type", "rescale_betas_zero_snr", "beta_schedule"), values, strict=True))
+
+    usual, v = pipeline(sd, "ddim"), pipeline(sd, "ddim")
+    v.scheduler = scheduler("ddim", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert written(usual, {}) == as_list("epsilon", False, "scaled_linear")
+    assert written(usual, v_zero) == as_list("v_prediction", True, "scaled_linear")
+    assert written(pipeline(sd, "pndm"), v_zero) == as_list("v_prediction", True, "scaled_linear")
+    assert written(usual, noise) == as_list("epsilon", False, "linear")
+    assert written(usual, v_zero, prediction="eps", zero_snr=False) == as_list("epsilon", False, "scaled_linear")
+    assert written(v, v_zero) == as_list("v_prediction", True, "scaled_linear")
+    with pytest.raises(BadCheckpoint, match="does not say what it predicts; the pipeline predicts v") as caught:
+        written(v, {})
+    assert 'options={"small.prediction": "v"}' in caught.value.hint
+    with pytest.raises(BadCheckpoint, match="does not say whether its betas are rescaled"):
+        written(v, {}, prediction="v")
+    assert written(v, {}, prediction="v", zero_snr="true") == as_list("v_prediction", True, "scaled_linear")
+    assert written(v, {}, prediction="eps", zero_snr=False) == as_list("epsilon", False, "scaled_linear")
 
 
 def test_a_compiled_unet_is_the_module_within(built: None, never: None, sd: Path, cache: Path) -> None:

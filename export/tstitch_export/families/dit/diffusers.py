@@ -14,9 +14,11 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.config_limits import check_numbers
+from tstitch_export.checkpoint.conventions import Conventions, conventions_of
 from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import check_config
+from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection
 from tstitch_export.families.dit.layout import published_name
 
@@ -40,8 +42,11 @@ _DEFAULTS: Final = {
 }
 
 
-def inspect(path: Path, heads: int | None) -> Inspection:
-    """A model folder, or a pipeline folder with the model in ``transformer/``. Raises ``BadCheckpoint``."""
+def inspect(path: Path, heads: int | None, said: Conventions) -> Inspection:
+    """A model folder, or a pipeline folder with the model in ``transformer/``; ``said``: conventions the user gave.
+
+    Raises ``BadCheckpoint``.
+    """
     folder, config = model_folder(
         path,
         ("transformer",),
@@ -61,7 +66,8 @@ def inspect(path: Path, heads: int | None) -> Inspection:
             hint="leave num_heads away for a diffusers folder",
         )
     weights = weights_file(folder, (_STEM,))
-    shapes = read_checkpoint(weights).shapes
+    checkpoint = read_checkpoint(weights)
+    shapes = checkpoint.shapes
     check_numbers(config, shapes, str(folder / "config.json"))
     width = values["num_attention_heads"] * values["attention_head_dim"]
     channels, patch, size = values["in_channels"], values["patch_size"], values["sample_size"]
@@ -78,7 +84,8 @@ def inspect(path: Path, heads: int | None) -> Inspection:
         _TABLE: (labels, width),
     }
     check_config(wanted, shapes, weights)
-    facts = read_pipeline(path)
+    stated, notes = statements_of(checkpoint, said)
+    training = [*read_pipeline(path, said).training, *stated]
     return Inspection(
         family="dit",
         layout="diffusers",
@@ -98,8 +105,7 @@ def inspect(path: Path, heads: int | None) -> Inspection:
         latent=(channels, size, size),
         labels=labels,
         learned_variance=out_channels != channels,
-        noise=facts.noise,
-        parametrisation=facts.parametrisation,
+        trained=conventions_of(path.name, training, said=said, notes=notes),
     )
 
 

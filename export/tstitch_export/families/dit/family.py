@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, conventions_of, read_options
+from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.dit import diffusers as dit_diffusers
 from tstitch_export.families.dit.layout import config_from_shapes, published_name
+from tstitch_export.families.dit.training import check_training
 from tstitch_export.families.options import typed
 
 if TYPE_CHECKING:
@@ -26,15 +29,19 @@ class DiTFamily(ClassMember):
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
         "num_heads": (int, "attention heads, where width and config.json do not tell"),
         "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
+        **CONVENTION_OPTIONS,
     }
 
     def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         given = typed(options, self.options, what="family 'dit'")
-        heads = None if "num_heads" not in given else int(given["num_heads"])
+        heads, said = None if "num_heads" not in given else int(given["num_heads"]), read_options(given)
         null_class = bool(given.get("null_class", True))
         if path.is_dir():
-            return replace(dit_diffusers.inspect(path, heads), null_class=null_class)
-        config = config_from_shapes(read_checkpoint(path).shapes, name=path.name, heads=heads)
+            return replace(dit_diffusers.inspect(path, heads, said), null_class=null_class)
+        checkpoint = read_checkpoint(path)
+        config = config_from_shapes(checkpoint.shapes, name=path.name, heads=heads)
+        stated, notes = statements_of(checkpoint, said)
+        notes += check_training(checkpoint, config, said)
         return Inspection(
             family=self.name,
             layout="published",
@@ -49,6 +56,7 @@ class DiTFamily(ClassMember):
             labels=config.classes + 1,
             null_class=null_class,
             learned_variance=config.learn_sigma,
+            trained=conventions_of(path.name, stated, said=said, notes=notes),
         )
 
     def load(self, inspection: Inspection) -> nn.Module:

@@ -13,9 +13,11 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.config_limits import check_numbers
+from tstitch_export.checkpoint.conventions import Conventions, conventions_of
 from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.pipeline import read_pipeline
 from tstitch_export.checkpoint.signatures import check_config
+from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection
 
 if TYPE_CHECKING:
@@ -31,8 +33,11 @@ _EMBEDDER: Final = "class_embedder"
 _CHANNELS: Final = {_ADDED: ((3, 3), (224, 448, 672, 896)), ATTENDED: ((4, 4), (320, 640, 1280, 1280))}
 
 
-def inspect(path: Path) -> Inspection:
-    """A model folder, or a pipeline folder with the model in ``unet/``. Raises ``BadCheckpoint``."""
+def inspect(path: Path, said: Conventions) -> Inspection:
+    """A model folder, or a pipeline folder with the model in ``unet/``; ``said``: conventions the user gave.
+
+    Raises ``BadCheckpoint``.
+    """
     folder, config = model_folder(
         path,
         ("unet",),
@@ -55,12 +60,15 @@ def inspect(path: Path) -> Inspection:
             hint="this model predicts something else than noise, v or the picture",
         )
     weights = weights_file(folder, [_STEM])
-    shapes = read_checkpoint(weights).shapes
+    checkpoint = read_checkpoint(weights)
+    shapes = checkpoint.shapes
     check_numbers(config, shapes, str(folder / "config.json"))
     check_config({"conv_in.weight": (widths[0], channels, 3, 3)}, shapes, weights)
     files, labels = _classes(path, folder, config, weights, shapes)
     height, width = _size(path, config.get("sample_size"))
-    facts = read_pipeline(path)
+    facts = read_pipeline(path, said)
+    stated, notes = statements_of(checkpoint, said)
+    trained = conventions_of(path.name, [*facts.training, *stated], said=said, notes=notes)
     return Inspection(
         family="ldm",
         layout="diffusers",
@@ -75,11 +83,10 @@ def inspect(path: Path) -> Inspection:
         },
         latent=(channels, height, width),
         labels=labels,
-        noise=facts.noise,
-        parametrisation=facts.parametrisation,
         scaling=facts.scaling,
         shift=facts.shift,
-        scheduler=facts.scheduler,
+        scheduler=facts.scheduler_of(trained),
+        trained=trained,
     )
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
 from tstitch_engines.needs import require
-from tstitch_export.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, Conventions, conventions_of, read_options
+from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Dim, Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.ldm import diffusers as ldm_diffusers
@@ -23,7 +24,6 @@ from tstitch_export.families.ldm.layout import (
     ema_name,
     expected_shapes,
     native_size,
-    noise_of,
     published_name,
 )
 from tstitch_export.families.options import typed
@@ -57,6 +57,7 @@ class LDMFamily(ClassMember):
         "ema": (bool, "take the moving average of the weights where the checkpoint has one; default true"),
         "null_embedding": (str, "a null class for a table without one: none, uniform, mean or zeros"),
         "dynamic": (bool, "any height and width in place of one size"),
+        **CONVENTION_OPTIONS,
     }
     choices: ClassVar[frozenset[str]] = frozenset({"null_embedding", "dynamic"})
 
@@ -65,15 +66,16 @@ class LDMFamily(ClassMember):
         null = str(given.get("null_embedding", "none"))
         if null not in _NULLS:
             raise unknown_name("null_embedding", null, _NULLS)
+        said = read_options(given)
         if path.is_dir():
             if told := [name for name in _DESCRIBING if name in given]:
                 raise BadInput(
                     f"{path.name} is a diffusers folder, whose config.json says {told[0]}",
                     hint=f"leave {told[0]} away for it",
                 )
-            found = ldm_diffusers.inspect(path)
+            found = ldm_diffusers.inspect(path, said)
         else:
-            found = _original(path, given)
+            found = _original(path, given, said)
         return replace(
             found,
             labels=found.labels + (null != "none"),
@@ -94,7 +96,7 @@ class LDMFamily(ClassMember):
         return {"H": Dim(native=height, multiple=multiple), "W": Dim(native=width, multiple=multiple)}
 
 
-def _original(path: Path, given: Mapping[str, Scalar]) -> Inspection:
+def _original(path: Path, given: Mapping[str, Scalar], said: Conventions) -> Inspection:
     checkpoint = read_checkpoint(path)
     config = config_from_shapes(checkpoint.shapes, name=path.name, heads=_heads(given))
     size = int(given["size"]) if "size" in given else native_size(config)
@@ -119,6 +121,7 @@ def _original(path: Path, given: Mapping[str, Scalar]) -> Inspection:
             f"{path.name} has no moving average of its weights ({EMA}...)", hint="leave ema away for it"
         )
     scale = float(f"{float(checkpoint.values('scale_factor')):.6g}") if "scale_factor" in checkpoint.shapes else None
+    stated, notes = statements_of(checkpoint, said)
     return Inspection(
         family="ldm",
         layout="original",
@@ -141,10 +144,10 @@ def _original(path: Path, given: Mapping[str, Scalar]) -> Inspection:
         },
         latent=(config.channels, size, size),
         labels=config.labels,
-        noise=_noise(checkpoint),
         scaling=scale,
         shift=None if scale is None else 0.0,
         packages=("diffusers",),
+        trained=conventions_of(path.name, stated, said=said, notes=notes),
     )
 
 
@@ -166,10 +169,6 @@ def _load_original(inspection: Inspection) -> nn.Module:
     inner = assemble(getattr(diffusers, ldm_diffusers.ATTENDED), raw, state, name=name)
     skip_lone_softmax(inner)
     return ClassConditional(Conditioned(inner, "encoder_hidden_states"), embedding(stored[TABLE].float()))
-
-
-def _noise(checkpoint: Checkpoint) -> NoiseScheduleSpec | None:
-    return noise_of(checkpoint.values("betas").tolist(), checkpoint.path.name) if "betas" in checkpoint.shapes else None
 
 
 def _heads(given: Mapping[str, Scalar]) -> Heads | None:

@@ -7,11 +7,9 @@ autoencoder under ``first_stage_model.``, and the noise schedule as buffers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.signatures import Shapes, compare, layer, looks_like
 from tstitch_export.families.unet.config import flat
@@ -27,7 +25,6 @@ __all__ = [
     "ema_name",
     "expected_shapes",
     "native_size",
-    "noise_of",
     "published_name",
 ]
 
@@ -255,21 +252,3 @@ def _heads(given: Heads | None, channels: int, widths: tuple[int, ...], name: st
                 hint="give num_heads or num_head_channels of the training's config",
             )
     return heads
-
-
-def noise_of(betas: Sequence[float], name: str) -> NoiseScheduleSpec:
-    """The formula behind the ``betas`` buffer, which may have been rounded to half precision.
-
-    Raises ``BadCheckpoint`` where they follow none that is known.
-    """
-    steps = len(betas)
-    start, end = (float(f"{beta:.6g}") for beta in (betas[0], betas[-1]))
-    for kind, power in (("scaled-linear", 0.5), ("linear", 1.0)):
-        low, high = start**power, end**power
-        made = [(low + (high - low) * i / max(steps - 1, 1)) ** (1 / power) for i in range(steps)]
-        if all(abs(a - b) <= 2e-3 * b for a, b in zip(made, betas, strict=True)):
-            return NoiseScheduleSpec(kind=kind, steps=steps, beta_start=start, beta_end=end)  # type: ignore[arg-type]
-    raise BadCheckpoint(
-        f"{name}: its betas, {start:g} to {end:g} over {steps} steps, are neither linear nor scaled-linear",
-        hint="models trained with another noise schedule are not supported",
-    )

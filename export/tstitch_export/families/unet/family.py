@@ -11,6 +11,7 @@ from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
+from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, read_options
 from tstitch_export.checkpoint.signatures import Shapes
 from tstitch_export.families.base import TORCH_NAMES, Dim, Family, Inspection, LoraTarget, Scalar
 from tstitch_export.families.lora.fuse import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
@@ -72,18 +73,21 @@ class _UNetFamily(TextConditioned):
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
         "lora": LORA_OPTION,
         "controlled": (bool, "take the residuals of a ControlNet (the bundle needs the part controlnet)"),
+        **CONVENTION_OPTIONS,
     }
 
     choices: ClassVar[frozenset[str]] = frozenset({"lora", "controlled"})
 
     def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> UNetInspection:
-        source = read_unet(path)
+        said = read_options(options)
+        source = read_unet(path, said)
         config = UNetConfig(source.config)
         self._expect_kind(path, config)
         channels, learned, inpaints = _channels(path, config)
         loras = parse_loras(str(options.get("lora") or ""))
         check_loras(loras, _lora_target(source.shapes, config), model=path.name)
-        height, width = config.native
+        trained = source.conventions(said)
+        height, width = source.native(trained)
         name = published_name(config)
         facts = source.facts
         controlled = bool(options.get("controlled"))
@@ -103,11 +107,10 @@ class _UNetFamily(TextConditioned):
             },
             latent=(channels, height, width),
             learned_variance=learned,
-            noise=facts.noise,
-            parametrisation=facts.parametrisation,
+            trained=trained,
             scaling=facts.scaling,
             shift=facts.shift,
-            scheduler=facts.scheduler,
+            scheduler=facts.scheduler_of(trained),
             text=text_inputs(source, config),
             guidance_embedding=int(config["time_cond_proj_dim"] or 0),
             controlled=controlled,

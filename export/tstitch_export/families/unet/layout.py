@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
+from tstitch_export.checkpoint.statements import MARKERS, check_markers
 from tstitch_export.families.unet.config import UNetConfig
 
 __all__ = [
@@ -32,7 +33,6 @@ _WHOLE: Final = "give a whole checkpoint of Stable Diffusion 1.x, 2.x or SDXL, o
 _HEAD: Final = 64  # channels of an attention head where the projections are linear: Stable Diffusion 2.x and SDXL
 _HEADS: Final = 8  # heads where they are convolutions: Stable Diffusion 1.x
 _EMBEDDED: Final = 256  # width of one embedded number of SDXL's sizes
-_NATIVE: Final = {768: 64, 1024: 96, 2048: 128, 1280: 128}  # text width -> latent side of the published models
 
 _GUIDED: Final = "time_embedding.cond_proj.weight"  # of a UNet that is told the guidance scale; the original has none
 _BLOCK: Final = re.compile(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
@@ -51,7 +51,8 @@ _RESNET: Final = {
 def unet_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The tensors of the UNet without their prefix, from a whole checkpoint or from a UNet's own file."""
     inside = {key.removeprefix(PREFIX): shape for key, shape in shapes.items() if key.startswith(PREFIX)}
-    return inside or (dict(shapes) if "input_blocks.0.0.weight" in shapes else {})
+    bare = {key: shape for key, shape in shapes.items() if key not in MARKERS}
+    return inside or (bare if "input_blocks.0.0.weight" in shapes else {})
 
 
 def config_from_shapes(shapes: Shapes, *, name: str) -> UNetConfig:
@@ -64,12 +65,7 @@ def config_from_shapes(shapes: Shapes, *, name: str) -> UNetConfig:
         raise BadCheckpoint(
             f"{name} is no Stable Diffusion checkpoint: it looks like {looks_like(shapes)}", hint=_WHOLE
         )
-    for key, what in {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}.items():
-        if key in shapes:
-            raise BadCheckpoint(
-                f"{name} looks like {what}, which was trained with EDM's noise (arXiv 2206.00364), not with betas",
-                hint="use Stable Diffusion or SDXL checkpoints that predict noise or v",
-            )
+    check_markers(shapes, name)
     return _Reader(inside, name).config()
 
 
@@ -193,7 +189,6 @@ class _Reader:
         raw = self.way_down()
         up = self._up(raw["layers_per_block"])
         raw |= {
-            "sample_size": _NATIVE.get(raw["cross_attention_dim"], 64),
             "out_channels": self._shapes["out.2.weight"][0],
             "up_block_types": ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up],
             "reverse_transformer_layers_per_block": [_one(level) for level in up],

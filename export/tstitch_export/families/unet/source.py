@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tstitch_engines.errors import BadCheckpoint
-from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from tstitch_export.checkpoint.config_limits import check_numbers
+from tstitch_export.checkpoint.conventions import NOTHING_KNOWN, Conventions, Statement, conventions_of
 from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.model_config import check_model_config
 from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
+from tstitch_export.checkpoint.statements import MARKERS, resolution_of, statements_of
 from tstitch_export.families.unet.config import CLASS, UNetConfig
+from tstitch_export.families.unet.conventions import SPREAD_OF, Implied, implied_by, native_size
 from tstitch_export.families.unet.layout import (
     PREFIX,
     config_from_diffusers_names,
@@ -40,7 +43,8 @@ _AVERAGED = f"its moving average ({_AVERAGE}...) is not taken, but the weights t
 class Source:
     """A model on disk. ``shapes`` are under diffusers' names; ``config`` is what diffusers' ``from_config`` takes.
 
-    ``layout``: ``diffusers`` (``described`` are its JSON files) or ``original``, a single file.
+    ``layout``: ``diffusers`` (``described`` are its JSON files) or ``original``, a single file. ``stated`` and
+    ``implied``: what is known of its training.
     """
 
     layout: str
@@ -50,7 +54,29 @@ class Source:
     config: Mapping[str, Any]
     shapes: Shapes
     facts: PipelineFacts = field(default_factory=PipelineFacts)
+    stated: tuple[Statement, ...] = ()
+    implied: Implied = field(default_factory=Implied)
+    resolution: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    training_notes: tuple[str, ...] = ()
+
+    def conventions(self, said: Conventions, *, sure: bool = True) -> Conventions:
+        """How it was trained. Raises ``BadCheckpoint`` for a contradiction, with ``sure`` also where nothing tells."""
+        return conventions_of(
+            self.weights[-1].name,
+            [*self.facts.training, *self.stated],
+            said=said,
+            implied=self.implied.statements,
+            undecided=self.implied.undecided if sure else None,
+            notes=self.training_notes,
+        )
+
+    def native(self, trained: Conventions) -> tuple[int, int]:
+        """Height and width of the latent that it is for."""
+        config = UNetConfig(self.config)
+        if self.resolution is not None and not any(side % (8 * config.multiple) for side in self.resolution):
+            return self.resolution[0] // 8, self.resolution[1] // 8
+        return native_size(config, trained.prediction)
 
     @property
     def parameters(self) -> int:
@@ -58,28 +84,48 @@ class Source:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def read_unet(path: Path) -> Source:
+def read_unet(path: Path, said: Conventions = NOTHING_KNOWN) -> Source:
     """A UNet: a model folder, a pipeline folder with one in ``unet/``, or a single file under either names.
 
-    Raises ``BadCheckpoint`` saying what it looks like when it is something else.
+    ``said``: the conventions that the user gave. Raises ``BadCheckpoint`` saying what it looks like when it is
+    something else.
     """
     if path.is_dir() or not path.exists():
-        return read_diffusers(path, part="unet", kind=CLASS)
+        source = read_diffusers(path, part="unet", kind=CLASS, said=said)
+        return _with_training(source, read_checkpoint(source.weights[-1]), {key: key for key in source.shapes}, said)
     checkpoint = read_checkpoint(path)
     if has_diffusers_names(checkpoint.shapes):
-        return _diffusers_file(path, checkpoint.shapes)
+        source = _diffusers_file(path, checkpoint.shapes)
+        return _with_training(source, checkpoint, {key: key for key in source.shapes}, said)
     config = config_from_shapes(checkpoint.shapes, name=path.name)
     inside = unet_shapes(checkpoint.shapes)
     names = rename(inside, module_names(config), name=path.name)
-    return Source(
+    source = Source(
         layout="original",
         path=path,
         described=(),
         weights=(path,),
         config=config.raw,
         shapes={names[key]: shape for key, shape in inside.items()},
-        facts=PipelineFacts(parametrisation="v" if "v_pred" in checkpoint.shapes else None),
         notes=(_AVERAGED,) if any(key.startswith(_AVERAGE) for key in checkpoint.shapes) else (),
+    )
+    prefix = PREFIX if PREFIX + next(iter(inside)) in checkpoint.shapes else ""
+    return _with_training(source, checkpoint, {ours: prefix + key for key, ours in names.items()}, said)
+
+
+def _with_training(source: Source, checkpoint: Checkpoint, stored: Mapping[str, str], said: Conventions) -> Source:
+    """``stored``: diffusers' name of a tensor -> its name in the checkpoint."""
+
+    def spread() -> float | None:
+        return float(checkpoint.values(stored[SPREAD_OF]).std()) if SPREAD_OF in stored else None
+
+    stated, notes = statements_of(checkpoint, said)
+    return replace(
+        source,
+        stated=tuple(stated),
+        implied=implied_by(UNetConfig(source.config), checkpoint.beside, spread),
+        resolution=resolution_of(checkpoint.metadata),
+        training_notes=notes,
     )
 
 
@@ -105,7 +151,7 @@ def _diffusers_file(path: Path, shapes: Shapes) -> Source:
     )
 
 
-def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
+def read_diffusers(path: Path, *, part: str, kind: str, said: Conventions = NOTHING_KNOWN) -> Source:
     """A diffusers folder with a ``kind``, or a pipeline folder with one in ``part``. Raises ``BadCheckpoint``."""
     folder, config = model_folder(
         path,
@@ -130,14 +176,14 @@ def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
         weights=files_of(stored),
         config={key: value for key, value in config.items() if not key.startswith("_")},
         shapes=shapes,
-        facts=read_pipeline(path) if folder != path else PipelineFacts(),
+        facts=read_pipeline(path, said) if folder != path else PipelineFacts(),
         notes=(f"the moving average {folder.name} is taken, not {part}",) if averaged else (),
     )
 
 
 def read_state(layout: str, weights: tuple[Path, ...], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors under diffusers' names, as stored."""
-    state = read_checkpoint(weights[-1]).tensors()
+    state = {key: value for key, value in read_checkpoint(weights[-1]).tensors().items() if key not in MARKERS}
     if layout == "diffusers":
         return state
     inside = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)} or state

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, Statement, conventions_of, read_options
+from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.options import typed
@@ -34,6 +36,7 @@ class UViTFamily(ClassMember):
         "num_heads": (int, "attention heads, where the width does not tell"),
         "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
         "time": (str, "discrete or continuous: the noise it was trained with, where the size does not tell"),
+        "prediction": CONVENTION_OPTIONS["prediction"],
     }
 
     def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
@@ -46,6 +49,9 @@ class UViTFamily(ClassMember):
         heads, time = given.get("num_heads"), given.get("time")
         config = config_from_shapes(checkpoint.shapes, name=path.name, heads=None if heads is None else int(heads))
         convention = time_of(None if time is None else str(time), config, path.name)
+        said = read_options(given)
+        stated, notes = statements_of(checkpoint, said)
+        stated.append(Statement(source=f"its time ({convention})", noise=NOISE[convention], zero_snr=False))
         return Inspection(
             family=self.name,
             layout="published",
@@ -59,7 +65,7 @@ class UViTFamily(ClassMember):
             latent=(config.channels, config.size, config.size),
             labels=config.labels,
             null_class=bool(given.get("null_class", True)),
-            noise=NOISE[convention],
+            trained=conventions_of(path.name, stated, said=said, notes=notes),
         )
 
     def load(self, inspection: Inspection) -> nn.Module:

@@ -19,6 +19,7 @@ from support.exports import network_plan, onnx_of
 from support.ldms import ldm_checkpoint, ldm_folder
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, UnknownName
+from tstitch_export.checkpoint.noise_buffers import noise_of
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.ldm.layout import (
@@ -28,7 +29,6 @@ from tstitch_export.families.ldm.layout import (
     config_from_shapes,
     expected_shapes,
     native_size,
-    noise_of,
     published_name,
 )
 from tstitch_export.families.unet.layout import PREFIX as UNET
@@ -154,8 +154,8 @@ def test_noise_and_scaling_come_from_the_buffers(tmp_path: Path) -> None:
     assert half is not None
     assert half.kind == "scaled-linear"
     assert abs(half.beta_end - 0.0195) < 1e-5
-    with pytest.raises(BadCheckpoint, match="neither linear nor scaled-linear"):
-        noise_of(np.geomspace(1e-4, 0.02, 1000).tolist(), "x")
+    with pytest.raises(BadCheckpoint, match="neither linear, scaled-linear nor"):
+        noise_of(np.geomspace(1e-4, 0.02, 1000), "x")
 
 
 # --- diffusers folders

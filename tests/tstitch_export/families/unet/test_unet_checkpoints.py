@@ -153,7 +153,8 @@ def test_single_files_in_the_original_layout(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(theirs[key], tensor) for key, tensor in module.state_dict().items())
 
     family = XL if name in ("sdxl", "refiner", "ssd1b") else SD
-    found, folder = family.inspect(tmp_path / "model.safetensors", {}), family.inspect(tmp_path, {})
+    given = {"prediction": "v"} if name == "sd2" else {}  # this one is too small to tell
+    found, folder = family.inspect(tmp_path / "model.safetensors", given), family.inspect(tmp_path, given)
     assert (found.layout, found.files, found.noise) == ("original", (tmp_path / "model.safetensors",), None)
     assert (found.text, found.inpaints) == (folder.text, folder.inpaints)
     told = {key: value for key, value in found.config.items() if key != "size"}
@@ -165,7 +166,7 @@ def test_single_files_in_the_original_layout(name: str, tmp_path: Path) -> None:
 
     # Under diffusers' names and without config.json: as the original names say it
     save_file({f"_orig_mod.{key}": tensor for key, tensor in module.state_dict().items()}, tmp_path / "own.safetensors")
-    own = family.inspect(tmp_path / "own.safetensors", {})
+    own = family.inspect(tmp_path / "own.safetensors", given)
     assert (own.layout, own.files, own.config, own.text) == (
         "diffusers", (tmp_path / "own.safetensors",), found.config, found.text
     )  # fmt: skip
@@ -400,7 +401,9 @@ def test_noise_that_no_schedule_expresses(changes: dict[str, Any], words: str, p
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(BadCheckpoint, match=words) as caught:
         SD.inspect(folder, {})
-    assert "model's own folder" in caught.value.hint
+    assert "MEMBER.noise=scaled-linear:0.00085:0.012" in caught.value.hint
+    stated = SD.inspect(folder, {"noise": "linear", "prediction": "x0"}).trained
+    assert (stated.prediction, stated.noise) == ("x0", NoiseScheduleSpec(kind="linear"))
     SD.inspect(folder / "unet", {})
 
 

@@ -1,0 +1,66 @@
+"""What a DiT's file says of its training beside its shapes: the command line, and which of its outputs were trained."""
+
+from __future__ import annotations
+
+import re
+
+from tstitch_engines.errors import BadCheckpoint
+from tstitch_export.checkpoint.checkpoint import Checkpoint
+from tstitch_export.checkpoint.conventions import Conventions, say
+from tstitch_export.checkpoint.statements import settings
+from tstitch_export.families.dit.config import DiTConfig
+from tstitch_export.families.dit.layout import published_name
+
+__all__ = ["check_training"]
+
+_FACTORS = (1, 4, 8, 16, 32)  # pixels per latent element of the autoencoders that DiTs are trained with
+
+
+def check_training(checkpoint: Checkpoint, config: DiTConfig, said: Conventions) -> tuple[str, ...]:
+    """Notes of what the training state says. Raises ``BadCheckpoint`` where it is that of another model.
+
+    SiT (arXiv 2401.08740) has DiT's tensors, shapes and published names, but predicts a velocity. Its learned variance
+    is cut off before the loss, so that those rows of the last layer, zero at first, stay zero.
+    """
+    name = checkpoint.path.name
+    notes = []
+    for place, key, value in settings(checkpoint.beside):
+        if (problem := _contradicts(key, value, config)) is not None:
+            raise BadCheckpoint(
+                f"{name} is no training state of this DiT: {place} is {value!r}, and {problem}",
+                hint="give a DiT's own state; of a file that was put together save the state dict alone",
+            )
+        if key == "vae" and isinstance(value, str):
+            notes.append(f"was trained on latents of the autoencoder {value!r}, as its training state says ({place})")
+    if config.learn_sigma and said.prediction is None and _variance_untrained(checkpoint, config):
+        raise BadCheckpoint(
+            f"{name} has outputs for a learned variance that were never trained (rows of zeros in final_layer.linear). "
+            "SiT and other models that predict a velocity are so (arXiv 2401.08740), and flow matching is not "
+            "supported yet",
+            hint=f"give a DiT. If it predicts noise after all, {say('prediction', 'eps')}",
+        )
+    return tuple(notes)
+
+
+def _contradicts(key: str, value: object, config: DiTConfig) -> str | None:
+    if key in ("model", "model_name", "model_type") and isinstance(value, str):
+        size = re.fullmatch(r"(?:.*[./])?(\w+?)-(\w+)/(\d+)", value)
+        if size is None:
+            return None
+        if size[1] != "DiT":
+            return "it has the tensors of a DiT"
+        published = published_name(config.depth, config.width, config.patch)
+        return None if published in ("DiT", value) else f"its tensors are those of a {published}"
+    if key == "num_classes" and isinstance(value, int) and value not in (config.classes, config.classes + 1):
+        return f"its label table has {config.classes + 1} rows, with the null class"
+    if key == "image_size" and isinstance(value, int) and value not in [config.size * n for n in _FACTORS]:
+        sides = " or ".join(str(config.size * n) for n in _FACTORS)
+        return f"its latent is {config.size} wide, for pictures of {sides}"
+    return None
+
+
+def _variance_untrained(checkpoint: Checkpoint, config: DiTConfig) -> bool:
+    weight, bias = (checkpoint.values(f"final_layer.linear.{part}") for part in ("weight", "bias"))
+    rows = weight.reshape(config.patch**2, 2, config.channels, -1)
+    shifts = bias.reshape(config.patch**2, 2, config.channels)
+    return not rows[:, 1].any() and not shifts[:, 1].any() and bool(rows[:, 0].any())
