@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.progress import Progress
+from tstitch_trt.study.evaluate.claim import Claim, Trial
 from tstitch_trt.study.fractions import counts_text, draw_fractions, warm_up_fractions
 from tstitch_trt.study.machine import Machine, describe_machine
+from tstitch_trt.study.noninferiority import judge
 from tstitch_trt.study.quality.scorer import Scorer
+from tstitch_trt.study.records import MARGIN, Measure
+from tstitch_trt.study.settings import setting_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,7 +43,10 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Demo(msgspec.Struct, frozen=True, kw_only=True):
-    """``samples`` images per point. The Fréchet distance is biased upwards for few: compare the points, not papers."""
+    """``samples`` images per point. The Fréchet distance is biased upwards for few: compare the points, not papers.
+
+    ``claim``: up to which fraction it is no worse than at the first, or that the samples are too few to say.
+    """
 
     bundle: str
     steps: int
@@ -47,6 +54,7 @@ class Demo(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float
     samples: int
     points: tuple[Point, ...]
+    claim: str
     machine: Machine
 
 
@@ -59,7 +67,7 @@ def run(
     labels = [i % classes for i in range(samples)]
     batch = runtime.splitting.most(guided=guidance != 1)
     scorer = Scorer.of(runtime.bundle, ("fid", "accuracy"))
-    settings = {"steps": steps, "guidance": guidance}
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance}
     warm_up_fractions(runtime, {"labels": labels[:batch], **settings})
     batches = []
     for start in range(0, samples, batch):
@@ -72,10 +80,11 @@ def run(
     rows = [*zip(*batches, strict=True)]  # the batches of each fraction
     pictures = [np.concatenate([part.images for part in row]) for row in rows]
     costs = [statistics.median(part.ms for part in row) for row in rows]
-    points = []
+    points, distances = [], []
     for (first, *_), cost, drawn_images in zip(rows, costs, pictures, strict=True):
         features = scorer.extract(drawn_images, labels=labels)
-        frechet, accuracy = (scorer.measure(features, name, resamples=2).value for name in ("fid", "accuracy"))
+        frechet, accuracy = (scorer.measure(features, name) for name in ("fid", "accuracy"))
+        distances.append(frechet)
         points.append(
             Point(
                 fraction=first.fraction,
@@ -83,8 +92,8 @@ def run(
                 members=first.result.schedule.counts,
                 ms_per_image=cost,
                 speedup=costs[0] / cost,
-                accuracy=accuracy,
-                frechet=frechet,
+                accuracy=accuracy.value,
+                frechet=frechet.value,
             )
         )
     figures = Demo(
@@ -94,9 +103,28 @@ def run(
         guidance=guidance,
         samples=samples,
         points=tuple(points),
+        claim=_claim(runtime, points, distances, settings, samples),
         machine=describe_machine(),
     )
     return figures, pictures
+
+
+def _claim(
+    runtime: Runtime, points: Sequence[Point], distances: Sequence[Measure], settings: Mapping[str, Any], samples: int
+) -> str:
+    """The first point is the last member alone."""
+    names = list(runtime.manifest.members)
+    alone = setting_of(runtime.manifest, schedule=points[0].schedule, **settings)
+    trials = [
+        Trial(
+            fraction=point.fraction,
+            schedule=point.schedule,
+            judgement=judge("fid", distance, distances[0], samples=samples, margin=MARGIN),
+            speedup=point.speedup,
+        )
+        for point, distance in zip(points[1:], distances[1:], strict=True)
+    ]
+    return Claim.of("fid", alone, trials, samples=samples, margin=MARGIN).text(names[0], names[-1], "distance")
 
 
 def draw(figures: Demo, pictures: Sequence[NDArray[np.uint8]], names: Sequence[str]) -> Image:

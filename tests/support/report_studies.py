@@ -58,7 +58,7 @@ def divergence(*, weights: dict[str, str] | None = None, **changes: Any) -> Dive
         "steps": 10,
         "solver": "ddim",
         "guidance": 1.0,
-        "seeds": (0, 1, 2, 3),
+        "seeds": tuple(range(16)),
         "members": {"small": steps},
         "orders": (
             OrderTrial(order="small-first", schedule="small:4,large:6", latent_error=0.05, p10=0.04, p90=0.07),

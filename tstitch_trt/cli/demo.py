@@ -95,5 +95,5 @@ def _print(figures: Demo) -> None:
     print_table(("fraction", "steps", "ms/image", "speed-up", "accuracy", "Fréchet distance"), rows)
     click.echo(
         "Fréchet distance in the features of the bundle's own classifier, against held-out images; "
-        f"{figures.samples} samples bias it upwards, so compare the rows with each other only."
+        f"{figures.samples} samples bias it upwards, so compare the rows with each other only.\n{figures.claim}"
     )

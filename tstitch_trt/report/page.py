@@ -20,6 +20,7 @@ from tstitch_trt.plots.templates import fill
 from tstitch_trt.plots.words import METRIC_NAMES, date, machine_text
 from tstitch_trt.report.quality import quality_of
 from tstitch_trt.report.samples import SampleTable, png_url
+from tstitch_trt.study.divergence.orders import FEW_SEEDS
 from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.gather import Studies, by_metric
 from tstitch_trt.study.machine import Machine, version
@@ -110,11 +111,9 @@ def _cards(studies: Studies, first: str, last: str) -> Iterator[tuple[str, str]]
         if claims:
             break
     for study in studies.divergences[:1]:
-        yield (
-            study.suggested,
-            f"suggested by the divergence from {study.reference}, order {study.order}, of "
-            + (f"{len(study.seeds):,} seeds"),
-        )
+        if len(study.seeds) >= FEW_SEEDS:
+            text = f"suggested by {len(study.seeds):,} seeds' divergence from {study.reference}, order {study.order}"
+            yield study.suggested, text
     for calibration in studies.calibrations[:1]:
         if calibration.checks:
             text = (

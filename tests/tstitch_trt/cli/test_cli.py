@@ -339,13 +339,21 @@ def test_demo_needs_no_torch_and_shows_time_and_quality(fashion_bundle: Path, tm
         assert image.size[0] > 10 * 84
         assert image.size[1] > 5 * 84
     assert json.loads(read_metadata(tmp_path / "d.png")["tstitch-trt"])["samples"] == 10
+    assert "not enough samples to say if 25% of the steps on small is as good as large" in said["claim"]
 
 
 def test_demo_prints_a_table(run: Command, fashion_bundle: Path, tmp_path: Path) -> None:
     args = ("--samples", 10, "--steps", 4, "--guidance", 1, "--bundle", fashion_bundle, "-o", tmp_path / "d.png")
     outcome = run("demo", *args)
     assert outcome.code == 0, outcome.err
-    for part in ("Fréchet distance", "10 images per row", "2 small + 2 large", "bias", str(tmp_path / "d.png")):
+    for part in (
+        "Fréchet distance",
+        "10 images per row",
+        "2 small + 2 large",
+        "bias",
+        "not enough samples",
+        str(tmp_path / "d.png"),
+    ):
         assert part in outcome.out
 
 

@@ -26,6 +26,7 @@ from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.progress import Phases
 from tstitch_trt.request.limits import MOST_IMAGES, MOST_SEED, check_prompt
 from tstitch_trt.study.divergence.orders import (
+    FEW_SEEDS,
     MEMBER_ORDERS,
     SHARES,
     TRIED,
@@ -170,7 +171,7 @@ def profile(
         orders=tuple(sorted(suggestion.trials, key=lambda trial: (trial.share, _PLACES.index(trial.order)))),
         order=suggestion.order,
         suggested=suggestion.schedule,
-        reason=suggestion.reason,
+        reason=suggestion.reason + ("" if samples >= FEW_SEEDS else f" {samples} seeds are few: it may be by chance."),
     )
 
 

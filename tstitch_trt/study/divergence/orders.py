@@ -12,6 +12,7 @@ from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.study.records import OrderTrial
 
 __all__ = [
+    "FEW_SEEDS",
     "MEMBER_ORDERS",
     "SHARES",
     "TRIED",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 MEMBER_ORDERS: Final = ("small-first", "large-first", "large-small-large", "small-large-small")
+FEW_SEEDS: Final = 5  # with fewer no sign test of two orders can be significant at 5 %
 SHARES: Final = (0.25, 0.5)
 TRIED: Final = tuple(i / 10 for i in range(1, 10))
 

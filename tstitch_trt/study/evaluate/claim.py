@@ -44,6 +44,21 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     trials: tuple[Trial, ...]
     stopped: Trial | None
 
+    @staticmethod
+    def of(metric: str, setting: Setting, trials: Sequence[Trial], *, samples: int, margin: float) -> Claim:
+        """``trials``: by their fraction, the least first. ``setting``: of the last member alone."""
+        passed = next((index for index, trial in enumerate(trials) if not trial.passes), len(trials))
+        return Claim(
+            metric=metric,
+            setting=setting,
+            samples=samples,
+            margin=margin,
+            fraction=trials[passed - 1].fraction if passed else None,
+            speedup=trials[passed - 1].speedup if passed else 0.0,
+            trials=tuple(trials),
+            stopped=trials[passed] if passed < len(trials) else None,
+        )
+
     def text(self, first: str, last: str, name: str) -> str:
         """In words. ``name``: of the metric."""
         how = f"{self.setting.solver}, {self.setting.steps} steps, {self.samples:,} samples"
@@ -55,7 +70,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         faster = f", {self.speedup:.2f} times as fast" if self.speedup else ""
         beyond = "" if self.stopped is None else f"; {self._stop(first, last, name)}"
         return (
-            f"{how}: up to {self.fraction:.0%} of the steps on {first} the {name} is no worse than {last}'s "
+            f"{how}: up to {self.fraction:.0%} of the steps on {first} the {name} is no worse than with {last} alone "
             f"({found.difference:+.3g}, at most {found.upper:+.3g}; margin {found.margin:.3g}, {self.margin:.0%})"
             f"{faster}{beyond}"
         )
@@ -69,10 +84,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         if found.verdict == "too few samples":
             enough = f"about {found.needed:,} would do" if found.needed else f"many more than {found.samples:,}"
             return f"not enough samples to say if {at} is as good as {last} ({enough})"
-        return (
-            f"at {at} the {name} is {'worse' if found.verdict == 'worse' else 'not shown to be no worse'} "
-            f"({found.difference:+.3g}, at most {found.upper:+.3g}; margin {found.margin:.3g})"
-        )
+        said = f"the {name} {'is' if found.verdict == 'worse' else 'may be'} worse"
+        return f"at {at} {said} ({found.difference:+.3g}, at most {found.upper:+.3g}; margin {found.margin:.3g})"
 
 
 def claimed_metric(evaluation: Evaluation) -> str | None:
@@ -105,18 +118,8 @@ def claims_of(evaluation: Evaluation, members: Sequence[str], metric: str | None
 
 def _claim(evaluation: Evaluation, metric: str, points: dict[float, Point]) -> Claim:
     large = points[0.0]
-    trials = tuple(_trial(evaluation, metric, share, points[share], large) for share in sorted(points) if share > 0)
-    passed = next((index for index, trial in enumerate(trials) if not trial.passes), len(trials))
-    return Claim(
-        metric=metric,
-        setting=large.setting,
-        samples=evaluation.samples,
-        margin=evaluation.margin,
-        fraction=trials[passed - 1].fraction if passed else None,
-        speedup=trials[passed - 1].speedup if passed else 0.0,
-        trials=trials,
-        stopped=trials[passed] if passed < len(trials) else None,
-    )
+    trials = [_trial(evaluation, metric, share, points[share], large) for share in sorted(points) if share > 0]
+    return Claim.of(metric, large.setting, trials, samples=evaluation.samples, margin=evaluation.margin)
 
 
 def _trial(evaluation: Evaluation, metric: str, share: float, point: Point, large: Point) -> Trial:

@@ -160,6 +160,7 @@ def test_what_is_kept_and_said(tiny_pair: TinyPair, runtime: Runtime) -> None:
     plan = runtime.plan(schedule=study.suggested, steps=10)
     assert counted(plan.schedule.names) in [t.schedule for t in study.orders] or set(plan.schedule.names) == {"large"}
     assert "evaluate" in study.reason
+    assert study.reason.endswith("2 seeds are few: it may be by chance.")
 
 
 def test_the_reference_may_be_any_member(runtime: Runtime) -> None:
