@@ -74,7 +74,10 @@ class Options(LimitOptions):
         default="cpu",
     )
     options: tuple[str, ...] = option(
-        "An option of the backend, or MEMBER.NAME of a member's family. May be repeated.", "NAME=VALUE", "--option"
+        "An option of the backend, or MEMBER.NAME of a member's family; MEMBER.prediction=eps|v|x0, MEMBER.noise and "
+        "MEMBER.zero_snr say how a checkpoint was trained that does not say it. May be repeated.",
+        "NAME=VALUE",
+        "--option",
     )
     require_signature: Path | None = signature_option()
     fresh: bool = option("Make everything again, also what did not change.")

@@ -56,6 +56,7 @@ def checkpoint_module(name: str, network: Network, path: Path, word: str = "memb
     than the one recorded.
     """
     from tstitch_engines.bundle.files import hash_file
+    from tstitch_engines.bundle.manifest import Member
     from tstitch_export.families import open_family
 
     family = open_family(network.family)
@@ -68,7 +69,9 @@ def checkpoint_module(name: str, network: Network, path: Path, word: str = "memb
     known = {
         option: network.config.get(option, network.config.get(option.removeprefix("num_"))) for option in family.options
     }
-    given = {option: value for option, value in known.items() if value is not None}
+    if isinstance(network, Member):  # the module is the same whatever it was trained with
+        known |= {"prediction": network.parametrisation, "noise": "linear"}
+    given = {option: value for option, value in known.items() if value is not None and option in family.options}
     if not path.exists():
         raise BadCheckpoint(f"{path} does not exist", hint=f"check the path of --{word} {name}=CHECKPOINT")
     found = []

@@ -43,7 +43,7 @@ def test_the_template_is_a_recipe_that_builds(run: Command, tmp_path: Path) -> N
     assert bare.code == 0, bare.err
     assert bare.out.strip() == str(tmp_path / "my.bundle")
     notes = (
-        "member 'large' (unet) predicts v, as its checkpoint states",
+        "member 'large' (unet) predicts v, as its scheduler_config.json says",
         "member 'small' has no text_encoder: it takes prompt_embeds [N,T,32] in place of prompts",
         "there is no vae_decoder: the bundle gives latents, not pictures",
     )
