@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
-from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.bundle.noise import alphas_cumprod
+from tstitch_engines.errors import BadInput
 
-__all__ = ["NOISE_KINDS", "NoiseSchedule", "signal_and_noise"]
+__all__ = ["NoiseSchedule", "signal_and_noise"]
 
 Array = NDArray[np.float64]
 
-_MAX_BETA = 0.999  # arXiv 2102.09672, section 3.2: keeps the last steps of the cosine schedule from being singular
-
-
-def _squared_cosine(spec: NoiseScheduleSpec) -> Array:
-    edges = np.arange(spec.steps + 1) / spec.steps
-    signal = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.asarray(np.minimum(1 - signal[1:] / signal[:-1], _MAX_BETA), np.float64)
-
-
-_BETAS: dict[str, Callable[[NoiseScheduleSpec], Array]] = {
-    "linear": lambda spec: np.linspace(spec.beta_start, spec.beta_end, spec.steps),
-    "scaled-linear": lambda spec: np.linspace(math.sqrt(spec.beta_start), math.sqrt(spec.beta_end), spec.steps) ** 2,
-    "squared-cosine": _squared_cosine,
-    "betas": lambda spec: np.array(spec.betas),
-}
-NOISE_KINDS = tuple(_BETAS)
-
 # The signal that solvers in log sigma have in place of none at all, as diffusers does
 _LEAST = 2.0**-24
-
-
-def _without_terminal_signal(alphas_cumprod: Array) -> Array:
-    """arXiv 2305.08891, algorithm 1: ``sqrt(alphas_cumprod)`` is shifted to end at 0 and scaled to begin as before."""
-    signal = np.sqrt(alphas_cumprod)
-    if signal.size < 2:
-        raise BadInput(
-            "a noise schedule of 1 timestep with zero terminal SNR has no signal anywhere; allowed are 2 or more",
-            hint="set noise.steps to the number of timesteps the model was trained with, e.g. 1000",
-        )
-    return np.asarray(((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2)
 
 
 def signal_and_noise(sigma: ArrayLike) -> tuple[Array, Array]:
@@ -86,23 +57,8 @@ class NoiseSchedule:
 
     @staticmethod
     def from_spec(spec: NoiseScheduleSpec) -> NoiseSchedule:
-        """The schedule of a manifest. Linear: arXiv 2006.11239, section 4; scaled-linear: latent diffusion, linear in
-        the square root of beta; squared-cosine: arXiv 2102.09672, eq. 17; betas: as given. Raises ``BadInput``."""
-        make = _BETAS.get(spec.kind)
-        if make is None:
-            raise unknown_name("noise schedule", spec.kind, NOISE_KINDS)
-        if spec.steps < 1:
-            raise BadInput(
-                f"a noise schedule of {spec.steps} timesteps; allowed is 1 or more",
-                hint="set noise.steps to the number of timesteps the model was trained with, e.g. 1000",
-            )
-        if spec.kind in ("linear", "scaled-linear") and not 0 < spec.beta_start <= spec.beta_end < 1:
-            raise BadInput(
-                f"beta_start {spec.beta_start} and beta_end {spec.beta_end}; allowed is 0 < beta_start <= beta_end < 1",
-                hint="set noise.beta_start and noise.beta_end as in training, e.g. 0.0001 and 0.02",
-            )
-        alphas_cumprod = np.cumprod(1 - make(spec), dtype=np.float64)
-        return NoiseSchedule(_without_terminal_signal(alphas_cumprod) if spec.zero_terminal_snr else alphas_cumprod)
+        """The schedule of a manifest."""
+        return NoiseSchedule(alphas_cumprod(spec))
 
     def with_signal(self) -> NoiseSchedule:
         """A last level of ``alphas_cumprod = 2**-24`` (sigma 4096) instead of 0; else unchanged.

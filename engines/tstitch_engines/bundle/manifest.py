@@ -131,6 +131,11 @@ class NoiseScheduleSpec(_Record, frozen=True, kw_only=True):
                 "steps and 0 < beta_start <= beta_end < 1",
                 hint="1000 steps and 0.0001 to 0.02 are usual",
             )
+        if self.zero_terminal_snr and self.steps < 2:
+            raise BadInput(
+                "noise of 1 step with zero terminal SNR has no signal anywhere; allowed are 2 steps or more",
+                hint="set noise.steps to the number of timesteps the model was trained with, e.g. 1000",
+            )
         if len(self.betas) != (self.steps if self.kind == "betas" else 0):
             raise BadInput(
                 f"noise is {self.kind} over {self.steps} steps and has {len(self.betas)} betas; allowed is one for "

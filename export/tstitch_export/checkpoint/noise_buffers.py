@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
+from tstitch_engines.bundle.noise import alphas_cumprod
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import Checkpoint
 
@@ -52,7 +53,7 @@ def noise_of(betas: Array, name: str) -> NoiseScheduleSpec:
     """
     steps = len(betas)
     for spec in _PUBLISHED:
-        for zero in (False, True):
+        for zero in (False, True)[: min(steps, 2)]:
             candidate = _with(spec, steps=steps, zero_terminal_snr=zero)
             if _close(betas_of(candidate), betas, _ROUNDED):
                 return candidate
@@ -95,17 +96,6 @@ def _with(spec: NoiseScheduleSpec, **changes: Any) -> NoiseScheduleSpec:
 
 
 def betas_of(spec: NoiseScheduleSpec) -> Array:
-    """The betas, float64 ``[steps]``: arXiv 2006.11239, section 4; 2102.09672, eq. 17; 2305.08891, algorithm 1."""
-    if spec.kind == "squared-cosine":
-        edges = np.arange(spec.steps + 1) / spec.steps
-        signal = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - signal[1:] / signal[:-1], 0.999)
-    elif spec.kind == "linear":
-        betas = np.linspace(spec.beta_start, spec.beta_end, spec.steps)
-    else:
-        betas = np.linspace(spec.beta_start**0.5, spec.beta_end**0.5, spec.steps) ** 2
-    if not spec.zero_terminal_snr:
-        return np.asarray(betas, np.float64)
-    signal = np.sqrt(np.cumprod(1 - betas))
-    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-    return np.asarray(1 - signal**2 / np.concatenate([[1.0], signal[:-1] ** 2]), np.float64)
+    """The betas of the schedule, float64 ``[steps]``."""
+    abar = alphas_cumprod(spec)
+    return np.asarray(1 - abar / np.append(1.0, abar[:-1]))

@@ -203,6 +203,11 @@ def _adapt(
     notes.extend(f"{plan.who} {note}" for note in found.trained.notes)
     trained = _trained(plan, recipe)
     own = trained if trained != noise else None
+    if parametrisation == "eps" and trained.zero_terminal_snr:
+        notes.append(
+            f"{plan.who} predicts the noise, which says nothing of the picture at its last timestep, where there is no "
+            "signal (zero terminal SNR): ddim, ddpm and lcm are refused there"
+        )
     if own is not None:
         notes.append(
             f"{plan.who} was trained with the noise schedule {own}; the bundle's is {noise}: "

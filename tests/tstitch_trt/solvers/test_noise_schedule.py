@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
+from tstitch_engines.bundle.noise import NOISE_KINDS
 from tstitch_engines.errors import BadInput
-from tstitch_trt.solvers.noise_schedule import NOISE_KINDS, NoiseSchedule
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 
 specs = st.builds(
     lambda kind, steps, ends: NoiseScheduleSpec(kind=kind, steps=steps, beta_start=min(ends), beta_end=max(ends)),
@@ -84,7 +85,7 @@ def test_out_of_range_sigmas_are_clipped() -> None:
     ],
 )
 def test_impossible_specs_are_refused(spec: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=r"are usual|set noise"):
+    with pytest.raises(BadInput, match=r"are usual|set noise\.kind"):
         NoiseSchedule.from_spec(NoiseScheduleSpec(**{"kind": "linear", **spec}))
 
 
