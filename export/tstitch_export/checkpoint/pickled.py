@@ -25,7 +25,8 @@ __all__ = ["PICKLED", "StateDict", "read_pickled"]
 PICKLED: Final = (".pt", ".pth", ".bin", ".ckpt")
 _AVERAGES: Final = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "model_ema_state_dict",
                     "params_ema", "module_ema", "nnet_ema", "unet_ema", "ema_unet", "ema_params")  # fmt: skip
-_MODELS: Final = ("model", "module", "state_dict", "model_state_dict", "params", "net", "nnet", "unet", "network")
+_MODELS: Final = ("model", "module", "state_dict", "model_state_dict", "params", "net", "nnet", "unet", "network",
+                  "string_to_param")  # of a textual inversion  # fmt: skip
 _LEVELS: Final = 4  # {"state": {"ema": {"module": {...}}}} and the like
 _LISTS: Final = ("shadow_params", "collected_params")
 _MOST_BESIDE: Final = 100_000  # values of a training state that are looked at

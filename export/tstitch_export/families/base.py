@@ -16,7 +16,7 @@ from tstitch_export.checkpoint.conventions import NOTHING_KNOWN, Conventions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["TORCH_NAMES", "Dim", "Family", "Inspection", "LoraTarget", "LoraUse", "Role", "Scalar"]
+__all__ = ["TORCH_NAMES", "Dim", "Family", "Inspection", "InversionUse", "LoraTarget", "LoraUse", "Role", "Scalar"]
 
 Scalar = int | float | bool | str
 Role = Literal["member", "text_encoder", "vae_decoder", "vae_encoder", "controlnet"]
@@ -41,6 +41,20 @@ class LoraUse:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class InversionUse:
+    """A textual inversion: ``vectors`` rows of the tensor ``name``, for ``token``, ``token_1``, ``token_2``..."""
+
+    path: Path
+    name: str
+    token: str
+    vectors: int
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return (self.token, *(f"{self.token}_{number}" for number in range(1, self.vectors)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraTarget:
     """What LoRAs may name of a network: the ``part`` of the pipeline it is, the ``shapes`` of its state dict.
@@ -58,9 +72,9 @@ class LoraTarget:
 class Inspection:
     """What a checkpoint says about itself before any weight is read.
 
-    ``layout``: how the family stores the model. ``files``: all that the network is made from, LoRAs too, the weights
-    last. ``packages``: those whose version decides what is exported, besides the exporter's own. ``notes`` say in words
-    what was taken of several things in a file.
+    ``layout``: how the family stores the model. ``files``: all that the network is made from, LoRAs and textual
+    inversions too, the weights last. ``packages``: those whose version decides what is exported, besides the exporter's
+    own. ``notes`` say in words what was taken of several things in a file.
 
     Of a denoiser: ``latent`` is ``(channels, height, width)``, native sizes where they are dynamic; ``labels`` counts
     the rows of the label table, the last of which is the null class where there is one (``null_class``); ``trained``:
@@ -88,6 +102,7 @@ class Inspection:
     inpaints: bool = False
     packages: tuple[str, ...] = ()
     loras: tuple[LoraUse, ...] = ()
+    inversions: tuple[InversionUse, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -19,7 +19,15 @@ from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.config_limits import check_numbers
 from tstitch_export.checkpoint.folder import describe_folder, files_of, read_json, weights_file
 from tstitch_export.checkpoint.model_config import check_model_config
+from tstitch_export.checkpoint.signatures import looks_like
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection, LoraTarget, Role, Scalar
+from tstitch_export.families.clip_text.inversion import (
+    INVERSION_OPTION,
+    check_inversions,
+    describe_inversions,
+    parse_inversions,
+    with_inversions,
+)
 from tstitch_export.families.clip_text.layout import PREFIXES, Piece, Shapes, find_tower, name_pieces, take
 from tstitch_export.families.clip_text.tokenizer import ClipTokenizer, read_tokenizer
 from tstitch_export.families.lora.fuse import LORA_OPTION, check_loras, describe_loras, fuse, parse_loras
@@ -33,6 +41,7 @@ __all__ = ["ClipTextFamily"]
 _CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _ACTIVATIONS: Final = ("quick_gelu", "gelu")
 _TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+_TOKENS: Final = "embeddings.token_embedding.weight"
 _HIGHEST: Final = -1  # pooled_at: the highest token ends the text, not a certain one
 # our name -> transformers' key, and its default for what a config.json leaves out
 _DEFAULTS: Final[dict[str, tuple[str, Any]]] = {
@@ -59,6 +68,7 @@ class ClipTextFamily(Family):
         "tokenizer": (str, "the tokenizer's folder, where it does not lie beside the text encoder"),
         "part": (str, "which encoder of a pipeline or single file: text_encoder or text_encoder_2"),
         "lora": LORA_OPTION,
+        "textual_inversion": INVERSION_OPTION,
     }
 
     def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
@@ -95,6 +105,7 @@ class ClipTextFamily(Family):
         if int(config["tokens"]) < 3:
             raise BadCheckpoint(f"{path} has {config['tokens']} token positions", hint="give a CLIP text encoder")
         found = replace(found, files=(*tokenizer.files, *found.files), config=config)
+        found = _with_inversions(found, tokenizer, str(options.get("textual_inversion") or ""))
         loras = parse_loras(str(options.get("lora") or ""))
         if not loras:
             return found
@@ -102,7 +113,7 @@ class ClipTextFamily(Family):
         return replace(
             found,
             files=(*found.files[:1], *(use.path for use in loras), *found.files[1:]),  # the weights stay the last
-            config={**config, "lora": describe_loras(loras)},
+            config={**found.config, "lora": describe_loras(loras)},
             loras=loras,
         )
 
@@ -124,10 +135,13 @@ class ClipTextFamily(Family):
         with torch.device("meta"):
             wanted = make().state_dict()
         pieces, shapes = _pieces(inspection)
+        sizes_wanted = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        if inspection.inversions and _TOKENS in pieces:
+            sizes_wanted[_TOKENS] = pieces[_TOKENS].shape(shapes)
         take(
             pieces,
             shapes,
-            {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+            sizes_wanted,
             unused=frozenset({"encoder.layers.", "final_layer_norm.", "text_projection."}),
             what=weights.name,
         )
@@ -137,6 +151,8 @@ class ClipTextFamily(Family):
         state = {name: pieces[name].tensor(stored).float().contiguous() for name in names}
         if inspection.loras:
             fuse(state, inspection.loras, self.lora_target(inspection), model=weights.name)
+        if inspection.inversions:
+            state[_TOKENS] = with_inversions(state[_TOKENS], inspection.inversions, int(config["inverted_from"]))
         return fill(make, {name: state[name] for name in wanted}, name=weights.name)
 
     def inputs(self, inspection: Inspection, precision: Precision) -> tuple[TensorSpec, ...]:
@@ -174,8 +190,28 @@ class ClipTextFamily(Family):
 
     def assets(self, inspection: Inspection, folder: Path) -> Mapping[str, Path]:
         path = folder / "tokenizer.json"
-        read_tokenizer(inspection.files[0].parent).write(path)
+        tokenizer = read_tokenizer(inspection.files[0].parent)
+        tokenizer.with_tokens(check_inversions(inspection.inversions, tokenizer)).write(path)
         return {"tokenizer": path}
+
+
+def _with_inversions(found: Inspection, tokenizer: ClipTokenizer, text: str) -> Inspection:
+    config = found.config
+    inversions = parse_inversions(text, str(config["part"]), int(config["width"]))
+    if not inversions:
+        return found
+    size = tokenizer.size + len(check_inversions(inversions, tokenizer))
+    return replace(
+        found,
+        files=(*found.files[:1], *(use.path for use in inversions), *found.files[1:]),
+        config={
+            **config,
+            "vocabulary": max(int(config["vocabulary"]), size),
+            "inverted_from": tokenizer.size,
+            "textual_inversion": describe_inversions(inversions),
+        },
+        inversions=inversions,
+    )
 
 
 def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspection:
@@ -263,7 +299,7 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
     if found is None:
         raise BadCheckpoint(
             f"{path.name} has no {options.get('part', 'text encoder')}: no tensor starts with "
-            f"{' or '.join(prefix for prefix, _ in PREFIXES[part])}",
+            f"{' or '.join(prefix for prefix, _ in PREFIXES[part])}; it looks like {looks_like(shapes)}",
             hint="give the text_encoder folder of a pipeline, or the single file of a whole Stable Diffusion or SDXL",
         )
     prefix, is_open = found

@@ -8,7 +8,7 @@ digits and runs of the rest; bytes as printable characters; byte pairs merged by
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -57,6 +57,10 @@ class ClipTokenizer:
     @property
     def size(self) -> int:
         return max(max(self.vocabulary.values()), *self.special.values()) + 1
+
+    def with_tokens(self, tokens: Mapping[str, int]) -> ClipTokenizer:
+        """With these tokens and ids as well, which match the lower-case text."""
+        return replace(self, special={**self.special, **tokens}, normalised=self.normalised | tokens.keys())
 
     def write(self, path: Path) -> None:
         """Writes ``tokenizer.json``. Encoding with special tokens puts begin and end around the text; no padding."""
