@@ -44,11 +44,12 @@ _VARIANCES: Final = {
 }
 
 
-# The classes that read ``rescale_betas_zero_snr``; others carry it along from a configuration of one of these.
-_RESCALING: Final = frozenset(
+# The classes that do not read ``rescale_betas_zero_snr``, and may carry it along from a configuration of another.
+_NOT_RESCALING: Final = frozenset(
     f"{name}Scheduler"
-    for name in ("CogVideoXDDIM", "CogVideoXDPM", "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel",
-                 "DPMSolverMultistep", "EulerAncestralDiscrete", "EulerDiscrete", "LCM", "TCD", "UniPCMultistep")
+    for name in ("DEISMultistep", "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "HeunDiscrete",
+                 "IPNDM", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LMSDiscrete", "PNDM", "RePaint", "SASolver",
+                 "UnCLIP")
 )  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseSchedu
 
 def _training(keys: _Config) -> tuple[NoiseScheduleSpec, PredictionType]:
     steps = keys.whole("num_train_timesteps", 1000, least=1)
-    zero = keys.name in _RESCALING and keys.switch("rescale_betas_zero_snr", default=False)
+    zero = keys.name not in _NOT_RESCALING and keys.switch("rescale_betas_zero_snr", default=False)
     prediction: PredictionType = keys.choose("prediction_type", "epsilon", _PREDICTIONS)  # type: ignore[assignment]
     if betas := _given_betas(keys, steps):
         return NoiseScheduleSpec(kind="betas", betas=betas, steps=steps, zero_terminal_snr=zero), prediction

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from support.diffusers_trajectory import compare
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
-from tstitch_engines.bundle.scheduler_config import read_scheduler
+from tstitch_engines.bundle.scheduler_config import read_scheduler, read_training
 from tstitch_engines.errors import BadInput
 from tstitch_trt.solvers import SOLVERS, make_table
 from tstitch_trt.solvers.noise_schedule import NoiseSchedule
@@ -161,7 +162,12 @@ def test_one_timestep_can_not_be_without_signal() -> None:
 
 
 def test_classes_that_do_not_rescale_carry_the_key_along() -> None:
-    config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "rescale_betas_zero_snr": True}
-    assert not read_scheduler(config).noise.zero_terminal_snr
+    for name in dir(diffusers.schedulers):
+        parameters = getattr(getattr(diffusers.schedulers, name), "__init__", None)
+        known = inspect.signature(parameters).parameters if parameters is not None and "Scheduler" in name else {}
+        if "trained_betas" in known and not name.startswith("Flax"):
+            noise, _ = read_training({"_class_name": name, "rescale_betas_zero_snr": True}, where="x")
+            assert noise.zero_terminal_snr == ("rescale_betas_zero_snr" in known), name
+    assert read_training({"rescale_betas_zero_snr": True}, where="x")[0].zero_terminal_snr  # by whatever class
     with pytest.raises(BadInput, match="rescale_betas_zero_snr is 'yes'; allowed is true or false"):
         read_scheduler({"_class_name": "EulerDiscreteScheduler", "rescale_betas_zero_snr": "yes"})
