@@ -43,6 +43,7 @@ LORA_OPTION: Final = (
 )
 
 
+_CHANGING: Final = ("pissa", "olora", "corda", "loftq")  # how PEFT starts a LoRA; of PiSSA also with a number
 _AGAIN: Final = "download or copy it again"
 _Alpha = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 # Names of modules and no more: PEFT takes any regular expression, and some of those never end
@@ -56,6 +57,22 @@ class _Settings(msgspec.Struct, frozen=True):
     alpha_pattern: dict[_ModulePattern, _Alpha] | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    layer_replication: list[list[int]] | None = None
+    init_lora_weights: bool | str | None = None
+
+    @property
+    def other_method(self) -> str | None:
+        """What makes it more than a sum of products, where something does."""
+        if self.use_dora:
+            return "DoRA"
+        if self.layer_replication:
+            return "a LoRA of repeated layers (layer_replication)"
+        start = str(self.init_lora_weights).lower()
+        return (
+            f"a LoRA that changes the weights below it (init_lora_weights = {start!r})"
+            if start.startswith(_CHANGING)
+            else None
+        )
 
 
 def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
@@ -173,9 +190,9 @@ def _matched(use: LoraUse, target: LoraTarget, model: str) -> list[tuple[LoraLay
             f"{lora_looks_like(layers, stored)}",
             hint="give one that was trained for this model, or leave the option lora away",
         )
-    if _settings(use.path, part).use_dora:
+    if method := _settings(use.path, part).other_method:
         raise BadCheckpoint(
-            f"{use.path.name} is DoRA, not a plain LoRA",
+            f"{use.path.name} is {method}, not a plain LoRA",
             hint="merge it with the tool that made it, and give the merged model",
         )
     return found

@@ -2,7 +2,8 @@
 
 kohya's trainers write ``lora_unet_down_blocks_0_...to_q.lora_down.weight`` with an ``alpha`` per layer, for SDXL also
 with the original block names (``lora_unet_input_blocks_4_1_...``); diffusers and PEFT write
-``unet.down_blocks.0....to_q.lora_A.weight``, and once wrote ``...attn1.processor.to_q_lora.down.weight``.
+``unet.down_blocks.0....to_q.lora_A.weight``, and once wrote ``...attn1.processor.to_q_lora.down.weight``. ComfyUI
+writes ``diffusion_model.input_blocks.4.1....lora_down.weight``.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from tstitch_export.checkpoint.signatures import Shapes
 __all__ = ["LoraLayer", "lora_layers", "lora_looks_like"]
 
 _PARTS: Final = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
-_KOHYA: Final = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(?:lora_(down|up|mid)\.weight|(alpha))")
-_DOTTED: Final = re.compile(r"(?:base_model\.model\.)?(?:(unet|text_encoder|text_encoder_2)\.)?(.+)")
+_KOHYA: Final = re.compile(r"(?:lora_(unet|te|te1|te2)|lycoris)_(\w+)\.(?:lora_(down|up|mid)\.weight|(alpha))")
+_DOTTED: Final = re.compile(
+    r"(?:base_model\.model\.)?(?:(unet|text_encoder|text_encoder_2|(?:model\.)?diffusion_model)\.)?(.+)"
+)
 # The end of a dotted key -> what it holds. The old spelling names the projection in the same word.
 _ENDS: Final = (
     (re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight"), None),
-    (re.compile(r"(.+)\.lora_A(?:\.default)?\.weight"), "down"),
-    (re.compile(r"(.+)\.lora_B(?:\.default)?\.weight"), "up"),
+    (
+        re.compile(r"(.+)\.lora_A(?:\.[\w-]+)?\.weight"),
+        "down",
+    ),  # with the adapter's name, where PEFT's own state is saved
+    (re.compile(r"(.+)\.lora_B(?:\.[\w-]+)?\.weight"), "up"),
     (re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.down\.weight"), "down"),
     (re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.up\.weight"), "up"),
     (re.compile(r"(.+)\.lora_down\.weight"), "down"),
     (re.compile(r"(.+)\.lora_up\.weight"), "up"),
+    (re.compile(r"(.+)\.lora_mid\.weight"), "mid"),
     (re.compile(r"(.+)\.alpha"), "alpha"),
 )
 _OTHER_METHODS: Final = {
@@ -37,11 +44,27 @@ _OTHER_METHODS: Final = {
     "lokr_": "LoKr (LyCORIS)",
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
+    "boft_": "BOFT",
     "oft_": "OFT",
     ".diff": "a difference of whole weights",
+    ".set_weight": "a replacement of whole weights",
+    "w_norm": "a difference of norms (LyCORIS)",
+    "b_norm": "a difference of norms (LyCORIS)",
     "on_input": "IA3 (LyCORIS)",
+    "ia3_": "IA3",
+    "vera_": "VeRA",
+    "hra_": "HRA",
+    ".a1.": "GLoRA (LyCORIS)",
+    ".b1.": "GLoRA (LyCORIS)",
+    "modules_to_save": "a LoRA with whole modules beside it",
+    "lora_embedding": "a LoRA of embeddings",
     "lora_B.bias": "a LoRA with biases",
+    "lora_up.bias": "a LoRA with biases",
+    "lora_down.bias": "a LoRA with biases",
     "bundle_emb": "a LoRA with textual inversions",
+    "emb_params": "a LoRA with textual inversions",
+    "shift_bias": "a LoRA with shifts",
+    "base_layer": "a whole model with a LoRA beside its weights",
 }
 
 
@@ -64,7 +87,13 @@ def lora_layers(path: Path, shapes: Shapes) -> list[LoraLayer]:
             strange.append(key)
             continue
         part, name, piece = read
-        found.setdefault((part, name), LoraLayer(part, name)).keys[piece] = key
+        keys = found.setdefault((part, name), LoraLayer(part, name)).keys
+        if piece in keys:
+            raise BadCheckpoint(
+                f"{path.name} holds several LoRAs: {keys[piece]} and {key} are of one layer",
+                hint="save each adapter in a file of its own",
+            )
+        keys[piece] = key
     layers = [layer for layer in found.values() if {"down", "up"} <= set(layer.keys)]
     strange += [key for layer in found.values() if layer not in layers for key in layer.keys.values()]
     if not layers or strange:
@@ -80,10 +109,11 @@ def lora_layers(path: Path, shapes: Shapes) -> list[LoraLayer]:
 
 def _read(key: str) -> tuple[str, str, str] | None:
     if match := _KOHYA.fullmatch(key):
-        return _PARTS[match[1]], match[2], match[3] or match[4]
+        return _PARTS[match[1] or "unet"], match[2], match[3] or match[4]
     dotted = _DOTTED.fullmatch(key)
     assert dotted is not None
     part, rest = dotted[1] or "unet", dotted[2]
+    part = "unet" if part.endswith("diffusion_model") else part
     for pattern, piece in _ENDS:
         if (match := pattern.fullmatch(rest)) is None:
             continue
@@ -113,7 +143,9 @@ def lora_looks_like(layers: Iterable[LoraLayer], shapes: Shapes) -> str:
         (
             shapes[layer.keys["down"]][1]
             for layer, name in zip(layers, names, strict=True)
-            if layer.part == "unet" and name.endswith(("attn2_to_k", "attn2_to_v"))
+            if len(shapes[layer.keys["down"]]) > 1
+            and layer.part == "unet"
+            and name.endswith(("attn2_to_k", "attn2_to_v"))
         ),
         None,
     )

@@ -260,3 +260,104 @@ def test_the_option() -> None:
     for text in ("a.safetensors:strong", ":0.5", "a.safetensors,,b.safetensors", "a.safetensors:nan"):
         with pytest.raises(BadInput, match="allowed is FILE"):
             parse_loras(text)
+
+
+# --- kinds of files: honoured, or refused by name
+
+
+DOWN, UP = torch.randn(4, 6), torch.randn(8, 4)
+MODULE = "down_blocks.0.attentions.0.proj_in"
+FLAT = MODULE.replace(".", "_")
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        (f"lora_unet_{FLAT}.lora_down.weight", f"lora_unet_{FLAT}.lora_up.weight"),
+        (f"lycoris_{FLAT}.lora_down.weight", f"lycoris_{FLAT}.lora_up.weight"),
+        (f"unet.{MODULE}.lora_A.weight", f"unet.{MODULE}.lora_B.weight"),
+        (f"unet.{MODULE}.lora_A.style-1.weight", f"unet.{MODULE}.lora_B.style-1.weight"),
+        (f"base_model.model.{MODULE}.lora_A.default.weight", f"base_model.model.{MODULE}.lora_B.default.weight"),
+        (f"{MODULE}.lora.down.weight", f"{MODULE}.lora.up.weight"),
+        (f"unet.{MODULE}.lora_linear_layer.down.weight", f"unet.{MODULE}.lora_linear_layer.up.weight"),
+        (f"diffusion_model.{MODULE}.lora_A.weight", f"diffusion_model.{MODULE}.lora_B.weight"),
+        (f"model.diffusion_model.{MODULE}.lora_down.weight", f"model.diffusion_model.{MODULE}.lora_up.weight"),
+        (f"module.unet.{MODULE}.lora_down.weight", f"module.unet.{MODULE}.lora_up.weight"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_spellings_and_types(down: str, up: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {f"{MODULE}.weight": torch.zeros(8, 6)}
+    save_file({down: DOWN.to(dtype), up: UP.to(dtype)}, tmp_path / "x.safetensors")
+    fuse(state, [LoraUse(tmp_path / "x.safetensors")], target_of(state), model="model")
+    assert torch.allclose(state[f"{MODULE}.weight"], UP.to(dtype).float() @ DOWN.to(dtype).float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([[2.0]]), torch.tensor(2), torch.tensor([2]), 2, 2.0,
+        torch.tensor(2.0).half(), torch.tensor([2.0]).bfloat16(), torch.tensor(2.0).to(torch.float8_e4m3fn),
+        torch.tensor([2.0]).double(),
+    ],
+)  # fmt: skip
+def test_an_alpha_of_any_type_and_rank(alpha: Any, ending: str, tmp_path: Path) -> None:
+    tensors = {"lora_unet_a.lora_down.weight": DOWN, "lora_unet_a.lora_up.weight": UP, "lora_unet_a.alpha": alpha}
+    path = tmp_path / f"x{ending}"
+    if ending == ".safetensors":
+        tensors["lora_unet_a.alpha"] = torch.as_tensor(alpha)
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    state = {"a.weight": torch.zeros(8, 6)}
+    check_loras([LoraUse(path)], target_of(state), model="model")
+    fuse(state, [LoraUse(path)], target_of(state), model="model")
+    assert torch.allclose(state["a.weight"], 2 / 4 * UP @ DOWN, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"], "is LoHa"),
+        (["lokr_w1", "lokr_w2_a", "lokr_w2_b"], "is LoKr"),
+        (["lora_down.weight", "lora_up.weight", "dora_scale"], "is DoRA"),
+        (["oft_blocks"], "is OFT"),
+        (["oft_R.weight"], "is OFT"),
+        (["boft_R", "boft_s"], "is BOFT"),
+        (["diff", "diff_b"], "is a difference of whole weights"),
+        (["w_norm", "b_norm"], "is a difference of norms"),
+        (["a1.weight", "a2.weight", "b1.weight", "b2.weight"], "is GLoRA"),
+        (["weight", "on_input"], "is IA3"),
+        (["ia3_l"], "is IA3"),
+        (["lora_down.weight", "lora_up.weight", "lora_up.bias"], "is a LoRA with biases"),
+        (["lora_A.weight", "lora_B.weight", "lora_B.bias"], "is a LoRA with biases"),
+        (["lora_A.weight", "lora_B.weight", "modules_to_save.weight"], "with whole modules beside it"),
+        (["lora_embedding_A", "lora_embedding_B"], "is a LoRA of embeddings"),
+        (["lora_A.a.weight", "lora_B.a.weight", "lora_A.b.weight", "lora_B.b.weight"], "holds several LoRAs"),
+        (["base_layer.weight", "lora_A.weight", "lora_B.weight"], "a whole model with a LoRA beside its weights"),
+        (
+            ["lora_down.weight", "lora_up.weight", "something_new"],
+            r"is no plain LoRA: 1 of its 3 tensors.*something_new",
+        ),
+    ],
+)
+@pytest.mark.parametrize("start", ["lora_unet_a", "unet.a"])
+def test_other_methods_are_refused_by_name(start: str, keys: list[str], words: str, tmp_path: Path) -> None:
+    save_file({f"{start}.{key}": torch.zeros(2, 2) for key in keys}, tmp_path / "x.safetensors")
+    with pytest.raises(BadCheckpoint, match=words):
+        check_loras([LoraUse(tmp_path / "x.safetensors")], target_of({"a.weight": torch.zeros(2, 2)}), model="model")
+
+
+@pytest.mark.parametrize(
+    ("noted", "words"),
+    [
+        ({"unet.use_dora": True}, "is DoRA"),
+        ({"unet.init_lora_weights": "pissa_niter_4"}, "changes the weights below it"),
+        ({"unet.layer_replication": [[0, 4]]}, "of repeated layers"),
+    ],
+)
+def test_settings_that_make_it_another_method(noted: dict[str, Any], words: str) -> None:
+    tensors = {"unet.a.lora_A.weight": torch.ones(4, 6), "unet.a.lora_B.weight": torch.ones(8, 4)}
+    with pytest.raises(BadCheckpoint, match=words):
+        fuse_tensors({"a.weight": torch.zeros(8, 6)}, tensors, metadata={"lora_adapter_metadata": json.dumps(noted)})
