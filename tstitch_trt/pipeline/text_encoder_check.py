@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 from tstitch_engines.errors import PairMismatch
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from tstitch_export.families.clip_text.layout import Piece
 
 __all__ = ["check_text_encoders"]
 
@@ -33,8 +36,10 @@ def check_text_encoders(small: Path, pipe: Any) -> None:
             )
 
 
-def _stored(small: Path, part: str) -> dict[str, Tensor] | None:
-    """The text encoder's tensors by their names in ``ClipText``; ``None`` where there is none."""
+def _stored(small: Path, part: str) -> dict[str, tuple[Tensor, torch.dtype]] | None:
+    """The text encoder's tensors by their names in ``ClipText``, and what they are stored in; ``None`` without one."""
+    import torch
+
     from tstitch_export.checkpoint.checkpoint import read_checkpoint
     from tstitch_export.checkpoint.folder import weights_file
     from tstitch_export.families.clip_text.layout import find_tower
@@ -51,7 +56,10 @@ def _stored(small: Path, part: str) -> dict[str, Tensor] | None:
     else:
         return None
     state = {key: tensor for key, tensor in stored.tensors().items() if key.startswith(prefix)}
-    return _named(state, prefix=prefix, is_open=is_open)
+    types = {
+        name: getattr(torch, stored.types[piece.source]) for name, piece in _pieces(state, prefix, is_open).items()
+    }
+    return {name: (tensor, types[name]) for name, tensor in _named(state, prefix=prefix, is_open=is_open).items()}
 
 
 def _loaded(module: Any) -> dict[str, Tensor]:
@@ -65,22 +73,28 @@ def _loaded(module: Any) -> dict[str, Tensor]:
 
 
 def _named(state: Mapping[str, Tensor], *, prefix: str = "", is_open: bool = False) -> dict[str, Tensor]:
+    return {name: piece.tensor(state) for name, piece in _pieces(state, prefix, is_open).items()}
+
+
+def _pieces(state: Mapping[str, Tensor], prefix: str, is_open: bool) -> dict[str, Piece]:
     from tstitch_export.families.clip_text.layout import name_pieces
 
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    pieces = name_pieces(shapes, prefix=prefix, is_open=is_open)
-    return {name: piece.tensor(state) for name, piece in pieces.items()}
+    return name_pieces(shapes, prefix=prefix, is_open=is_open)
 
 
-def _equal(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+def _equal(own: Mapping[str, Tensor], theirs: Mapping[str, tuple[Tensor, torch.dtype]]) -> bool:
     """Files of whole pipelines also hold layers that the loaded encoder does not have, since nothing reads them."""
-    return own.keys() <= theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in own.items())
+    return own.keys() <= theirs.keys() and all(_same(tensor, *theirs[name]) for name, tensor in own.items())
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
+def _same(left: Tensor, right: Tensor, stored: torch.dtype) -> bool:
+    """Whether one is the other, rounded to the type that it is kept in. Types of 8 bits are compared in float32."""
     import torch
 
     if left.shape != right.shape:
         return False
     left, right = left.detach().cpu(), right.cpu()
-    return torch.equal(left, right.to(left.dtype)) or torch.equal(left.to(right.dtype), right)
+    return torch.equal(left.float(), right.to(left.dtype).float()) or torch.equal(
+        left.to(stored).float(), right.float()
+    )

@@ -68,7 +68,7 @@ class Checkpoint:
     The names are the model's own, without what training code put around them (``wrapping``). ``markers`` are the names
     of empty tensors, ``metadata`` is that of a ``.safetensors`` file, ``beside`` the plain values of a training state
     around its tensors (``args``, ``global_step``): numbers, texts, and lists and dictionaries of them. ``notes`` say in
-    words what was taken of several models.
+    words what was taken of several models. ``types`` are what the numbers are stored in, by torch's names.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Checkpoint:
         self.notes = (*notes, *found.notes)
         self.markers = frozenset(key.removeprefix("module.") for key in empty)
         shapes = {name: stored[key] for key, name in found.names.items()}
-        self._types = {name: types[key] for key, name in found.names.items()}
-        self._scales = _scales(path, shapes, self._types)
-        beside_weights = {*self._scales.values(), *(name for name in shapes if _is_beside(name, self._types))}
+        self.types = {name: types[key] for key, name in found.names.items()}
+        self._scales = _scales(path, shapes, self.types)
+        beside_weights = {*self._scales.values(), *(name for name in shapes if _is_beside(name, self.types))}
         self.shapes = {name: shape for name, shape in shapes.items() if name not in beside_weights}
         self._names = dict(found.names)
         for name in self.shapes:
-            check_weight_type(path.name, name, self._types[name])
+            check_weight_type(path.name, name, self.types[name])
         for name in shapes:
             if name.endswith(".comfy_quant"):
                 self._check_note(name)

@@ -17,8 +17,13 @@ __all__ = ["Conditioned", "assemble", "fill"]
 def fill(make: Callable[[], nn.Module], state: Mapping[str, Tensor], *, name: str) -> nn.Module:
     """The model that ``make`` gives, with the weights ``state`` of the file ``name``, float32 and in eval mode.
 
-    Raises ``BadCheckpoint`` where the model and its weights don't fit, or a weight is NaN or infinite.
+    Raises ``BadCheckpoint`` where the model and its weights don't fit, or a weight is NaN, infinite or no real number.
     """
+    if odd := next((key for key, tensor in state.items() if not tensor.is_floating_point()), None):
+        raise BadCheckpoint(
+            f"{name}: {odd} is stored as {str(state[odd].dtype).removeprefix('torch.')}; wanted are real numbers",
+            hint="give the weights in float16, bfloat16 or float32",
+        )
     if bad := next((key for key, tensor in state.items() if not torch.isfinite(tensor).all()), None):
         raise BadCheckpoint(f"{name}: {bad} holds NaN or infinity", hint="take a checkpoint from before that")
     try:

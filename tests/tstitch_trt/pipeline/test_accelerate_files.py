@@ -182,12 +182,16 @@ def other_text(sd: Path, folder: Path, change: Any) -> Path:
 def test_a_small_pipeline_with_its_own_text_encoder_is_refused(
     built: None, never: None, sd: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Also where its bundle would be there, and where it is one file. What half precision rounds is equal."""
+    """Also where its bundle would be there, and where it is one file. What a shorter type rounds is equal."""
     other = other_text(sd, tmp_path / "other", lambda tensor: 2 * tensor)
     with pytest.raises(PairMismatch, match="the small pipeline other has another text_encoder"):
         fast(pipeline(sd), sd, cache, small=other)
     with pytest.raises(BuiltError):
         fast(pipeline(sd), sd, cache, small=other_text(sd, tmp_path / "half", lambda tensor: tensor.half()))
+    for name in ("float8_e4m3fn", "float8_e5m2"):
+        dtype = getattr(torch, name)
+        with pytest.raises(BuiltError):
+            fast(pipeline(sd), sd, cache, small=other_text(sd, tmp_path / name, lambda t, dtype=dtype: t.to(dtype)))
     with pytest.raises(BuiltError):
         fast(pipeline(sd), sd, cache, small=other_text(sd, tmp_path / "same", lambda tensor: tensor))
 

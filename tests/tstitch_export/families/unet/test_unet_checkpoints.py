@@ -185,6 +185,59 @@ def test_a_file_under_diffusers_names_has_the_config_beside_it(pipeline: Path, t
     assert SD.inspect(tmp_path / "lcm.safetensors", {}).guidance_embedding == 16
 
 
+@pytest.mark.parametrize(
+    ("down", "up", "more"),
+    [
+        (("CrossAttnDownBlock2D", "KDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"), {}),
+        (
+            ("KCrossAttnDownBlock2D", "KDownBlock2D"),
+            ("KUpBlock2D", "KCrossAttnUpBlock2D"),
+            {"mid_block_type": None, "layers_per_block": 2, "time_embedding_type": "fourier", "norm_num_groups": None}
+            | {"act_fn": "gelu", "resnet_time_scale_shift": "scale_shift", "conv_in_kernel": 1, "conv_out_kernel": 1},
+        ),
+        (("AttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "AttnUpBlock2D"), {"attention_head_dim": 8}),
+        (
+            ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+            ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+            {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "attention_head_dim": 8},
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_other_kinds_of_blocks(down: Any, up: Any, more: dict[str, Any], tmp_path: Path) -> None:
+    module = unet_folder(tmp_path, "sd", down_block_types=down, up_block_types=up, **more)
+    found = SD.inspect(tmp_path, {})
+    inputs = SD.example(found, batch=2, seed=3, sizes={"H": 8, "W": 8, "T": 5})
+    with torch.no_grad():
+        assert torch.allclose(SD.load(found)(*inputs), module(*inputs).sample, atol=1e-6)
+
+
+def test_a_file_of_scaled_eight_bit_floats(tmp_path: Path) -> None:
+    """As ComfyUI stores them: diffusers' module of the numbers that they stand for draws the same."""
+    module = unet_folder(tmp_path, "sd", cross_attention_dim=768, attention_head_dim=8, norm_num_groups=32)
+    folder = SD.inspect(tmp_path, {})
+    state = module.state_dict()
+    scales = {key: tensor.abs().max() / 448 for key, tensor in state.items() if tensor.ndim == 2 and "attn" in key}
+    eight = {key: (state[key] / scale).to(torch.float8_e4m3fn) for key, scale in scales.items()}
+    with torch.no_grad():
+        for key, scale in scales.items():
+            state[key].copy_(eight[key].float() * scale)
+    stored = original_unet(module)
+    for key, tensor in list(stored.items()):
+        for ours, scale in scales.items():
+            if tensor.shape == state[ours].shape and torch.equal(tensor, state[ours]):
+                stored[key] = eight[ours].clone()
+                stored[key.removesuffix("weight") + "scale_weight"] = scale
+    stored["model.diffusion_model.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values()) == 1 + len(scales)
+    save_file(stored, tmp_path / "fp8.safetensors")
+    found = SD.inspect(tmp_path / "fp8.safetensors", {})
+    inputs = SD.example(folder, batch=2, seed=3, sizes={"H": 8, "W": 6, "T": 5})
+    with torch.no_grad():
+        got, want = SD.load(found)(*inputs), module(*inputs).sample
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_the_average_of_a_whole_file_is_left_aside(tmp_path: Path) -> None:
     module = unet_folder(tmp_path, "sd", cross_attention_dim=768, attention_head_dim=8, norm_num_groups=32)
     state = original_unet(module)
