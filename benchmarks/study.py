@@ -60,7 +60,7 @@ def tables(bundle: Bundle) -> str:
         )
     members = tuple(manifest.members)
     parts = [part for evaluation in found for part in _of_evaluation(evaluation, members)]
-    for divergence in load_studies(bundle, Divergence)[:1]:
+    for divergence in sorted(load_studies(bundle, Divergence), key=lambda study: -len(study.seeds))[:1]:
         parts += _of_divergence(divergence)
     for calibration in load_studies(bundle, Calibration):
         parts += _of_calibration(calibration)

@@ -99,7 +99,7 @@ def command(
             command=command_line(),
             progress=bar,
         )
-        record = save_study(runtime.bundle, study)
+        record = save_study(runtime.bundle, study, key=study.key)
     print_result(study, as_json, _print, record=record, plot=wanted.plot, draw=plot_search)
 
 

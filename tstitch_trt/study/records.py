@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
+from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import Count, Number, Seed, Text
 from tstitch_trt.request.batching import Splitting
 from tstitch_trt.study.machine import Machine
@@ -225,6 +226,12 @@ class Divergence(Study, frozen=True, kw_only=True):
     suggested: Text
     reason: Text
 
+    @property
+    def key(self) -> str:
+        """Of its file: one of fewer seeds or other steps does not take its place."""
+        said = [self.reference, self.steps, self.solver, self.guidance, list(self.seeds), list(self.prompts)]
+        return digest(said)[:12]
+
 
 # --- quality: tstitch-trt evaluate
 
@@ -322,3 +329,8 @@ class Search(Study, frozen=True, kw_only=True):
     reference: Setting | None = None
     points: tuple[SearchPoint, ...]
     notes: tuple[Text, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Of its file: one of fewer samples or another metric does not take its place."""
+        return digest([self.metric, self.batch, self.samples, self.seed, list(self.prompts)])[:12]

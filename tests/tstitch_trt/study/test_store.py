@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from support.hostile import altered, altered_bytes, dumps, only_our_errors
 from support.manifests import manifest
-from support.studies import calibration, evaluation, search
+from support.studies import calibration, divergence, evaluation, search
 from tstitch_engines.bundle.bundle import Bundle, open_bundle, write_bundle
 from tstitch_engines.bundle.files import copy_component
 from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.errors import BadBundle, BuildFailed
 from tstitch_trt.study.budget.choose import _state
 from tstitch_trt.study.evaluate.claim import claims_of
+from tstitch_trt.study.gather import gather
 from tstitch_trt.study.records import Calibration, Evaluation, Search
 from tstitch_trt.study.store import differing_weights, load_studies, save_study, weights_of
 
@@ -62,6 +63,25 @@ def test_a_study_takes_the_place_of_the_one_before(bundle: Bundle) -> None:
     save_study(bundle, search(samples=10))
     save_study(bundle, search(samples=20))
     assert [study.samples for study in load_studies(bundle, Search)] == [20]
+
+
+def test_a_study_of_fewer_samples_leaves_the_one_with_more(bundle: Bundle) -> None:
+    """Whatever is kept, the one with the most samples is used and shown first."""
+    weights = weights_of(bundle.manifest)
+    for study in (
+        search(weights=weights, samples=1000),
+        search(weights=weights, samples=16, made="2025-01-01T00:00:00Z"),
+    ):
+        save_study(bundle, study, key=study.key)
+    seeds = tuple(range(16))
+    for profile in (
+        divergence({}, weights=weights, seeds=seeds),
+        divergence({}, weights=weights, made="2025-01-01T00:00:00Z"),
+    ):
+        save_study(bundle, profile, key=profile.key)
+    found = gather(bundle)
+    assert [study.samples for study in found.searches] == [1000, 16]
+    assert [len(study.seeds) for study in found.divergences] == [16, 2]
 
 
 def test_studies_survive_a_rebuild_and_are_found_to_be_of_other_weights(bundle: Bundle) -> None:

@@ -346,7 +346,11 @@ def test_an_interrupted_profile_keeps_what_was_there(
 ) -> None:
     words = ["profile", tiny_pair.bundle, "--samples", 2, "--steps", 4, "--threads", 1]
     assert command(*words).code == 0
-    place = tiny_pair.bundle / "studies" / "divergence.json"
+    (place,) = [
+        path
+        for path in (tiny_pair.bundle / "studies").glob("divergence-*.json")
+        if json.loads(path.read_text())["steps"] == 4
+    ]
     before = json.loads(place.read_text())
     original = MemberTrajectories.final
 
@@ -356,7 +360,7 @@ def test_an_interrupted_profile_keeps_what_was_there(
         return original(self, names)
 
     monkeypatch.setattr(MemberTrajectories, "final", interrupted)
-    assert command(*words, "--seed", 9).code == 130
+    assert command(*words).code == 130
     assert json.loads(place.read_text()) == before
 
 
