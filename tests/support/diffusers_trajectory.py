@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,25 +15,56 @@ from support.denoiser import draw, member, rows_for
 from support.reference import Model, walk
 from tstitch_trt.solvers import StepTable
 
-__all__ = ["RELATIVE", "compare", "run_theirs"]
+__all__ = ["RELATIVE", "compare", "in_float64", "run_theirs"]
 
 Array = NDArray[np.float64]
 
 RELATIVE = 1e-5  # the largest difference over the largest value, at every step
 
 
+class _InFloat64:
+    """``torch`` or ``numpy`` whose float32 is float64."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.float32 = module.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+@contextmanager
+def in_float64(cls: type) -> Iterator[None]:
+    """diffusers' scheduler ``cls`` computes in float64 what its code asks to be float32, so that only its formulas
+    are compared."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("torch", "np"):
+                module = importlib.import_module(cls.__module__)
+                if hasattr(module, name):
+                    patch.setattr(module, name, _InFloat64(getattr(module, name)))
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def run_theirs(
-    scheduler: Any, model: Model, x: Array, noise: Array, *, t: Array | None = None, **step_options: Any
+    scheduler: Any, model: Model, x: Array, noise: Array, *, t: Array | None = None, start: int = 0, **step_options: Any
 ) -> Array:
-    """diffusers' loop with our noise; ``t`` overrides what the model is told (not what the scheduler does)."""
+    """diffusers' loop with our noise; ``t`` overrides what the model is told (not what the scheduler does). ``start``:
+    the step at which a pipeline enters the trajectory with ``x``."""
     import torch
 
     module = importlib.import_module(type(scheduler).__module__)
     latents = [x]
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
-        for step, timestep in enumerate(scheduler.timesteps):
+            scheduler.set_begin_index(start)
+        for step, timestep in enumerate(scheduler.timesteps[start:], start):
             patch.setattr(
                 module, "randn_tensor", lambda *_, step=step, **__: torch.from_numpy(noise[step]), raising=False
             )

@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.scheduler_config import Scheduler, read_scheduler
+from tstitch_engines.bundle.scheduler_config import Scheduler
 from tstitch_engines.checks import check_number, read_mapping
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
@@ -28,7 +28,7 @@ from tstitch_trt.pipeline.inputs import (
 )
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.outputs import call_back, pipeline_output
-from tstitch_trt.pipeline.own_code import scheduler_class
+from tstitch_trt.pipeline.scheduler import AskedSteps, check_noise, check_plan, more_noise, plan_keywords, read_own
 from tstitch_trt.pipeline.stock import StockModule
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
@@ -36,6 +36,7 @@ from tstitch_trt.plan.schedule import has_fractions
 from tstitch_trt.runtime.chooser import chosen_options
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.work_queue import EXIT
+from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 
 __all__ = ["AcceleratedPipeline"]
 
@@ -153,14 +154,15 @@ class AcceleratedPipeline:
                 if latency_budget_ms is not None:
                     options = self._within(latency_budget_ms, a, given, options)
                 plan = make_plan(self.runtime.manifest, options)
+                check_plan(self.pipe.scheduler, _asked_steps(a), plan)
                 if not any(plan.guided):
                     given = {key: value for key, value in given.items() if not key.startswith("negative")}
                     options = replace(options, guidance_rescale=None)
                     self._warn_unguided(a)
                 if a.denoising_start is not None:
                     given["start_step"] = self._first(a.denoising_start, plan)
-                elif a.timesteps is not None and not self._kind.starts:
-                    given["latents"] = given["latents"] * self._more_noise(plan)
+                elif not self._kind.starts:
+                    given["latents"] = given["latents"] * more_noise(self.pipe.scheduler, _asked_steps(a), plan)
                 if plan.rows[:, ROW["S"]].any():
                     given["seeds"] = step_noise_seeds(a.generator, count)
                 found = self._run(a, given, options, self._stop(a, plan))
@@ -199,20 +201,8 @@ class AcceleratedPipeline:
 
     def _options(self, a: SimpleNamespace, shares: PlanOptions) -> PlanOptions:
         """How to draw: the pipeline's scheduler as it is now."""
-        found = self._scheduler()
-        settings: dict[str, Any] = {"solver": found.solver, "solver_options": dict(found.options)}
-        if a.timesteps is not None:
-            settings["timesteps"] = [float(t) for t in a.timesteps]
-            settings["solver_options"].pop("steps_offset", None)
-        else:
-            settings["steps"] = a.num_inference_steps
-            if found.solver != "lcm":
-                settings["spacing"] = found.spacing
-        if found.solver == "ddim" and a.eta:
-            settings["eta"] = a.eta
-        if a.original_inference_steps is not None:
-            settings["solver_options"]["original_steps"] = a.original_inference_steps
-        settings |= shares.explicit()
+        self._scheduler()
+        settings: dict[str, Any] = {**plan_keywords(self.pipe.scheduler, _asked_steps(a)), **shares.explicit()}
         settings["guidance_rescale"] = a.guidance_rescale
         return PlanOptions.from_keywords(settings)
 
@@ -240,8 +230,7 @@ class AcceleratedPipeline:
 
     def _scheduler(self) -> Scheduler:
         """Raises ``BadInput`` for one that can't be honoured or that was made for other noise than the bundle."""
-        config = {**self.pipe.scheduler.config, "_class_name": scheduler_class(self.pipe.scheduler)}
-        found = read_scheduler(config, where="the pipeline's scheduler")
+        found = read_own(self.pipe.scheduler)
         manifest = self.runtime.manifest
         if found.noise != manifest.noise or found.parametrisation != manifest.members["large"].parametrisation:
             raise BadInput(
@@ -249,16 +238,8 @@ class AcceleratedPipeline:
                 f"bundle is for {manifest.members['large'].parametrisation} and {manifest.noise}",
                 hint="make it with from_config(pipe.scheduler.config), or call accelerate again",
             )
+        check_noise(self.pipe.scheduler, NoiseSchedule.from_spec(found.noise))
         return found
-
-    def _more_noise(self, plan: Plan) -> np.float32:
-        """The first state of explicit timesteps over the plan's, which does not know their scheduler's spacing.
-
-        ``leading`` starts below the noisiest timestep, where signal has its share too (diffusers' init_noise_sigma).
-        """
-        in_sigma = plan.init_scale != 1  # and not in a space where noise is the state
-        leads = in_sigma and self._scheduler().spacing == "leading"
-        return np.float32(np.hypot(1.0, plan.init_scale) / plan.init_scale if leads else 1.0)
 
     def _texts(self, a: SimpleNamespace, *, guided: bool) -> dict[str, Any]:
         """Embeddings by the pipeline's own text encoders, and how many pictures there are."""
@@ -431,3 +412,12 @@ class AcceleratedPipeline:
             return found
         finally:
             events.close()
+
+
+def _asked_steps(a: SimpleNamespace) -> AskedSteps:
+    return AskedSteps(
+        steps=a.num_inference_steps if a.timesteps is None else None,
+        timesteps=a.timesteps,
+        original_inference_steps=a.original_inference_steps,
+        eta=a.eta or 0.0,
+    )

@@ -21,6 +21,7 @@ from tstitch_trt.plan.schedule import Schedule, fraction_text, resolve
 from tstitch_trt.plan.step_rows import fill_rows
 from tstitch_trt.solvers import SPACING_OPTIONS, SolverOptions, StepTable, make_table, with_default_spacing
 from tstitch_trt.solvers.noise_schedule import NoiseSchedule
+from tstitch_trt.solvers.registry import find_solver, idle_options
 
 __all__ = ["Plan", "make_plan"]
 
@@ -87,6 +88,11 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
         train_steps=manifest.noise.steps,
         rounding=options.rounding,
     )
+    if options.history == "reset" and not find_solver(solver.name).multistep:
+        raise BadInput(
+            f"history='reset' would be ignored: solver {solver.name!r} keeps no estimates of earlier steps",
+            hint="leave history out, or choose a multistep solver",
+        )
     restarts = {segment.start for segment in resolved.segments[1:]} if options.history == "reset" else set()
     restarts |= {options.start or 0} - {0}
     if restarts and table.history:
@@ -128,7 +134,8 @@ def _solver(manifest: Manifest, options: PlanOptions) -> SolverOptions:
         usual = {name: value for name, value in usual.items() if name not in SPACING_OPTIONS}
     if placed or "sigmas" in said:
         usual = {name: value for name, value in usual.items() if name not in ("step_to", "original_steps")}
-    found = SolverOptions.parse(base.name, {**usual, **said})
+    idle = idle_options(SolverOptions.parse(base.name, {**usual, **said}))
+    found = SolverOptions.parse(base.name, {**{k: v for k, v in usual.items() if k not in idle}, **said})
     if placed:
         return found
     offset = defaults.solver_options.get("steps_offset")

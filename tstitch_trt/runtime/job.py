@@ -61,8 +61,8 @@ class Job:
         if within is not None:
             budget = choose(chooser, manifest, within, wanted, parsed)
             wanted = chosen_options(wanted, budget)
-        if parsed.init is not None:
-            wanted = replace(wanted, start=parsed.first_step(wanted.asked_steps(manifest)))
+        if start := parsed.first_step(wanted.asked_steps(manifest)):
+            wanted = replace(wanted, start=start)
         plan = make_plan(manifest, wanted)
         check_guidance_options(wanted, plan.guided)
         parsed.check(manifest, plan)

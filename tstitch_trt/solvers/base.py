@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.table import Coefficients
 
-__all__ = ["Coefficients", "Grid", "Solver", "gaussian", "gaussian_step"]
+__all__ = ["Coefficients", "Grid", "Solver", "gaussian", "gaussian_step", "idle_noise"]
 
 Array = NDArray[np.float64]
 
@@ -51,6 +51,15 @@ class Grid:
             return np.asarray((self.s_to / self.a_to) / (self.s / self.a)[:-1])
 
 
+def _none_idle(options: SolverOptions) -> Mapping[str, str]:
+    return {}
+
+
+def idle_noise(options: SolverOptions) -> Mapping[str, str]:
+    """``s_noise`` of solvers that draw their noise by ``eta``."""
+    return {"s_noise": "no noise is drawn with eta=0"} if options.eta == 0 and options.s_noise != 1 else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Solver:
     """A named solver. ``defaults`` names every option it understands beside those of the spacing."""
@@ -65,6 +74,8 @@ class Solver:
     from_zero_signal: bool = False  # its steps may begin at a = 0; others begin at 2**-24 instead, as in diffusers
     timesteps: Callable[[SolverOptions, int, int], Array] | None = None  # own spacing: (options, steps, train steps)
     evaluations: Callable[[Array], Array] | None = None  # from the timesteps of the steps to those of the rows
+    multistep: bool = False  # it reads estimates of earlier steps
+    idle: Callable[[SolverOptions], Mapping[str, str]] = _none_idle  # options without effect beside others, and why
 
 
 def gaussian(grid: Grid, options: SolverOptions) -> Coefficients:

@@ -9,16 +9,17 @@ and integrated exactly give
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_trt.solvers.base import Grid, Solver
+from tstitch_trt.solvers.base import Grid, Solver, idle_noise
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.table import Coefficients
 
-__all__ = ["DPMPP_2M", "DPMPP_2M_SDE", "DPMPP_3M", "DPMPP_3M_SDE"]
+__all__ = ["DPMPP_1", "DPMPP_1_SDE", "DPMPP_2M", "DPMPP_2M_SDE", "DPMPP_3M", "DPMPP_3M_SDE"]
 
 _FEW = 15  # lower_order_final, as in diffusers: below this many steps the last two are of order 2 and 1
 
@@ -85,8 +86,18 @@ def _coefficients(grid: Grid, options: SolverOptions, *, highest: int) -> Coeffi
     )
 
 
+def _idle(options: SolverOptions) -> Mapping[str, str]:
+    found = dict(idle_noise(options))
+    if options.variant == "k-diffusion":
+        found |= dict.fromkeys(("second_order", "lower_order_final"), "variant='k-diffusion' has formulas of its own")
+    if options.final == "zero":
+        found["euler_at_final"] = "a last step to no noise is of order 1"
+    return found
+
+
 def _solver(name: str, summary: str, highest: int, **defaults: str | float) -> Solver:
     orders: dict[str, str | bool] = {"second_order": "midpoint", "lower_order_final": True, "euler_at_final": False}
+    orders = orders if highest > 1 else {}
     return Solver(
         name=name,
         summary=summary,
@@ -94,9 +105,13 @@ def _solver(name: str, summary: str, highest: int, **defaults: str | float) -> S
         defaults={**defaults, "final": "zero", **orders},
         coefficients=partial(_coefficients, highest=highest),
         extra_point=True,
+        multistep=highest > 1,
+        idle=_idle,
     )
 
 
+DPMPP_1 = _solver("dpmpp-1", "DPM-Solver++ of order 1, deterministic", 1)
+DPMPP_1_SDE = _solver("dpmpp-1-sde", "DPM-Solver++ of order 1 with fresh noise", 1, eta=1.0, s_noise=1.0)
 DPMPP_2M = _solver("dpmpp-2m", "DPM-Solver++ of order 2, deterministic", 2)
 DPMPP_3M = _solver("dpmpp-3m", "DPM-Solver++ of order 3, deterministic", 3)
 DPMPP_2M_SDE = _solver("dpmpp-2m-sde", "DPM-Solver++ of order 2 with fresh noise", 2, eta=1.0, s_noise=1.0)

@@ -13,6 +13,7 @@ The orders of a trajectory are 1 2 1 2 ... or 1 2 3 1 2 3 ..., one evaluation ea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -78,6 +79,15 @@ def _coefficients(grid: Grid, options: SolverOptions, *, highest: int) -> Coeffi
     return Coefficients(A=A, B=B, C=C, E=E, Y=Y, YX=YX)
 
 
+def _idle(options: SolverOptions) -> Mapping[str, str]:
+    found = {}
+    if options.final == "zero":
+        found["lower_order_final"] = "a last step to no noise is of order 1"
+    if options.second_order == "heun" and options.middle is not None:
+        found["middle"] = "second_order='heun' has that formula already"
+    return found
+
+
 def _solver(name: str, highest: int, **defaults: str) -> Solver:
     return Solver(
         name=name,
@@ -86,6 +96,8 @@ def _solver(name: str, highest: int, **defaults: str) -> Solver:
         defaults={"final": "zero", "second_order": "midpoint", "lower_order_final": True, **defaults},
         coefficients=partial(_coefficients, highest=highest),
         extra_point=True,
+        multistep=True,
+        idle=_idle,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tstitch_trt.solvers.base import Solver, gaussian
+from tstitch_trt.solvers.base import Solver, gaussian, idle_noise
 
 __all__ = ["EULER", "EULER_ANCESTRAL"]
 
@@ -22,4 +22,5 @@ EULER_ANCESTRAL = Solver(
     defaults={"eta": 1.0, "s_noise": 1.0},
     coefficients=gaussian,
     continuous=True,
+    idle=idle_noise,
 )

@@ -13,7 +13,6 @@ from tstitch_trt.solvers.table import Coefficients
 __all__ = ["LCM"]
 
 _SIGMA_DATA = 0.5
-_TIMESTEP_SCALING = 10.0
 
 
 def _timesteps(options: SolverOptions, steps: int, train_steps: int) -> NDArray[np.float64]:
@@ -39,7 +38,8 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
 
     The scalings do not add up to the signal level except in the limit, so the mean is not kept exactly.
     """
-    scaled = grid.t * _TIMESTEP_SCALING
+    assert options.timestep_scaling is not None
+    scaled = grid.t * options.timestep_scaling
     c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
     c_out = scaled / np.hypot(scaled, _SIGMA_DATA)
     return Coefficients(
@@ -51,7 +51,7 @@ LCM = Solver(
     name="lcm",
     summary="few steps of a latent consistency model",
     space="vp",
-    defaults={"original_steps": 50},
+    defaults={"original_steps": 50, "timestep_scaling": 10.0},
     coefficients=_coefficients,
     from_zero_signal=True,
     timesteps=_timesteps,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import BadInput
 from tstitch_trt.solvers.base import Grid, Solver
 from tstitch_trt.solvers.noise_schedule import NoiseSchedule, signal_and_noise
-from tstitch_trt.solvers.options import SolverOptions
+from tstitch_trt.solvers.options import SolverOptions, listed_timesteps
 from tstitch_trt.solvers.registry import find_solver, resolve
 from tstitch_trt.solvers.spacing import check_timesteps, space_sigmas, space_timesteps
 from tstitch_trt.solvers.table import StepTable
@@ -80,21 +80,46 @@ def _levels(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps:
                 )
         sigma = space_sigmas(options.sigmas, steps, sigma_min=sigma_min, sigma_max=sigma_max)
         t = noise.timestep_of(sigma)
-        if options.sigma_timesteps != "exact":  # 1e-6: a whole timestep may be a rounding error lower
-            t = np.rint(t) if options.sigma_timesteps == "nearest" else np.floor(t + 1e-6)
-        return t, sigma
+        assert options.sigma_timesteps is not None
+        return _rounded(t, options.sigma_timesteps), sigma
     t = _spaced(family, options, noise, steps)
     return t, _sigma_at(family, noise, t)
+
+
+def _rounded(t: Array, rule: str) -> Array:
+    """The timesteps that the model is told at the exact ones ``t``."""
+    if rule == "exact":
+        return t
+    if (listed := listed_timesteps(rule)) is None:  # 1e-6: a whole timestep may be a rounding error lower
+        return np.rint(t) if rule == "nearest" else np.floor(t + 1e-6)
+    told = np.array(listed, np.float64)
+    if told.size != t.size or (np.abs(told - t) > 1.001).any():
+        raise BadInput(
+            f"sigma_timesteps names {told.size} timesteps; allowed is one for each of the {t.size} steps, within 1 of "
+            f"that of its sigma: {', '.join(f'{each:.4g}' for each in t[:8])}{'...' if t.size > 8 else ''}",
+            hint="name the timesteps of these sigmas, or use sigma_timesteps='exact'",
+        )
+    return told
 
 
 def _spaced(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps: int) -> Array:
     if family.timesteps is not None:
         return family.timesteps(options, steps, noise.steps)
     assert options.spacing is not None
+    last = noise.steps
+    if options.lambda_min is not None:
+        last = int(np.count_nonzero(-np.log(noise.sigmas) >= options.lambda_min))
+        if last < noise.steps and (options.spacing == "trailing" or last < 2):
+            raise BadInput(
+                f"lambda_min is {options.lambda_min:g} (lambda_min_clipped in diffusers), which leaves "
+                f"{last} of {noise.steps} timesteps; spacing {options.spacing!r} needs "
+                f"{'all of them' if last > 1 else 'two or more'}",
+                hint="use spacing linspace or leading, or a lower lambda_min" if last > 1 else "use a lower lambda_min",
+            )
     return space_timesteps(
         options.spacing,
         steps,
-        train_steps=noise.steps,
+        train_steps=last,
         steps_offset=options.steps_offset or 0,
         extra_point=family.extra_point,
         rounded=not family.continuous,
@@ -122,7 +147,7 @@ def _table(
             f"zero terminal SNR has sigma {sigma[0]:.4g} for solver {family.name!r}",
             hint="take fewer steps, or timesteps farther apart at the noisy end",
         )
-    end = float(noise.sigmas[0]) if options.final == "sigma-min" else 0.0
+    end = {"sigma-min": float(noise.sigmas[0]), "last": float(sigma[-1])}.get(options.final or "zero", 0.0)
     if end > sigma[-1]:
         raise BadInput(
             f"final='sigma-min' ends at sigma {end:g}, above that of the last step, {sigma[-1]:g}",

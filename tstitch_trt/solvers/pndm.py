@@ -34,39 +34,46 @@ _WEIGHTS = (
 
 
 def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
-    """With ``remember="v"`` the extrapolation is of the velocity, as diffusers has it for v-prediction models."""
-    velocity = options.remember == "v"
+    """With ``remember="v"`` the extrapolation is of the velocity, as diffusers has it for v-prediction models.
+
+    ``restart="repeat"``: a restart repeats its first step too, as in diffusers' pipelines that start from a picture.
+    Their list has no second timestep there, so from then on the latent is one step noisier than the model is told.
+    """
+    velocity, repeats = options.remember == "v", options.restart == "repeat"
     n = grid.steps
-    s = grid.s[:-1]
-    keep = grid.a[1:] / grid.a[:-1]  # DDIM from x with noise e: x' = keep x + gain e
-    gain = grid.s[1:] - keep * s
+    row = np.arange(n)
+    starts = row - grid.age
+    repeated = (starts == 0) | repeats
+    again = repeated & (grid.age == 1)
+    rests = (row == 1) & (starts == 1) & (not repeats)  # nothing to repeat: the latent is at t1 already
+    # Levels of the steps, at which t1 is there once, and the step of each row.
+    a, s = (level if n == 1 else np.delete(level, 1) for level in (grid.a, grid.s))
+    step = row - (row > 1) - again
+    keep = a[step + 1] / a[step]  # DDIM from x with noise e: x' = keep x + gain e
+    gain = s[step + 1] - keep * s[step]
     from_x, from_d = keep, gain
     if velocity:  # e = a v + s x
-        from_x, from_d = keep + gain * s, gain * grid.a[:-1]
+        from_x, from_d = keep + gain * s[step], gain * a[step]
     columns: dict[str, Any] = {name: np.zeros(n) for name in ("A", "B", "C", "E", "F", "Y", "YX", "YC")}
-    starts = np.arange(n) - grid.age
-    for i in range(n):
-        start = int(starts[i])
-        if i == 1:
-            if start == 1:  # nothing to repeat: the latent is at t1 already
-                columns["A"][1] = 1.0
-                continue
-            columns["Y"][1] = from_x[0]
-            columns["B"][1] = columns["C"][1] = from_d[0] / 2
+    columns["YX"][:-1] = (repeated & (grid.age == 0))[:-1]
+    for i in row:
+        if rests[i]:
+            columns["A"][i] = 1.0
+            continue
+        if again[i]:
+            columns["Y"][i] = from_x[i]
+            columns["B"][i] = columns["C"][i] = from_d[i] / 2
             continue
         columns["A"][i] = from_x[i]
-        rows = [j for j in range(i, start - 1, -1) if j != 1][:4]
-        for j, weight in zip(rows, _WEIGHTS[len(rows) - 1], strict=True):
-            if i - j == 4:  # row 4, where y holds e0
+        used = [j for j in range(i, starts[i] - 1, -1) if not again[j] and not rests[j]][:4]
+        for j, weight in zip(used, _WEIGHTS[len(used) - 1], strict=True):
+            if i - j == 4:  # the first row, whose estimate y holds
                 columns["Y"][i] = from_d[i] * weight
-                columns["YC"][1] = 1.0
+                columns["YC"][j + 1] = 1.0
             else:
                 columns["BCEF"[i - j]][i] = from_d[i] * weight
-    if n > 1:
-        columns["YX"][0] = 1.0
-    return Coefficients(
-        **columns, estimate="v" if velocity else "eps", keeps_mean=not velocity, keeps_variance=not velocity
-    )
+    exact = not velocity and not (again & (starts > 0)).any()
+    return Coefficients(**columns, estimate="v" if velocity else "eps", keeps_mean=exact, keeps_variance=exact)
 
 
 def _twice(t: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -77,7 +84,8 @@ PNDM = Solver(
     name="pndm",
     summary="PLMS of order 4, one more evaluation than steps",
     space="vp",
-    defaults={"final": "sigma-min", "remember": "eps"},
+    defaults={"final": "sigma-min", "remember": "eps", "restart": "plain"},
     coefficients=_coefficients,
     evaluations=_twice,
+    multistep=True,
 )

@@ -10,7 +10,7 @@ from tstitch_engines.errors import BadInput, unknown_name
 from tstitch_trt.solvers.base import Solver
 from tstitch_trt.solvers.ddim import DDIM
 from tstitch_trt.solvers.ddpm import DDPM
-from tstitch_trt.solvers.dpmpp import DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE
+from tstitch_trt.solvers.dpmpp import DPMPP_1, DPMPP_1_SDE, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE
 from tstitch_trt.solvers.dpmpp_singlestep import DPMPP_2S, DPMPP_3S
 from tstitch_trt.solvers.euler import EULER, EULER_ANCESTRAL
 from tstitch_trt.solvers.lcm import LCM
@@ -18,14 +18,14 @@ from tstitch_trt.solvers.options import SPACING_OPTIONS, SolverOptions
 from tstitch_trt.solvers.pndm import PNDM
 from tstitch_trt.solvers.unipc import UNIPC
 
-__all__ = ["DEFAULT_SPACING", "SOLVERS", "find_solver", "resolve", "with_default_spacing"]
+__all__ = ["DEFAULT_SPACING", "SOLVERS", "find_solver", "idle_options", "resolve", "with_default_spacing"]
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         solver.name: solver
         for solver in (
-            DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE, DPMPP_2S, DPMPP_3S,
-            UNIPC, PNDM, LCM,
+            DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_1, DPMPP_1_SDE, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE,
+            DPMPP_2S, DPMPP_3S, UNIPC, PNDM, LCM,
         )
     }
 )  # fmt: skip
@@ -70,7 +70,7 @@ def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOpt
             _clash(name, value, "timesteps", "the timesteps are given one by one")
         if own_timesteps and name == "step_to" and value == "stride":
             _clash(name, value, "timesteps", "the strides of timesteps that are given one by one are all their own")
-        if options.sigmas and options.sigma_ends != "spacing" and name in ("spacing", "steps_offset"):
+        if options.sigmas and options.sigma_ends != "spacing" and name in ("spacing", "steps_offset", "lambda_min"):
             _clash(name, value, "sigmas", f"the steps follow the {options.sigmas} sigmas")
         if options.sigmas and name == "step_to" and value == "stride":
             _clash(name, value, "sigmas", f"the steps follow the {options.sigmas} sigmas")
@@ -93,7 +93,19 @@ def resolve(options: SolverOptions, *, own_timesteps: bool = False) -> SolverOpt
         filled["spacing"] = options.spacing or DEFAULT_SPACING
         if options.spacing == "leading":
             filled["steps_offset"] = 0
+    for name, why in idle_options(options).items():
+        if getattr(options, name) not in (None, False):  # a switch that is off asks for nothing
+            raise BadInput(f"{name}={getattr(options, name)!r} would be ignored: {why}", hint=f"leave {name} out")
+        options = replace(options, **{name: None})  # type: ignore[arg-type]  # None is allowed for every option
+        filled.pop(name, None)
     return replace(options, **{**filled, **options.explicit()})  # type: ignore[arg-type]  # values come from checked options
+
+
+def idle_options(options: SolverOptions) -> Mapping[str, str]:
+    """The solver's options that have no effect beside the others and the solver's defaults, and why."""
+    solver = find_solver(options.name)
+    known = {name: value for name, value in options.explicit().items() if name in solver.defaults}
+    return solver.idle(SolverOptions.parse(solver.name, {**solver.defaults, **known}))
 
 
 def _having(name: str) -> list[str]:

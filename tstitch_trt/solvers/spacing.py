@@ -52,7 +52,8 @@ def space_timesteps(
             hint=f"ask for 1 to {most} steps, e.g. --steps {min(50, most)}",
         )
     if spacing == "trailing":
-        return np.round(train_steps - np.arange(steps) * (train_steps / steps)) - 1
+        # Counted down as the published code does, so that ties round alike; it has one too many at some step counts.
+        return np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1
     if spacing == "leading":
         t = np.arange(points, dtype=np.float64) * (train_steps // points) + steps_offset
         if t[-1] > last:
@@ -76,10 +77,12 @@ def space_sigmas(spacing: str, steps: int, *, sigma_min: float, sigma_max: float
     """``steps`` sigmas from ``sigma_max`` to ``sigma_min``, float64 ``[N]``.
 
     ``karras``: equal steps of ``sigma ** (1/7)`` (arXiv 2206.00364, eq. 5); ``exponential``: equal steps of log sigma.
-    Raises ``UnknownName`` or ``BadInput``.
+    One step is at ``sigma_max``. Raises ``UnknownName`` or ``BadInput``.
     """
     if spacing not in SIGMA_SPACINGS:
         raise unknown_name("sigma spacing", spacing, SIGMA_SPACINGS)
+    if steps == 1 and 0 < sigma_max < np.inf:
+        return np.array([float(sigma_max)])
     if steps < 1 or not 0 < sigma_min < sigma_max < np.inf:
         raise BadInput(
             f"{steps} sigmas from {sigma_max} to {sigma_min}; allowed are 1 or more with 0 < sigma_min < sigma_max",

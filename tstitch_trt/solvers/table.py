@@ -64,8 +64,8 @@ class StepTable(Coefficients):
 
     Raises ``BadInput`` unless
 
-    - every column has the same length, is finite, and the noise ``s / a`` falls from row to row; a row may end at the
-      level it begins with if it repeats a step from ``y``, or changes nothing;
+    - every column has the same length, is finite, and the noise ``s / a`` falls from row to row; two rows may begin at
+      one level if one of them repeats a step from ``y``, or the first changes nothing;
     - no row reads an estimate from before the first row, or a ``y`` that no row has written;
     - ``keeps_mean``: with exact estimates, each row lands on the next signal level: for ``x0`` estimates
       ``A a + Y a_y + B + C + E + F = a'``, where ``y = a_y x0 + s_y eps`` is followed from row to row;
@@ -111,7 +111,7 @@ class StepTable(Coefficients):
         falls[-1] |= levels[-1] == levels[-2]  # a trajectory may end at the level of its last step: a step that rests
         others = sum(np.abs(column) for column in (self.B, self.C, self.E, self.F, self.S))
         again, rests = (self.A == 0) & (self.Y != 0), (self.A == 1) & (others == 0) & (self.Y == 0)
-        falls[:-1] |= (levels[1:-1] == levels[:-2]) & (again | rests)[:-1]
+        falls[:-1] |= (levels[1:-1] == levels[:-2]) & ((again | rests)[:-1] | again[1:])
         self._require(falls, "the noise does not fall")
         if self.ends is not None:
             a, s = self.ends

@@ -13,6 +13,7 @@ the published code, and then predicts from the corrected one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,10 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
     return Coefficients(**columns)
 
 
+def _idle(options: SolverOptions) -> Mapping[str, str]:
+    return {"lower_order_final": "every step is of order 1"} if options.order == 1 else {}
+
+
 UNIPC = Solver(
     name="unipc",
     summary="predictor and corrector of order 1 to 3 over the last estimates",
@@ -104,4 +109,6 @@ UNIPC = Solver(
     defaults={"final": "zero", "order": 2, "formula": "bh2", "lower_order_final": True, "uncorrected": ""},
     coefficients=_coefficients,
     extra_point=True,
+    multistep=True,
+    idle=_idle,
 )

@@ -1,7 +1,8 @@
 """diffusers' ``scheduler_config.json`` as our own terms: a solver with options, a spacing, a noise schedule.
 
 The solver's table then equals ``SchedulerClass.from_config(config)``. A missing key has the default of its class in
-diffusers; a key that no table can express is an error; keys without an effect on the class are ignored, as there.
+diffusers; a key that no table can express is an error. Keys that the class does not read are ignored, as there: those
+of other classes, which ``from_config`` carries along, and its own where another key decides.
 """
 
 from __future__ import annotations
@@ -21,16 +22,23 @@ __all__ = ["SCHEDULERS", "Scheduler", "read_scheduler", "read_training"]
 class Scheduler:
     """What a scheduler's configuration says.
 
-    ``solver`` and ``options`` are those of ``tstitch_trt.solvers``. ``spacing`` is not repeated in the options; where
-    they name ``sigmas`` it is for other solvers only (but see ``sigma_ends``).
+    ``solver`` and ``options`` are those of ``tstitch_trt.solvers``. ``spacing`` is not repeated in the options, and
+    ``places`` says whether this class places its steps by it; if not, it is for other solvers that a bundle is run
+    with. ``as_written``: options on top, with which the table follows diffusers also where its code departs from the
+    sampler as published.
     """
 
     solver: str
     options: Mapping[str, Option]
     spacing: str
+    places: bool
+    as_written: Mapping[str, Option]
     noise: NoiseScheduleSpec
     parametrisation: PredictionType
 
+
+_Read = tuple[str, dict[str, Option], dict[str, Option]]
+"""A solver's name, its options, and ``Scheduler.as_written``."""
 
 _BETAS: Final = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "squared-cosine"}
 _PREDICTIONS: Final = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -76,8 +84,8 @@ class _Config:
 
     def off(self, *keys: str, default: bool = False) -> None:
         for key in keys:
-            if self.get(key, default):
-                raise self.refuse(key, self.get(key, default), "false: a step here is linear in the model's output")
+            if self.switch(key, default=default):
+                raise self.refuse(key, True, "false: a step here is linear in the model's output")
 
     def only(self, key: str, default: Any, wanted: Any) -> None:
         if self.get(key, default) != wanted:
@@ -102,7 +110,9 @@ class _Config:
         return float(value)
 
     def switch(self, key: str, *, default: bool) -> bool:
-        value = self.get(key, default)
+        """``null`` is off, whatever the default."""
+        value = self._values.get(key, default)
+        value = False if value is None else value
         if not isinstance(value, bool):
             raise self.refuse(key, value, "true or false")
         return value
@@ -116,7 +126,6 @@ def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.
     keys = _Config(config, where)
     if keys.name not in SCHEDULERS:
         raise unknown_name("scheduler class", keys.name, SCHEDULERS, hint=f"(in {where})")
-    keys.off("thresholding", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
     noise, prediction = _training(keys)
     spacing = "linspace"
     if keys.name != "DPMSolverSinglestepScheduler":  # which has no such key
@@ -125,11 +134,19 @@ def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.
             "leading" if keys.name in _LEADING_CLASSES else "linspace",
             {name: name for name in _SPACINGS},
         )
-    solver, options = SCHEDULERS[keys.name](keys, spacing)
-    spaced = solver != "lcm" and ("sigmas" not in options or "sigma_ends" in options)
-    if (offset := keys.whole("steps_offset", 0)) and spaced and spacing == "leading":
+    solver, options, as_written = SCHEDULERS[keys.name](keys, spacing)
+    places = solver != "lcm" and ("sigmas" not in options or "sigma_ends" in options)
+    if places and spacing == "leading" and (offset := keys.whole("steps_offset", 0)):
         options["steps_offset"] = offset
-    return Scheduler(solver=solver, options=options, spacing=spacing, noise=noise, parametrisation=prediction)
+    return Scheduler(
+        solver=solver,
+        options=options,
+        spacing=spacing,
+        places=places,
+        as_written=as_written,
+        noise=noise,
+        parametrisation=prediction,
+    )
 
 
 def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseScheduleSpec, PredictionType]:
@@ -150,13 +167,13 @@ def _training(keys: _Config) -> tuple[NoiseScheduleSpec, PredictionType]:
     if betas := _given_betas(keys, steps):
         return NoiseScheduleSpec(kind="betas", betas=betas, steps=steps, zero_terminal_snr=zero), prediction
     latent = keys.name in ("LCMScheduler", "TCDScheduler")  # whose defaults are those of latent diffusion
-    noise = NoiseScheduleSpec(
-        kind=keys.choose("beta_schedule", "scaled_linear" if latent else "linear", _BETAS),  # type: ignore[arg-type]
-        steps=steps,
-        beta_start=(start := keys.number("beta_start", 0.00085 if latent else 0.0001, above=0, below=1)),
-        beta_end=keys.number("beta_end", 0.012 if latent else 0.02, above=math.nextafter(start, 0), below=1),
-        zero_terminal_snr=zero,
-    )
+    kind = keys.choose("beta_schedule", "scaled_linear" if latent else "linear", _BETAS)
+    ends: dict[str, float] = {}
+    if kind != "squared-cosine":  # whose betas are no range
+        start = keys.number("beta_start", 0.00085 if latent else 0.0001, above=0, below=1)
+        end = keys.number("beta_end", 0.012 if latent else 0.02, above=math.nextafter(start, 0), below=1)
+        ends = {"beta_start": start, "beta_end": end}
+    noise = NoiseScheduleSpec(kind=kind, steps=steps, zero_terminal_snr=zero, **ends)  # type: ignore[arg-type]
     return noise, prediction
 
 
@@ -177,96 +194,112 @@ def _final_alpha(keys: _Config, *, default: bool) -> str:
     return "zero" if keys.switch("set_alpha_to_one", default=default) else "sigma-min"
 
 
-def _ddim(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+def _ddim(keys: _Config, spacing: str) -> _Read:
+    keys.off("thresholding")
     keys.off("clip_sample", default=True)
     options: dict[str, Option] = {"final": _final_alpha(keys, default=True)}
     if spacing != "leading":
         options["step_to"] = "stride"
-    return "ddim", options
+    return "ddim", options, {"step_to": "stride"}  # with "leading" it differs where steps_offset reaches a stride
 
 
-def _ddpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+def _ddpm(keys: _Config, spacing: str) -> _Read:
+    keys.off("thresholding")
     keys.off("clip_sample", default=True)
-    return "ddpm", {"variance": keys.choose("variance_type", "fixed_small", _VARIANCES)}
+    variance = keys.choose("variance_type", "fixed_small", _VARIANCES)
+    return "ddpm", {"variance": variance}, {} if variance == "fixed-small" else {"last_noise": True}
 
 
-def _pndm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
-    keys.only("skip_prk_steps", False, True)
+def _pndm(keys: _Config, spacing: str) -> _Read:
+    if not keys.switch("skip_prk_steps", default=False):
+        raise keys.refuse("skip_prk_steps", False, "True")
     if spacing != "leading":  # its steps end T // N below their timestep, where the next one does not begin
         raise keys.refuse("timestep_spacing", spacing, "'leading' for this class")
     options: dict[str, Option] = {"final": _final_alpha(keys, default=False)}
     if keys.get("prediction_type", "epsilon") == "v_prediction":
         options["remember"] = "v"
-    return "pndm", options
+    return "pndm", options, {"restart": "repeat"}
 
 
-def _euler(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+def _euler(keys: _Config, spacing: str) -> _Read:
+    keys.off("use_beta_sigmas")
     keys.only("interpolation_type", "linear", "linear")
-    keys.only("timestep_type", "discrete", "discrete")
+    if keys.get("prediction_type", "epsilon") == "v_prediction":  # alone with the other
+        keys.only("timestep_type", "discrete", "discrete")
     options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
     options |= _sigmas(keys)
     if "sigmas" in options and spacing != "linspace":  # linspace reaches the ends of the noise schedule
         options["sigma_ends"] = "spacing"
-    return "euler", options
+    return "euler", options, {}
 
 
-def _dpm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
+def _dpm(keys: _Config, spacing: str) -> _Read:
+    keys.off("thresholding", "use_flow_sigmas")
     kind = keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "-sde"})
     order = keys.whole("solver_order", 2)
-    if order not in (2, 3):
-        raise keys.refuse("solver_order", order, "2 or 3", "order 1 is DDIM: use DDIMScheduler, or solver ddim")
-    if keys.get("lambda_min_clipped", -math.inf) != -math.inf:
-        raise keys.refuse(
-            "lambda_min_clipped", keys.get("lambda_min_clipped", None), "-Infinity: it moves the timesteps"
-        )
-    # diffusers falls back on midpoint for the three that other classes have
-    second = keys.choose(
-        "solver_type",
-        "midpoint",
-        {"midpoint": "midpoint", "heun": "heun"} | dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
-    )
-    options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
-    if second != "midpoint":
-        options["second_order"] = second
-    if not keys.switch("lower_order_final", default=True):
-        options["lower_order_final"] = False
-    if keys.switch("euler_at_final", default=False):
-        options["euler_at_final"] = True
-    options |= _sigmas(keys)
+    if order not in (1, 2, 3):
+        raise keys.refuse("solver_order", order, "1, 2 or 3")
+    final = keys.choose("final_sigmas_type", "zero", _FINALS)
+    options: dict[str, Option] = {"final": final}
+    if order > 1:
+        options |= _second_order(keys)
+        if not keys.switch("lower_order_final", default=True):
+            options["lower_order_final"] = False
+        if final != "zero" and keys.switch("euler_at_final", default=False):
+            options["euler_at_final"] = True
+    options |= _sigmas(keys, lambdas=True)
     if "sigmas" in options:
         cosine = keys.get("beta_schedule", "linear") == "squaredcos_cap_v2"
-        options["sigma_timesteps"] = "nearest" if options["sigmas"] == "karras" and not cosine else "down"
-    return f"dpmpp-{order}m{kind}", options
+        rounds = options["sigmas"] == "karras" or _lambdas(keys)
+        options["sigma_timesteps"] = "nearest" if rounds and not cosine else "down"
+    else:
+        options |= _clipped(keys)
+    return f"dpmpp-{order}{'m' if order > 1 else ''}{kind}", options, {}
 
 
-def _singlestep(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
-    """The class has no timestep_spacing: its timesteps are those of linspace."""
-    keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": ""})
-    order = keys.whole("solver_order", 2)
-    if order not in (2, 3):
-        raise keys.refuse("solver_order", order, "2 or 3", "order 1 is DDIM: use DDIMScheduler, or solver ddim")
-    if keys.get("lambda_min_clipped", -math.inf) != -math.inf:
-        raise keys.refuse(
-            "lambda_min_clipped", keys.get("lambda_min_clipped", None), "-Infinity: it moves the timesteps"
-        )
+def _second_order(keys: _Config) -> dict[str, Option]:
+    """diffusers falls back on midpoint for the three that other classes have."""
     second = keys.choose(
         "solver_type",
         "midpoint",
         {"midpoint": "midpoint", "heun": "heun"} | dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
     )
-    options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
-    if second != "midpoint":
-        options["second_order"] = second
-    if not keys.switch("lower_order_final", default=False):
-        options["lower_order_final"] = False
+    return {} if second == "midpoint" else {"second_order": second}
+
+
+def _clipped(keys: _Config) -> dict[str, Option]:
+    """Where no sigmas place the steps."""
+    keys.off("use_beta_sigmas")
+    if keys.get("lambda_min_clipped", -math.inf) == -math.inf:
+        return {}
+    return {"lambda_min": keys.number("lambda_min_clipped", -math.inf, above=-1e9, below=1e9)}
+
+
+def _singlestep(keys: _Config, spacing: str) -> _Read:
+    """The class has no timestep_spacing: its timesteps are those of linspace."""
+    keys.off("thresholding", "use_flow_sigmas")
+    keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": ""})
+    order = keys.whole("solver_order", 2)
+    if order not in (1, 2, 3):
+        raise keys.refuse("solver_order", order, "1, 2 or 3")
+    final = keys.choose("final_sigmas_type", "zero", _FINALS)
+    options: dict[str, Option] = {"final": final}
+    if order > 1:
+        options |= _second_order(keys)
+        if final != "zero" and not keys.switch("lower_order_final", default=False):
+            options["lower_order_final"] = False
     options |= _sigmas(keys)
     if "sigmas" in options:
         options["sigma_timesteps"] = "nearest" if options["sigmas"] == "karras" else "down"
-    return f"dpmpp-{order}s", options
+    else:
+        options |= _clipped(keys)
+    return f"dpmpp-{order}{'s' if order > 1 else ''}", options, {}
 
 
-def _unipc(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
-    keys.only("predict_x0", True, True)
+def _unipc(keys: _Config, spacing: str) -> _Read:
+    keys.off("thresholding", "use_flow_sigmas")
+    if not keys.switch("predict_x0", default=True):
+        raise keys.refuse("predict_x0", False, "True")
     keys.only("solver_p", None, None)
     order = keys.whole("solver_order", 2)
     if order not in (1, 2, 3):
@@ -278,46 +311,64 @@ def _unipc(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
     options: dict[str, Option] = {"order": order, "final": keys.choose("final_sigmas_type", "zero", _FINALS)}
     if formula != "bh2":
         options["formula"] = formula
-    if not keys.switch("lower_order_final", default=True):
+    if order > 1 and not keys.switch("lower_order_final", default=True):
         options["lower_order_final"] = False
     if steps := keys.get("disable_corrector", []):
         if not isinstance(steps, list) or len(steps) > 1000 or any(type(step) is not int for step in steps):
             raise keys.refuse("disable_corrector", steps, "a list of steps")
-        options["uncorrected"] = ",".join(str(step) for step in steps)
+        options["uncorrected"] = ",".join(str(step) for step in steps if step >= 0)
     options |= _sigmas(keys)
     if "sigmas" in options:
         options["sigma_timesteps"] = "nearest" if options["sigmas"] == "karras" else "down"
-        if options["final"] == "sigma-min" and "sigma_min" in options:
-            raise keys.refuse("sigma_min", options["sigma_min"], "null where final_sigmas_type is 'sigma_min'")
-    return "unipc", options
+        if options["final"] == "sigma-min":  # of its own steps, not of the noise schedule
+            options["final"] = "last"
+    else:
+        keys.off("use_beta_sigmas")
+    return "unipc", options, {}
 
 
-def _lcm(keys: _Config, spacing: str) -> tuple[str, dict[str, Option]]:
-    keys.off("clip_sample")
-    keys.only("timestep_scaling", 10.0, 10.0)
-    return "lcm", {"original_steps": keys.whole("original_inference_steps", 50, least=1)}
+def _lcm(keys: _Config, spacing: str) -> _Read:
+    keys.off("thresholding", "clip_sample")
+    options: dict[str, Option] = {"original_steps": keys.whole("original_inference_steps", 50, least=1)}
+    if (scaling := keys.number("timestep_scaling", 10.0, above=0, below=1e9)) != 10:
+        options["timestep_scaling"] = scaling
+    return "lcm", options, {}
 
 
-def _sigmas(keys: _Config) -> dict[str, Option]:
-    karras, exponential = (keys.switch(f"use_{kind}_sigmas", default=False) for kind in ("karras", "exponential"))
-    if karras and exponential:
-        raise keys.refuse("use_exponential_sigmas", True, "false beside use_karras_sigmas")
-    if not karras and not exponential:
+def _lambdas(keys: _Config) -> bool:
+    """Whether the steps lie at equal distances of log sigma, from end to end of the noise schedule."""
+    lambdas, karras = (keys.switch(key, default=False) for key in ("use_lu_lambdas", "use_karras_sigmas"))
+    return lambdas and not karras
+
+
+def _sigmas(keys: _Config, *, lambdas: bool = False) -> dict[str, Option]:
+    """``lambdas``: the class reads ``use_lu_lambdas``."""
+    on = [key for key in _SIGMAS if keys.switch(key, default=False)]
+    if len(on) > 1:
+        raise keys.refuse(on[1], True, f"false beside {on[0]}")
+    if lambdas and _lambdas(keys):
+        return {"sigmas": "exponential"}
+    if not on or on == ["use_beta_sigmas"]:
         return {}
-    options: dict[str, Option] = {"sigmas": "karras" if karras else "exponential"}
+    options: dict[str, Option] = {"sigmas": "karras" if on == ["use_karras_sigmas"] else "exponential"}
     for name in ("sigma_min", "sigma_max"):
         if keys.get(name, None) is not None:
             options[name] = keys.number(name, 0.0, above=0, below=1e6)
     return options
 
 
-_LEADING_CLASSES: Final = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler")
-SCHEDULERS: Final[Mapping[str, Callable[[_Config, str], tuple[str, dict[str, Option]]]]] = {
+_SIGMAS: Final = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_LEADING_CLASSES: Final = (
+    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "LCMScheduler", "PNDMScheduler",
+)  # fmt: skip
+SCHEDULERS: Final[Mapping[str, Callable[[_Config, str], _Read]]] = {
+    "DDIMParallelScheduler": _ddim,
     "DDIMScheduler": _ddim,
+    "DDPMParallelScheduler": _ddpm,
     "DDPMScheduler": _ddpm,
     "DPMSolverMultistepScheduler": _dpm,
     "DPMSolverSinglestepScheduler": _singlestep,
-    "EulerAncestralDiscreteScheduler": lambda keys, spacing: ("euler-ancestral", {}),
+    "EulerAncestralDiscreteScheduler": lambda keys, spacing: ("euler-ancestral", {}, {}),
     "EulerDiscreteScheduler": _euler,
     "LCMScheduler": _lcm,
     "PNDMScheduler": _pndm,

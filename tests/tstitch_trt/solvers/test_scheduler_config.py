@@ -41,6 +41,12 @@ TURBO = {
 DPM = {**SDXL, "_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "leading"}
 UNIPC = {**SD15, "_class_name": "UniPCMultistepScheduler"}
 
+# Of other classes, carried along by from_config: Euler reads none of them.
+OTHERS = {
+    "thresholding": True, "use_lu_lambdas": True, "use_flow_sigmas": True, "lambda_min_clipped": -5.1,
+    "timestep_type": "continuous", "predict_x0": False, "skip_prk_steps": False, "variance_type": "learned",
+}  # fmt: skip
+
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sd15": (SD15, (1, 2, 20, 30, 50)),
     "sd15-v": ({**SD15, "prediction_type": "v_prediction"}, (20,)),
@@ -89,12 +95,33 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "unipc-bh1": ({**UNIPC, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}, (20,)),
     "lcm": ({**SDXL, "_class_name": "LCMScheduler", "original_inference_steps": 50}, (1, 4, 8)),
     "lcm-defaults": ({"_class_name": "LCMScheduler"}, (4,)),
+    "lcm-scaling": ({**SDXL, "_class_name": "LCMScheduler", "timestep_scaling": 2.0}, (4,)),
+    "dpm-1": ({**DPM, "solver_order": 1}, (10,)),
+    "dpm-1-sde": ({**DPM, "solver_order": 1, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}, (10,)),
+    "dpm-lu": ({**DPM, "use_lu_lambdas": True}, (10,)),
+    "dpm-clipped": ({**DPM, "lambda_min_clipped": -2.0}, (10,)),
+    "dpm-off-by-null": ({**DPM, "lower_order_final": None, "final_sigmas_type": "sigma_min"}, (10,)),
+    "unipc-sigma-min": (
+        {**UNIPC, "use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "sigma_min": 0.05}, (1, 8)
+    ),
+    "ddim-off-by-null": ({**SD21, "set_alpha_to_one": None}, (20,)),
+    "ddim-parallel": ({**SD21, "_class_name": "DDIMParallelScheduler"}, (20,)),
+    "ddpm-parallel": ({**SD21, "_class_name": "DDPMParallelScheduler"}, (20,)),
+    "trailing-ties": ({**SDXL, "timestep_spacing": "trailing"}, (48, 96)),
+    "cosine-without-a-range": (
+        {**SD21, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.1, "beta_end": 0.01}, (10,)
+    ),
+    **{f"karras-one-step-{name}": ({**config, "use_karras_sigmas": True}, (1,))
+       for name, config in (("euler", SDXL), ("dpm", DPM), ("unipc", UNIPC))},
+    **{f"other-keys-{name}": ({"_class_name": name, **LATENT, "clip_sample": False, **OTHERS}, (10,))
+       for name in ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")},
 }  # fmt: skip
 
 
 def table_of(config: dict[str, Any], steps: int) -> StepTable:
     read = read_scheduler(config)
     options = with_default_spacing(SolverOptions.parse(read.solver, read.options), read.spacing)
+    assert read.places == (options.spacing is not None)
     return make_table(options, NoiseSchedule.from_spec(read.noise), steps)
 
 
@@ -110,7 +137,7 @@ def test_equals_from_config(name: str, steps: int) -> None:
     scheduler.set_timesteps(steps)
     read, table = read_scheduler(config), table_of(config, steps)
     kind = read.parametrisation
-    bound = 1e-3 if name.startswith("unipc") or "cosine" in name else 1e-4
+    bound = 1e-3 if "unipc" in name or "cosine" in name else 1e-4
     t = None
     if read.options.get("sigmas"):  # diffusers finds timesteps of sigmas in float32, and cuts 998.9999 off to 998
         t = scheduler.timesteps.numpy()
@@ -164,17 +191,18 @@ def test_what_sd15_says() -> None:
             "algorithm_type is 'dpmsolver'",
         ),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, "use_beta_sigmas is True"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas is True"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}, "solver_order is 1; allowed is 2 or 3"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4}, "solver_order is 4; allowed is 1, 2 or 3"),
         ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0 is False; allowed is True"),
         (
             {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "use_exponential_sigmas": True},
             "use_exponential_sigmas is True",
         ),
         ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}, "interpolation_type is 'log_l"),
-        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is 'continuous'"),
-        ({"_class_name": "LCMScheduler", "timestep_scaling": 5.0}, "timestep_scaling is 5.0; allowed is 10.0"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction"},
+            "timestep_type is 'continuous'",
+        ),
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": None}, "predict_x0 is False; allowed is True"),
         ({"beta_start": float("nan")}, "beta_start is nan; allowed is a number above 0 and below 1"),
         ({"beta_start": 0}, "beta_start is 0; allowed is a number above 0"),
         ({"beta_start": -5}, "beta_start is -5; allowed is a number above 0"),

@@ -22,6 +22,7 @@ from tstitch_trt.plan.step_rows import fill_rows, reads_before
 from tstitch_trt.solvers import SOLVERS, SolverOptions, StepTable, make_table, resolve, with_default_spacing
 from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 from tstitch_trt.solvers.prediction import PREDICTION_TYPES, coefficients
+from tstitch_trt.solvers.registry import idle_options
 from tstitch_trt.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 from tstitch_trt.solvers.table import COLUMNS
 
@@ -58,6 +59,8 @@ def tables(draw: Any) -> StepTable:
         "uncorrected": st.sampled_from(["", "0", "1,3"]),
     }
     options |= {name: draw(values[name]) for name in solver.defaults if name in values}
+    idle = idle_options(SolverOptions.parse(solver.name, options))
+    options = {name: value for name, value in options.items() if name not in idle}
     restarts = draw(st.sets(st.integers(0, steps - 1), max_size=4))
     noise = NOISE[draw(st.sampled_from(sorted(NOISE)))]
     return make_table(solver.name, noise, steps, restarts=restarts, **options)
@@ -298,7 +301,7 @@ def test_options_are_resolved_and_told() -> None:
     assert make_table("ddim", LINEAR, 10).solver == SolverOptions(
         name="ddim", spacing="dit", eta=0.0, final="zero", step_to="next"
     )
-    assert str(make_table("lcm", LINEAR, 4).solver) == "lcm(original_steps=50)"
+    assert str(make_table("lcm", LINEAR, 4).solver) == "lcm(original_steps=50, timestep_scaling=10.0)"
     assert resolve(SolverOptions(name="euler", sigmas="karras")).spacing is None
     base = SolverOptions(name="ddim", eta=0.5)
     assert make_table(base, LINEAR, 10, spacing="leading").solver.eta == 0.5

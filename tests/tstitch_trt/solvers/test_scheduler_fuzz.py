@@ -1,0 +1,64 @@
+"""Random scheduler configurations: the trajectory of diffusers' own class, or refused for a reason that is true.
+
+What a pipeline's call becomes (``plan_keywords``, ``make_plan``) is walked beside the scheduler's own ``step`` with one
+model and one noise, both in float64.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+
+import pytest
+
+from support.scheduler_fuzz import BENIGN, Outcome, changed_by, draw_case, named_key, run, without
+from tstitch_engines.bundle.scheduler_config import SCHEDULERS, read_scheduler
+from tstitch_engines.errors import UnknownName
+
+pytest.importorskip("diffusers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def check(seed: int) -> Outcome:
+    case = draw_case(seed)
+    found = run(case)
+    assert found.kind != "differs", f"seed {seed}: {found.error:.2e} {found.message} {case}"
+    assert "those of its configuration are" not in found.message, f"seed {seed}: {found.message} {case}"
+    if found.kind == "refused" and (key := named_key(found.message)) is not None:
+        other = type(case)(**{**vars(case), "config": without(case.config, key, BENIGN.get(key))})
+        then = run(other)
+        assert then.kind != "refused" or named_key(then.message) != key, f"seed {seed}: {then.message} {other}"
+        assert changed_by(case, key, BENIGN.get(key)), f"seed {seed}: {key} changes nothing in {case}"
+    return found
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_random_configurations(first: int) -> None:
+    kinds = Counter(check(seed).kind for seed in range(first, first + 20))
+    assert kinds["equal"] >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(60, 2060, 200))
+def test_two_thousand_configurations(first: int) -> None:
+    kinds = Counter(check(seed).kind for seed in range(first, first + 200))
+    assert kinds["equal"] >= 100
+
+
+def test_every_class_of_diffusers_is_read_or_refused_by_name() -> None:
+    import diffusers
+
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")]
+    classes = [getattr(diffusers, name) for name in names]
+    configured = [cls.__name__ for cls in classes if inspect.isclass(cls) and hasattr(cls, "from_config")]
+    assert set(SCHEDULERS) < set(configured)
+    assert len(configured) > 40
+    for name in configured:
+        if name not in SCHEDULERS:
+            with pytest.raises(UnknownName, match=f"unknown scheduler class '{name}'"):
+                read_scheduler({"_class_name": name})
