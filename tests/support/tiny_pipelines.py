@@ -31,7 +31,11 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", _OFFSET),
     "dpmpp-2m": ("DPMSolverMultistepScheduler", _OFFSET),
     "dpmpp-2m karras": ("DPMSolverMultistepScheduler", {**_OFFSET, "use_karras_sigmas": True}),
+    "dpmpp-2m linspace karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp-2m exponential": ("DPMSolverMultistepScheduler", {**_OFFSET, "use_exponential_sigmas": True}),
+    "euler linspace karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     "unipc": ("UniPCMultistepScheduler", _OFFSET),
+    "unipc karras": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
     "turbo": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "lcm": ("LCMScheduler", {"original_inference_steps": 50, "steps_offset": 1}),
 }

@@ -51,7 +51,7 @@ def _set_up(scheduler: Any, asked: AskedSteps) -> Any:
         given = {"timesteps": list(asked.timesteps)}
     if asked.original_inference_steps is not None:
         given["original_inference_steps"] = asked.original_inference_steps
-    taken = inspect.signature(found.set_timesteps).parameters
+    taken = inspect.signature(type(found).set_timesteps).parameters
     for key in given:
         if key not in taken:
             raise BadInput(f"{key} was given, and {name} takes none", hint="leave it out, or set another scheduler")

@@ -83,7 +83,8 @@ class PlanOptions:
     others are for steps with two halves. ``guidance_rescale``: arXiv 2305.08891, section 3.4, 0 = off, the default.
     ``guidance_interval``: guide steps ``start <= i < stop`` only. ``guided_channels``: guide the first k channels.
 
-    ``start``: the step at which the trajectory is entered from a picture; a multistep solver starts again there.
+    ``start``: the step at which the trajectory is entered, from a picture or a state; a multistep solver starts again
+    there.
 
     Steps, solver, spacing, schedule and guidance that are not said come from the bundle's defaults. A value of a wrong
     type or out of range raises ``BadInput`` or one of its kinds when the record is made.

@@ -63,11 +63,12 @@ class SampleOptions:
     pixels an element is); the bundle's own by default.
 
     ``n``: the number of images, at most 100,000 with 100 million steps and 10 million characters in all, and no more
-    than fit into free memory; labels, texts and pictures go round, and more of them than images are refused.
-    ``seeds``: one per image; otherwise image i has ``seed + i`` (``seed`` is 0 by default). ``latents``: unit Gaussian
-    noise float32 ``[N,C,H,W]`` to start from in place of the seeds' own; with ``start_step`` k > 0 they are the state
-    before step k. They may be anything with ``__dlpack__`` or ``__cuda_array_interface__``, such as a torch tensor: on
-    this runtime's GPU they are read where they lie (NaN in them is then found after the first step).
+    than fit into free memory; labels, texts and pictures go round, and more of them than images are refused. ``seeds``:
+    one per image; otherwise image i has ``seed + i`` (``seed`` is 0 by default). ``latents``: unit Gaussian noise
+    float32 ``[N,C,H,W]`` to start from in place of the seeds' own; with ``start_step`` k > 0 they are the state before
+    step k, where a multistep solver starts again. They may be anything with ``__dlpack__`` or
+    ``__cuda_array_interface__``, such as a torch tensor: on this runtime's GPU they are read where they lie (NaN in
+    them is then found after the first step).
 
     ``image``: pictures to start from, uint8 ``[H,W,3]`` or ``[N,H,W,3]``, or latents, float ``[N,C,H,W]``. They are
     encoded, noised to the step that ``strength`` gives and drawn again from there: 1 runs all steps, 0.5 the later

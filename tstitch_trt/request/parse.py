@@ -22,7 +22,6 @@ from tstitch_engines.checks import (
 from tstitch_engines.device.base import Buffer
 from tstitch_engines.errors import BadInput, Unavailable, unknown_name
 from tstitch_trt.plan.plan import Plan
-from tstitch_trt.plan.step_rows import reads_before
 from tstitch_trt.request.arrays import (
     ForeignLatents,
     check_room,
@@ -154,11 +153,6 @@ class ParsedRequest:
         if self.start_step >= len(plan.schedule):
             raise BadInput(
                 f"start_step {self.start_step} is outside 0..{len(plan.schedule) - 1}", hint="0 starts from noise"
-            )
-        if self.start_step and reads_before(plan.rows, self.start_step):
-            raise BadInput(
-                f"start_step {self.start_step}: the solver needs the estimates of the steps before",
-                hint="use a single-step solver (ddim, ddpm, euler, lcm) to enter a trajectory in the middle",
             )
 
 

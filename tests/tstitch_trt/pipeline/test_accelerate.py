@@ -38,7 +38,11 @@ def accelerated(shared: Any) -> Any:
 # --- equal to the pipeline
 
 
-@pytest.mark.parametrize("solver", ["pndm", "ddim", "euler", "dpmpp-2m", "unipc", "turbo"])
+@pytest.mark.parametrize(
+    "solver",
+    ["pndm", "ddim", "euler", "dpmpp-2m", "unipc", "turbo", "dpmpp-2m karras", "dpmpp-2m linspace karras",
+     "dpmpp-2m exponential", "euler linspace karras", "unipc karras"],
+)  # fmt: skip
 def test_equal_seeds_draw_equal_pictures(accelerated: Any, solver: str) -> None:
     """With the scheduler that the pipeline has at the time of the call."""
     accelerated.scheduler = scheduler(solver)
@@ -113,6 +117,9 @@ def test_stitched_is_a_loop_over_both_modules(accelerated: Any, sd: Path, solver
         {"latents": 5},
         {"generator": [4, 9]},
         {"timesteps": [901, 701, 401, 101], "num_inference_steps": None, "solver": "euler"},
+        {"timesteps": [999], "num_inference_steps": None, "solver": "lcm"},
+        {"num_inference_steps": 1, "solver": "dpmpp-2m karras"},
+        {"num_inference_steps": 1, "solver": "euler linspace karras"},
     ],
     ids=lambda asked: ", ".join(asked),
 )
@@ -263,6 +270,42 @@ def test_a_budget_chooses_the_schedule(accelerated: Any) -> None:
 def test_what_can_not_be_honoured_is_refused(accelerated: Any, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         accelerated(**{**SD, **asked})
+
+
+@pytest.mark.parametrize(
+    ("solver", "asked", "message"),
+    [
+        ("euler", {"eta": 0.5}, "eta is 0.5, and EulerDiscreteScheduler does not use it"),
+        ("ddim", {"timesteps": [900, 100]}, "timesteps was given, and DDIMScheduler takes none"),
+        ("dpmpp-2m karras", {"timesteps": [900, 100]}, "Cannot use `timesteps` with `config.use_karras_sigmas = True`"),
+        ("turbo", {"num_inference_steps": 61}, "num_inference_steps is 61; with timestep_spacing 'trailing'"),
+        ("lcm", {"num_inference_steps": 51}, "LCMScheduler can't place its steps by num_inference_steps 51"),
+    ],
+)
+def test_what_the_scheduler_does_not_take_is_refused(
+    accelerated: Any, solver: str, asked: dict[str, Any], message: str
+) -> None:
+    accelerated.scheduler = scheduler(solver)
+    with pytest.raises(BadInput, match=re.escape(message)):
+        accelerated(**{**SD, **asked})
+
+
+def test_a_scheduler_that_is_not_its_configuration_is_refused(accelerated: Any) -> None:
+    """Noise that was set by hand, and a method of its own that places the steps."""
+    accelerated.scheduler = scheduler("ddim")
+    accelerated.scheduler.alphas_cumprod = accelerated.scheduler.alphas_cumprod**1.1
+    with pytest.raises(BadInput, match="the alphas_cumprod of the pipeline's DDIMScheduler are 1000 from"):
+        accelerated(**SD)
+    accelerated.scheduler = other = scheduler("euler")
+    place = other.set_timesteps
+
+    def shifted(*args: Any, **keywords: Any) -> None:
+        place(*args, **keywords)
+        other.timesteps = other.timesteps + 5
+
+    other.set_timesteps = shifted
+    with pytest.raises(BadInput, match="the timesteps of the pipeline's EulerDiscreteScheduler are "):
+        accelerated(**SD)
 
 
 def test_a_scheduler_for_other_noise_is_refused(accelerated: Any) -> None:

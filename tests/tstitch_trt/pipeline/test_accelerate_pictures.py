@@ -50,6 +50,15 @@ def test_pictures_that_do_not_come_out_even(sd: Path, cache: Path) -> None:
             made(**SD, image=pictures(1), strength=1.5)
 
 
+@pytest.mark.parametrize("solver", ["pndm", "dpmpp-2m karras", "unipc"])
+def test_multistep_solvers_start_from_a_picture_as_in_diffusers(sd: Path, cache: Path, solver: str) -> None:
+    """PNDM's pipelines repeat the step that they begin with, though the list of timesteps does not."""
+    pipe = pipeline(sd, solver, "StableDiffusionImg2ImgPipeline")
+    with fast(pipe, sd, cache) as made:
+        for strength in (0.5, 0.9):
+            equal(pipe, made, image=pictures(1, 2), strength=strength)
+
+
 @pytest.mark.slow
 def test_a_tiny_autoencoder_draws_nothing(sd: Path, cache: Path, tmp_path: Path) -> None:
     """So that the noise of equal generators is equal."""

@@ -202,8 +202,20 @@ def test_entering_in_the_middle_goes_on_bit_for_bit(runtime: Runtime) -> None:
     rest = runtime.sample(labels=[1, 2], steps=10, solver="ddpm", fraction=0.4, seed=9, start_step=4, latents=states[4])
     np.testing.assert_array_equal(rest.latents, whole.latents)
     assert [(t.member, t.steps) for t in rest.timings] == [("large", 6)]
-    with pytest.raises(BadInput, match="estimates of the steps before"):
-        runtime.sample(labels=[1, 2], steps=10, solver="dpmpp-2m", start_step=4, latents=states[4])
+
+
+def test_a_multistep_solver_that_enters_in_the_middle_starts_again(runtime: Runtime) -> None:
+    """It has no estimates of the steps before: with one timestep less before it, it does the same from there on."""
+    asked: dict[str, Any] = {"labels": [1, 2], "solver": "dpmpp-2m", "seed": 9, "schedule": "large"}
+    times = [900.0, 700.0, 500.0, 300.0, 100.0]
+    for event in runtime.iterate(**asked, timesteps=times):
+        if event.step == 2:
+            state = event.latents()
+    entered = runtime.sample(**asked, timesteps=times, start_step=2, latents=state)
+    alone = runtime.sample(**asked, timesteps=times[2:], latents=state)
+    np.testing.assert_array_equal(entered.latents, alone.latents)
+    whole = runtime.sample(**asked, timesteps=times)
+    assert np.abs(entered.latents - whole.latents).max() > 1e-3
 
 
 def test_iterate_shows_each_step_and_returns_the_result(runtime: Runtime) -> None:
