@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +17,10 @@ from support.manifests import manifest, member
 from support.reference import walk
 from tstitch_engines.bundle.scheduler_config import SCHEDULERS
 from tstitch_engines.errors import BadInput
-from tstitch_trt.pipeline.scheduler import AskedSteps, check_noise, check_plan, more_noise, plan_keywords, read_own
+from tstitch_trt.pipeline.scheduler import AskedSteps, check_plan, more_noise, plan_keywords, read_own
 from tstitch_trt.plan.plan import make_plan
-from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 
-__all__ = ["BENIGN", "Case", "Outcome", "changed_by", "draw_case", "named_key", "run", "without"]
+__all__ = ["BENIGN", "Case", "Outcome", "changed_by", "draw_case", "named_key", "otherwise", "run"]
 
 Array = NDArray[np.float64]
 
@@ -59,17 +58,16 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "shift_terminal": (None,),
     "original_inference_steps": (50, 25, 40),
     "timestep_scaling": (10.0, 5.0),
-    "trained_betas": (None,),
+    "trained_betas": (None, None, None, "rising"),
+    "rescale_betas_zero_snr": (True, False, False),
 }
 # Those of which some values are refused, which are drawn less often.
 RARE: Mapping[str, tuple[Any, ...]] = {
     "beta_schedule": ("sigmoid", "laplace"),
     "prediction_type": ("flow_prediction",),
-    "trained_betas": ([0.001 + 0.00002 * i for i in range(1000)],),
     "thresholding": (True,),
     "clip_sample": (True, None),
     "skip_prk_steps": (False,),
-    "rescale_betas_zero_snr": (True,),
     "variance_type": ("fixed_large_log", "learned"),
     "interpolation_type": ("log_linear",),
     "timestep_type": ("continuous",),
@@ -132,6 +130,8 @@ def draw_case(seed: int) -> Case:
     if "DDPM" not in name and rng.random() < 0.8:
         config.pop("variance_type", None)
     train = config.get("num_train_timesteps", 1000)
+    if config.get("trained_betas") == "rising":
+        config["trained_betas"] = np.linspace(0.0005, 0.03, train).tolist()
     steps: int | None = int(pick((1, 2, 3, 4, 5, 8, 10, 14, 15, 20, 25, 30, 48, 50, 61, 100)))
     timesteps = None
     if rng.random() < (0.25 if name.startswith(("DDPM", "Euler", "DPM", "LCM")) else 0.03):
@@ -216,7 +216,6 @@ def _ours(scheduler: Any, case: Case) -> tuple[Array, int]:
     bundle = manifest(
         {"large": member(parametrisation=read.parametrisation, learned=learned, channels=SHAPE[1])}, noise=read.noise
     )
-    check_noise(scheduler, NoiseSchedule.from_spec(read.noise))
     start = _start(case)
     plan = make_plan(bundle, **plan_keywords(scheduler, asked), schedule="large", start=start)
     check_plan(scheduler, asked, plan)
@@ -268,6 +267,39 @@ def _noise(steps: int) -> tuple[Array, Array, Array]:
 
 
 def named_key(message: str) -> str | None:
-    """The key of the configuration that a refusal names."""
+    """The key of the configuration that a refusal of reading it names."""
     found = re.match(r"the pipeline's scheduler: (\w+) is ", message)
     return None if found is None else found[1]
+
+
+def otherwise(case: Case, message: str) -> Case:
+    """``case`` with what a refusal names left out or set to what it allows."""
+    key = named_key(message)
+    found = next((key for pattern, key in _NAMED.items() if re.match(pattern, message)), key)
+    assert found is not None, f"{message} names nothing of {case}"
+    changes: dict[str, Any] = {"config": without(case.config, found, BENIGN.get(found))}
+    if found == "eta":
+        changes = {"eta": 0.0}
+    if found in ("steps", "timesteps"):
+        changes = {"timesteps": None, "steps": 10}
+    return replace(case, **changes)
+
+
+_NAMED: Mapping[str, str] = {
+    "eta is ": "eta",
+    "timesteps was given": "timesteps",
+    r"\w+ can't place its steps by timesteps": "timesteps",
+    r".* `mu` must be passed when `use_dynamic_shifting`": "use_dynamic_shifting",
+    r"\w+ can't place its steps by num_inference_steps": "steps",
+    "num_inference_steps is ": "steps",
+    "'pndm' evaluates ": "steps",
+    r"\d+ steps of spacing": "steps",
+    "the noise does not fall from timestep": "timesteps",
+    "timesteps must fall": "timesteps",
+    "the pipeline's scheduler: steps_offset is": "steps_offset",
+    "steps_offset ": "steps_offset",
+    "sigma_max is ": "sigma_max",
+    "sigma_min is ": "sigma_min",
+    "lambda_min is ": "lambda_min_clipped",
+    r"member 'large' predicts the noise \(eps\), which says nothing": "rescale_betas_zero_snr",
+}

@@ -28,7 +28,7 @@ from tstitch_trt.pipeline.inputs import (
 )
 from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.outputs import call_back, pipeline_output
-from tstitch_trt.pipeline.scheduler import AskedSteps, check_noise, check_plan, more_noise, plan_keywords, read_own
+from tstitch_trt.pipeline.scheduler import AskedSteps, check_plan, more_noise, plan_keywords, read_own
 from tstitch_trt.pipeline.stock import StockModule
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
@@ -36,7 +36,6 @@ from tstitch_trt.plan.schedule import has_fractions
 from tstitch_trt.runtime.chooser import chosen_options
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.runtime.work_queue import EXIT
-from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 
 __all__ = ["AcceleratedPipeline"]
 
@@ -238,7 +237,6 @@ class AcceleratedPipeline:
                 f"bundle is for {manifest.members['large'].parametrisation} and {manifest.noise}",
                 hint="make it with from_config(pipe.scheduler.config), or call accelerate again",
             )
-        check_noise(self.pipe.scheduler, NoiseSchedule.from_spec(found.noise))
         return found
 
     def _texts(self, a: SimpleNamespace, *, guided: bool) -> dict[str, Any]:

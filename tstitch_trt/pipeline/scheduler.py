@@ -17,10 +17,9 @@ from tstitch_trt.pipeline.own_code import scheduler_class
 from tstitch_trt.plan.options import StepKeywords
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.solvers import SPACING_OPTIONS, SolverOptions
-from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 from tstitch_trt.solvers.registry import find_solver, resolve
 
-__all__ = ["AskedSteps", "check_noise", "check_plan", "more_noise", "plan_keywords", "read_own"]
+__all__ = ["AskedSteps", "check_plan", "more_noise", "plan_keywords", "read_own"]
 
 Array = NDArray[np.float64]
 
@@ -148,13 +147,6 @@ def more_noise(scheduler: Any, asked: AskedSteps, plan: Plan) -> np.float32:
     ``leading`` starts below the noisiest timestep, where signal has its share too (``init_noise_sigma``)."""
     ratio = float(_set_up(scheduler, asked).init_noise_sigma) / plan.init_scale
     return np.float32(1.0 if abs(ratio - 1) < 1e-5 else ratio)
-
-
-def check_noise(scheduler: Any, noise: NoiseSchedule) -> None:
-    """Raises ``BadInput`` for a scheduler whose noise is not that of its configuration."""
-    alphas = np.array(scheduler.alphas_cumprod, np.float64)
-    if not _same_signal(alphas, noise.alphas_cumprod):
-        raise _elsewhere(scheduler, "alphas_cumprod", alphas, noise.alphas_cumprod)
 
 
 def _same_signal(theirs: Array, ours: Array) -> bool:

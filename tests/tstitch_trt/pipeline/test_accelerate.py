@@ -290,24 +290,6 @@ def test_what_the_scheduler_does_not_take_is_refused(
         accelerated(**{**SD, **asked})
 
 
-def test_a_scheduler_that_is_not_its_configuration_is_refused(accelerated: Any) -> None:
-    """Noise that was set by hand, and a method of its own that places the steps."""
-    accelerated.scheduler = scheduler("ddim")
-    accelerated.scheduler.alphas_cumprod = accelerated.scheduler.alphas_cumprod**1.1
-    with pytest.raises(BadInput, match="the alphas_cumprod of the pipeline's DDIMScheduler are 1000 from"):
-        accelerated(**SD)
-    accelerated.scheduler = other = scheduler("euler")
-    place = other.set_timesteps
-
-    def shifted(*args: Any, **keywords: Any) -> None:
-        place(*args, **keywords)
-        other.timesteps = other.timesteps + 5
-
-    other.set_timesteps = shifted
-    with pytest.raises(BadInput, match="the timesteps of the pipeline's EulerDiscreteScheduler are "):
-        accelerated(**SD)
-
-
 def test_a_scheduler_for_other_noise_is_refused(accelerated: Any) -> None:
     for changes, what in (
         ({"prediction_type": "v_prediction"}, "is for v models"),

@@ -150,7 +150,13 @@ def test_what_the_request_fixes_must_be_as_it_was_measured() -> None:
     assert choose(100, study).settings["eta"] == 0.5  # left open: the best
     assert choose(100, study, steps=20).quality == 8
     assert choose(100, study, steps=20, history="keep").quality == 8  # as by default
-    for other in ({"guidance": 3.0}, {"steps": 7}, {"solver": "euler"}, {"history": "reset", "solver": "dpmpp-2m"}, {"spacing": "linspace"}):
+    for other in (
+        {"guidance": 3.0},
+        {"steps": 7},
+        {"solver": "euler"},
+        {"history": "reset", "solver": "dpmpp-2m"},
+        {"spacing": "linspace"},
+    ):
         got = choose(1000, study, **other)
         (name, value) = next(iter(other.items()))
         assert got.source == "rule", other
