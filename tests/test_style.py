@@ -15,6 +15,7 @@ PACKAGES = (ROOT / "tstitch_trt", ROOT / "export/tstitch_export", ROOT / "engine
 FOREIGN = {
     "tstitch_trt/pipeline/arguments.py",
     "tstitch_trt/pipeline/code_origin.py",
+    "tstitch_trt/pipeline/scheduler.py",
     "export/tstitch_export/onnx_export/exporter.py",
 }
 
