@@ -1,7 +1,7 @@
 # Short verbs for people who work on tstitch-trt; users need only the two commands of the README.
 PYTHON ?= python3
 
-.PHONY: install lint format check test test-slow bench clean
+.PHONY: install lint format check test test-slow compatibility bench clean
 
 install:  ## editable install with everything the tests and the linters need
 	$(PYTHON) -m pip install scikit-build-core nanobind cmake ninja
@@ -25,6 +25,9 @@ test:  ## on all cores
 
 test-slow:  ## the same on further models
 	$(PYTHON) -m pytest -n auto -m slow
+
+compatibility:  ## write docs/compatibility.md
+	PYTHONPATH=tests $(PYTHON) -W ignore -m support.compatibility
 
 bench:  ## the built-in pair on this machine
 	$(PYTHON) -m tstitch_trt.cli build fashion -o build/fashion.bundle

@@ -27,7 +27,7 @@ from tstitch_trt.pipeline.kinds import PipelineSpec
 from tstitch_trt.pipeline.own_code import scheduler_class
 from tstitch_trt.request.limits import MOST_IMAGES, check_prompt
 
-__all__ = ["OUTPUTS", "default_size", "read_arguments"]
+__all__ = ["HEEDED", "OUTPUTS", "default_size", "read_arguments"]
 
 OUTPUTS: Final = ("pil", "np", "pt", "latent")
 
@@ -74,7 +74,7 @@ def _names(value: object, what: str) -> list[str]:
 
 _PIXELS: Final = partial(check_whole, low=1)
 # The arguments of diffusers' pipelines that are heeded; any other may only have its default.
-_HEEDED: Final[Mapping[str, Check]] = {
+HEEDED: Final[Mapping[str, Check]] = {
     "prompt": _texts, "prompt_2": _texts, "negative_prompt": _texts, "negative_prompt_2": _texts,
     "image": taken_as_is, "mask_image": taken_as_is, "masked_image_latents": _tensor, "control_image": taken_as_is,
     "height": _PIXELS, "width": _PIXELS, "strength": partial(check_number, low=0, high=1),
@@ -161,17 +161,17 @@ def _bound(pipe: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> dic
     except TypeError as error:
         raise BadInput(f"the arguments do not fit {name}: {error}", hint="use keywords") from None
     bound.apply_defaults()
-    values = dict.fromkeys(_HEEDED)
+    values = dict.fromkeys(HEEDED)
     for key in known:
         value, default = bound.arguments[key], signature.parameters[key].default
-        if key not in _HEEDED and not _same(value, default):
+        if key not in HEEDED and not _same(value, default):
             raise BadInput(
                 f"{key} was given, which compiled engines can't honour; allowed is {default!r}",
                 hint="leave it out, or call the pipeline itself: accelerated.pipe(...)",
             )
         values[key] = value
-        if key in _HEEDED and value is not None and value is not default:
-            values[key] = run_check(_HEEDED[key], value, key)
+        if key in HEEDED and value is not None and value is not default:
+            values[key] = run_check(HEEDED[key], value, key)
     return values
 
 

@@ -21,10 +21,10 @@ from tstitch_trt.pipeline.code_origin import (
 from tstitch_trt.pipeline.weights import FUSED, check_values, sample_of
 from tstitch_trt.pipeline.wrapped import odd_hook, replaced_method, unwrap_compiled
 
-__all__ = ["StockModule", "check_stock"]
+__all__ = ["PROCESSORS", "StockModule", "check_stock"]
 
 # Attention by other kernels or in slices: the same arithmetic, up to rounding
-_PROCESSORS: Final[Mapping[str, frozenset[str]]] = {
+PROCESSORS: Final[Mapping[str, frozenset[str]]] = {
     "AttnProcessor2_0": frozenset({
         "AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "FusedAttnProcessor2_0",
         "AttnProcessorNPU", "XLAFlashAttnProcessor2_0",
@@ -191,7 +191,7 @@ def _added(part: Any, name: str, known: set[str]) -> Iterator[str]:
 
 def _processor(mine: Any, theirs: Any) -> Iterator[str]:
     base = library_base(type(mine))
-    allowed = _PROCESSORS.get(type(theirs).__name__, frozenset({type(theirs).__name__}))
+    allowed = PROCESSORS.get(type(theirs).__name__, frozenset({type(theirs).__name__}))
     if base.__name__ not in allowed or not base.__module__.startswith("diffusers."):
         yield f"processor is a {_name(type(mine))}"
     elif changed := [name for name in vars(mine) if callable(getattr(type(mine), name, None))]:

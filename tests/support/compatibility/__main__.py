@@ -1,0 +1,5 @@
+import sys
+
+from support.compatibility.page import main
+
+sys.exit(main())

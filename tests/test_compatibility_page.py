@@ -1,0 +1,32 @@
+"""docs/compatibility.md is what the code says: it is made by ``make compatibility``."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from support.compatibility.page import PAGE, diffusers_sections, own_sections
+
+diffusers = pytest.importorskip("diffusers")
+
+# diffusers calls np.array on tensors, which NumPy 2 wants spelled otherwise
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_what_files_say() -> None:
+    text = PAGE.read_text()
+    for section in own_sections():
+        assert section in text, "run make compatibility"
+
+
+def test_what_diffusers_has() -> None:
+    """Each key without effect here is tried in diffusers: one that changes its pictures fails, and not for the page."""
+    text = PAGE.read_text()
+    version = re.search(r"of diffusers (\S+)\.\n", text)
+    assert version is not None
+    sections = diffusers_sections()
+    if diffusers.__version__ != version[1]:
+        pytest.skip(f"the page is of diffusers {version[1]}, this is {diffusers.__version__}")
+    for section in sections:
+        assert section in text, "run make compatibility"
