@@ -48,7 +48,7 @@ def test_sd2_before_sd1(recipe: Path, sd: Path, tmp_path: Path) -> None:
     plan = planned(recipe, members={"small": sd2, "large": sd})
     small, large = (plan.conventions.members[name] for name in ("small", "large"))
     assert (small.parametrisation, large.parametrisation) == ("v", "eps")
-    said(plan, "member 'small' (unet) predicts v, as its checkpoint states")
+    said(plan, "member 'small' (unet) predicts v, as its scheduler_config.json says")
     assert set(plan.parts) == {"text_encoder", "small_text_encoder", "vae_decoder", "vae_encoder"}
     assert small.text == TextInputs(hidden=("small_text_encoder",), width=64)
     assert large.text == TextInputs(hidden=("text_encoder",), width=32)
@@ -65,7 +65,7 @@ def test_noise_schedules_and_counts_of_timesteps(recipe: Path, sd: Path, tmp_pat
         plan = planned(recipe, members={"small": other, "large": sd})
         assert plan.conventions.noise == NOISE
         assert (plan.conventions.members["small"].noise, plan.conventions.members["large"].noise) == (own, None)
-        said(plan, "'small' (unet) was trained with the noise schedule", f"over {own.steps} steps", "of equal noise")
+        said(plan, "'small' (unet) was trained with the noise schedule", f"{own.steps} steps", "of equal noise")
         plan = planned(recipe, members={"small": sd, "large": other})  # the last one's is the bundle's
         assert plan.conventions.noise == own
         assert (plan.conventions.members["small"].noise, plan.conventions.members["large"].noise) == (NOISE, None)
