@@ -28,11 +28,14 @@ from tstitch_engines.checks import (
     read_mapping,
     taken_as_is,
 )
+from tstitch_engines.child import Limits
+from tstitch_engines.child.limits import parse_size
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, Unavailable
 from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range
 from tstitch_engines.threads import check_threads
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
+from tstitch_trt.pipeline.callers_words import in_callers_words, reworded
 from tstitch_trt.pipeline.checkpoint import (
     conventions_said,
     module_hash,
@@ -45,7 +48,7 @@ from tstitch_trt.pipeline.kinds import kind_of
 from tstitch_trt.pipeline.own_code import scheduler_class
 from tstitch_trt.pipeline.pipeline import AcceleratedPipeline
 from tstitch_trt.pipeline.stock import StockModule, check_stock
-from tstitch_trt.pipeline.text_encoder_check import check_text_encoders
+from tstitch_trt.pipeline.text_encoder_check import check_text_encoders, check_text_inputs
 from tstitch_trt.pipeline.wrapped import unwrap_compiled
 from tstitch_trt.plan.options import PlanOptions
 from tstitch_trt.plan.schedule import ROUNDINGS, check_fraction, check_rounding
@@ -81,7 +84,7 @@ def _range(value: object, what: str) -> Range:
     try:
         return Range.parse(check_text(text, what, example="1:2:8", most=100), option=f"--{what}")
     except BadInput as error:
-        raise BadInput(f"{what}: {error.message}", hint=error.hint) from None
+        raise BadInput(f"{what}: {error.message}", hint=reworded(error.hint)) from None
 
 
 @checked(
@@ -96,10 +99,14 @@ def _range(value: object, what: str) -> Range:
     batch=_range,
     height=optional(_range),
     width=optional(_range),
+    tokens=optional(_range),
     options=optional(partial(read_mapping, example='{"small.controlled": False}')),
     cache=optional(check_path),
     fresh=check_switch,
     threads=optional(check_threads),
+    time_limit=taken_as_is,
+    memory_limit=taken_as_is,
+    max_memory=optional(partial(parse_size, example="max_memory=8GiB")),
     progress=optional(check_callable),
     chooser=optional(check_callable),
     timeout=check_timeout,
@@ -117,10 +124,14 @@ def accelerate(
     batch: RangeLike = _BATCH,
     height: RangeLike = None,
     width: RangeLike = None,
+    tokens: RangeLike = None,
     options: Mapping[str, int | float | bool | str] | None = None,
     cache: str | Path | None = None,
     fresh: bool = False,
     threads: int | None = None,
+    time_limit: float | str | None = None,
+    memory_limit: int | str | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
     chooser: ChooserFactory | None = None,
     timeout: float | None = None,
@@ -149,12 +160,13 @@ def accelerate(
     other; the members are called ``small`` and ``large``. ``backend``, ``device`` (the pipeline's), ``precision`` (the
     pipeline's) and ``options`` as in ``tstitch-trt build``: ``options={"small.controlled": False}`` lets a small UNet
     that the ControlNet does not fit run without it. ``batch``: images that run together, twice as many with guidance;
-    ``height`` and ``width`` in pixels, by default the model's own size only. Each is a number, ``"MIN:OPT:MAX"`` or a
-    ``Range``.
+    ``height`` and ``width`` in pixels, by default the model's own size only; ``tokens`` of prompts, by default up to
+    231. Each is a number, ``"MIN:OPT:MAX"`` or a ``Range``.
 
     The bundle is kept in the folder ``cache`` (by default in tstitch-trt's cache, where ``tstitch-trt cache`` shows
     and prunes it) under the hash of all weights and options, and used again when they are the same; ``fresh`` builds
-    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal. ``chooser`` and
+    it again. ``progress`` gets phase and share done; without it a bar shows them on a terminal. ``time_limit`` and
+    ``memory_limit`` of each network's compilation: see ``tstitch_export.build``; ``max_memory``, ``chooser`` and
     ``timeout``: see ``tstitch_trt.load``.
 
     Raises ``BadInput`` and its kinds for a pipeline or a pair that can't be accelerated, before anything is built.
@@ -164,45 +176,51 @@ def accelerate(
         raise BadSchedule("both schedule and fraction are given", hint="a fraction is a short schedule: give one")
     if rounding is not None and schedule is not None:
         check_rounding(rounding, schedule, ("small", "large"))
-    open_backend(backend)
-    small = Path(small) if isinstance(small, str | Path) else unwrap_compiled(small)
-    _check_small(small, dict(options or {}))
-    stock = _stock_modules(pipe)
-    scheduler_class(pipe.scheduler)
-    if isinstance(small, Path):
-        check_text_encoders(small, pipe)
-    settings: dict[str, Any] = {
-        "backend": backend,
-        "device": device or str(pipe._execution_device),  # that of offloaded pipelines too
-        "precision": precision or _precision(pipe),
-        "profile": batch,
-        "height": height,
-        "width": width,
-        "options": dict(options or {}),
-    }
-    root = kept_root() if cache is None else Path(cache)
-    output = root / f"{_key(pipe.scheduler, stock, small, kind.recipe, settings)}.bundle"
+    with in_callers_words():
+        Limits.of(time_limit, memory_limit)
+        open_backend(backend)
+        small = Path(small) if isinstance(small, str | Path) else unwrap_compiled(small)
+        own = _check_small(small, dict(options or {}))
+        stock = _stock_modules(pipe)
+        scheduler_class(pipe.scheduler)
+        if isinstance(small, Path):
+            check_text_encoders(small, pipe)
+        check_text_inputs(own, stock["unet"].config)
+        settings: dict[str, Any] = {
+            "backend": backend,
+            "device": device or str(pipe._execution_device),  # that of offloaded pipelines too
+            "precision": precision or _precision(pipe),
+            "profile": batch,
+            "height": height,
+            "width": width,
+            "tokens": tokens,
+            "options": dict(options or {}),
+        }
+        root = kept_root() if cache is None else Path(cache)
+        output = root / f"{_key(pipe.scheduler, stock, small, kind.recipe, settings)}.bundle"
 
-    def opened() -> Runtime:
-        return load(
-            _bundle(output),
-            device=settings["device"],
-            backend=backend,
-            threads=threads,
-            chooser=chooser,
-            timeout=timeout,
-        )
+        def opened() -> Runtime:
+            return load(
+                _bundle(output),
+                device=settings["device"],
+                backend=backend,
+                threads=threads,
+                max_memory=max_memory,
+                chooser=chooser,
+                timeout=timeout,
+            )
 
-    runtime = None
-    if not fresh and is_bundle(output):
-        try:
+        runtime = None
+        if not fresh and is_bundle(output):
+            try:
+                runtime = opened()
+            except (BadBundle, BadEngine) as error:
+                _log.warning("the bundle %s is built again: %s", output, error.message)
+        if runtime is None:
+            limits = {"time_limit": time_limit, "memory_limit": memory_limit}
+            _build(pipe, small, kind.recipe, {**settings, **limits}, output, fresh, progress)
             runtime = opened()
-        except (BadBundle, BadEngine) as error:
-            _log.warning("the bundle %s is built again: %s", output, error.message)
-    if runtime is None:
-        _build(pipe, small, kind.recipe, settings, output, fresh, progress)
-        runtime = opened()
-    touch(output)
+        touch(output)
     chosen = PlanOptions(
         schedule=schedule, fraction=0.4 if schedule is None and fraction is None else fraction, rounding=rounding
     )
@@ -221,7 +239,8 @@ def _stock_modules(pipe: Any) -> dict[str, StockModule]:
     return found
 
 
-def _check_small(small: Any, options: Mapping[str, Any]) -> None:
+def _check_small(small: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its configuration."""
     said = conventions_said(options)
     if isinstance(small, Path):
         if not small.exists():
@@ -231,14 +250,15 @@ def _check_small(small: Any, options: Mapping[str, Any]) -> None:
             )
         from tstitch_export.families.unet.source import read_unet
 
-        read_unet(small, said)
-        return
+        return read_unet(small, said).config
     if library_base(type(small)).__name__ != "UNet2DConditionModel":
         raise BadInput(
             f"small is a {type(small).__name__}; allowed is a path or a UNet2DConditionModel",
             hint="of a loaded pipeline give its UNet: small=pipeline.unet",
         )
     check_stock(small, "the small UNet")
+    config: Mapping[str, Any] = small.config
+    return config
 
 
 def _precision(pipe: Any) -> Precision:
@@ -275,7 +295,11 @@ def _build(
 
     remove_stale(output.parent, _STAGING)
     shown = nullcontext() if progress else progress_bar("accelerating", 1, logs=("tstitch_engines", "tstitch_export"))
-    with temporary_directory(output.parent, _STAGING) as staging, shown as bar:
+    with (
+        temporary_directory(output.parent, _STAGING) as staging,
+        shown as bar,
+        in_callers_words(_names(staging, small)),
+    ):
         report = progress or bar or silent
         report("saving the pipeline", 0.0)
         parts = save_large(pipe, staging / "large")
@@ -289,6 +313,14 @@ def _build(
             progress=report,
             **settings,
         )
+
+
+def _names(staging: Path, small: Any) -> dict[str, str]:
+    """What is saved where: paths that nobody but the build knows."""
+    found = {f"{staging}/large/{name}": f"the pipeline's {name}" for name in ("unet", "vae", "scheduler")}
+    own = str(small) if isinstance(small, Path) else "the small UNet"
+    found |= dict.fromkeys((f"{staging}/small/unet", f"{staging}/small"), own)
+    return {**found, f"{staging}/large": "the pipeline", f"{staging}/controlnet": "the pipeline's controlnet"}
 
 
 def _bundle(path: Path) -> Bundle:

@@ -16,6 +16,7 @@ from tstitch_engines.checks import check_number, read_mapping
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.arguments import default_size, read_arguments
+from tstitch_trt.pipeline.callers_words import in_callers_words
 from tstitch_trt.pipeline.inputs import (
     control_picture,
     encoded,
@@ -125,7 +126,7 @@ class AcceleratedPipeline:
         of ``fraction`` or ``schedule``. The bundle is calibrated by ``tstitch-trt calibrate`` on
         ``runtime.bundle.root``, or ``tstitch_trt.study.calibrate.calibrate``.
         """
-        with self.runtime.exclusive(timeout=timeout):
+        with in_callers_words(), self.runtime.exclusive(timeout=timeout):
             asked = PlanOptions(fraction=fraction, schedule=schedule, rounding=rounding)
             return self._call(args, keywords, asked, guidance, latency_budget_ms)
 

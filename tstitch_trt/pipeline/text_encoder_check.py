@@ -14,9 +14,36 @@ if TYPE_CHECKING:
 
     from tstitch_export.families.clip_text.layout import Piece
 
-__all__ = ["check_text_encoders"]
+__all__ = ["check_text_encoders", "check_text_inputs"]
 
 _PARTS: Final = ("text_encoder", "text_encoder_2")
+
+
+# What a UNet is given of the text encoders, as its configuration has it
+_INPUTS: Final = (
+    "cross_attention_dim",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
+)
+
+
+def check_text_inputs(small: Mapping[str, Any], large: Mapping[str, Any]) -> None:
+    """Raises ``PairMismatch`` where the small UNet's configuration is for other text than the pipeline's UNet's."""
+    for name in _INPUTS:
+        own, theirs = small.get(name), large.get(name)
+        if _plain(own) != _plain(theirs):
+            raise PairMismatch(
+                f"the small UNet has {name} {own}, the pipeline's has {theirs}: both read the pipeline's text encoders",
+                hint="give a small UNet that was trained with text encoders such as the pipeline's",
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Sequences of one value mean the same as the value."""
+    items = set(value) if isinstance(value, list | tuple) and not any(isinstance(v, list) for v in value) else {value}
+    return items.pop() if len(items) == 1 else value
 
 
 def check_text_encoders(small: Path, pipe: Any) -> None:
@@ -31,8 +58,8 @@ def check_text_encoders(small: Path, pipe: Any) -> None:
         if theirs is not None and not _equal(_loaded(own), theirs):
             raise PairMismatch(
                 f"the small pipeline {small.name} has another {part} than the pipeline it is to accelerate",
-                hint="build the pair with tstitch-trt build, which gives each member its own; or give the small "
-                "UNet alone where it was trained with the pipeline's text encoder",
+                hint="give the small UNet alone where it was trained with the pipeline's text encoder; a bundle "
+                "built by the command line lets each member have its own",
             )
 
 
