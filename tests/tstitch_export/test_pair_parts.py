@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from support.tiny_checkpoints import MEMBER, SD, pieces, planned, said, single_file, text_recipe
@@ -142,7 +143,7 @@ def test_a_single_file_of_a_unet_alone(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_two_single_files_keep_their_own_text_encoders(recipe: Path, tmp_path: Path) -> None:
-    """One tokenizer serves both; a LoRA is for the one that it was given for."""
+    """One tokenizer serves both; a textual inversion is for the one that it was given for."""
     files = [single_file(tmp_path / name / "sd.safetensors") for name in ("a", "b")]
     state = load_file(files[0])
     state["cond_stage_model.transformer.text_model.final_layer_norm.bias"] += 1
@@ -150,6 +151,12 @@ def test_two_single_files_keep_their_own_text_encoders(recipe: Path, tmp_path: P
     tokenizer = {"text_encoder.tokenizer": str(tmp_path / "a/parts/tokenizer")}
     plan = planned(recipe, members={"small": files[0], "large": files[1]}, options=tokenizer)
     assert (plan.parts["small_text_encoder"].given, plan.parts["text_encoder"].given) == (files[0], files[1])
+    save_file({"<cat>": torch.zeros(2, 768)}, tmp_path / "cat.safetensors")
+    options = {**tokenizer, "text_encoder.textual_inversion": str(tmp_path / "cat.safetensors")}
+    plan = planned(recipe, members={"small": files[0], "large": files[1]}, options=options)
+    assert {name: bool(plan.parts[name].inspection.inversions) for name in plan.parts if "text" in name} == {
+        "small_text_encoder": False, "text_encoder": True,
+    }  # fmt: skip
 
 
 def test_an_autoencoder_that_can_not_be_read_is_left_out_of_a_single_file(recipe: Path, tmp_path: Path) -> None:

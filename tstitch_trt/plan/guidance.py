@@ -103,7 +103,7 @@ def check_guidance_options(options: PlanOptions, guided: tuple[bool, ...]) -> No
         flag = name.replace("_", "-")
         raise BadInput(
             f"{name} {getattr(options, name)} has no effect: no step of this plan is guided by a second half",
-            hint=f"leave {name} (--{flag}) out, or guide a member that does not take its scale as an input",
+            hint=f"leave {name} (--{flag}) out, or guide a member that has two halves",
         )
 
 

@@ -60,9 +60,11 @@ def checkpoint_module(name: str, network: Network, path: Path, word: str = "memb
     from tstitch_export.families import open_family
 
     family = open_family(network.family)
-    if network.config.get("lora"):
+    for key, what in (("lora", "LoRAs"), ("textual_inversion", "textual inversions")):
+        if not network.config.get(key):
+            continue
         raise Unavailable(
-            f"{word} {name!r} holds LoRAs ({network.config['lora']}): the checkpoint alone is another model",
+            f"{word} {name!r} holds {what} ({network.config[key]}): the checkpoint alone is another model",
             hint=f"leave out --{word} {name}=...; ONNX Runtime is compared with all the same",
         )
     # a member's config says `heads` where the option is called `num_heads`

@@ -266,7 +266,7 @@ def _inside(member: NetworkPlan, recipe: PartRecipe, part: str) -> Path | None:
 
 def _inherited(options: Mapping[str, Scalar], path: Path) -> dict[str, Scalar]:
     """The options of a text encoder that hold for a member's own too. A folder has its own tokenizer."""
-    others = ("lora", "tokenizer") if path.is_dir() else ("lora",)
+    others = ("lora", "textual_inversion", *(("tokenizer",) if path.is_dir() else ()))
     return {key: value for key, value in options.items() if key not in others}
 
 

@@ -29,7 +29,10 @@ _LONGEST: Final = 200  # characters of a token
 
 
 def parse_inversions(text: str | None, part: str, width: int) -> tuple[InversionUse, ...]:
-    """The option for a ``part`` whose tokens have ``width`` numbers each. Raises ``BadInput`` and ``BadCheckpoint``."""
+    """The option for a ``part`` whose tokens have ``width`` numbers each.
+
+    Raises ``BadInput`` even for a damaged file: a text encoder that can't be read may be left out, this may not.
+    """
     return tuple(_parse(item.strip(), part, width) for item in (text or "").split(",") if item.strip())
 
 
@@ -43,12 +46,15 @@ def _parse(item: str, part: str, width: int) -> InversionUse:
             f"textual_inversion is {item!r}, and {path!r} is no file",
             hint=f"e.g. --option {part}.textual_inversion=cat.safetensors, or <cat>=learned_embeds.bin",
         )
-    stored = read_checkpoint(file)
+    try:
+        stored = read_checkpoint(file)
+    except BadCheckpoint as error:
+        raise BadInput(error.message, hint=error.hint) from None
     name = _tensor_of(stored, part)
     shape = stored.shapes[name]
     vectors = shape[0] if len(shape) == 2 else 1
     if len(shape) not in (1, 2) or shape[-1] != width or not 1 <= vectors <= _MOST_VECTORS:
-        raise BadCheckpoint(
+        raise BadInput(
             f"{file.name} has {name} of shape {list(shape)}; the {part} takes vectors of {width} numbers, [N, {width}]",
             hint="give a textual inversion that was trained for this text encoder",
         )
@@ -67,7 +73,7 @@ def _tensor_of(stored: Checkpoint, part: str) -> str:
         return names[0]
     if _PARTS.get(part) in names:
         return _PARTS[part]
-    raise BadCheckpoint(
+    raise BadInput(
         f"{stored.path.name} is no textual inversion for a {part}: its tensors are {', '.join(names[:5])}; allowed is "
         "one, or clip_l and clip_g for the two text encoders of SDXL",
         hint="give a file as diffusers or AUTOMATIC1111 saves them",
