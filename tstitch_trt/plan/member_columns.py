@@ -57,17 +57,18 @@ def member_columns(manifest: Manifest, name: str, table: StepTable, mine: NDArra
     Raises ``BadSchedule`` for a step without signal on a member that predicts the noise.
     """
     member = manifest.members[name]
-    own = NoiseSchedule.from_spec(member.noise or manifest.noise)
-    ratio, most, steps = member.latent_ratio, float(own.sigmas[-1]), np.flatnonzero(mine)
-    a, s, sigma = table.a[mine], table.s[mine], ratio * table.sigma[mine]
-    if member.parametrisation == "eps":
-        _check_signal(name, steps[np.isinf(np.minimum(sigma, most))], table)
+    kind, steps = member.parametrisation, np.flatnonzero(mine)
+    a, s = table.a[mine], table.s[mine]
     if not is_adapted(manifest, name):
-        return Columns(
-            table.t[mine], table.c_in[mine], *coefficients(member.parametrisation, a, s, estimate=table.estimate)
-        )
+        _check_signal(name, kind, table, steps[a == 0])
+        return Columns(table.t[mine], table.c_in[mine], *coefficients(kind, a, s, estimate=table.estimate))
+    own = NoiseSchedule.from_spec(member.noise or manifest.noise)
+    ratio, most = member.latent_ratio, float(own.sigmas[-1])
+    sigma = ratio * table.sigma[mine]
     _warn_above(name, steps, sigma, most)
-    p, q = coefficients(member.parametrisation, *signal_and_noise(np.minimum(sigma, most)))
+    told = np.minimum(sigma, most)
+    _check_signal(name, kind, table, steps[np.isinf(told)])
+    p, q = coefficients(kind, *signal_and_noise(told))
     c_in = ratio / np.hypot(a, ratio * s)
     t = own.with_signal().timestep_of(sigma)
     return Columns(t, c_in, *of_estimate(table.estimate, p * c_in / ratio, q / ratio, a, s))
@@ -85,8 +86,9 @@ def _warn_above(name: str, steps: NDArray[np.int64], sigma: Array, most: float) 
         )  # fmt: skip
 
 
-def _check_signal(name: str, without: NDArray[np.int64], table: StepTable) -> None:
-    if without.size:
+def _check_signal(name: str, kind: str, table: StepTable, without: NDArray[np.int64]) -> None:
+    """``without``: the steps that begin without any signal."""
+    if kind == "eps" and without.size:
         raise BadSchedule(
             f"member {name!r} predicts the noise (eps), which says nothing of the picture at step {without[0]} "
             f"(timestep {table.t[without[0]]:g}), where there is no signal: the noise schedule has zero terminal SNR",
