@@ -52,6 +52,8 @@ _VARIANCES: Final = {
 }
 
 
+# Parts of the names of classes that have keys for betas, or inherit them, and other noise
+_OTHER_NOISE: Final = ("CogVideoX", "EDM", "FlowMatch", "IPNDM", "UnCLIP")
 # The classes that do not read ``rescale_betas_zero_snr``, and may carry it along from a configuration of another.
 _NOT_RESCALING: Final = frozenset(
     f"{name}Scheduler"
@@ -155,8 +157,9 @@ def read_training(config: Mapping[str, Any], *, where: str) -> tuple[NoiseSchedu
     Raises ``BadInput`` naming the key that can't be honoured.
     """
     keys = _Config(config, where)
-    if "EDM" in keys.name or "FlowMatch" in keys.name:
-        raise keys.refuse("_class_name", keys.name, "a class with betas")
+    stated = any(config.get(key) is not None for key in ("beta_schedule", "beta_start", "beta_end", "trained_betas"))
+    if any(word in keys.name for word in _OTHER_NOISE) or not (stated or keys.name in SCHEDULERS):
+        raise keys.refuse("_class_name", keys.name, "a class whose noise is that of its betas")
     return _training(keys)
 
 

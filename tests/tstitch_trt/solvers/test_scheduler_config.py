@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from support.diffusers_trajectory import compare
 from support.manifests import manifest
 from tstitch_engines.bundle.manifest import Defaults, NoiseScheduleSpec
-from tstitch_engines.bundle.scheduler_config import SCHEDULERS, read_scheduler
+from tstitch_engines.bundle.scheduler_config import SCHEDULERS, read_scheduler, read_training
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.solvers import SolverOptions, StepTable, make_table, with_default_spacing
@@ -163,6 +164,18 @@ def test_trained_betas(name: str, zero: bool) -> None:
         config["_class_name"] = f"{name}Scheduler"
         assert read_scheduler(config).noise.zero_terminal_snr == (zero and name != "PNDM")
         compare(table_of(config, 12), scheduler, "v", silent_end=name == "DDPM", relative=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ScoreSdeVp", "CMStochasticIterative", "FlowMapEulerDiscrete", "KarrasVe", "CogVideoXDPM", "IPNDM", "EDMEuler"],
+)
+def test_noise_that_is_not_of_betas_is_refused(kind: str) -> None:
+    """Their configurations have no betas, or other noise beside them: the defaults of others are not theirs."""
+    diffusers, name = pytest.importorskip("diffusers"), f"{kind}Scheduler"
+    config = json.loads(getattr(diffusers.schedulers, name)().to_json_string())
+    with pytest.raises(BadInput, match=f"_class_name is '{name}'; allowed is a class whose noise is that of its betas"):
+        read_training(config, where="x")
 
 
 def test_what_sd15_says() -> None:

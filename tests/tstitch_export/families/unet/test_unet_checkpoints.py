@@ -446,6 +446,7 @@ def test_weights_that_do_not_fit(pipeline: Path, tmp_path: Path) -> None:
         ({"trained_betas": [0.1]}, "trained_betas"),
         ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr is 'yes'"),
         ({"_class_name": "EDMEulerScheduler"}, "_class_name is 'EDMEulerScheduler'"),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "allowed is a class whose noise is that of its betas"),
     ],
 )
 def test_noise_that_no_schedule_expresses(changes: dict[str, Any], words: str, pipeline: Path, tmp_path: Path) -> None:
