@@ -27,9 +27,10 @@ from tstitch_export.checkpoint.wrapping import unwrap_names
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PICKLED", "Checkpoint", "read_checkpoint", "read_index"]
+__all__ = ["PICKLED", "SAFETENSORS", "Checkpoint", "read_checkpoint", "read_index"]
 
 Numbers = NDArray[np.floating[Any]]
+SAFETENSORS: Final = (".safetensors", ".sft")
 _AGAIN: Final = "download or copy it again"
 # What layers of 8-bit floats have beside their weight: its scale, and what only arithmetic in 8 bits needs
 _SCALES: Final = (".scale_weight", ".weight_scale")
@@ -226,13 +227,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> tuple[_File, dict[str, Any]]:
     """The file, and what it says beside its tensors: keywords of ``Checkpoint``."""
-    if path.suffix == ".safetensors":
+    if path.suffix in SAFETENSORS:
         entries, metadata = read_header_and_metadata(path)
         return _Safetensors(path, entries), {"metadata": metadata}
     if path.suffix not in PICKLED:
+        packed = path.suffix == ".gguf"
         raise BadCheckpoint(
             f"checkpoint {path.name} has the ending {path.suffix!r}; known are .safetensors, {', '.join(PICKLED)}",
-            hint="rename it if it is one of those formats, or give a diffusers folder",
+            hint="its weights are quantised: give those that it was made of, in float16, bfloat16 or float32"
+            if packed
+            else "rename it if it is one of those formats, or give a diffusers folder",
         )
     stored = read_pickled(path)
     return _Pickled(path, stored.tensors), {"beside": stored.beside, "notes": stored.notes}

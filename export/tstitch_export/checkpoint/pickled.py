@@ -54,6 +54,10 @@ def read_pickled(path: Path) -> StateDict:
             break
         _add_plain(data, beside)
         held = [key for key in (*_AVERAGES, *_MODELS) if isinstance(data.get(key), Mapping) and _named(data[key])]
+        if not held and not _named(data):
+            held = [key for key, value in data.items() if isinstance(value, Mapping) and _named(value, matrices=True)]
+            if len(held) != 1:
+                break
         if not held:
             break
         if held[0] in _AVERAGES and len(held) > 1:
@@ -71,11 +75,11 @@ def read_pickled(path: Path) -> StateDict:
     return StateDict(tensors, beside, tuple(notes))
 
 
-def _named(data: Mapping[Any, object], depth: int = _LEVELS) -> bool:
-    """Whether a state dict is in it, at once or under a key that may hold one."""
+def _named(data: Mapping[Any, object], depth: int = _LEVELS, *, matrices: bool = False) -> bool:
+    """Whether a state dict is in it, at once or under a key that may hold one; ``matrices``: not only vectors."""
     from torch import Tensor
 
-    if any(isinstance(value, Tensor) and value.ndim for value in data.values()):
+    if any(isinstance(value, Tensor) and value.ndim > int(matrices) for value in data.values()):
         return True
     nested = (data.get(key) for key in (*_AVERAGES, *_MODELS))
     return depth > 1 and any(isinstance(value, Mapping) and _named(value, depth - 1) for value in nested)
@@ -95,6 +99,12 @@ def _tensors(path: Path, data: object) -> dict[str, Tensor]:
                 found[str(key)] = value
             elif str(key).endswith(".alpha") and isinstance(value, int | float):
                 found[str(key)] = torch.tensor(float(value))  # of a LoRA
+    if found and not any(tensor.numel() for tensor in found.values()):
+        raise BadCheckpoint(
+            f"{path.name} holds {len(found)} tensors, all of them empty, as ZeRO stage 3 leaves them: the weights are "
+            "in the files of the optimizer",
+            hint="put them together with DeepSpeed's zero_to_fp32.py, and give what it writes",
+        )
     if found:
         return found
     places = [data, *(data.get(key) for key in _AVERAGES)] if isinstance(data, Mapping) else []

@@ -17,7 +17,6 @@ __all__ = [
     "SafetensorsEntry",
     "read_header_and_metadata",
     "read_safetensors_header",
-    "read_safetensors_metadata",
     "recognise",
     "shown",
 ]
@@ -40,20 +39,16 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
-    """The tensors of a ``.safetensors`` file and where their bytes lie. Raises ``BadCheckpoint`` when it is damaged.
+    """The tensors of a ``.safetensors`` file and where their bytes lie. Raises ``BadCheckpoint`` when it is damaged."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, SafetensorsEntry], dict[str, str]]:
+    """The tensors, and what the writer noted beside them. Raises ``BadCheckpoint``.
 
     The rules are the format's: the tensors' bytes follow each other without a hole, each as many as its shape and type
     need, to the end of the file.
     """
-    return read_header_and_metadata(path)[0]
-
-
-def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """What the writer of a ``.safetensors`` file noted beside the tensors. Raises ``BadCheckpoint``."""
-    return read_header_and_metadata(path)[1]
-
-
-def read_header_and_metadata(path: Path) -> tuple[dict[str, SafetensorsEntry], dict[str, str]]:
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -21,7 +21,7 @@ _BETWEEN: Final = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 _PARALLEL: Final = "module."
-_AVERAGE: Final = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)")
+_AVERAGE: Final = re.compile(r"(^|[._])(ema|avg|averaged?|swa)([._]|$)")
 _COUNTERS: Final = 3  # tensors beside a model that say nothing: steps, decay
 AVERAGES: Final = "the moving average goes before the weights that it was made of"
 # Where single files of whole pipelines keep a part; the names inside stay as they are.

@@ -159,6 +159,7 @@ SHADOW = {"decay": 0.9999, "optimization_step": 10, "shadow_params": list(STATE.
         ({"model_state_dict": STATE, "optimizer_state_dict": {}}, ""),
         ({"state": 1, "model": {"ema": {"state_dict": STATE}, "net": OTHER}}, "'ema' is taken, not net"),
         ({"ema": SHADOW, "model": STATE}, "the moving average 'ema' has no names (shadow_params)"),
+        ({"generator": STATE, "opt": {"state": {0: {"a": OTHER["pos_embed"]}}}, "rng": {"cpu": torch.ones(5)}}, ""),
         ({"ema": None, "params_ema": STATE, "params": OTHER}, "'params_ema' is taken, not params"),
     ],
 )
@@ -166,6 +167,22 @@ def test_training_states(content: Any, words: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "state.pt")
     same(tmp_path / "state.pt", STATE)
     assert words in " ".join(read_checkpoint(tmp_path / "state.pt").notes)
+
+
+def test_the_empty_tensors_of_zero_stage_3_are_refused_with_the_reason(tmp_path: Path) -> None:
+    torch.save({"module": {name: torch.empty(0) for name in STATE}}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(BadCheckpoint, match="all of them empty, as ZeRO stage 3") as caught:
+        read_checkpoint(tmp_path / "mp_rank_00_model_states.pt")
+    assert "zero_to_fp32.py" in caught.value.hint
+
+
+def test_other_endings(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.sft")
+    same(tmp_path / "model.sft", STATE)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadCheckpoint, match=r"the ending '\.gguf'") as caught:
+        read_checkpoint(tmp_path / "model.gguf")
+    assert "its weights are quantised" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [SHADOW, {"ema": SHADOW}, list(STATE.values())])

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from tstitch_engines.bundle.read import decode_json
 from tstitch_engines.errors import BadCheckpoint, BadInput
-from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.checkpoint import SAFETENSORS, read_checkpoint
 from tstitch_export.checkpoint.folder import read_json
-from tstitch_export.checkpoint.safetensors_file import read_safetensors_header, read_safetensors_metadata
 from tstitch_export.checkpoint.signatures import Shapes
 from tstitch_export.families.base import LoraTarget, LoraUse
 from tstitch_export.families.lora.keys import LoraLayer, lora_layers, lora_looks_like
@@ -81,7 +80,7 @@ def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
     for item in (text or "").split(","):
         name, colon, number = item.strip().rpartition(":")
         path, weight = (name, _number(number)) if colon else (number, 1.0)
-        if weight is None and colon and Path(item.strip()).suffix == ".safetensors":
+        if weight is None and colon and Path(item.strip()).suffix in SAFETENSORS:
             path, weight = item.strip(), 1.0  # a colon in the name
         if (text or "").strip() and (not path or weight is None or not math.isfinite(weight)):
             raise BadInput(
@@ -232,16 +231,15 @@ def _spelt(name: str) -> str:
 
 def _settings(path: Path, part: str) -> _Settings:
     """What PEFT notes about a LoRA besides its tensors: in the file (diffusers), or in ``adapter_config.json``."""
-    if path.suffix != ".safetensors":
-        return _Settings()
+    checkpoint = read_checkpoint(path)
     noted: Mapping[str, Any] = {}
     place, start = path, f"{part}."
-    if text := read_safetensors_metadata(path).get("lora_adapter_metadata"):
+    if text := checkpoint.metadata.get("lora_adapter_metadata"):
         try:
             noted = {key.removeprefix(start): v for key, v in dict(decode_json(text)).items() if key.startswith(start)}
         except (ValueError, TypeError) as error:
             raise BadCheckpoint(f"{path.name}: its lora_adapter_metadata is damaged: {error}", hint=_AGAIN) from None
-    elif any(key.startswith("base_model.model.") for key in read_safetensors_header(path)):
+    elif any(key.startswith("base_model.model.") for key in checkpoint.shapes):
         place = path.parent / "adapter_config.json"
         noted = read_json(place) or {}
     try:

@@ -152,15 +152,16 @@ def test_an_alpha_is_one_finite_number(alpha: torch.Tensor) -> None:
         fuse_tensors({"a.weight": torch.zeros(8, 6)}, tensors | {"lora_unet_a.alpha": alpha})
 
 
-def test_an_adapter_folder_of_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["safetensors", "sft", "bin"])
+def test_an_adapter_folder_of_peft(ending: str, tmp_path: Path) -> None:
     down, up = torch.randn(4, 6), torch.randn(8, 4)
-    save_file(
+    (torch.save if ending == "bin" else save_file)(
         {"base_model.model.a.to_q.lora_A.weight": down, "base_model.model.a.to_q.lora_B.weight": up},
-        tmp_path / "adapter_model.safetensors",
+        tmp_path / f"adapter_model.{ending}",
     )
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 12, "r": 4}')
     state = {"a.to_q.weight": torch.zeros(8, 6)}
-    fuse(state, [LoraUse(tmp_path / "adapter_model.safetensors", 0.5)], target_of(state), model="model")
+    fuse(state, [LoraUse(tmp_path / f"adapter_model.{ending}", 0.5)], target_of(state), model="model")
     assert torch.allclose(state["a.to_q.weight"], 0.5 * 3 * up @ down, atol=1e-5)
 
 
