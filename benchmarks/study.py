@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,8 @@ from gpubench.script import parser_of, run_script
 from tstitch_engines.bundle.bundle import STUDIES, Bundle, open_bundle
 from tstitch_engines.errors import BadInput
 from tstitch_trt.files import write_text
-from tstitch_trt.study.evaluate.claim import Claim, claims_of
+from tstitch_trt.study.evaluate.claim import Claim, claimed_metric, claims_of
+from tstitch_trt.study.noninferiority import Judgement, judge
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Measure, Point
 from tstitch_trt.study.settings import share_in_order
 from tstitch_trt.study.store import differing_weights, load_studies
@@ -91,7 +92,8 @@ def _of_evaluation(evaluation: Evaluation, members: Sequence[str]) -> list[str]:
     fewer = [p for p in points if set(p.setting.members) == {members[-1]} and p.setting.solver == solver]
     if len(fewer) > 2:
         title = f"### {members[-1]} alone in fewer steps, {solver}\n"
-        parts += [title, _table(sorted(fewer, key=lambda p: -p.setting.steps), lambda p: f"{p.setting.steps}", "steps")]
+        fewer.sort(key=lambda point: -point.setting.steps)
+        parts += [title, _table(fewer, lambda p: f"{p.setting.steps}", "steps"), _against_the_first(fewer, evaluation)]
     rest = [p for p in points if len({q.setting.solver for q in points}) > 1 and p.setting.steps <= most]
     if rest:
         parts += ["### Solvers and step counts\n", _table(rest, _full(members), f"solver, steps, {members[0]}'s share")]
@@ -117,11 +119,28 @@ def _full(members: Sequence[str]) -> Callable[[Point], str]:
 
 def _trials(claim: Claim, first: str) -> str:
     """The test fraction by fraction."""
-    rows = [f"| {first} | difference | at most (95 %) | |", "|---|---|---|---|"]
-    for trial in claim.trials:
-        found = trial.judgement
-        cells = ("", "", "") if found is None else (f"{found.difference:+.3g}", f"{found.upper:+.3g}", found.verdict)
-        rows.append(f"| {trial.fraction:.0%} | {' | '.join(cells)} |")
+    return _judgements(first, {f"{trial.fraction:.0%}": trial.judgement for trial in claim.trials})
+
+
+def _against_the_first(points: Sequence[Point], evaluation: Evaluation) -> str:
+    """The same test of fewer steps."""
+    metric = claimed_metric(evaluation)
+    known = [point for point in points if metric is not None and metric in point.measures]
+    if metric is None or len(known) < 2:
+        return ""
+    first, *others = ((f"{point.setting.steps}", point.measures[metric]) for point in known)
+    samples, margin = evaluation.samples, evaluation.margin
+    found = {steps: judge(metric, m, first[1], samples=samples, margin=margin) for steps, m in others}
+    return _judgements(f"{NAMES.get(metric, metric)} against {first[0]} steps", found)
+
+
+def _judgements(title: str, found: Mapping[str, Judgement | None]) -> str:
+    rows = [f"| {title} | difference | at most (95 %) | margin | |", "|---|---|---|---|---|"]
+    for name, one in found.items():
+        cells = [""] * 4
+        if one is not None:
+            cells = [f"{one.difference:+.3g}", f"{one.upper:+.3g}", f"{one.margin:.3g}", one.verdict]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

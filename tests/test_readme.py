@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 from PIL import Image
 
 from tstitch_export.planning.recipe import load_recipe, recipe_names
 from tstitch_trt.cli import COMMANDS, cli
 from tstitch_trt.solvers import SOLVERS
+from tstitch_trt.study.evaluate.claim import claims_of
+from tstitch_trt.study.records import Evaluation
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -126,30 +129,51 @@ def test_the_loss_of_8_bits_is_what_was_measured() -> None:
 
 
 def test_the_quality_of_the_built_in_pair_is_what_was_measured() -> None:
-    """Each row of T-Stitch's table: the distances of both orders with their intervals, time per image and speed-up."""
+    """T-Stitch's table, what is said of it, and the large member alone in fewer steps."""
     results = Path(__file__).parent.parent / "benchmarks" / "results" / "study"
-    studies = [json.loads(file.read_bytes()) for file in sorted(results.glob("evaluation-*.json"))]
-    (study,) = [study for study in studies if study["samples"] == 1000]
-    points = {p["setting"]["schedule"]: p for p in study["points"] if p["setting"]["steps"] == 50}
-    measured = {schedule: point["measures"]["fid"] for schedule, point in points.items()}
-    section = README.partition("## The built-in pair")[2].partition("\n## ")[0]
-    rows = re.findall(
-        r"^\| (\d+)% \| (\S+) \[(\S+), (\S+)\] .* (\S+) \| (\S+) \| (\S+) \[(\S+), (\S+)\] \|$", section, re.MULTILINE
+    studies = [msgspec.json.decode(file.read_bytes(), type=Evaluation) for file in results.glob("evaluation-*.json")]
+    study = max(studies, key=lambda study: study.samples)
+    points = {point.setting.schedule: point for point in study.points}
+    section = " ".join(README.partition("## The built-in pair")[2].partition("\n## ")[0].split())
+    assert f"{study.samples:,} samples per point" in section
+
+    def distance(schedule: str) -> str:
+        found = points[schedule].measures["fid"]
+        return f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+    alone = points["large:50"]
+    (claim,) = [claim for claim in claims_of(study, ("small", "large")) if claim.setting.steps == 50]
+    trials = {round(50 * trial.fraction): trial for trial in claim.trials}
+    for small in range(0, 51, 5):
+        first = points[f"small:{small},large:{50 - small}" if 0 < small < 50 else "small:50" if small else "large:50"]
+        last = f"large:{50 - small},small:{small}" if 0 < small < 50 else first.setting.schedule
+        found = trials[small].judgement if small else None
+        said = "" if found is None else f"{found.difference:+.2f}, at most {found.upper:+.2f}"
+        rates = [first.measures[name].value for name in ("precision", "recall")]
+        cells = [
+            f"{2 * small}%", distance(first.setting.schedule), said, *(f"{rate:.2f}" for rate in rates),
+            f"{first.measures['accuracy'].value:.1%}", f"{first.ms / first.batch:.1f}", f"{alone.ms / first.ms:.2f}",
+            distance(last),
+        ]  # fmt: skip
+        assert f"| {' | '.join(cells)} |".replace("  ", " ") in section
+    assert claim.fraction is not None
+    assert claim.stopped is not None
+    passed, stopped = trials[round(50 * claim.fraction)].judgement, claim.stopped.judgement
+    assert passed is not None
+    assert stopped is not None
+    percent = f"{claim.fraction:.0%}".replace("%", " %")
+    assert f"up to {percent} of the steps on the small member the distance is no worse" in section
+    assert f"at most {passed.upper:.2f} more, with a margin of {passed.margin:.2f}" in section
+    assert f"At {claim.stopped.fraction:.0%} it may be {stopped.upper:.2f} more".replace("%", " %") in section
+    assert f"{claim.speedup:.2f} times as fast" in section
+    fewer = sorted((p for p in study.points if set(p.setting.members) == {"large"}), key=lambda p: -p.setting.steps)
+    rows = (
+        " | ".join(["steps of the large member alone", *(f"{p.setting.steps}" for p in fewer)]),
+        " | ".join(["distance", *(f"{p.measures['fid'].value:.1f}" for p in fewer)]),
+        " | ".join(["speed-up", *(f"{alone.ms / p.ms:.2f}" for p in fewer)]),
     )
-    assert [int(row[0]) for row in rows] == list(range(0, 101, 10))
-    for share, *first, each, speedup, value, low, high in rows:
-        figures = [*first, value, low, high]
-        small = int(share) // 2
-        alone = "large:50" if small == 0 else "small:50"
-        point = points[alone if small in (0, 50) else f"small:{small},large:{50 - small}"]
-        assert each == f"{point['ms'] / point['batch']:.0f}"
-        assert speedup == f"{points['large:50']['ms'] / point['ms']:.2f}"
-        for (first, then), got in (
-            ((f"small:{small}", f"large:{50 - small}"), figures[:3]),
-            ((f"large:{50 - small}", f"small:{small}"), figures[3:]),
-        ):
-            found = measured[alone if small in (0, 50) else f"{first},{then}"]
-            assert got == [f"{found[name]:.1f}" for name in ("value", "low", "high")]
+    for row in rows:
+        assert f"| {row} |" in section
 
 
 def test_cost_budgets_and_peers_are_what_was_measured() -> None:

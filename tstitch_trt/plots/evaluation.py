@@ -52,8 +52,22 @@ def draw_shares(axes: Any, evaluation: Evaluation, metric: str, members: Sequenc
         points.sort(key=lambda pair: pair[0])
         measures = [found.measures[metric] for _, found in points]
         error_bars(axes, [share for share, _ in points], measures, marker="o", markersize=4, label=label)
+    _draw_margin(axes, evaluation, metric, evaluation.points, members[-1])
     axes.set_xlabel(f"share of the steps on {members[0]!r}")
     axes.set_ylabel(metric_axis(metric))
+
+
+def _draw_margin(axes: Any, evaluation: Evaluation, metric: str, points: Sequence[Point], last: str) -> None:
+    """The band from ``last`` alone, in the most steps of ``points``, to how much worse is still no worse."""
+    alone = [found for found in points if order_of(found.setting) == (last,) and metric in found.measures]
+    if metric in PAIRED or not alone:
+        return
+    base = max(alone, key=lambda found: found.setting.rows).measures[metric]
+    most = margin_of(base, evaluation.margin)
+    if most > 0 and base.deviations:
+        reach = base.value + (-most if metric in HIGHER_IS_BETTER else most)
+        text = f"margin of {last} alone, {evaluation.margin:.0%}"
+        axes.axhspan(*sorted((base.value, reach)), color=MUTED, alpha=0.13, linewidth=0, label=text)
 
 
 def timed(evaluation: Evaluation, metric: str) -> list[Point]:
@@ -78,14 +92,7 @@ def draw_quality(
     """
     points = timed(evaluation, metric)
     notes = []
-    alone = [found for found in points if order_of(found.setting) == (last,)]
-    if alone:
-        base = max(alone, key=lambda found: found.setting.rows).measures[metric]
-        most = 0.0 if metric in PAIRED else margin_of(base, evaluation.margin)
-        if most > 0 and base.deviations:
-            reach = base.value + (-most if metric in HIGHER_IS_BETTER else most)
-            text = f"margin of {last} alone, {evaluation.margin:.0%}"
-            axes.axhspan(*sorted((base.value, reach)), color=MUTED, alpha=0.13, linewidth=0, label=text)
+    _draw_margin(axes, evaluation, metric, points, last)
     for index, (label, family) in enumerate(_families(points, first=first, last=last).items()):
         look, x = series(index), [found.ms / found.batch for found in family]
         stitched = any(len(order_of(found.setting)) > 1 for found in family)
