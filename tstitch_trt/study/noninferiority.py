@@ -3,7 +3,7 @@
 The difference of a metric is that of two settings on samples from the same seeds, positive where the schedule is
 worse. It is no worse where the upper 95 % bound of the difference is below a margin. The standard deviation is that of
 the difference over bootstrap resamples that draw the same seeds for both (Efron and Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 13); the bound is the normal one. A share of samples (``RATES``) that did not change in any
+Bootstrap, 1993); the bound is the normal one. A share of samples (``RATES``) that did not change in any
 pair may still differ in 3/N of all (Hanley and Lippman-Hand, JAMA 249, 1983), so its bound is at least that far off.
 
 The margin is a share, ``MARGIN``, of the reference's own value, without the bias of few samples. It is no share of the
@@ -72,12 +72,11 @@ def judge(metric: str, found: Measure, reference: Measure, *, samples: int, marg
     ``None`` where the records keep no resamples (those of before schema 2), and for metrics that only say how far
     pictures are from the reference's (``PAIRED``).
     """
-    if metric in PAIRED or (spread := _spread(found, reference)) is None:
+    if metric in PAIRED or (half := _half_width(found, reference)) is None:
         return None
     worse = found.value - reference.value
     if metric in HIGHER_IS_BETTER:
         worse = -worse
-    half = _REACH * spread
     if metric in RATES:
         half = max(half, 3 / samples)
     most = margin_of(reference, margin)
@@ -96,10 +95,14 @@ def judge(metric: str, found: Measure, reference: Measure, *, samples: int, marg
     return Judgement(worse, worse + half, most, samples, verdict, needed)
 
 
-def _spread(found: Measure, reference: Measure) -> float | None:
-    """The standard deviation of the difference."""
+def _half_width(found: Measure, reference: Measure) -> float | None:
+    """How far the bound is from the difference. Of few resamples the standard deviation is uncertain itself: Student's
+    quantile, by the first term of its expansion (Abramowitz and Stegun 26.7.5)."""
     a, b = unpacked(found), unpacked(reference)
-    return float((a - b).std(ddof=1)) if len(a) == len(b) > 1 else None
+    if len(a) != len(b) or len(a) < 2:
+        return None
+    reach = _REACH * (1 + (_REACH**2 + 1) / (4 * (len(a) - 1)))
+    return reach * float((a - b).std(ddof=1))
 
 
 def margin_of(reference: Measure, share: float) -> float:
@@ -149,8 +152,8 @@ def _bound(metric: str, found: Measure, reference: Measure) -> float:
     sign = -1 if metric in HIGHER_IS_BETTER else 1
     if metric in PAIRED:
         return sign * found.value + _REACH * found.std
-    spread = _spread(found, reference)
-    return inf if spread is None else sign * (found.value - reference.value) + _REACH * spread
+    half = _half_width(found, reference)
+    return inf if half is None else sign * (found.value - reference.value) + half
 
 
 def _pairs(runs: Sequence[str], members: Sequence[str]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
 from support.studies import evaluation, measure, setting
 from tstitch_engines.errors import BadInput
@@ -94,7 +95,21 @@ def test_the_difference_is_that_of_the_resamples_as_numbers() -> None:
     assert found is not None
     gap, std = schedule.minus(large)
     assert found.difference == gap
-    assert found.upper == pytest.approx(gap + 1.645 * std, abs=0.02 * std)
+    assert found.upper == pytest.approx(gap + stats.t.ppf(0.95, 199) * std, abs=0.02 * std)
+
+
+def test_few_resamples_widen_the_bound() -> None:
+    pair = [of_ten_resamples(size) for size in (20.0, 20.5)]
+    found = judge("fid", *pair, samples=1000, margin=MARGIN)
+    assert found is not None
+    a, b = (np.frombuffer(one.deviations, "<f2").astype(float) * one.std for one in pair)
+    want = stats.t.ppf(0.95, 9) * (a - b).std(ddof=1)
+    assert found.upper - found.difference == pytest.approx(want, rel=0.02)
+
+
+def of_ten_resamples(value: float) -> Measure:
+    """One of ten resamples."""
+    return msgspec.structs.replace(measured := measure(value, own=0.5), deviations=measured.deviations[:20])
 
 
 @pytest.mark.parametrize("metric", ["fid", "clip", "accuracy"])
