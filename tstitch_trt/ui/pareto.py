@@ -29,7 +29,7 @@ P = TypeVar("P", Point, SearchPoint)
 
 
 def pareto(runtime: Runtime, studies: Studies, path: str, plan: Plan, *, guidance: float) -> Markup:
-    """The newest search, or else the first metric of the evaluations; ``plan`` is marked where it was measured.
+    """The first search, or else the first metric of the evaluations; ``plan`` is marked where it was measured.
 
     ``path``: the bundle as it was named, for the commands of what was not measured.
     """
