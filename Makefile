@@ -27,7 +27,7 @@ test-slow:  ## the same on further models
 	$(PYTHON) -m pytest -n auto -m slow
 
 compatibility:  ## write docs/compatibility.md
-	PYTHONPATH=tests $(PYTHON) -W ignore -m support.compatibility
+	PYTHONPATH=tests:$$PYTHONPATH $(PYTHON) -W ignore -m support.compatibility
 
 bench:  ## the built-in pair on this machine
 	$(PYTHON) -m tstitch_trt.cli build fashion -o build/fashion.bundle
