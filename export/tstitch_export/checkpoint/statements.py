@@ -18,10 +18,11 @@ from tstitch_export.checkpoint.checkpoint import Checkpoint
 from tstitch_export.checkpoint.conventions import FLOW, NO_FLOW, Conventions, Statement, spelled
 from tstitch_export.checkpoint.noise_buffers import noise_from_buffers
 
-__all__ = ["MARKERS", "check_markers", "resolution_of", "settings", "statements_of"]
+__all__ = ["MARKERS", "check_markers", "foreign_metadata", "resolution_of", "settings", "statements_of"]
 
 V_MARKER, ZERO_MARKER = "v_pred", "ztsnr"
-MARKERS: Final = frozenset({V_MARKER, ZERO_MARKER})  # tensors that are no weights
+# Tensors beside the weights of a model's own file, which are none
+MARKERS: Final = frozenset({V_MARKER, ZERO_MARKER, "global_step", "betas", "alphas_cumprod", "denoiser.sigmas"})
 _EDM: Final = {
     "edm_mean": "Playground v2.5",
     "edm_std": "Playground v2.5",
@@ -40,8 +41,10 @@ def check_markers(names: Iterable[str], name: str) -> None:
         )
 
 
-def statements_of(checkpoint: Checkpoint, said: Conventions) -> tuple[list[Statement], tuple[str, ...]]:
-    """What a single file says of itself, and notes of what it says besides.
+def statements_of(
+    checkpoint: Checkpoint, said: Conventions, *, text_width: int | None = None
+) -> tuple[list[Statement], tuple[str, ...]]:
+    """What a single file says of itself, and notes of what it says besides. ``text_width``: of the text it reads.
 
     Raises ``BadCheckpoint`` for a model without betas, and for betas of no known formula unless noise is ``said``.
     """
@@ -59,7 +62,7 @@ def statements_of(checkpoint: Checkpoint, said: Conventions) -> tuple[list[State
         found.append(Statement(source=f"its marker tensor {V_MARKER}", prediction="v"))
     if ZERO_MARKER in names:
         found.append(Statement(source=f"its marker tensor {ZERO_MARKER}", zero_snr=True))
-    found += _of_metadata(checkpoint.metadata)
+    found += _of_metadata(checkpoint.metadata, text_width)
     found += _of_training(checkpoint.beside)
     if said.noise is None and (noise := noise_from_buffers(checkpoint)) is not None:
         zero = noise.zero_terminal_snr
@@ -76,13 +79,14 @@ def statements_of(checkpoint: Checkpoint, said: Conventions) -> tuple[list[State
 _PREDICTION_KEYS: Final = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 _V_KEYS: Final = ("ss_v_parameterization", "v_parameterization")
 _ZERO_KEYS: Final = ("ss_zero_terminal_snr", "zero_terminal_snr")
-# Architectures that say more than shapes do: ModelSpec's own identifiers, and kohya's version names
+# Architectures that say more than shapes do, ModelSpec's own identifiers and kohya's version names, with the width of
+# their text: merged models keep the metadata of others.
 _ARCHITECTURES: Final = {
-    "stable-diffusion-v2-768-v": "v",
-    "stable-diffusion-v2-512": "eps",
-    "sd_v2_v": "v",
-    "sd_v2": "eps",
-    "sd_v1_v": "v",
+    "stable-diffusion-v2-768-v": ("v", 1024),
+    "stable-diffusion-v2-512": ("eps", 1024),
+    "sd_v2_v": ("v", 1024),
+    "sd_v2": ("eps", 1024),
+    "sd_v1_v": ("v", 768),
 }
 _ARCHITECTURE_KEYS: Final = ("modelspec.architecture", "ss_base_model_version")
 _NOTED: Final = {
@@ -91,19 +95,36 @@ _NOTED: Final = {
 }
 
 
-def _of_metadata(metadata: Mapping[str, str]) -> Iterator[Statement]:
+def _of_metadata(metadata: Mapping[str, str], text_width: int | None) -> Iterator[Statement]:
     for key in _PREDICTION_KEYS:
         if (text := metadata.get(key, "").strip()) and text != "None":
             yield Statement(source=f"its metadata {key}", prediction=spelled(text))
-    for key in _ARCHITECTURE_KEYS:
-        if (predicts := _ARCHITECTURES.get(metadata.get(key, "").strip().lower().partition("/")[0])) is not None:
-            yield Statement(source=f"its metadata {key} = {metadata[key].strip()}", prediction=predicts)
+    for source, predicts, width in _architectures(metadata):
+        if width == text_width:
+            yield Statement(source=source, prediction=predicts)
     for key in _V_KEYS:
         if (switch := _switch(metadata.get(key))) is not None:
             yield Statement(source=f"its metadata {key}", prediction="v" if switch else "eps")
     for key in _ZERO_KEYS:  # false is sd-scripts' default, also of models that were rescaled before
         if _switch(metadata.get(key)):
             yield Statement(source=f"its metadata {key}", zero_snr=True)
+
+
+def foreign_metadata(metadata: Mapping[str, str], text_width: int | None) -> str | None:
+    """Which metadata is that of a model with text of another width, and says what that one predicts."""
+    for source, predicts, width in _architectures(metadata):
+        if width != text_width:
+            return (
+                f"{source} is that of a model which predicts {predicts} and takes text {width} wide, not {text_width}"
+            )
+    return None
+
+
+def _architectures(metadata: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
+    for key in _ARCHITECTURE_KEYS:
+        stated = metadata.get(key, "").strip().lower().partition("/")[0]
+        if stated in _ARCHITECTURES:
+            yield f"its metadata {key} = {stated}", *_ARCHITECTURES[stated]
 
 
 def _tells(key: str, value: str) -> bool:

@@ -170,6 +170,8 @@ def _plan(
             Source(name=shown_as[file], sha256=sha256, bytes=size, shipped=shipped)
             for file, (sha256, size) in ((file, hash_file(file)) for file in files)
         ]
+    except BadCheckpoint as error:  # families call it MEMBER
+        raise BadCheckpoint(error.message, hint=error.hint.replace("MEMBER.", f"{name}.")) from error.__cause__
     except OSError as error:
         raise BadCheckpoint(f"checkpoint {path} can't be read: {error}", hint="check the path and its rights") from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

@@ -92,11 +92,9 @@ def inspect(path: Path, **options: Scalar) -> Inspection:
         ([], {"modelspec.prediction_type": "epsilon"}, "eps", None),
         ([], {"modelspec.predict_key": "v"}, "v", None),
         ([], {"prediction_type": "v_prediction"}, "v", None),
-        ([], {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v", None),
         ([], {"modelspec.architecture": "stable-diffusion-xl-v1-base"}, None, None),
         ([], {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "v", True),
         ([], {"ss_v_parameterization": "False", "ss_zero_terminal_snr": "False"}, "eps", None),
-        ([], {"ss_base_model_version": "sd_v2_v"}, "v", None),
         (["v_pred"], {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "true"}, "v", True),
         ([], {"modelspec.prediction_type": "None"}, None, None),
     ],
@@ -223,6 +221,32 @@ def test_the_step_at_which_the_published_files_were_saved(step: int, folders: Pa
         inspect(path)
 
 
+def test_the_step_in_a_file_of_tensors(folders: Path, tmp_path: Path) -> None:
+    for step, prediction in ((875_000, "eps"), (110_000, "v")):
+        for bare in (False, True):
+            step_tensor = {"global_step": torch.tensor(step), "betas": torch.linspace(1e-4, 0.02, 1000)}
+            found = inspect(marked(folders, "sd2", tmp_path / "sd2.safetensors", step_tensor, bare=bare))
+            assert (found.trained.prediction, found.noise) == (prediction, NoiseScheduleSpec(kind="linear"))
+
+
+def test_metadata_of_the_branches(folders: Path, tmp_path: Path) -> None:
+    for metadata, prediction in (
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v"),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, "eps"),
+        ({"ss_base_model_version": "sd_v2_v"}, "v"),
+        ({"modelspec.predict_key": "epsilon"}, "eps"),
+    ):
+        found = inspect(marked(folders, "sd2", tmp_path / "sd2.safetensors", metadata=metadata))
+        assert found.trained.prediction == prediction
+        assert found.latent == ((4, 96, 96) if prediction == "v" else (4, 64, 64))
+    merged = {"modelspec.architecture": "stable-diffusion-v2-768-v"}
+    path = marked(folders, "xl", tmp_path / "xl.safetensors", metadata=merged)
+    with pytest.raises(BadCheckpoint, match="a model which predicts v and takes text 1024 wide, not 2048"):
+        inspect(path)
+    assert inspect(path, prediction="eps").trained.prediction == "eps"
+    assert inspect(marked(folders, "xl", path, {"v_pred": EMPTY}, merged)).trained.prediction == "v"
+
+
 def test_where_nothing_tells_it_is_refused(folders: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folders / "sd2", tmp_path / "sd2")
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -346,6 +370,9 @@ def test_a_build_plans_with_what_is_said(folders: Path, tmp_path: Path) -> None:
     assert (plan.noise, plan.members["small"].noise, plan.members["large"].noise) == (SD_NOISE, zero, None)
     assert any("predicts v, as its marker tensor v_pred says" in note for note in plan.notes)
     assert any("predicts x0, as the option prediction says" in note for note in plan.notes)
+    with pytest.raises(BadCheckpoint) as caught:
+        planned(recipe, members={"small": folders / "sd2.safetensors", "large": folders / "sd"})
+    assert "--option small.prediction=v" in caught.value.hint
 
 
 # --- a scheduler beside the weights
@@ -448,6 +475,14 @@ def test_a_state_dict_of_sit_is_told_by_what_it_never_trained(tmp_path: Path) ->
         open_family("dit").inspect(path, {"num_heads": 4})
     assert "MEMBER.prediction=eps" in caught.value.hint
     assert open_family("dit").inspect(path, {"num_heads": 4, "prediction": "eps"}).parametrisation == "eps"
+    diffusers_folder(tmp_path / "dit", layers=1)
+    weights = tmp_path / "dit/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    for key in ("proj_out_2.weight", "proj_out_2.bias"):
+        state[key].unflatten(0, (4, 2, 4))[:, 1] = 0
+    save_file(state, weights)
+    with pytest.raises(BadCheckpoint, match=r"never trained \(rows of zeros in proj_out_2\)"):
+        open_family("dit").inspect(tmp_path / "dit", {})
     save_file(published_state(), tmp_path / "SiT-XL-2-256x256.safetensors")
     with pytest.raises(BadCheckpoint, match="its name sounds like flow"):
         open_family("dit").inspect(tmp_path / "SiT-XL-2-256x256.safetensors", {"num_heads": 4})

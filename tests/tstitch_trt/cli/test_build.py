@@ -68,7 +68,7 @@ def test_dits_of_any_size_need_no_recipe_of_their_own(run: Command, tiny_pair: T
     for name in ("small", "large"):
         words += ["--member", f"{name}={tiny_pair.checkpoint(name)}"]
     told = run(*words)
-    refused(told, "may have any number of attention heads", "--option MEMBER.num_heads=N")
+    refused(told, "may have any number of attention heads", "--option small.num_heads=N")
     heads = [word for name in ("small", "large") for word in ("--option", f"{name}.num_heads={SHAPES[name]['heads']}")]
     made = run(*words, *heads, "--batch", "1:1:2", "--json")
     assert made.code == 0, made.err

@@ -21,6 +21,7 @@ from tstitch_export.checkpoint.signatures import check_config
 from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection
 from tstitch_export.families.dit.layout import published_name
+from tstitch_export.families.dit.training import check_variance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,6 +87,8 @@ def inspect(path: Path, heads: int | None, said: Conventions) -> Inspection:
     check_config(wanted, shapes, weights)
     stated, notes = statements_of(checkpoint, said)
     training = [*read_pipeline(path, said).training, *stated]
+    if out_channels != channels and said.prediction is None and not training:
+        check_variance(checkpoint, "proj_out_2", channels)
     return Inspection(
         family="dit",
         layout="diffusers",

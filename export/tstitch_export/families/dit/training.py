@@ -11,7 +11,7 @@ from tstitch_export.checkpoint.statements import settings
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.layout import published_name
 
-__all__ = ["check_training"]
+__all__ = ["check_training", "check_variance"]
 
 _FACTORS = (1, 4, 8, 16, 32)  # pixels per latent element of the autoencoders that DiTs are trained with
 
@@ -19,8 +19,8 @@ _FACTORS = (1, 4, 8, 16, 32)  # pixels per latent element of the autoencoders th
 def check_training(checkpoint: Checkpoint, config: DiTConfig, said: Conventions) -> tuple[str, ...]:
     """Notes of what the training state says. Raises ``BadCheckpoint`` where it is that of another model.
 
-    SiT (arXiv 2401.08740) has DiT's tensors, shapes and published names, but predicts a velocity. Its learned variance
-    is cut off before the loss, so that those rows of the last layer, zero at first, stay zero.
+    SiT (arXiv 2401.08740) has DiT's tensors, names and shapes, but predicts a velocity. Its learned variance is cut off
+    before the loss, so that those rows of the last layer, zero at first, stay zero.
     """
     name = checkpoint.path.name
     notes = []
@@ -32,14 +32,22 @@ def check_training(checkpoint: Checkpoint, config: DiTConfig, said: Conventions)
             )
         if key == "vae" and isinstance(value, str):
             notes.append(f"was trained on latents of the autoencoder {value!r}, as its training state says ({place})")
-    if config.learn_sigma and said.prediction is None and _variance_untrained(checkpoint, config):
+    if config.learn_sigma and said.prediction is None:
+        check_variance(checkpoint, "final_layer.linear", config.channels)
+    return tuple(notes)
+
+
+def check_variance(checkpoint: Checkpoint, layer: str, channels: int) -> None:
+    """Raises ``BadCheckpoint`` where the last ``layer`` has outputs for a learned variance that were never trained."""
+    weight, bias = (checkpoint.values(f"{layer}.{part}") for part in ("weight", "bias"))
+    rows, shifts = weight.reshape(-1, 2, channels, weight.shape[1]), bias.reshape(-1, 2, channels)
+    if rows[:, 0].any() and not rows[:, 1].any() and not shifts[:, 1].any():
         raise BadCheckpoint(
-            f"{name} has outputs for a learned variance that were never trained (rows of zeros in final_layer.linear). "
-            "SiT and other models that predict a velocity are so (arXiv 2401.08740), and flow matching is not "
-            "supported yet",
+            f"{checkpoint.path.name} has outputs for a learned variance that were never trained (rows of zeros in "
+            f"{layer}). SiT and other models that predict a velocity are so (arXiv 2401.08740), and flow matching is "
+            "not supported yet",
             hint=f"give a DiT. If it predicts noise after all, {say('prediction', 'eps')}",
         )
-    return tuple(notes)
 
 
 def _contradicts(key: str, value: object, config: DiTConfig) -> str | None:
@@ -57,10 +65,3 @@ def _contradicts(key: str, value: object, config: DiTConfig) -> str | None:
         sides = " or ".join(str(config.size * n) for n in _FACTORS)
         return f"its latent is {config.size} wide, for pictures of {sides}"
     return None
-
-
-def _variance_untrained(checkpoint: Checkpoint, config: DiTConfig) -> bool:
-    weight, bias = (checkpoint.values(f"final_layer.linear.{part}") for part in ("weight", "bias"))
-    rows = weight.reshape(config.patch**2, 2, config.channels, -1)
-    shifts = bias.reshape(config.patch**2, 2, config.channels)
-    return not rows[:, 1].any() and not shifts[:, 1].any() and bool(rows[:, 0].any())

@@ -7,7 +7,7 @@ which the published files were saved).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,8 +31,10 @@ class Implied:
     undecided: str | None = None
 
 
-def implied_by(config: UNetConfig, beside: Mapping[str, object], bias: Callable[[], float | None]) -> Implied:
-    """``bias`` gives the standard deviation of the tensor ``SPREAD_OF``, ``None`` where there is none."""
+def implied_by(config: UNetConfig, step: int | None, bias: Callable[[], float | None]) -> Implied:
+    """``step``: of its training, at which it was saved; ``bias`` gives the standard deviation of the tensor
+    ``SPREAD_OF``. ``None`` where there is none.
+    """
     if config.kind != "sd" or config.width != _TEXT_WIDTH:
         return Implied()
     name = published_name(config) or ""
@@ -44,8 +46,7 @@ def implied_by(config: UNetConfig, beside: Mapping[str, object], bias: Callable[
     if spread := bias():  # zero in a model that was not trained
         predicts = "v" if spread > _SPREAD else "eps"
         found.append(Statement(source=f"the spread {spread:.3g} of {SPREAD_OF}", prediction=predicts))
-    step = beside.get("global_step")
-    if isinstance(step, int) and step in _SAVED_AT:
+    if step in _SAVED_AT:
         found.append(Statement(source=f"its global_step {step}", prediction=_SAVED_AT[step]))
     side = config.raw.get("sample_size")
     if not found and isinstance(side, int) and side in _SIDES:

@@ -16,7 +16,7 @@ from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, 
 from tstitch_export.checkpoint.model_config import check_model_config
 from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
-from tstitch_export.checkpoint.statements import MARKERS, resolution_of, statements_of
+from tstitch_export.checkpoint.statements import MARKERS, foreign_metadata, resolution_of, statements_of
 from tstitch_export.families.unet.config import CLASS, UNetConfig
 from tstitch_export.families.unet.conventions import SPREAD_OF, Implied, implied_by, native_size
 from tstitch_export.families.unet.layout import (
@@ -63,7 +63,7 @@ class Source:
     def conventions(self, said: Conventions, *, sure: bool = True) -> Conventions:
         """How it was trained. Raises ``BadCheckpoint`` for a contradiction, with ``sure`` also where nothing tells."""
         return conventions_of(
-            self.weights[-1].name,
+            self.weights[-1].name if self.path.is_file() else f"{self.path.name}/{self.weights[-1].name}",
             [*self.facts.training, *self.stated],
             said=said,
             implied=self.implied.statements,
@@ -119,14 +119,26 @@ def _with_training(source: Source, checkpoint: Checkpoint, stored: Mapping[str, 
     def spread() -> float | None:
         return float(checkpoint.values(stored[SPREAD_OF]).std()) if SPREAD_OF in stored else None
 
-    stated, notes = statements_of(checkpoint, said)
+    config = UNetConfig(source.config)
+    stated, notes = statements_of(checkpoint, said, text_width=config.width)
+    implied = implied_by(config, _step(checkpoint), spread)
+    if not implied.statements and (foreign := foreign_metadata(checkpoint.metadata, config.width)) is not None:
+        implied = Implied(undecided=foreign)
     return replace(
         source,
         stated=tuple(stated),
-        implied=implied_by(UNetConfig(source.config), checkpoint.beside, spread),
+        implied=implied,
         resolution=resolution_of(checkpoint.metadata),
         training_notes=notes,
     )
+
+
+def _step(checkpoint: Checkpoint) -> int | None:
+    """The step of its training at which it was saved, where the file says it."""
+    noted = checkpoint.beside.get("global_step")
+    if noted is None and checkpoint.shapes.get("global_step") in ((), (1,)):
+        noted = int(checkpoint.values("global_step").reshape(-1)[0])
+    return noted if isinstance(noted, int) else None
 
 
 def _diffusers_file(path: Path, shapes: Shapes) -> Source:
