@@ -44,4 +44,5 @@ def alphas_cumprod(spec: NoiseScheduleSpec) -> Array:
     if not spec.zero_terminal_snr:
         return plain
     signal = np.sqrt(plain)
-    return np.asarray(((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2)
+    with np.errstate(invalid="ignore", divide="ignore"):  # betas too small to leave a mark, which are refused later
+        return np.asarray(((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2)

@@ -98,6 +98,14 @@ def test_arrays_that_are_no_noise_schedule_are_refused(values: list[float]) -> N
         NoiseSchedule(np.array(values))
 
 
+@pytest.mark.parametrize("beta", [1e-300, 0.999])
+@pytest.mark.parametrize("zero", [False, True])
+def test_specs_that_are_no_noise_schedule_are_refused(beta: float, zero: bool) -> None:
+    spec = NoiseScheduleSpec(kind="linear", beta_start=beta, beta_end=beta, zero_terminal_snr=zero)
+    with pytest.raises(BadInput, match="is not a noise schedule"):
+        NoiseSchedule.from_spec(spec)
+
+
 def test_it_cannot_be_changed() -> None:
     schedule = NoiseSchedule.from_spec(NoiseScheduleSpec(kind="linear"))
     with pytest.raises(ValueError, match="read-only"):
