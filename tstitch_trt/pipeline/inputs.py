@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput
+from tstitch_trt.pipeline.vae_tiles import encode_pictures
 from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = [
@@ -56,7 +57,7 @@ def encoded(
     import torch
     from diffusers.utils.torch_utils import randn_tensor
 
-    mean, std = runtime.encode(latent_tensor(pictures))
+    mean, std = encode_pictures(runtime, pipe.vae, latent_tensor(pictures))
     if count is not None:
         mean, std = repeat_to(mean, count), repeat_to(std, count)
     if not std.any():

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
+from tstitch_trt.pipeline.vae_tiles import decode_images
 from tstitch_trt.runtime.result import StepEvent
 from tstitch_trt.runtime.runtime import Runtime
 
@@ -41,7 +42,7 @@ def pipeline_output(pipe: Any, runtime: Runtime, latents: NDArray[np.float32], a
     if a.output_type == "latent":
         image = torch.from_numpy(latents).to(device, pipe.unet.dtype)
     else:
-        image = torch.from_numpy(runtime.images(latents)).to(device)
+        image = torch.from_numpy(decode_images(runtime, pipe.vae, latents)).to(device)
         if not xl:
             image, flags = pipe.run_safety_checker(image, device, pipe.unet.dtype)
     if xl:

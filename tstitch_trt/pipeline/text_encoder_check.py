@@ -42,8 +42,8 @@ def check_text_inputs(small: Mapping[str, Any], large: Mapping[str, Any]) -> Non
 
 def _plain(value: Any) -> Any:
     """Sequences of one value mean the same as the value."""
-    items = set(value) if isinstance(value, list | tuple) and not any(isinstance(v, list) for v in value) else {value}
-    return items.pop() if len(items) == 1 else value
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    return items[0] if items and all(item == items[0] for item in items) else items
 
 
 def check_text_encoders(small: Path, pipe: Any) -> None:
