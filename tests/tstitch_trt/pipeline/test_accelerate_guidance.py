@@ -18,6 +18,9 @@ from support.tiny_families import unet_folder
 from tstitch_engines.device.host_kernels import normal
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.pipeline.inputs import step_noise_seeds
+from tstitch_trt.study.budget import Conditions
+from tstitch_trt.study.calibrate.calibrate import calibrate
+from tstitch_trt.study.store import save_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -116,6 +119,20 @@ def test_each_member_may_be_given_a_scale(plain_first: Pair) -> None:
         plain_first.ours(6.0, 0.5, guidance={"smal": 3.0})
     with pytest.raises(BadInput, match="guidance of 'small' is 'x'"):
         plain_first.ours(6.0, 0.5, guidance={"small": "x"})
+
+
+@pytest.mark.slow
+def test_a_budget_may_choose_the_distilled_one_alone(plain_first: Pair) -> None:
+    """It reads no negative prompt; the plain one does."""
+    runtime = plain_first.made.runtime
+    found = calibrate(runtime, batches=[2], repeats=1, checks=1)
+    assert {(cost.member, cost.guided) for cost in found.steps} == {("small", False), ("small", True), ("large", False)}
+    save_study(runtime.bundle, found, key=Conditions.of(found).key)
+    asked = {"negative_prompt": SD["negative_prompt"], "guidance_rescale": 0.5}
+    for scale in (0.5, 6.0):
+        for guidance in (None, {"small": 3.0}):
+            got = plain_first.ours(scale, None, latency_budget_ms=1e9, guidance=guidance, **asked)
+            np.testing.assert_array_equal(got, plain_first.ours(scale, 0.0, guidance=guidance, **asked))
 
 
 def test_in_the_pipeline_of_latent_consistency_models(sd: Path, cache: Path) -> None:

@@ -18,7 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
-from tstitch_engines.checks import check_callable, check_text, check_whole, checked, items_of, optional, taken_as_is
+from tstitch_engines.checks import (
+    check_callable,
+    check_number,
+    check_text,
+    check_whole,
+    checked,
+    items_of,
+    optional,
+    taken_as_is,
+)
 from tstitch_engines.errors import BadInput, BadSchedule, unknown_name
 from tstitch_engines.progress import Progress, silent
 from tstitch_trt.plan.options import PlanOptions
@@ -85,9 +94,9 @@ def profile_solver(manifest: Manifest, wanted: str | None) -> str:
     samples=partial(check_whole, high=MOST_IMAGES),
     seed=partial(check_whole, high=MOST_SEED),
     reference=optional(partial(check_text, example="large", most=1000)),
-    steps=taken_as_is,  # these three by PlanOptions
+    steps=taken_as_is,  # these two by PlanOptions
     solver=taken_as_is,
-    guidance=taken_as_is,
+    guidance=optional(check_number),
     prompts=items_of(check_prompt, MOST_IMAGES),
     command=check_command,
     progress=check_callable,
