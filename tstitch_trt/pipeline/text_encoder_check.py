@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_text_encoders", "check_text_inputs"]
 
+_TOKENS: Final = "embeddings.token_embedding.weight"
 _PARTS: Final = ("text_encoder", "text_encoder_2")
 
 
@@ -49,8 +50,8 @@ def _plain(value: Any) -> Any:
 def check_text_encoders(small: Path, pipe: Any) -> None:
     """Raises ``PairMismatch`` where the pipeline ``small``, a folder or a single file, has another text encoder.
 
-    Weights that differ by the rounding to a shorter type are equal, and LoRA layers of the loaded one do not count.
-    A bare UNet has none.
+    Weights that differ by the rounding to a shorter type are equal. LoRA layers of the loaded one do not count, nor do
+    textual inversions. A bare UNet has none.
     """
     for part in _PARTS:
         own = getattr(pipe, part, None)
@@ -112,7 +113,13 @@ def _pieces(state: Mapping[str, Tensor], prefix: str, is_open: bool) -> dict[str
 
 def _equal(own: Mapping[str, Tensor], theirs: Mapping[str, tuple[Tensor, torch.dtype]]) -> bool:
     """Files of whole pipelines also hold layers that the loaded encoder does not have, since nothing reads them."""
-    return own.keys() <= theirs.keys() and all(_same(tensor, *theirs[name]) for name, tensor in own.items())
+    if not own.keys() <= theirs.keys():
+        return False
+    own, theirs = dict(own), dict(theirs)
+    if _TOKENS in own:  # a textual inversion adds rows behind the others
+        rows = min(len(own[_TOKENS]), len(theirs[_TOKENS][0]))
+        own[_TOKENS], theirs[_TOKENS] = own[_TOKENS][:rows], (theirs[_TOKENS][0][:rows], theirs[_TOKENS][1])
+    return all(_same(tensor, *theirs[name]) for name, tensor in own.items())
 
 
 def _same(left: Tensor, right: Tensor, stored: torch.dtype) -> bool:

@@ -208,6 +208,18 @@ def test_a_small_pipeline_with_its_own_text_encoder_is_refused(
         fast(pipe, sd, cache, small=tmp_path / "whole.safetensors")
 
 
+def test_a_pipeline_with_textual_inversions_has_the_text_encoder_it_had(
+    built: None, never: None, sd: Path, cache: Path, tmp_path: Path
+) -> None:
+    pipe = pipeline(sd)
+    width = pipe.text_encoder.config.hidden_size
+    pipe.load_textual_inversion({"<cat>": torch.zeros(3, width)})
+    with pytest.raises(BuiltError):
+        fast(pipe, sd, cache, small=other_text(sd, tmp_path / "same", lambda tensor: tensor))
+    with pytest.raises(PairMismatch, match="has another text_encoder"):
+        fast(pipe, sd, cache, small=other_text(sd, tmp_path / "other", lambda tensor: 2 * tensor))
+
+
 # --- refusals
 
 
