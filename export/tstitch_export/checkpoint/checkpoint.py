@@ -66,10 +66,11 @@ class _File(Protocol):
 class Checkpoint:
     """A model's state dict by ``path``: ``shapes`` at once, ``tensors()`` when they are needed.
 
-    The names are the model's own, without what training code put around them (``wrapping``). ``markers`` are the names
-    of empty tensors, ``metadata`` is that of a ``.safetensors`` file, ``beside`` the plain values of a training state
-    around its tensors (``args``, ``global_step``): numbers, texts, and lists and dictionaries of them. ``notes`` say in
-    words what was taken of several models. ``types`` are what the numbers are stored in, by torch's names.
+    The names are the model's own, without what training code put around them (``wrapping``). ``outside`` are the shapes
+    of tensors that are not the model's (a trainer's buffers), ``markers`` the names of those and of empty tensors,
+    ``metadata`` is that of a ``.safetensors`` file, ``beside`` the plain values of a training state around its tensors
+    (``args``, ``global_step``): numbers, texts, and lists and dictionaries of them. ``notes`` say in words what was
+    taken of several models. ``types`` are what the numbers are stored in, by torch's names.
     """
 
     def __init__(
@@ -92,13 +93,14 @@ class Checkpoint:
         empty = {key for key, shape in stored.items() if 0 in shape}
         found = unwrap_names((key for key in stored if key not in empty), file=path.name)
         self.notes = (*notes, *found.notes)
-        self.markers = frozenset(key.removeprefix("module.") for key in empty)
+        self.outside = {name: stored[key] for key, name in found.outside.items()}
+        self.markers = frozenset((*(key.removeprefix("module.") for key in empty), *self.outside))
         shapes = {name: stored[key] for key, name in found.names.items()}
         self.types = {name: types[key] for key, name in found.names.items()}
         self._scales = _scales(path, shapes, self.types)
         beside_weights = {*self._scales.values(), *(name for name in shapes if _is_beside(name, self.types))}
         self.shapes = {name: shape for name, shape in shapes.items() if name not in beside_weights}
-        self._names = dict(found.names)
+        self._names = {**found.outside, **found.names}
         for name in self.shapes:
             check_weight_type(path.name, name, self.types[name])
         for name in shapes:
@@ -116,8 +118,9 @@ class Checkpoint:
         return {name: _decoded(stored[name], self._scale(name, stored)) for name in self.shapes}
 
     def values(self, name: str) -> NDArray[np.float64]:
-        """One tensor in float64; of a ``.safetensors`` file read without torch, and without the others."""
-        return self.arrays()[name]().astype(np.float64)
+        """One tensor in float64, the model's or one outside; of ``.safetensors`` read without torch and the others."""
+        read = self.arrays()[name] if name in self.shapes else self._readers()[name]
+        return read().astype(np.float64)
 
     def arrays(self) -> dict[str, Callable[[], Numbers]]:
         """The tensors as functions that read one, in float32 (float64 stays); ``.safetensors`` ones without torch.

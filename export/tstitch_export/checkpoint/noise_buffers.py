@@ -73,7 +73,7 @@ def noise_of(betas: Array, name: str) -> NoiseScheduleSpec:
 
 def _series(checkpoint: Checkpoint, name: str) -> Array | None:
     """The buffer ``name``, where it is a list of numbers."""
-    shape = checkpoint.shapes.get(name)
+    shape = checkpoint.shapes.get(name, checkpoint.outside.get(name))
     if shape is None or len(shape) != 1 or shape[0] > _MOST:
         return None
     found = checkpoint.values(name)

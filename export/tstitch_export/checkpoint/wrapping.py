@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from tstitch_engines.errors import BadCheckpoint
@@ -51,9 +51,14 @@ _SIGNATURES: Final[tuple[tuple[tuple[str, ...], int], ...]] = (
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """``names``: stored name -> the model's own, of the tensors that are the model's. ``notes``: what was left."""
+    """``names``: stored name -> the model's own, of the tensors that are the model's.
+
+    ``outside``: the same of other tensors (buffers of a trainer, other models), without the wrappers around the whole.
+    ``notes``: what was left.
+    """
 
     names: Mapping[str, str]
+    outside: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -100,7 +105,19 @@ def unwrap_names(stored: Iterable[str], *, file: str) -> Unwrapped:
         notes.append(f"of the models in it {taken} is taken, not {', '.join(map(repr, copies))}{rule}")
     elif (left := len(cleaned) - len(names)) > _COUNTERS:
         notes.append(f"of the models in it {taken} is taken; {left} tensors are not its own")
-    return Unwrapped(names, tuple(notes))
+    return Unwrapped(names, _outside(cleaned, names, outer), tuple(notes))
+
+
+def _outside(cleaned: Mapping[str, str], names: Mapping[str, str], outer: str) -> dict[str, str]:
+    words = outer.split(".")[:-1]
+    around = [".".join((*words[:cut], "")) for cut in range(len(words), 0, -1)]
+    found = {}
+    for key, name in cleaned.items():
+        prefix = next((prefix for prefix in around if name.startswith(prefix)), "")
+        if key not in names:
+            found[key] = name[len(prefix) :]
+    own = set(names.values())
+    return {key: name for key, name in found.items() if name not in own}
 
 
 def _in_part(name: str, model: _Found) -> str:

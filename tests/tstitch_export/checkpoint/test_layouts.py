@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.conventions import NOTHING_KNOWN
+from tstitch_export.checkpoint.statements import statements_of
 
 # What tells each kind of model, and one tensor more
 KINDS: dict[str, tuple[str, ...]] = {
@@ -140,6 +142,24 @@ def test_a_denoiser_goes_before_the_other_parts_of_its_trainer(tmp_path: Path) -
     path = written(tmp_path, {f"unet.{name}": t for name, t in state.items()} | others, ".ckpt")
     same(path, state)
     assert "6 tensors are not its own" in " ".join(read_checkpoint(path).notes)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "around"), [("unet.", ""), ("module.model.", "module."), ("module.ema_model.module.", "module.")]
+)
+@pytest.mark.parametrize("how", [".safetensors", ".pt", "shards"])
+def test_what_lies_around_the_model_can_still_be_asked(prefix: str, around: str, how: str, tmp_path: Path) -> None:
+    """A trainer keeps its noise schedule and marks outside the model, which say how the model was trained."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    state = {prefix + name: tensor for name, tensor in state_of("unet").items()}
+    path = written(tmp_path, {**state, f"{around}betas": betas, f"{around}v_pred": torch.ones(1)}, how)
+    found = read_checkpoint(path)
+    assert found.shapes.keys() == set(KINDS["unet"])
+    assert found.outside == {"betas": (1000,), "v_pred": (1,)}
+    assert {"betas", "v_pred"} <= found.markers
+    assert np.array_equal(found.values("betas"), betas.numpy())
+    stated, _ = statements_of(found, NOTHING_KNOWN)
+    assert [(s.prediction, s.noise and s.noise.kind) for s in stated] == [("v", None), (None, "linear")]
 
 
 # --- training states

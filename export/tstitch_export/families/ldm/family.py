@@ -120,7 +120,11 @@ def _original(path: Path, given: Mapping[str, Scalar], said: Conventions) -> Ins
         raise BadCheckpoint(
             f"{path.name} has no moving average of its weights ({EMA}...)", hint="leave ema away for it"
         )
-    scale = float(f"{float(checkpoint.values('scale_factor')):.6g}") if "scale_factor" in checkpoint.shapes else None
+    scale = (
+        float(f"{checkpoint.values('scale_factor').reshape(-1)[0]:.6g}")
+        if "scale_factor" in checkpoint.shapes
+        else None
+    )
     stated, notes = statements_of(checkpoint, said)
     return Inspection(
         family="ldm",
