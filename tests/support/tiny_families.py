@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "STABLE_DIFFUSION_2",
     "clip_text_folder",
     "clip_tokenizer_folder",
     "clip_vocabulary",
@@ -167,6 +168,18 @@ _UNETS["xl-one"] = {
     "transformer_layers_per_block": 1,
 }
 _UNETS["xl-least"] = {**_UNETS["xl-one"], "mid_block_type": "UNetMidBlock2D"}
+
+
+# Changes of ``sd``: as many blocks as Stable Diffusion 2.x has, so that it has the tensor that tells its two branches
+STABLE_DIFFUSION_2: dict[str, Any] = {
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+    "block_out_channels": (64, 64, 64, 64),
+    "layers_per_block": 2,
+    "attention_head_dim": 1,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+}
 
 
 def unet_folder(pipeline: Path, kind: str = "sd", *, part: str | None = "unet", seed: int = 3, **changes: Any) -> Any:

@@ -18,7 +18,7 @@ from tstitch_export.checkpoint.checkpoint import Checkpoint
 from tstitch_export.checkpoint.conventions import FLOW, NO_FLOW, Conventions, Statement, spelled
 from tstitch_export.checkpoint.noise_buffers import noise_from_buffers
 
-__all__ = ["MARKERS", "check_markers", "foreign_metadata", "resolution_of", "settings", "statements_of"]
+__all__ = ["MARKERS", "check_markers", "foreign_metadata", "resolution_of", "settings", "shown", "statements_of"]
 
 V_MARKER, ZERO_MARKER = "v_pred", "ztsnr"
 # Tensors beside the weights of a model's own file, which are none
@@ -69,7 +69,7 @@ def statements_of(
         plain = msgspec.structs.replace(noise, zero_terminal_snr=False)
         found.append(Statement(source="its buffer of betas", noise=plain, zero_snr=zero or None))
     notes = [
-        f"{said_of}, as its metadata says ({key} = {value})"
+        f"{said_of}, as its metadata says ({key} = {shown(value)})"
         for key, said_of in _NOTED.items()
         if (value := checkpoint.metadata.get(key, "")).strip() and _tells(key, value)
     ]
@@ -177,9 +177,14 @@ def settings(beside: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:
             yield key, key, value
 
 
+def shown(text: str) -> str:
+    """Text of a file for notes, which hold no signs that control a terminal."""
+    return repr(text[:80])[1:-1]
+
+
 def _of_training(beside: Mapping[str, object]) -> Iterator[Statement]:
     for place, name, value in settings(beside):
-        source = f"its training state ({place} = {str(value)[:80]})"
+        source = f"its training state ({shown(place)} = {shown(str(value))})"
         if name in _STATE_WORDS and isinstance(value, str):
             word = spelled(value)
             if word in {*get_args(PredictionType), FLOW} or name in ("prediction", "prediction_type"):

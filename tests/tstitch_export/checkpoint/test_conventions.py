@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.dits import diffusers_folder, published_state
 from support.ldms import ldm_checkpoint
 from support.tiny_checkpoints import PNDM, planned, text_recipe
-from support.tiny_families import original_unet, unet_folder
+from support.tiny_families import STABLE_DIFFUSION_2, original_unet, unet_folder
 from support.uvits import uvit_checkpoint
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, TStitchError, UnknownName
@@ -35,15 +35,6 @@ XL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 16 + 6 * 256,
 }
-SD2: dict[str, Any] = {  # as many blocks as published, so that it has the tensor that tells
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-    "block_out_channels": (64, 64, 64, 64),
-    "layers_per_block": 2,
-    "attention_head_dim": 1,
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bare UNet folders ``sd``, ``xl`` and ``sd2``, and each as a single file NAME.safetensors."""
     root = tmp_path_factory.mktemp("unets")
     text = {"cross_attention_dim": 768, "attention_head_dim": 8}
-    for name, kind, changes in (("sd", "sd", text), ("xl", "sdxl", XL), ("sd2", "sd", SD2)):
+    for name, kind, changes in (("sd", "sd", text), ("xl", "sdxl", XL), ("sd2", "sd", STABLE_DIFFUSION_2)):
         module = unet_folder(root / name, kind, part=None, norm_num_groups=32, **changes)
         state = original_unet(module)
         if name == "sd2":  # not trained
@@ -175,6 +166,10 @@ def test_notes_of_what_else_metadata_says(folders: Path, tmp_path: Path) -> None
     assert "a part of the timesteps" in part
     assert "500,999" in part
     assert "clip_skip" in skip
+    strange = {"modelspec.timestep_range": "500,999 \x1b[31m" + "x" * 100_000}
+    (note,) = inspect(marked(folders, "sd", tmp_path / "sd.safetensors", metadata=strange)).trained.notes
+    assert len(note) < 250
+    assert note.isprintable()
 
 
 def test_the_size_that_metadata_says(folders: Path, tmp_path: Path) -> None:
@@ -414,7 +409,7 @@ DIT_ARGS = {"model": "DiT-T/2", "image_size": 64, "num_classes": 5, "vae": "ema"
 def test_a_training_state_of_a_dit(tmp_path: Path) -> None:
     found = open_family("dit").inspect(dit_state(tmp_path / "x.pt", DIT_ARGS, train_steps=7), {"num_heads": 4})
     assert (found.trained.prediction, found.trained.noise) == (None, None)
-    assert "the autoencoder 'ema'" in found.trained.notes[0]
+    assert found.trained.notes == ("was trained on latents of the autoencoder ema, as args.vae says",)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from support.accelerating import LIMIT, SD, fast, pipeline, seeded
 from support.compare import relative_error
 from support.tiny_checkpoints import single_file
-from support.tiny_families import original_unet
+from support.tiny_families import STABLE_DIFFUSION_2, original_unet, unet_folder
 from support.tiny_pipelines import scheduler
 from tstitch_engines.errors import BadCheckpoint, BadInput, BadSchedule, PairMismatch, UnknownName
+from tstitch_export.families.unet.conventions import SPREAD_OF
 from tstitch_trt.pipeline.checkpoint import conventions_said, save_small
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
@@ -160,6 +161,23 @@ def test_a_single_file_says_what_it_says(sd: Path, tmp_path: Path) -> None:
         written(v, {}, prediction="v")
     assert written(v, {}, prediction="v", zero_snr="true") == as_list("v_prediction", True, "scaled_linear")
     assert written(v, {}, prediction="eps", zero_snr=False) == as_list("epsilon", False, "scaled_linear")
+
+
+def test_a_bare_unet_of_stable_diffusion_2_follows_its_own_weights(sd: Path, tmp_path: Path) -> None:
+    """A 512-base model before a 768-v pipeline: its folder and the loaded module say by their weights what they are."""
+    module = unet_folder(tmp_path / "base", "sd", part=None, **STABLE_DIFFUSION_2)
+    pipe = pipeline(sd, "ddim")
+    pipe.scheduler = scheduler("ddim", prediction_type="v_prediction")
+    pipe.scheduler.save_pretrained(tmp_path / "large/scheduler")
+    for spread, prediction in ((0.02, "epsilon"), (0.3, "v_prediction"), (0.0, "v_prediction")):
+        bias = module.get_parameter(SPREAD_OF)
+        bias.data = torch.linspace(-1, 1, bias.numel()) * 3**0.5 * spread
+        module.save_pretrained(tmp_path / "base")
+        for small in (module, tmp_path / "base"):
+            folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "small"
+            made = save_small(small, pipe, tmp_path / "large", folder, conventions_said({}))
+            config = json.loads((made / "scheduler/scheduler_config.json").read_text())
+            assert config["prediction_type"] == prediction
 
 
 def test_a_compiled_unet_is_the_module_within(built: None, never: None, sd: Path, cache: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import Checkpoint
 from tstitch_export.checkpoint.conventions import Conventions, say
-from tstitch_export.checkpoint.statements import settings
+from tstitch_export.checkpoint.statements import settings, shown
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.layout import published_name
 
@@ -31,7 +31,7 @@ def check_training(checkpoint: Checkpoint, config: DiTConfig, said: Conventions)
                 hint="give a DiT's own state; of a file that was put together save the state dict alone",
             )
         if key == "vae" and isinstance(value, str):
-            notes.append(f"was trained on latents of the autoencoder {value!r}, as its training state says ({place})")
+            notes.append(f"was trained on latents of the autoencoder {shown(value)}, as {shown(place)} says")
     if config.learn_sigma and said.prediction is None:
         check_variance(checkpoint, "final_layer.linear", config.channels)
     return tuple(notes)
@@ -52,7 +52,7 @@ def check_variance(checkpoint: Checkpoint, layer: str, channels: int) -> None:
 
 def _contradicts(key: str, value: object, config: DiTConfig) -> str | None:
     if key in ("model", "model_name", "model_type") and isinstance(value, str):
-        size = re.fullmatch(r"(?:.*[./])?(\w+?)-(\w+)/(\d+)", value)
+        size = re.fullmatch(r"(?:.*[./])?(\w+?)-(\w+)/(\d+)", value[-100:])
         if size is None:
             return None
         if size[1] != "DiT":
