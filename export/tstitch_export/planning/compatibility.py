@@ -64,11 +64,18 @@ def reconcile(recipe: Recipe, members: Sequence[NetworkPlan], parts: Mapping[str
     latent, noise = _latent(recipe, members, parts, notes), _noise_of(recipe, members)
     decoder = _decoder(recipe, latent, parts, notes)
     adapted = {plan.name: _adapt(plan, recipe, latent, noise, parts, notes) for plan in members}
+    scheduler = _scheduler(recipe, members, notes)
+    spacing = (scheduler or recipe.defaults).spacing
+    if noise.zero_terminal_snr and spacing == "leading":
+        notes.append(
+            "the noise schedule ends without any signal (zero terminal SNR); the default spacing, leading, begins "
+            "below that, and trailing would begin there"
+        )
     return PairConventions(
         latent=latent,
         noise=noise,
         decoder=decoder,
-        scheduler=_scheduler(recipe, members, notes),
+        scheduler=scheduler,
         members=adapted,
         notes=tuple(dict.fromkeys(notes)),
     )

@@ -157,6 +157,19 @@ def test_noise_and_parametrisation_of_pipelines(tmp_path: Path) -> None:
     assert (found.members["small"].parametrisation, found.members["large"].parametrisation) == ("eps", "v")
     assert any("predicts v, as its scheduler_config.json says" in note for note in found.notes)
     assert planned(plain).notes == ()
+    zero = {"_class_name": "DDIMScheduler", "clip_sample": False, "rescale_betas_zero_snr": True}
+    found = planned(pipeline(tmp_path / "e", **zero, timestep_spacing="trailing"))
+    assert found.noise == NoiseScheduleSpec(kind="linear", zero_terminal_snr=True)
+    assert found.members["small"].noise == NoiseScheduleSpec(kind="linear")
+    notes = "\n".join(found.notes)
+    assert "begins with pure noise (zero terminal SNR), which member 'small'" in notes
+    assert "member 'large' (transformer) predicts the noise, which says nothing" in notes
+    found = planned(pipeline(tmp_path / "f", **zero, prediction_type="v_prediction"))
+    assert not any("predicts the noise" in note for note in found.notes)
+    assert "trailing would begin there" not in "".join(found.notes)
+    recipe.write_text(recipe.read_text().replace("[defaults]", '[defaults]\nspacing = "leading"'))
+    found = planned(pipeline(tmp_path / "g", **zero, prediction_type="v_prediction"))
+    assert any("the default spacing, leading, begins below that" in note for note in found.notes)
     check(odd, BadCheckpoint, "beta_schedule is 'sigmoid'")
 
 

@@ -41,6 +41,13 @@ def test_alphas_are_those_of_diffusers(kind: str, theirs: str, steps: int) -> No
     np.testing.assert_allclose(scheduler.alphas_cumprod.numpy()[-1], ours.alphas_cumprod[-1], rtol=1e-4)
 
 
+def test_noise_of_older_manifests_has_its_signal() -> None:
+    spec = msgspec.json.decode(
+        b'{"kind":"linear","steps":1000,"beta_start":0.0001,"beta_end":0.02}', type=NoiseScheduleSpec
+    )
+    assert spec == NoiseScheduleSpec(kind="linear")
+
+
 def test_linear_is_ddpms() -> None:
     """arXiv 2006.11239, section 4: beta from 1e-4 to 0.02 over 1000 steps leaves sqrt(abar_T) = 0.00635."""
     schedule = NoiseSchedule.from_spec(NoiseScheduleSpec(kind="linear"))
