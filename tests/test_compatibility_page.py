@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from support.compatibility.page import PAGE, diffusers_sections, own_sections
+from support.compatibility.page import PAGE, diffusers_sections, model_sections, own_sections
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -22,10 +22,19 @@ def test_what_files_say() -> None:
 
 def test_what_diffusers_has() -> None:
     """Each key without effect here is tried in diffusers: one that changes its pictures fails, and not for the page."""
+    compare(diffusers_sections())
+
+
+@pytest.mark.slow
+def test_keys_of_models() -> None:
+    """A text encoder that computes something else than transformers with a key fails, and not for the page."""
+    compare(model_sections())
+
+
+def compare(sections: list[str]) -> None:
     text = PAGE.read_text()
     version = re.search(r"of diffusers (\S+)\.\n", text)
     assert version is not None
-    sections = diffusers_sections()
     if diffusers.__version__ != version[1]:
         pytest.skip(f"the page is of diffusers {version[1]}, this is {diffusers.__version__}")
     for section in sections:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from support.compatibility.checkpoints import checkpoint_section, training_section
 from support.compatibility.loras import lora_section
+from support.compatibility.models import model_section
 from support.compatibility.pipelines import pipeline_section
 from support.compatibility.schedulers import scheduler_section
 
-__all__ = ["PAGE", "diffusers_sections", "main", "own_sections"]
+__all__ = ["PAGE", "diffusers_sections", "main", "model_sections", "own_sections"]
 
 PAGE: Final = Path(__file__).parents[3] / "docs" / "compatibility.md"
 _HEAD: Final = """\
@@ -23,7 +25,7 @@ What is honoured and what is refused, of all that pipelines, checkpoints and LoR
 this page by asking the code that decides, and a test keeps both together. Nothing is ignored that would change a
 picture: a row is either honoured, without effect in diffusers too, or refused with the reason given here.
 
-Schedulers and pipelines are those of diffusers {version}.
+Schedulers, pipelines and keys are those of diffusers {version}.
 """
 
 
@@ -32,19 +34,25 @@ def diffusers_sections() -> list[str]:
     return [pipeline_section(), scheduler_section()]
 
 
+def model_sections() -> list[str]:
+    """The same, and of transformers: models are made."""
+    return [_in_folder(model_section)]
+
+
 def own_sections() -> list[str]:
-    found = []
-    for section in (lora_section, checkpoint_section, training_section):
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(section(Path(folder)))
-    return found
+    return [_in_folder(section) for section in (lora_section, checkpoint_section, training_section)]
+
+
+def _in_folder(section: Callable[[Path], str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return section(Path(folder))
 
 
 def page() -> str:
     import diffusers
 
     head = _HEAD.format(version=diffusers.__version__)
-    return "\n\n".join([head.strip(), *diffusers_sections(), *own_sections()]) + "\n"
+    return "\n\n".join([head.strip(), *diffusers_sections(), *model_sections(), *own_sections()]) + "\n"
 
 
 def main() -> int:
