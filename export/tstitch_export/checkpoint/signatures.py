@@ -84,6 +84,6 @@ def looks_like(shapes: Shapes) -> str:
     if "x_embedder." in names or "final_layer.adaLN_modulation" in names:
         gone = ", ".join(key for key in DIT_SIGNATURE if key not in shapes) or "nothing"
         return f"a relative of DiT or a part of one (missing: {gone})"
-    if 1 <= len(shapes) <= 2 and all(len(shape) <= 2 for shape in shapes.values()):
+    if 1 <= len(shapes) <= 2 and all(len(shape) <= 2 and "." not in name for name, shape in shapes.items()):
         return "a textual inversion (the option textual_inversion of a text encoder adds it)"
     return f"something unknown ({len(shapes)} tensors, e.g. {', '.join(list(shapes)[:3]) or 'none'})"
