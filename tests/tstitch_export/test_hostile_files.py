@@ -7,9 +7,12 @@ import pickle
 import shutil
 import sys
 import zipfile
+from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,3 +189,24 @@ def test_what_stands_in_for_a_known_name_runs_nothing(called: bytes, tmp_path: P
 def _inside(value: object) -> bytes:
     """``value`` as it stands within a pickle."""
     return pickle.dumps(value, 2)[2:-1]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_altered_training_states(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The pickle inside, and the older format, which is one stream."""
+    import torch
+
+    good, path = tmp_path_factory.getbasetemp() / "good.pt", tmp_path_factory.getbasetemp() / "hostile.pt"
+    weights = {"x_embedder.proj.weight": torch.ones(2, 3), "pos_embed": torch.ones(2, 3).half()}
+    state = {"ema": weights, "args": Namespace(a=1, b=Path("x")), "n": np.float32(3), "d": defaultdict(dict, a={1: 2})}
+    legacy = data.draw(st.booleans())
+    torch.save(state, good, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        path.write_bytes(data.draw(altered_bytes(good.read_bytes())))
+    else:
+        with zipfile.ZipFile(good) as archive, zipfile.ZipFile(path, "w") as changed:
+            for name in archive.namelist():
+                part = archive.read(name)
+                changed.writestr(name, data.draw(altered_bytes(part)) if name.endswith("data.pkl") else part)
+    only_our_errors(lambda: [read() for read in read_checkpoint(path).arrays().values()])
