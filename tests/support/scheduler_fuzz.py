@@ -134,13 +134,13 @@ def draw_case(seed: int) -> Case:
         config["trained_betas"] = np.linspace(0.0005, 0.03, train).tolist()
     steps: int | None = int(pick((1, 2, 3, 4, 5, 8, 10, 14, 15, 20, 25, 30, 48, 50, 61, 100)))
     timesteps = None
-    if rng.random() < (0.25 if name.startswith(("DDPM", "Euler", "DPM", "LCM")) else 0.03):
+    if rng.random() < (0.25 if name.startswith(("DDPM", "Euler", "DPM", "LCM", "TCD")) else 0.03):
         count = int(rng.integers(1, 12))
         whole = np.sort(rng.choice(train, min(count, train), replace=False))[::-1].astype(float)
         whole = whole + (0.4 * (whole < train - 1) if rng.random() < 0.2 else 0)
         steps, timesteps = None, tuple(whole.tolist())
     strength = float(pick((0.3, 0.5, 0.75, 1.0))) if rng.random() < 0.35 else None
-    eta = float(pick((0.0, 0.5, 1.0))) if "DDIM" in name or rng.random() < 0.03 else 0.0
+    eta = float(pick((0.0, 0.5, 1.0))) if name.startswith(("DDIM", "TCD")) or rng.random() < 0.03 else 0.0
     return Case(config, steps, timesteps, strength, eta)
 
 

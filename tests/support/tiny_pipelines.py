@@ -37,6 +37,7 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", _OFFSET),
     "unipc karras": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
     "turbo": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "tcd": ("TCDScheduler", {}),
     "lcm": ("LCMScheduler", {"original_inference_steps": 50, "steps_offset": 1}),
 }
 

@@ -161,8 +161,8 @@ class AcceleratedPipeline:
                     self._warn_unguided(a)
                 if a.denoising_start is not None:
                     given["start_step"] = self._first(a.denoising_start, plan)
-                elif not self._kind.starts:
-                    given["latents"] = given["latents"] * more_noise(self.pipe.scheduler, _asked_steps(a), plan)
+                elif (more := more_noise(self.pipe.scheduler, _asked_steps(a), plan)) != 1:
+                    given["latents"] = self._scaled(given["latents"], more, a)
                 if plan.rows[:, ROW["S"]].any():
                     given["seeds"] = step_noise_seeds(a.generator, count)
                 found = self._run(a, given, options, self._stop(a, plan))
@@ -189,6 +189,18 @@ class AcceleratedPipeline:
                 hint="leave out one of them, or give schedule=",
             )
         return chosen_options(options, self.runtime.within_budget(budget_ms, **given, **options.explicit()))
+
+    def _scaled(self, latents: Any, more: np.float32, a: SimpleNamespace) -> Any:
+        """The first state, where the scheduler starts from more than the plan's; from a picture that is of no use."""
+        if not self._kind.starts:
+            return latents * more
+        if self._kind.masked and a.strength == 1:
+            raise BadInput(
+                f"timesteps were given beside strength 1, and {type(self.pipe.scheduler).__name__} with "
+                "timestep_spacing 'leading' starts from noise of another strength than its first timestep",
+                hint="use strength=0.999, num_inference_steps, or another timestep_spacing",
+            )
+        return latents
 
     def _shares(self, asked: PlanOptions) -> PlanOptions:
         """The schedule of a call: what it asks for, and where that leaves room what ``accelerate`` was given."""

@@ -98,14 +98,19 @@ def plan_keywords(scheduler: Any, asked: AskedSteps) -> StepKeywords:
 
 def _starts_clean(read: Scheduler, asked: AskedSteps) -> bool:
     """A single step of ``linspace``, which diffusers places at timestep 0."""
-    one = asked.steps == 1 and read.spacing == "linspace" and "sigma_max" not in read.options
-    return one and read.solver != "lcm" and not find_solver(read.solver).extra_point
+    solver = find_solver(read.solver)
+    spaced = solver.timesteps is None and not solver.extra_point and "sigma_max" not in read.options
+    return spaced and asked.steps == 1 and read.spacing == "linspace"
 
 
 def _check_asked(scheduler: Any, read: Scheduler, asked: AskedSteps) -> None:
     name = type(scheduler).__name__
-    if asked.eta and read.solver != "ddim":
-        raise BadInput(f"eta is {asked.eta:g}, and {name} does not use it", hint="leave it out, or set a DDIMScheduler")
+    if asked.eta and read.solver not in ("ddim", "tcd"):
+        raise BadInput(
+            f"eta is {asked.eta:g}, and {name} does not use it",
+            hint="leave it out, or set a DDIMScheduler or TCDScheduler",
+        )
+
     if asked.timesteps is not None and asked.original_inference_steps is not None:
         raise BadInput(
             "original_inference_steps was given beside timesteps, which say themselves where the steps lie",

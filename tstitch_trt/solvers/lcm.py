@@ -10,12 +10,12 @@ from tstitch_trt.solvers.base import Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.table import Coefficients
 
-__all__ = ["LCM"]
+__all__ = ["LCM", "chain_timesteps"]
 
 _SIGMA_DATA = 0.5
 
 
-def _timesteps(options: SolverOptions, steps: int, train_steps: int) -> NDArray[np.float64]:
+def chain_timesteps(options: SolverOptions, steps: int, train_steps: int) -> NDArray[np.float64]:
     """``steps`` of the ``original_steps`` timesteps ``k - 1, 2k - 1, ...`` the model was distilled on, noisy first."""
     original = options.original_steps
     assert original is not None
@@ -26,7 +26,8 @@ def _timesteps(options: SolverOptions, steps: int, train_steps: int) -> NDArray[
         )
     if not 1 <= steps <= original:
         raise BadInput(
-            f"{steps} steps of solver 'lcm'; allowed is 1 to {original}, the steps of the chain it was distilled on",
+            f"{steps} steps of solver {options.name!r}; allowed is 1 to {original}, the steps of the chain it was "
+            "distilled on",
             hint=f"ask for 1 to {original} steps, e.g. --steps 4, or set original_steps",
         )
     chain = np.arange(original, 0, -1, dtype=np.float64) * (train_steps // original) - 1
@@ -54,5 +55,5 @@ LCM = Solver(
     defaults={"original_steps": 50, "timestep_scaling": 10.0},
     coefficients=_coefficients,
     from_zero_signal=True,
-    timesteps=_timesteps,
+    timesteps=chain_timesteps,
 )

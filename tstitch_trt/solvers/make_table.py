@@ -147,7 +147,7 @@ def _table(
             f"zero terminal SNR has sigma {sigma[0]:.4g} for solver {family.name!r}",
             hint="take fewer steps, or timesteps farther apart at the noisy end",
         )
-    end = {"sigma-min": float(noise.sigmas[0]), "last": float(sigma[-1])}.get(options.final or "zero", 0.0)
+    end = {"sigma-min": float(noise.sigmas[0]), "last": float(sigma[-1])}.get(options.final or family.final, 0.0)
     if end > sigma[-1]:
         raise BadInput(
             f"final='sigma-min' ends at sigma {end:g}, above that of the last step, {sigma[-1]:g}",
@@ -166,7 +166,8 @@ def _table(
     c_in = np.ones(t.size)
     if family.space == "ve":
         a, s, c_in = np.ones_like(sigmas), sigmas, a[:-1]
-    grid = Grid(t=t, a=a, s=s, age=_ages(t.size, restarts), ends=ends)
+    via = None if family.via is None else signal_and_noise(_sigma_at(family, noise, family.via(options, t)))
+    grid = Grid(t=t, a=a, s=s, age=_ages(t.size, restarts), ends=ends, via=via)
     made = family.coefficients(grid, options)
     return StepTable(
         solver=options,

@@ -16,6 +16,7 @@ from tstitch_trt.solvers.euler import EULER, EULER_ANCESTRAL
 from tstitch_trt.solvers.lcm import LCM
 from tstitch_trt.solvers.options import SPACING_OPTIONS, SolverOptions
 from tstitch_trt.solvers.pndm import PNDM
+from tstitch_trt.solvers.tcd import TCD
 from tstitch_trt.solvers.unipc import UNIPC
 
 __all__ = ["DEFAULT_SPACING", "SOLVERS", "find_solver", "idle_options", "resolve", "with_default_spacing"]
@@ -25,7 +26,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         solver.name: solver
         for solver in (
             DDIM, DDPM, EULER, EULER_ANCESTRAL, DPMPP_1, DPMPP_1_SDE, DPMPP_2M, DPMPP_2M_SDE, DPMPP_3M, DPMPP_3M_SDE,
-            DPMPP_2S, DPMPP_3S, UNIPC, PNDM, LCM,
+            DPMPP_2S, DPMPP_3S, UNIPC, PNDM, LCM, TCD,
         )
     }
 )  # fmt: skip

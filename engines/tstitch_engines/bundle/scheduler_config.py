@@ -137,7 +137,7 @@ def read_scheduler(config: Mapping[str, Any], *, where: str = "scheduler_config.
             {name: name for name in _SPACINGS},
         )
     solver, options, as_written = SCHEDULERS[keys.name](keys, spacing)
-    places = solver != "lcm" and ("sigmas" not in options or "sigma_ends" in options)
+    places = solver not in ("lcm", "tcd") and ("sigmas" not in options or "sigma_ends" in options)
     if places and spacing == "leading" and (offset := keys.whole("steps_offset", 0)):
         options["steps_offset"] = offset
     return Scheduler(
@@ -338,6 +338,11 @@ def _lcm(keys: _Config, spacing: str) -> _Read:
     return "lcm", options, {}
 
 
+def _tcd(keys: _Config, spacing: str) -> _Read:
+    """The class has keys for clipping and reads none of them."""
+    return "tcd", {"original_steps": keys.whole("original_inference_steps", 50, least=1)}, {}
+
+
 def _lambdas(keys: _Config) -> bool:
     """Whether the steps lie at equal distances of log sigma, from end to end of the noise schedule."""
     lambdas, karras = (keys.switch(key, default=False) for key in ("use_lu_lambdas", "use_karras_sigmas"))
@@ -375,5 +380,6 @@ SCHEDULERS: Final[Mapping[str, Callable[[_Config, str], _Read]]] = {
     "EulerDiscreteScheduler": _euler,
     "LCMScheduler": _lcm,
     "PNDMScheduler": _pndm,
+    "TCDScheduler": _tcd,
     "UniPCMultistepScheduler": _unipc,
 }

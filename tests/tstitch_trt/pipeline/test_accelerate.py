@@ -41,7 +41,7 @@ def accelerated(shared: Any) -> Any:
 @pytest.mark.parametrize(
     "solver",
     ["pndm", "ddim", "euler", "dpmpp-2m", "unipc", "turbo", "dpmpp-2m karras", "dpmpp-2m linspace karras",
-     "dpmpp-2m exponential", "euler linspace karras", "unipc karras"],
+     "dpmpp-2m exponential", "euler linspace karras", "unipc karras", "tcd"],
 )  # fmt: skip
 def test_equal_seeds_draw_equal_pictures(accelerated: Any, solver: str) -> None:
     """With the scheduler that the pipeline has at the time of the call."""

@@ -113,3 +113,17 @@ def test_guidance_without_a_null_class_is_refused() -> None:
 def test_unknown_solver_names_the_nearest() -> None:
     with pytest.raises(UnknownName, match="did you mean 'dpmpp-2m'"):
         make_plan(manifest(), solver="dpmpp-2mm")
+
+
+def test_history_of_a_solver_that_keeps_none_is_refused() -> None:
+    with pytest.raises(BadInput, match="history='reset' would be ignored: solver 'euler' keeps no estimates"):
+        make_plan(manifest(), solver="euler", steps=10, fraction=0.4, history="reset")
+    assert make_plan(manifest(), solver="euler", steps=10, fraction=0.4, history="keep").steps == 10
+
+
+def test_defaults_of_a_bundle_that_what_was_said_makes_idle_are_left_out() -> None:
+    usual = Defaults(solver="dpmpp-3m-sde", solver_options={"second_order": "heun", "euler_at_final": True})
+    bundle = manifest(defaults=usual)
+    assert make_plan(bundle, steps=10, solver_options={"final": "sigma-min"}).solver.euler_at_final is True
+    solver = make_plan(bundle, steps=10, solver_options={"variant": "k-diffusion"}).solver
+    assert (solver.second_order, solver.euler_at_final) == (None, None)

@@ -20,6 +20,7 @@ from tstitch_engines.device.step_row import FLAG_LEARNED, FLAG_STORE, FLAG_STORE
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.plan.step_rows import fill_rows, reads_before
 from tstitch_trt.solvers import SOLVERS, SolverOptions, StepTable, make_table, resolve, with_default_spacing
+from tstitch_trt.solvers.base import Grid
 from tstitch_trt.solvers.noise_schedule import NoiseSchedule
 from tstitch_trt.solvers.prediction import PREDICTION_TYPES, coefficients
 from tstitch_trt.solvers.registry import idle_options
@@ -40,7 +41,7 @@ MULTISTEP = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "dpmpp-3m-sde", "unipc")
 @st.composite
 def tables(draw: Any) -> StepTable:
     solver = SOLVERS[draw(st.sampled_from(sorted(SOLVERS)))]
-    steps = draw(st.integers(1, 50 if solver.name == "lcm" else 120))
+    steps = draw(st.integers(1, 50 if solver.timesteps is not None else 120))
     options: dict[str, Any] = {}
     if solver.timesteps is None:
         place = draw(st.sampled_from((*SPACINGS, *SIGMA_SPACINGS)))
@@ -94,7 +95,7 @@ def test_exact_estimates_stay_on_the_path(table: StepTable) -> None:
 @settings(max_examples=200, deadline=None)
 @given(tables())
 def test_every_table_ends_where_it_says(table: StepTable) -> None:
-    final = table.solver.final or "zero"
+    final = table.solver.final or SOLVERS[table.solver.name].final
     assert table.s_end > 0 if final == "sigma-min" else table.s_end == 0
     if (
         table.s_end == 0 and table.estimate == "x0"
@@ -443,3 +444,58 @@ def test_the_walker_guides_some_channels_and_rescales() -> None:
         rescaled = guided * np.std(cond[lane, 0]) / np.std(guided)
         np.testing.assert_allclose(end[lane, 0], 0.5 * rescaled + 0.5 * guided, rtol=1e-12)
         np.testing.assert_allclose(end[lane, 1], cond[lane, 1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "name", "values"),
+    [
+        ("dpmpp-3m-sde", {"variant": "k-diffusion"}, "second_order", ("midpoint", "heun")),
+        ("dpmpp-3m-sde", {"variant": "k-diffusion"}, "lower_order_final", (True, False)),
+        ("dpmpp-2m", {}, "euler_at_final", (True, False)),
+        ("dpmpp-2m-sde", {"eta": 0.0}, "s_noise", (1.1,)),
+        ("euler-ancestral", {"eta": 0.0}, "s_noise", (1.1,)),
+        ("unipc", {"order": 1}, "lower_order_final", (True, False)),
+        ("ddpm", {}, "last_noise", (True, False)),
+        ("dpmpp-2s", {}, "lower_order_final", (True, False)),
+        ("dpmpp-3s", {"second_order": "heun"}, "middle", ("paper", "diffusers")),
+    ],
+)
+def test_options_without_effect_are_refused(
+    solver: str, options: dict[str, Any], name: str, values: tuple[Any, ...]
+) -> None:
+    """And have none: the coefficients are the same with every value. A switch that is off asks for nothing."""
+    table = make_table(solver, LINEAR, 10, **options)
+    assert resolve(table.solver) == table.solver
+    grid = Grid(
+        t=table.t, a=np.append(table.a, table.a_end), s=np.append(table.s, table.s_end), age=np.arange(table.steps)
+    )
+    for value in values:
+        if value is not False:
+            with pytest.raises(BadInput, match=f"{name}=.* would be ignored: "):
+                make_table(solver, LINEAR, 10, **options, **{name: value})
+        made = SOLVERS[solver].coefficients(grid, replace(table.solver, **{name: value}))
+        for column in ("A", "B", "C", "E", "S"):
+            found = getattr(made, column)
+            np.testing.assert_array_equal(found if found.size else np.zeros(10), getattr(table, column))
+
+
+def test_timesteps_of_sigmas_may_be_named() -> None:
+    exact = make_table("dpmpp-2m", LINEAR, 3, sigmas="karras").t
+    told = ",".join(str(int(t)) for t in exact)
+    table = make_table("dpmpp-2m", LINEAR, 3, sigmas="karras", sigma_timesteps=told)
+    assert table.t.tolist() == np.floor(exact).tolist()
+    for wrong in ("998,3", "998,500,0,0", "1,2,3"):
+        with pytest.raises(BadInput, match="allowed is one for each of the 3 steps, within 1 of that of its sigma"):
+            make_table("dpmpp-2m", LINEAR, 3, sigmas="karras", sigma_timesteps=wrong)
+    with pytest.raises(BadInput, match="sigma_timesteps is 'some'; allowed is exact, nearest, down, or a whole"):
+        SolverOptions(name="dpmpp-2m", sigma_timesteps="some")
+
+
+def test_lambda_min_leaves_out_the_noisiest_timesteps() -> None:
+    table = make_table("dpmpp-2m", LINEAR, 10, spacing="linspace", lambda_min=-2.0)
+    assert -2.0 <= -np.log(table.sigma[0]) < -1.98
+    with pytest.raises(BadInput, match=r"lambda_min is -2 .*; spacing 'trailing' needs all of them"):
+        make_table("dpmpp-2m", LINEAR, 10, spacing="trailing", lambda_min=-2.0)
+    with pytest.raises(BadInput, match=r"lambda_min=-2\.0 would be ignored: the steps follow the karras sigmas"):
+        make_table("dpmpp-2m", LINEAR, 10, sigmas="karras", lambda_min=-2.0)
+    assert make_table("dpmpp-2m", LINEAR, 10, spacing="trailing", lambda_min=-99.0).t[0] == 999

@@ -193,6 +193,15 @@ def test_lcm(schedule: str, kind: str, steps: int) -> None:
     compare(make_table("lcm", noise_of(schedule), steps), scheduler, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_tcd(kind: str, steps: int, eta: float) -> None:
+    scheduler = scheduler_of("TCD", "scaled-linear", kind)
+    scheduler.set_timesteps(steps)
+    compare(make_table("tcd", noise_of("scaled-linear"), steps, eta=eta), scheduler, kind, eta=eta)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, *STEPS])
