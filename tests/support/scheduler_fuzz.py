@@ -185,7 +185,7 @@ def changed_by(case: Case, key: str, value: Any) -> bool:
     for config in (case.config, without(case.config, key, value)):
         with in_float64(cls):
             try:
-                found.append(_theirs(cls.from_config(dict(config)), case, 0))
+                found.append(_theirs(cls.from_config(dict(config)), case, 0, size=10.0))  # beyond what is clipped
             except Exception:
                 return True
     if found[0].shape != found[1].shape or not all(np.isfinite(each).all() for each in found):
@@ -228,7 +228,7 @@ def _ours(scheduler: Any, case: Case) -> tuple[Array, int]:
     return found, start
 
 
-def _theirs(scheduler: Any, case: Case, start: int) -> Array:
+def _theirs(scheduler: Any, case: Case, start: int, size: float = 1.0) -> Array:
     import torch
 
     learned = _learned(scheduler)
@@ -236,7 +236,7 @@ def _theirs(scheduler: Any, case: Case, start: int) -> Array:
     if case.timesteps is not None:
         given = {"timesteps": list(case.timesteps)}
     scheduler.set_timesteps(**given)
-    clean, unit, noise = _noise(len(scheduler.timesteps))
+    clean, unit, noise = (size * each for each in _noise(len(scheduler.timesteps)))
     if case.strength is None:
         x = unit * float(scheduler.init_noise_sigma)
     else:

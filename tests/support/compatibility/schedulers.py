@@ -12,7 +12,7 @@ import re
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
 
@@ -238,6 +238,8 @@ def _pairs(config: Config) -> str:
 
 def _read(name: str, config: Config) -> tuple[Scheduler | None, str | None]:
     found, why = attempt(lambda: read_scheduler({"_class_name": name, **config}))
+    if isinstance(found, Scheduler) and not found.places:  # its spacing is for other solvers
+        found = replace(found, spacing="")
     return found, why  # type: ignore[return-value]
 
 
