@@ -155,3 +155,19 @@ def test_a_distilled_small_and_a_plain_large_one(sd: Path, cache: Path, scale: f
         for early in (0, 2, 4):
             want = pair.theirs(scale, early, halves=(1.0, scale))
             assert relative_error(pair.ours(scale, early / STEPS), want) < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.0, 6.0])
+def test_of_sdxl(xl: Path, cache: Path, scale: float) -> None:
+    """LCM-SDXL and SSD-1B: at both ends the pair is the pipeline of either."""
+    from diffusers import UNet2DConditionModel
+
+    folder = xl.parent / "distilled xl"
+    if not folder.exists():
+        unet_folder(folder, "sdxl", part=None, seed=9, time_cond_proj_dim=16)
+    large, small = (UNet2DConditionModel.from_pretrained(path) for path in (folder, xl / "small"))
+    pipes = [pipeline(xl, "euler", "StableDiffusionXLPipeline", unet=unet) for unet in (large, small)]
+    with fast(pipes[0], xl, cache) as made:
+        for fraction, pipe in enumerate(pipes):
+            equal(pipe, made, fraction=float(fraction), guidance_scale=scale, height=64, width=64)
