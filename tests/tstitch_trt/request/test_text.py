@@ -19,6 +19,7 @@ from tstitch_engines.device.step_row import INITIAL_NOISE_STEP
 from tstitch_engines.errors import BadInput, NotFinite, OutOfProfile, Unavailable, UnknownName
 from tstitch_trt import Runtime
 from tstitch_trt.bench.bench import measure
+from tstitch_trt.serve import Engine
 
 STEPS = 6
 
@@ -268,3 +269,32 @@ def test_a_distilled_member_is_given_its_guidance_scale(tmp_path: Path) -> None:
         start = np.stack([normal(seed, INITIAL_NOISE_STEP, 256) for seed in (0, 1)]).reshape(2, CHANNELS, 8, 8)
         latents = walk(plan.rows, plan.init_scale * start, model, np.zeros((STEPS, 2, CHANNELS, 8, 8)))[-1]
         assert np.abs(result.latents - latents).max() < 1e-4 * np.abs(latents).max()
+
+
+def test_distilled_and_plain_members_share_batches(tmp_path: Path) -> None:
+    """Requests with other scales and shares, served at once, are each as they are alone."""
+    text = TextInputs(hidden=(), width=10)
+    hidden = {"encoder_hidden_states": ("T", 10)}
+    pair = {
+        "plain": made_member("plain", inputs=hidden, text=text),
+        "lcm": made_member("lcm", inputs={**hidden, "timestep_cond": (32,)}, text=text, guidance_embedding=32),
+    }
+    rows = np.random.default_rng(0).normal(size=(2, 1, 5, 10)).astype(np.float32)
+    asked = [(0.5, 7.5), (0.5, 1.0), (0.0, 3.0), (1.0, 3.0), (0.5, {"plain": 2.0, "lcm": -1.0})]
+    requests: list[dict[str, Any]] = [
+        {"prompt_embeds": rows[0], "steps": STEPS, "seed": seed, "fraction": fraction, "guidance": guidance}
+        | ({"negative_prompt_embeds": rows[1]} if fraction and guidance != 1.0 else {})
+        for seed, (fraction, guidance) in enumerate(asked)
+    ]
+    with tstitch_trt.load(text_bundle(tmp_path / "lcm.bundle", pair), threads=1) as runtime:
+        alone = [runtime.sample(**request).latents for request in requests]
+        assert runtime.sample(**requests[4]).plan.embedded == {"lcm": -1.0}
+        with Engine(runtime) as engine:
+            engine.warm_up()
+            handles = [engine.submit(**request) for request in requests]
+            for handle, want in zip(handles, alone, strict=True):
+                assert np.abs(handle.result(timeout=60).latents - want).max() < 1e-5 * np.abs(want).max()
+        with pytest.raises(BadInput, match="has no effect: the members that run take their scale as an input"):
+            runtime.sample(**{**requests[0], "fraction": 0.0})
+        with pytest.raises(BadInput, match=r"guidance_rescale 0\.7 has no effect"):
+            runtime.sample(**requests[2], guidance_rescale=0.7)

@@ -253,6 +253,13 @@ def _inspect_folder(path: Path, part: str, options: Mapping[str, Scalar]) -> Ins
     shapes = read_checkpoint(weights).shapes
     check_numbers(config, shapes, str(folder / "config.json"))
     projection = shapes.get("text_projection.weight") if "CLIPTextModel" not in kinds else None
+    stated = config.get("projection_dim")
+    if projection is not None and stated is not None and stated != projection[0]:
+        raise BadCheckpoint(
+            f"{folder / 'config.json'}: projection_dim is {stated!r}, and the weights have text_projection of "
+            f"{list(projection)}",
+            hint="copy config.json and the weights from the same model",
+        )
     index = read_json(folder.parent / "model_index.json") or {}
     xl = "XL" in str(index.get("_class_name"))
     return Inspection(

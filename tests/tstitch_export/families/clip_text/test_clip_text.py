@@ -343,6 +343,7 @@ def test_every_key_of_a_config_is_as_transformers_takes_it(tmp_path: Path, chang
     [
         ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'; known are quick_gelu, gelu"),
         ({"hidden_act": None}, "hidden_act is null"),
+        ({"projection_dim": 8}, r"projection_dim is 8, and the weights have text_projection of \[24, 32\]"),
         ({"hidden_size": None}, "hidden_size is null"),
         ({"layer_norm_eps": None}, "layer_norm_eps is null"),
         ({"num_attention_heads": 3}, "num_attention_heads is 3, which does not divide hidden_size 32"),
@@ -352,6 +353,6 @@ def test_every_key_of_a_config_is_as_transformers_takes_it(tmp_path: Path, chang
     ],
 )
 def test_keys_of_a_config_that_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    clip_text_folder(tmp_path / "pipe")
+    clip_text_folder(tmp_path / "pipe", projection=24)
     with pytest.raises(BadCheckpoint, match=message):
         TEXT.inspect(configured(tmp_path / "pipe", **changes), {})
