@@ -77,11 +77,10 @@ def member_columns(manifest: Manifest, name: str, table: StepTable, mine: NDArra
 def _warn_above(name: str, steps: NDArray[np.int64], sigma: Array, most: float) -> None:
     above = steps[sigma > _EXACT * most]
     if above.size:
-        which = f"step {above[0]}" if above.size == 1 else f"steps {above[0]} to {above[-1]}"
-        level = f"up to {sigma[0]:.4g}" if np.isfinite(sigma[0]) else "up to pure noise"
+        which = f"step {above[0]} begins" if above.size == 1 else f"steps {above[0]} to {above[-1]} begin"
+        level = f"sigma of up to {sigma[0]:.4g} in its own latent" if np.isfinite(sigma[0]) else "pure noise"
         _log.warning(
-            "member %r: the noise level of %s is %s in its own latent, above the %.4g of its training: it is told its "
-            "noisiest timestep there",
+            "member %r: %s with %s; it was trained with up to %.4g and is told its noisiest timestep there",
             name, which, level, most,
         )  # fmt: skip
 

@@ -142,6 +142,6 @@ def test_a_pair_of_which_one_was_trained_without_signal(
         assert "member 'small'" not in caplog.text
         mixed = runtime.sample(**given, steps=10, guidance=5.0, decode=False)
     assert mixed.plan.schedule.names[0] == "small"
-    assert "member 'small': the noise level of steps 0 to 1 is up to pure noise" in caplog.text
+    assert "member 'small': steps 0 to 1 begin with pure noise; it was trained with up to 14.61" in caplog.text
     assert np.isfinite(mixed.latents).all()
     assert 0.1 < np.std(mixed.latents) / np.std(want) < 10

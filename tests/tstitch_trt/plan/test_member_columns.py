@@ -95,12 +95,17 @@ def test_equal_conventions_give_the_very_same_rows() -> None:
 def test_steps_noisier_than_the_training_are_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         plan = make_plan(stitched(1.4, "eps", None), steps=12, schedule="other:2,base", guidance=1.0)
-    assert "member 'other': the noise level of step 0 is up to 20.46" in caplog.text
+    assert (
+        "member 'other': step 0 begins with sigma of up to 20.46 in its own latent; it was trained with up to 14.61"
+        in caplog.text
+    )
     assert plan.rows[0, ROW["T"]] == 999
     mild = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.0001, beta_end=0.002)
     with caplog.at_level(logging.WARNING):
         plan = make_plan(stitched(1.0, "eps", mild), steps=12, schedule="other:8,base", guidance=1.0)
-    assert "of steps 0 to 6 is up to 14.61 in its own latent, above the 1.157 of its training" in caplog.text
+    assert (
+        "steps 0 to 6 begin with sigma of up to 14.61 in its own latent; it was trained with up to 1.157" in caplog.text
+    )
     assert plan.rows[:7, ROW["T"]].tolist() == [999] * 7
 
 
