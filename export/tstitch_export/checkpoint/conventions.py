@@ -51,13 +51,14 @@ _NAMES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """``None``: not known. ``because``: what says the prediction."""
+    """``None``: not known. ``because``: what says the prediction. ``doubt``: why it is said where that is not known."""
 
     prediction: PredictionType | None = None
     because: str = ""
     noise: NoiseScheduleSpec | None = None
     zero_snr: bool | None = None
     notes: tuple[str, ...] = ()
+    doubt: str | None = None
 
 
 NOTHING_KNOWN: Final = Conventions()
@@ -150,7 +151,7 @@ def conventions_of(
         )
     if noise is not None and zero is not None:
         noise = msgspec.structs.replace(noise, zero_terminal_snr=zero)
-    return replace(told, noise=noise, zero_snr=zero, notes=notes)
+    return replace(told, noise=noise, zero_snr=zero, notes=(*told.notes, *notes))
 
 
 def _prediction(
@@ -178,7 +179,8 @@ def _prediction(
                     f"{name} predicts {value!r}, as {one.source} says; allowed are {_ALLOWED}",
                     hint=f"if it is one of those under another name, {say('prediction', 'eps')}",
                 )
-            return Conventions(prediction=cast("PredictionType", value), because=one.source)
+            notes = (f"predicts {value}, as {one.source} says",) if statements is implied else ()
+            return Conventions(prediction=cast("PredictionType", value), because=one.source, notes=notes)
     for pattern, value in _NAMES:
         if pattern.search(name):
             undecided = f"its name sounds like {value}, and nothing in it says so"

@@ -207,6 +207,11 @@ def _adapt(
     parametrisation = found.parametrisation or plan.recipe.parametrisation
     if parametrisation != plan.recipe.parametrisation:
         notes.append(f"{plan.who} predicts {parametrisation}, as {found.trained.because} says")
+    elif found.trained.doubt and found.parametrisation is None and plan.recipe.checkpoint is None:
+        notes.append(
+            f"{plan.who} {found.trained.doubt}, and does not say what it predicts: it is taken to predict "
+            f"{parametrisation}, as the recipe says (--option {plan.name}.prediction=...)"
+        )
     notes.extend(f"{plan.who} {note}" for note in found.trained.notes)
     trained = _trained(plan, recipe)
     own = trained if trained != noise else None

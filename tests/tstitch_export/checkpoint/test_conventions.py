@@ -196,6 +196,7 @@ def test_the_branches_of_stable_diffusion_2(spread: float, form: str, folders: P
         path = marked(folders, "sd2", tmp_path / "sd2.safetensors", {SPREAD_IN_FILE: stored})
     found, prediction = inspect(path), "v" if spread > 0.09 else "eps"
     assert found.trained.prediction == prediction
+    assert f"predicts {prediction}, as the spread {spread:.3g} of up_blocks.3" in found.trained.notes[0]
     if form != "folder":
         assert found.latent == ((4, 96, 96) if prediction == "v" else (4, 64, 64))
 
@@ -448,6 +449,23 @@ def test_what_a_training_state_says(
         torch.save({"state_dict": published_state(), key: {"model": args}}, path := tmp_path / "x.pt")
         found = open_family("dit").inspect(path, {"num_heads": 4})
         assert (found.parametrisation, found.noise) == (prediction, noise)
+
+
+def test_a_dit_without_learned_variance_is_noted(tmp_path: Path) -> None:
+    """The published ones have one, and others that predict a velocity may not: only the recipe says what it is."""
+    from tstitch_export.families.dit.config import DiTConfig
+    from tstitch_export.families.dit.model import DiT
+
+    config = DiTConfig(depth=1, width=32, heads=4, patch=2, size=8, channels=4, classes=5)
+    save_file(DiT(config).initialise().state_dict(), path := tmp_path / "x.safetensors")
+    options: dict[str, Scalar] = {f"{name}.num_heads": 4 for name in ("small", "large")}
+    members = {"small": path, "large": path}
+    notes = planned("dit", members=members, options=options).conventions.notes
+    assert sum("has no learned variance, as the published DiTs have, and does not say" in note for note in notes) == 2
+    assert any("--option small.prediction=..." in note for note in notes)
+    said = {**options, "small.prediction": "eps", "large.prediction": "v"}
+    notes = planned("dit", members=members, options=said).conventions.notes
+    assert not any("learned variance" in note for note in notes)
 
 
 def test_a_state_dict_of_sit_is_told_by_what_it_never_trained(tmp_path: Path) -> None:

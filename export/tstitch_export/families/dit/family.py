@@ -56,7 +56,10 @@ class DiTFamily(ClassMember):
             labels=config.classes + 1,
             null_class=null_class,
             learned_variance=config.learn_sigma,
-            trained=conventions_of(path.name, stated, said=said, notes=notes),
+            trained=replace(
+                conventions_of(path.name, stated, said=said, notes=notes),
+                doubt=None if config.learn_sigma else "has no learned variance, as the published DiTs have",
+            ),
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
