@@ -11,7 +11,16 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Final
 
-__all__ = ["library_base", "made_again", "names_in_code", "overrides", "patched_function", "stranger", "stranger_in"]
+__all__ = [
+    "is_exchanged",
+    "library_base",
+    "made_again",
+    "names_in_code",
+    "overrides",
+    "patched_function",
+    "stranger",
+    "stranger_in",
+]
 
 _LIBRARIES: Final = ("torch", "diffusers", "accelerate", "huggingface_hub", "transformers", "peft")
 _STANDARD: Final = sysconfig.get_paths()["stdlib"]
@@ -66,10 +75,18 @@ def stranger_in(module: ModuleType) -> str | None:
     return next((f"{module.__name__}.{name}" for name, value in vars(module).items() if stranger(value)), None)
 
 
+def is_exchanged(space: ModuleType, name: str) -> bool:
+    """Whether a function of PyTorch was replaced: by a stranger's, or by another one of its own."""
+    value = vars(space).get(name)
+    other = callable(value) and getattr(value, "__name__", name) not in (name, f"_{name}")
+    return stranger(value) is not None or (other and space.__name__ == "torch.nn.functional")
+
+
 @cache
-def names_in_code(cls: Any) -> frozenset[str]:
-    """All attributes and texts that the functions of ``cls`` and its bases name."""
-    functions = (function for base in cls.__mro__ for value in vars(base).values() for function in _codes(value, set()))
+def names_in_code(*classes: Any) -> frozenset[str]:
+    """All attributes and texts that the functions of these classes and their bases name."""
+    bases = {base for cls in classes for base in cls.__mro__}
+    functions = (function for base in bases for value in vars(base).values() for function in _codes(value, set()))
     return frozenset(name for code in functions for name in _names(code))
 
 

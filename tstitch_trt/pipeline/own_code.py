@@ -49,6 +49,8 @@ def check_pipeline_code(pipe: Any) -> None:
     for name in vars(pipe):
         if name in read and hasattr(base, name):
             raise BadInput(f"{name} of the pipeline was replaced, which would be ignored", hint=fix)
+    if found := stranger_in(sys.modules[base.__module__]):
+        raise BadInput(f"{found} was replaced, which would be ignored", hint=fix)
     for cls in base.__mro__:
         for name, value in vars(cls).items():
             if name in read and stranger(value):

@@ -11,6 +11,7 @@ from typing import Any, Final
 from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.code_origin import (
+    is_exchanged,
     library_base,
     made_again,
     names_in_code,
@@ -69,7 +70,7 @@ class StockModule:
         again = "call tstitch_trt.accelerate again"
         if unwrap_compiled(module) is not self.module:
             raise BadInput(f"{self.what} is not the one that was accelerated", hint=f"{again}, or put it back")
-        check_values(self.module, self.what)
+        check_values(self.module, self.what, needed=False)  # whoever wants their memory back may let them go
         _check_code(self.module, self.what)
         _check_structure(self.module, self.twin, self.what)
         if dict(self.module.config) != self.config:
@@ -118,7 +119,7 @@ def _check_code(module: Any, what: str) -> None:
     for kind in ("_global_forward_hooks", "_global_forward_pre_hooks"):
         if getattr(torch_modules, kind):
             raise _other(what, f"torch.nn.modules.module has {kind[1:].replace('_', ' ')}")
-    classes = {type(part) for part in module.modules()}
+    classes: set[Any] = {type(part) for part in module.modules()}
     classes |= {type(part.processor) for part in module.modules() if hasattr(part, "processor")}
     for cls in classes:
         base = library_base(cls)
@@ -131,15 +132,18 @@ def _check_code(module: Any, what: str) -> None:
     for home in sorted(homes, key=lambda home: home.__name__):
         if home.__name__.startswith("diffusers.") and (found := stranger_in(home)):
             raise _other(what, f"{found} was replaced")
-    if found := stranger_in(torch.nn.functional):
-        raise _other(what, f"{found} was replaced")
+    own = sorted({library_base(cls) for cls in classes}, key=_name)
+    for space in (torch.nn.functional, torch):
+        for name in names_in_code(*own) & vars(space).keys():
+            if is_exchanged(space, name):
+                raise _other(what, f"{space.__name__}.{name} was replaced")
 
 
 def _check_structure(module: Any, twin: Any, what: str) -> None:
     parts = dict(module.named_modules(remove_duplicate=False))
     same = dict(twin.named_modules(remove_duplicate=False))
     classes: set[Any] = {type(part) for part in same.values()}
-    known = {name for cls in classes for name in names_in_code(cls)}
+    known = names_in_code(*sorted(classes, key=_name))
     for path, part in parts.items():
         if path.endswith(_FUSED):
             continue  # compared with what they were fused from, in weights.py
@@ -154,7 +158,7 @@ def _check_structure(module: Any, twin: Any, what: str) -> None:
         raise _other(what, f"it has no {path}")
 
 
-def _differences(part: Any, twin: Any, known: set[str]) -> Iterator[str]:
+def _differences(part: Any, twin: Any, known: frozenset[str]) -> Iterator[str]:
     """What of ``part`` is not as in ``twin``, a submodule made from the configuration."""
     mine, theirs = vars(part), vars(twin)
     for kind in _HOOKS:
@@ -179,7 +183,7 @@ def _differences(part: Any, twin: Any, known: set[str]) -> Iterator[str]:
             yield f"{name} is {shown(mine.get(name))}; expected is {shown(theirs[name])}"
 
 
-def _added(part: Any, name: str, known: set[str]) -> Iterator[str]:
+def _added(part: Any, name: str, known: frozenset[str]) -> Iterator[str]:
     """An attribute that the class does not set itself: nothing, unless its code would find it."""
     value = vars(part)[name]
     if callable(getattr(type(part), name, None)):

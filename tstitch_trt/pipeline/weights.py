@@ -17,8 +17,8 @@ FUSED: Final = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 _SAMPLE: Final = 8  # entries of a tensor along its diagonal
 
 
-def check_values(module: Any, what: str) -> None:
-    """Raises ``BadInput`` where the parameters are not what the module computes with, or are not there."""
+def check_values(module: Any, what: str, *, needed: bool = True) -> None:
+    """Raises ``BadInput`` where the parameters are not what the module computes with, or ``needed`` but not there."""
     import torch
 
     if any(hasattr(part, "base_layer") for part in module.modules()):
@@ -31,7 +31,7 @@ def check_values(module: Any, what: str) -> None:
             raise _quantised(what, f"{name} is a {type(value).__name__} of {type(value.data).__name__}")
         if not value.is_floating_point():
             raise _quantised(what, f"{name} holds {value.dtype}")
-        if value.is_meta and not _offloaded(module):
+        if needed and value.is_meta and not _offloaded(module):
             raise BadInput(f"{what} has parameters without values: {name}", hint="load its weights first")
     for path, part in module.named_modules():
         for fused, sources in FUSED.items():

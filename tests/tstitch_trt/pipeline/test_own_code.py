@@ -75,6 +75,11 @@ def test_a_patched_pipeline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe.prepare_latents = lambda *_: None
     with pytest.raises(BadInput, match="prepare_latents of the pipeline was replaced, which would be ignored"):
         kind_of(pipe)
+    with monkeypatch.context() as patch:
+        home = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+        patch.setattr(f"{home}.rescale_noise_cfg", lambda *_: None)
+        with pytest.raises(BadInput, match=f"{home}.rescale_noise_cfg was replaced"):
+            kind_of(pipeline())
     monkeypatch.setattr(classes()[0], "__call__", lambda self: None)
     with pytest.raises(BadInput, match=r"StableDiffusionPipeline.__call__ was replaced"):
         kind_of(pipeline())

@@ -453,7 +453,12 @@ def test_a_patched_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers.models import embeddings
 
     stock = check_stock(shared_unet(), "the unet")
-    for home, name in ((torch.nn.functional, "scaled_dot_product_attention"), (embeddings, "get_timestep_embedding")):
+    with monkeypatch.context() as patch:  # also by another of the same library
+        patch.setattr(torch.nn.functional, "silu", torch.nn.functional.relu)
+        with pytest.raises(BadInput, match=r"torch.nn.functional.silu was replaced"):
+            stock.check(shared_unet())
+    functions = [(torch.nn.functional, "scaled_dot_product_attention"), (torch, "cat")]
+    for home, name in [*functions, (embeddings, "get_timestep_embedding")]:
         own = getattr(home, name)
         with monkeypatch.context() as patch:
             patch.setattr(home, name, lambda *args, own=own, **keywords: own(*args, **keywords))
@@ -507,6 +512,9 @@ def test_offloaded_weights_are_read_where_they_are_kept() -> None:
 def test_weights_without_values_are_refused() -> None:
     with pytest.raises(BadInput, match=r"the unet has parameters without values: conv_in.weight"):
         check_stock(deepcopy(shared_unet()).to("meta"), "the unet")
+    unet = deepcopy(shared_unet())
+    stock = check_stock(unet, "the unet")
+    stock.check(unet.to("meta"))  # they were let go when the engines had been made
 
 
 def test_weights_stored_in_8_bits_are_read_in_the_type_they_are_computed_in() -> None:
