@@ -60,7 +60,7 @@ def check(scheduler: Any, steps: int, kind: str, *, relative: float = 1e-4, **ho
     assert found.noise.zero_terminal_snr
     assert found.parametrisation == kind
     options = dict(found.options)
-    if found.solver != "lcm" and ("sigmas" not in options or "sigma_ends" in options):
+    if found.places:
         options["spacing"] = found.spacing
     scheduler.set_timesteps(steps)
     table = make_table(found.solver, NoiseSchedule.from_spec(found.noise), steps, **options)
@@ -90,11 +90,17 @@ def test_every_class_and_spacing(name: str, schedule: str, spacing: str, kind: s
     check(scheduler_of(name, schedule, kind, timestep_spacing=spacing, **CLASSES[name]), 12, kind)
 
 
-@pytest.mark.parametrize("name", [*CLASSES, "LCM"])
+@pytest.mark.parametrize("name", [*CLASSES, "LCM", "TCD"])
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_as_shipped(name: str, steps: int) -> None:
-    config = {"clip_sample": False} if name == "LCM" else {**CLASSES[name], "timestep_spacing": "trailing"}
-    check(scheduler_of(name, "scaled_linear", "v", exact=False, **config), steps, "v", relative=3e-4)
+    config = {} if name in ("LCM", "TCD") else {**CLASSES[name], "timestep_spacing": "trailing"}
+    check(
+        scheduler_of(name, "scaled_linear", "v", exact=False, **config),
+        steps,
+        "v",
+        relative=3e-4,
+        **({"eta": 0.0} if name == "TCD" else {}),
+    )
 
 
 @pytest.mark.parametrize("schedule", SPECS)
@@ -132,10 +138,11 @@ def test_ddim_by_strides_and_with_noise() -> None:
 @pytest.mark.parametrize("schedule", SPECS)
 def test_every_solver_begins_at_the_last_timestep(solver: str, schedule: str) -> None:
     noise = NoiseSchedule.from_spec(SPECS[schedule])
-    table = make_table(solver, noise, 10) if solver == "lcm" else make_table(solver, noise, 10, spacing="trailing")
+    placed = SOLVERS[solver].timesteps is None
+    table = make_table(solver, noise, 10, **({"spacing": "trailing"} if placed else {}))
     assert table.t[0] == 999
     assert table.a[0] == 0 if SOLVERS[solver].from_zero_signal else table.sigma[0] == pytest.approx(4096, rel=1e-6)
-    karras = {"sigmas": "karras"} if solver != "lcm" else {}
+    karras = {"sigmas": "karras"} if placed else {}
     assert np.isfinite(make_table(solver, noise, 10, **karras).c_in).all()
 
 
