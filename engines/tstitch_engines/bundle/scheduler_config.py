@@ -63,6 +63,15 @@ _NOT_RESCALING: Final = frozenset(
 )  # fmt: skip
 
 
+_CLIPS: Final = "a step here is linear in the model's output"
+_WHY_OFF: Final[Mapping[str, str]] = {
+    "thresholding": _CLIPS,
+    "clip_sample": _CLIPS,
+    "use_beta_sigmas": "no spacing here follows a beta distribution",
+    "use_flow_sigmas": "flow matching is not supported",
+}
+
+
 class _Config:
     """The keys of one configuration, with the defaults of its class."""
 
@@ -87,7 +96,7 @@ class _Config:
     def off(self, *keys: str, default: bool = False) -> None:
         for key in keys:
             if self.switch(key, default=default):
-                raise self.refuse(key, True, "false: a step here is linear in the model's output")
+                raise self.refuse(key, True, f"false: {_WHY_OFF[key]}")
 
     def only(self, key: str, default: Any, wanted: Any) -> None:
         if self.get(key, default) != wanted:

@@ -17,10 +17,10 @@ from tstitch_trt.study.evaluate.shared_prefix import draw_settings
 from tstitch_trt.study.records import Setting
 from tstitch_trt.study.settings import (
     ORDERS,
-    baseline_of,
     fraction_settings,
     options_of,
     plan_of,
+    reference_of,
     setting_of,
     share_in_order,
 )
@@ -96,7 +96,7 @@ def test_settings_are_resolved_and_canonical(runtime: Runtime) -> None:
     assert (setting.solver, setting.guidance, setting.rows) == ("ddim", manifest.defaults.guidance, 10)
     same = setting_of(manifest, schedule=",".join(["small"] * 4 + ["large"] * 6), steps=10)
     assert same == setting
-    assert baseline_of(manifest, setting).schedule == "large:10"
+    assert reference_of(manifest, [setting]).schedule == "large:10"
     assert list(plan_of(manifest, setting).schedule.names) == ["small"] * 4 + ["large"] * 6
     pndm = setting_of(manifest, schedule="small:0.5,large", steps=10, solver="pndm")
     assert pndm.rows == 11
