@@ -52,6 +52,11 @@ _VARIANCES: Final = {
 }
 
 
+# What follows from the model's training, so that no other scheduler helps
+_OF_TRAINING: Final = frozenset(
+    ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type", "trained_betas",
+     "rescale_betas_zero_snr")
+)  # fmt: skip
 # Parts of the names of classes that have keys for betas, or inherit them, and other noise
 _OTHER_NOISE: Final = ("CogVideoX", "EDM", "FlowMatch", "IPNDM", "UnCLIP")
 # The classes that do not read ``rescale_betas_zero_snr``, and may carry it along from a configuration of another.
@@ -88,10 +93,12 @@ class _Config:
     def refuse(self, key: str, value: Any, allowed: str, hint: str | None = None) -> BadInput:
         stated = "" if key in self._values else f" (the default of {self.name})"
         shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
-        return BadInput(
-            f"{self._where}: {key} is {shown}{stated}; allowed is {allowed}",
-            hint=hint or f"change {key}, or name a solver yourself: {', '.join(SCHEDULERS)} are read",
-        )
+        if key in _OF_TRAINING:
+            usual = f"correct {key} if the model was trained otherwise; other noise and predictions are not supported"
+        else:
+            change = "" if key == "_class_name" else f"change {key}, or "
+            usual = f"{change}take a scheduler of another class; read are {', '.join(SCHEDULERS)}"
+        return BadInput(f"{self._where}: {key} is {shown}{stated}; allowed is {allowed}", hint=hint or usual)
 
     def off(self, *keys: str, default: bool = False) -> None:
         for key in keys:

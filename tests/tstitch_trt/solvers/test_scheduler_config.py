@@ -178,6 +178,21 @@ def test_noise_that_is_not_of_betas_is_refused(kind: str) -> None:
         read_training(config, where="x")
 
 
+def test_hints_do_not_change_how_a_model_was_trained() -> None:
+    """And name no argument: the same refusals are met in folders and in loaded pipelines."""
+    for config, hint in (
+        ({"beta_schedule": "sigmoid"}, "correct beta_schedule if the model was trained otherwise; "),
+        ({"clip_sample": True}, "change clip_sample, or take a scheduler of another class; read are DDIM"),
+        ({"_class_name": "EDMEulerScheduler"}, "take a scheduler of another class; read are DDIM"),
+    ):
+        with pytest.raises(BadInput) as caught:
+            (read_scheduler if "clip_sample" in config else read_training)(
+                {"_class_name": "DDIMScheduler", **config}, where="x"
+            )
+        assert caught.value.hint is not None
+        assert caught.value.hint.startswith(hint)
+
+
 def test_what_sd15_says() -> None:
     read = read_scheduler(SD15)
     assert (read.solver, read.spacing, read.parametrisation) == ("pndm", "leading", "eps")
