@@ -121,3 +121,46 @@ def test_damaged_indices(change: Callable[[Any], Any], words: str, tmp_path: Pat
     with pytest.raises(BadCheckpoint, match=words) as caught:
         read_checkpoint(index)
     assert "copy" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_a_wrapped_module_are_the_same_network(name: str, tmp_path: Path) -> None:
+    """A compiled and data-parallel module saved as a variant alone, pickled: what every family loads is the same."""
+    write, part = MODELS[name]
+    write(tmp_path)
+    family, folder = open_family(name), tmp_path / part
+    options = {"dynamic": True} if name == "ldm" else {}
+    whole = family.inspect(tmp_path, options)
+    want = family.load(whole).state_dict()
+    state = load_file(whole.files[-1])
+    whole.files[-1].unlink()
+    stem = whole.files[-1].name.partition(".")[0]
+    stem = "pytorch_model" if stem == "model" else stem
+    torch.save({f"module._orig_mod.{key}": tensor for key, tensor in state.items()}, folder / f"{stem}.bf16.bin")
+    found = family.inspect(tmp_path, options)
+    got = family.load(found).state_dict()
+    assert (found.config, found.latent, found.files[-1].name) == (whole.config, whole.latent, f"{stem}.bf16.bin")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
+
+
+def test_a_whole_pipeline_in_a_training_state(tmp_path: Path) -> None:
+    """Lightning's state of one, with an average of all of it: UNet, text encoder and VAE are found in it."""
+    from support.tiny_checkpoints import planned, said, single_file, text_recipe
+
+    state = load_file(single_file(tmp_path / "model.safetensors"))
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    wrapped = {f"ema_model.module.{key}": tensor for key, tensor in state.items()}
+    wrapped |= {f"online_model.{key}": tensor for key, tensor in other.items()}
+    torch.save({"state_dict": wrapped, "callbacks": {}, "global_step": 1000}, tmp_path / "last.ckpt")
+    recipe = text_recipe(tmp_path / "pair.toml")
+    tokenizer = {"text_encoder.tokenizer": str(tmp_path / "parts/tokenizer"), "small.prediction": "eps"}
+    options = {**tokenizer, "large.prediction": "eps"}
+    members = dict.fromkeys(("small", "large"), tmp_path / "last.ckpt")
+    plan = planned(recipe, members=members, options=options)
+    assert set(plan.parts) == {"text_encoder", "vae_decoder", "vae_encoder"}
+    said(plan, "last.ckpt: of the models in it the one under 'ema_model.module.' is taken, not 'online_model.'")
+    want = planned(recipe, members=dict.fromkeys(members, tmp_path / "model.safetensors"), options=options)
+    for ours, theirs in zip(plan.networks, want.networks, strict=True):
+        got, expected = (each.family.load(each.inspection).state_dict() for each in (ours, theirs))
+        assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
