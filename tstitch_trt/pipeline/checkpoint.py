@@ -37,22 +37,24 @@ def module_hash(module: Any) -> str:
 
 
 def path_hash(path: Path) -> str:
-    """The sha256 of a checkpoint: a file's, or of the names and contents of all that makes a folder's denoiser."""
-    if path.is_file():
-        return hash_file(path)[0]
-    found = hashlib.sha256()
+    """The sha256 of a checkpoint: of the names and contents of what makes its denoiser. Raises ``BadCheckpoint``."""
+    found, base = hashlib.sha256(), path.parent if path.is_file() else path
     for file in _files(path):
-        found.update(f"{file.relative_to(path)} {hash_file(file)[0]}\n".encode())
+        found.update(f"{file.relative_to(base)} {hash_file(file)[0]}\n".encode())
     return found.hexdigest()
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Of a pipeline folder the UNet and what is said about it; of a model folder all."""
-    whole = (path / "unet").is_dir()
-    parts = [path / "unet", path / "scheduler"] if whole else [path]
-    for part in parts:
+    """Of a pipeline folder the UNet and what is said about it; of a model folder all; of a file what it needs."""
+    from tstitch_export.checkpoint.folder import files_of, part_folder
+
+    if path.is_file():
+        yield from (*files_of(path), *(file for file in [path.parent / "config.json"] if file.is_file()))
+        return
+    unet = part_folder(path, ("unet",))
+    for part in [path] if unet is None else [unet, path / "scheduler"]:
         yield from sorted(file for file in part.rglob("*") if file.is_file())
-    if whole and (path / "vae" / "config.json").is_file():
+    if unet is not None and (path / "vae" / "config.json").is_file():
         yield path / "vae" / "config.json"
 
 
@@ -98,14 +100,17 @@ def save_small(small: Any, pipe: Any, large: Path, folder: Path, said: Conventio
     of ``pipe`` where it says nothing itself. Raises ``BadCheckpoint`` for a single file that says nothing, where the
     pipeline's are not those that such files usually have.
     """
+    from tstitch_export.checkpoint.folder import part_folder
+
     folder.mkdir()
-    whole = isinstance(small, Path) and (small / "unet").is_dir()
+    own_unet = part_folder(small, ("unet",)) if isinstance(small, Path) else None
+    whole = own_unet is not None
     if not isinstance(small, Path):
         _save(small, folder / "unet")
     elif small.is_file():
         _save_single(small, folder / "unet", said)
     else:
-        (folder / "unet").symlink_to((small / "unet" if whole else small).resolve(), target_is_directory=True)
+        (folder / "unet").symlink_to((own_unet or small).resolve(), target_is_directory=True)
     if not whole:
         _write_training(small if isinstance(small, Path) else folder / "unet", large / "scheduler", folder, said)
     for name in ("scheduler", "vae"):

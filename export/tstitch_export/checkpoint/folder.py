@@ -14,7 +14,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_index
 from tstitch_export.checkpoint.model_config import check_model_config
 
-__all__ = ["describe_folder", "files_of", "model_folder", "read_json", "weights_file"]
+__all__ = ["describe_folder", "files_of", "model_folder", "part_folder", "read_json", "weights_file"]
 
 _ENDINGS: Final = ("safetensors", "bin")
 # Which of several is taken: full precision first, and the moving average, which is what pipelines draw with
@@ -47,17 +47,24 @@ def model_folder(
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of a diffusers model and its ``config.json``: ``path``, or one of the ``parts`` of a pipeline there.
 
-    A moving average (``PART_ema``, ``ema_PART``) goes before ``PART`` in the state of a training, not in a pipeline.
     Raises ``BadCheckpoint`` saying ``what`` (``is no DiT``) where its class is none of ``kinds``.
     """
-    averages = [name for part in parts for name in (f"{part}_ema", f"ema_{part}")]
-    ordered = [*parts, *averages] if (path / "model_index.json").is_file() else [*averages, *parts]
-    folder = next((path / part for part in ordered if (path / part / "config.json").is_file()), path)
+    folder = part_folder(path, parts) or path
     config = read_json(folder / "config.json")
     if config is None or str(config.get("_class_name")) not in kinds:
         raise BadCheckpoint(f"{path} {what}: it looks like {describe_folder(folder)}", hint=hint)
     check_model_config(config, folder / "config.json")
     return folder, {key: value for key, value in config.items() if key not in _OF_AVERAGES}
+
+
+def part_folder(path: Path, parts: Sequence[str]) -> Path | None:
+    """The first folder of ``parts`` in ``path`` that holds a model; ``None`` where there is none.
+
+    A moving average (``PART_ema``, ``ema_PART``) goes before ``PART`` in the state of a training, not in a pipeline.
+    """
+    averages = [name for part in parts for name in (f"{part}_ema", f"ema_{part}")]
+    ordered = [*parts, *averages] if (path / "model_index.json").is_file() else [*averages, *parts]
+    return next((path / part for part in ordered if (path / part / "config.json").is_file()), None)
 
 
 def weights_file(folder: Path, stems: Sequence[str]) -> Path:

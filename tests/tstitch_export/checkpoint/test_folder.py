@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from support.tiny_families import unet_folder
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.folder import model_folder, weights_file
 from tstitch_export.families import open_family
+from tstitch_trt.pipeline.checkpoint import path_hash
 
 STEM = "diffusion_pytorch_model"
 
@@ -79,6 +80,21 @@ def test_shards_of_a_wrapped_model_are_unwrapped_together(tmp_path: Path) -> Non
     assert read_checkpoint(tmp_path / "x.safetensors.index.json").shapes.keys() == {*state, "blocks.0.mlp.fc1.bias"}
 
 
+def test_the_shards_of_an_index_are_what_a_model_is_made_of(tmp_path: Path) -> None:
+    """Given as the index itself: other weights under the same names are another model."""
+    module = unet_folder(tmp_path, "sd", cross_attention_dim=768, attention_head_dim=8)
+    module.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    (index,) = (tmp_path / "shards").glob("*.index.json")
+    (tmp_path / "shards/config.json").rename(tmp_path / "config.json")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert open_family("unet-sd").inspect(index, {}).files == (*shards, index)
+    before = path_hash(index)
+    state = load_file(shards[0])
+    save_file({key: tensor + 1 for key, tensor in state.items()}, shards[0])
+    assert path_hash(index) != before
+
+
 @pytest.mark.parametrize("average", ["unet_ema", "ema_unet"])
 def test_the_state_of_a_training_with_an_average(average: str, tmp_path: Path) -> None:
     """diffusers' training scripts write ``unet`` and ``unet_ema`` beside each other, whose config has more keys."""
@@ -95,5 +111,8 @@ def test_the_state_of_a_training_with_an_average(average: str, tmp_path: Path) -
     state = family.load(found).unet.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(state[key], tensor) for key, tensor in averaged.state_dict().items())  # type: ignore[operator]
     assert "optimization_step" not in model_folder(tmp_path, ("unet",), {"UNet2DConditionModel"}, what="", hint="")[1]
+    before = path_hash(tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "decay": 0.5}))
+    assert path_hash(tmp_path) != before, "a loaded pipeline's small member is made of the same folder"
     (tmp_path / "model_index.json").write_text("{}")  # of a pipeline the unet is what it draws with
     assert family.inspect(tmp_path, {}).path == tmp_path / "unet"

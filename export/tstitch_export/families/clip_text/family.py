@@ -328,7 +328,7 @@ def _inspect_file(path: Path, part: str, options: Mapping[str, Scalar]) -> Inspe
         family=ClipTextFamily.name,
         layout="single-file",
         path=path,
-        files=(path,),
+        files=files_of(path),
         config={
             "layers": 1 + max(int(name.split(".")[2]) for name in pieces if name.startswith("encoder.layers.")),
             "width": width,

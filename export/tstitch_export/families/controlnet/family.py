@@ -14,6 +14,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_engines.spec import TensorSpec
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.folder import files_of
 from tstitch_export.families.base import TORCH_NAMES, Inspection, Role, Scalar
 from tstitch_export.families.controlnet.layout import control_config, control_names
 from tstitch_export.families.unet.config import UNetConfig
@@ -130,7 +131,7 @@ def _single(path: Path) -> Source:
         layout=_SINGLE,
         path=path,
         described=(),
-        weights=(path,),
+        weights=files_of(path),
         config=config.raw,
         shapes={ours: shapes[key] for key, ours in control_names(shapes, config, name=path.name).items()},
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, conventions_of, read_options
+from tstitch_export.checkpoint.folder import files_of
 from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
@@ -46,7 +47,7 @@ class DiTFamily(ClassMember):
             family=self.name,
             layout="published",
             path=path,
-            files=(path,),
+            files=files_of(path),
             config={
                 "model": published_name(config.depth, config.width, config.patch),
                 **{name: value for name, value in asdict(config).items() if name not in ("classes", "null_class")},

@@ -11,6 +11,7 @@ from tstitch_engines.errors import BadCheckpoint, BadInput, unknown_name
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, Conventions, conventions_of, read_options
+from tstitch_export.checkpoint.folder import files_of
 from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Dim, Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
@@ -130,7 +131,7 @@ def _original(path: Path, given: Mapping[str, Scalar], said: Conventions) -> Ins
         family="ldm",
         layout="original",
         path=path,
-        files=(path,),
+        files=files_of(path),
         config={
             "model": published_name(config),
             "base": config.base,

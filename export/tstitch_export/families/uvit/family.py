@@ -11,6 +11,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, Statement, conventions_of, read_options
+from tstitch_export.checkpoint.folder import files_of
 from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
@@ -56,7 +57,7 @@ class UViTFamily(ClassMember):
             family=self.name,
             layout="published",
             path=path,
-            files=(path,),
+            files=files_of(path),
             config={
                 "model": published_name(config.depth, config.width, config.patch),
                 **asdict(config),

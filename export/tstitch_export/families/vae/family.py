@@ -45,7 +45,7 @@ class _VaeFamily(Family):
         options = typed(options, self.options, what=f"family {self.name!r}")
         files: tuple[Path, ...]
         if path.is_file():
-            layout, folder, files, config = "single-file", path, (path,), _file_config(path)
+            layout, folder, files, config = "single-file", path, files_of(path), _file_config(path)
         else:
             folder, config = _read_folder(path)
             weights = weights_file(folder, ("diffusion_pytorch_model",))
