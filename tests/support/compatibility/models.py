@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from support.compatibility.markdown import attempt, code, table
-from support.tiny_families import clip_text_folder, clip_vocabulary, controlnet_folder, unet_folder, vae_folder
+from support.tiny_families import (
+    clip_text_folder,
+    clip_tokenizer_folder,
+    clip_vocabulary,
+    controlnet_folder,
+    unet_folder,
+    vae_folder,
+)
 from tstitch_export.families import open_family
+from tstitch_export.families.clip_text.tokenizer import read_tokenizer
 
 __all__ = ["model_section"]
 
@@ -86,6 +94,22 @@ _TEXT: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 
+_TOKENIZER: Final[Mapping[str, tuple[Any, ...]]] = {
+    "pad_token": ("!",),
+    "unk_token": ("!",),
+    "model_max_length": (40,),
+    "do_lower_case": (False,),
+    "add_prefix_space": (True,),
+    "errors": ("ignore",),
+    "clean_up_tokenization_spaces": (True,),
+    "additional_special_tokens": (["cat</w>"],),
+    "truncation_side": ("left",),
+    "padding_side": ("left",),
+    "split_special_tokens": (True,),
+}
+_TEXTS: Final = ("a photo of a Cat ", "it's naïve, can't <|endoftext|> 1984 ½!!", "猫 🐱 קטה", "")
+
+
 def model_section(folder: Path) -> str:
     """``folder``: an empty one, for the files."""
     with warnings.catch_warnings():
@@ -95,13 +119,15 @@ def model_section(folder: Path) -> str:
             _row(folder, "ControlNetModel", "controlnet", controlnet_folder),
             _row(folder, "AutoencoderKL", "vae-decoder", lambda to, **keys: vae_folder(to, levels=2, **keys)),
             ("`CLIPTextModel`", *_text_encoder(folder)),
+            ("`CLIPTokenizer` (tokenizer_config.json)", *_tokenizer(folder)),
         ]
     return "\n\n".join(
         [
             "## Keys of config.json",
             "UNets, ControlNets and autoencoders are exported as diffusers' own class computes them: a key that is "
-            "taken means what it means there. Each row was tried, and the text encoder compared with transformers'.",
-            table(("class", "honoured", "refused, since it makes another kind of model"), rows),
+            "taken means what it means there. Each row was tried, and text encoder and tokenizer were compared with "
+            "transformers'.",
+            table(("class", "honoured", "refused: they make another kind of model"), rows),
             f"Not tried: {', '.join(map(code, sorted(_SIZES)))} make sizes that the weights must have.",
         ]
     )
@@ -177,3 +203,26 @@ def _text_encoder(folder: Path) -> tuple[str, str]:
                 assert torch.allclose(hidden, want, rtol=1e-4, atol=1e-4), f"{key} = {value!r} is ignored"
             honoured.append(code(key))
     return ", ".join(dict.fromkeys(honoured)), _cell(refused)
+
+
+def _tokenizer(folder: Path) -> tuple[str, str]:
+    """Each key is put into the file; ours must then make the tokens that transformers makes, or refuse it."""
+    from tokenizers import Tokenizer
+    from transformers import CLIPTokenizer
+
+    place = clip_tokenizer_folder(folder / "tokenizer")
+    plain = json.loads((place / "tokenizer_config.json").read_text())
+    honoured, refused = list[str](), dict[str, list[str]]()
+    for key, values in _TOKENIZER.items():
+        for value in values:
+            (place / "tokenizer_config.json").write_text(json.dumps({**plain, key: value}))
+            found, why = attempt(lambda: read_tokenizer(place), without=[str(place)])
+            if found is None:
+                refused.setdefault(key, []).append(_shown(value, why))
+                continue
+            found.write(folder / "tokenizer.json")  # type: ignore[attr-defined]
+            ours, theirs = Tokenizer.from_file(str(folder / "tokenizer.json")), CLIPTokenizer.from_pretrained(place)
+            for text in _TEXTS:
+                assert ours.encode(text).ids == theirs(text).input_ids, f"{key} = {value!r} is ignored"
+            honoured.append(code(key))
+    return ", ".join(honoured), _cell(refused)
