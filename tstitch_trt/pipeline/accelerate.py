@@ -35,7 +35,7 @@ from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range
 from tstitch_engines.threads import check_threads
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
-from tstitch_trt.pipeline.callers_words import in_callers_words, reworded
+from tstitch_trt.pipeline.callers_words import in_callers_words, notes_in_callers_words, reworded
 from tstitch_trt.pipeline.checkpoint import (
     conventions_said,
     module_hash,
@@ -299,6 +299,7 @@ def _build(
         temporary_directory(output.parent, _STAGING) as staging,
         shown as bar,
         in_callers_words(_names(staging, small)),
+        notes_in_callers_words(),
     ):
         report = progress or bar or silent
         report("saving the pipeline", 0.0)

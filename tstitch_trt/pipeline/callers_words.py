@@ -6,6 +6,7 @@ Below, hints name options of the command line, which builds and loads bundles; h
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Final
 
 from tstitch_engines.errors import TStitchError
 
-__all__ = ["in_callers_words", "reworded"]
+__all__ = ["in_callers_words", "notes_in_callers_words", "reworded"]
 
 _PARTS: Final = {"vae_decoder": "vae", "vae_encoder": "vae"}
 _RENAMED: Final = {  # options that accelerate or the pipeline's call has under another name
@@ -118,3 +119,20 @@ def in_callers_words(files: Mapping[str, str] | None = None) -> Iterator[None]:
         error.message, error.hint = reworded(error.message, files), reworded(error.hint, files)
         error.args = (error.message, error.hint)
         raise
+
+
+@contextmanager
+def notes_in_callers_words() -> Iterator[None]:
+    """Rewords what a build notes in the log, but for text encoders that it lacks: the pipeline has them."""
+
+    def change(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        record.msg, record.args = reworded(text), ()
+        return "in place of prompts" not in text
+
+    log = logging.getLogger("tstitch_export.build")
+    log.addFilter(change)
+    try:
+        yield
+    finally:
+        log.removeFilter(change)

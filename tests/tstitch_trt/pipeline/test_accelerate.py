@@ -152,6 +152,36 @@ def test_embeddings_and_pil_and_tuples(accelerated: Any) -> None:
         assert np.abs(np.asarray(mine).astype(int) - np.asarray(other)).max() <= 1
 
 
+def test_pictures_pass_through_what_the_pipeline_has(accelerated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its safety checker, and the processor that it has at the time of the call."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    def blackened(images: Any, clip_input: Any) -> tuple[Any, list[bool]]:
+        assert clip_input.shape == (2, 3)
+        return images * 0 + images[1:], [True, False]
+
+    class Extractor:
+        def __call__(self, images: list[Any], return_tensors: str) -> Any:
+            import torch
+
+            self.pixel_values = torch.zeros(len(images), 3)
+            return self
+
+        def to(self, device: Any) -> Any:
+            return self
+
+    pipe = accelerated.pipe
+    monkeypatch.setattr(pipe, "safety_checker", blackened)
+    monkeypatch.setattr(pipe, "feature_extractor", Extractor())
+    plain = VaeImageProcessor(vae_scale_factor=8, do_normalize=False)
+    for processor in (pipe.image_processor, plain):
+        monkeypatch.setattr(pipe, "image_processor", processor)
+        want = pipe(**SD, generator=seeded(1), output_type="np")
+        got = accelerated(**SD, generator=seeded(1), output_type="np", fraction=0.0)
+        assert got.nsfw_content_detected == want.nsfw_content_detected == [True, False]
+        assert relative_error(got.images, want.images) < 1e-3
+
+
 def test_callbacks_see_each_step_and_may_end_it(accelerated: Any) -> None:
     def record(seen: list[Any], last: int | None = None) -> Any:
         def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:

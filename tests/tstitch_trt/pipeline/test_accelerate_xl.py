@@ -26,6 +26,11 @@ SIDES = {"height": PIXELS, "width": PIXELS}
 SIZES = {"crops_coords_top_left": (3, 4), "original_size": (100, 80)}
 
 
+class Watermark:
+    def apply_watermark(self, images: Any) -> Any:
+        return images.flip(-1)
+
+
 def test_sdxl(xl: Path, cache: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -38,6 +43,11 @@ def test_sdxl(xl: Path, cache: Path) -> None:
         want = pipe(**SD, **asked, generator=seeded(1), output_type="np").images
         got = made(**SD, **asked, generator=seeded(1), output_type="np", fraction=0.0)
         assert relative_error(got.images, want) < LIMIT
+        pipe.watermark = Watermark()
+        want = pipe(**SD, **asked, generator=seeded(1), output_type="np").images
+        marked = made(**SD, **asked, generator=seeded(1), output_type="np", fraction=0.0)
+        assert relative_error(marked.images, want) < LIMIT < relative_error(marked.images, got.images)
+        pipe.watermark = None
         large = pipe.unet
         call = {**SD, **asked, "output_type": "latent"}
 

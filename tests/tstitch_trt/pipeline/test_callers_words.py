@@ -137,6 +137,15 @@ def test_what_a_build_refuses(sd: Path, tmp_path: Path, unets: Callable[..., Pat
     check_words(caught.value)
 
 
+def test_notes_of_a_build_are_true_for_the_caller(sd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts are read by the pipeline's text encoders, which the bundle does not have."""
+    with caplog.at_level("INFO", logger="tstitch_export.build"):
+        fast(pipeline(sd, "ddim"), sd, tmp_path, progress=lambda phase, share: None).close()
+    assert "the default solver is ddim" in caplog.text
+    assert "text_encoder" not in caplog.text
+    assert not FLAG.search(caplog.text)
+
+
 def test_a_controlnet_that_does_not_fit(sd: Path, tmp_path: Path, unets: Callable[..., Path]) -> None:
     net = controlnet_folder(tmp_path / "c", "one")
     pipe = pipeline(sd, "ddim", "StableDiffusionControlNetPipeline", controlnet=net)
