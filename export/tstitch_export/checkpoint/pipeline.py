@@ -49,7 +49,9 @@ def scheduler_keys(trained: Conventions) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if trained.prediction is not None:
         keys["prediction_type"] = _PREDICTIONS[trained.prediction]
-    if (noise := trained.noise) is not None:
+    if (noise := trained.noise) is not None and noise.kind == "betas":
+        keys |= {"trained_betas": list(noise.betas), "num_train_timesteps": noise.steps}
+    elif noise is not None:
         keys |= {"beta_schedule": _SCHEDULES[noise.kind], "num_train_timesteps": noise.steps}
         keys |= {"beta_start": noise.beta_start, "beta_end": noise.beta_end, "trained_betas": None}
     if trained.zero_snr is not None:

@@ -1,4 +1,4 @@
-"""Pipelines with zero terminal SNR (``rescale_betas_zero_snr``): engines draw what diffusers draws."""
+"""Pipelines with zero terminal SNR (``rescale_betas_zero_snr``) and given betas: engines draw what diffusers draws."""
 
 from __future__ import annotations
 
@@ -98,6 +98,20 @@ def test_pndm_does_not_rescale(sd: Path, cache: Path) -> None:
     with fast(pipe, sd, cache) as made:
         assert not made.runtime.manifest.noise.zero_terminal_snr
         equal(pipe, made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [False, True])
+def test_trained_betas(sd: Path, cache: Path, zero: bool) -> None:
+    betas = (1e-4 + 0.02 * np.linspace(0, 1, 1000) ** 3).tolist()
+    settings = {**ZERO, "trained_betas": betas, "rescale_betas_zero_snr": zero}
+    pipe = pipeline(sd, "ddim")
+    pipe.scheduler = scheduler("ddim", **settings)
+    with fast(pipe, sd, cache) as made:
+        assert made.runtime.manifest.noise.kind == "betas"
+        for solver in ("ddim", "dpmpp-2m"):
+            pipe.scheduler = scheduler(solver, **settings)
+            equal(pipe, made)
 
 
 def test_a_prediction_of_the_noise_is_refused_where_there_is_no_signal(sd: Path, cache: Path) -> None:

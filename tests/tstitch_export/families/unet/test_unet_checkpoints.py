@@ -16,6 +16,7 @@ from support.dits import diffusers_folder, sparse_safetensors
 from support.tiny_checkpoints import planned, said, text_recipe
 from support.tiny_families import clip_text_folder, controlnet_folder, original_control, original_unet, unet_folder
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
+from tstitch_engines.bundle.scheduler_config import read_training
 from tstitch_engines.errors import BadCheckpoint, PairMismatch
 from tstitch_export.build import build
 from tstitch_export.families import Inspection, open_family
@@ -469,6 +470,18 @@ def test_noise_without_terminal_signal(pipeline: Path, tmp_path: Path) -> None:
     found, plain = SD.inspect(folder, {}), SD.inspect(pipeline, {})
     assert plain.noise is not None
     assert found.noise == msgspec.structs.replace(plain.noise, zero_terminal_snr=True)
+
+
+def test_noise_of_given_betas(pipeline: Path, tmp_path: Path) -> None:
+    folder = copied(pipeline, tmp_path)
+    file = folder / "scheduler/scheduler_config.json"
+    betas = [1e-4, 0.01, 0.02]
+    stated = {"_class_name": "DDIMScheduler", "trained_betas": betas, "num_train_timesteps": 3}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+    found = SD.inspect(folder, {})
+    assert found.trained.noise == NoiseScheduleSpec(kind="betas", betas=tuple(betas), steps=3)
+    assert found.scheduler is not None
+    assert read_training(found.scheduler, where="x")[0] == found.trained.noise
 
 
 # --- ControlNets and members
