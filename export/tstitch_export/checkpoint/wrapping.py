@@ -29,6 +29,7 @@ _PARTS: Final = re.compile(
     r"(?:^|(?<=\.))(?:(?:model\.)?diffusion_model\.|control_model\.|first_stage_model\."
     r"|(?:(?:cond_stage_model|conditioner\.embedders\.\d)\.(?:transformer|model)\.)?(?:text_model\.)?)$"
 )
+_BESIDE: Final = frozenset({"first_stage_model", "cond_stage_model", "conditioner"})
 _INSIDE: Final = "diffusion_model."  # the UNet's part of a whole pipeline, which is called model.diffusion_model.
 _WRAPPERS: Final = frozenset({"module", "model", "net", "nnet", "network", "unet", "denoiser", "diffusion_model"})
 _DENOISER, _CONTROLNET, _OTHER = range(3)  # a file is that of the first that it has
@@ -98,6 +99,12 @@ def unwrap_names(stored: Iterable[str], *, file: str) -> Unwrapped:
             f"{file} holds {twice!r} twice under names that differ in what training code put around it alone",
             hint="save the model's own state dict",
         )
+    outside = _outside(cleaned, names, outer)
+    if chosen.original:  # an average of the UNet alone: the other parts of its pipeline are where they were
+        held = {name.partition(".")[0] for name in names.values()}
+        more = {key: name for key, name in outside.items() if name.partition(".")[0] in _BESIDE - held}
+        names |= more
+        outside = {key: name for key, name in outside.items() if key not in more}
     notes = []
     taken = f"the one under {outer!r}" if outer else "the one without a prefix"
     if copies := sorted({model.outer for model in found if model.kind == chosen.kind} - {outer}):
@@ -105,7 +112,7 @@ def unwrap_names(stored: Iterable[str], *, file: str) -> Unwrapped:
         notes.append(f"of the models in it {taken} is taken, not {', '.join(map(repr, copies))}{rule}")
     elif (left := len(cleaned) - len(names)) > _COUNTERS:
         notes.append(f"of the models in it {taken} is taken; {left} tensors are not its own")
-    return Unwrapped(names, _outside(cleaned, names, outer), tuple(notes))
+    return Unwrapped(names, outside, tuple(notes))
 
 
 def _outside(cleaned: Mapping[str, str], names: Mapping[str, str], outer: str) -> dict[str, str]:

@@ -128,6 +128,16 @@ def test_of_two_models_the_stated_one_is_taken(taken: str, other: str, words: st
     assert words in " ".join(read_checkpoint(path).notes)
 
 
+def test_an_average_of_the_unet_alone_has_the_other_parts_of_its_pipeline(tmp_path: Path) -> None:
+    state, unet = state_of("whole"), "model.diffusion_model."
+    average = {f"ema.{name}": tensor + 1 for name, tensor in state.items() if name.startswith(unet)}
+    want = {name: average.get(f"ema.{name}", tensor) for name, tensor in state.items()}
+    del want["model_ema.diffusion_modelinput_blocks00weight"], want["betas"]
+    path = written(tmp_path, {**state, **average}, ".safetensors")
+    same(path, want)
+    assert "betas" in read_checkpoint(path).outside
+
+
 def test_where_nothing_decides_it_is_refused(tmp_path: Path) -> None:
     both = {f"{who}.{name}": t for who in ("student", "teacher") for name, t in state_of("unet").items()}
     with pytest.raises(BadCheckpoint, match=r"2 models of one kind, under 'student\.' and 'teacher\.'") as caught:
