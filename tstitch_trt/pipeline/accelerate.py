@@ -64,7 +64,7 @@ __all__ = ["accelerate"]
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA: Final = 2  # part of every bundle's key
+_SCHEMA: Final = 3  # part of every bundle's key
 _STAGING: Final = "saving-"
 _PRECISIONS: Final[Mapping[str, Precision]] = {
     "torch.float32": "fp32",

@@ -49,7 +49,8 @@ def _files(path: Path) -> Iterator[Path]:
     from tstitch_export.checkpoint.folder import files_of, part_folder
 
     if path.is_file():
-        yield from (*files_of(path), *(file for file in [path.parent / "config.json"] if file.is_file()))
+        beside = (path.parent / "config.json", path.with_suffix(".yaml"))
+        yield from (*files_of(path), *(file for file in beside if file.is_file()))
         return
     unet = part_folder(path, ("unet",))
     for part in [path] if unet is None else [unet, path / "scheduler"]:

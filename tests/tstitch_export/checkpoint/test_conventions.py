@@ -178,6 +178,71 @@ def test_the_size_that_metadata_says(folders: Path, tmp_path: Path) -> None:
         assert inspect(path).latent == want
 
 
+# --- a configuration beside a single file
+
+YAML = """
+model:
+  base_learning_rate: 1.0e-04
+  target: {target}
+  params:
+{params}
+    first_stage_key: "jpg"
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+"""
+LDM_TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
+
+
+@pytest.mark.parametrize(
+    ("target", "params", "prediction", "noise"),
+    [
+        (LDM_TARGET, ['parameterization: "v"'], "v", None),
+        (LDM_TARGET, ["parameterization: v  # as trained", "linear_start: 0.00085", "linear_end: 0.0120",
+                      "timesteps: 1000"], "v", SD_NOISE),
+        (LDM_TARGET, ["linear_start: 0.0015"], "eps", None),
+        ("sgm.models.diffusion.DiffusionEngine",
+         ["  target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling"], "v", None),
+        ("sgm.models.diffusion.DiffusionEngine",
+         ["  target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling"], "eps", None),
+        ("my.own.Model", ['parameterization: "v"'], None, None),
+    ],
+)  # fmt: skip
+def test_the_configuration_beside_a_file(
+    target: str,
+    params: list[str],
+    prediction: str | None,
+    noise: NoiseScheduleSpec | None,
+    folders: Path,
+    tmp_path: Path,
+) -> None:
+    path = marked(folders, "sd", tmp_path / "sd.v1.safetensors")
+    config = tmp_path / "sd.v1.yaml"
+    config.write_text(YAML.format(target=target, params="\n".join(f"    {line}" for line in params)))
+    found = inspect(path)
+    assert (found.parametrisation, found.noise) == (prediction, noise)
+    assert found.files == (config, path)
+
+
+def test_configurations_that_are_refused(folders: Path, tmp_path: Path) -> None:
+    path = marked(folders, "xl", tmp_path / "xl.safetensors", {"v_pred": EMPTY})
+    for params, words in (
+        ("", r"v by its marker tensor v_pred and eps by xl\.yaml beside it"),
+        ("    parameterization: score", "score"),
+        ("    parameterization: v\n    linear_start: 2\n    linear_end: 1", "no schedule of betas"),
+        ("    parameterization: v\n    linear_start: 1e-4\n    linear_end: 0.02\n    timesteps: x", "no schedule"),
+    ):
+        (tmp_path / "xl.yaml").write_text(YAML.format(target=LDM_TARGET, params=params))
+        with pytest.raises(BadCheckpoint, match=words):
+            inspect(path)
+    for content in (b"\xff" * 10, b"x" * (64 << 20)):
+        (tmp_path / "xl.yaml").write_bytes(content)
+        with pytest.raises(BadCheckpoint, match=r"xl\.yaml is damaged"):
+            inspect(path)
+    for content in ("\n" * (1 << 20), f"target: ldm.models.x{'.a' * (1 << 19)}\nparameterization: v"):
+        (tmp_path / "xl.yaml").write_text(content)
+        assert inspect(path).parametrisation == "v"
+
+
 # --- Stable Diffusion 2.x
 
 

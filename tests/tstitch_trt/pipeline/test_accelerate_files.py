@@ -21,7 +21,7 @@ from support.tiny_families import STABLE_DIFFUSION_2, original_unet, unet_folder
 from support.tiny_pipelines import scheduler
 from tstitch_engines.errors import BadCheckpoint, BadInput, BadSchedule, PairMismatch, UnknownName
 from tstitch_export.families.unet.conventions import SPREAD_OF
-from tstitch_trt.pipeline.checkpoint import conventions_said, save_small
+from tstitch_trt.pipeline.checkpoint import conventions_said, path_hash, save_small
 
 # diffusers hands numpy its tensors in a way that newer versions of numpy warn of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -161,6 +161,19 @@ def test_a_single_file_says_what_it_says(sd: Path, tmp_path: Path) -> None:
         written(v, {}, prediction="v")
     assert written(v, {}, prediction="v", zero_snr="true") == as_list("v_prediction", True, "scaled_linear")
     assert written(v, {}, prediction="eps", zero_snr=False) == as_list("epsilon", False, "scaled_linear")
+
+
+def test_the_hash_of_a_single_file_has_what_is_said_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"x")
+    found = {path_hash(file)}
+    for name in ("x.yaml", "config.json"):
+        (tmp_path / name).write_text("{}")
+        found.add(path_hash(file))
+    assert len(found) == 3
+    (tmp_path / "y.yaml").write_text("another model's")
+    assert path_hash(file) in found
+    assert path_hash(file.rename(tmp_path / "z.safetensors")) not in found  # without x.yaml
 
 
 def test_a_bare_unet_of_stable_diffusion_2_follows_its_own_weights(sd: Path, tmp_path: Path) -> None:

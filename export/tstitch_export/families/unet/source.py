@@ -14,6 +14,7 @@ from tstitch_export.checkpoint.config_limits import check_numbers
 from tstitch_export.checkpoint.conventions import NOTHING_KNOWN, Conventions, Statement, conventions_of
 from tstitch_export.checkpoint.folder import files_of, model_folder, read_json, weights_file
 from tstitch_export.checkpoint.model_config import check_model_config
+from tstitch_export.checkpoint.original_config import config_beside, statements_of_config
 from tstitch_export.checkpoint.pipeline import PipelineFacts, read_pipeline
 from tstitch_export.checkpoint.signatures import Shapes, looks_like
 from tstitch_export.checkpoint.statements import MARKERS, foreign_metadata, resolution_of, statements_of
@@ -121,11 +122,16 @@ def _with_training(source: Source, checkpoint: Checkpoint, stored: Mapping[str, 
 
     config = UNetConfig(source.config)
     stated, notes = statements_of(checkpoint, said, text_width=config.width)
+    described = source.described
+    if source.path.is_file() and (beside := config_beside(source.path)) is not None:
+        stated += statements_of_config(beside)
+        described = (*described, beside)
     implied = implied_by(config, _step(checkpoint), spread)
     if not implied.statements and (foreign := foreign_metadata(checkpoint.metadata, config.width)) is not None:
         implied = Implied(undecided=foreign)
     return replace(
         source,
+        described=described,
         stated=tuple(stated),
         implied=implied,
         resolution=resolution_of(checkpoint.metadata),
