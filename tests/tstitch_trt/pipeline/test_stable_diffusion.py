@@ -231,3 +231,32 @@ def test_bare_unets_take_embeddings_and_give_latents(sd: Path, unets: dict[str, 
         assert relative_error(result.latents, theirs(pipe, latents=x)) < 1e-3
         with pytest.raises(Unavailable, match="has no text encoder, so it can't read prompts"):
             runtime.sample(prompt="a cat")
+
+
+@pytest.mark.slow
+def test_inversions_and_masks_of_a_saved_pipeline(sd: Path, tmp_path: Path) -> None:
+    """A textual inversion of three vectors in the pipeline, one in a file beside it, and ``use_attention_mask``."""
+    import torch
+
+    pipe = pipeline(sd, "ddim")
+    vectors = torch.randn(5, pipe.text_encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    pipe.load_textual_inversion({"<cat>": vectors[:3]})
+    pipe.text_encoder.config.use_attention_mask = True
+    pipe.save_pretrained(tmp_path / "saved")
+    torch.save({"mystyle": vectors[3:]}, tmp_path / "style.bin")
+    build(
+        "sd15-bksdm-tiny",
+        members={"small": sd / "small", "large": tmp_path / "saved"},
+        output=tmp_path / "sd.bundle",
+        options={"text_encoder.textual_inversion": str(tmp_path / "style.bin")},
+        profile=Range(1, 2, 4),
+        **dict.fromkeys(("height", "width"), Range(PIXELS, PIXELS, PIXELS)),
+    )
+    pipe.load_textual_inversion(str(tmp_path / "style.bin"))
+    x, asked = noise(2), {**ASKED, "prompt": ["a photo of a <cat>", "the <cat> on mars, mystyle"]}
+    with tstitch_trt.load(tmp_path / "sd.bundle", threads=1) as runtime:
+        given: dict[str, Any] = {"steps": STEPS, "guidance": 5.0, "latents": x, "fraction": 0.0, "decode": False}
+        result = runtime.sample(**asked, **given, **ours("ddim"))
+    assert relative_error(result.latents, theirs(pipe, latents=x, **asked)) < 1e-3
+    pipe.text_encoder.config.use_attention_mask = False
+    assert relative_error(result.latents, theirs(pipe, latents=x, **asked)) > 1e-2

@@ -183,6 +183,8 @@ class ClipTextFamily(Family):
     def lora_target(self, inspection: Inspection) -> LoraTarget:
         pieces, stored = _pieces(inspection)
         shapes = {name: piece.shape(stored) for name, piece in pieces.items()}
+        if inspection.inversions:
+            shapes[_TOKENS] = (int(inspection.config["vocabulary"]), *shapes[_TOKENS][1:])
         # As LoRAs spell the modules, after transformers' classes before version 5
         modules = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
         aliases = {f"text_model.{module}": module for module in modules}

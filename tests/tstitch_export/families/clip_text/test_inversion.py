@@ -72,6 +72,8 @@ def test_what_a_bundle_says_of_them(tmp_path: Path) -> None:
     assert found.config["vocabulary"] == int(plain.config["vocabulary"]) + 2
     assert set(found.files) == {*plain.files, file}
     assert found.files[-1] == plain.files[-1]
+    weights = {name: tuple(tensor.shape) for name, tensor in TEXT.load(found).named_parameters()}
+    assert TEXT.lora_target(found).shapes.items() >= weights.items(), "as the weights are mapped for a later LoRA"
 
 
 @pytest.mark.parametrize(
