@@ -24,6 +24,7 @@ __all__ = ["AskedSteps", "check_plan", "more_noise", "plan_keywords", "read_own"
 Array = NDArray[np.float64]
 
 _CLOSE, _ROUNDING = 2e-3, 1e-6  # relative and absolute; diffusers multiplies a thousand alphas in float32
+_APART = 0.5  # whole timesteps that are not the same; those of sigmas may be a little off in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,8 @@ def plan_keywords(scheduler: Any, asked: AskedSteps) -> StepKeywords:
     if given is not None:
         for name in (*SPACING_OPTIONS, "original_steps", "step_to"):
             options.pop(name, None)
-    elif "sigma_timesteps" in options:
-        options["sigma_timesteps"] = ",".join(str(int(t)) for t in set_up.timesteps)
+    elif "sigmas" in options:
+        options["sigma_timesteps"] = ",".join(np.format_float_positional(float(t), 6) for t in set_up.timesteps)
     solver = resolve(SolverOptions.parse(read.solver, options), own_timesteps=given is not None)
     found: StepKeywords = {"solver": solver.name, "solver_options": solver.explicit()}
     if given is not None:
@@ -138,7 +139,7 @@ def check_plan(scheduler: Any, asked: AskedSteps, plan: Plan) -> None:
     """Raises ``BadInput`` where the scheduler's own code places the steps elsewhere than ``plan`` does."""
     table, set_up = plan.table, _set_up(scheduler, asked)
     theirs = np.array([float(t) for t in set_up.timesteps])
-    if theirs.shape != table.t.shape or (np.abs(theirs - table.t) > 0.05).any():
+    if theirs.shape != table.t.shape or (np.abs(theirs - table.t) > _APART).any():
         raise _elsewhere(scheduler, "timesteps", theirs, table.t)
     sigmas = getattr(set_up, "sigmas", None)
     if sigmas is not None and len(sigmas) == plan.steps + 1:

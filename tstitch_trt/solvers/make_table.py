@@ -81,25 +81,36 @@ def _levels(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps:
         sigma = space_sigmas(options.sigmas, steps, sigma_min=sigma_min, sigma_max=sigma_max)
         t = noise.timestep_of(sigma)
         assert options.sigma_timesteps is not None
-        return _rounded(t, options.sigma_timesteps), sigma
+        return _rounded(t, sigma, options.sigma_timesteps, noise), sigma
     t = _spaced(family, options, noise, steps)
     return t, _sigma_at(family, noise, t)
 
 
-def _rounded(t: Array, rule: str) -> Array:
+def _rounded(t: Array, sigma: Array, rule: str, noise: NoiseSchedule) -> Array:
     """The timesteps that the model is told at the exact ones ``t``."""
     if rule == "exact":
         return t
     if (listed := listed_timesteps(rule)) is None:  # 1e-6: a whole timestep may be a rounding error lower
         return np.rint(t) if rule == "nearest" else np.floor(t + 1e-6)
     told = np.array(listed, np.float64)
-    if told.size != t.size or (np.abs(told - t) > 1.001).any():
+    if told.size != t.size or not (_near(told, t) | _around(told, sigma, noise)).all():
         raise BadInput(
             f"sigma_timesteps names {told.size} timesteps; allowed is one for each of the {t.size} steps, within 1 of "
             f"that of its sigma: {', '.join(f'{each:.4g}' for each in t[:8])}{'...' if t.size > 8 else ''}",
             hint="name the timesteps of these sigmas, or use sigma_timesteps='exact'",
         )
     return told
+
+
+def _near(told: Array, t: Array) -> NDArray[np.bool_]:
+    return np.asarray(np.abs(told - t) <= 1)
+
+
+def _around(told: Array, sigma: Array, noise: NoiseSchedule) -> NDArray[np.bool_]:
+    """Whether the noise schedule passes through ``sigma`` within 1 of ``told``: with zero terminal SNR it may pass
+    through the level that stands for none of the signal before its last timestep."""
+    low, high = (noise.sigma_at(np.clip(told + side, 0, noise.steps - 1)) for side in (-1, 1))
+    return np.asarray((low <= sigma) & (sigma <= high))
 
 
 def _spaced(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps: int) -> Array:

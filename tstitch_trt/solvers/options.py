@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -36,6 +37,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 _MOST = 1e9  # beyond any noise level, offset or order; what has no bound of its own ends here
 ROUNDING_RULES = ("exact", "nearest", "down")
+_NUMBER = re.compile(r"\d{1,9}(\.\d{0,9})?")
 _SWITCHES = ("lower_order_final", "euler_at_final", "last_noise")
 _REALS: Mapping[str, tuple[float, float]] = {
     "eta": (0.0, 1.0),
@@ -71,7 +73,7 @@ class SolverOptions:
     sigma_min: float | None = None  # ends of the sigma spacing; default: those that sigma_ends names
     sigma_max: float | None = None
     sigma_ends: str | None = None  # of the noise schedule, or of the timestep spacing, which is then given too
-    sigma_timesteps: str | None = None  # at these sigmas: exact, rounded (nearest, down), or whole ones: "999,870,..."
+    sigma_timesteps: str | None = None  # at these sigmas: exact, rounded (nearest, down), or as listed: "999,870,..."
     final: str | None = None  # noise left after the last step: "zero", "sigma-min" (of timestep 0), "last" (it rests)
     eta: float | None = None  # share of the noise that is drawn afresh: 0 = deterministic, 1 = ancestral
     s_noise: float | None = None  # factor on the drawn noise, as in k-diffusion
@@ -152,18 +154,18 @@ def uncorrected_steps(text: str) -> frozenset[int]:
     return frozenset(int(part) for part in parts)
 
 
-def listed_timesteps(text: str) -> tuple[int, ...] | None:
-    """The whole timesteps of ``sigma_timesteps``, ``None`` where it is a rule. Raises ``BadInput``."""
+def listed_timesteps(text: str) -> tuple[float, ...] | None:
+    """The timesteps that are listed in ``sigma_timesteps``, ``None`` where it is a rule. Raises ``BadInput``."""
     if text in ROUNDING_RULES:
         return None
     parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else ["-"]
-    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+    if not all(_NUMBER.fullmatch(part) for part in parts):
         raise BadInput(
-            f"solver option sigma_timesteps is {shown(text)}; allowed is {', '.join(ROUNDING_RULES)}, or a whole "
+            f"solver option sigma_timesteps is {shown(text)}; allowed is {', '.join(ROUNDING_RULES)}, or a "
             "timestep for each step with commas between",
             hint='e.g. "exact", or "999,870,702" for three steps',
         )
-    return tuple(int(part) for part in parts)
+    return tuple(float(part) for part in parts)
 
 
 OPTION_NAMES = tuple(field.name for field in fields(SolverOptions) if field.name != "name")

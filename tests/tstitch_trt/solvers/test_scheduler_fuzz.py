@@ -62,6 +62,20 @@ def test_two_thousand_configurations(first: int) -> None:
     assert kinds["equal"] >= 100
 
 
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 30), pytest.param(10_000, 300, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_schedulers_as_they_are_shipped(first: int, count: int) -> None:
+    """In float32, by the whole of what ``accelerate`` does with a scheduler."""
+    kinds = Counter[str]()
+    for seed in range(first, first + count):
+        found = run(draw_case(seed), shipped=True)
+        assert found.kind != "differs", f"seed {seed}: {found.error:.2e} {found.message} {draw_case(seed)}"
+        assert "those of its configuration are" not in found.message, f"seed {seed}: {found.message}"
+        kinds[found.kind] += 1
+    assert kinds["equal"] > count / 2
+
+
 def test_every_class_of_diffusers_is_read_or_refused_by_name() -> None:
     import diffusers
 

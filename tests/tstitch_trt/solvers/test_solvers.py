@@ -487,7 +487,7 @@ def test_timesteps_of_sigmas_may_be_named() -> None:
     for wrong in ("998,3", "998,500,0,0", "1,2,3"):
         with pytest.raises(BadInput, match="allowed is one for each of the 3 steps, within 1 of that of its sigma"):
             make_table("dpmpp-2m", LINEAR, 3, sigmas="karras", sigma_timesteps=wrong)
-    with pytest.raises(BadInput, match="sigma_timesteps is 'some'; allowed is exact, nearest, down, or a whole"):
+    with pytest.raises(BadInput, match="sigma_timesteps is 'some'; allowed is exact, nearest, down, or a timestep"):
         SolverOptions(name="dpmpp-2m", sigma_timesteps="some")
 
 
