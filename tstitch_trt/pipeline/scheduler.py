@@ -23,7 +23,7 @@ __all__ = ["AskedSteps", "check_plan", "more_noise", "plan_keywords", "read_own"
 
 Array = NDArray[np.float64]
 
-_CLOSE, _ROUNDING = 2e-3, 1e-6  # relative and absolute; diffusers multiplies a thousand alphas in float32
+_CLOSE, _ROUNDING = 1e-2, 1e-6  # relative and absolute; diffusers multiplies a thousand alphas in float32
 _APART = 0.5  # whole timesteps that are not the same; those of sigmas may be a little off in float32
 
 
