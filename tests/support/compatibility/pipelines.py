@@ -27,6 +27,7 @@ def pipeline_section() -> str:
         for folder, names in sorted(folders.items())
         if (others := [name for name in names if name not in KINDS])
     ]
+    count = sum(name not in KINDS for names in folders.values() for name in names)
     rows: dict[str, list[str]] = {}
     for name in KINDS:
         for key in inspect.signature(getattr(diffusers, name).__call__).parameters:
@@ -43,8 +44,9 @@ def pipeline_section() -> str:
             f"Arguments that may only have their default: {codes(sorted(others))}.",
             f"Attention processors that may be set: {codes(processors)}. Any other, hooks, replaced functions and "
             "classes of other origin are refused by name, since engines would not run them.",
-            f"The other {sum(len(names) - len(set(names) & KINDS.keys()) for names in folders.values())} pipeline "
-            'classes are refused as unknown, by folder of diffusers ("Pipeline" is left out of the names):',
+            f"<details><summary>The other {count} pipeline classes are refused as unknown</summary>",
+            'By folder of diffusers; "Pipeline" is left out of the names.',
             table(("folder", "classes"), refused),
+            "</details>",
         ]
     )

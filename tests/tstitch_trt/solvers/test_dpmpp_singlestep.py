@@ -64,9 +64,7 @@ def test_sigmas_equal_diffusers(config: dict[str, Any], kind: str) -> None:
     [
         ({"algorithm_type": "dpmsolver"}, "algorithm_type"),
         ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
-        ({"solver_order": 1}, "solver_order"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas"),
-        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
     ],
 )
 def test_refusals(config: dict[str, Any], words: str) -> None:
