@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Output", "Pictures", "accepted_formats", "check_limits", "choose_model", "output_of", "sample_options"]
 
 _WEIGHT: Final = re.compile(r"[01](\.[0-9]{0,3})?")
+_SCALE: Final = re.compile(r":g=([^,]*)")
+_NUMBER: Final = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _SEEDS: Final = 2**32  # a random one is below: short enough to be typed again
 _AS_ASKED: Final = ("steps", "solver", "fraction", "rounding", "schedule", "guidance", "negative_prompt")
 
@@ -62,6 +64,9 @@ def check_limits(message: ImagesRequest, limits: HttpLimits) -> None:
     for name, most in (("guidance", limits.guidance), ("latency_budget_ms", limits.latency_budget_ms)):
         if getattr(message, name) is not None:
             check_number(getattr(message, name), name, 0, most)
+    for text in _SCALE.findall(message.schedule or ""):
+        if _NUMBER.fullmatch(text):  # what is no number the schedule itself refuses
+            check_number(float(text), "schedule: a guidance scale", 0, limits.guidance)
 
 
 def accepted_formats(accept: str) -> list[Format]:

@@ -53,6 +53,8 @@ def error(answer: httpx.Response) -> dict[str, Any]:
         ({"fraction": 0.5, "schedule": "small,large"}, None, "one of the two"),
         ({"schedule": "tiny,large"}, None, "small"),
         ({"guidance": 101}, "guidance", "from 0 to 100"),
+        ({"schedule": "small:1:g=2,large:g=1e3"}, "schedule", "from 0 to 100"),
+        ({"schedule": "small:1:g=x,large"}, "schedule", "can't be read"),
         ({"seed": -1}, "seed", "from 0"),
         ({"seed": 2**64}, "seed", "2**64 - 1"),
         ({"priority": 11}, "priority", "from -10 to 10"),
