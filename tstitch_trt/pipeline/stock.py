@@ -39,7 +39,8 @@ _HARMLESS: Final = frozenset({
     "gradient_checkpointing", "_gradient_checkpointing_func", "fused_projections", "_chunk_size", "_chunk_dim",
     "use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor",
     "_internal_dict", "processor", "_hf_hook", "_old_forward", "_diffusers_hook", "_compiled_call_impl", "training",
-    "original_attn_processors", "peft_config", "_hf_peft_config_loaded",
+    "original_attn_processors", "peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing",
+    "_merged_adapters", "_prepare_lora_hotswap_kwargs", "hf_device_map",
 })  # fmt: skip
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
 _TENSORS: Final = ("_parameters", "_buffers")
@@ -179,8 +180,8 @@ def _differences(part: Any, twin: Any, known: frozenset[str]) -> Iterator[str]:
     for name in sorted((mine.keys() | theirs.keys()) - _HARMLESS - _module_state()):
         if name not in theirs:
             yield from _added(part, name, known)
-        elif name not in mine or not _same(mine[name], theirs[name]):
-            yield f"{name} is {shown(mine.get(name))}; expected is {shown(theirs[name])}"
+        elif not _same(value := mine.get(name, mine["_modules"].get(name)), theirs[name]):
+            yield f"{name} is {_shown(value)}; expected is {_shown(theirs[name])}"
 
 
 def _added(part: Any, name: str, known: frozenset[str]) -> Iterator[str]:
@@ -204,6 +205,10 @@ def _processor(mine: Any, theirs: Any) -> Iterator[str]:
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _shown(value: Any) -> str:
+    return f"a {_name(type(value))}" if hasattr(value, "named_modules") else shown(value)
 
 
 def _same(mine: Any, theirs: Any) -> bool:

@@ -39,6 +39,8 @@ def replaced_method(module: Any, name: str) -> str | None:
             break
         value = behind
     function = value.func if isinstance(value, partial) else value
+    if getattr(function, "__code__", None) and _file(function).endswith("accelerate/big_modeling.py"):
+        return None  # a warning in front of ``to`` and ``cuda`` where layers are on several devices
     return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', type(value).__name__)}"
 
 

@@ -95,6 +95,11 @@ def unets(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return made
 
 
+@pytest.fixture(scope="module")
+def pipe(sd: Path) -> Any:
+    return pipeline(sd)
+
+
 def check_words(error: TStitchError, *unknown: str) -> None:
     text = f"{error.message}\n{error.hint}"
     assert not FLAG.search(COMMAND.sub("", text)), text
@@ -128,12 +133,12 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_a_build_refuses(sd: Path, tmp_path: Path, unets: Callable[..., Path], what: str) -> None:
+def test_what_a_build_refuses(pipe: Any, sd: Path, tmp_path: Path, unets: Callable[..., Path], what: str) -> None:
     asked = dict(REFUSED[what])
     if "small" in asked:
         asked["small"] = unets(**asked["small"])
     with pytest.raises(TStitchError) as caught:
-        fast(pipeline(sd), sd, tmp_path, **asked)
+        fast(pipe, sd, tmp_path, **asked)
     check_words(caught.value)
 
 

@@ -90,6 +90,25 @@ def offloaded_layer_by_layer(unet: Any) -> None:
     cpu_offload(unet, "cpu")
 
 
+def dispatched(unet: Any) -> None:
+    from accelerate import dispatch_model
+
+    dispatch_model(unet, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert "to" in vars(unet)
+
+
+def with_an_adapter_unloaded(unet: Any) -> None:
+    ip_adapter(unet)
+    unet.encoder_hid_proj = None
+    unet.config.encoder_hid_dim_type = None
+    unet.set_default_attn_processor()
+
+
+def with_a_lora_unloaded(unet: Any) -> None:
+    lora(unet)
+    unet.unload_lora()
+
+
 def no_longer_offloaded(unet: Any) -> None:
     from accelerate.hooks import remove_hook_from_module
 
@@ -135,6 +154,7 @@ def trained(unet: Any) -> None:
 
 HARMLESS: list[Callable[[Any], None]] = [
     fuse, sliced, first_processor, offloaded, offloaded_layer_by_layer, no_longer_offloaded, group_offloaded,
+    dispatched, with_an_adapter_unloaded, with_a_lora_unloaded,
     subclassed, noted, freed_freeu, checkpointed, channels_last, trained,
 ]  # fmt: skip
 
@@ -208,6 +228,16 @@ def module_processor(unet: Any) -> None:
     attention(unet).set_processor(
         CustomDiffusionAttnProcessor2_0(train_kv=True, hidden_size=32, cross_attention_dim=32)
     )
+
+
+def ip_adapter(unet: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    projection = {"proj.weight": torch.randn(128, 16, generator=generator), "proj.bias": torch.zeros(128),
+                  "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}  # fmt: skip
+    crossing = [name for name in unet.attn_processors if "attn2" in name]
+    weights = {f"{2 * n + 1}.to_{kind}_ip.weight": torch.randn(32, 32, generator=generator)
+               for n in range(len(crossing)) for kind in "kv"}  # fmt: skip
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}], low_cpu_mem_usage=False)
 
 
 def forward_hook(unet: Any) -> None:
@@ -369,6 +399,7 @@ REFUSED: list[tuple[Callable[[Any], None], str]] = [
     (derived_processor, r"Derived, which replaces AttnProcessor2_0.__call__"),
     (pag_processor, r"processor is a \S*PAGIdentitySelfAttnProcessor2_0"),
     (module_processor, r"attn1.processor"),
+    (ip_adapter, r"encoder_hid_proj is a \S*MultiIPAdapterImageProjection; expected is None"),
     (forward_hook, r"mid_block.forward_hooks has"),
     (forward_pre_hook, r"conv_out.forward_pre_hooks has"),
     (patched_forward, r"mid_block.forward was replaced by \S*patched_forward"),
@@ -401,7 +432,7 @@ REFUSED: list[tuple[Callable[[Any], None], str]] = [
 
 
 # Does not run, is not what this processor reads, or would have to be compiled
-UNSEEN = (quantised, tensor_subclass, added_module, other_scale, compiled_other, fused_otherwise)
+UNSEEN = (ip_adapter, quantised, tensor_subclass, added_module, other_scale, compiled_other, fused_otherwise)
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
@@ -486,6 +517,15 @@ def test_other_weights_and_other_modules_are_noticed() -> None:
         stock.check(unet)
     assert "tstitch_trt.accelerate again" in caught.value.hint
     attention(unet).to_q.weight.data -= 1e-3 * delta
+
+
+def test_a_fused_lora_is_weights() -> None:
+    unet = deepcopy(shared_unet())
+    lora(unet)
+    unet.fuse_lora()
+    unet.unload_lora()
+    assert not torch.allclose(unet_output(unet), unet_output(shared_unet()), rtol=1e-3, atol=1e-3)
+    check_stock(unet, "the unet").check(unet)
 
 
 def test_a_changed_configuration_is_noticed() -> None:
