@@ -90,7 +90,7 @@ def same(path: Path, want: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefixes(kind: str, how: str, tmp_path: Path) -> None:
     state = state_of(kind)
-    for prefix in PREFIXES:
+    for prefix in PREFIXES if how == ".safetensors" else PREFIXES[1::4]:
         inside = "diffusion_model." in prefix
         if kind == "whole" and inside:
             continue  # no program puts a whole pipeline there
