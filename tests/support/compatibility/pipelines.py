@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from support.compatibility.markdown import code, codes, table
+from support.compatibility.markdown import codes
 from tstitch_trt.pipeline.arguments import HEEDED
 from tstitch_trt.pipeline.kinds import KINDS
 from tstitch_trt.pipeline.stock import PROCESSORS
@@ -14,20 +14,10 @@ __all__ = ["pipeline_section"]
 
 def pipeline_section() -> str:
     import diffusers
-    from diffusers import pipelines
 
-    folders = {
-        folder: [name for name in names if "Pipeline" in name and not name.endswith("Output")]
-        for folder, names in pipelines._import_structure.items()
-    }
-    every = {name for names in folders.values() for name in names}
+    every = {name for name in dir(diffusers) if name.endswith("Pipeline")}
     assert KINDS.keys() <= every
-    refused = [
-        (code(folder), ", ".join(sorted(name.replace("Pipeline", "") for name in others)))
-        for folder, names in sorted(folders.items())
-        if (others := [name for name in names if name not in KINDS])
-    ]
-    count = sum(name not in KINDS for names in folders.values() for name in names)
+    refused = sorted(name.removesuffix("Pipeline") for name in every - KINDS.keys())
     rows: dict[str, list[str]] = {}
     for name in KINDS:
         for key in inspect.signature(getattr(diffusers, name).__call__).parameters:
@@ -44,9 +34,8 @@ def pipeline_section() -> str:
             f"Arguments that may only have their default: {codes(sorted(others))}.",
             f"Attention processors that may be set: {codes(processors)}. Any other, hooks, replaced functions and "
             "classes of other origin are refused by name, since engines would not run them.",
-            f"<details><summary>The other {count} pipeline classes are refused as unknown</summary>",
-            'By folder of diffusers; "Pipeline" is left out of the names.',
-            table(("folder", "classes"), refused),
+            f"<details><summary>The other {len(refused)} pipeline classes are refused as unknown</summary>",
+            'Without "Pipeline" at the end of their names: ' + ", ".join(refused) + ".",
             "</details>",
         ]
     )
