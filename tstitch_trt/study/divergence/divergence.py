@@ -136,7 +136,7 @@ def profile(
     images = images_of(manifest, samples=samples, seed=seed, prompts=prompts)
     tried = [(order, count) for count in small_counts(SHARES, plan.steps) for order in MEMBER_ORDERS]
     curve = small_counts(TRIED, plan.steps)
-    parts = batches(runtime, plan, samples)
+    parts = batches(runtime, scale, samples)
     phases = Phases(progress)
     phases.phase(f"running {chosen}", 0.0, 0.5, len(parts) * plan.steps * (1 + len(others)))
     every = []

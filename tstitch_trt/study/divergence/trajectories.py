@@ -46,9 +46,10 @@ def is_single_step(plan: Plan) -> bool:
     return not any(reads_before(plan.rows, row) for row in range(1, plan.steps))
 
 
-def batches(runtime: Runtime, plan: Plan, count: int) -> list[range]:
-    """``count`` images in parts that fit one engine call."""
-    size = runtime.splitting.most(guided=any(plan.guided))
+def batches(runtime: Runtime, guidance: float, count: int) -> list[range]:
+    """``count`` images in parts that fit one engine call of any member at this scale."""
+    halves = any(not member.guidance_embedding for member in runtime.manifest.members.values())
+    size = runtime.splitting.most(guided=guidance != 1 and halves)
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -315,8 +315,30 @@ def test_the_usual_solver_gives_way_where_it_has_a_memory(runtime: Runtime) -> N
 
 
 def test_batches_fit_one_engine_call(runtime: Runtime) -> None:
-    plan = runtime.plan(schedule="large", steps=4, guidance=2.0)
-    assert batches(runtime, plan, 9) == [range(0, 4), range(4, 8), range(8, 9)]
+    assert batches(runtime, 2.0, 9) == [range(0, 4), range(4, 8), range(8, 9)]
+    assert batches(runtime, 1.0, 9) == [range(0, 8), range(8, 9)]
+
+
+def test_a_plain_member_beside_a_distilled_reference(tmp_path: Path) -> None:
+    """One is guided by a second half and the other is not: as many images at once as both have room for."""
+    world, text = World(), TextInputs(hidden=("text_encoder", "text_encoder_2"), width=9)
+    hidden: dict[str, tuple[int | str, ...]] = {"encoder_hidden_states": ("T", 9)}
+    members = {
+        "plain": made_member("plain", inputs=hidden, text=text),
+        "lcm": made_member("lcm", inputs={**hidden, "timestep_cond": (32,)}, text=text, guidance_embedding=32),
+    }
+    names = ("text_encoder", "text_encoder_2")
+    tokenizer = word_tokenizer(tmp_path / "tokenizer.json")
+    bundle = text_bundle(
+        tmp_path / "lcm.bundle", members, parts={name: world.parts[name] for name in names},
+        files={name: {"tokenizer": tokenizer} for name in names},
+    )  # fmt: skip
+    with tstitch_trt.load(bundle, threads=1) as runtime:
+        count = runtime.splitting.most(guided=False)
+        study = profile(runtime, samples=count, steps=4, guidance=3.0, prompts=("a red fox",))
+        alone = profile(runtime, samples=2, steps=4, guidance=3.0, prompts=("a red fox",))
+    assert (study.reference, len(study.seeds), len(study.members["plain"])) == ("lcm", count, 4)
+    assert len(alone.members["plain"]) == 4
 
 
 # --- the command
