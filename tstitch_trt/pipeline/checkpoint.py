@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tstitch_export.checkpoint.conventions import Conventions
 
 __all__ = ["conventions_said", "module_hash", "path_hash", "save_large", "save_small"]
+
+_log = logging.getLogger(__name__)
 
 
 def module_hash(module: Any) -> str:
@@ -109,8 +112,10 @@ def save_small(small: Any, pipe: Any, large: Path, folder: Path, said: Conventio
     if not isinstance(small, Path):
         _save(small, folder / "unet")
     elif small.is_file():
+        _log_notes(small, said)
         _save_single(small, folder / "unet", said)
     else:
+        _log_notes(small, said)
         (folder / "unet").symlink_to((own_unet or small).resolve(), target_is_directory=True)
     if not whole:
         _write_training(small if isinstance(small, Path) else folder / "unet", large / "scheduler", folder, said)
@@ -144,6 +149,16 @@ def _save_single(file: Path, unet: Path, said: Conventions) -> None:
     (unet / "config.json").write_text(json.dumps({"_class_name": CLASS, **source.config}, indent=2) + "\n")
     state = read_state(source.layout, source.weights, source.config)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, unet / "diffusion_pytorch_model.safetensors")
+
+
+def _log_notes(small: Path, said: Conventions) -> None:
+    """What is taken of several models in a checkpoint, which the files that are made of it no longer show."""
+    from tstitch_export.checkpoint.checkpoint import read_checkpoint
+    from tstitch_export.families.unet.source import read_unet
+
+    source = read_unet(small, said)
+    for note in (*read_checkpoint(source.weights[-1]).notes, *source.notes):
+        _log.info("%s: %s", small.name, note)
 
 
 def _write_training(small: Path, scheduler: Path, folder: Path, said: Conventions) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from support.tiny_families import unet_folder
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
+from tstitch_export.checkpoint.conventions import NOTHING_KNOWN
 from tstitch_export.checkpoint.folder import model_folder, weights_file
 from tstitch_export.families import open_family
-from tstitch_trt.pipeline.checkpoint import path_hash
+from tstitch_trt.pipeline.checkpoint import _log_notes, path_hash
 
 STEM = "diffusion_pytorch_model"
 
@@ -96,7 +98,9 @@ def test_the_shards_of_an_index_are_what_a_model_is_made_of(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("average", ["unet_ema", "ema_unet"])
-def test_the_state_of_a_training_with_an_average(average: str, tmp_path: Path) -> None:
+def test_the_state_of_a_training_with_an_average(
+    average: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """diffusers' training scripts write ``unet`` and ``unet_ema`` beside each other, whose config has more keys."""
     family = open_family("unet-sd")
     unet_folder(tmp_path, "least", seed=1)
@@ -111,6 +115,9 @@ def test_the_state_of_a_training_with_an_average(average: str, tmp_path: Path) -
     state = family.load(found).unet.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(state[key], tensor) for key, tensor in averaged.state_dict().items())  # type: ignore[operator]
     assert "optimization_step" not in model_folder(tmp_path, ("unet",), {"UNet2DConditionModel"}, what="", hint="")[1]
+    with caplog.at_level(logging.INFO):
+        _log_notes(tmp_path, NOTHING_KNOWN)
+    assert f"the moving average {average} is taken, not unet" in caplog.text
     before = path_hash(tmp_path)
     file.write_text(json.dumps({**json.loads(file.read_text()), "decay": 0.5}))
     assert path_hash(tmp_path) != before, "a loaded pipeline's small member is made of the same folder"
