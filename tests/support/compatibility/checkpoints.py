@@ -11,6 +11,7 @@ from support.compatibility.markdown import attempt, code, grouped, outcome, tabl
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.conventions import NOTHING_KNOWN, conventions_of
 from tstitch_export.checkpoint.folder import weights_file
+from tstitch_export.checkpoint.original_config import statements_of_config
 from tstitch_export.checkpoint.statements import statements_of
 
 __all__ = ["checkpoint_section", "training_section"]
@@ -159,6 +160,15 @@ def _folder(folder: Path, files: tuple[str, ...]) -> str:
 
 # --- what a file says of its training
 
+_YAML: Final = "NAME.yaml` beside a UNet's `NAME.safetensors"
+_TRAINING: Final = (
+    "A pipeline's folder has its scheduler. Of a file this is read; `--option MEMBER.prediction`, `.noise` and "
+    "`.zero_snr` go before all of it. Two sources that contradict each other are refused. Stable Diffusion 2.x is told "
+    "by its weights, since 512-base and 768-v have equal shapes: where the standard deviation of "
+    "`output_blocks.11.1.transformer_blocks.0.norm1.bias` is above 0.09 it predicts v; by the `global_step` of the "
+    "published files; and where neither tells it is refused. A DiT with outputs for a learned variance that were never "
+    "trained is refused, as SiT's are so."
+)
 _SAID: Final[Mapping[str, Mapping[str, Any]]] = {
     "empty tensor `v_pred`": {"markers": ["v_pred"]},
     "empty tensors `v_pred` and `ztsnr`": {"markers": ["v_pred", "ztsnr"]},
@@ -168,9 +178,15 @@ _SAID: Final[Mapping[str, Mapping[str, Any]]] = {
     **{f"metadata `{key}` = `{value}`": {"metadata": {key: value}} for key, value in (
         ("modelspec.prediction_type", "v"), ("modelspec.prediction_type", "epsilon"),
         ("modelspec.prediction_type", "flow"), ("modelspec.predict_key", "v"),
-        ("modelspec.architecture", "stable-diffusion-v2-768-v"),
-        ("ss_base_model_version", "sd_v2_v"), ("ss_v_parameterization", "True"), ("ss_zero_terminal_snr", "True"),
+        ("ss_v_parameterization", "True"), ("ss_zero_terminal_snr", "True"),
     )},
+    **{f"metadata `{key}` = `{value}`, of a UNet with text 1024 wide": {"metadata": {key: value}, "text_width": 1024}
+       for key, value in (
+        ("modelspec.architecture", "stable-diffusion-v2-768-v"), ("modelspec.architecture", "stable-diffusion-v2-512"),
+        ("ss_base_model_version", "sd_v2_v"),
+    )},
+    f"`{_YAML}` that says `parameterization: v`": {"config": "parameterization: v"},
+    f"`{_YAML}` that names no `parameterization`": {"config": ""},
     "metadata of `v` and of `epsilon`": {
         "metadata": {"modelspec.prediction_type": "v", "ss_v_parameterization": "False"},
     },
@@ -190,8 +206,7 @@ def training_section(folder: Path) -> str:
     return "\n\n".join(
         [
             "## What a single file says of its training",
-            "A pipeline's folder has its scheduler. Of a file the following is read; "
-            "`--option MEMBER.prediction`, `.noise` and `.zero_snr` go before all of it.",
+            _TRAINING,
             table(("what the file says", "taken as"), grouped(rows)),
         ]
     )
@@ -203,6 +218,8 @@ def _conventions(
     markers: list[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     beside: Mapping[str, Any] | None = None,
+    config: str | None = None,
+    text_width: int | None = None,
     name: str = "weights",
 ) -> str:
     import torch
@@ -217,7 +234,11 @@ def _conventions(
         torch.save({"model": state, **beside}, path)
 
     def read() -> Any:
-        stated, notes = statements_of(read_checkpoint(path), NOTHING_KNOWN)
+        stated, notes = statements_of(read_checkpoint(path), NOTHING_KNOWN, text_width=text_width)
+        if config is not None:
+            yaml = folder / f"{name}.yaml"
+            yaml.write_text(f"target: ldm.models.diffusion.ddpm.LatentDiffusion\n{config}\n")
+            stated += statements_of_config(yaml)
         return conventions_of(path.name, stated, said=NOTHING_KNOWN, notes=notes)
 
     found, why = attempt(read, without=[path.name])
