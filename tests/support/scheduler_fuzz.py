@@ -297,7 +297,6 @@ _NAMED: Mapping[str, str] = {
     r"\d+ steps of spacing": "steps",
     "the noise does not fall from timestep": "timesteps",
     "timesteps must fall": "timesteps",
-    "the pipeline's scheduler: steps_offset is": "steps_offset",
     "steps_offset ": "steps_offset",
     "sigma_max is ": "sigma_max",
     "sigma_min is ": "sigma_min",

@@ -126,13 +126,6 @@ def _check_asked(scheduler: Any, read: Scheduler, asked: AskedSteps) -> None:
             "beyond the end of its noise schedule",
             hint=f"ask for {asked.steps - 1} or {asked.steps + 1} steps",
         )
-    offset = read.options.get("steps_offset", 0)
-    if read.solver == "pndm" and isinstance(offset, int) and 0 < train // asked.steps <= offset:
-        raise BadInput(
-            f"the pipeline's scheduler: steps_offset is {offset}; allowed with {asked.steps} steps is less than "
-            f"{train // asked.steps}, the timesteps of one step",
-            hint="ask for fewer steps, or set another scheduler",
-        )
 
 
 def check_plan(scheduler: Any, asked: AskedSteps, plan: Plan) -> None:

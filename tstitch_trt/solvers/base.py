@@ -24,7 +24,7 @@ class Grid:
     ``t`` float64 ``[N]``; ``a`` and ``s`` float64 ``[N+1]``: the latent is ``a x0 + s eps``; ``a[0]`` may be 0. ``age``
     int64 ``[N]``: how many earlier estimates a step may use, 0 at the start and at every restart. ``ends``: ``(a, s)``
     float64 ``[N]`` each at the end of each step, where that is not the beginning of the next one. ``via``: likewise,
-    the less noisy levels through which each step goes (``Solver.via``).
+    other levels that the steps need (``Solver.via``).
     """
 
     t: Array
@@ -75,7 +75,7 @@ class Solver:
     continuous: bool = False  # linspace stays fractional and sigma is interpolated linearly, as in diffusers' Euler
     from_zero_signal: bool = False  # its steps may begin at a = 0; others begin at 2**-24 instead, as in diffusers
     timesteps: Callable[[SolverOptions, int, int], Array] | None = None  # own spacing: (options, steps, train steps)
-    via: Callable[[SolverOptions, Array], Array] | None = None  # timesteps through which each step goes to its end
+    via: Callable[[SolverOptions, Array, int], Array] | None = None  # (options, timesteps, stride) -> others in a step
     final: str = "zero"  # the option ``final`` of solvers that have no other
     evaluations: Callable[[Array], Array] | None = None  # from the timesteps of the steps to those of the rows
     multistep: bool = False  # it reads estimates of earlier steps

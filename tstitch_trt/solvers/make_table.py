@@ -165,8 +165,10 @@ def _table(
             hint="use final='zero', or a last step that is at least as noisy as timestep 0",
         )
     ends = None if options.step_to != "stride" else signal_and_noise(_stride_ends(noise, t, end))
+    stride = noise.steps // t.size
     if family.evaluations is not None:
         t, sigma = family.evaluations(t), family.evaluations(sigma)
+        ends = None if ends is None else (family.evaluations(ends[0]), family.evaluations(ends[1]))
         if t.size > noise.steps:  # the arena has room for that many rows
             raise BadInput(
                 f"{family.name!r} evaluates {t.size} times; allowed is {noise.steps}, the length of the schedule",
@@ -177,7 +179,7 @@ def _table(
     c_in = np.ones(t.size)
     if family.space == "ve":
         a, s, c_in = np.ones_like(sigmas), sigmas, a[:-1]
-    via = None if family.via is None else signal_and_noise(_sigma_at(family, noise, family.via(options, t)))
+    via = None if family.via is None else signal_and_noise(_sigma_at(family, noise, family.via(options, t, stride)))
     grid = Grid(t=t, a=a, s=s, age=_ages(t.size, restarts), ends=ends, via=via)
     made = family.coefficients(grid, options)
     return StepTable(
@@ -190,7 +192,7 @@ def _table(
         a_end=float(grid.a[-1]),
         s_end=float(grid.s[-1]),
         init_scale=_init_scale(family, options, sigma[0]),
-        ends=ends,
+        ends=ends if made.keeps_mean else None,  # PNDM's are for its coefficients
     )
 
 

@@ -25,6 +25,8 @@ from tstitch_trt.solvers.table import Coefficients
 
 __all__ = ["PNDM"]
 
+Array = NDArray[np.float64]
+
 _WEIGHTS = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -46,14 +48,12 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
     repeated = (starts == 0) | repeats
     again = repeated & (grid.age == 1)
     rests = (row == 1) & (starts == 1) & (not repeats)  # nothing to repeat: the latent is at t1 already
-    # Levels of the steps, at which t1 is there once, and the step of each row.
-    a, s = (level if n == 1 else np.delete(level, 1) for level in (grid.a, grid.s))
-    step = row - (row > 1) - again
-    keep = a[step + 1] / a[step]  # DDIM from x with noise e: x' = keep x + gain e
-    gain = s[step + 1] - keep * s[step]
+    (a_from, a_to), (s_from, s_to) = _steps(grid, again)
+    keep = a_to / a_from  # DDIM from x with noise e: x' = keep x + gain e
+    gain = s_to - keep * s_from
     from_x, from_d = keep, gain
     if velocity:  # e = a v + s x
-        from_x, from_d = keep + gain * s[step], gain * a[step]
+        from_x, from_d = keep + gain * s_from, gain * a_from
     columns: dict[str, Any] = {name: np.zeros(n) for name in ("A", "B", "C", "E", "F", "Y", "YX", "YC")}
     columns["YX"][:-1] = (repeated & (grid.age == 0))[:-1]
     for i in row:
@@ -72,8 +72,31 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
                 columns["YC"][j + 1] = 1.0
             else:
                 columns["BCEF"[i - j]][i] = from_d[i] * weight
-    exact = not velocity and not (again & (starts > 0)).any()
+    exact = not velocity and not (again & (starts > 0)).any() and grid.ends is None
     return Coefficients(**columns, estimate="v" if velocity else "eps", keeps_mean=exact, keeps_variance=exact)
+
+
+def _steps(grid: Grid, again: NDArray[np.bool_]) -> list[tuple[Array, Array]]:
+    """For ``a`` and ``s``, float64 ``[N]`` each: the levels that each row takes its latent to be at, and steps to.
+
+    With ``step_to="stride"`` (``ends``) a row steps from its timestep to one stride below, and the repetition of a step
+    from one stride above its timestep to there, as in diffusers; that is exact for spacing ``leading`` alone.
+    """
+    found = []
+    for own, end, above in zip((grid.a, grid.s), grid.ends or (None, None), grid.via or (None, None), strict=True):
+        if end is not None:
+            assert above is not None
+            found.append((np.where(again, above, own[:-1]), np.where(again, own[:-1], end)))
+            continue
+        row = np.arange(grid.steps)
+        step = row - (row > 1) - again  # of the levels at which t1 is there once
+        levels = own if grid.steps == 1 else np.delete(own, 1)
+        found.append((levels[step], levels[step + 1]))
+    return found
+
+
+def _above(options: SolverOptions, t: Array, stride: int) -> Array:
+    return t + stride
 
 
 def _twice(t: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -84,8 +107,9 @@ PNDM = Solver(
     name="pndm",
     summary="PLMS of order 4, one more evaluation than steps",
     space="vp",
-    defaults={"final": "sigma-min", "remember": "eps", "restart": "plain"},
+    defaults={"final": "sigma-min", "remember": "eps", "restart": "plain", "step_to": "next"},
     coefficients=_coefficients,
     evaluations=_twice,
+    via=_above,
     multistep=True,
 )

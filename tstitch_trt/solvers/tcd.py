@@ -15,7 +15,7 @@ __all__ = ["TCD"]
 Array = NDArray[np.float64]
 
 
-def _via(options: SolverOptions, t: Array) -> Array:
+def _via(options: SolverOptions, t: Array, stride: int) -> Array:
     """The timesteps that the model is asked for, from which noise leads back to the next one."""
     assert options.eta is not None
     return np.floor((1 - options.eta) * np.append(t[1:], 0.0))

@@ -232,12 +232,12 @@ def _ddpm(keys: _Config, spacing: str) -> _Read:
 def _pndm(keys: _Config, spacing: str) -> _Read:
     if not keys.switch("skip_prk_steps", default=False):
         raise keys.refuse("skip_prk_steps", False, "True")
-    if spacing != "leading":  # its steps end T // N below their timestep, where the next one does not begin
-        raise keys.refuse("timestep_spacing", spacing, "'leading' for this class")
     options: dict[str, Option] = {"final": _final_alpha(keys, default=False)}
     if keys.get("prediction_type", "epsilon") == "v_prediction":
         options["remember"] = "v"
-    return "pndm", options, {"restart": "repeat"}
+    if spacing != "leading":
+        options["step_to"] = "stride"
+    return "pndm", options, {"restart": "repeat", "step_to": "stride"}
 
 
 def _euler(keys: _Config, spacing: str) -> _Read:

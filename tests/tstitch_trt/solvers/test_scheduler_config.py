@@ -51,6 +51,8 @@ OTHERS = {
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sd15": (SD15, (1, 2, 20, 30, 50)),
     "sd15-v": ({**SD15, "prediction_type": "v_prediction"}, (20,)),
+    "pndm-trailing": ({**SD15, "timestep_spacing": "trailing"}, (1, 2, 7, 20)),
+    "pndm-linspace-v": ({**SD15, "timestep_spacing": "linspace", "prediction_type": "v_prediction"}, (3, 20)),
     "pndm-to-one": ({**SD15, "set_alpha_to_one": True, "steps_offset": 0}, (20,)),
     "sd21": (SD21, (20, 50)),
     "sd15-ddim": ({**SD15, "_class_name": "DDIMScheduler"}, (20, 30)),
@@ -206,7 +208,6 @@ def test_what_sd15_says() -> None:
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding is True; allowed is false"),
         ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample is True"),
         ({"skip_prk_steps": None}, r"skip_prk_steps is False; allowed is True"),
-        ({"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'; allowed is 'leading'"),
         ({"trained_betas": [0.1]}, "trained_betas is [0.1]; allowed is null or a list of num_train_timesteps = 1000"),
         ({"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "allowed is null or numbers above 0 and below 1"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; allowed is 'linear'"),
