@@ -57,6 +57,8 @@ _CONTENTS: Final[Mapping[str, Callable[[], Any]]] = {
     "two models, `student.` and `teacher.`": lambda: {**_prefixed("student.")(), **_prefixed("teacher.")()},
     "an average without names (`shadow_params`) alone": lambda: {"decay": 0.99, "shadow_params": [*_state().values()]},
     "a pickled object of an unknown class": lambda: {"state_dict": _state(), "x": _Foreign()},
+    "a model under a key of the writer's own": lambda: {"weights": _state(), "step": 3},
+    "the empty tensors of ZeRO stage 3": lambda: {"module": {name: tensor[:0] for name, tensor in _state().items()}},
     "no tensors": lambda: {"epoch": 3},
 }  # fmt: skip
 
@@ -72,7 +74,7 @@ _SHORTER: Final = {
     r"^(holds no state dict): .*": r"\1",
     r" \(nor .*\)": "",
 }
-_ENDINGS: Final = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+_ENDINGS: Final = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 _FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "the plain file": (f"{_STEM}.safetensors",),
     "the plain file in pickle": (f"{_STEM}.bin",),
@@ -114,7 +116,7 @@ def _write(path: Path, content: Any) -> None:
     import torch
     from safetensors.torch import save_file
 
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".sft"):
         save_file(content, path)
     else:
         torch.save(content, path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from support.compatibility.checkpoints import checkpoint_section, training_section
+from support.compatibility.inversions import inversion_section
 from support.compatibility.loras import lora_section
 from support.compatibility.models import model_section
 from support.compatibility.pipelines import pipeline_section
@@ -40,7 +41,7 @@ def model_sections() -> list[str]:
 
 
 def own_sections() -> list[str]:
-    return [_in_folder(section) for section in (lora_section, checkpoint_section, training_section)]
+    return [_in_folder(section) for section in (lora_section, inversion_section, checkpoint_section, training_section)]
 
 
 def _in_folder(section: Callable[[Path], str]) -> str:
