@@ -117,9 +117,12 @@ class ParsedRequest:
         """The first step that runs of a trajectory of ``steps``. Raises ``BadInput`` where no step is left."""
         return self.start_step if self.init is None else self.init.first_step(steps)
 
-    def check(self, manifest: Manifest, plan: Plan) -> None:
-        """Raises ``BadInput`` for what does not go with the plan."""
-        if not any(plan.guided):
+    def check(self, manifest: Manifest, plan: Plan, *, chosen: bool = False) -> None:
+        """Raises ``BadInput`` for what does not go with the plan.
+
+        ``chosen``: its schedule is a budget's, so that the request can't know whether a distilled member runs alone.
+        """
+        if not any(plan.guided) and not (chosen and plan.embedded):
             negative = {key for key in self.embeddings if key.startswith("negative")}
             negative |= set() if self.negative_prompts is None else {"negative_prompt"}
             if negative:

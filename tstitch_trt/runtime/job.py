@@ -64,8 +64,9 @@ class Job:
         if start := parsed.first_step(wanted.asked_steps(manifest)):
             wanted = replace(wanted, start=start)
         plan = make_plan(manifest, wanted)
-        check_guidance_options(wanted, plan.guided)
-        parsed.check(manifest, plan)
+        if budget is None or not plan.embedded:
+            check_guidance_options(wanted, plan.guided)
+        parsed.check(manifest, plan, chosen=budget is not None)
         if decode is None:
             decode = manifest.decoder.kind != "none" and output == "host"
         vae.check(tile, parsed.size if decode else None)

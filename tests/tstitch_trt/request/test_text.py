@@ -20,6 +20,9 @@ from tstitch_engines.errors import BadInput, NotFinite, OutOfProfile, Unavailabl
 from tstitch_trt import Runtime
 from tstitch_trt.bench.bench import measure
 from tstitch_trt.serve import Engine
+from tstitch_trt.study.budget import Conditions
+from tstitch_trt.study.calibrate.calibrate import calibrate
+from tstitch_trt.study.store import save_study
 
 STEPS = 6
 
@@ -298,3 +301,13 @@ def test_distilled_and_plain_members_share_batches(tmp_path: Path) -> None:
             runtime.sample(**{**requests[0], "fraction": 0.0})
         with pytest.raises(BadInput, match=r"guidance_rescale 0\.7 has no effect"):
             runtime.sample(**requests[2], guidance_rescale=0.7)
+        # A budget's schedule is not the request's own: what no step of it reads is left
+        found = calibrate(runtime, batches=[1, 2], repeats=1, checks=1)
+        save_study(runtime.bundle, found, key=Conditions.of(found).key)
+        asked_for = {**requests[0], "guidance_rescale": 0.7}
+        del asked_for["fraction"]
+        chosen = runtime.sample(**asked_for, latency_budget_ms=1e9)
+        assert chosen.schedule.counts == {"lcm": STEPS}
+        np.testing.assert_array_equal(chosen.latents, runtime.sample(**{
+            "prompt_embeds": rows[0], "steps": STEPS, "seed": 0, "fraction": 0.0, "guidance": 7.5,
+        }).latents)  # fmt: skip
