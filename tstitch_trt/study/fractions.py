@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.progress import Progress
+from tstitch_trt.plan.options import PlanOptions
+from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.runtime.result import Result
 
 if TYPE_CHECKING:
     from tstitch_trt.runtime.runtime import Runtime
 
-__all__ = ["FractionImages", "counts_text", "draw_fractions", "warm_up_fractions"]
+__all__ = ["FractionImages", "counts_text", "draw_fractions", "requests_at", "warm_up_fractions"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,24 @@ class FractionImages:
 def counts_text(counts: Mapping[str, int]) -> str:
     """Steps by member: ``8 small + 12 large``."""
     return " + ".join(f"{steps} {name}" for name, steps in counts.items())
+
+
+def requests_at(
+    manifest: Manifest, fractions: Sequence[float], pictures: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Keywords of ``Runtime.sample`` at each of ``fractions``; ``pictures`` and ``settings`` as in ``draw_fractions``.
+
+    A negative prompt is left out where a member distilled for its scale runs alone, if another fraction reads it.
+    """
+    plans = [make_plan(manifest, PlanOptions.from_keywords({**settings, "fraction": each})) for each in fractions]
+    read = any(any(plan.guided) for plan in plans)
+    found = []
+    for fraction, plan in zip(fractions, plans, strict=True):
+        request = {**pictures, **settings, "fraction": fraction}
+        if read and plan.embedded and not any(plan.guided):
+            request.pop("negative_prompt", None)
+        found.append(request)
+    return found
 
 
 def warm_up_fractions(runtime: Runtime, request: Mapping[str, Any]) -> None:

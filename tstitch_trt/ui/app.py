@@ -18,6 +18,7 @@ from tstitch_engines.errors import BadInput, Busy, TStitchError
 from tstitch_engines.needs import require
 from tstitch_trt.serve.listen import serving as serve_on
 from tstitch_trt.solvers import SOLVERS
+from tstitch_trt.study.fractions import requests_at
 from tstitch_trt.study.gather import gather
 from tstitch_trt.ui.draw import kept
 from tstitch_trt.ui.drawing import draw_at_once
@@ -107,8 +108,8 @@ def build_page(gr: Any, engine: Engine, path: str, *, temporary: Path, drawings:
                     progress(share, desc=words)
 
                 shown: dict[tuple[int, int], tuple[str, str]] = {}
-                request_of_all = {**pictures, **settings}
-                async for new in draw_at_once(engine, wanted, request_of_all, check=mine.check, tell=tell):
+                requests = requests_at(manifest, wanted, pictures, settings)
+                async for new in draw_at_once(engine, requests, check=mine.check, tell=tell):
                     for place, picture in new.items():
                         path = await asyncio.to_thread(kept, picture.pixels, temporary)
                         shown[place] = (str(path), picture.caption)

@@ -32,19 +32,19 @@ class Picture:
 
 async def draw_at_once(
     engine: Engine,
-    fractions: Sequence[float],
-    request: Mapping[str, Any],
+    requests: Sequence[Mapping[str, Any]],
     *,
     check: Callable[[], None],
     tell: Callable[[str, float], None],
 ) -> AsyncIterator[dict[tuple[int, int], Picture]]:
-    """The pictures that are new, by the fraction's place and the image's: previews, and then the image in their place.
+    """The pictures that are new, by the request's place and the image's: previews, and then the image in their place.
 
-    ``request``: keywords of ``Engine.submit`` beside the fraction. ``check`` is called all the time: what it raises
-    cancels the requests. ``tell``: words and the share of the steps that is done. Raises what ``submit`` raises before
-    anything is drawn, and what fails.
+    ``requests``: keywords of ``Engine.submit``, each with its ``fraction``. ``check`` is called all the time: what it
+    raises cancels the requests. ``tell``: words and the share of the steps that is done. Raises what ``submit`` raises
+    before anything is drawn, and what fails.
     """
-    handles = await asyncio.to_thread(_submitted, engine, fractions, request)
+    fractions = [float(request["fraction"]) for request in requests]
+    handles = await asyncio.to_thread(_submitted, engine, requests)
     news: asyncio.Queue[tuple[int, LaneEvent | None]] = asyncio.Queue()
     followers = [asyncio.create_task(_follow(place, handle, news)) for place, handle in enumerate(handles)]
     try:
@@ -74,12 +74,12 @@ async def draw_at_once(
             follower.cancel()
 
 
-def _submitted(engine: Engine, fractions: Sequence[float], request: Mapping[str, Any]) -> list[Handle]:
+def _submitted(engine: Engine, requests: Sequence[Mapping[str, Any]]) -> list[Handle]:
     """All of them or none."""
     handles: list[Handle] = []
     try:
-        for fraction in fractions:
-            handles.append(engine.submit(**request, fraction=fraction, previews=_PREVIEWS))  # noqa: PERF401
+        for request in requests:
+            handles.append(engine.submit(**request, previews=_PREVIEWS))  # noqa: PERF401
     except BaseException:
         for handle in handles:
             handle.cancel("another fraction was refused")

@@ -51,8 +51,8 @@ async def drawn(
 ) -> tuple[list[dict[tuple[int, int], Picture]], list[tuple[str, float]]]:
     said: list[tuple[str, float]] = []
     tell = lambda words, share: said.append((words, share))  # noqa: E731
-    keywords = {**REQUEST, **request}
-    return [new async for new in draw_at_once(engine, fractions, keywords, check=check, tell=tell)], said
+    requests = [{**REQUEST, **request, "fraction": fraction} for fraction in fractions]
+    return [new async for new in draw_at_once(engine, requests, check=check, tell=tell)], said
 
 
 def test_two_pages_share_batches_and_get_their_own_pictures(engine: Engine, runtime: Runtime, ticks: Ticks) -> None:
