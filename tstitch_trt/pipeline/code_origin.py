@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from inspect import signature
-from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ __all__ = [
     "is_exchanged",
     "library_base",
     "made_again",
-    "names_in_code",
+    "names_read",
     "overrides",
     "patched_function",
     "stranger",
@@ -24,10 +23,11 @@ __all__ = [
 
 _LIBRARIES: Final = ("torch", "diffusers", "accelerate", "huggingface_hub", "transformers", "peft")
 _STANDARD: Final = sysconfig.get_paths()["stdlib"]
-# What a class statement itself writes, and constructors: what these did is seen in the object
-_UNSEEN: Final = frozenset({
-    "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__init__", "__slots__",
-    "__parameters__", "__orig_bases__", "__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl",
+# Where the code of a module, of its processors and of a scheduler is entered. Constructors are not among them: what
+# these did is seen in the object; and neither are loading, saving and moving.
+_ENTRIES: Final = frozenset({
+    "__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl", "forward", "encode", "decode",
+    "step", "set_timesteps", "scale_model_input", "add_noise", "init_noise_sigma", "state_dict", "config",
 })  # fmt: skip
 
 
@@ -41,26 +41,22 @@ def made_again(cls: Any, config: Mapping[str, Any]) -> Any:
     return cls(**{name: config[name] for name in signature(cls).parameters if name in config})
 
 
-def overrides(cls: type) -> dict[str, type]:
-    """By name what ``cls`` and its bases before ``library_base`` put in place of that base's own, and the class."""
+def overrides(cls: type, read: Collection[str]) -> dict[str, type]:
+    """By name what of ``read`` ``cls`` and its bases before ``library_base`` put in place of that base's own, and
+    the class that does."""
     base = library_base(cls)
     found: dict[str, type] = {}
     for own in cls.__mro__[: cls.__mro__.index(base)]:
-        replaced = [name for name in vars(own) if name not in _UNSEEN and _is_read(base, name)]
-        found |= {name: own for name in replaced if name not in found}
+        found |= {name: own for name in vars(own) if name in read and name not in found}
     return found
 
 
-def patched_function(cls: type) -> str | None:
-    """The first function of ``cls`` or a base of it that was not defined by that class, as ``Class.name``.
-
-    Functions that were only added, under names that neither the class nor a base of it has, do not count.
-    """
+def patched_function(cls: type, read: Collection[str]) -> str | None:
+    """The first function in ``read``, of ``cls`` or a base, that this class does not define, as ``Class.name``."""
     for base in cls.__mro__[:-1]:
         for name, value in vars(base).items():
             function = _function(value)
-            foreign = stranger(value) is not None or (function is not None and not _belongs(function, base))
-            if foreign and name not in _UNSEEN and not _is_addition(base, name):
+            if name in read and (stranger(value) or (function is not None and not _belongs(function, base))):
                 return f"{base.__name__}.{name}"
     return None
 
@@ -70,9 +66,10 @@ def stranger(value: object) -> str | None:
     return next((code.co_filename for code in _codes(value, set()) if not _in_library(code.co_filename)), None)
 
 
-def stranger_in(module: ModuleType) -> str | None:
-    """The name of a function in ``module`` that no library defines, as ``module.name``."""
-    return next((f"{module.__name__}.{name}" for name, value in vars(module).items() if stranger(value)), None)
+def stranger_in(module: ModuleType, read: Collection[str] | None = None) -> str | None:
+    """The name of a function in ``module`` that no library defines, as ``module.name``. ``None``: of any name."""
+    found = (name for name, value in vars(module).items() if (read is None or name in read) and stranger(value))
+    return next((f"{module.__name__}.{name}" for name in found), None)
 
 
 def is_exchanged(space: ModuleType, name: str) -> bool:
@@ -83,11 +80,18 @@ def is_exchanged(space: ModuleType, name: str) -> bool:
 
 
 @cache
-def names_in_code(*classes: Any) -> frozenset[str]:
-    """All attributes and texts that the functions of these classes and their bases name."""
-    bases = {base for cls in classes for base in cls.__mro__}
-    functions = (function for base in bases for value in vars(base).values() for function in _codes(value, set()))
-    return frozenset(name for code in functions for name in _names(code))
+def names_read(*classes: Any) -> frozenset[str]:
+    """All attributes and texts that these classes and their bases name in the code that running them reaches."""
+    named: dict[str, set[str]] = {}
+    for base in {base for cls in classes for base in cls.__mro__}:
+        for name, value in vars(base).items():
+            named.setdefault(name, set()).update(found for code in _codes(value, set()) for found in _names(code))
+    found: set[str] = set()
+    waiting = set(_ENTRIES)
+    while waiting:
+        found |= waiting
+        waiting = {name for known in waiting for name in named.get(known, ())} - found
+    return frozenset(found)
 
 
 def _is_library_class(cls: type) -> bool:
@@ -97,10 +101,6 @@ def _is_library_class(cls: type) -> bool:
     for part in cls.__qualname__.split("."):
         found = getattr(found, part, None)
     return found is cls
-
-
-def _is_read(base: type, name: str) -> bool:
-    return hasattr(base, name) or name in names_in_code(base)
 
 
 @cache
@@ -126,16 +126,6 @@ def _belongs(function: FunctionType, cls: type) -> bool:
     """Whether the module of ``cls`` defines it, or PyTorch: some take over functions of ``torch.nn.Module`` as they
     are, and compiling exchanges some of those."""
     return function.__module__ == cls.__module__ or function.__module__.startswith("torch.")
-
-
-def _is_addition(cls: type, name: str) -> bool:
-    inherited = any(name in vars(base) for base in cls.__mro__[1:])
-    return not inherited and not name.startswith("__") and name not in _source(cls.__module__)
-
-
-@cache
-def _source(module: str) -> str:
-    return Path(sys.modules[module].__file__ or "").read_text(encoding="utf-8")
 
 
 def _codes(value: object, seen: set[int]) -> Iterator[CodeType]:

@@ -13,6 +13,7 @@ from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.code_origin import (
     library_base,
     made_again,
+    names_read,
     overrides,
     patched_function,
     stranger,
@@ -40,16 +41,15 @@ def check_pipeline_code(pipe: Any) -> None:
     base = pipeline_class(pipe)
     read = _reached(base) - _CALLED
     fix = "call the pipeline itself, or undo it: engines draw as the class of diffusers does"
-    for name, owner in overrides(type(pipe)).items():
-        if name in read or name in ("__getattr__", "__getattribute__"):
-            raise BadInput(
-                f"the pipeline is a {owner.__name__}, whose {name} is not that of {base.__name__} and would be ignored",
-                hint=fix,
-            )
+    for name, owner in overrides(type(pipe), {*read, "__getattr__", "__getattribute__"}).items():
+        raise BadInput(
+            f"the pipeline is a {owner.__name__}, whose {name} is not that of {base.__name__} and would be ignored",
+            hint=fix,
+        )
     for name in vars(pipe):
         if name in read and hasattr(base, name):
             raise BadInput(f"{name} of the pipeline was replaced, which would be ignored", hint=fix)
-    if found := stranger_in(sys.modules[base.__module__]):
+    if found := stranger_in(sys.modules[base.__module__], names_read(base)):
         raise BadInput(f"{found} was replaced, which would be ignored", hint=fix)
     for cls in base.__mro__:
         for name, value in vars(cls).items():
@@ -71,14 +71,15 @@ def scheduler_class(scheduler: Any) -> str:
             hint="set one of them: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
         )
     fix = f"set diffusers' own: pipe.scheduler = {base.__name__}.from_config(pipe.scheduler.config)"
-    if replaced := overrides(type(scheduler)):
+    read = names_read(base)
+    if replaced := overrides(type(scheduler), read):
         name, owner = next(iter(replaced.items()))
         raise BadInput(
             f"the pipeline's scheduler is a {owner.__name__}, whose {name} is not that of {base.__name__} and would be "
             "ignored",
             hint=fix,
         )
-    if patched := patched_function(base) or stranger_in(sys.modules[base.__module__]):
+    if patched := patched_function(base, read) or stranger_in(sys.modules[base.__module__]):
         raise BadInput(f"{patched} was replaced, which would be ignored", hint=fix)
     twin = made_again(base, scheduler.config)
     mine, theirs = vars(scheduler), vars(twin)

@@ -14,7 +14,7 @@ from tstitch_trt.pipeline.code_origin import (
     is_exchanged,
     library_base,
     made_again,
-    names_in_code,
+    names_read,
     overrides,
     patched_function,
     stranger_in,
@@ -74,7 +74,7 @@ class StockModule:
         check_values(self.module, self.what, needed=False)  # whoever wants their memory back may let them go
         _check_code(self.module, self.what)
         _check_structure(self.module, self.twin, self.what)
-        if dict(self.module.config) != self.config:
+        if _settings(self.module) != self.config:
             raise BadInput(f"the configuration of {self.what} has changed since it was accelerated", hint=again)
         if any(not value.equal(self.sample.get(name, value)) for name, value in sample_of(self.module).items()):
             raise BadInput(f"{self.what} has other weights than when it was accelerated", hint=again)
@@ -97,7 +97,12 @@ def check_stock(module: Any, what: str) -> StockModule:
     with torch.device("meta"):
         twin = made_again(base, module.config)
     _check_structure(module, twin, what)
-    return StockModule(what, module, twin, dict(module.config), sample_of(module))
+    return StockModule(what, module, twin, _settings(module), sample_of(module))
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    """Its configuration without where it came from."""
+    return {name: value for name, value in module.config.items() if not name.startswith("_")}
 
 
 def _other(what: str, thing: str) -> BadInput:
@@ -122,20 +127,21 @@ def _check_code(module: Any, what: str) -> None:
             raise _other(what, f"torch.nn.modules.module has {kind[1:].replace('_', ' ')}")
     classes: set[Any] = {type(part) for part in module.modules()}
     classes |= {type(part.processor) for part in module.modules() if hasattr(part, "processor")}
+    own = sorted({library_base(cls) for cls in classes}, key=_name)
+    read = names_read(*own)
     for cls in classes:
         base = library_base(cls)
-        if (replaced := overrides(cls)) and base is not object:
+        if (replaced := overrides(cls, read)) and base is not object:
             name, owner = next(iter(replaced.items()))
             raise _other(what, f"it has a {_name(owner)}, which replaces {base.__name__}.{name}")
-        if patched := patched_function(base):
+        if patched := patched_function(base, read):
             raise _other(what, f"{patched} was replaced")
     homes = {sys.modules[base.__module__] for cls in classes for base in cls.__mro__ if base.__module__ in sys.modules}
     for home in sorted(homes, key=lambda home: home.__name__):
-        if home.__name__.startswith("diffusers.") and (found := stranger_in(home)):
+        if home.__name__.startswith("diffusers.") and (found := stranger_in(home, read)):
             raise _other(what, f"{found} was replaced")
-    own = sorted({library_base(cls) for cls in classes}, key=_name)
     for space in (torch.nn.functional, torch):
-        for name in names_in_code(*own) & vars(space).keys():
+        for name in read & vars(space).keys():
             if is_exchanged(space, name):
                 raise _other(what, f"{space.__name__}.{name} was replaced")
 
@@ -144,7 +150,7 @@ def _check_structure(module: Any, twin: Any, what: str) -> None:
     parts = dict(module.named_modules(remove_duplicate=False))
     same = dict(twin.named_modules(remove_duplicate=False))
     classes: set[Any] = {type(part) for part in same.values()}
-    known = names_in_code(*sorted(classes, key=_name))
+    known = names_read(*sorted(classes, key=_name))
     for path, part in parts.items():
         if path.endswith(_FUSED):
             continue  # compared with what they were fused from, in weights.py
