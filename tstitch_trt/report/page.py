@@ -24,6 +24,7 @@ from tstitch_trt.study.divergence.orders import FEW_SEEDS
 from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.gather import Studies, by_metric
 from tstitch_trt.study.machine import Machine, version
+from tstitch_trt.study.records import PAIRED
 from tstitch_trt.study.store import weights_of
 
 __all__ = ["Page", "render"]
@@ -70,6 +71,7 @@ def render(bundle: Bundle, page: Page) -> str:
         bundle={"facts": _facts(manifest, page.path), "members": _members(manifest)},
         machines=_machines(studies, page.machine, when),
         png_url=png_url,
+        paired=PAIRED,
     ) + "\n"  # fmt: skip
 
 

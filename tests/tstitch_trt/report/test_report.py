@@ -352,6 +352,17 @@ def test_the_evaluation_that_can_tell_most_is_in_front_and_all_name_their_size(f
     assert found.samples == 5000  # 64 are too few to tell a fraction
 
 
+def test_a_search_of_before_there_were_resamples_says_so(fashion: Bundle) -> None:
+    weights, text = weights_of(fashion.manifest), "This search keeps no resamples to compare"
+    new = search(weights=weights)
+    assert text not in page_of(fashion, Studies(searches=(new,))).text
+    points = tuple(
+        msgspec.structs.replace(point, quality=msgspec.structs.replace(point.quality, deviations=b""))
+        for point in new.points
+    )
+    assert text in page_of(fashion, Studies(searches=(search(weights=weights, points=points),))).text
+
+
 def test_a_suggestion_of_few_seeds_makes_no_headline(fashion: Bundle) -> None:
     weights = weights_of(fashion.manifest)
     text = "seeds' divergence from large, order small-first"
