@@ -132,7 +132,7 @@ def table_of(config: dict[str, Any], steps: int) -> StepTable:
 def test_equals_from_config(name: str, steps: int) -> None:
     """Untouched schedulers with their float32 betas and sigmas, which is what the bounds are for.
 
-    The last noise of DDPM is none: diffusers draws some unless its last timestep is 0, scaled by 1e-10 for fixed-small.
+    This is what a bundle takes over, whose DDPM draws no last noise; test_scheduler_fuzz has what accelerate does.
     """
     diffusers = pytest.importorskip("diffusers")
     config = CASES[name][0]

@@ -106,14 +106,28 @@ def test_ddim_steps_to_the_next_timestep_of_its_list(schedule: str, kind: str, s
 @pytest.mark.parametrize("variance", ["fixed-small", "fixed-large", "learned"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddpm(schedule: str, kind: str, steps: int, spacing: str, variance: str) -> None:
-    """diffusers draws noise at the last step unless its timestep is 0; the published samplers never do, nor do we. So
-    where ``trailing`` ends above 0, the last noise is zero."""
+    """diffusers draws noise at the last step unless its timestep is 0; the published samplers never do, nor do we
+    without ``last_noise``. So where ``trailing`` ends above 0, the last noise is zero."""
     learned = variance == "learned"
     theirs = "learned_range" if learned else variance.replace("-", "_")
     scheduler = scheduler_of("DDPM", schedule, kind, timestep_spacing=spacing, clip_sample=False, variance_type=theirs)
     scheduler.set_timesteps(steps)
     table = make_table("ddpm", noise_of(schedule), steps, spacing=spacing, variance=variance)
     compare(table, scheduler, kind, learned=learned, silent_end=table.t[-1] > 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variance", ["fixed-large", "learned"])
+def test_ddpm_with_its_last_noise(schedule: str, variance: str) -> None:
+    learned = variance == "learned"
+    theirs = "learned_range" if learned else "fixed_large"
+    scheduler = scheduler_of(
+        "DDPM", schedule, "eps", timestep_spacing="trailing", clip_sample=False, variance_type=theirs
+    )
+    scheduler.set_timesteps(10)
+    table = make_table("ddpm", noise_of(schedule), 10, spacing="trailing", variance=variance, last_noise=True)
+    assert table.S[-1] > 0
+    compare(table, scheduler, "eps", learned=learned)
 
 
 def euler_bound(schedule: str) -> float:
