@@ -10,11 +10,16 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from support.manifests import manifest, member
 from support.scheduler_fuzz import BENIGN, Outcome, changed_by, draw_case, named_key, otherwise, run
-from tstitch_engines.bundle.scheduler_config import SCHEDULERS, read_scheduler
-from tstitch_engines.errors import UnknownName
+from tstitch_engines.bundle.manifest import Defaults
+from tstitch_engines.bundle.scheduler_config import SCHEDULERS, Scheduler, read_scheduler
+from tstitch_engines.errors import BadInput, UnknownName
+from tstitch_trt.pipeline.scheduler import AskedSteps, plan_keywords, read_own
+from tstitch_trt.plan.plan import make_plan
 
 pytest.importorskip("diffusers")
 
@@ -88,3 +93,29 @@ def test_every_class_of_diffusers_is_read_or_refused_by_name() -> None:
         if name not in SCHEDULERS:
             with pytest.raises(UnknownName, match=f"unknown scheduler class '{name}'"):
                 read_scheduler({"_class_name": name})
+
+
+def test_defaults_of_the_bundle_have_no_part_in_what_accelerate_draws() -> None:
+    """The pipeline's scheduler may be exchanged for one of the same solver that says other things, or less."""
+    import diffusers
+
+    by_class: dict[str, list[Scheduler]] = {}
+    compared = 0
+    for seed in range(80):
+        case = draw_case(seed)
+        try:
+            scheduler = getattr(diffusers, case.config["_class_name"]).from_config(dict(case.config))
+            read = read_own(scheduler)
+            asked = plan_keywords(scheduler, AskedSteps(steps=10))
+            large = {"large": member(parametrisation=read.parametrisation, learned="variance" in read.options)}
+            want = make_plan(manifest(large, noise=read.noise), **asked, schedule="large").rows
+        except (BadInput, ValueError, NotImplementedError):  # test_random_configurations is about them
+            continue
+        others = by_class.setdefault(read.solver, [])
+        for other in others:
+            usual = Defaults(solver=other.solver, solver_options=dict(other.options), spacing=other.spacing)
+            got = make_plan(manifest(large, noise=read.noise, defaults=usual), **asked, schedule="large").rows
+            np.testing.assert_array_equal(got, want)
+            compared += 1
+        others.append(read)
+    assert compared > 60
