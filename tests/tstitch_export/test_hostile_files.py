@@ -163,16 +163,15 @@ def test_altered_checkpoints(data: st.DataObject, tmp_path_factory: pytest.TempP
 def test_what_stands_in_for_a_known_name_runs_nothing(called: bytes, tmp_path: Path) -> None:
     """Whatever a pickle does with such a name: its library is not imported, and what comes of it is no object of it."""
     path, before = tmp_path / "a.pt", set(sys.modules)
-    libraries = {name.partition(".")[0] for _, name in STAND_INS} - {"builtins", "typing", "torch", "numpy"}
-    kinds: dict[str, list[str]] = {}
-    for stand_in, name in STAND_INS:
-        kinds.setdefault(getattr(stand_in, "__name__", ""), []).append(name)
+    libraries = {each.__module__.partition(".")[0] for each in STAND_INS} - {"builtins", "typing", "torch", "numpy"}
+    kinds: dict[type, list[tuple[str, str]]] = {}
+    for each in STAND_INS:
+        kinds.setdefault(each.__mro__[1], []).append((each.__module__, each.__qualname__))
     for names in kinds.values():
         for arguments in ((), ({"a": 1},), ("f8", False, True), ([1, 2],), (b"12345678", None)):
             for state in (None, {"__class__": 1}, (3, "<", None), {"__setstate__": 1}):
                 objects = b""
-                for name in names:
-                    module, _, last = name.rpartition(".")
+                for module, last in names:
                     objects += f"c{module}\n{last}\n".encode() + _inside(arguments) + called
                     objects += b"" if state is None else _inside(state) + b"b"
                 with zipfile.ZipFile(path, "w") as archive:

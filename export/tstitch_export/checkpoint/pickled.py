@@ -14,7 +14,7 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
 from tstitch_engines.quiet import silence_output
 from tstitch_export.checkpoint.safetensors_file import recognise, shown
-from tstitch_export.checkpoint.stand_ins import STAND_INS
+from tstitch_export.checkpoint.stand_ins import STAND_INS, Kept
 from tstitch_export.checkpoint.wrapping import AVERAGES
 
 if TYPE_CHECKING:
@@ -140,7 +140,10 @@ def _load(path: Path) -> object:
         if found:
             problem = f"holds more than tensors and was not loaded, since that could run code: it names {found[1]}"
         else:
-            problem = "is damaged, or holds more than tensors; it was not loaded"
+            problem = (
+                "is damaged, holds more than tensors, or is pickled in another protocol than torch.save's own; it was "
+                "not loaded"
+            )
         raise BadCheckpoint(f"{path.name} {problem}", hint=_SAFETENSORS_HINT) from None
     except Exception as error:  # whatever torch's reader makes of bytes that are no pickle of its kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -175,6 +178,10 @@ def _plain_value(value: object, left: Iterator[int], depth: int = 4) -> object:
         return value
     if isinstance(value, Namespace):
         value = vars(value)
+    elif isinstance(value, Kept):
+        value = value.held
+        if isinstance(value, bool | int | float | str):
+            return value
     if depth == 0 or not isinstance(value, Mapping | list | tuple):
         return None
     if not isinstance(value, Mapping):

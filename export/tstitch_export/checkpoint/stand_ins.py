@@ -3,7 +3,7 @@
 ``torch.load(weights_only=True)`` refuses every name that it is not given. Those listed here are of settings, records
 and callbacks that trainers save beside the weights. Each is replaced by an object of ours that takes what the pickle
 would give the real one and keeps none of it; the library is neither imported nor needed. Numbers and dictionaries stay
-what they are, since some say how a model was trained.
+what they are, since some say how a model was trained, and so do the values in settings of OmegaConf.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["STAND_INS"]
+__all__ = ["STAND_INS", "Kept"]
 
 
 class _Inert:
@@ -30,6 +29,23 @@ class _Inert:
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class Kept(_Inert):
+    """What a node of OmegaConf holds: a value, or a list or dictionary of nodes."""
+
+    held: object = None
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.held = state.get("_content", state.get("_val"))
+
+
+class _List:
+    """Makes a list, whose items the pickle then appends."""
+
+    def __new__(cls, *args: object) -> Any:
+        return list(args[0]) if args and isinstance(args[0], list | tuple) else []
 
 
 class _Dictionary:
@@ -51,14 +67,15 @@ class _NumberType:
             self.order = state[1]
 
 
-def _number(kind: object, content: object = b"") -> int | float | bool | None:
-    """A number of NumPy's from its bytes; ``None`` for other scalars."""
-    if not isinstance(kind, _NumberType) or not isinstance(content, bytes) or not kind.letters:
-        return None
-    if len(content) != int(kind.letters[1:]):
-        return None
-    found: int | float | bool = np.frombuffer(content, kind.order + kind.letters)[0].item()
-    return found
+class _Number:
+    """Makes a number of NumPy's from its bytes; ``None`` of other scalars."""
+
+    def __new__(cls, kind: object = None, content: object = b"") -> Any:
+        if not isinstance(kind, _NumberType) or not isinstance(content, bytes) or not kind.letters:
+            return None
+        if len(content) != int(kind.letters[1:]):
+            return None
+        return np.frombuffer(content, kind.order + kind.letters)[0].item()
 
 
 _LIGHTNING: Final = """
@@ -74,9 +91,7 @@ callbacks.throughput_monitor.ThroughputMonitor callbacks.base.Callback callbacks
 trainer.states.TrainerFn trainer.states.TrainerStatus trainer.states.RunningStage utilities.enums.LightningEnum
 """
 _OTHERS: Final = """
-omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.base.Metadata
-omegaconf.base.ContainerMetadata omegaconf.base.Node omegaconf.base.SCMode omegaconf.nodes.AnyNode
-omegaconf.nodes.StringNode omegaconf.nodes.IntegerNode omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode
+omegaconf.base.Metadata omegaconf.base.ContainerMetadata omegaconf.base.Node omegaconf.base.SCMode
 omegaconf.nodes.BytesNode omegaconf.nodes.PathNode omegaconf.nodes.EnumNode omegaconf.nodes.InterpolationResultNode
 typing.Any typing.Optional typing.Union typing.Dict typing.List typing.Tuple
 builtins.dict builtins.list builtins.tuple builtins.frozenset builtins.str builtins.int builtins.float builtins.bool
@@ -84,10 +99,11 @@ builtins.bytes builtins.object builtins.slice builtins.range
 pathlib.Path pathlib.PosixPath pathlib.WindowsPath pathlib.PurePath pathlib.PurePosixPath pathlib.PureWindowsPath
 pathlib._local.Path pathlib._local.PosixPath pathlib._local.WindowsPath
 datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezone
-collections.deque fractions.Fraction decimal.Decimal uuid.UUID enum.Enum enum.IntEnum
+fractions.Fraction decimal.Decimal uuid.UUID enum.Enum enum.IntEnum
 numpy.ndarray numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
 numpy.random._pickle.__randomstate_ctor
-numpy.random._pickle.__generator_ctor numpy.random._pickle.__bit_generator_ctor numpy.random._mt19937.MT19937
+numpy.random.bit_generator.__pyx_unpickle_SeedSequence numpy.random._pickle.__generator_ctor
+numpy.random._pickle.__bit_generator_ctor numpy.random._mt19937.MT19937
 numpy.random._pcg64.PCG64
 torch.optim.adam.Adam torch.optim.adamw.AdamW torch.optim.sgd.SGD torch.optim.rmsprop.RMSprop
 torch.optim.lr_scheduler.LambdaLR torch.optim.lr_scheduler.StepLR torch.optim.lr_scheduler.MultiStepLR
@@ -105,6 +121,10 @@ transformers.training_args.TrainingArguments transformers.training_args.Optimize
 diffusers.configuration_utils.FrozenDict
 wandb.sdk.wandb_config.Config wandb.sdk.lib.config_util.Config
 """
+_KEPT: Final = """
+omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.nodes.AnyNode omegaconf.nodes.StringNode
+omegaconf.nodes.IntegerNode omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode
+"""
 _DICTIONARIES: Final = """
 collections.defaultdict easydict.EasyDict dnnlib.util.EasyDict torch_utils.misc.EasyDict addict.addict.Dict
 pytorch_lightning.utilities.parsing.AttributeDict lightning.pytorch.utilities.parsing.AttributeDict
@@ -115,18 +135,28 @@ transformers.utils.generic.ModelOutput
 """
 
 
-def _stand_ins() -> list[tuple[Callable[..., object], str]]:
-    names = [
+def _named(base: type, path: str) -> type:
+    """A class of its own for each name, which it says itself: torch 2.6 may not take names beside classes."""
+    module, _, name = path.rpartition(".")
+    return type(name, (base,), {"__module__": module, "__qualname__": name})
+
+
+def _stand_ins() -> list[type]:
+    lightning = [
         f"{package}.{name}" for package in ("pytorch_lightning", "lightning.pytorch") for name in _LIGHTNING.split()
     ]
-    return [
-        (Namespace, "argparse.Namespace"),  # the command line that published training states hold; data and no more
-        *((type("_Inert", (_Inert,), {}), name) for name in (*names, *_OTHERS.split())),
-        *((_Dictionary, name) for name in _DICTIONARIES.split()),
-        (_NumberType, "numpy.dtype"),
-        *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    ]
+    kinds = {
+        _Inert: (*lightning, *_OTHERS.split()),
+        Kept: _KEPT.split(),
+        _List: ("collections.deque",),
+        _Dictionary: _DICTIONARIES.split(),
+        _NumberType: ("numpy.dtype",),
+        _Number: ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+        Namespace: ("types.SimpleNamespace",),
+    }
+    # argparse.Namespace, the command line that published training states hold, is data and no more
+    return [Namespace, *(_named(base, path) for base, paths in kinds.items() for path in paths)]
 
 
-# (what is called, name in the pickle), as torch.serialization.safe_globals takes them
+# Classes called as in the pickle, as torch.serialization.safe_globals takes them
 STAND_INS: Final = _stand_ins()

@@ -48,7 +48,8 @@ def statements_of(
 
     Raises ``BadCheckpoint`` for a model without betas, and for betas of no known formula unless noise is ``said``.
     """
-    names, name = checkpoint.shapes.keys() | checkpoint.markers, checkpoint.path.name
+    name = checkpoint.path.name
+    names = {*checkpoint.shapes, *checkpoint.markers, *(marker.rpartition(".")[2] for marker in checkpoint.markers)}
     check_markers(names, name)
     for place, key, value in settings(checkpoint.beside):
         if key == "path_type":

@@ -119,7 +119,8 @@ def _fits(recipe: Recipe, plan: NetworkPlan) -> None:
         )
     if null is not None and not found.null_class:
         raise PairMismatch(
-            f"{plan.who} has no null class, as the option null_class says; recipe {recipe.name!r} has one",
+            f"{plan.who} has no null class, as the option null_class or its training says; recipe "
+            f"{recipe.name!r} has one",
             hint=_other_recipe(plan, same_latent=False) or "write a recipe without null and give its path",
         )
     if null is not None and null != classes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +81,7 @@ def inspect(path: Path, **options: Scalar) -> Inspection:
         ([], {}, None, None),
         (["v_pred"], {}, "v", None),
         (["v_pred", "ztsnr"], {}, "v", True),
+        (["model.diffusion_model.v_pred", "model.diffusion_model.ztsnr"], {}, "v", True),
         ([], {"modelspec.prediction_type": "v"}, "v", None),
         ([], {"modelspec.prediction_type": "epsilon"}, "eps", None),
         ([], {"modelspec.predict_key": "v"}, "v", None),
@@ -496,6 +499,50 @@ def test_a_training_state_of_a_dit(tmp_path: Path) -> None:
 def test_training_states_of_other_models(args: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match=words):
         open_family("dit").inspect(dit_state(tmp_path / "x.pt", {**DIT_ARGS, **args}), {"num_heads": 4})
+
+
+class _Node:
+    """Pickled as OmegaConf's own are: a value under ``_val``, nodes under ``_content``, the node above them."""
+
+    def __init__(self, value: Any, parent: _Node | None = None) -> None:
+        self._parent = parent
+        if isinstance(value, dict):
+            self._content = {key: _Node(inner, self) for key, inner in value.items()}
+        else:
+            self._val = value
+
+
+@pytest.mark.parametrize("name", ["omegaconf.dictconfig.DictConfig", "types.SimpleNamespace"])
+def test_settings_of_other_libraries_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, last = name.rpartition(".")
+    settings: Any = SimpleNamespace(transport=SimpleNamespace(path_type="Linear"))
+    if last == "DictConfig":
+        for each in ("omegaconf", module):
+            monkeypatch.setitem(sys.modules, each, ModuleType(each))
+        made = type(last, (_Node,), {"__module__": module})
+        monkeypatch.setattr(sys.modules[module], last, made, raising=False)
+        monkeypatch.setattr(sys.modules[__name__], "_Node", made)
+        settings = made({"transport": {"path_type": "Linear"}})
+    path = dit_state(tmp_path / "x.pt", None, config=settings)
+    with pytest.raises(BadCheckpoint, match=r"of SiT or a relative of it .* as config\.transport\.path_type = Linear"):
+        open_family("dit").inspect(path, {"num_heads": 4})
+
+
+@pytest.mark.parametrize(
+    ("args", "null"),
+    [({"num_classes": 5}, True), ({"num_classes": 6}, False), ({"class_dropout_prob": 0.0}, False), ({}, True)],
+)
+def test_the_null_class_of_a_training(args: dict[str, Any], null: bool, tmp_path: Path) -> None:
+    """The label table has six rows. Without dropped labels the last one is a class, and nothing to guide with."""
+    path = dit_state(tmp_path / "x.pt", args)
+    assert open_family("dit").inspect(path, {"num_heads": 4}).null_class is null
+    assert open_family("dit").inspect(path, {"num_heads": 4, "null_class": not null}).null_class is not null
+
+
+def test_a_label_table_of_one_row_has_no_null_class(tmp_path: Path) -> None:
+    path = dit_state(tmp_path / "x.pt", None, published_state(classes=0))
+    plan = planned("dit", members={"small": path, "large": path}, options={"small.num_heads": 4, "large.num_heads": 4})
+    assert (plan.recipe.conditioning.classes, plan.recipe.conditioning.null) == (1, None)
 
 
 @pytest.mark.parametrize(

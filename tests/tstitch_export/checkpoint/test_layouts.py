@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.checkpoint.conventions import NOTHING_KNOWN
+from tstitch_export.checkpoint.stand_ins import STAND_INS
 from tstitch_export.checkpoint.statements import statements_of
 
 # What tells each kind of model, and one tensor more
@@ -260,15 +261,33 @@ def test_lightning_with_callbacks_and_settings(foreign: Callable[..., Any], tmp_
         "loops": defaultdict(dict, {"fit": {"done": np.int64(7)}}),
         "global_step": np.int64(1000),
         "random": np.random.get_state(),
+        "losses": deque([np.float64(0.5)], maxlen=9),
+        "settings": SimpleNamespace(lr=1e-4),
     }
     torch.save(content, tmp_path / "last.ckpt")
     found = read_checkpoint(tmp_path / "last.ckpt")
     assert found.shapes.keys() == {f"model.diffusion_model.{name}" for name in KINDS["original"]}
     assert found.beside["global_step"] == 1000
-    assert found.beside["hyper_parameters"] == {"parameterization": "v"}
+    assert found.beside["hyper_parameters"] == {"parameterization": "v", "config": {"lr": 1e-4}}
+    assert (found.beside["losses"], found.beside["settings"]) == ([0.5], {"lr": 1e-4})
     assert not ran
     torch.load(tmp_path / "last.ckpt", weights_only=False)
     assert set(ran) == {"ModelCheckpoint", "DictConfig"}, "the file would run them where it could"
+
+
+def test_every_stand_in_says_its_own_name() -> None:
+    """By which torch finds it, whatever its version takes beside a class."""
+    names = [f"{each.__module__}.{each.__qualname__}" for each in STAND_INS]
+    assert len(set(names)) == len(names)
+    assert {"argparse.Namespace", "omegaconf.dictconfig.DictConfig", "numpy.core.multiarray.scalar"} <= set(names)
+    assert all(isinstance(each, type) for each in STAND_INS)
+
+
+def test_another_protocol_is_named(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "x.pt", pickle_protocol=4)
+    with pytest.raises(BadCheckpoint, match=r"another protocol than torch\.save's own") as caught:
+        read_checkpoint(tmp_path / "x.pt")
+    assert "safetensors" in caught.value.hint
 
 
 def test_other_objects_are_refused_by_name(foreign: Callable[..., Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.dit import diffusers as dit_diffusers
 from tstitch_export.families.dit.layout import config_from_shapes, published_name
-from tstitch_export.families.dit.training import check_training
+from tstitch_export.families.dit.training import check_training, has_null_class
 from tstitch_export.families.options import typed
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ class DiTFamily(ClassMember):
     def _inspect(self, path: Path, options: Mapping[str, Scalar]) -> Inspection:
         given = typed(options, self.options, what="family 'dit'")
         heads, said = None if "num_heads" not in given else int(given["num_heads"]), read_options(given)
-        null_class = bool(given.get("null_class", True))
         if path.is_dir():
+            null_class = bool(given.get("null_class", True))
             return replace(dit_diffusers.inspect(path, heads, said), null_class=null_class)
         checkpoint = read_checkpoint(path)
         config = config_from_shapes(checkpoint.shapes, name=path.name, heads=heads)
         stated, notes = statements_of(checkpoint, said)
         notes += check_training(checkpoint, config, said)
+        stated_null = given.get("null_class", has_null_class(checkpoint, config))
         return Inspection(
             family=self.name,
             layout="published",
@@ -55,7 +56,7 @@ class DiTFamily(ClassMember):
             },
             latent=(config.channels, config.size, config.size),
             labels=config.classes + 1,
-            null_class=null_class,
+            null_class=stated_null is None or bool(stated_null),
             learned_variance=config.learn_sigma,
             trained=replace(
                 conventions_of(path.name, stated, said=said, notes=notes),

@@ -11,7 +11,7 @@ from tstitch_export.checkpoint.statements import settings, shown
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.layout import published_name
 
-__all__ = ["check_training", "check_variance"]
+__all__ = ["check_training", "check_variance", "has_null_class"]
 
 _FACTORS = (1, 4, 8, 16, 32)  # pixels per latent element of the autoencoders that DiTs are trained with
 
@@ -35,6 +35,22 @@ def check_training(checkpoint: Checkpoint, config: DiTConfig, said: Conventions)
     if config.learn_sigma and said.prediction is None:
         check_variance(checkpoint, "final_layer.linear", config.channels)
     return tuple(notes)
+
+
+def has_null_class(checkpoint: Checkpoint, config: DiTConfig) -> bool | None:
+    """Whether the last row of the label table is the null class, as its training says it; ``None``: it does not.
+
+    DiT's own code adds that row where labels were dropped in training (``class_dropout_prob``). A table of one row has
+    a class and no more.
+    """
+    if config.classes == 0:
+        return False
+    for _, key, value in settings(checkpoint.beside):
+        if key == "class_dropout_prob" and isinstance(value, int | float):
+            return value > 0
+        if key == "num_classes" and value in (config.classes, config.classes + 1):
+            return value == config.classes
+    return None
 
 
 def check_variance(checkpoint: Checkpoint, layer: str, channels: int) -> None:
