@@ -88,14 +88,15 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
         train_steps=manifest.noise.steps,
         rounding=options.rounding,
     )
-    if options.history == "reset" and not find_solver(solver.name).multistep:
+    multistep = find_solver(solver.name).multistep
+    if options.history == "reset" and not multistep:
         raise BadInput(
             f"history='reset' would be ignored: solver {solver.name!r} keeps no estimates of earlier steps",
             hint="leave history out, or choose a multistep solver",
         )
     restarts = {segment.start for segment in resolved.segments[1:]} if options.history == "reset" else set()
     restarts |= {options.start or 0} - {0}
-    if restarts and table.history:
+    if restarts and multistep:
         table = make_table(solver, noise, steps, timesteps=options.timesteps, restarts=restarts)
 
     guidance = guided_steps(manifest, resolved, options)

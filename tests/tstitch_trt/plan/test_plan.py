@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from tstitch_engines.bundle.manifest import Conditioning, Defaults
 from tstitch_engines.device.step_row import FLAG_LEARNED, ROW
 from tstitch_engines.errors import BadInput, UnknownName
 from tstitch_trt.plan.plan import make_plan
+from tstitch_trt.plan.step_rows import reads_before
 from tstitch_trt.solvers import SolverOptions
 
 
@@ -59,6 +62,14 @@ def test_history_is_kept_across_a_switch_or_reset() -> None:
     assert column(reset, "C")[5] != 0
     same = [i for i in range(10) if i != 4]
     np.testing.assert_array_equal(kept.rows[same][:, [ROW["A"], ROW["C"]]], reset.rows[same][:, [ROW["A"], ROW["C"]]])
+
+
+def test_a_restart_forgets_a_kept_latent_too() -> None:
+    """Of equal steps in log sigma the middle row of ``dpmpp-2s`` reads the latent before it, and no estimate."""
+    options = {"sigmas": "exponential", "sigma_max": 8.0, "sigma_min": 0.125, "final": "sigma-min"}
+    settings: dict[str, Any] = {"steps": 3, "solver": "dpmpp-2s", "solver_options": options}
+    assert column(make_plan(manifest(), **settings), "Y")[1] != 0
+    assert not reads_before(make_plan(manifest(), **settings, start=1).rows, 1)
 
 
 def test_learned_variance_is_read_where_it_exists() -> None:
