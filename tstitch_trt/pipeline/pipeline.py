@@ -160,7 +160,9 @@ class AcceleratedPipeline:
                     options = replace(options, guidance_rescale=None)
                     self._warn_unguided(a)
                 if a.denoising_start is not None:
-                    given["start_step"] = self._first(a.denoising_start, plan)
+                    given["start_step"] = first = self._first(a.denoising_start, plan)
+                    if first == 0:  # the runtime scales what it starts from there; these latents have their noise
+                        given["latents"] = given["latents"] / np.float32(plan.init_scale)
                 elif (more := more_noise(self.pipe.scheduler, _asked_steps(a), plan)) != 1:
                     given["latents"] = self._scaled(given["latents"], more, a)
                 if plan.rows[:, ROW["S"]].any():

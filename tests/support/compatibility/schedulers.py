@@ -106,8 +106,8 @@ def scheduler_section() -> str:
             "## Schedulers",
             f"Read: {codes(known)}. With `accelerate` a subclass counts as its base.",
             "Every other class of diffusers is refused as an unknown scheduler class: " + codes(others) + ".",
-            "Where a pipeline's scheduler can't be read, `build` says so and keeps the recipe's; `accelerate` refuses "
-            "the pipeline.",
+            "Where a pipeline's scheduler can't be read, `build` says so and keeps the recipe's; an accelerated "
+            "pipeline draws when it has been given another one.",
             "The keys of each class. What is without effect here was tried in diffusers, where it changes nothing "
             "either. Keys of another class, which `from_config` carries along, are ignored where diffusers ignores "
             "them" + (f", but for: {foreign}." if (foreign := _foreign(known)) else "."),

@@ -108,6 +108,7 @@ def test_a_refiner(cache: Path, tmp_path: Path) -> None:
         for solver in ("dpmpp-2m karras", "pndm", "unipc", "euler"):  # multistep solvers start again, as with strength
             refiner.scheduler = scheduler(solver)
             equal(refiner, made, denoising_start=0.6, **asked)
+        equal(refiner, made, denoising_start=0.001, **asked)  # no step is left out, and the latents are not scaled
         with pytest.raises(BadInput, match="denoising_start was given with a picture"):
             made(**SD, image=pictures(1), denoising_start=0.6)
         with pytest.raises(BadInput, match="with an aesthetic score allowed is"):
