@@ -100,9 +100,9 @@ def _name_class(file: Path, name: str) -> None:
 def save_small(small: Any, pipe: Any, large: Path, folder: Path, said: Conventions) -> Path:
     """A pipeline folder that the small member can be built from; ``said``: the conventions that its options give.
 
-    Of a whole pipeline the UNet and its conventions are taken. A module, a bare UNet folder or a single file has those
-    of ``pipe`` where it says nothing itself. Raises ``BadCheckpoint`` for a single file that says nothing, where the
-    pipeline's are not those that such files usually have.
+    Of a whole pipeline the UNet and its conventions are taken. A module, a UNet folder without a scheduler or a single
+    file has those of ``pipe`` where it says nothing itself. Raises ``BadCheckpoint`` for a single file that says
+    nothing, where the pipeline's are not those that such files usually have.
     """
     from tstitch_export.checkpoint.folder import part_folder
 
@@ -117,7 +117,7 @@ def save_small(small: Any, pipe: Any, large: Path, folder: Path, said: Conventio
     else:
         _log_notes(small, said)
         (folder / "unet").symlink_to((own_unet or small).resolve(), target_is_directory=True)
-    if not whole:
+    if not (whole and (small / "scheduler" / "scheduler_config.json").is_file()):
         _write_training(small if isinstance(small, Path) else folder / "unet", large / "scheduler", folder, said)
     for name in ("scheduler", "vae"):
         if not (folder / name).is_dir():

@@ -99,6 +99,11 @@ def _tensors(path: Path, data: object) -> dict[str, Tensor]:
                 found[str(key)] = value
             elif isinstance(key, str) and key.endswith(".alpha") and isinstance(value, int | float):
                 found[key] = torch.tensor(float(value))  # of a LoRA
+            elif isinstance(key, str) and key.endswith(".alpha") and value is not None:
+                raise BadCheckpoint(
+                    f"{path.name}: {shown(key)} is a {type(value).__name__}, and the alpha of a LoRA is a number",
+                    hint="save it as a tensor or a number",
+                )
     if found and not any(tensor.numel() for tensor in found.values()):
         raise BadCheckpoint(
             f"{path.name} holds {len(found)} tensors, all of them empty, as ZeRO stage 3 leaves them: the weights are "

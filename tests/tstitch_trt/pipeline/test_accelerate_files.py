@@ -177,7 +177,9 @@ def test_the_hash_of_a_single_file_has_what_is_said_beside_it(tmp_path: Path) ->
 
 
 def test_a_bare_unet_of_stable_diffusion_2_follows_its_own_weights(sd: Path, tmp_path: Path) -> None:
-    """A 512-base model before a 768-v pipeline: its folder and the loaded module say by their weights what they are."""
+    """A 512-base model before a 768-v pipeline: its folder, that of its training and the loaded module say by their
+    weights what they are.
+    """
     module = unet_folder(tmp_path / "base", "sd", part=None, **STABLE_DIFFUSION_2)
     pipe = pipeline(sd, "ddim")
     pipe.scheduler = scheduler("ddim", prediction_type="v_prediction")
@@ -186,7 +188,8 @@ def test_a_bare_unet_of_stable_diffusion_2_follows_its_own_weights(sd: Path, tmp
         bias = module.get_parameter(SPREAD_OF)
         bias.data = torch.linspace(-1, 1, bias.numel()) * 3**0.5 * spread
         module.save_pretrained(tmp_path / "base")
-        for small in (module, tmp_path / "base"):
+        module.save_pretrained(tmp_path / "training/unet")
+        for small in (module, tmp_path / "base", tmp_path / "training"):
             folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "small"
             made = save_small(small, pipe, tmp_path / "large", folder, conventions_said({}))
             config = json.loads((made / "scheduler/scheduler_config.json").read_text())

@@ -317,6 +317,13 @@ def test_an_alpha_of_any_type_and_rank(alpha: Any, ending: str, tmp_path: Path) 
     assert torch.allclose(state["a.weight"], 2 / 4 * UP @ DOWN, atol=1e-5)
 
 
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    tensors = {"lora_unet_a.lora_down.weight": DOWN, "lora_unet_a.lora_up.weight": UP, "lora_unet_a.alpha": "2"}
+    torch.save(tensors, tmp_path / "x.pt")
+    with pytest.raises(BadCheckpoint, match=r"'lora_unet_a\.alpha' is a str, and the alpha of a LoRA is a number"):
+        check_loras([LoraUse(tmp_path / "x.pt")], target_of({"a.weight": torch.zeros(8, 6)}), model="model")
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
