@@ -66,6 +66,7 @@ _BESIDE: Final[tuple[Config, ...]] = (
     {"timestep_spacing": "trailing"},
     {"final_sigmas_type": "sigma_min"},
     {"solver_order": 3},
+    {"prediction_type": "v_prediction"},
 )
 
 
@@ -225,7 +226,7 @@ def _try(name: str, base: Config, key: str, value: Any, others: tuple[Config, ..
             continue
         second, refused = _read(name, {**base, **beside, key: value})
         if refused is not None:
-            return "honoured", ""
+            return "refused", f"beside {_pairs(beside)} {_reason(refused, key)}".rstrip()
         if first != second:
             return "honoured", f" beside {_pairs(beside)}"
         _same_in_diffusers(name, {**base, **beside}, key, value)
