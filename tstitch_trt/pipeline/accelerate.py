@@ -179,8 +179,9 @@ def accelerate(
     with in_callers_words():
         Limits.of(time_limit, memory_limit)
         open_backend(backend)
-        small = Path(small) if isinstance(small, str | Path) else unwrap_compiled(small)
+        small = Path(small) if isinstance(small, str | Path) else small
         own = _check_small(small, dict(options or {}))
+        small = unwrap_compiled(small)
         stock = _stock_modules(pipe)
         scheduler_class(pipe.scheduler)
         if isinstance(small, Path):
@@ -231,7 +232,7 @@ def _stock_modules(pipe: Any) -> dict[str, StockModule]:
     """The modules that become engines, by their names in the pipeline."""
     found = {}
     for name in ("unet", "vae", "controlnet"):
-        module = unwrap_compiled(getattr(pipe, name, None))
+        module = getattr(pipe, name, None)
         if module is not None:
             found[name] = check_stock(module, f"the pipeline's {name}")
         elif name != "controlnet":
@@ -251,13 +252,14 @@ def _check_small(small: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
         from tstitch_export.families.unet.source import read_unet
 
         return read_unet(small, said).config
-    if library_base(type(small)).__name__ != "UNet2DConditionModel":
+    module = unwrap_compiled(small)
+    if library_base(type(module)).__name__ != "UNet2DConditionModel":
         raise BadInput(
             f"small is a {type(small).__name__}; allowed is a path or a UNet2DConditionModel",
             hint="of a loaded pipeline give its UNet: small=pipeline.unet",
         )
     check_stock(small, "the small UNet")
-    config: Mapping[str, Any] = small.config
+    config: Mapping[str, Any] = module.config
     return config
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Collection, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from inspect import signature
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
 __all__ = [
-    "is_exchanged",
+    "exchanged_in_torch",
+    "foreign_mode",
     "library_base",
     "made_again",
     "names_read",
@@ -28,6 +29,12 @@ _STANDARD: Final = sysconfig.get_paths()["stdlib"]
 _ENTRIES: Final = frozenset({
     "__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl", "forward", "encode", "decode",
     "step", "set_timesteps", "scale_model_input", "add_noise", "init_noise_sigma", "state_dict", "config",
+    "__iter__", "__getitem__", "__bool__", "__contains__",
+})  # fmt: skip
+# What PyTorch's tensors are computed with where no name is read
+_OPERATORS: Final = frozenset({
+    *(f"__{side}{name}__" for side in ("", "r", "i") for name in ("add", "sub", "mul", "truediv", "pow", "matmul")),
+    "__neg__", "__getitem__", "__setitem__", "__torch_function__", "__torch_dispatch__",
 })  # fmt: skip
 
 
@@ -67,24 +74,72 @@ def stranger(value: object) -> str | None:
 
 
 def stranger_in(module: ModuleType, read: Collection[str] | None = None) -> str | None:
-    """The name of a function in ``module`` that no library defines, as ``module.name``. ``None``: of any name."""
-    found = (name for name, value in vars(module).items() if (read is None or name in read) and stranger(value))
+    """The name of what ``module`` has in place of a library's function or of PyTorch's modules, as ``module.name``.
+
+    ``read``: the functions that are looked at, by default all."""
+    import torch
+
+    spaces = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    found = (
+        name
+        for name, value in vars(module).items()
+        if ((read is None or name in read) and (stranger(value) or isinstance(value, partial)))
+        or spaces.get(name, value) is not value
+    )
     return next((f"{module.__name__}.{name}" for name in found), None)
 
 
-def is_exchanged(space: ModuleType, name: str) -> bool:
+def _is_exchanged(space: ModuleType, name: str) -> bool:
     """Whether a function of PyTorch was replaced: by a stranger's, or by another one of its own."""
     value = vars(space).get(name)
-    other = callable(value) and getattr(value, "__name__", name) not in (name, f"_{name}")
-    return stranger(value) is not None or (other and space.__name__ == "torch.nn.functional")
+    if isinstance(value, partial):
+        return True
+    if isinstance(value, FunctionType | BuiltinFunctionType) and not _is_called(value, name):
+        return True
+    return stranger(value) is not None
+
+
+def _is_called(function: FunctionType | BuiltinFunctionType, name: str) -> bool:
+    """Whether it was defined by this name, but for underscores."""
+    return function.__name__.replace("_", "") == name.replace("_", "")
+
+
+def exchanged_in_torch(read: Collection[str]) -> str | None:
+    """The name of a function of PyTorch in ``read``, or of an operation of its tensors, that was replaced."""
+    import torch
+
+    for space in (torch.nn.functional, torch, torch._C._nn):
+        for name in read & vars(space).keys():
+            if _is_exchanged(space, name):
+                return f"{space.__name__}.{name}"
+    methods = ((name, value) for name, value in vars(torch.Tensor).items() if name in read or name in _OPERATORS)
+    return next((f"torch.Tensor.{name}" for name, value in methods if stranger(value)), None)
+
+
+def foreign_mode() -> str | None:
+    """The class of a mode that no library defines and that all of PyTorch's functions run under here."""
+    import torch
+    from torch.utils import _python_dispatch
+
+    overrides: Any = torch.overrides
+    modes = [*overrides._get_current_function_mode_stack(), *_python_dispatch._get_current_dispatch_mode_stack()]
+    found = (type(mode) for mode in modes if library_base(type(mode)) is not type(mode))
+    return next((f"{cls.__module__}.{cls.__qualname__}" for cls in found), None)
 
 
 @cache
-def names_read(*classes: Any) -> frozenset[str]:
-    """All attributes and texts that these classes and their bases name in the code that running them reaches."""
+def names_read(*classes: Any, functions: bool = False) -> frozenset[str]:
+    """All attributes and texts that these classes and their bases name in the code that running them reaches.
+
+    ``functions``: also what the functions name that they call, of their own modules and of PyTorch.
+    """
     named: dict[str, set[str]] = {}
-    for base in {base for cls in classes for base in cls.__mro__}:
-        for name, value in vars(base).items():
+    spaces: set[Any] = {base for cls in classes for base in cls.__mro__}
+    if functions:
+        spaces |= {sys.modules[base.__module__] for base in spaces if base.__module__.startswith("diffusers.")}
+        spaces |= {sys.modules["torch.nn.functional"]}
+    for space in spaces:
+        for name, value in vars(space).items():
             named.setdefault(name, set()).update(found for code in _codes(value, set()) for found in _names(code))
     found: set[str] = set()
     waiting = set(_ENTRIES)
@@ -124,8 +179,9 @@ def _function(value: object) -> FunctionType | None:
 
 def _belongs(function: FunctionType, cls: type) -> bool:
     """Whether the module of ``cls`` defines it, or PyTorch: some take over functions of ``torch.nn.Module`` as they
-    are, and compiling exchanges some of those."""
-    return function.__module__ == cls.__module__ or function.__module__.startswith("torch.")
+    are, and compiling exchanges some of those. A library's decorator may be around it that does not say so."""
+    homes = (function, *(inner for inner in _cells(function) if isinstance(inner, FunctionType)))
+    return any(one.__module__ == cls.__module__ or one.__module__.startswith("torch.") for one in homes)
 
 
 def _codes(value: object, seen: set[int]) -> Iterator[CodeType]:
@@ -141,6 +197,10 @@ def _codes(value: object, seen: set[int]) -> Iterator[CodeType]:
     elif isinstance(value, FunctionType):
         yield value.__code__
         inner = (getattr(value, "__wrapped__", None), *_cells(value))
+    elif isinstance(value, MethodType | partial):
+        inner = (value.__func__ if isinstance(value, MethodType) else value.func,)
+    elif not isinstance(value, type | ModuleType):  # an object that can be called, or that keeps what it wraps
+        inner = (vars(type(value)).get("__call__"), getattr(value, "__dict__", {}).get("__wrapped__"))
     for one in inner:
         yield from _codes(one, seen)
 

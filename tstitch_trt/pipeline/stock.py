@@ -11,7 +11,8 @@ from typing import Any, Final
 from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.code_origin import (
-    is_exchanged,
+    exchanged_in_torch,
+    foreign_mode,
     library_base,
     made_again,
     names_read,
@@ -20,7 +21,7 @@ from tstitch_trt.pipeline.code_origin import (
     stranger_in,
 )
 from tstitch_trt.pipeline.weights import FUSED, check_values, sample_of
-from tstitch_trt.pipeline.wrapped import odd_hook, replaced_method, unwrap_compiled
+from tstitch_trt.pipeline.wrapped import odd_hook, odd_wrapper, parts_of, replaced_method, unwrap_compiled
 
 __all__ = ["PROCESSORS", "StockModule", "check_stock"]
 
@@ -43,6 +44,7 @@ _HARMLESS: Final = frozenset({
     "_merged_adapters", "_prepare_lora_hotswap_kwargs", "hf_device_map",
 })  # fmt: skip
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
+_ORDERED: Final = ("ModuleList", "Sequential")
 _TENSORS: Final = ("_parameters", "_buffers")
 _FUSED: Final = tuple(f".{name}" for name in FUSED)
 # By what a difference says: the call that ends it
@@ -52,6 +54,7 @@ _ENDED_BY: Final[Mapping[str, str]] = {
     "processor is": "unet.set_default_attn_processor()",
     **dict.fromkeys((".b1 is", ".b2 is", ".s1 is", ".s2 is"), "pipe.disable_freeu()"),
     "hooks has": "remove() of the handle that register_forward_hook returned",
+    "would run under": "leave its with block",
     "padding_mode": "load the model again, or set padding_mode to 'zeros'",
 }
 
@@ -62,22 +65,33 @@ class StockModule:
 
     what: str
     module: Any
-    twin: Any
+    twin: _Twin
     config: Mapping[str, Any]
     sample: Mapping[str, Any]
 
     def check(self, module: Any) -> None:
         """Raises ``BadInput`` where ``module`` is another one, or has changed since."""
         again = "call tstitch_trt.accelerate again"
-        if unwrap_compiled(module) is not self.module:
+        own = unwrap_compiled(module)
+        if own is not self.module:
             raise BadInput(f"{self.what} is not the one that was accelerated", hint=f"{again}, or put it back")
-        check_values(self.module, self.what, needed=False)  # whoever wants their memory back may let them go
-        _check_code(self.module, self.what)
-        _check_structure(self.module, self.twin, self.what)
-        if _settings(self.module) != self.config:
+        parts = parts_of(own)
+        check_values(parts, self.what, needed=False)  # whoever wants their memory back may let them go
+        _check_wrapper(module, self.what)
+        _check_code(parts, self.what)
+        _check_structure(parts, self.twin, self.what)
+        if _settings(own) != self.config:
             raise BadInput(f"the configuration of {self.what} has changed since it was accelerated", hint=again)
-        if any(not value.equal(self.sample.get(name, value)) for name, value in sample_of(self.module).items()):
+        if any(not value.equal(self.sample.get(name, value)) for name, value in sample_of(parts).items()):
             raise BadInput(f"{self.what} has other weights than when it was accelerated", hint=again)
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """A module made from the configuration alone: its submodules by their paths, and the names their code reads."""
+
+    parts: Mapping[str, Any]
+    known: frozenset[str]
 
 
 def check_stock(module: Any, what: str) -> StockModule:
@@ -89,15 +103,25 @@ def check_stock(module: Any, what: str) -> StockModule:
     """
     import torch
 
-    check_values(module, what)
-    base = library_base(type(module))
+    own = unwrap_compiled(module)
+    base = library_base(type(own))
     if base.__module__.partition(".")[0] != "diffusers" or not hasattr(base, "from_config"):
-        raise _other(what, f"it is a {_name(type(module))}")
-    _check_code(module, what)
+        raise _other(what, f"it is a {_name(type(own))}")
+    parts = parts_of(own)
+    check_values(parts, what)
+    _check_wrapper(module, what)
+    _check_code(parts, what)
     with torch.device("meta"):
-        twin = made_again(base, module.config)
-    _check_structure(module, twin, what)
-    return StockModule(what, module, twin, _settings(module), sample_of(module))
+        made = parts_of(made_again(base, own.config))
+    classes: set[Any] = {type(part) for part in made.values()}
+    twin = _Twin(made, names_read(*sorted(classes, key=_name)))
+    _check_structure(parts, twin, what)
+    return StockModule(what, own, twin, _settings(own), sample_of(parts))
+
+
+def _check_wrapper(module: Any, what: str) -> None:
+    if odd := odd_wrapper(module):
+        raise _other(what, odd)
 
 
 def _settings(module: Any) -> dict[str, Any]:
@@ -117,7 +141,7 @@ def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _check_code(module: Any, what: str) -> None:
+def _check_code(parts: Mapping[str, Any], what: str) -> None:
     """Every function is a library's own: of the classes, of the modules that define them, and of PyTorch."""
     import torch
 
@@ -125,8 +149,10 @@ def _check_code(module: Any, what: str) -> None:
     for kind in ("_global_forward_hooks", "_global_forward_pre_hooks"):
         if getattr(torch_modules, kind):
             raise _other(what, f"torch.nn.modules.module has {kind[1:].replace('_', ' ')}")
-    classes: set[Any] = {type(part) for part in module.modules()}
-    classes |= {type(part.processor) for part in module.modules() if hasattr(part, "processor")}
+    if mode := foreign_mode():
+        raise _other(what, f"it would run under a {mode}")
+    classes: set[Any] = {type(part) for part in parts.values()}
+    classes |= {type(vars(part)["processor"]) for part in parts.values() if "processor" in vars(part)}
     own = sorted({library_base(cls) for cls in classes}, key=_name)
     read = names_read(*own)
     for cls in classes:
@@ -138,19 +164,15 @@ def _check_code(module: Any, what: str) -> None:
             raise _other(what, f"{patched} was replaced")
     homes = {sys.modules[base.__module__] for cls in classes for base in cls.__mro__ if base.__module__ in sys.modules}
     for home in sorted(homes, key=lambda home: home.__name__):
-        if home.__name__.startswith("diffusers.") and (found := stranger_in(home, read)):
+        names = {"diffusers": read, "torch": ()}.get(home.__name__.partition(".")[0])
+        if names is not None and (found := stranger_in(home, names)):
             raise _other(what, f"{found} was replaced")
-    for space in (torch.nn.functional, torch):
-        for name in read & vars(space).keys():
-            if is_exchanged(space, name):
-                raise _other(what, f"{space.__name__}.{name} was replaced")
+    if found := exchanged_in_torch(names_read(*own, functions=True)):
+        raise _other(what, f"{found} was replaced")
 
 
-def _check_structure(module: Any, twin: Any, what: str) -> None:
-    parts = dict(module.named_modules(remove_duplicate=False))
-    same = dict(twin.named_modules(remove_duplicate=False))
-    classes: set[Any] = {type(part) for part in same.values()}
-    known = names_read(*sorted(classes, key=_name))
+def _check_structure(parts: Mapping[str, Any], twin: _Twin, what: str) -> None:
+    same = twin.parts
     for path, part in parts.items():
         if path.endswith(_FUSED):
             continue  # compared with what they were fused from, in weights.py
@@ -159,7 +181,7 @@ def _check_structure(module: Any, twin: Any, what: str) -> None:
             raise _other(what, f"it has a {_name(type(part))} at {path}")
         if library_base(type(part)) is not type(same[path]):
             raise _other(what, f"{path or 'it'} is a {_name(type(part))}, where {_name(type(same[path]))} is expected")
-        for thing in _differences(part, same[path], known):
+        for thing in _differences(part, same[path], twin.known):
             raise _other(what, f"{where}{thing}")
     for path in same.keys() - parts.keys():
         raise _other(what, f"it has no {path}")
@@ -177,6 +199,10 @@ def _differences(part: Any, twin: Any, known: frozenset[str]) -> Iterator[str]:
         own, expected = _shapes(mine[kind]), _shapes(theirs[kind])
         if own != expected:
             yield f"{kind.strip('_')} are {own}; expected are {expected}"
+    if type(twin).__name__ in _ORDERED:
+        order, right = list(mine["_modules"]), list(theirs["_modules"])
+        if order != right and sorted(order) == sorted(right):
+            yield f"layers are in the order {', '.join(order)}"
     if part.training and getattr(part, "p", 0) and "Dropout" in type(part).__name__:
         yield f"training is on, with dropout {part.p} (eval() ends it)"
     if "processor" in mine and "processor" in theirs:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadInput
+from tstitch_trt.pipeline.wrapped import plain_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,32 +15,43 @@ __all__ = ["FUSED", "check_values", "sample_of", "weights_of"]
 
 # What fuse_qkv_projections adds beside the projections themselves, and of which they are made
 FUSED: Final = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+_FUSED: Final = tuple(f".{name}" for name in FUSED)
 _SAMPLE: Final = 8  # entries of a tensor along its diagonal
 
 
-def check_values(module: Any, what: str, *, needed: bool = True) -> None:
-    """Raises ``BadInput`` where the parameters are not what the module computes with, or ``needed`` but not there."""
-    import torch
+def check_values(parts: Mapping[str, Any], what: str, *, needed: bool = True) -> None:
+    """Raises ``BadInput`` where the parameters are not what the module computes with, or ``needed`` but not there.
 
-    if any(hasattr(part, "base_layer") for part in module.modules()):
+    ``parts``: all of its submodules and itself, by their paths.
+    """
+    if any("base_layer" in part._modules for part in parts.values()):
         raise BadInput(
             f"{what} has LoRA layers beside its weights", hint="fuse them first: pipe.fuse_lora(), then "
             "pipe.unload_lora_weights()"
         )  # fmt: skip
-    for name, value in module.named_parameters():
-        if type(value) is not torch.nn.Parameter or type(value.data) is not torch.Tensor:
-            raise _quantised(what, f"{name} is a {type(value).__name__} of {type(value.data).__name__}")
-        if not value.is_floating_point():
-            raise _quantised(what, f"{name} holds {value.dtype}")
-        if needed and value.is_meta and not _offloaded(module):
-            raise BadInput(f"{what} has parameters without values: {name}", hint="load its weights first")
-    for path, part in module.named_modules():
+    for path, part in parts.items():
+        for name, value in part._parameters.items():
+            if value is not None:
+                _check_value(value, f"{path}.{name}" if path else name, what)
+                if needed and value.is_meta and not _offloaded(parts[""]):
+                    raise BadInput(
+                        f"{what} has parameters without values: {path}.{name}", hint="load its weights first"
+                    )
         for fused, sources in FUSED.items():
-            if hasattr(part, fused) and not _fused_of(part, fused, sources):
+            if fused in part._modules and not _fused_of(part, fused, sources):
                 raise BadInput(
                     f"{what}.{path}.{fused} is not what its projections would be fused to",
                     hint="undo it: pipe.unfuse_qkv_projections()",
                 )
+
+
+def _check_value(value: Any, name: str, what: str) -> None:
+    import torch
+
+    if type(value) is not torch.nn.Parameter or type(value.data) is not torch.Tensor:
+        raise _quantised(what, f"{name} is a {type(value).__name__} of {type(value.data).__name__}")
+    if not value.is_floating_point():
+        raise _quantised(what, f"{name} holds {value.dtype}")
 
 
 def weights_of(module: Any) -> dict[str, Tensor]:
@@ -53,32 +65,40 @@ def weights_of(module: Any) -> dict[str, Tensor]:
         found = dict(get_state_dict_offloaded_model(module))
     else:
         found = dict(module.state_dict())
-    kept = {name: tensor.detach() for name, tensor in found.items() if not _is_fused(name)}
+    kept = {plain_path(name): tensor.detach() for name, tensor in found.items() if not _is_fused(name)}
     return {name: tensor.to(module.dtype) if _is_float8(tensor) else tensor for name, tensor in kept.items()}
 
 
-def sample_of(module: Any) -> dict[str, Tensor]:
+def sample_of(parts: Mapping[str, Any]) -> dict[str, Tensor]:
     """By name a few values of each tensor that is there, as the bits of float32 on the CPU: other weights show in it.
 
-    Synchronises once for each device.
+    ``parts``: the submodules by their paths. Synchronises once for each device and type.
     """
     import torch
 
     by_device: dict[Any, dict[str, Tensor]] = {}
-    for name, tensor in module.state_dict().items():
-        if not tensor.is_meta and not _is_fused(name):
-            by_device.setdefault(tensor.device, {})[name] = _sample(tensor.detach()).float()
-    found: dict[str, Tensor] = {}
-    for parts in by_device.values():
-        whole = torch.cat(list(parts.values())).cpu().view(torch.int32)
-        found |= dict(zip(parts, torch.split(whole, [len(part) for part in parts.values()]), strict=True))
+    with torch.no_grad():
+        for path, part in parts.items():
+            for kind in (part._parameters, part._buffers):
+                for name, tensor in kind.items():
+                    if tensor is not None and not tensor.is_meta and not path.endswith(_FUSED):
+                        by_device.setdefault((tensor.device, tensor.dtype), {})[f"{path}.{name}"] = _sample(tensor)
+        found: dict[str, Tensor] = {}
+        for samples in by_device.values():
+            whole = torch.cat(list(samples.values())).float().cpu().view(torch.int32)
+            found |= dict(zip(samples, torch.split(whole, [len(one) for one in samples.values()]), strict=True))
     return found
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    line = tensor.diagonal(dim1=0, dim2=1) if tensor.ndim > 1 else tensor.reshape(-1)
-    length = line.shape[-1]
-    return line[..., :: max(1, length // _SAMPLE)].reshape(-1)
+    """Along the diagonal of the first two dimensions, in the middle of the others: the same in any memory format."""
+    shape, stride = tensor.shape, tensor.stride()
+    if not shape:
+        return tensor.reshape(1)
+    length = min(shape[:2])
+    step = max(1, length // _SAMPLE)
+    offset = sum(size // 2 * each for size, each in zip(shape[2:], stride[2:], strict=True))
+    return tensor.as_strided((-(-length // step),), (sum(stride[:2]) * step,), tensor.storage_offset() + offset)
 
 
 def _quantised(what: str, thing: str) -> BadInput:

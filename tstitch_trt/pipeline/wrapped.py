@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tstitch_trt.pipeline.code_origin import library_base
 
-__all__ = ["odd_hook", "replaced_method", "unwrap_compiled"]
+__all__ = ["odd_hook", "odd_wrapper", "parts_of", "plain_path", "replaced_method", "unwrap_compiled"]
 
 # Hooks that move weights and inputs between devices, or store weights in another type than they are computed with
 _ACCELERATE: Final = ("AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook")
@@ -24,7 +24,34 @@ _SLOTS: Final = {"_compiled_call_impl": "_call_impl"}  # where torch.compile put
 
 def unwrap_compiled(module: Any) -> Any:
     """The module itself where it was wrapped by ``torch.compile``."""
-    return module._orig_mod if type(module).__name__ == "OptimizedModule" else module
+    return module._orig_mod if _is_wrapper(module) else module
+
+
+def parts_of(module: Any) -> dict[str, Any]:
+    """All submodules and ``module`` itself by their paths, without what ``torch.compile`` wrapped around some."""
+    named = module.named_modules(remove_duplicate=False)
+    return {plain_path(path): part for path, part in named if not _is_wrapper(part)}
+
+
+def plain_path(path: str) -> str:
+    """The path of a submodule or tensor as it is where nothing is compiled."""
+    return path.replace("._orig_mod", "")
+
+
+def odd_wrapper(module: Any) -> str | None:
+    """What a wrapper of ``torch.compile`` around ``module`` or a part of it does beside to compile it."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        if _is_wrapper(part):
+            where = plain_path(path).removeprefix("_orig_mod") or "it"
+            if part._forward_hooks or part._forward_pre_hooks:
+                return f"the compiled form of {where} has forward hooks"
+            if not _file(vars(part).get("forward")).endswith("eval_frame.py"):
+                return f"forward of the compiled form of {where} was replaced"
+    return None
+
+
+def _is_wrapper(module: Any) -> bool:
+    return type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch.")
 
 
 def replaced_method(module: Any, name: str) -> str | None:

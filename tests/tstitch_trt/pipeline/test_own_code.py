@@ -109,6 +109,17 @@ def test_schedulers_are_themselves_before_and_after_a_run(name: str) -> None:
         assert scheduler_class(one) == type(one).__name__
 
 
+def test_functions_that_constructors_make_are_no_change() -> None:
+    """SA-Solver keeps one that says where it adds noise."""
+    import diffusers
+
+    assert scheduler_class(diffusers.SASolverScheduler()) == "SASolverScheduler"
+    other = diffusers.SASolverScheduler()
+    other.tau_func = lambda t: 0.5
+    with pytest.raises(BadInput, match="tau_func of the pipeline's scheduler is"):
+        scheduler_class(other)
+
+
 def step_of_its_own(one: Any) -> None:
     own = type(one)
 

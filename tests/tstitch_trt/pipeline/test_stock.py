@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import types
 from collections.abc import Callable
 from copy import deepcopy
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.stock import check_stock
@@ -179,6 +181,40 @@ def test_what_is_compiled_is_what_it_was() -> None:
     unet.forward = torch.compile(unet.forward, backend="eager")
     unet.compile_repeated_blocks(backend="eager")
     stock.check(torch.compile(unet, backend="eager"))
+    unet.mid_block = torch.compile(unet.mid_block, backend="eager")
+    stock.check(unet)
+    check_stock(torch.compile(unet, backend="eager"), "the unet")
+    assert weights_of(unet).keys() == shared_unet().state_dict().keys()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_put_onto_a_compiled_module_is_refused(whole: bool) -> None:
+    unet = deepcopy(shared_unet())
+    stock = check_stock(unet, "the unet")
+    wrapper = torch.compile(unet if whole else unet.mid_block, backend="eager")
+    if not whole:
+        unet.mid_block = wrapper
+    called = wrapper if whole else unet
+    handle = wrapper.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(BadInput, match=r"the compiled form of (it|mid_block) has forward hooks"):
+        stock.check(called)
+    handle.remove()
+    stock.check(called)
+    wrapper.forward = lambda *args, **keywords: None
+    with pytest.raises(BadInput, match=r"forward of the compiled form of (it|mid_block) was replaced"):
+        check_stock(called, "the unet")
+
+
+def test_a_decorator_of_diffusers_that_hides_what_it_decorates_is_no_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in diffusers 0.35, whose ``apply_forward_hook`` does not name the function that it wraps."""
+    from diffusers.utils import accelerate_utils
+
+    vae = shared_vae()
+    wrapped = accelerate_utils.apply_forward_hook(type(vae).decode.__wrapped__)
+    del wrapped.__wrapped__
+    wrapped.__module__ = accelerate_utils.__name__
+    monkeypatch.setattr(type(vae), "decode", wrapped)
+    check_stock(vae, "the vae")
 
 
 @pytest.mark.parametrize("change", ["enable_slicing", "enable_tiling"])
@@ -341,6 +377,20 @@ def parametrised(unet: Any) -> None:
     nn.utils.parametrizations.spectral_norm(unet.conv_out)
 
 
+def reordered(unet: Any) -> None:
+    layers = unet.up_blocks[0].resnets._modules
+    for name in sorted(layers, reverse=True):
+        layers[name] = layers.pop(name)
+
+
+def backwards(unet: Any) -> None:
+    class Backwards(nn.ModuleList):
+        def __iter__(self) -> Any:
+            return reversed(list(super().__iter__()))
+
+    unet.up_blocks[0].resnets.__class__ = Backwards
+
+
 def freeu(unet: Any) -> None:
     unet.enable_freeu(0.1, 0.2, 1.5, 1.6)
 
@@ -418,6 +468,8 @@ REFUSED: list[tuple[Callable[[Any], None], str]] = [
     (no_mid_block, r"mid_block"),
     (without_bias, r"conv_out.parameters are"),
     (parametrised, r"Parametrized|parametriz"),
+    (reordered, r"up_blocks.0.resnets.layers are in the order 1, 0"),
+    (backwards, r"Backwards, which replaces ModuleList.__iter__"),
     (freeu, r"up_blocks.0.[bs][12] is"),
     (other_scale, r"attn1.scale is"),
     (other_eps, r"conv_norm_out.eps is 0.1; expected is 1e-05"),
@@ -496,6 +548,72 @@ def test_a_patched_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(BadInput, match=rf"{home.__name__}.{name} was replaced"):
                 stock.check(shared_unet())
     stock.check(shared_unet())
+
+
+class Doubled:
+    """An object in place of a function."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return 2 * self.own(*args, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "change"),
+    [
+        ("torch.nn.functional", "scaled_dot_product_attention", Doubled),
+        ("torch.nn.functional", "silu", lambda own: partial(nn.functional.leaky_relu, negative_slope=0.5)),
+        ("torch._C._nn", "silu", Doubled),
+        ("torch", "exp", lambda own: torch.exp2),  # which only diffusers' own functions call
+        ("torch", "sin", lambda own: torch.cos),
+        ("torch.Tensor", "reshape", lambda own: lambda self, *shape: 2 * own(self, *shape)),
+        ("torch.Tensor", "__add__", lambda own: lambda self, other: 2 * own(self, other)),
+        ("diffusers.models.embeddings", "get_timestep_embedding", lambda own: partial(own, max_period=100)),
+    ],
+)
+def test_what_functions_may_be_replaced_by(
+    where: str, name: str, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = unet_output(shared_unet())
+    stock = check_stock(shared_unet(), "the unet")
+    monkeypatch.setattr(f"{where}.{name}", change(getattr(pkgutil.resolve_name(where), name)))
+    found = unet_output(shared_unet())
+    with pytest.raises(BadInput, match=rf"{where}.{name} was replaced"):
+        stock.check(shared_unet())
+    monkeypatch.undo()
+    assert not torch.allclose(found, want, rtol=1e-3, atol=1e-3)
+    stock.check(shared_unet())
+
+
+@pytest.mark.parametrize("home", ["torch.nn.modules.conv", "diffusers.models.attention_processor"])
+def test_other_modules_of_functions_are_refused(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{home}.F", types.SimpleNamespace(**vars(nn.functional)))
+    with pytest.raises(BadInput, match=rf"{home}.F was replaced"):
+        check_stock(shared_unet(), "the unet")
+
+
+class Functions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), keywords: Any = None) -> Any:
+        return function(*args, **(keywords or {}))
+
+
+class Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), keywords: Any = None) -> Any:
+        return function(*args, **(keywords or {}))
+
+
+def test_a_mode_of_torch_that_could_do_anything_is_refused() -> None:
+    """But not those of PyTorch itself, such as a default device."""
+    stock = check_stock(shared_unet(), "the unet")
+    for mode in (Functions(), Operations()):
+        with mode, pytest.raises(BadInput, match=rf"it would run under a \S*{type(mode).__name__}") as caught:
+            stock.check(shared_unet())
+        assert "with block" in caught.value.hint
+    with torch.device("cpu"), torch.autocast("cpu"), torch.inference_mode():
+        stock.check(shared_unet())
+        check_stock(shared_unet(), "the unet")
 
 
 def test_functions_that_running_does_not_reach_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
