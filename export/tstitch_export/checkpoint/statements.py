@@ -13,9 +13,9 @@ from typing import Final, get_args
 import msgspec
 
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec, PredictionType
-from tstitch_engines.errors import BadCheckpoint
+from tstitch_engines.errors import BadCheckpoint, BadInput
 from tstitch_export.checkpoint.checkpoint import Checkpoint
-from tstitch_export.checkpoint.conventions import FLOW, NO_FLOW, Conventions, Statement, spelled
+from tstitch_export.checkpoint.conventions import FLOW, NO_FLOW, Conventions, Statement, say, spelled
 from tstitch_export.checkpoint.noise_buffers import noise_from_buffers
 
 __all__ = ["MARKERS", "check_markers", "foreign_metadata", "resolution_of", "settings", "shown", "statements_of"]
@@ -52,7 +52,7 @@ def statements_of(
     names = {*checkpoint.shapes, *checkpoint.markers, *(marker.rpartition(".")[2] for marker in checkpoint.markers)}
     check_markers(names, name)
     for place, key, value in settings(checkpoint.beside):
-        if key == "path_type":
+        if key in _INTERPOLANTS:
             raise BadCheckpoint(
                 f"{name} is a training state of SiT or a relative of it (arXiv 2401.08740), as {place} = {value} says, "
                 f"and {NO_FLOW}",
@@ -65,6 +65,7 @@ def statements_of(
         found.append(Statement(source=f"its marker tensor {ZERO_MARKER}", zero_snr=True))
     found += _of_metadata(checkpoint.metadata, text_width)
     found += _of_training(checkpoint.beside)
+    found += [] if said.noise else _noise_of_training(checkpoint.beside, name)
     if said.noise is None and (noise := noise_from_buffers(checkpoint)) is not None:
         zero = noise.zero_terminal_snr
         plain = msgspec.structs.replace(noise, zero_terminal_snr=False)
@@ -161,11 +162,11 @@ _STATE_SWITCHES: Final = {
     "rectified_flow": FLOW,
 }
 _STATE_ZERO: Final = frozenset({"zero_snr", "ztsnr", "zero_terminal_snr", "rescale_betas_zero_snr"})
-_STATE_NOISE: Final = {
-    "linear": NoiseScheduleSpec(kind="linear", beta_start=1e-4, beta_end=0.02),
-    "cosine": NoiseScheduleSpec(kind="squared-cosine"),
-    "squaredcos_cap_v2": NoiseScheduleSpec(kind="squared-cosine"),
-}
+_INTERPOLANTS: Final = frozenset({"path_type", "interpolant", "interpolant_type"})
+_FLOW_WORDS: Final = re.compile(r"(?i)[^/]*(flow[-_ ]?match|rectified[-_ ]?flow)[^/]*")  # but no path of a folder
+_STATE_STEPS: Final = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps", "timesteps")
+_STATE_ENDS: Final = (("beta_start", "beta_end"), ("linear_start", "linear_end"))
+_COSINE: Final = ("cosine", "squaredcos_cap_v2", "squared-cosine")
 
 
 def settings(beside: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:
@@ -194,8 +195,54 @@ def _of_training(beside: Mapping[str, object]) -> Iterator[Statement]:
             yield Statement(source=source, prediction=_STATE_SWITCHES[name])
         elif name in _STATE_ZERO and value is True:
             yield Statement(source=source, zero_snr=True)
-        elif name == "noise_schedule" and isinstance(value, str) and value in _STATE_NOISE:
-            yield Statement(source=source, noise=_STATE_NOISE[value])
+        elif isinstance(value, str) and _FLOW_WORDS.fullmatch(value[:200]):
+            yield Statement(source=source, prediction=FLOW)
+
+
+def _noise_of_training(beside: Mapping[str, object], name: str) -> Iterator[Statement]:
+    """What groups of settings say of the betas. Raises ``BadCheckpoint`` for betas that a training has and we don't."""
+    groups: dict[str, dict[str, object]] = {}
+    for place, key, value in settings(beside):
+        groups.setdefault(place.rpartition(".")[0], {})[key] = value
+    for place, held in groups.items():
+        key = next((key for key in ("noise_schedule", "beta_schedule") if isinstance(held.get(key), str)), "")
+        counted = next((key for key in _STATE_STEPS if type(held.get(key)) is int), "")
+        kind, steps = str(held[key]) if key else "", int(str(held[counted])) if counted else 1000
+        if not key and (counted != "diffusion_steps" or steps == 1000):
+            continue
+        stated = ", ".join(f"{one} = {shown(str(held[one]))}" for one in (key, counted) if one)
+        source = f"its training state ({shown(place)}: {stated})" if place else f"its training state ({stated})"
+        try:
+            noise = _formula(key, kind or "linear", steps, held)
+        except (ValueError, BadInput) as error:
+            reason = error.message if isinstance(error, BadInput) else str(error)
+            raise BadCheckpoint(
+                f"{name} was trained with noise that can't be expressed, as {source} says: {reason}",
+                hint=say("noise", "linear"),
+            ) from None
+        if noise is not None:
+            yield Statement(source=source, noise=noise)
+
+
+def _formula(key: str, kind: str, steps: int, held: Mapping[str, object]) -> NoiseScheduleSpec | None:
+    """``None`` where the ends of the betas are not stated."""
+    if kind in _COSINE:
+        return NoiseScheduleSpec(kind="squared-cosine", steps=steps)
+    if kind not in ("linear", "scaled_linear"):
+        raise ValueError("known are linear, scaled_linear and cosine")
+    if steps < 1:
+        raise ValueError(f"it has {steps} steps")
+    for names in _STATE_ENDS:
+        start, end = (held.get(each) for each in names)
+        if isinstance(start, int | float) and isinstance(end, int | float):  # latent diffusion's is so in the root
+            root = kind == "scaled_linear" or "linear_start" in names
+            return NoiseScheduleSpec(
+                kind="scaled-linear" if root else "linear", steps=steps, beta_start=start, beta_end=end
+            )
+    if kind == "scaled_linear" or key == "beta_schedule":
+        return None
+    scale = 1000 / steps  # guided-diffusion's own, which DiT trains with
+    return NoiseScheduleSpec(kind="linear", steps=steps, beta_start=scale * 1e-4, beta_end=scale * 0.02)
 
 
 def _switch(text: str | None) -> bool | None:

@@ -87,8 +87,10 @@ def plan_bundle(
         plan_member(name, spec, base, members.get(name), own[name], precision_of(name, known, precision, None))
         for name in names
     )
+    labels: tuple[str, ...] = ()
     if spec.from_checkpoints:
         spec = _of_checkpoints(spec, plans)
+        labels = _null_classes([plan for plan in plans if "null_class" not in own[plan.name]])
     beside, left_out = plan_parts(spec, plans, parts, own, precision)
     conventions = reconcile(spec, plans, beside)
     return BundlePlan(
@@ -96,7 +98,9 @@ def plan_bundle(
         base=base,
         members=plans,
         parts=beside,
-        conventions=replace(conventions, notes=(*_of_files([*plans, *beside.values()]), *left_out, *conventions.notes)),
+        conventions=replace(
+            conventions, notes=(*_of_files([*plans, *beside.values()]), *labels, *left_out, *conventions.notes)
+        ),
         options=settings,
     )
 
@@ -122,6 +126,16 @@ def _of_checkpoints(recipe: Recipe, members: Sequence[NetworkPlan]) -> Recipe:
         guided_channels=guided if guided is not None and guided < channels else None,
     )
     return msgspec.structs.replace(recipe, latent=latent, conditioning=conditioning, defaults=defaults)
+
+
+def _null_classes(members: Sequence[NetworkPlan]) -> tuple[str, ...]:
+    """Whether a label table ends in a null class leaves no trace in it; ImageNet's 1,000 classes and one more tell."""
+    return tuple(
+        f"{plan.who}: the last of its {labels} labels is taken for the null class of guidance (--option "
+        f"{plan.name}.null_class=false if it is a class)"
+        for plan in members
+        if plan.inspection.null_class and (labels := plan.inspection.labels) not in (0, 1001)
+    )
 
 
 def _of_files(plans: Sequence[NetworkPlan]) -> tuple[str, ...]:

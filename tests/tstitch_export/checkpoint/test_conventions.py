@@ -494,6 +494,12 @@ def test_a_training_state_of_a_dit(tmp_path: Path) -> None:
         ({"prediction": "score"}, "predicts 'score'"),
         ({"image_size": 48}, r"args.image_size is 48, and its latent is 8 wide, for pictures of 8 or 32 or 64"),
         ({"num_classes": 1000}, "args.num_classes is 1000, and its label table has 6 rows"),
+        ({"interpolant": "linear"}, "as args.interpolant = linear says"),
+        ({"loss": "flow_matching"}, "the velocity of a flow"),
+        ({"noise_scheduler": "FlowMatchEulerDiscreteScheduler"}, "the velocity of a flow"),
+        ({"noise_schedule": "sigmoid"}, "noise that can't be expressed, .*sigmoid.*: known are linear, scaled_linear"),
+        ({"beta_schedule": "linear", "beta_start": 2, "beta_end": 1}, "noise that can't be expressed"),
+        ({"learn_sigma": False}, "args.learn_sigma is False, and its last layer has an output for the variance"),
     ],
 )
 def test_training_states_of_other_models(args: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -550,7 +556,16 @@ def test_a_label_table_of_one_row_has_no_null_class(tmp_path: Path) -> None:
     [
         ({"predict_xstart": True}, "x0", None),
         ({"predict_v": True, "noise_schedule": "cosine"}, "v", NoiseScheduleSpec(kind="squared-cosine")),
-        ({"parameterization": "v"}, "v", None),
+        ({"parameterization": "v", "results_dir": "/home/x/flow_matching/results"}, "v", None),
+        (
+            {"noise_schedule": "linear", "diffusion_steps": 4000},
+            None,
+            NoiseScheduleSpec(kind="linear", steps=4000, beta_start=2.5e-5, beta_end=0.005),
+        ),
+        ({"diffusion_steps": 500}, None, NoiseScheduleSpec(kind="linear", steps=500, beta_start=2e-4, beta_end=0.04)),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, None, SD_NOISE),
+        ({"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}, None, SD_NOISE),
+        ({"beta_schedule": "linear"}, None, None),
         ({"objective": "pred_noise", "noise_schedule": "linear"}, "eps", NoiseScheduleSpec(kind="linear")),
     ],
 )

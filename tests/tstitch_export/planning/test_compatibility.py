@@ -86,6 +86,8 @@ def test_a_recipe_for_any_latent_and_classes(
     assert defaults.guidance == (published_scale if null else 1.0)
     assert defaults.guided_channels == (guided if family == "dit" else None)
     check_conventions(latent, conditioning, defaults)
+    noted = [note for note in plan.conventions.notes if "is taken for the null class" in note]
+    assert len(noted) == (2 if null and shape["classes"] != 1000 else 0)
 
 
 def test_members_that_differ_have_no_recipe(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def _contradicts(key: str, value: object, config: DiTConfig) -> str | None:
             return "it has the tensors of a DiT"
         published = published_name(config.depth, config.width, config.patch)
         return None if published in ("DiT", value) else f"its tensors are those of a {published}"
+    if key == "learn_sigma" and isinstance(value, bool) and value != config.learn_sigma:
+        return f"its last layer has {'an' if config.learn_sigma else 'no'} output for the variance"
     if key == "num_classes" and isinstance(value, int) and value not in (config.classes, config.classes + 1):
         return f"its label table has {config.classes + 1} rows, with the null class"
     if key == "image_size" and isinstance(value, int) and value not in [config.size * n for n in _FACTORS]:
