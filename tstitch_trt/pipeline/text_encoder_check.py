@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import PairMismatch
+from tstitch_trt.pipeline.weights import stored_weights
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ def _loaded(module: Any) -> dict[str, Tensor]:
     """Without LoRA layers, and without what is no weight."""
     state = {
         key.replace(".base_layer", ""): tensor
-        for key, tensor in module.state_dict().items()
+        for key, tensor in stored_weights(module).items()
         if ".lora_" not in key and tensor.is_floating_point()
     }
     return _named(state)

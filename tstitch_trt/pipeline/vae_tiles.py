@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.pipeline.code_origin import library_base
+from tstitch_trt.pipeline.wrapped import unwrap_compiled
 from tstitch_trt.runtime.runtime import Runtime
 
 __all__ = ["decode_images", "encode_pictures"]
@@ -64,7 +65,7 @@ def _tiled(vae: Any, array: Array, side: int) -> bool:
     """Raises ``BadInput`` where a VAE is to be tiled that is blended in another way."""
     if not getattr(vae, "use_tiling", False):
         return False
-    name = library_base(type(vae)).__name__
+    name = library_base(type(unwrap_compiled(vae))).__name__
     if name == "AutoencoderKL":
         return bool(max(array.shape[2:]) > side)
     if max(array.shape[2:]) > side - int(side * vae.tile_overlap_factor):

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.errors import BadInput
-from tstitch_trt.pipeline.wrapped import plain_path
+from tstitch_trt.pipeline.wrapped import plain_path, unwrap_compiled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FUSED", "check_values", "sample_of", "weights_of"]
+__all__ = ["FUSED", "check_values", "sample_of", "stored_weights", "weights_of"]
 
 # What fuse_qkv_projections adds beside the projections themselves, and of which they are made
 FUSED: Final = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
@@ -59,14 +59,20 @@ def weights_of(module: Any) -> dict[str, Tensor]:
 
     Types of 8 bits that weights are only stored in become the module's own.
     """
-    if _offloaded(module):
+    kept = {name: tensor for name, tensor in stored_weights(module).items() if not _is_fused(name)}
+    return {name: tensor.to(module.dtype) if _is_float8(tensor) else tensor for name, tensor in kept.items()}
+
+
+def stored_weights(module: Any) -> dict[str, Tensor]:
+    """Its tensors by their names where nothing is compiled, as they are kept, and from where they are kept."""
+    own = unwrap_compiled(module)
+    if _offloaded(own):
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
-        found = dict(get_state_dict_offloaded_model(module))
+        found = dict(get_state_dict_offloaded_model(own))
     else:
-        found = dict(module.state_dict())
-    kept = {plain_path(name): tensor.detach() for name, tensor in found.items() if not _is_fused(name)}
-    return {name: tensor.to(module.dtype) if _is_float8(tensor) else tensor for name, tensor in kept.items()}
+        found = dict(own.state_dict())
+    return {plain_path(name): tensor.detach() for name, tensor in found.items()}
 
 
 def sample_of(parts: Mapping[str, Any]) -> dict[str, Tensor]:

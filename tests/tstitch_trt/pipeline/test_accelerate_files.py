@@ -198,7 +198,9 @@ def test_a_bare_unet_of_stable_diffusion_2_follows_its_own_weights(sd: Path, tmp
 
 def test_a_compiled_unet_is_the_module_within(built: None, never: None, sd: Path, cache: Path) -> None:
     pipe = pipeline(sd)
-    pipe.unet = torch.compile(pipe.unet)
+    pipe.unet.mid_block = torch.compile(pipe.unet.mid_block)
+    pipe.vae.decoder = torch.compile(pipe.vae.decoder)
+    pipe.unet, pipe.vae = torch.compile(pipe.unet), torch.compile(pipe.vae)
     fast(pipe, sd, cache).close()
 
 
@@ -248,6 +250,21 @@ def test_a_pipeline_with_textual_inversions_has_the_text_encoder_it_had(
     pipe = pipeline(sd)
     width = pipe.text_encoder.config.hidden_size
     pipe.load_textual_inversion({"<cat>": torch.zeros(3, width)})
+    with pytest.raises(BuiltError):
+        fast(pipe, sd, cache, small=other_text(sd, tmp_path / "same", lambda tensor: tensor))
+    with pytest.raises(PairMismatch, match="has another text_encoder"):
+        fast(pipe, sd, cache, small=other_text(sd, tmp_path / "other", lambda tensor: 2 * tensor))
+
+
+@pytest.mark.parametrize("how", ["compiled", "offloaded"])
+def test_a_text_encoder_that_is_compiled_or_kept_elsewhere_is_what_it_was(
+    never: None, sd: Path, cache: Path, tmp_path: Path, how: str
+) -> None:
+    pipe = pipeline(sd)
+    if how == "compiled":
+        pipe.text_encoder = torch.compile(pipe.text_encoder)
+    else:
+        pipe.enable_sequential_cpu_offload(device="cpu")
     with pytest.raises(BuiltError):
         fast(pipe, sd, cache, small=other_text(sd, tmp_path / "same", lambda tensor: tensor))
     with pytest.raises(PairMismatch, match="has another text_encoder"):

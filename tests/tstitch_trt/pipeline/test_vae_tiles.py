@@ -62,7 +62,9 @@ def test_tiles_are_cut_and_blended_as_by_diffusers(tmp_path: Path, size: tuple[i
         image = vae.decode(latents).sample.numpy()
         moments = vae.encode(shown).latent_dist
     runtime: Any = OnTorch(vae)
-    assert relative_error(decode_images(runtime, vae, latents.numpy()), image) < 1e-5
+    compiled = torch.compile(vae, backend="eager")
+    for own in (vae, compiled):
+        assert relative_error(decode_images(runtime, own, latents.numpy()), image) < 1e-5
     mean, std = encode_pictures(runtime, vae, shown.numpy())
     assert relative_error(mean, moments.mean.numpy()) < 1e-5
     assert relative_error(std, moments.std.numpy()) < 1e-5
