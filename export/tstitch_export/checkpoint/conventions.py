@@ -45,6 +45,7 @@ NO_FLOW: Final = "flow matching is not supported yet: members predict eps, v or 
 
 _NAMES: Final = (
     (re.compile(r"(?<![a-zA-Z])v[-_ ]?pred", re.IGNORECASE), "v"),
+    (re.compile(r"(?<![a-zA-Z0-9])x0(?![a-zA-Z0-9])"), "x0"),  # SDXL-Lightning in one step
     (re.compile(r"(?<![a-zA-Z])SiT(?![a-z])"), FLOW),
 )
 
@@ -131,15 +132,16 @@ def conventions_of(
     said: Conventions,
     implied: Sequence[Statement] = (),
     undecided: str | None = None,
+    title: str = "",
     notes: tuple[str, ...] = (),
 ) -> Conventions:
     """What holds for the checkpoint called ``name``: what the user ``said``, what it ``stated``, what is ``implied``.
 
     Each counts where those before say nothing. ``undecided``: why nothing can be taken for granted where all are
-    silent; ``None`` where the usual conventions stand. Raises ``BadCheckpoint`` where that is so, where two of a kind
-    contradict each other, and for a prediction that can't be honoured.
+    silent; ``None`` where the usual conventions stand. ``title``: what the file calls itself. Raises ``BadCheckpoint``
+    where that is so, where two of a kind contradict each other, and for a prediction that can't be honoured.
     """
-    told = _prediction(name, stated, said, implied, undecided)
+    told = _prediction(name, stated, said, implied, undecided, title)
     noise = said.noise or _one(name, "noise", stated, "scaled-linear:0.00085:0.012")
     zero = said.zero_snr if said.zero_snr is not None else _one(name, "zero_snr", stated, "true")
     if zero and said.zero_snr is None and told.prediction is None:
@@ -155,7 +157,12 @@ def conventions_of(
 
 
 def _prediction(
-    name: str, stated: Sequence[Statement], said: Conventions, implied: Sequence[Statement], undecided: str | None
+    name: str,
+    stated: Sequence[Statement],
+    said: Conventions,
+    implied: Sequence[Statement],
+    undecided: str | None,
+    title: str,
 ) -> Conventions:
     if said.prediction is not None:
         return Conventions(prediction=said.prediction, because=said.because)
@@ -181,12 +188,16 @@ def _prediction(
                 )
             notes = (f"predicts {value}, as {one.source} says",) if statements is implied else ()
             return Conventions(prediction=cast("PredictionType", value), because=one.source, notes=notes)
+    likely = "v"
     for pattern, value in _NAMES:
-        if pattern.search(name):
-            undecided = f"its name sounds like {value}, and nothing in it says so"
+        for what, text, more in (("its name sounds", name, ""), ("its title sounds", title[:200], " else")):
+            if pattern.search(text):
+                undecided = f"{what} like {value}, and nothing{more} in it says so"
+                likely = value if value in get_args(PredictionType) else "v"
     if undecided is not None:
         raise BadCheckpoint(
-            f"{name} does not say what it predicts: {undecided}", hint=f"{say('prediction', 'v')}; or eps in place of v"
+            f"{name} does not say what it predicts: {undecided}",
+            hint=f"{say('prediction', likely)}; or eps in place of {likely}",
         )
     return Conventions()
 

@@ -175,7 +175,7 @@ def _add_plain(data: Mapping[Any, object], beside: dict[str, object]) -> None:
             beside.setdefault(str(key), plain)
 
 
-def _plain_value(value: object, left: Iterator[int], depth: int = 4) -> object:
+def _plain_value(value: object, left: Iterator[int], depth: int = 8) -> object:
     """A number or text, or the ones in a list, dictionary or namespace; ``None`` where there are none."""
     if next(left, None) is None:
         return None

@@ -156,6 +156,11 @@ def test_a_name_that_says_v_is_not_taken_for_eps(folders: Path, tmp_path: Path) 
     for name in ("xl-vpred.safetensors", "noob-xl_v-pred-1.0.safetensors", "xlNAI_vPred10.safetensors"):
         with pytest.raises(BadCheckpoint, match="its name sounds like v, and nothing in it says so"):
             inspect(marked(folders, "xl", tmp_path / name))
+    with pytest.raises(BadCheckpoint, match="its title sounds like v, and nothing else in it says so"):
+        inspect(marked(folders, "xl", tmp_path / "xl.safetensors", metadata={"modelspec.title": "Noob v-pred"}))
+    with pytest.raises(BadCheckpoint, match="its name sounds like x0") as caught:
+        inspect(marked(folders, "xl", tmp_path / "sdxl_lightning_1step_unet_x0.safetensors"))
+    assert "--option MEMBER.prediction=x0" in caught.value.hint
     assert (
         inspect(marked(folders, "xl", tmp_path / "xl-vpred.safetensors", {"v_pred": EMPTY})).trained.prediction == "v"
     )

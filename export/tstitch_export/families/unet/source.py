@@ -60,6 +60,7 @@ class Source:
     resolution: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     training_notes: tuple[str, ...] = ()
+    title: str = ""
 
     def conventions(self, said: Conventions, *, sure: bool = True) -> Conventions:
         """How it was trained. Raises ``BadCheckpoint`` for a contradiction, with ``sure`` also where nothing tells."""
@@ -69,6 +70,7 @@ class Source:
             said=said,
             implied=self.implied.statements,
             undecided=self.implied.undecided if sure else None,
+            title=self.title,
             notes=self.training_notes,
         )
 
@@ -136,6 +138,7 @@ def _with_training(source: Source, checkpoint: Checkpoint, stored: Mapping[str, 
         implied=implied,
         resolution=resolution_of(checkpoint.metadata),
         training_notes=notes,
+        title=checkpoint.metadata.get("modelspec.title", ""),
     )
 
 
