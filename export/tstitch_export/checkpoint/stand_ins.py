@@ -55,6 +55,14 @@ class _Dictionary:
         return OrderedDict(args[0]) if args and isinstance(args[0], dict) else OrderedDict()
 
 
+class _Parameters(dict[str, object]):
+    """The tensors of a ``torch.nn.ParameterDict``, in which the first textual inversions are."""
+
+    def __setstate__(self, state: object) -> None:
+        held = state.get("_parameters") if isinstance(state, dict) else None
+        self.update(held if isinstance(held, dict) else {})
+
+
 class _NumberType:
     """NumPy's ``dtype`` by its letters, e.g. ``f8``, and byte order."""
 
@@ -150,6 +158,7 @@ def _stand_ins() -> list[type]:
         Kept: _KEPT.split(),
         _List: ("collections.deque",),
         _Dictionary: _DICTIONARIES.split(),
+        _Parameters: ("torch.nn.modules.container.ParameterDict",),
         _NumberType: ("numpy.dtype",),
         _Number: ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
         Namespace: ("types.SimpleNamespace",),

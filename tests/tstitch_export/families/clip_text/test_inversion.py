@@ -47,6 +47,20 @@ def test_as_diffusers_loads_them(tmp_path: Path) -> None:
         torch.testing.assert_close(own(given), pipe.text_encoder(given)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_the_first_textual_inversions_hold_parameters(tmp_path: Path) -> None:
+    """github.com/rinongal/textual_inversion saves a ``ParameterDict``."""
+    clip_text_folder(tmp_path)
+    parameters = torch.nn.ParameterDict()
+    parameters["*"] = torch.nn.Parameter(vectors(2))
+    content = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": parameters}
+    torch.save(content, tmp_path / "embeddings.pt")
+    own, tokenizer = made(tmp_path, f"<cat>={tmp_path / 'embeddings.pt'}")
+    rows = [tokenizer.token_to_id(token) for token in ("<cat>", "<cat>_1")]
+    assert torch.equal(own.embeddings.token_embedding.weight[rows], vectors(2))
+    with torch.inference_mode():
+        assert own(torch.tensor([[0, *rows, *[1] * 74]])).isfinite().all()
+
+
 def test_one_file_for_both_encoders_of_sdxl(tmp_path: Path) -> None:
     """``clip_l`` and ``clip_g``; the file has no name for its token. The others' rows stay as they are."""
     for part, width in (("text_encoder", WIDTH), ("text_encoder_2", 48)):
