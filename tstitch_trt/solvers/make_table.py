@@ -120,12 +120,14 @@ def _spaced(family: Solver, options: SolverOptions, noise: NoiseSchedule, steps:
     last = noise.steps
     if options.lambda_min is not None:
         last = int(np.count_nonzero(-np.log(noise.sigmas) >= options.lambda_min))
-        if last < noise.steps and (options.spacing == "trailing" or last < 2):
+        trailing = options.spacing == "trailing"
+        need = max(2, steps + (family.extra_point and options.spacing != "dit"))
+        if last < noise.steps and (trailing or last < need):
             raise BadInput(
-                f"lambda_min is {options.lambda_min:g} (lambda_min_clipped in diffusers), which leaves "
-                f"{last} of {noise.steps} timesteps; spacing {options.spacing!r} needs "
-                f"{'all of them' if last > 1 else 'two or more'}",
-                hint="use spacing linspace or leading, or a lower lambda_min" if last > 1 else "use a lower lambda_min",
+                f"lambda_min is {options.lambda_min:g} (lambda_min_clipped in diffusers), which leaves {last} of "
+                f"{noise.steps} timesteps; {steps} steps of spacing {options.spacing!r} need "
+                f"{'all of them' if trailing else f'{need} or more'}",
+                hint="use a lower lambda_min, or " + ("spacing linspace or leading" if trailing else "fewer steps"),
             )
     return space_timesteps(
         options.spacing,

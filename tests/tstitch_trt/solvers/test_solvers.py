@@ -494,8 +494,10 @@ def test_timesteps_of_sigmas_may_be_named() -> None:
 def test_lambda_min_leaves_out_the_noisiest_timesteps() -> None:
     table = make_table("dpmpp-2m", LINEAR, 10, spacing="linspace", lambda_min=-2.0)
     assert -2.0 <= -np.log(table.sigma[0]) < -1.98
-    with pytest.raises(BadInput, match=r"lambda_min is -2 .*; spacing 'trailing' needs all of them"):
+    with pytest.raises(BadInput, match=r"lambda_min is -2 .*; 10 steps of spacing 'trailing' need all of them"):
         make_table("dpmpp-2m", LINEAR, 10, spacing="trailing", lambda_min=-2.0)
+    with pytest.raises(BadInput, match=r"lambda_min is 4 .*leaves \d of 1000 timesteps; 10 steps .* need 11 or more"):
+        make_table("dpmpp-2m", LINEAR, 10, spacing="linspace", lambda_min=4.0)
     with pytest.raises(BadInput, match=r"lambda_min=-2\.0 would be ignored: the steps follow the karras sigmas"):
         make_table("dpmpp-2m", LINEAR, 10, sigmas="karras", lambda_min=-2.0)
     assert make_table("dpmpp-2m", LINEAR, 10, spacing="trailing", lambda_min=-99.0).t[0] == 999
