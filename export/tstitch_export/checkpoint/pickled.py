@@ -169,9 +169,13 @@ def _check_whole(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def _add_plain(data: Mapping[Any, object], beside: dict[str, object]) -> None:
+    from torch import Tensor
+
     left = iter(range(_MOST_BESIDE))  # a pickle of a few lines may hold a list of itself, thousands of times
     for key, value in data.items():
-        if (plain := _plain_value(value, left)) is not None:
+        if isinstance(value, Tensor) and value.shape == (0,):  # a marker, as files of tensors alone have them
+            beside.setdefault(str(key), True)
+        elif (plain := _plain_value(value, left)) is not None:
             beside.setdefault(str(key), plain)
 
 

@@ -63,7 +63,7 @@ def statements_of(
         found.append(Statement(source=f"its marker tensor {V_MARKER}", prediction="v"))
     if ZERO_MARKER in names:
         found.append(Statement(source=f"its marker tensor {ZERO_MARKER}", zero_snr=True))
-    found += _of_metadata(checkpoint.metadata, text_width)
+    found += _of_metadata(_noted(checkpoint), text_width)
     found += _of_training(checkpoint.beside)
     found += [] if said.noise else _noise_of_training(checkpoint.beside, name)
     if said.noise is None and (noise := noise_from_buffers(checkpoint)) is not None:
@@ -95,6 +95,13 @@ _NOTED: Final = {
     "modelspec.timestep_range": "was trained on a part of the timesteps",
     "modelspec.encoder_layer": "is meant for a text encoder that stops early (clip_skip)",
 }
+
+
+def _noted(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata of a ``.safetensors`` file, or what a training state has in its place."""
+    beside = settings(checkpoint.beside)
+    copied = {key: str(value) for _, key, value in beside if key.startswith(("ss_", "modelspec."))}
+    return {**copied, **checkpoint.metadata}
 
 
 def _of_metadata(metadata: Mapping[str, str], text_width: int | None) -> Iterator[Statement]:

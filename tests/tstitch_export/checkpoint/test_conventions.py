@@ -583,6 +583,19 @@ def test_what_a_training_state_says(
         assert (found.parametrisation, found.noise) == (prediction, noise)
 
 
+def test_marks_and_metadata_beside_a_state_dict(folders: Path, tmp_path: Path) -> None:
+    """Of a file of tensors that a program has saved again as a training state."""
+    state = load_file(folders / "xl.safetensors")
+    for more in (
+        {"v_pred": EMPTY, "ztsnr": EMPTY},
+        {"metadata": {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}},
+        {"metadata": {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": True}},
+    ):
+        torch.save({"state_dict": state, **more}, path := tmp_path / "xl.ckpt")
+        found = inspect(path).trained
+        assert (found.prediction, found.zero_snr) == ("v", True)
+
+
 def test_a_dit_without_learned_variance_is_noted(tmp_path: Path) -> None:
     """The published ones have one, and others that predict a velocity may not: only the recipe says what it is."""
     from tstitch_export.families.dit.config import DiTConfig
