@@ -225,6 +225,24 @@ def test_slices_and_tiles_of_a_vae_are_let_through(change: str) -> None:
     stock.check(vae)
 
 
+def test_functions_and_schedulers_within_modules_are_made_by_their_constructors() -> None:
+    """Which of them have engines is said elsewhere."""
+    from diffusers import ConsistencyDecoderVAE, UNet2DConditionModel
+
+    skipping = UNet2DConditionModel(
+        block_out_channels=(32, 32), cross_attention_dim=32, **HEADS,
+        down_block_types=("SkipDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "SkipUpBlock2D"),
+    )  # fmt: skip
+    check_stock(skipping, "the unet").check(skipping)
+    vae = ConsistencyDecoderVAE(
+        encoder_block_out_channels=(32,), encoder_down_block_types=("DownEncoderBlock2D",),
+        decoder_block_out_channels=(32,), decoder_down_block_types=("ResnetDownsampleBlock2D",),
+        decoder_up_block_types=("ResnetUpsampleBlock2D",),
+    )  # fmt: skip
+    check_stock(vae, "the vae").check(vae)
+
+
 # --- what does
 
 
