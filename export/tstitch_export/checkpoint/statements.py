@@ -171,7 +171,7 @@ _STATE_SWITCHES: Final = {
 _STATE_ZERO: Final = frozenset({"zero_snr", "ztsnr", "zero_terminal_snr", "rescale_betas_zero_snr"})
 _INTERPOLANTS: Final = frozenset({"path_type", "interpolant", "interpolant_type"})
 _FLOW_WORDS: Final = re.compile(r"(?i)[^/]*(flow[-_ ]?match|rectified[-_ ]?flow)[^/]*")  # but no path of a folder
-_STATE_STEPS: Final = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps", "timesteps")
+_STATE_STEPS: Final = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps")
 _STATE_ENDS: Final = (("beta_start", "beta_end"), ("linear_start", "linear_end"))
 _COSINE: Final = ("cosine", "squaredcos_cap_v2", "squared-cosine")
 
@@ -213,7 +213,9 @@ def _noise_of_training(beside: Mapping[str, object], name: str) -> Iterator[Stat
         groups.setdefault(place.rpartition(".")[0], {})[key] = value
     for place, held in groups.items():
         key = next((key for key in ("noise_schedule", "beta_schedule") if isinstance(held.get(key), str)), "")
-        counted = next((key for key in _STATE_STEPS if type(held.get(key)) is int), "")
+        # In latent diffusion's settings they are called timesteps; elsewhere that may be those of sampling.
+        counts = ("timesteps",) if "linear_start" in held else _STATE_STEPS
+        counted = next((key for key in counts if type(held.get(key)) is int), "")
         kind, steps = str(held[key]) if key else "", int(str(held[counted])) if counted else 1000
         if not key and (counted != "diffusion_steps" or steps == 1000):
             continue

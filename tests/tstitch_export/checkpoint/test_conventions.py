@@ -570,6 +570,7 @@ def test_a_label_table_of_one_row_has_no_null_class(tmp_path: Path) -> None:
         ({"diffusion_steps": 500}, None, NoiseScheduleSpec(kind="linear", steps=500, beta_start=2e-4, beta_end=0.04)),
         ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, None, SD_NOISE),
         ({"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}, None, SD_NOISE),
+        ({"noise_schedule": "cosine", "timesteps": 250}, None, NoiseScheduleSpec(kind="squared-cosine")),
         ({"beta_schedule": "linear"}, None, None),
         ({"objective": "pred_noise", "noise_schedule": "linear"}, "eps", NoiseScheduleSpec(kind="linear")),
     ],
