@@ -75,6 +75,7 @@ def _build(match: re.Match[str]) -> str:
 _RULES: Final[tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]] = (
     (r"(?:use|choose|write) (?:the|a) recipe.*", "give a small UNet of the pipeline's own kind"),
     (r"recipe '[\w-]+'", "a pipeline of this class"),
+    (r"the recipe (?=says|expects|has)", "the pipeline's class "),
     (r"; --partial[^;]*", ""),
     (r"(?:TSTITCH_TRT_CACHE=\S+ )?tstitch-trt build(?: [^\s;()]*[^\s;,()])*", _build),
     (r"--[a-z-]+(?: [^\s(]+)?(?: or --[a-z-]+)? \((?P<own>[a-z_]+= ?[^()]*)\)", r"\g<own>"),

@@ -60,6 +60,8 @@ def test_nothing_below_says_an_option_of_the_command_line() -> None:
     [
         ("let its steps run without: --option small.controlled=false",
          'let its steps run without: options={"small.controlled": False}'),
+        ("the vae has 4 pixels per latent element; the recipe says 8",
+         "the vae has 4 pixels per latent element; the pipeline's class says 8"),
         ("build with --precision bf16 or fp32", 'build with precision="bf16" or fp32'),
         ("one precision: --precision controlnet=fp16", 'one precision: precision={"controlnet": "fp16"}'),
         ("build again with a wider --tokens MIN:OPT:MAX", 'build again with a wider tokens="MIN:OPT:MAX"'),
