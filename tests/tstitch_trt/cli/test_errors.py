@@ -77,7 +77,7 @@ CASES = {
     "bench against": ("bench PAIR --against jax", "'jax'", "torch", "use one of: torch"),
     "bench plot": ("bench PAIR --plot a.svg", "'a.svg'", ".png", "--plot a.png"),
     "no recipe": ("build", "nothing", "fashion", "tstitch-trt build --list"),
-    "unknown recipe": ("build fashon", "'fashon'", "known: dit-256", "did you mean 'fashion'?"),
+    "unknown recipe": ("build fashon", "'fashon'", "known: dit, dit-256", "did you mean 'fashion'?"),
     "member without checkpoint": ("build dit-256 --member small", "'small'", "NAME=CHECKPOINT", "--member small="),
     "member missing": ("build dit-256", "'small'", "--member small=CHECKPOINT"),
     "member twice": ("build dit-256 --member small=a --member small=b", "'small' twice", "once"),

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 
+import tstitch_engines
+import tstitch_export
 import tstitch_trt
 from support.accelerating import SD, fast, pipeline
 from support.tiny_families import controlnet_folder, unet_folder
 from tstitch_engines.errors import TStitchError
 from tstitch_trt.pipeline.callers_words import reworded
 
-ROOT = Path(tstitch_trt.__file__).parent.parent
 # What a build of an accelerated pipeline, and a call, may pass through
-BELOW = ["export/tstitch_export", "engines/tstitch_engines", *(f"tstitch_trt/{name}" for name in
-         ("runtime", "plan", "request", "solvers", "pipeline", "study/budget", "files.py"))]  # fmt: skip
+BELOW = [Path(package.__file__).parent for package in (tstitch_export, tstitch_engines)]
+BELOW += [Path(tstitch_trt.__file__).parent / name for name in
+          ("runtime", "plan", "request", "solvers", "pipeline", "study/budget", "files.py")]  # fmt: skip
 ELSEWHERE = ("/train/", "/quantise/", "make_fatbin", "pack_pair", "callers_words", "/signature.py")
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
 COMMAND = re.compile(r"(?:tstitch-trt (?!build)[a-z]+|pip install)[^;,()]*")
@@ -34,8 +36,7 @@ def said(node: ast.AST) -> str | None:
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    for below in BELOW:
-        place = ROOT / below
+    for place in BELOW:
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             if any(part in str(path) for part in ELSEWHERE):
                 continue
