@@ -178,10 +178,16 @@ def _function(value: object) -> FunctionType | None:
 
 
 def _belongs(function: FunctionType, cls: type) -> bool:
-    """Whether the module of ``cls`` defines it, or PyTorch: some take over functions of ``torch.nn.Module`` as they
-    are, and compiling exchanges some of those. A library's decorator may be around it that does not say so."""
+    """Whether the module of ``cls`` defines it, or PyTorch, and not for another class: some take over functions of
+    ``torch.nn.Module`` as they are, and compiling exchanges some of those. A library's decorator may be around it that
+    does not say so."""
     homes = (function, *(inner for inner in _cells(function) if isinstance(inner, FunctionType)))
-    return any(one.__module__ == cls.__module__ or one.__module__.startswith("torch.") for one in homes)
+    classes = {"", "<locals>", *(base.__name__ for base in cls.__mro__)}
+    return any(
+        one.__qualname__.rpartition(".")[0].rpartition(".")[2] in classes
+        for one in homes
+        if one.__module__ == cls.__module__ or one.__module__.startswith("torch.")
+    )
 
 
 def _codes(value: object, seen: set[int]) -> Iterator[CodeType]:

@@ -549,6 +549,14 @@ def test_a_patched_class_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) 
             check()
 
 
+def test_a_function_of_another_class_is_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the same library, as ``nn.Module`` alone is what others take functions over from."""
+    stock = check_stock(shared_unet(), "the unet")
+    monkeypatch.setattr(nn.SiLU, "forward", nn.GELU.forward)
+    with pytest.raises(BadInput, match=r"SiLU.forward was replaced"):
+        stock.check(shared_unet())
+
+
 def test_a_patched_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of PyTorch, as attention kernels are exchanged, and of diffusers' own modules."""
     from diffusers.models import embeddings
