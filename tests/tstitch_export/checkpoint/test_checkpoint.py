@@ -191,6 +191,7 @@ def test_what_a_file_says_beside_its_tensors(tmp_path: Path) -> None:
     assert read.beside == {
         "args": {"model": "SiT-XL/2", "image_size": 256, "betas": [0.9, 0.95]},
         "global_step": 7,
+        "v_pred": True,
     }
     assert read.markers == {"v_pred"}
     assert read.metadata == {}
