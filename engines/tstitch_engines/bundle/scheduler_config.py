@@ -255,16 +255,11 @@ def _euler(keys: _Config, spacing: str) -> _Read:
 def _dpm(keys: _Config, spacing: str) -> _Read:
     keys.off("thresholding", "use_flow_sigmas")
     kind = keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "-sde"})
-    order = keys.whole("solver_order", 2)
-    if order not in (1, 2, 3):
-        raise keys.refuse("solver_order", order, "1, 2 or 3")
-    final = keys.choose("final_sigmas_type", "zero", _FINALS)
-    options: dict[str, Option] = {"final": final}
+    order, options = _order_and_final(keys)
     if order > 1:
-        options |= _second_order(keys)
         if not keys.switch("lower_order_final", default=True):
             options["lower_order_final"] = False
-        if final != "zero" and keys.switch("euler_at_final", default=False):
+        if options["final"] != "zero" and keys.switch("euler_at_final", default=False):
             options["euler_at_final"] = True
     options |= _sigmas(keys, lambdas=True)
     if "sigmas" in options:
@@ -276,14 +271,18 @@ def _dpm(keys: _Config, spacing: str) -> _Read:
     return f"dpmpp-{order}{'m' if order > 1 else ''}{kind}", options, {}
 
 
-def _second_order(keys: _Config) -> dict[str, Option]:
-    """diffusers falls back on midpoint for the three that other classes have."""
-    second = keys.choose(
-        "solver_type",
-        "midpoint",
-        {"midpoint": "midpoint", "heun": "heun"} | dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
-    )
-    return {} if second == "midpoint" else {"second_order": second}
+def _order_and_final(keys: _Config) -> tuple[int, dict[str, Option]]:
+    """Of both DPM-Solver++. For steps of order 2 diffusers falls back on midpoint for the three of other classes."""
+    order = keys.whole("solver_order", 2, least=1, most=3)
+    options: dict[str, Option] = {"final": keys.choose("final_sigmas_type", "zero", _FINALS)}
+    if order > 1:
+        second = keys.choose(
+            "solver_type",
+            "midpoint",
+            {"midpoint": "midpoint", "heun": "heun"} | dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+        )
+        options |= {} if second == "midpoint" else {"second_order": second}
+    return order, options
 
 
 def _clipped(keys: _Config) -> dict[str, Option]:
@@ -298,15 +297,9 @@ def _singlestep(keys: _Config, spacing: str) -> _Read:
     """The class has no timestep_spacing: its timesteps are those of linspace."""
     keys.off("thresholding", "use_flow_sigmas")
     keys.choose("algorithm_type", "dpmsolver++", {"dpmsolver++": "", "deis": ""})
-    order = keys.whole("solver_order", 2)
-    if order not in (1, 2, 3):
-        raise keys.refuse("solver_order", order, "1, 2 or 3")
-    final = keys.choose("final_sigmas_type", "zero", _FINALS)
-    options: dict[str, Option] = {"final": final}
-    if order > 1:
-        options |= _second_order(keys)
-        if final != "zero" and not keys.switch("lower_order_final", default=False):
-            options["lower_order_final"] = False
+    order, options = _order_and_final(keys)
+    if order > 1 and options["final"] != "zero" and not keys.switch("lower_order_final", default=False):
+        options["lower_order_final"] = False
     options |= _sigmas(keys)
     if "sigmas" in options:
         options["sigma_timesteps"] = "nearest" if options["sigmas"] == "karras" else "down"
@@ -320,9 +313,7 @@ def _unipc(keys: _Config, spacing: str) -> _Read:
     if not keys.switch("predict_x0", default=True):
         raise keys.refuse("predict_x0", False, "True")
     keys.only("solver_p", None, None)
-    order = keys.whole("solver_order", 2)
-    if order not in (1, 2, 3):
-        raise keys.refuse("solver_order", order, "1, 2 or 3")
+    order = keys.whole("solver_order", 2, least=1, most=3)
     # diffusers falls back on bh2 for the three that other classes have
     formula = keys.choose(
         "solver_type", "bh2", {"bh1": "bh1", "bh2": "bh2"} | dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")

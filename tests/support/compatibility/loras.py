@@ -22,7 +22,6 @@ _TARGET: Final = LoraTarget(
 )
 _KOHYA: Final = f"lora_unet_{_MODULE.replace('.', '_')}"
 _KOHYA_CONV: Final = f"lora_unet_{_CONV.replace('.', '_')}"
-_A, _B = {"in": (4, 768)}, {"out": (32, 4)}
 _Shapes = Mapping[str, tuple[int, ...]]
 _PAIR: Final[_Shapes] = {f"{_KOHYA}.lora_down.weight": (4, 768), f"{_KOHYA}.lora_up.weight": (32, 4)}
 _PEFT: Final[_Shapes] = {f"unet.{_MODULE}.lora_A.weight": (4, 768), f"unet.{_MODULE}.lora_B.weight": (32, 4)}

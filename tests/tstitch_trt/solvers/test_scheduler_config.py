@@ -220,7 +220,13 @@ def test_what_sd15_says() -> None:
             "algorithm_type is 'dpmsolver'",
         ),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, "use_beta_sigmas is True"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4}, "solver_order is 4; allowed is 1, 2 or 3"),
+        *[
+            (
+                {"_class_name": f"{name}Scheduler", "solver_order": 4},
+                "solver_order is 4; allowed is a whole number from 1 to 3",
+            )
+            for name in ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")
+        ],
         ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0 is False; allowed is True"),
         (
             {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "use_exponential_sigmas": True},
