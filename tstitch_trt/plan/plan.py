@@ -94,8 +94,14 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
             f"history='reset' would be ignored: solver {solver.name!r} keeps no estimates of earlier steps",
             hint="leave history out, or choose a multistep solver",
         )
+    start = options.start or 0
+    if start >= table.steps:
+        raise BadInput(
+            f"start {start} (start_step of a request) is outside 0..{table.steps - 1}, the steps of this trajectory",
+            hint="0 starts from noise",
+        )
     restarts = {segment.start for segment in resolved.segments[1:]} if options.history == "reset" else set()
-    restarts |= {options.start or 0} - {0}
+    restarts |= {start} - {0}
     if restarts and multistep:
         table = make_table(solver, noise, steps, timesteps=options.timesteps, restarts=restarts)
 
@@ -119,7 +125,7 @@ def make_plan(manifest: Manifest, options: PlanOptions | None = None, **keywords
     rows[:, ROW["T"]], rows[:, ROW["C_IN"]] = t, c_in
     _check_float32(rows)
     rows.flags.writeable = False
-    return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), guidance.embedded, options.start or 0)
+    return Plan(resolved, table, rows, guided, bool(rescale) and any(guided), guidance.embedded, start)
 
 
 def _solver(manifest: Manifest, options: PlanOptions) -> SolverOptions:

@@ -153,10 +153,6 @@ class ParsedRequest:
                 f"{_MOST_STEPS:,} in one request",
                 hint="ask for fewer images at once (n=), or fewer steps",
             )
-        if self.start_step >= len(plan.schedule):
-            raise BadInput(
-                f"start_step {self.start_step} is outside 0..{len(plan.schedule) - 1}", hint="0 starts from noise"
-            )
 
 
 def parse_request(manifest: Manifest, limits: Limits, options: SampleOptions) -> ParsedRequest:

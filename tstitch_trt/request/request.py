@@ -58,9 +58,8 @@ class Request:
         Raises ``Unavailable`` where an encoder is missing, ``BadInput`` for embeddings that do not fit a member.
         """
         assert not isinstance(parsed.latents, ForeignLatents), "the runtime borrows them before"
-        start, latents, from_noise, picture = parsed.start_step, parsed.latents, parsed.start_step == 0, None
+        start, latents, from_noise, picture = plan.start, parsed.latents, plan.start == 0, None
         if parsed.init is not None:
-            start = plan.start
             noise = latents if isinstance(latents, np.ndarray) else None
             shape = (manifest.latent.channels, *parsed.size)
             picture = make_init_image(manifest, encode, parsed.init, parsed.seeds, shape, noise)

@@ -208,7 +208,7 @@ class Model:
             Phase(name, guided, parsed.size, control and members[name].controlled)
             for name, guided in zip(plan.schedule.names, plan.guided, strict=True)
         ]
-        first = plan.start if parsed.init is not None else parsed.start_step
+        first = plan.start
         return tuple((key, max(first, start), stop) for key, start, stop in phases_of(keys) if stop > first)
 
     def offer(self, job: runtime_job.Job) -> Offer:

@@ -72,6 +72,12 @@ def test_a_restart_forgets_a_kept_latent_too() -> None:
     assert not reads_before(make_plan(manifest(), **settings, start=1).rows, 1)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])
+def test_a_start_outside_the_trajectory_is_refused(solver: str) -> None:
+    with pytest.raises(BadInput, match=r"start 10 \(start_step of a request\) is outside 0\.\.9"):
+        make_plan(manifest(), steps=10, solver=solver, start=10)
+
+
 def test_learned_variance_is_read_where_it_exists() -> None:
     both = manifest({"small": member(learned=True), "large": member(learned=True)})
     plan = make_plan(both, steps=10, solver="ddpm", variance="learned")

@@ -280,6 +280,13 @@ def test_nan_is_named_with_step_and_member(tiny_pair: TinyPair) -> None:
         ({"latents": np.zeros((1, 3, 8, 8), np.float32)}, r"float32[1, 3, 8, 8]"),
         ({"latents": np.zeros((1, 4, 8, 8), np.int64)}, "int64"),
         ({"start_step": 3}, "without latents"),
+        *[
+            (
+                {"start_step": 4, "latents": np.zeros((1, 4, 8, 8), np.float32), "solver": solver},
+                "start_step of a request",
+            )
+            for solver in ("ddim", "dpmpp-2m")
+        ],
         ({"fraction": 1.01}, "outside 0..1"),
         ({"guidance": -2.0}, "guidance -2"),
     ],
