@@ -7,6 +7,7 @@ transformers and diffusers write it) stands for the shards that it lists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,9 @@ SAFETENSORS: Final = (".safetensors", ".sft")
 _AGAIN: Final = "download or copy it again"
 # What layers of 8-bit floats have beside their weight: its scale, and what only arithmetic in 8 bits needs
 _SCALES: Final = (".scale_weight", ".weight_scale")
-_UNUSED: Final = (".scale_input", ".input_scale", ".comfy_quant")
+_NOTE: Final = ".comfy_quant"
+_NOTE_BYTES: Final = 4096
+_UNUSED: Final = (".scale_input", ".input_scale", _NOTE)
 _MARKER: Final = "scaled_fp8"
 
 
@@ -103,9 +106,10 @@ class Checkpoint:
         self._names = {**found.outside, **found.names}
         for name in self.shapes:
             check_weight_type(path.name, name, self.types[name])
-        for name in shapes:
-            if name.endswith(".comfy_quant"):
-                self._check_note(name)
+        if noted := [name for name in shapes if name.endswith(_NOTE)]:
+            readers = self._readers()
+            for name in noted:
+                self._check_note(name, shapes[name], readers[name])
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors as stored (mapped from the file where the format allows it), 8-bit floats as float16 or float32.
@@ -142,9 +146,10 @@ class Checkpoint:
     def _scale(self, name: str, stored: Mapping[str, Tensor]) -> Tensor | None:
         return stored[self._scales[name]] if name in self._scales else None
 
-    def _check_note(self, name: str) -> None:
+    def _check_note(self, name: str, shape: tuple[int, ...], read: Callable[[], Numbers]) -> None:
         """Raises ``BadCheckpoint`` unless ComfyUI's note ``name`` says that the layer's weight is 8-bit floats."""
-        text = self._readers()[name]().astype(np.uint8).tobytes()
+        is_text = self.types[name] == "uint8" and math.prod(shape) <= _NOTE_BYTES
+        text = read().astype(np.uint8).tobytes() if is_text else f"{self.types[name]} {list(shape)}".encode()
         try:
             noted = msgspec.convert(decode_json(text), _Quantised).format
         except ValueError:

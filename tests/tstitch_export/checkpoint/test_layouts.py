@@ -376,3 +376,27 @@ def test_what_is_no_weight_may_be_of_any_type(tmp_path: Path) -> None:
     found = read_checkpoint(written(tmp_path, {**UNET, **more, **quantised}, ".safetensors"))
     assert found.shapes.keys() == {*UNET, *more, f"{LAYER}.weight"}
     assert found.values("step") == 3
+
+
+@pytest.mark.parametrize("note", [torch.full((3,), float("nan")), torch.zeros(5000, dtype=torch.uint8)])
+def test_a_note_that_is_no_short_text_is_refused(note: torch.Tensor, tmp_path: Path) -> None:
+    tensors = {**UNET, f"{LAYER}.weight": torch.ones(4, 6).to(torch.float8_e4m3fn), f"{LAYER}.comfy_quant": note}
+    with pytest.raises(BadCheckpoint, match=r"says that its layer is quantised: (float32|uint8) \[\d+\]"):
+        read_checkpoint(written(tmp_path, tensors, ".safetensors"))
+
+
+def test_notes_of_many_layers_open_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in (f"blocks.{index}.to_q" for index in range(20)):
+        tensors |= {f"{layer}.weight": torch.ones(4, 6).to(torch.float8_e4m3fn), f"{layer}.comfy_quant": noted}
+    path, memmap = written(tmp_path, tensors, ".safetensors"), np.memmap
+    mapped: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        mapped.append(args)
+        return memmap(*args)
+
+    monkeypatch.setattr(np, "memmap", counted)
+    assert len(read_checkpoint(path).shapes) == 20
+    assert len(mapped) == 1
