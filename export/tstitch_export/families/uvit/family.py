@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_engines.needs import require
-from tstitch_export.checkpoint.checkpoint import read_checkpoint
-from tstitch_export.checkpoint.conventions import CONVENTION_OPTIONS, Statement, conventions_of, read_options
+from tstitch_export.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from tstitch_export.checkpoint.conventions import (
+    CONVENTION_OPTIONS,
+    Conventions,
+    Statement,
+    conventions_of,
+    read_options,
+    say,
+)
 from tstitch_export.checkpoint.folder import files_of
 from tstitch_export.checkpoint.statements import statements_of
 from tstitch_export.families.base import Inspection, Scalar
 from tstitch_export.families.class_member import ClassMember
 from tstitch_export.families.options import typed
-from tstitch_export.families.uvit.layout import NOISE, config_from_shapes, published_name, time_of
+from tstitch_export.families.uvit.layout import NOISE, Time, config_from_shapes, published_name, time_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,8 +58,9 @@ class UViTFamily(ClassMember):
         config = config_from_shapes(checkpoint.shapes, name=path.name, heads=None if heads is None else int(heads))
         convention = time_of(None if time is None else str(time), config, path.name)
         said = read_options(given)
-        stated, notes = statements_of(checkpoint, said)
-        stated.append(Statement(source=f"its time ({convention})", noise=NOISE[convention], zero_snr=False))
+        if time is not None:  # which says the noise
+            said = replace(said, noise=NOISE[convention], zero_snr=False)
+        trained = _trained(checkpoint, said, convention)
         return Inspection(
             family=self.name,
             layout="published",
@@ -66,7 +74,7 @@ class UViTFamily(ClassMember):
             latent=(config.channels, config.size, config.size),
             labels=config.labels,
             null_class=bool(given.get("null_class", True)),
-            trained=conventions_of(path.name, stated, said=said, notes=notes),
+            trained=trained,
         )
 
     def load(self, inspection: Inspection) -> nn.Module:
@@ -78,3 +86,18 @@ class UViTFamily(ClassMember):
         config = config_from_shapes(checkpoint.shapes, name=name, heads=int(inspection.config["heads"]))
         time = time_of(str(inspection.config["time"]), config, name)
         return fill(lambda: UViT(config, time), checkpoint.tensors(), name=name)
+
+
+def _trained(checkpoint: Checkpoint, said: Conventions, time: Time) -> Conventions:
+    """Raises ``BadCheckpoint`` where the file contradicts the noise of ``time``, unless that was ``said``."""
+    own = Statement(source=f"its time ({time})", noise=NOISE[time], zero_snr=False)
+    try:
+        stated, notes = statements_of(checkpoint, said)
+        return conventions_of(checkpoint.path.name, [*stated, own], said=said, notes=notes)
+    except BadCheckpoint as error:
+        if not any(f"MEMBER.{option}=" in error.hint for option in ("noise", "zero_snr")):
+            raise
+        other = "discrete" if time == "continuous" else "continuous"
+        raise BadCheckpoint(
+            error.message, hint=f"{say('time', other)}; or {time}, which it is taken for, if its noise is as published"
+        ) from None

@@ -178,6 +178,29 @@ def test_what_shapes_do_not_tell_is_asked_for(tmp_path: Path) -> None:
         UVIT.inspect(tmp_path, TINY)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"args": {"noise_schedule": "sigmoid"}}, "noise that can't be expressed"),
+        ({"args": {"noise_schedule": "linear"}}, r"noise is linear, .* and scaled-linear, .* by its time \(discrete\)"),
+        ({"ztsnr": torch.zeros(0)}, r"zero_snr is True by its training state \(ztsnr = True\) and False by its time"),
+    ],
+)
+def test_a_file_that_contradicts_its_time(
+    more: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``time`` is what says a U-ViT's noise: hints name it, and where the user says it the file's word counts less."""
+    monkeypatch.setitem(PUBLISHED_SIZES, "H", (5, 32))  # so that the size of the tiny one tells
+    torch.save({"state_dict": uvit_model().state_dict(), **more}, path := tmp_path / "x.pth")
+    with pytest.raises(BadCheckpoint, match=words) as caught:
+        UVIT.inspect(path, {"num_heads": 4})
+    assert "MEMBER.time=continuous" in caught.value.hint
+    assert "MEMBER.noise" not in caught.value.hint
+    assert "MEMBER.zero_snr" not in caught.value.hint
+    found = UVIT.inspect(path, TINY)
+    assert (found.noise, found.trained.zero_snr) == (NOISE["discrete"], False)
+
+
 def test_bad_files(tmp_path: Path) -> None:
     state = dict(uvit_model().state_dict())
     state["mid_block.mlp.fc1.weight"][3, 3] = math.nan
