@@ -12,6 +12,7 @@ from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.bundle.noise import alphas_cumprod
 from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import Checkpoint
+from tstitch_export.checkpoint.conventions import say
 
 __all__ = ["betas_of", "noise_from_buffers", "noise_of"]
 
@@ -66,8 +67,7 @@ def noise_of(betas: Array, name: str) -> NoiseScheduleSpec:
     raise BadCheckpoint(
         f"{name}: its betas, {start:g} to {end:g} over {steps} steps, are neither linear, scaled-linear nor "
         "squared-cosine",
-        hint="if another program than its training wrote them, say the right ones: --option "
-        "MEMBER.noise=scaled-linear:0.00085:0.012",
+        hint=f"if another program than its training wrote them, {say('noise', 'scaled-linear:0.00085:0.012')}",
     )
 
 

@@ -78,7 +78,8 @@ def read_pipeline(path: Path, said: Conventions = NOTHING_KNOWN) -> PipelineFact
                 raise BadCheckpoint(
                     f"the model was trained with noise that can't be expressed: {error.message}",
                     hint="if it was trained otherwise, say both noise and prediction: --option "
-                    "MEMBER.noise=scaled-linear:0.00085:0.012 --option MEMBER.prediction=eps",
+                    "MEMBER.noise=scaled-linear:0.00085:0.012 --option MEMBER.prediction=eps, in Python "
+                    'options={"MEMBER.noise": "scaled-linear:0.00085:0.012", "MEMBER.prediction": "eps"}',
                 ) from None
     vae = read_json(file := path / "vae" / "config.json")
     if vae is not None and str(vae.get("_class_name")) in _SCALING:
