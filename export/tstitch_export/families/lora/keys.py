@@ -27,10 +27,8 @@ _DOTTED: Final = re.compile(
 # The end of a dotted key -> what it holds. The old spelling names the projection in the same word.
 _ENDS: Final = (
     (re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight"), None),
-    (
-        re.compile(r"(.+)\.lora_A(?:\.[\w-]+)?\.weight"),
-        "down",
-    ),  # with the adapter's name, where PEFT's own state is saved
+    # with the adapter's name, where PEFT's own state is saved
+    (re.compile(r"(.+)\.lora_A(?:\.[\w-]+)?\.weight"), "down"),
     (re.compile(r"(.+)\.lora_B(?:\.[\w-]+)?\.weight"), "up"),
     (re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.down\.weight"), "down"),
     (re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.up\.weight"), "up"),
