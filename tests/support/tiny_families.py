@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "SDXL",
     "STABLE_DIFFUSION_2",
     "clip_text_folder",
     "clip_tokenizer_folder",
@@ -170,6 +171,14 @@ _UNETS["xl-one"] = {
 _UNETS["xl-least"] = {**_UNETS["xl-one"], "mid_block_type": "UNetMidBlock2D"}
 
 
+# Changes of ``sdxl`` and ``ssd1b``: the widths by which a single file is told
+SDXL: dict[str, Any] = {
+    "cross_attention_dim": 2048,
+    "block_out_channels": (64, 128),
+    "attention_head_dim": (1, 2),
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 16 + 6 * 256,
+}
 # Changes of ``sd``: as many blocks as Stable Diffusion 2.x has, so that it has the tensor that tells its two branches
 STABLE_DIFFUSION_2: dict[str, Any] = {
     "cross_attention_dim": 1024,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.dits import diffusers_folder, published_state
 from support.ldms import ldm_checkpoint
 from support.tiny_checkpoints import PNDM, planned, text_recipe
-from support.tiny_families import STABLE_DIFFUSION_2, original_unet, unet_folder
+from support.tiny_families import SDXL, STABLE_DIFFUSION_2, original_unet, unet_folder
 from support.uvits import uvit_checkpoint
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, TStitchError, UnknownName
@@ -30,13 +30,6 @@ from tstitch_export.families.unet.conventions import SPREAD_OF
 SD_NOISE = NoiseScheduleSpec(kind="scaled-linear", beta_start=0.00085, beta_end=0.012)
 SPREAD_IN_FILE = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 EMPTY = torch.zeros(0)
-XL: dict[str, Any] = {
-    "cross_attention_dim": 2048,
-    "block_out_channels": (64, 128),
-    "attention_head_dim": (1, 2),
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 16 + 6 * 256,
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bare UNet folders ``sd``, ``xl`` and ``sd2``, and each as a single file NAME.safetensors."""
     root = tmp_path_factory.mktemp("unets")
     text = {"cross_attention_dim": 768, "attention_head_dim": 8}
-    for name, kind, changes in (("sd", "sd", text), ("xl", "sdxl", XL), ("sd2", "sd", STABLE_DIFFUSION_2)):
+    for name, kind, changes in (("sd", "sd", text), ("xl", "sdxl", SDXL), ("sd2", "sd", STABLE_DIFFUSION_2)):
         module = unet_folder(root / name, kind, part=None, norm_num_groups=32, **changes)
         state = original_unet(module)
         if name == "sd2":  # not trained

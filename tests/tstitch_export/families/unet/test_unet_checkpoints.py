@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from support.dits import diffusers_folder, sparse_safetensors
 from support.tiny_checkpoints import planned, said, text_recipe
-from support.tiny_families import clip_text_folder, controlnet_folder, original_control, original_unet, unet_folder
+from support.tiny_families import (
+    SDXL,
+    clip_text_folder,
+    controlnet_folder,
+    original_control,
+    original_unet,
+    unet_folder,
+)
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.bundle.scheduler_config import read_training
 from tstitch_engines.errors import BadCheckpoint, PairMismatch
@@ -38,27 +45,9 @@ ORIGINALS: dict[str, dict[str, Any]] = {
         "block_out_channels": (64, 128),
         "attention_head_dim": (1, 2),
     },
-    "sdxl": {
-        "cross_attention_dim": 2048,
-        "block_out_channels": (64, 128),
-        "attention_head_dim": (1, 2),
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 16 + 6 * 256,
-    },
-    "refiner": {
-        "cross_attention_dim": 1280,
-        "block_out_channels": (64, 128),
-        "attention_head_dim": (1, 2),
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 1280 + 5 * 256,
-    },
-    "ssd1b": {
-        "cross_attention_dim": 2048,
-        "block_out_channels": (64, 128),
-        "attention_head_dim": (1, 2),
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 16 + 6 * 256,
-    },
+    "sdxl": SDXL,
+    "refiner": {**SDXL, "cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 1280 + 5 * 256},
+    "ssd1b": SDXL,
 }
 
 
