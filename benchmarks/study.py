@@ -135,6 +135,9 @@ def _against_the_first(points: Sequence[Point], evaluation: Evaluation) -> str:
 
 
 def _judgements(title: str, found: Mapping[str, Judgement | None]) -> str:
+    """Nothing where the record keeps no resamples to compare."""
+    if not any(found.values()):
+        return ""
     rows = [f"| {title} | difference | at most (95 %) | margin | |", "|---|---|---|---|---|"]
     for name, one in found.items():
         cells = [""] * 4

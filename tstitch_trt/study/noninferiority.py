@@ -53,7 +53,7 @@ def check_margin(value: object, what: str) -> float:
 class Judgement:
     """``difference``: positive where the setting is worse. ``upper``: its 95 % bound. ``margin``: in the metric's unit.
 
-    ``verdict``: ``no worse`` (``upper`` is below ``margin``), ``worse`` (so is no value of the interval),
+    ``verdict``: ``no worse`` (``upper`` is below ``margin``), ``worse`` (the lower bound is above it),
     ``too few samples`` (even a difference of 0 would not have passed), else ``undecided``. ``needed``: samples with
     which equal settings would pass, about; 0 where that is unknown.
     """
@@ -131,8 +131,8 @@ def bounds_of(
 
     Infinite where no resamples are kept. A metric of ``PAIRED`` is a distance from the reference already. A schedule
     that hands over from a member to a later one counts as no better than those with fewer steps on the early member and
-    all else equal: what is good again by chance behind one that is not is not chosen. The later member alone is where
-    that order begins and does not count.
+    all else equal, so that a value that is good by chance is not chosen where a smaller share is worse. The later
+    member alone is where that order begins and does not count.
     """
     found = [_bound(metric, measure, reference) for measure in measures]
     curves: dict[bytes, list[tuple[float, int]]] = {}

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "evaluation_key", "npz_name"]
 
 
-def evaluation_key(scorer: Scorer, images: ImageSet, runtime: Runtime) -> str:
+def evaluation_key(scorer: Scorer, images: ImageSet, runtime: Runtime, resamples: int) -> str:
     """Identifies an evaluation, whatever settings and metrics it has."""
     network, reference = scorer.network, scorer.reference
     return digest(
@@ -51,6 +51,7 @@ def evaluation_key(scorer: Scorer, images: ImageSet, runtime: Runtime) -> str:
             "reference": None if reference is None else reference.sha256,
             "request": [images.samples, images.seed, list(images.prompts)],
             "backend": [runtime.backend_name, runtime.device.name],
+            "resamples": resamples,
         }
     )[:12]
 
@@ -64,7 +65,7 @@ def evaluation_key(scorer: Scorer, images: ImageSet, runtime: Runtime) -> str:
     npz=optional(check_path),
     rounds=partial(check_whole, high=10_000),
     batch=partial(check_whole, low=1, high=MOST_IMAGES),
-    resamples=partial(check_whole, low=1, high=100_000),
+    resamples=partial(check_whole, low=2, high=100_000),
     margin=check_margin,
     threads=check_threads,
     command=check_command,
@@ -98,12 +99,13 @@ def evaluate(
     asked = list({digest(setting): setting for setting in settings}.values())
     phases = Phases(progress)
     phases.phase("drawing", 0.0, 1.0, len(asked) * images.samples)
-    earlier = _earlier(runtime, evaluation_key(scorer, images, runtime))
+    key = evaluation_key(scorer, images, runtime, resamples)
+    earlier = _earlier(runtime, key)
     before = [] if earlier is None else [point.setting for point in earlier.points]
-    references = {key: reference_of(manifest, family) for key, family in _families([*asked, *before]).items()}
+    references = {kind: reference_of(manifest, family) for kind, family in _families([*asked, *before]).items()}
     drawings: dict[str, Drawing] = {}
-    for key, family in _families(asked).items():
-        reference = references[key]
+    for kind, family in _families(asked).items():
+        reference = references[kind]
         drawing = Drawing(
             runtime,
             scorer,
@@ -158,8 +160,8 @@ def evaluate(
         references=tuple(references.values()),
         points=tuple(points),
         notes=tuple(notes),
+        key=key,
     )
-    found = msgspec.structs.replace(found, key=evaluation_key(scorer, images, runtime))
     return found if earlier is None else _extended(found, earlier)
 
 

@@ -309,6 +309,19 @@ def test_an_extension_by_more_steps_drops_what_was_compared_with_fewer(runtime: 
     shutil.rmtree(runtime.bundle.root / "studies")
 
 
+def test_settings_of_other_resamples_are_not_mixed(runtime: Runtime, tmp_path: Path) -> None:
+    """Their deviations are not of the same draws, so that no two of them could be compared."""
+    make = partial(setting_of, runtime.manifest, guidance=1.0, steps=2)
+    first = study(runtime, tmp_path, ("fid",), samples=20, settings=[make(schedule="large")])
+    save_study(runtime.bundle, first, key=first.key)
+    found = [
+        study(runtime, tmp_path, ("fid",), samples=20, settings=[make(schedule="small")], resamples=count)
+        for count in (first.resamples, 40)
+    ]
+    shutil.rmtree(runtime.bundle.root / "studies")
+    assert [len(one.points) for one in found] == [2, 1]
+
+
 def test_the_differences_of_an_evaluation_are_paired_by_seed(runtime: Runtime, tmp_path: Path) -> None:
     """A second evaluation that extends the first can be compared with it: resamples draw the same seeds."""
     make = partial(setting_of, runtime.manifest, guidance=1.0, steps=4)
