@@ -162,14 +162,11 @@ def _is_library_class(cls: type) -> bool:
 def _in_library(file: str) -> bool:
     if file.startswith("<"):
         return file == "<string>"  # the constructors of dataclasses and named tuples
-    homes = [(module.__file__ or "").rpartition("__init__")[0] for name in _LIBRARIES if (module := _loaded(name))]
+    loaded = [sys.modules[name] for name in _LIBRARIES if name in sys.modules]
+    homes = [(module.__file__ or "").rpartition("__init__")[0] for module in loaded]
     if any(home and file.startswith(home) for home in homes):
         return True
     return file.startswith(_STANDARD) and "-packages" not in file[len(_STANDARD) :]
-
-
-def _loaded(name: str) -> ModuleType | None:
-    return sys.modules.get(name)
 
 
 def _function(value: object) -> FunctionType | None:

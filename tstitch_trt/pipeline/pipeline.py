@@ -11,7 +11,6 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tstitch_engines.bundle.scheduler_config import Scheduler
 from tstitch_engines.checks import check_number, read_mapping
 from tstitch_engines.device.step_row import ROW
 from tstitch_engines.errors import BadInput
@@ -215,7 +214,7 @@ class AcceleratedPipeline:
 
     def _options(self, a: SimpleNamespace, shares: PlanOptions) -> PlanOptions:
         """How to draw: the pipeline's scheduler as it is now."""
-        self._scheduler()
+        self._check_scheduler()
         settings: dict[str, Any] = {**plan_keywords(self.pipe.scheduler, _asked_steps(a)), **shares.explicit()}
         settings["guidance_rescale"] = a.guidance_rescale
         return PlanOptions.from_keywords(settings)
@@ -242,7 +241,7 @@ class AcceleratedPipeline:
             if getattr(a, name):
                 _log.warning("%s has no effect: none of these steps has an unconditional half", name)
 
-    def _scheduler(self) -> Scheduler:
+    def _check_scheduler(self) -> None:
         """Raises ``BadInput`` for one that can't be honoured or that was made for other noise than the bundle."""
         found = read_own(self.pipe.scheduler)
         manifest = self.runtime.manifest
@@ -252,7 +251,6 @@ class AcceleratedPipeline:
                 f"bundle is for {manifest.members['large'].parametrisation} and {manifest.noise}",
                 hint="make it with from_config(pipe.scheduler.config), or call accelerate again",
             )
-        return found
 
     def _texts(self, a: SimpleNamespace, *, guided: bool) -> dict[str, Any]:
         """Embeddings by the pipeline's own text encoders, and how many pictures there are."""

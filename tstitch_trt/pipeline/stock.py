@@ -81,10 +81,17 @@ class StockModule:
         _check_wrapper(module, self.what)
         _check_code(parts, self.what)
         _check_structure(parts, self.twin, self.what)
-        if _settings(own) != self.config:
-            raise BadInput(f"the configuration of {self.what} has changed since it was accelerated", hint=again)
-        if any(not value.equal(self.sample.get(name, value)) for name, value in sample_of(parts).items()):
-            raise BadInput(f"{self.what} has other weights than when it was accelerated", hint=again)
+        now, then = _settings(own), self.config
+        for name in sorted(now.keys() | then.keys()):
+            if now.get(name) != then.get(name):
+                raise BadInput(
+                    f"the configuration of {self.what} has changed since it was accelerated: {name} was "
+                    f"{shown(then.get(name))}, and is {shown(now.get(name))}",
+                    hint=again,
+                )
+        for name, value in sample_of(parts).items():
+            if not value.equal(self.sample.get(name, value)):
+                raise BadInput(f"{self.what} has other weights than when it was accelerated, in {name}", hint=again)
 
 
 @dataclass(frozen=True)

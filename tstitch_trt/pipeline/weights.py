@@ -22,7 +22,8 @@ _SAMPLE: Final = 8  # entries of a tensor along its diagonal
 def check_values(parts: Mapping[str, Any], what: str, *, needed: bool = True) -> None:
     """Raises ``BadInput`` where the parameters are not what the module computes with, or ``needed`` but not there.
 
-    ``parts``: all of its submodules and itself, by their paths.
+    ``parts``: all of its submodules and itself, by their paths. Fused projections are compared with what they were
+    fused from in all values where these are ``needed``, else in a sample, as each call does it.
     """
     if any("base_layer" in part._modules for part in parts.values()):
         raise BadInput(
@@ -38,7 +39,7 @@ def check_values(parts: Mapping[str, Any], what: str, *, needed: bool = True) ->
                         f"{what} has parameters without values: {path}.{name}", hint="load its weights first"
                     )
         for fused, sources in FUSED.items():
-            if fused in part._modules and not _fused_of(part, fused, sources):
+            if fused in part._modules and not _fused_of(part, fused, sources, whole=needed):
                 raise BadInput(
                     f"{what}.{path}.{fused} is not what its projections would be fused to",
                     hint="undo it: pipe.unfuse_qkv_projections()",
@@ -134,16 +135,28 @@ def _is_float8(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 
-def _fused_of(part: Any, fused: str, sources: tuple[str, ...]) -> bool:
-    import torch
-
+def _fused_of(part: Any, fused: str, sources: tuple[str, ...], *, whole: bool) -> bool:
+    """Whether a fused projection is its sources one below the other: ``whole``, or in a sample of what is there."""
     for kind in ("weight", "bias"):
         own = getattr(getattr(part, fused), kind, None)
         each = [getattr(getattr(part, source), kind, None) for source in sources]
         if own is None and all(one is None for one in each):
             continue
-        if own is None or any(one is None for one in each) or own.is_meta:
+        if own is None or any(one is None for one in each):
             return False
-        if not torch.equal(own, torch.cat([one for one in each if one is not None])):
+        if any(one.is_meta for one in (own, *each)):
+            if whole:
+                return False
+            continue
+        if len(own) != sum(map(len, each)):
+            return False
+        pieces = own.split([len(one) for one in each])
+        if not all(_equal(piece, one, whole=whole) for piece, one in zip(pieces, each, strict=True)):
             return False
     return True
+
+
+def _equal(left: Tensor, right: Tensor, *, whole: bool) -> bool:
+    import torch
+
+    return left.shape == right.shape and torch.equal(*((left, right) if whole else (_sample(left), _sample(right))))
