@@ -38,12 +38,14 @@ def check_values(parts: Mapping[str, Any], what: str, *, needed: bool = True) ->
                     raise BadInput(
                         f"{what} has parameters without values: {path}.{name}", hint="load its weights first"
                     )
-        for fused, sources in FUSED.items():
-            if fused in part._modules and not _fused_of(part, fused, sources, whole=needed):
-                raise BadInput(
-                    f"{what}.{path}.{fused} is not what its projections would be fused to",
-                    hint="undo it: pipe.unfuse_qkv_projections()",
-                )
+    fused = [(path, name) for path, part in parts.items() for name in FUSED if name in part._modules]
+    values = _values(parts, kept=needed) if fused else {}
+    for path, name in fused:
+        if not _is_fusion(values, path, name, whole=needed):
+            raise BadInput(
+                f"{what}.{path}.{name} is not what its projections would be fused to",
+                hint="undo it: pipe.unfuse_qkv_projections()",
+            )
 
 
 def _check_value(value: Any, name: str, what: str) -> None:
@@ -135,11 +137,18 @@ def _is_float8(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 
-def _fused_of(part: Any, fused: str, sources: tuple[str, ...], *, whole: bool) -> bool:
+def _values(parts: Mapping[str, Any], *, kept: bool) -> Mapping[str, Any]:
+    """Parameters by their names; ``kept``: those of offloaded modules from where they are kept."""
+    if kept and _offloaded(parts[""]):
+        return stored_weights(parts[""])
+    return {f"{path}.{name}": value for path, part in parts.items() for name, value in part._parameters.items()}
+
+
+def _is_fusion(values: Mapping[str, Any], path: str, fused: str, *, whole: bool) -> bool:
     """Whether a fused projection is its sources one below the other: ``whole``, or in a sample of what is there."""
     for kind in ("weight", "bias"):
-        own = getattr(getattr(part, fused), kind, None)
-        each = [getattr(getattr(part, source), kind, None) for source in sources]
+        own: Any = values.get(f"{path}.{fused}.{kind}")
+        each: list[Any] = [values.get(f"{path}.{source}.{kind}") for source in FUSED[fused]]
         if own is None and all(one is None for one in each):
             continue
         if own is None or any(one is None for one in each):

@@ -92,6 +92,11 @@ def offloaded_layer_by_layer(unet: Any) -> None:
     cpu_offload(unet, "cpu")
 
 
+def fused_and_offloaded(unet: Any) -> None:
+    fuse(unet)
+    offloaded_layer_by_layer(unet)
+
+
 def dispatched(unet: Any) -> None:
     from accelerate import dispatch_model
 
@@ -156,7 +161,7 @@ def trained(unet: Any) -> None:
 
 HARMLESS: list[Callable[[Any], None]] = [
     fuse, sliced, first_processor, offloaded, offloaded_layer_by_layer, no_longer_offloaded, group_offloaded,
-    dispatched, with_an_adapter_unloaded, with_a_lora_unloaded,
+    dispatched, with_an_adapter_unloaded, with_a_lora_unloaded, fused_and_offloaded,
     subclassed, noted, freed_freeu, checkpointed, channels_last, trained,
 ]  # fmt: skip
 
