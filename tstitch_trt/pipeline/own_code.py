@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dis import get_instructions
 from functools import cache
-from inspect import unwrap
 from types import CodeType, FunctionType
 from typing import Any, Final
 
@@ -116,7 +116,7 @@ def _reached(cls: type) -> frozenset[str]:
 
 
 def _names(value: Any) -> list[str]:
-    code = getattr(unwrap(value), "__code__", None)
+    code = getattr(inspect.unwrap(value), "__code__", None)
     waiting, found = [code] if code else [], list[str]()
     while waiting:
         one = waiting.pop()
@@ -133,7 +133,7 @@ def _state(cls: type) -> frozenset[str]:
     for base in cls.__mro__:
         for name, value in vars(base).items():
             if isinstance(value, FunctionType) and name not in ("__init__", "add_noise", "get_velocity"):
-                code = unwrap(value).__code__
+                code = inspect.unwrap(value).__code__
                 found |= {str(step.argval) for step in get_instructions(code) if step.opname == "STORE_ATTR"}
     return frozenset(found)
 
