@@ -94,7 +94,9 @@ def read_unet(path: Path, said: Conventions = NOTHING_KNOWN) -> Source:
     something else.
     """
     if path.is_dir() or not path.exists():
-        source = read_diffusers(path, part="unet", kind=CLASS, said=said)
+        source = read_diffusers(path, part="unet", kind=CLASS)
+        if source.path != path:
+            source = replace(source, facts=read_pipeline(path, said))
         return _with_training(source, read_checkpoint(source.weights[-1]), {key: key for key in source.shapes}, said)
     checkpoint = read_checkpoint(path)
     if has_diffusers_names(checkpoint.shapes):
@@ -172,8 +174,11 @@ def _diffusers_file(path: Path, shapes: Shapes) -> Source:
     )
 
 
-def read_diffusers(path: Path, *, part: str, kind: str, said: Conventions = NOTHING_KNOWN) -> Source:
-    """A diffusers folder with a ``kind``, or a pipeline folder with one in ``part``. Raises ``BadCheckpoint``."""
+def read_diffusers(path: Path, *, part: str, kind: str) -> Source:
+    """A diffusers folder with a ``kind``, or a pipeline folder with one in ``part``, of which the index is read alone.
+
+    Raises ``BadCheckpoint``.
+    """
     folder, config = model_folder(
         path,
         (part,),
@@ -197,7 +202,7 @@ def read_diffusers(path: Path, *, part: str, kind: str, said: Conventions = NOTH
         weights=files_of(stored),
         config={key: value for key, value in config.items() if not key.startswith("_")},
         shapes=shapes,
-        facts=read_pipeline(path, said) if folder != path else PipelineFacts(),
+        facts=PipelineFacts(index=read_json(path / "model_index.json") if folder != path else None),
         notes=(f"the moving average {folder.name} is taken, not {part}",) if averaged else (),
     )
 

@@ -476,6 +476,18 @@ def test_noise_of_given_betas(pipeline: Path, tmp_path: Path) -> None:
 # --- ControlNets and members
 
 
+def test_a_controlnet_has_no_noise_of_its_own(pipeline: Path, tmp_path: Path) -> None:
+    """The scheduler beside it is the UNet's, whose options say what it does not."""
+    folder = copied(pipeline, tmp_path)
+    controlnet_folder(folder / "controlnet")
+    want = open_family("controlnet").inspect(folder, {})
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "beta_schedule": "sigmoid"}))
+    assert open_family("controlnet").inspect(folder, {}) == want
+    with pytest.raises(BadCheckpoint, match="noise that can't be expressed"):
+        SD.inspect(folder, {})
+
+
 def test_residuals_of_pruned_members(tmp_path: Path) -> None:
     control = {}
     for kind in ("sd", "sdxl", "ssd1b"):
