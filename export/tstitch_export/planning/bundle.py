@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -21,6 +22,8 @@ from tstitch_export.planning.recipe import Recipe, check_member_name, load_recip
 from tstitch_export.planning.sizes import SizeRanges, in_latents
 
 __all__ = ["BundlePlan", "plan_bundle"]
+
+_NULL_OPTIONS: Final = frozenset({"null_class", "null_embedding"})  # with either the user has said it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ def plan_bundle(
     labels: tuple[str, ...] = ()
     if spec.from_checkpoints:
         spec = _of_checkpoints(spec, plans)
-        labels = _null_classes([plan for plan in plans if "null_class" not in own[plan.name]])
+        labels = _null_classes([plan for plan in plans if not _NULL_OPTIONS & own[plan.name].keys()])
     beside, left_out = plan_parts(spec, plans, parts, own, precision)
     conventions = reconcile(spec, plans, beside)
     return BundlePlan(

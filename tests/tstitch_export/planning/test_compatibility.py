@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from support.dits import diffusers_folder, sparse_safetensors
+from support.ldms import ldm_checkpoint
 from tstitch_engines.bundle.consistency import check_conventions
 from tstitch_engines.bundle.manifest import NoiseScheduleSpec
 from tstitch_engines.errors import BadCheckpoint, BadInput, OutOfProfile, PairMismatch, UnknownName
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
+from tstitch_export.families.base import Scalar
 from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.layout import PUBLISHED_SIZES, expected_shapes
 from tstitch_export.families.uvit.layout import UViTConfig
@@ -88,6 +90,28 @@ def test_a_recipe_for_any_latent_and_classes(
     check_conventions(latent, conditioning, defaults)
     noted = [note for note in plan.conventions.notes if "is taken for the null class" in note]
     assert len(noted) == (2 if null and shape["classes"] != 1000 else 0)
+
+
+@pytest.mark.parametrize(
+    ("option", "classes", "null", "notes"),
+    [({}, 10, 10, 2), ({"null_class": False}, 11, None, 0), ({"null_embedding": "mean"}, 11, 11, 0)],
+)
+def test_a_latent_diffusion_model_s_own_classes(
+    option: dict[str, Scalar], classes: int, null: int | None, notes: int, tmp_path: Path
+) -> None:
+    """A table of eleven rows: what a note names, and what adds a row to it, are options of the family."""
+    recipe = tmp_path / "any.toml"
+    dit = (load_recipe("dit")[1] / "dit.toml").read_text()
+    recipe.write_text(dit.replace('family = "dit"', 'family = "ldm"'))
+    ldm_checkpoint(path := tmp_path / "x.safetensors")
+    given = {"num_heads": 2, "size": 8, **option}
+    plan = plan_bundle(
+        recipe, members=dict.fromkeys(("small", "large"), path), parts={}, precision="fp32",
+        options={f"{name}.{key}": value for name in ("small", "large") for key, value in given.items()},
+    )  # fmt: skip
+    assert (plan.recipe.conditioning.classes, plan.recipe.conditioning.null) == (classes, null)
+    noted = [note for note in plan.conventions.notes if ".null_class=false" in note]
+    assert len(noted) == notes
 
 
 def test_members_that_differ_have_no_recipe(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class LDMFamily(ClassMember):
         "size": (int, "side of the latent, where the widths do not tell"),
         "ema": (bool, "take the moving average of the weights where the checkpoint has one; default true"),
         "null_embedding": (str, "a null class for a table without one: none, uniform, mean or zeros"),
+        "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
         "dynamic": (bool, "any height and width in place of one size"),
         **CONVENTION_OPTIONS,
     }
@@ -80,6 +81,7 @@ class LDMFamily(ClassMember):
         return replace(
             found,
             labels=found.labels + (null != "none"),
+            null_class=null != "none" or bool(given.get("null_class", True)),
             config={**found.config, "null_embedding": null, "dynamic": bool(given.get("dynamic", False))},
         )
 
