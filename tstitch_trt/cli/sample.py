@@ -82,7 +82,7 @@ class PlanFlags:
     rounding: str | None = rounding_option()
     spacing: str | None = option("Where the steps lie: leading, linspace, trailing, dit or uniform.", "NAME")
     sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
-    eta: float | None = option("Noise of DDIM, 0 to 1.", "E")
+    eta: float | None = option("Share of the noise that is drawn afresh, 0 to 1. [of the solver]", "E")
     variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")
     history: str | None = option("At a member switch: keep or reset. [keep]", "RULE")
     guidance_rescale: float | None = option("Rescale (arXiv 2305.08891). [0]", "R")
