@@ -64,8 +64,8 @@ def _multistep(
         B[i] += first * w0
         C[i] -= first * w0 + second * w1
         E[i] += second * w1
-    S = s_noise * s_next * np.sqrt(1 - ratio ** (2 * eta))
-    return Coefficients(A=A, B=B, C=C, E=E, S=S, keeps_variance=s_noise == 1.0 or not S.any())
+    std = s_next * np.sqrt(1 - ratio ** (2 * eta))
+    return Coefficients(A=A, B=B, C=C, E=E, S=s_noise * std, keeps_variance=s_noise == 1.0 or not std.any())
 
 
 def _coefficients(grid: Grid, options: SolverOptions, *, highest: int) -> Coefficients:

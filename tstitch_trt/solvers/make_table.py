@@ -161,6 +161,11 @@ def _table(
             hint="take fewer steps, or timesteps farther apart at the noisy end",
         )
     end = {"sigma-min": float(noise.sigmas[0]), "last": float(sigma[-1])}.get(options.final or family.final, 0.0)
+    if np.isinf(end):
+        raise BadInput(
+            f"final='last' ends at timestep {t[-1]:g}, where there is no signal: nothing would be drawn",
+            hint="use final='zero', or more steps",
+        )
     if end > sigma[-1]:
         raise BadInput(
             f"final='sigma-min' ends at sigma {end:g}, above that of the last step, {sigma[-1]:g}",

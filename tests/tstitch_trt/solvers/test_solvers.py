@@ -479,6 +479,22 @@ def test_options_without_effect_are_refused(
             np.testing.assert_array_equal(found if found.size else np.zeros(10), getattr(table, column))
 
 
+@pytest.mark.parametrize("solver", [name for name, each in SOLVERS.items() if "s_noise" in each.defaults])
+def test_drawn_noise_may_be_scaled_down_to_none(solver: str) -> None:
+    plain = make_table(solver, LINEAR, 10)
+    for scale in (0.0, 0.5, 1.1):
+        table = make_table(solver, LINEAR, 10, s_noise=scale)
+        np.testing.assert_allclose(table.S, scale * plain.S, rtol=1e-12)
+        np.testing.assert_array_equal(table.A, plain.A)
+    assert plain.S.any()
+
+
+def test_a_trajectory_can_not_rest_where_there_is_no_signal() -> None:
+    with pytest.raises(BadInput, match=r"final='last' ends at timestep 999, where there is no signal"):
+        make_table("ddim", NOISE["linear", True], 1, final="last")
+    assert make_table("ddim", NOISE["linear", True], 2, final="last", spacing="trailing").s_end > 0
+
+
 def test_timesteps_of_sigmas_may_be_named() -> None:
     exact = make_table("dpmpp-2m", LINEAR, 3, sigmas="karras").t
     told = ",".join(str(int(t)) for t in exact)
