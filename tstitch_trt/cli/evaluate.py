@@ -95,9 +95,10 @@ def command(
     psnr, lpips and latent_error compare with what the last member alone draws from the same seeds in the most steps;
     fid, kid, precision and recall compare with real pictures.
 
-    The first of these is tested fraction by fraction, up to the first that does not pass: a fraction is no worse than
-    the last member alone where the upper 95 % bound of the difference, paired by seed, is below the margin. Where the
-    samples are too few to tell, nothing is claimed, and the number that would do is named.
+    The Fréchet distance, or the first other quality metric that was measured, is tested fraction by fraction, up to
+    the first that does not pass: a fraction is no worse than the last member alone where the upper 95 % bound of the
+    difference, paired by seed, is below the margin. Where the samples are too few to tell, nothing is claimed, and the
+    number that would do is named.
     """
     from msgspec import to_builtins
 
