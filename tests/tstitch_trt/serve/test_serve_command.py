@@ -150,6 +150,7 @@ def test_a_request_has_one_line_in_the_log(warm: Served) -> None:
     body = {"class_labels": [7], "steps": 3, "fraction": 1.0, "user": "somebody"}
     answer = warm.client.post("/v1/images/generations", headers={"x-request-id": "mine-1"}, json=body)
     assert answer.headers["x-request-id"] == "mine-1"
+    warm.until(lambda: any(line.get("request_id") == "mine-1" for line in warm.lines))  # written after the answer
     (line,) = (line for line in warm.lines if line.get("request_id") == "mine-1")
     assert (line["model"], line["images"], line["steps"], line["status"]) == ("fashion", 1, 3, 200)
     assert (line["schedule"], line["outcome"], line["client"]) == ("small[0:3]", "done", "127.0.0.1")
