@@ -210,8 +210,8 @@ def command(
                 finish=_FINISH_SECONDS,
             )
         )
-        click.echo(address_of(address.host, listening.getsockname()[1]))
         try:
+            click.echo(address_of(address.host, listening.getsockname()[1]))
             front.doing = "loading"  # names are for who has a key
             log.info("loading %s", ", ".join(named))
             engine = Engine(
