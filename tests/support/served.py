@@ -17,7 +17,7 @@ __all__ = ["Served", "served"]
 
 
 class Served:
-    """``lines``: of its log, as JSON."""
+    """``lines``: of its log that are written to their end, as JSON."""
 
     def __init__(self, address: str, process: subprocess.Popen[str], log: Path, key: str | None) -> None:
         self.address = address
@@ -28,7 +28,8 @@ class Served:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+        whole = self._log.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     @property
     def messages(self) -> list[str]:

@@ -235,7 +235,7 @@ def command(
             front.app = Access(app, routes=routes, metrics=metrics, traces=traces, prompts=life.log_prompts)
             log.info("ready: %s", ", ".join(named))
             while (number := _next(signals, engine, answering)) == signal.SIGHUP:
-                threading.Thread(target=_reload, args=(reload, log), name="reload", daemon=True).start()
+                threading.Thread(target=_reload, args=(reload,), name="reload", daemon=True).start()
             log.info("%s: finishing what was accepted", signal.Signals(number).name)
             _drain(engine, life.drain_timeout, log)
             stack.close()
@@ -284,13 +284,10 @@ def _next(signals: SimpleQueue[int], engine: Engine, answering: threading.Thread
             raise FailedWork(why, hint="start the server again")
 
 
-def _reload(reload: Reloader, log: Logger) -> None:
-    try:
-        reload()
-    except Busy as busy:
-        log.warning("%s", busy.message)
-    except FailedWork:  # each bundle's error has been logged
-        pass
+def _reload(reload: Reloader) -> None:
+    """What changed during a reload that is going on is not in it, so that the signal's follows."""
+    with suppress(FailedWork):  # each bundle's error has been logged
+        reload(wait=True)
 
 
 def _reload_over_http(reload: Reloader) -> tuple[str, ...]:

@@ -32,13 +32,14 @@ class Reloader:
         self._served = {model: _manifest(path) for model, path in bundles.items()}
         self._lock = threading.Lock()
 
-    def __call__(self) -> tuple[str, ...]:
+    def __call__(self, *, wait: bool = False) -> tuple[str, ...]:
         """Loads each changed bundle beside the old one, which it replaces between requests. Returns their models.
 
-        One that can't be loaded leaves the old one serving, and the others are tried. Raises ``Busy`` while another
-        reload is going on, and ``FailedWork`` that says what could not be loaded and what was replaced.
+        One that can't be loaded leaves the old one serving, and the others are tried. While another reload is going
+        on, waits for its end or raises ``Busy``. Raises ``FailedWork`` that says what could not be loaded and what was
+        replaced.
         """
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=wait):
             raise Busy("bundles are being reloaded already", hint="wait until that is done")
         try:
             return self._reload()
