@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tstitch_engines.errors import BadInput
 from tstitch_trt.solvers.base import Grid, Solver
 from tstitch_trt.solvers.options import SolverOptions
 from tstitch_trt.solvers.table import Coefficients
@@ -40,11 +41,17 @@ def _coefficients(grid: Grid, options: SolverOptions) -> Coefficients:
 
     ``restart="repeat"``: a restart repeats its first step too, as in diffusers' pipelines that start from a picture.
     Their list has no second timestep there, so from then on the latent is one step noisier than the model is told.
+    Raises ``BadInput`` for restarts at both rows of one timestep.
     """
     velocity, repeats = options.remember == "v", options.restart == "repeat"
     n = grid.steps
     row = np.arange(n)
     starts = row - grid.age
+    if n > 2 and repeats and (starts[1:3] == (1, 2)).all():
+        raise BadInput(
+            "solver 'pndm' with restart='repeat' can't restart at steps 1 and 2: both are at the same timestep",
+            hint="let the schedule switch one step later, or leave history='reset' out",
+        )
     repeated = (starts == 0) | repeats
     again = repeated & (grid.age == 1)
     rests = (row == 1) & (starts == 1) & (not repeats)  # nothing to repeat: the latent is at t1 already

@@ -339,6 +339,7 @@ def test_options_are_resolved_and_told() -> None:
         ("lcm", {"original_steps": 5}, BadInput, "10 steps of solver 'lcm'; allowed is 1 to 5"),
         ("lcm", {"original_steps": 2000}, BadInput, "original_steps is 2000; allowed is 1 to 1000"),
         ("ddim", {"restarts": {10}}, BadInput, "restart at step 10; allowed is 0 to 9"),
+        ("pndm", {"restart": "repeat", "restarts": {1, 2}}, BadInput, "restart at steps 1 and 2: both are at the same"),
         ("ddim", {"timesteps": [5, 4]}, BadInput, "10 steps but 2 timesteps"),
     ],
 )
