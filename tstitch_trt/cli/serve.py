@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import click
 
 from tstitch_engines.checks import check_number, check_text, shown
-from tstitch_engines.errors import BadInput, Busy, FailedWork, unknown_name
+from tstitch_engines.errors import BadInput, Busy, Closed, FailedWork, unknown_name
 from tstitch_engines.needs import require
 from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import LoadOptions
@@ -285,7 +285,7 @@ def _next(signals: SimpleQueue[int], engine: Engine, answering: threading.Thread
 
 
 def _reload(reload: Reloader) -> None:
-    """What changed during a reload that is going on is not in it, so that the signal's follows."""
+    """Follows a reload that is running, which may have missed what the signal is about."""
     with suppress(FailedWork):  # each bundle's error has been logged
         reload(wait=True)
 
@@ -296,7 +296,7 @@ def _reload_over_http(reload: Reloader) -> tuple[str, ...]:
 
     try:
         return reload()
-    except Busy:
+    except (Busy, Closed):
         raise
     except FailedWork as failed:
         raise ApiError(500, str(failed), code="reload_failed") from None

@@ -386,9 +386,10 @@ class Engine:
         """Loads ``source`` beside the bundle that is served as ``model``, and lets it take over between requests.
 
         Those that were accepted before end on the old one, which is then let go of. Waits until the new one has taken
-        over; where this raises, the old one goes on.
+        over; where this raises, the old one goes on. Raises ``Closed`` once the engine drains.
         """
         self._check_process()
+        self._book.check_open()
         old = self._model(model)
         new = self._open(old.name, source)
         try:

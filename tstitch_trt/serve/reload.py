@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tstitch_engines.bundle.read import read_bounded
-from tstitch_engines.errors import Busy, FailedWork, TStitchError
+from tstitch_engines.errors import Busy, Closed, FailedWork, TStitchError
 
 if TYPE_CHECKING:
     from tstitch_trt.serve.engine import Engine
@@ -31,15 +31,25 @@ class Reloader:
         self._bundles = dict(bundles)
         self._served = {model: _manifest(path) for model, path in bundles.items()}
         self._lock = threading.Lock()
+        self._waiting = threading.Lock()  # held by the one call that waits for a reload to end
 
     def __call__(self, *, wait: bool = False) -> tuple[str, ...]:
         """Loads each changed bundle beside the old one, which it replaces between requests. Returns their models.
 
-        One that can't be loaded leaves the old one serving, and the others are tried. While another reload is going
-        on, waits for its end or raises ``Busy``. Raises ``FailedWork`` that says what could not be loaded and what was
-        replaced.
+        One that can't be loaded leaves the old one serving, and the others are tried. Raises ``FailedWork`` that says
+        what could not be loaded and what was replaced, and ``Closed`` once the engine drains.
+
+        While another reload is running, this raises ``Busy``, or with ``wait`` follows it. At most one waits: further
+        calls return at once, since that one will see their changes too.
         """
-        if not self._lock.acquire(blocking=wait):
+        if wait:
+            if not self._waiting.acquire(blocking=False):
+                return ()
+            try:
+                self._lock.acquire()
+            finally:
+                self._waiting.release()
+        elif not self._lock.acquire(blocking=False):
             raise Busy("bundles are being reloaded already", hint="wait until that is done")
         try:
             return self._reload()
@@ -56,6 +66,8 @@ class Reloader:
                     continue
                 _log.info("loading %s again", model)
                 self._engine.replace(model, path)
+            except Closed:
+                raise
             except (TStitchError, OSError, ValueError) as error:
                 _log.error("%s could not be loaded again, and is served as it was", model, exc_info=error)
                 reason = error.message if isinstance(error, TStitchError) else str(error)

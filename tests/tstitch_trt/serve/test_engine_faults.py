@@ -399,6 +399,9 @@ def test_a_bundle_is_replaced_between_requests(engine: Engine, tiny_pair: TinyPa
     np.testing.assert_allclose(engine.submit(**ASKED).result(SECONDS).latents, wanted, rtol=1e-4, atol=1e-5)
     assert running.result(SECONDS).latents.shape == wanted.shape
     assert idle(engine)
+    engine.drain()
+    with pytest.raises(Closed):  # before it is loaded
+        engine.replace(None, "no.bundle")
     engine.close()
     with pytest.raises(Closed):
         old.sample(**ASKED)

@@ -188,7 +188,7 @@ def test_a_changed_bundle_takes_over_while_requests_run(warm: Served, bundle: Pa
         whole.replace(manifest)
 
     def reload() -> httpx.Response:
-        """When no other is going on: what a reload loaded is seen before the reload has ended."""
+        """Asks again on 429: what a reload loaded is seen before the reload has ended."""
         answers = []
 
         def accepted() -> bool:
