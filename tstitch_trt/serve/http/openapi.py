@@ -52,7 +52,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     413: "The body is too large.",
     415: "The body is of another type.",
     421: "The server is not reached under this name.",
-    429: "The queue is full, or the latency budget can't be met now. Try again after Retry-After.",
+    429: "The queue is full, the latency budget can't be met now, or a reload is running. Try again after Retry-After.",
     500: "An error of the server. The message has the request's id; the server's log has the rest.",
     503: "The server is starting, ending or has failed. Try again after Retry-After.",
     504: "The request took longer than the server allows.",
@@ -85,7 +85,9 @@ def describe(settings: HttpSettings) -> dict[str, Any]:
         "health": _operation("Whether it can still draw.", {**_answer("Health"), **unable}, _OPEN),
         "ready": _operation("Whether it takes requests now.", _answer("Health"), (*_OPEN, 503)),
         "reload": _operation(
-            "Load changed bundles, which take over between requests.", _answer("Reloaded"), (400, *_ALWAYS, 404, 503)
+            "Load changed bundles, which take over between requests.",
+            _answer("Reloaded"),
+            (400, *_ALWAYS, 404, 429, 503),
         ),
     }
     operations["model"]["parameters"] = [

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from support.http_server import Server, eventually, picture_file, post, running, send
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, Busy, Closed, TStitchError
 from tstitch_trt.serve.http.auth import Keys
 from tstitch_trt.serve.http.limits import HttpLimits, HttpSettings
 from tstitch_trt.serve.http.messages import EditRequest
@@ -123,6 +123,19 @@ def test_reloading_is_for_the_machine_itself_or_a_key(server: Server, keyed: htt
         assert code(answer) == (500, "internal_error")
         assert "secret" not in answer.text
         assert answer.headers["x-request-id"] in answer.text
+
+
+@pytest.mark.parametrize(("error", "status"), [(Busy, 429), (Closed, 503)])
+def test_a_reload_that_can_not_run_now(server: Server, error: type[TStitchError], status: int) -> None:
+    def fail() -> list[str]:
+        raise error("not now", hint="later")
+
+    with running(server.engine, HttpSettings(reload=fail)) as client:
+        answer = client.post("/admin/reload")
+        told = client.get("/openapi.json").json()["paths"]["/admin/reload"]["post"]["responses"]
+    assert answer.status_code == status
+    assert int(answer.headers["retry-after"]) > 0
+    assert "retry-after" in {name.lower() for name in told[str(status)]["headers"]}
 
 
 def test_nothing_to_reload(client: httpx.Client) -> None:
