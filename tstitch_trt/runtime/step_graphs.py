@@ -63,6 +63,7 @@ class StepGraphs:
         self._plain: dict[str, str] = {}
         self._steps: dict[StepKey, Graph | None] = {}
         self._segments: OrderedDict[tuple[StepKey, int], Graph] = OrderedDict()
+        self._refused: set[tuple[StepKey, int]] = set()  # segments that can't be recorded
 
     def state(self) -> GraphState:
         recorded = sum(graph is not None for graph in self._steps.copy().values())
@@ -81,7 +82,7 @@ class StepGraphs:
 
         ``make`` binds the engine and gives what does one step.
         """
-        if self.mode != "segment" or self._steps.get(key) is None:
+        if self.mode != "segment" or self._steps.get(key) is None or (key, steps) in self._refused:
             return None
         graph = self._segments.get((key, steps))
         if graph is None:
@@ -94,7 +95,8 @@ class StepGraphs:
             try:
                 graph = self._device.capture(all_steps)
             except NotCaptured as error:
-                _logger.warning("%d steps of %s run one by one: %s", steps, key, error.message)
+                self._refused.add((key, steps))
+                self._say(f"{steps} steps of {key} in one", "run one by one", error.message)
                 return None
             self._segments[key, steps] = graph
             if len(self._segments) > _SEGMENTS:
@@ -109,8 +111,9 @@ class StepGraphs:
         """Records ``run`` (one step of ``key``), which the key ``lacks``. Waits; overwrites arena and conditioning.
 
         ``engines``: those that ``run`` enqueues. ``condition`` writes made-up conditioning, other one for each number.
+        Of any error but a refusal nothing stays, and the key is recorded when it is next asked for.
         """
-        self._steps[key] = None
+        graph: Graph | None = None
         try:
             self._rehearse(key, 0, 0)
             condition(0)
@@ -118,7 +121,7 @@ class StepGraphs:
                 run()
             self._device.synchronize()
             for engine in engines:
-                if not engine.capturable:  # known once it is bound
+                if not engine.capturable:  # known once it has run
                     reason = f": {engine.obstacle}" if engine.obstacle else ""
                     raise NotCaptured(
                         f"its engine can't be recorded{reason}", hint="nothing to do: the result is the same"
@@ -130,14 +133,18 @@ class StepGraphs:
                 condition(1)
                 step()
                 states.append(self._device.download(self._arena.lanes(0, key.lanes, key.size)))
-        except NotCaptured as error:
-            self._call_by_call(key, error.message)
-            return
-        if not _equal(states[1], states[0]):
-            graph.close()
-            self._call_by_call(key, "a replay on other data differed from a plain run")
+            if not _equal(states[1], states[0]):
+                raise NotCaptured("a replay on other data differed from a plain run", hint="nothing to do")
+        except BaseException as error:
+            if graph is not None:
+                graph.close()
+            if not isinstance(error, NotCaptured):
+                raise
+            self._steps[key] = None
+            self._say(str(key), "runs call by call", error.message)
             return
         self._steps[key] = graph
+        self._plain.pop(str(key), None)
 
     def drop(self, keys: Collection[StepKey]) -> None:
         """Closes what was recorded of these keys: they are recorded again when they come back. Waits."""
@@ -146,15 +153,16 @@ class StepGraphs:
         self._device.synchronize()
         for segment in [segment for segment in self._segments if segment[0] in keys]:
             self._segments.pop(segment).close()
+        self._refused = {segment for segment in self._refused if segment[0] not in keys}
         for key in keys:
             graph = self._steps.pop(key, None)
             if graph is not None:
                 graph.close()
 
-    def _call_by_call(self, key: StepKey, why: str) -> None:
-        if self._plain.get(str(key)) != why:  # it may have made room for others and come back
-            _logger.warning("%s runs call by call: %s", key, why)
-        self._plain[str(key)] = why
+    def _say(self, what: str, how: str, why: str) -> None:
+        if self._plain.get(what) != why:  # it may have made room for others and come back
+            _logger.warning("%s %s: %s", what, how, why)
+        self._plain[what] = why
 
     def _rehearse(self, key: StepKey, seed: int, step: int) -> None:
         """Lanes in the middle of a made-up trajectory, so that nothing of a request is touched by trying."""

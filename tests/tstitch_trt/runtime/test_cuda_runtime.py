@@ -282,6 +282,59 @@ def test_what_can_not_be_recorded_runs_call_by_call_and_says_why_once(
         assert reason in message
 
 
+class StopsOnce(LateEngine):
+    """Raises once, at the call of ``enqueue`` that ``stop`` tells, as Ctrl-C does or a CUDA error."""
+
+    error: type[BaseException] = KeyboardInterrupt
+    at = 1
+
+    def enqueue(self) -> None:
+        if self.enqueued == self.at:
+            self.enqueued += 1
+            raise self.error("once")
+        super().enqueue()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", [0, 2], ids=["warming up", "comparing"])  # the call after is the recorded one
+def test_a_recording_that_something_else_ended_is_made_again(
+    load: Load, cpu: Runtime, machine: Machine, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], at: int
+) -> None:
+    monkeypatch.setattr(StopsOnce, "error", error)
+    monkeypatch.setattr(StopsOnce, "at", at)
+    gpu = load(kind=StopsOnce)
+    asked: dict[str, Any] = {"n": 2, "steps": 4, "schedule": "small"}
+    with pytest.raises(error, match="once"):
+        gpu.sample(**asked)
+    assert gpu.graphs().recorded == 0
+    assert gpu.graphs().call_by_call == {}
+    assert machine.graphs == {}, "what was recorded is freed"
+    assert close(gpu.sample(**asked).latents, cpu.sample(**asked).latents)
+    assert gpu.graphs().recorded == 1
+
+
+class RefusesSegments(LateEngine):
+    """One step can be recorded, two in a row can't."""
+
+    def enqueue(self) -> None:
+        recording = self.machine.streams[self.stream].recording
+        if recording is not None and sum(kind == "Kernel" for kind, _ in recording) > 5:
+            raise RuntimeError("too long")
+        super().enqueue()
+
+
+def test_a_refused_segment_is_remembered(load: Load, cpu: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    gpu = load(kind=RefusesSegments, graph="segment")
+    with caplog.at_level(logging.WARNING):
+        for seed in (1, 2):
+            asked: dict[str, Any] = {"n": 2, "steps": 4, "schedule": "small", "seed": seed}
+            assert close(gpu.sample(**asked).latents, cpu.sample(**asked).latents)
+            assert gpu.device.calls["capture"] == 2  # of the step, and of the segment, which was refused
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("4 steps of member 'small', 2 lanes in one run one by one: the work can't be recorded")
+    assert list(gpu.graphs().call_by_call) == ["4 steps of member 'small', 2 lanes in one"]
+
+
 def test_recording_disturbs_no_request(load: Load, cpu: Runtime, machine: Machine) -> None:
     """The second chunk, of another size, is recorded while the first is still on its way."""
     gpu = load()
