@@ -77,7 +77,9 @@ class TorchTrajectory:
 
     ``compiled``: the whole step (both halves, guidance, update) through ``torch.compile``: with ``max-autotune`` on
     CUDA, where that records CUDA graphs, and with ``default`` on the CPU. Its coefficients are read from a table on the
-    device. Plans of solvers that draw noise, or remember more than one estimate, are refused.
+    device. What a step gives is copied, since the next step's beginning frees a recorded graph's outputs
+    (``torch.compiler.cudagraph_mark_step_begin``). Plans of solvers that draw noise, or remember more than one
+    estimate, are refused.
     """
 
     def __init__(self, pair: Pair, *, compiled: bool = False) -> None:
@@ -117,7 +119,10 @@ class TorchTrajectory:
                     x, estimate = self._double[name](x, estimate, self._classes, *row)
                 else:
                     x = self._single[name](x, self._classes, *row)
-            return x.clone() if self._compiled else x  # a recorded graph's output is overwritten by its next run
+                if self._compiled:
+                    x = x.clone()
+                    estimate = None if estimate is None else estimate.clone()
+            return x
 
     def _coefficients(self, plan: Plan, double: bool) -> list[tuple[Any, ...]]:
         if plan.rows[:, [ROW[name] for name in _LEFT_OUT]].any() or (plan.rows[:, ROW["C_IN"]] != 1).any():
