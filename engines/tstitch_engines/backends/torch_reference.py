@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
 
 from tstitch_engines.backends.base import Backend, CompileJob, Engine
 from tstitch_engines.backends.torch_archive import check_archive
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
+from tstitch_engines.backends.torch_cuda import EXACT, WORKSPACES, pool_of
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import (
     BadEngine,
@@ -184,7 +184,8 @@ class _TorchEngine(Engine):
         if self._kind == "cuda":
             stream = getattr(device, "stream_handle", None)
             self._stream = torch.cuda.ExternalStream(stream, device=device.name)
-            self._pool = _pool_of(torch, device, self._stream.device)
+            self._pool = pool_of(torch, device, self._stream.device)
+            WORKSPACES.hold(self)
         self._compiled: dict[tuple[tuple[str, int], ...], Callable[..., None]] = {}
         self._run: Callable[..., None] = self._eager
         self._arguments: list[Any] = []
@@ -240,7 +241,7 @@ class _TorchEngine(Engine):
             with torch.no_grad():
                 parameter.copy_(given)
         if self._stream is not None:  # the copies are on PyTorch's stream
-            torch.cuda.synchronize(self._stream.device)
+            torch.cuda.current_stream(self._stream.device).synchronize()
 
     def _eager(self, *tensors: Any) -> None:
         count = len(self.outputs)
@@ -285,20 +286,12 @@ class _TorchEngine(Engine):
         _log.info("compiled %s in %.1f s", what, spent / 1e3)
         return run
 
-    @contextmanager
-    def _exact(self) -> Iterator[None]:
-        """In float32 no TF32 (10 bits of mantissa), which PyTorch lets convolutions use unless told otherwise.
+    def _exact(self) -> AbstractContextManager[None]:
+        """In float32 no TF32 in convolutions.
 
         Matrix products follow ``torch.set_float32_matmul_precision``, by default without.
         """
-        if not self._float32:
-            yield
-            return
-        cudnn = self._torch.backends.cudnn
-        with cudnn.flags(
-            enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-        ):
-            yield
+        return EXACT(self._torch) if self._float32 else nullcontext()
 
     def _view(self, buffer: Buffer) -> Any:
         """The buffer's memory as a tensor, without a copy (bfloat16 through its 16 bits)."""
@@ -320,6 +313,8 @@ class _TorchEngine(Engine):
         self._compiled = {}
         self._run = self._eager
         self._arguments, self._results, self._buffers = [], [], {}
+        if self._pool is not None:
+            WORKSPACES.release(self._torch, self)
         self._pool = None
 
 
@@ -329,14 +324,3 @@ class _Memory:
     def __init__(self, buffer: Buffer, bits: str) -> None:
         description = {"shape": buffer.shape, "typestr": np.dtype(bits).str, "data": (buffer.ptr, False), "version": 3}
         self.__array_interface__ = self.__cuda_array_interface__ = description
-
-
-_pools: Final[WeakKeyDictionary[Device, Any]] = WeakKeyDictionary()
-
-
-def _pool_of(torch: Any, device: Device, place: Any) -> Any:
-    """The memory pool of our device object, which goes with it and the engines that hold it."""
-    if device not in _pools:
-        with torch.cuda.device(place):
-            _pools[device] = torch.cuda.MemPool()
-    return _pools[device]
