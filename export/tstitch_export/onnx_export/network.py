@@ -27,7 +27,7 @@ __all__ = ["copy_into", "exported_network", "exported_program", "versions_of"]
 
 _log = logging.getLogger(__name__)
 
-_EXPORT_SCHEMA: Final = 3  # part of every export's cache key: raise it when exporter or graph work changes
+_EXPORT_SCHEMA: Final = 4  # part of every export's cache key: raise it when exporter, graph work or a model changes
 
 
 def exported_network(
