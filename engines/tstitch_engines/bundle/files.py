@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 
 from tstitch_engines.bundle.manifest import Component
 from tstitch_engines.bundle.read import open_regular
@@ -65,9 +66,12 @@ def describe_file(path: Path) -> Component:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes ``path`` so that a reader sees the old content or all of the new. Raises ``OSError``."""
+    """Writes ``path`` so that a reader sees the old content or all of the new. Raises ``OSError``.
+
+    Any number of processes and threads may do so at once: one of their contents stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}")
     try:
         scratch.unlink(missing_ok=True)
         with scratch.open("xb") as out:  # through no link that lies there

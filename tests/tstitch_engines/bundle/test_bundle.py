@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Literal
 
 import msgspec
@@ -223,7 +225,16 @@ def test_links_and_pipes_among_the_studies_are_left_behind(tmp_path: Path) -> No
 
 def test_a_scratch_file_is_no_link(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    (tmp_path / f".a.{os.getpid()}").symlink_to(tmp_path / "secret")
+    (tmp_path / f".a.{os.getpid()}-{get_ident()}").symlink_to(tmp_path / "secret")
     replace_file(tmp_path / "a", b"new")
     assert ((tmp_path / "a").read_bytes(), (tmp_path / "secret").read_text()) == (b"new", "secret")
     assert names(tmp_path) == ["a", "secret"]
+
+
+def test_threads_that_replace_a_file_at_once(tmp_path: Path) -> None:
+    contents = [bytes([number]) * (1 << 20) for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(replace_file, tmp_path / "a", content) for content in contents * 20]:
+            done.result()
+            assert (tmp_path / "a").read_bytes() in contents
+    assert names(tmp_path) == ["a"]
