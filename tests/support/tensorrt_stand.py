@@ -1,4 +1,8 @@
-"""A library that stands in for TensorRT and notes what loading and running tell it. No engine runs."""
+"""A library that stands in for TensorRT and notes what loading and running tell it. No engine runs.
+
+As the real one it reports failures by its logger and by ``False``, ``None`` or 0. TensorRT-RTX's contexts can be
+captured once they have run.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from tstitch_engines.device.base import Buffer
 from tstitch_engines.device.open import open_device
 from tstitch_engines.spec import Range, ShapeProfile
 
-__all__ = ["PROFILE", "Place", "Stand", "buffers", "opened"]
+__all__ = ["PROFILE", "Place", "Stand", "buffers", "loaded", "opened"]
 
 PROFILE = ShapeProfile({"B": Range(1, 2, 4)})
 
@@ -61,7 +65,10 @@ class Stand:
     def __init__(self, flavour: Flavour, scratch: int = 4096, batch: Range = PROFILE.dims["B"]) -> None:
         self.refuse: set[str] = set()
         self.calls: list[tuple[Any, ...]] = []
-        self.says = ""  # the library's own words when it refuses a plan
+        self.says = ""  # the library's own words when it refuses something
+        self.logger: Any = None
+        self.needs: int | None = None  # scratch of a context, where that is not what the engine said
+        self.plan: Any = None
         self.scratch = scratch
         self.kernels = b"compiled"
         self.given: list[bytes] = []
@@ -74,7 +81,14 @@ class Stand:
         class ILogger:
             INTERNAL_ERROR, ERROR, WARNING = 0, 1, 2
 
+        def refused(name: str) -> bool:
+            if name in stand.refuse and stand.says:
+                stand.logger.log(ILogger.ERROR, stand.says)
+            return name in stand.refuse
+
         class IExecutionContext:
+            ran = False
+
             def __getattr__(self, name: str) -> Any:
                 def call(*args: Any) -> Any:
                     stand.calls.append((name, *args))
@@ -84,14 +98,17 @@ class Stand:
                         shape = next(c[2] for c in reversed(stand.calls) if c[:2] == ("set_input_shape", "sample"))
                         return (9,) if name in stand.refuse else shape
                     if name == "update_device_memory_size_for_shapes":
-                        return stand.scratch * (2 if name in stand.refuse else 1)
-                    return name not in stand.refuse
+                        wanted = stand.scratch if stand.needs is None else stand.needs
+                        return 0 if refused(name) else wanted
+                    if name == "execute_async_v3":
+                        self.ran = True
+                    return None if refused(name) or name == "set_device_memory" else True
 
                 return call
 
         if flavour is RTX:
             IExecutionContext.is_stream_capturable = (  # type: ignore[attr-defined]
-                lambda self, stream: "is_stream_capturable" not in stand.refuse
+                lambda self, stream: self.ran and "is_stream_capturable" not in stand.refuse
             )
 
         class Kernels:
@@ -111,8 +128,9 @@ class Stand:
                 def create_runtime_cache(self) -> Kernels:
                     return Kernels()
 
-                def set_runtime_cache(self, cache: Kernels) -> None:
+                def set_runtime_cache(self, cache: Kernels) -> bool:
                     self.cache = cache
+                    return "set_runtime_cache" not in stand.refuse
 
         class ICudaEngine:
             device_memory_size_v2 = scratch
@@ -140,14 +158,13 @@ class Stand:
 
         class Runtime:
             def __init__(self, logger: Any) -> None:
-                self.logger = logger
+                stand.logger = logger
 
-            def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
-                if "deserialize_cuda_engine" not in stand.refuse:
-                    return ICudaEngine()
-                if stand.says:
-                    self.logger.log(ILogger.ERROR, stand.says)
-                return None
+            def deserialize_cuda_engine(self, plan: Any) -> ICudaEngine | None:
+                with memoryview(plan) as content:
+                    assert content.readonly
+                    stand.plan = bytes(content[:16])
+                return None if refused("deserialize_cuda_engine") else ICudaEngine()
 
             if flavour is RTX:
 
@@ -177,6 +194,10 @@ def opened(
 ) -> TensorRtEngine:
     path = tmp_path / f"{name}.plan"
     path.write_bytes(name.encode())
+    return loaded(stand, place, path, flavour, **options)
+
+
+def loaded(stand: Stand, place: Place, path: Path, flavour: Flavour = RTX, **options: Any) -> TensorRtEngine:
     member, _ = shipped_small()
     identity = EngineIdentity(
         schema=SCHEMA,

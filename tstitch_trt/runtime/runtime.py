@@ -183,7 +183,7 @@ class Runtime:
     def jit_ms(self) -> dict[str, float]:
         """Milliseconds that each engine has spent so far on compiling for this machine, when a batch size was new.
 
-        Of the backend ``torch`` built with the option ``compile``; elsewhere 0.
+        Of TensorRT-RTX, and of the backend ``torch`` built with the option ``compile``; elsewhere 0.
         """
         return self._queue.read(lambda: {name: engine.jit_ms for name, engine in self._engines.items()})
 

@@ -121,10 +121,9 @@ class StepGraphs:
                 run()
             self._device.synchronize()
             for engine in engines:
-                if not engine.capturable:  # known once it has run
-                    reason = f": {engine.obstacle}" if engine.obstacle else ""
+                if obstacle := engine.obstacle:  # known once it has run
                     raise NotCaptured(
-                        f"its engine can't be recorded{reason}", hint="nothing to do: the result is the same"
+                        f"its engine can't be recorded: {obstacle}", hint="nothing to do: the result is the same"
                     )
             graph = self._device.capture(run)
             states = []

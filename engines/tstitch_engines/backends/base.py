@@ -35,12 +35,6 @@ class Engine(ABC):
     caller binds few sets, and compares a replay with a plain ``enqueue`` on other data before it trusts it.
     """
 
-    capturable: bool = True
-    """Whether recording ``enqueue`` makes sense at all: it waits for nothing and works on the device's stream only."""
-
-    obstacle: str = ""
-    """What keeps it from being recorded, where it is not ``capturable``."""
-
     warmups: int = 1
     """How often ``enqueue`` runs on newly bound buffers before it has set up all it needs and can be recorded."""
 
@@ -59,7 +53,7 @@ class Engine(ABC):
     """Whether a recorded ``enqueue`` uses the new weights: they go where the old ones were."""
 
     jit_ms: float = 0.0
-    """Milliseconds that ``bind`` has spent so far on compiling for this machine; no part of any ``enqueue``."""
+    """Milliseconds spent so far on compiling for this machine: in ``bind``, and in the first ``enqueue`` after it."""
 
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], profile: ShapeProfile) -> None:
         self.inputs = inputs
@@ -93,6 +87,14 @@ class Engine(ABC):
                     hint="allocate buffers from the engine's own specs: spec.resolve(sizes), spec.dtype",
                 )
         self._bind(buffers, batch)
+
+    @property
+    def obstacle(self) -> str:
+        """What keeps ``enqueue`` on the bound buffers from being recorded; empty where it can be.
+
+        E.g. that it waits, or works on other streams than the device's. Ask after the warm-ups: it may be other then.
+        """
+        return ""
 
     @abstractmethod
     def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:

@@ -289,12 +289,11 @@ class _OnnxRuntimeEngine(Engine):
             )
         self._session = session
         crossings = copies_of(session) if getattr(device, "stream_handle", None) is not None else []
+        self._obstacle = ""
         if crossings:
-            self.capturable = False
-            self.obstacle = f"{len(crossings)} nodes copy between host and device, e.g. {', '.join(crossings[:3])}"
+            self._obstacle = f"{len(crossings)} nodes copy between host and device, e.g. {', '.join(crossings[:3])}"
         if identity.options.get("provider") == "tensorrt":
-            self.capturable = False
-            self.obstacle = "ONNX Runtime's TensorRT provider is a baseline, which runs call by call"
+            self._obstacle = "ONNX Runtime's TensorRT provider is a baseline, which runs call by call"
         self._kind, self._index = parse_device(device.name)
         self._binding: Any = None
         self._buffers: dict[str, Buffer] = {}
@@ -302,6 +301,10 @@ class _OnnxRuntimeEngine(Engine):
         self._options.log_severity_level = 3
         # ours is the stream, so ours is the waiting
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    @property
+    def obstacle(self) -> str:
+        return self._obstacle
 
     def _bind(self, buffers: Mapping[str, Buffer], batch: int) -> None:
         binding = self._session.io_binding()

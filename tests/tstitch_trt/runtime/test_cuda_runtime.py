@@ -230,7 +230,17 @@ def test_graphs_can_be_switched_off(load: Load, cpu: Runtime, machine: Machine) 
 
 
 class Unrecordable(LateEngine):
-    capturable = False
+    """As TensorRT-RTX does: it knows once it has run."""
+
+    ran = 0
+
+    def enqueue(self) -> None:
+        super().enqueue()
+        self.ran += 1
+
+    @property
+    def obstacle(self) -> str:
+        return "it allocates" if self.ran else ""
 
 
 class CallsTheHost(LateEngine):
@@ -261,7 +271,7 @@ class ComputesOnTheCpu(LateEngine):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Unrecordable, "its engine can't be recorded"),
+        (Unrecordable, "its engine can't be recorded: it allocates"),
         (CallsTheHost, "a call of a host function"),
         (Refusing, "operation not permitted when stream is capturing"),
         (ComputesOnTheCpu, "a replay on other data differed from a plain run"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.backends.tensorrt.api import Context, CudaEngine, Library, RuntimeConfig, has
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path, gpu_and_driver
-from tstitch_engines.backends.tensorrt.library import Messages, Session, session
+from tstitch_engines.backends.tensorrt.library import Messages, Session, logger_of, session
 from tstitch_engines.backends.tensorrt.network import DTYPES
-from tstitch_engines.backends.tensorrt.plan import DIAGNOSES, rebuild
+from tstitch_engines.backends.tensorrt.plan import DIAGNOSES, map_plan, rebuild
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
 from tstitch_engines.backends.tensorrt.refit import refit
 from tstitch_engines.backends.tensorrt.scratch import Scratch, shared_scratch
@@ -32,20 +34,26 @@ __all__ = ["TensorRtEngine"]
 _log = logging.getLogger(__name__)
 
 
-class _Ready(NamedTuple):
-    """A context and what it knows only the addresses of."""
+@dataclass
+class _Ready:
+    """A context and what it knows only the addresses of. ``fresh``: it has not run yet."""
 
     context: Context
     buffers: Mapping[str, Buffer]
     scratch: Buffer | None
+    fresh: bool = True
 
 
 class TensorRtEngine(Engine):
     """One execution context per batch size and set of buffers, so that a recorded ``enqueue`` stays valid for good.
 
     Contexts work in one block of activation memory per device, shared by all engines there, unless the engine was
-    built with the option ``private-scratch``. It is reserved on loading, for the largest sizes of the profile; a
-    context keeps the block it was made with.
+    built with the option ``private-scratch``. It is reserved on loading, for the largest sizes of the profile, and
+    replaced by a larger one for a context that wants more; a context keeps the block it was made with, and so does
+    what was recorded with it.
+
+    ``jit_ms`` (TensorRT-RTX): making a context and its first ``enqueue``, where kernels are compiled that are not in
+    the cache. They are saved after that ``enqueue``, for the next process.
     """
 
     def __init__(
@@ -90,7 +98,7 @@ class TensorRtEngine(Engine):
     # --- loading
 
     def _deserialise(self, path: Path, opened: Session, host_code: bool) -> CudaEngine:
-        plan, messages = path.read_bytes(), opened.messages
+        plan, messages = map_plan(self._flavour, path), opened.messages
         runtime = self._library.Runtime(opened.logger)
         if host_code:
             runtime.engine_host_code_allowed = True  # a version-compatible plan carries its own runtime
@@ -181,8 +189,11 @@ class TensorRtEngine(Engine):
             return
         gpu, driver = gpu_and_driver(parse_device(self._device.name)[1])
         path = cache_path(identity, version=library.__version__, gpu=gpu, driver=driver)
-        self._kernels = KernelCache(cache, path)
-        settings.set_runtime_cache(cache)
+        kernels = KernelCache(cache, path)
+        if settings.set_runtime_cache(cache):
+            self._kernels = kernels
+        else:
+            _log.warning("%s takes no kernel cache: kernels of %s are compiled again", self._flavour.title, self._name)
 
     def _unusable(self, what: str, messages: Messages) -> FailedWork:
         free = self._device.free_memory()
@@ -198,12 +209,28 @@ class TensorRtEngine(Engine):
         """Allocates and waits the first time these buffers are met."""
         key = self._key(buffers, self.sizes)
         if key not in self._contexts:
+            self._device.synchronize()
+            started = perf_counter()
             with session(self._flavour, self._library) as opened:
                 self._contexts[key] = self._ready(buffers, opened.messages)
+            self._compiled_since(started)
         self._bound = self._contexts[key]
-        self.capturable = not self._streamed
-        if self.capturable and has(self._library, "IExecutionContext.is_stream_capturable"):
-            self.capturable = self._bound.context.is_stream_capturable(self._stream)
+
+    def _compiled_since(self, started: float) -> None:
+        if self._flavour.compiles_without_gpu:  # for no GPU in particular, so the rest is done here
+            self.jit_ms += 1e3 * (perf_counter() - started)
+
+    @property
+    def obstacle(self) -> str:
+        if self._streamed:
+            return f"{self._name} streams weights (weight-streaming), which allocates while it runs"
+        if (
+            self._bound is not None
+            and has(self._library, "IExecutionContext.is_stream_capturable")
+            and not self._bound.context.is_stream_capturable(self._stream)
+        ):
+            return f"{self._flavour.title} {self._library.__version__} says that {self._name} is not stream-capturable"
+        return ""
 
     def _key(self, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]) -> tuple[object, ...]:
         return (*sorted(sizes.items()), *(buffers[spec.name].ptr for spec in (*self.inputs, *self.outputs)))
@@ -219,12 +246,16 @@ class TensorRtEngine(Engine):
         for spec in (*self.inputs, *self.outputs):
             if not context.set_tensor_address(spec.name, buffers[spec.name].ptr):
                 raise self._unusable(f"refuses the address of {spec.name}", messages)
-        block = self._scratch.block()
+        said = len(messages.errors)
         need = context.update_device_memory_size_for_shapes()
+        if need == 0 and len(messages.errors) > said:  # 0 without an error: these sizes need none
+            raise self._unusable("can't tell how much scratch memory it needs", messages)
+        self._scratch.reserve(need)
+        block = self._scratch.block()
         if block is not None:
-            if need > block.nbytes:
-                raise self._unusable(f"wants {need} bytes of scratch and said {block.nbytes}", messages)
-            context.set_device_memory(block.ptr, block.nbytes)
+            context.set_device_memory(block.ptr, block.nbytes)  # returns nothing: a refusal is an error message
+            if len(messages.errors) > said:
+                raise self._unusable(f"refuses {block.nbytes} bytes of scratch memory", messages)
         return _Ready(context, dict(buffers), block)
 
     def _new_context(self, messages: Messages) -> Context:
@@ -247,14 +278,22 @@ class TensorRtEngine(Engine):
         return context
 
     def enqueue(self) -> None:
-        if self._bound is None:
+        ready = self._bound
+        if ready is None:
             raise BadInput("the engine has no buffers", hint="call bind(...) before enqueue()")
-        if not self._bound.context.execute_async_v3(self._stream):
-            # What the library said went to the log: to listen here would cost every step a lock.
+        started = perf_counter() if ready.fresh else 0.0
+        if not ready.context.execute_async_v3(self._stream):
+            # To listen here would cost every step a lock.
+            said = logger_of(self._library)[1].last_error or "the library gave no reason"
             raise FailedWork(
-                f"{self._flavour.title} could not start {self._name}",
-                hint="run again with logging.getLogger('tstitch_engines').setLevel('DEBUG') to see what it says",
+                f"{self._flavour.title} could not start {self._name}: {said}",
+                hint="run again with logging.getLogger('tstitch_engines').setLevel('DEBUG') to see all that it says",
             )
+        if ready.fresh:
+            ready.fresh = False
+            self._compiled_since(started)
+            if self._kernels is not None:
+                self._kernels.save()
 
     def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
         self._device.synchronize()
@@ -271,10 +310,12 @@ class TensorRtEngine(Engine):
         """Keeps the compiled kernels (TensorRT-RTX) and lets go of everything. Waits for the device."""
         if not hasattr(self, "_engine"):
             return
-        self._device.synchronize()
-        if self._kernels is not None and self._contexts:
-            self._kernels.save()
-        self._bound = None
-        self._contexts = {}
-        self._kernels = self._how = None
-        del self._engine
+        try:
+            self._device.synchronize()
+            if self._kernels is not None and self._contexts:
+                self._kernels.save()
+        finally:  # a GPU that is lost must not keep what it held
+            self._bound = None
+            self._contexts = {}
+            self._kernels = self._how = None
+            del self._engine

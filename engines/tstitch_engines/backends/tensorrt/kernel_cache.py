@@ -68,7 +68,11 @@ class KernelCache:
             _log.info("%s does not fit this GPU, driver or version: kernels are compiled again", path)
 
     def save(self) -> None:
-        """Writes the file when the cache has grown. Call it after the first runs."""
+        """Writes the file when the cache has changed. Call it after the first run of a context, not while recording.
+
+        A reader sees one whole cache. Of two processes that save the last one's kernels stay, and the next load
+        compiles what is missing.
+        """
         memory = self._cache.serialize()
         blob = b"" if memory is None else bytes(memoryview(memory))
         if blob and blob != self._stored:

@@ -77,6 +77,7 @@ class Listener:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[Messages] = []
+        self.last_error = ""
         self.forward: Callable[[int, str], None] = _log.log
 
     def take(self, level: int, text: str) -> None:
@@ -85,6 +86,8 @@ class Listener:
         with self._lock:
             for messages in self._open:
                 messages.add(level, text)
+        if level >= logging.ERROR:
+            self.last_error = text
         # An error comes back as an exception of ours, with this text in it.
         self.forward(logging.DEBUG if level >= logging.ERROR else level, text)
 

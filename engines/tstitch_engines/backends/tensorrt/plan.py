@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +12,7 @@ from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, PlanHead
 from tstitch_engines.bundle.manifest import EngineIdentity
 from tstitch_engines.errors import BadEngine
 
-__all__ = ["DIAGNOSES", "check_plan", "describe_plan", "rebuild"]
+__all__ = ["DIAGNOSES", "check_plan", "describe_plan", "map_plan", "rebuild"]
 
 # EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again). The plainest reason comes first:
 # several may be given at once.
@@ -77,6 +78,19 @@ def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int
             f"{again}; {flavour.title} names the capabilities it knows when it does not know {gpu}",
         )
     return header
+
+
+def map_plan(flavour: Flavour, path: Path) -> mmap.mmap:
+    """The plan as a buffer that is read from the file as it is used; it may be larger than the memory.
+
+    Raises ``BadEngine`` for a file that can't be read. Nobody may cut the file short while the buffer lives: bundles
+    and the cache replace files whole.
+    """
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # mmap's word for an empty file
+        raise BadEngine(f"the engine {path.name} can't be read: {error}", hint=rebuild(flavour)) from None
 
 
 def describe_plan(identity: EngineIdentity, path: Path, again: str) -> str | None:

@@ -6,11 +6,15 @@ holds which memory. That the calls exist is proved against the real bindings (``
 
 from __future__ import annotations
 
+import os
+import tracemalloc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from support.tensorrt_stand import Place, Stand, buffers, opened
+from support.tensorrt_stand import Place, Stand, buffers, loaded, opened
 from tstitch_engines.backends.tensorrt import engine as module
 from tstitch_engines.backends.tensorrt.flavour import RTX, TENSORRT, Flavour
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork, OutOfProfile
@@ -37,7 +41,8 @@ def test_binding_tells_a_context_everything_and_running_is_one_call(flavour: Fla
         assert ("set_tensor_address", name, buffer.ptr) in stand.calls
     assert ("set_input_shape", "sample", (3, 1, 28, 28)) in stand.calls
     assert stand.calls[-1] == ("set_device_memory", *block)
-    assert engine.capturable
+    engine.enqueue()
+    assert engine.obstacle == ""
     stand.calls.clear()
     place.allocated.clear()
     engine.enqueue()
@@ -102,13 +107,15 @@ def test_engines_share_one_block_of_the_largest_size(tmp_path: Path) -> None:
         ("infer_shapes", FailedWork, "does not know the shapes of labels"),
         ("get_tensor_shape", BadEngine, r"gives model_output of shape \[9\]"),
         ("set_tensor_address", FailedWork, "refuses the address of sample"),
-        ("update_device_memory_size_for_shapes", FailedWork, "wants 8192 bytes of scratch and said 4096"),
+        ("update_device_memory_size_for_shapes", FailedWork, "can't tell how much scratch memory it needs .*in words"),
+        ("set_device_memory", FailedWork, "refuses 4096 bytes of scratch memory .*in words"),
     ],
 )
 def test_a_refusal_while_binding(call: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
     stand, place = Stand(RTX), Place()
     engine = opened(stand, place, tmp_path)
     stand.refuse.add(call)
+    stand.says = "in words"
     with pytest.raises(kind, match=words):
         engine.bind(buffers(place, 2), batch=2)
     with pytest.raises(BadInput, match="no buffers"):
@@ -146,21 +153,151 @@ def test_a_refusal_while_running(tmp_path: Path) -> None:
     engine = opened(stand, place, tmp_path)
     engine.bind(buffers(place, 2), batch=2)
     stand.refuse.add("execute_async_v3")
-    with pytest.raises(FailedWork, match=r"could not start small.plan"):
+    stand.says = "Error Code 1: in words"
+    with pytest.raises(FailedWork, match=r"could not start small.plan: Error Code 1: in words"):
         engine.enqueue()
 
 
-def test_what_can_t_be_captured_says_so(tmp_path: Path) -> None:
+def test_what_can_t_be_captured_says_so_once_it_has_run(tmp_path: Path) -> None:
+    """TensorRT-RTX answers for a context as it is: one that has not run may have kernels to compile."""
     stand, place = Stand(RTX), Place()
-    stand.refuse.add("is_stream_capturable")
     engine = opened(stand, place, tmp_path)
     engine.bind(buffers(place, 2), batch=2)
-    assert not engine.capturable
+    assert "TensorRT-RTX 1.7.1.116 says that small.plan is not stream-capturable" in engine.obstacle
+    engine.enqueue()
+    assert engine.obstacle == ""
+    stand.refuse.add("is_stream_capturable")
+    assert "small.plan" in engine.obstacle
+
+
+def test_sizes_that_want_more_scratch_than_the_engine_said(tmp_path: Path) -> None:
+    """They get a larger block; a context of before, and what was recorded with it, keeps the one it has."""
+    stand, place = Stand(RTX), Place()
+    engine = opened(stand, place, tmp_path)
+    first, second = buffers(place, 2), buffers(place, 2)
+    engine.bind(first, batch=2)
+    (small,) = engine.scratch().items()
+    stand.needs = 3 * stand.scratch
+    engine.bind(second, batch=2)
+    assert stand.calls[-1][0] == "set_device_memory"
+    large = stand.calls[-1][1:]
+    assert large[1] == 3 * stand.scratch
+    assert engine.scratch() == dict([small, large])
+    engine.release(first, sizes={"B": 2})
+    assert engine.scratch() == dict([large])
+
+
+def test_sizes_that_need_no_scratch(tmp_path: Path) -> None:
+    """0 means an error only where one was said. Such a context gets the block all the same: an engine wants one."""
+    stand, place = Stand(RTX), Place()
+    stand.needs = 0
+    engine = opened(stand, place, tmp_path)
+    engine.bind(buffers(place, 2), batch=2)
+    assert stand.calls[-1] == ("set_device_memory", *next(iter(engine.scratch().items())))
+
+
+def test_a_plan_is_not_read_into_memory(tmp_path: Path) -> None:
+    stand, size = Stand(RTX), 64 << 20
+    path = tmp_path / "large.plan"
+    path.write_bytes(b"large")
+    os.truncate(path, size)
+    tracemalloc.start()
+    try:
+        loaded(stand, Place(), path)
+        assert tracemalloc.get_traced_memory()[1] < size / 4
+    finally:
+        tracemalloc.stop()
+    assert stand.plan == b"large".ljust(16, b"\0")
+    for content in (b"", None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(BadEngine, match=r"large.plan can't be read"):
+            loaded(stand, Place(), path)
+
+
+def test_closing_lets_go_of_everything_when_the_gpu_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand, place = Stand(RTX), Place()
+    engine = opened(stand, place, tmp_path)
+    engine.bind(buffers(place, 2), batch=2)
+    context = weakref.ref(engine._contexts[next(iter(engine._contexts))].context)
+
+    def lost() -> None:
+        raise FailedWork("the GPU is lost", hint="start again")
+
+    monkeypatch.setattr(place, "synchronize", lost)
+    with pytest.raises(FailedWork, match="the GPU is lost"):
+        engine.close()
+    assert context() is None
+    engine.close()
 
 
 def test_a_plan_of_another_profile(tmp_path: Path) -> None:
     with pytest.raises(BadEngine, match=r"takes sample of the sizes .*wanted are"):
         opened(Stand(RTX, batch=Range(1, 1, 1)), Place(), tmp_path)
+
+
+def test_what_tensorrt_rtx_compiles_on_the_gpu_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making a context and its first run, without the work that was waited for; TensorRT compiles nothing there."""
+    now = 0.0
+    for flavour, cost in ((RTX, 110.0), (TENSORRT, 0.0)):
+        stand, place = Stand(flavour), Place()
+        engine = opened(stand, place, tmp_path, flavour)
+        make, start = stand.library.ICudaEngine.create_execution_context, stand.library.IExecutionContext.__getattr__
+
+        def advance(milliseconds: float) -> None:
+            nonlocal now
+            now += milliseconds / 1e3
+
+        def making(self: Any, how: Any, make: Any = make) -> Any:
+            advance(100)
+            return make(self, how)
+
+        def starting(self: Any, name: str, start: Any = start) -> Any:
+            if name == "execute_async_v3":
+                advance(10)
+            return start(self, name)
+
+        monkeypatch.setattr(stand.library.ICudaEngine, "create_execution_context", making)
+        monkeypatch.setattr(stand.library.IExecutionContext, "__getattr__", starting)
+        monkeypatch.setattr(module, "perf_counter", lambda: now)
+        waits = [0.0, 1000.0]  # for the work before the context is made, and after
+        monkeypatch.setattr(place, "synchronize", lambda waits=waits: advance(waits.pop()))
+        own = buffers(place, 2)
+        engine.bind(own, batch=2)
+        for _ in range(3):
+            engine.enqueue()
+        engine.bind(own, batch=2)
+        engine.enqueue()
+        assert engine.jit_ms == pytest.approx(cost)
+
+
+def test_compiled_kernels_outlive_a_process_that_is_killed(tmp_path: Path) -> None:
+    """They are saved after a context's first run, and not again while it runs on."""
+    stand, place = Stand(RTX), Place()
+    engine = opened(stand, place, tmp_path)
+    engine.bind(buffers(place, 2), batch=2)
+    engine.enqueue()
+    (kept,) = (tmp_path / "cache" / "rtx-kernels").iterdir()
+    assert kept.read_bytes() == b"compiled"
+    stand.kernels = b"compiled in the background"
+    engine.enqueue()
+    assert kept.read_bytes() == b"compiled"
+    stand.kernels = b"of two sizes"
+    engine.bind(buffers(place, 1), batch=1)
+    engine.enqueue()
+    assert kept.read_bytes() == b"of two sizes"
+
+
+def test_a_library_that_takes_no_kernel_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stand, place = Stand(RTX), Place()
+    stand.refuse.add("set_runtime_cache")
+    engine = opened(stand, place, tmp_path)
+    assert "takes no kernel cache" in caplog.text
+    engine.bind(buffers(place, 2), batch=2)
+    engine.enqueue()
+    engine.close()
+    assert not (tmp_path / "cache" / "rtx-kernels").exists()
 
 
 def test_compiled_kernels_are_kept_for_the_next_load(tmp_path: Path) -> None:
