@@ -204,7 +204,10 @@ def _print_network(bundle: Bundle, name: str, network: Network) -> None:
         identity = record.identity
         profile = ", ".join(f"{dim} {sizes}" for dim, sizes in identity.profile.dims.items())
         options = f", {_named(identity.options)}" if identity.options else ""
-        built = f"{identity.backend} {identity.backend_version} for {identity.arch}, {identity.precision}"
+        gpu = f" ({identity.gpu})" if isinstance(identity.gpu, str) else ""
+        built = f"{identity.backend} {identity.backend_version} for {identity.arch}{gpu}, {identity.precision}"
+        if isinstance(record.driver, str):
+            built += f", compiled with the driver {record.driver}"
         entries.append(("engine", f"{built}, profile {profile}{options}, identity {digest(identity)[:16]}"))
         entries.append(("graphs", _graphs(record)))
         if (plan := _plan(bundle, record)) is not None:

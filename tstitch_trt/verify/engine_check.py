@@ -97,9 +97,9 @@ def _load(
     if place == "cpu" and for_gpu(identity.backend, identity.arch):
         raise Unavailable(f"it is for GPUs ({identity.arch}), and the device asked for is cpu", hint="ask for cuda")
     device = open_device(place)
-    arch = backend.arch(device.name)
+    backend.arch(device.name)
     try:
-        check_identity(identity, backend.current_identity(identity, arch), what="it", rebuild=again)
+        check_identity(identity, backend.current_identity(identity, device.name), what="it", rebuild=again)
         backend.check_file(bundle.path(record.files[0]), device.name)
     except BadEngine as error:  # a sound engine for another machine or version
         raise Unavailable(error.message, hint=error.hint) from None

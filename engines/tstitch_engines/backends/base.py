@@ -205,6 +205,17 @@ class Backend(ABC):
         """What an engine compiled for ``device`` with these options will be tied to. Raises what ``arch`` does."""
         return self.arch(device)
 
+    def build_gpu(self, device: str, options: Mapping[str, Option]) -> str | msgspec.UnsetType:
+        """The GPU model that an engine compiled for ``device`` with these options will be tied to, where it is to one.
+
+        The architecture alone does not tell: H100 and H200 are both ``sm_90``.
+        """
+        return msgspec.UNSET
+
+    def driver(self, device: str) -> str | msgspec.UnsetType:
+        """The driver of ``device``, where engines may depend on the one that they were compiled with."""
+        return msgspec.UNSET
+
     def options_for(self, options: Mapping[str, Option], device: str) -> dict[str, Option]:
         """The ``options`` that an engine was compiled with, as one needs them that is to run on ``device``."""
         return dict(options)
@@ -217,12 +228,12 @@ class Backend(ABC):
         """Raises ``BadEngine`` for a file that can't run on ``device``, as far as that is told without loading it."""
         return
 
-    def current_identity(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
-        """``identity`` as made by this version for ``arch``; equal when the engine may run.
+    def current_identity(self, identity: EngineIdentity, device: str) -> EngineIdentity:
+        """``identity`` as made by this version for ``device``; equal when the engine may run.
 
         A backend whose engines run on other versions or GPUs keeps those fields.
         """
-        return msgspec.structs.replace(identity, backend_version=self.version(), arch=arch)
+        return msgspec.structs.replace(identity, backend_version=self.version(), arch=self.arch(device))
 
     def compile(self, **job: Unpack[CompileJob]) -> tuple[Path, ...]:
         """Compiles ``model`` into ``output``; returns all files it wrote.

@@ -195,7 +195,10 @@ class OnnxRuntimeBackend(Backend):
         compiled = identity.options.get("provider") == "tensorrt"
         if compiled:
             self._require_provider("TensorRT", "leave out --option provider")
-            settled = tensorrt_options(member, identity, device.name, stream)
+            from tstitch_engines.device.cuda import gpu_and_driver
+
+            gpu, _ = gpu_and_driver(parse_device(device.name)[1])
+            settled = tensorrt_options(member, identity, device.name, gpu, stream)
             Path(settled["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
             providers.insert(0, (_TENSORRT, settled))
         try:
@@ -226,14 +229,14 @@ class OnnxRuntimeBackend(Backend):
 
 
 def tensorrt_options(
-    member: Network, identity: EngineIdentity, device: str, stream: int | None = None
+    member: Network, identity: EngineIdentity, device: str, gpu: str, stream: int | None = None
 ) -> dict[str, str]:
     """The settings of ONNX Runtime's TensorRT provider for an engine: its profile, precision and where it caches.
 
-    Each engine has a folder of its own: the provider finds what it compiled by names in the graph, which fine-tuned
-    members share.
+    Each engine has a folder of its own for each model of ``gpu``: the provider finds what it compiled by names in the
+    graph, which fine-tuned members share, and by compute capability, which models share.
     """
-    kept = default_root() / "onnxruntime-tensorrt" / digest(identity)
+    kept = default_root() / "onnxruntime-tensorrt" / digest([identity, gpu])
     found = {
         "device_id": str(parse_device(device)[1]),
         "trt_engine_cache_enable": "1",

@@ -68,6 +68,6 @@ def _flat(identity: EngineIdentity) -> dict[str, str]:
             flat.update({f"profile.{dim}": str(size) for dim, size in value.dims.items()})
         elif name == "options":
             flat.update({f"options.{key}": repr(option) for key, option in sorted(value.items())})
-        else:
+        elif value is not msgspec.UNSET:
             flat[name] = str(value)
     return flat

@@ -194,7 +194,11 @@ class Decoder(_Record, frozen=True, kw_only=True):
 
 
 class EngineIdentity(_Record, frozen=True, kw_only=True):
-    """Everything that decides whether an engine file may run here. ``digest`` hashes the record."""
+    """Everything that decides whether an engine file may run here. ``digest`` hashes the record.
+
+    ``gpu``: the model that the engine is for; absent where it runs on others of its ``arch`` too, or was made before
+    this was recorded.
+    """
 
     schema: Count
     backend: Name
@@ -203,14 +207,19 @@ class EngineIdentity(_Record, frozen=True, kw_only=True):
     precision: Precision
     profile: ShapeProfile
     arch: Name
+    gpu: Name | msgspec.UnsetType = msgspec.UNSET
     options: Options = {}
 
 
 class EngineRecord(_Record, frozen=True, kw_only=True):
-    """An engine: ``files[0]`` is what the backend loads, the others lie beside it (weights over 2 GB)."""
+    """An engine: ``files[0]`` is what the backend loads, the others lie beside it (weights over 2 GB).
+
+    ``driver``: the GPU driver that it was compiled with, where it may matter (``Backend.driver``).
+    """
 
     files: Annotated[tuple[Component, ...], Some]
     identity: EngineIdentity
+    driver: Name | msgspec.UnsetType = msgspec.UNSET
 
 
 class ExportCheck(_Record, frozen=True, kw_only=True):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
+import msgspec
+
 from tstitch_engines.backends import Backend
 from tstitch_engines.bundle.built_here import is_built_here, note_built
 from tstitch_engines.bundle.bundle import Bundle
@@ -38,10 +40,12 @@ class Compiler:
     cache: Cache
     limits: Limits = DEFAULT
     arch: str = field(init=False)
+    gpu: str | msgspec.UnsetType = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises ``Unavailable`` or ``BadInput`` where the backend can't compile for ``device`` with ``settings``."""
         object.__setattr__(self, "arch", self.backend.build_arch(self.device, self.settings))
+        object.__setattr__(self, "gpu", self.backend.build_gpu(self.device, self.settings))
 
     def identity(self, member: Network) -> EngineIdentity:
         return EngineIdentity(
@@ -52,6 +56,7 @@ class Compiler:
             precision=member.precision,
             profile=self.profile,
             arch=self.arch,
+            gpu=self.gpu,
             options={name: value for name, value in self.settings.items() if name not in self.backend.unrecorded},
         )
 
@@ -90,7 +95,7 @@ class Compiler:
             _log.info("%s: reused from the bundle", what)
         found: list[EngineRecord] = []
         for record in old:
-            if (record.identity.backend, record.identity.arch) == (self.backend.name, self.arch):
+            if self._replaces(record.identity):
                 if engine not in found:
                     found.append(engine)
             elif record.identity.onnx_sha256 != model_digest(member.onnx):
@@ -103,6 +108,11 @@ class Compiler:
             elif keep_record(previous, record, staging):
                 found.append(record)
         return tuple(found if engine in found else [*found, engine])
+
+    def _replaces(self, old: EngineIdentity) -> bool:
+        """Whether it is of the same backend and for the same GPUs; an old one that names no model may be for this."""
+        same = (old.backend, old.arch) == (self.backend.name, self.arch)
+        return same and (msgspec.UNSET in (old.gpu, self.gpu) or old.gpu == self.gpu)
 
     def _compiled(
         self,
@@ -131,6 +141,7 @@ class Compiler:
                 progress=report,
                 limits=self.limits,
             )
+            driver = backend.driver(self.device)
             return {
                 "what": what,
                 "files": [path.name for path in written],
@@ -139,6 +150,7 @@ class Compiler:
                 "onnx_sha256": identity.onnx_sha256,
                 "onnx_bytes": sum(part.bytes for part in member.onnx),
                 "seconds": perf_counter() - started,
+                **({} if driver is msgspec.UNSET else {"driver": driver}),
             }
 
         with from_cache(self.cache, key, make, what) as entry:
@@ -146,7 +158,7 @@ class Compiler:
                 copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
             )
         note_built(files)
-        return EngineRecord(files=files, identity=identity)
+        return EngineRecord(files=files, identity=identity, driver=entry.info.get("driver", msgspec.UNSET))
 
 
 def keep_record(previous: Bundle | None, record: EngineRecord, staging: Path) -> bool:

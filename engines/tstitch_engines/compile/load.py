@@ -7,9 +7,13 @@ the caller required. Otherwise a file from a stranger would decide what runs.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from tstitch_engines.bundle.built_here import is_built_here
 from tstitch_engines.bundle.manifest import siblings
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from tstitch_engines.device.base import Device
 
 __all__ = ["load_engine", "load_own", "require_trust"]
+
+_log = logging.getLogger(__name__)
 
 
 def load_engine(
@@ -36,6 +42,17 @@ def load_engine(
 ) -> Engine:
     """An engine of the network ``name``. Raises what ``require_trust`` and ``Backend.load`` raise."""
     require_trust(bundle, name, record, backend, trusted=trusted)
+    driver = backend.driver(device.name)
+    if msgspec.UNSET not in (driver, record.driver) and _older(str(driver), str(record.driver)):
+        _log.warning(
+            "the %s engine of %s %r was compiled with the driver %s, and this machine has %s, which is older: update "
+            "the driver if the engine fails",
+            backend.name,
+            bundle.manifest.word(name),
+            name,
+            record.driver,
+            driver,
+        )
     return backend.load(
         bundle.path(record.files[0]),
         beside=siblings(record.files),
@@ -44,6 +61,12 @@ def load_engine(
         device=device,
         threads=threads,
     )
+
+
+def _older(driver: str, other: str) -> bool:
+    """Of drivers as ``Backend.driver`` has them, by the numbers that both have."""
+    ours, theirs = ([int(part) for part in re.findall(r"\d+", text)] for text in (driver, other))
+    return ours < theirs[: len(ours)]
 
 
 def require_trust(bundle: Bundle, name: str, record: EngineRecord, backend: Backend, *, trusted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from tstitch_engines.bundle.identity import check_identity, model_digest
+from tstitch_engines.bundle.identity import check_identity, differences, model_digest
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity, EngineRecord, Network
 from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.bundle import compile_command, recompile
@@ -51,12 +51,16 @@ def select_engine(bundle: Bundle, name: str, backend: Backend, device: str) -> E
             hint=f"compile it: {command}; or add --rebuild",
         )
     arch = backend.arch(device)
-    fitting = [record for record in records if _here(record, network, backend, arch) == record.identity]
-    # one that was compiled for this very GPU before one that runs on others as well
-    record = min(fitting or records[:1], key=lambda record: record.identity.arch != arch)
+
+    def distance(record: EngineRecord) -> tuple[int, bool, bool]:
+        """None of those that fit; then one that was compiled for this very GPU before one that runs on others too."""
+        differing = differences(record.identity, _here(record, network, backend, device))
+        return len(differing), record.identity.arch != arch, record.identity.gpu is msgspec.UNSET
+
+    record = min(records, key=distance)
     check_identity(
         record.identity,
-        _here(record, network, backend, arch),
+        _here(record, network, backend, device),
         what=f"the {backend.name} engine of {bundle.manifest.word(name)} {name!r}",
         rebuild=f"{command}; or add --rebuild",
     )
@@ -111,10 +115,10 @@ def check_load_options(
             )
 
 
-def _here(record: EngineRecord, network: Network, backend: Backend, arch: str) -> EngineIdentity:
+def _here(record: EngineRecord, network: Network, backend: Backend, device: str) -> EngineIdentity:
     """What the record's identity would be if it were made now: what the builder chose freely is kept."""
     return msgspec.structs.replace(
-        backend.current_identity(record.identity, arch),
+        backend.current_identity(record.identity, device),
         schema=SCHEMA,
         onnx_sha256=model_digest(network.onnx),
         precision=network.precision,

@@ -45,13 +45,14 @@ def test_what_tensorrt_is_told_of_an_engine(precision: str, flags: str) -> None:
         schema=SCHEMA, backend="onnxruntime", backend_version="1", onnx_sha256="", precision=precision,  # type: ignore[arg-type]
         profile=profile, arch="sm_90", options={"provider": "tensorrt"},
     )  # fmt: skip
-    told = tensorrt_options(msgspec.structs.replace(member(), precision=precision), identity, "cuda:1", 77)
+    told = tensorrt_options(msgspec.structs.replace(member(), precision=precision), identity, "cuda:1", "H100", 77)
     assert told["trt_profile_min_shapes"] == "sample:1x4x8x8,timestep:1,labels:1"
     assert told["trt_profile_opt_shapes"] == "sample:2x4x8x8,timestep:2,labels:2"
     assert told["trt_profile_max_shapes"] == "sample:6x4x8x8,timestep:6,labels:6"
     assert told["trt_fp16_enable"] + told["trt_bf16_enable"] == flags
     assert (told["device_id"], told["user_compute_stream"]) == ("1", "77")
     assert Path(told["trt_engine_cache_path"]).is_relative_to(default_root())
-    assert "user_compute_stream" not in tensorrt_options(member(), identity, "cuda")
-    tuned = tensorrt_options(member(), msgspec.structs.replace(identity, onnx_sha256="other weights"), "cuda:1")
-    assert tuned["trt_engine_cache_path"] != told["trt_engine_cache_path"]
+    assert "user_compute_stream" not in tensorrt_options(member(), identity, "cuda", "H100")
+    tuned = tensorrt_options(member(), msgspec.structs.replace(identity, onnx_sha256="other weights"), "cuda:1", "H100")
+    moved = tensorrt_options(member(), identity, "cuda:1", "H200")
+    assert len({one["trt_engine_cache_path"] for one in (told, tuned, moved)}) == 3

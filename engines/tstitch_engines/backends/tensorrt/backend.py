@@ -19,6 +19,7 @@ from tstitch_engines.backends.tensorrt.library import open_library
 from tstitch_engines.backends.tensorrt.messages import Request
 from tstitch_engines.backends.tensorrt.options import (
     DEFAULT_LIST,
+    HARDWARE,
     OPTIONS,
     UNRECORDED,
     BuildOptions,
@@ -32,6 +33,7 @@ from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.identity import model_digest
 from tstitch_engines.bundle.manifest import Option
 from tstitch_engines.child import DEFAULT, Job, free_memory, run_in_child, show_size
+from tstitch_engines.device.cuda import gpu_and_driver
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BuildFailed, OutOfMemory, Unavailable
 
@@ -83,6 +85,23 @@ class TensorRtBackend(Backend):
     def _arch_of(self, chosen: BuildOptions, device: str) -> str:
         return list_arch(chosen.capabilities) if self.flavour.compiles_without_gpu else self.arch(device)
 
+    def build_gpu(self, device: str, options: Mapping[str, Option]) -> str | msgspec.UnsetType:
+        """TensorRT times kernels on a GPU and calls a plan on another model unsupported, even of one architecture.
+
+        (Its warning: "may affect performance or even cause errors or deadlock".) Of none with
+        ``hardware-compatible``, and TensorRT-RTX's plans are for every GPU in their list.
+        """
+        kind, index = parse_device(device)
+        portable = HARDWARE.get(str(options.get("hardware-compatible", "none"))) is not None
+        if kind == "cpu" or self.flavour.compiles_without_gpu or portable:
+            return msgspec.UNSET
+        return gpu_and_driver(index)[0]
+
+    def driver(self, device: str) -> str | msgspec.UnsetType:
+        """Of plans compiled on a GPU. What TensorRT asks of it is a minimum, by the version of CUDA."""
+        kind, index = parse_device(device)
+        return msgspec.UNSET if kind == "cpu" or self.flavour.compiles_without_gpu else gpu_and_driver(index)[1]
+
     def options_for(self, options: Mapping[str, Option], device: str) -> dict[str, Option]:
         """A list of compute capabilities gets that of the GPU it is to run on; those it has stay."""
         found = dict(options)
@@ -103,9 +122,10 @@ class TensorRtBackend(Backend):
         on_gpu = parse_device(device)[0] == "cuda"
         check_plan(self.flavour, self.version(), path, _capability(self.arch(device)) if on_gpu else None)
 
-    def current_identity(self, identity: EngineIdentity, arch: str) -> EngineIdentity:
+    def current_identity(self, identity: EngineIdentity, device: str) -> EngineIdentity:
         """A TensorRT-RTX plan is for every GPU it lists; TensorRT's are as compatible as they were asked to be."""
-        version, options = self.version(), identity.options
+        version, arch, options = self.version(), self.arch(device), identity.options
+        gpu = identity.gpu if identity.gpu is msgspec.UNSET else self.build_gpu(device, options)
         if self.flavour.compiles_without_gpu:
             # Of the default list only the plan's own header tells: `load` looks there.
             if identity.arch == DEFAULT_LIST or arch in identity.arch.split(","):
@@ -114,7 +134,7 @@ class TensorRtBackend(Backend):
             arch = identity.arch
         if options.get("version-compatible") and _numbers(identity.backend_version) <= _numbers(version):
             version = identity.backend_version
-        return msgspec.structs.replace(identity, backend_version=version, arch=arch)
+        return msgspec.structs.replace(identity, backend_version=version, arch=arch, gpu=gpu)
 
     def _compile(self, job: CompileJob) -> tuple[Path, ...]:
         flavour, member, model, device = self.flavour, job["member"], job["model"], job["device"]

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.backends.tensorrt.api import Context, CudaEngine, Library, RuntimeConfig, has
 from tstitch_engines.backends.tensorrt.flavour import Flavour
-from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path, gpu_and_driver
+from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path
 from tstitch_engines.backends.tensorrt.library import Messages, Session, logger_of, session
 from tstitch_engines.backends.tensorrt.network import DTYPES
 from tstitch_engines.backends.tensorrt.plan import DIAGNOSES, map_plan, rebuild
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
 from tstitch_engines.backends.tensorrt.refit import refit
 from tstitch_engines.backends.tensorrt.scratch import Scratch, shared_scratch
+from tstitch_engines.device.cuda import gpu_and_driver
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork
 

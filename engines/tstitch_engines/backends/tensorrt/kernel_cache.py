@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import logging
 import platform
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.files import replace_file
 from tstitch_engines.bundle.identity import digest
-from tstitch_engines.device.cuda import cuda_bindings
 
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt.api import RuntimeCache
     from tstitch_engines.bundle.manifest import EngineIdentity
 
-__all__ = ["KernelCache", "cache_path", "gpu_and_driver"]
+__all__ = ["KernelCache", "cache_path"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,18 +35,6 @@ def cache_path(identity: EngineIdentity, *, version: str, gpu: str, driver: str)
         }
     )
     return default_root() / "rtx-kernels" / f"{key}.bin"
-
-
-def gpu_and_driver(index: int) -> tuple[str, str]:
-    """The model of GPU ``index`` and the driver: the CUDA version it supports and, on Linux, its own."""
-    runtime = cuda_bindings(index)
-    from cuda.core import Device
-
-    code, version = runtime.cudaDriverGetVersion()
-    driver = str(version) if int(code) == 0 else "unknown"
-    with suppress(OSError):
-        driver += " " + Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
-    return str(Device(index).name), driver
 
 
 class KernelCache:

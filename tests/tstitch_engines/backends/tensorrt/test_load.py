@@ -299,16 +299,20 @@ def test_where_tensorrt_s_engines_run(
     monkeypatch.setitem(sys.modules, "tensorrt", open_library(RTX))
     backend = cast(TensorRtBackend, open_backend("tensorrt"))
     monkeypatch.setattr(backend, "version", lambda: "10.16.1.11")
+    monkeypatch.setattr(backend, "arch", lambda device: here)
     stored = identity(version, arch, **options)
-    assert (backend.current_identity(stored, here) == stored) == runs
+    assert (backend.current_identity(stored, "cuda") == stored) == runs
 
 
 @pytest.mark.parametrize(
     ("arch", "here", "runs"),
     [("rtx-default", "sm_89", True), ("sm_86,sm_89", "sm_89", True), ("sm_86,sm_89", "sm_120", False)],
 )
-def test_where_tensorrt_rtx_s_engines_run(rtx: TensorRtBackend, arch: str, here: str, runs: bool) -> None:
+def test_where_tensorrt_rtx_s_engines_run(
+    rtx: TensorRtBackend, monkeypatch: pytest.MonkeyPatch, arch: str, here: str, runs: bool
+) -> None:
     stored = identity(rtx.version(), arch)
-    assert (rtx.current_identity(stored, here) == stored) == runs
+    monkeypatch.setattr(rtx, "arch", lambda device: here)
+    assert (rtx.current_identity(stored, "cuda") == stored) == runs
     old = msgspec.structs.replace(stored, backend_version=OTHER + "0")
-    assert rtx.current_identity(old, here) != old
+    assert rtx.current_identity(old, "cuda") != old
