@@ -1,6 +1,7 @@
 # The CUDA driver as one fat binary: machine code for each GPU that make_fatbin.py lists and the compiler knows, and PTX
-# of the newest of them for GPUs to come. By nvcc, or where there is none by NVRTC from NVIDIA's Python packages. It is a
-# data file loaded at run time, so nothing here links against CUDA. Sets TSTITCH_FATBIN to its path, or to nothing.
+# of the oldest and the newest of them for all others: a driver takes the newest PTX that is not newer than its GPU. By
+# nvcc, or where there is none by NVRTC from NVIDIA's Python packages. It is a data file loaded at run time, so nothing
+# here links against CUDA. Sets TSTITCH_FATBIN to its path, or to nothing.
 set(TSTITCH_FATBIN "")
 if(TSTITCH_CUDA STREQUAL "OFF")
   message(STATUS "CUDA step kernels: not built")
@@ -18,15 +19,20 @@ check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
   set(nvcc "${CMAKE_CUDA_COMPILER}")
   execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
-  set(gencode)
+  set(chosen)
   foreach(arch ${architectures})
     if(known MATCHES "sm_${arch}[^0-9]")
-      list(APPEND gencode "-gencode=arch=compute_${arch},code=sm_${arch}")
-      set(newest ${arch})
+      list(APPEND chosen ${arch})
     endif()
   endforeach()
-  list(APPEND gencode "-gencode=arch=compute_${newest},code=compute_${newest}")
-  message(STATUS "CUDA step kernels: ${nvcc}, up to sm_${newest}")
+  list(TRANSFORM chosen REPLACE "(.+)" "-gencode=arch=compute_\\1,code=sm_\\1" OUTPUT_VARIABLE gencode)
+  list(GET chosen 0 oldest)
+  list(GET chosen -1 newest)
+  foreach(arch ${oldest} ${newest})
+    list(APPEND gencode "-gencode=arch=compute_${arch},code=compute_${arch}")
+  endforeach()
+  list(REMOVE_DUPLICATES gencode)
+  message(STATUS "CUDA step kernels: ${nvcc}, sm_${oldest} to sm_${newest}")
   set(command "${nvcc}" --fatbin -std=c++17 -O3 --threads 0 $<$<BOOL:${TSTITCH_WERROR}>:-Werror=all-warnings> ${gencode}
               -o "${fatbin}" "${CMAKE_CURRENT_SOURCE_DIR}/cuda_driver.cu")
 else()

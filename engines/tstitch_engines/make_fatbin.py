@@ -68,7 +68,9 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def make_fatbin(source: Path, architectures: Iterable[int] = ARCHITECTURES) -> bytes:
-    """Machine code for those of ``architectures`` (``90`` = sm_90) that NVRTC knows, and PTX of the newest of them.
+    """Machine code for those of ``architectures`` (``90`` = sm_90) that NVRTC knows; PTX of the oldest and the newest.
+
+    A driver compiles the newest PTX that is not newer than its GPU: that of the oldest is for those between them.
 
     Raises ``Unavailable`` (see ``nvrtc_version``), ``BadInput`` when NVRTC knows none of them, ``BuildFailed``.
     """
@@ -85,15 +87,16 @@ def make_fatbin(source: Path, architectures: Iterable[int] = ARCHITECTURES) -> b
             f"it knows {', '.join(map(str, known))}",
             hint="name some of those with --arch, or install another version of nvidia-cuda-nvrtc",
         )
-    with ThreadPool(min(len(chosen), os.cpu_count() or 1)) as pool:  # of daemons, for which nothing waits after Ctrl-C
-        cubins = pool.map(lambda arch: _compile(texts, f"sm_{arch}", "CUBIN"), chosen)
-    newest = str(chosen[-1])
-    ptx = _compile(texts, f"compute_{newest}", "PTX")
+    parts = [("CUBIN", arch) for arch in chosen] + [("PTX", arch) for arch in sorted({chosen[0], chosen[-1]})]
+    with ThreadPool(min(len(parts), os.cpu_count() or 1)) as pool:  # of daemons, for which nothing waits after Ctrl-C
+        compiled = pool.map(lambda part: _compile(texts, *part), parts)
     handle = nvfatbin.create([], 0)
     try:
-        for arch, cubin in zip(chosen, cubins, strict=True):
-            nvfatbin.add_cubin(handle, cubin, len(cubin), str(arch), "step_kernels")
-        nvfatbin.add_ptx(handle, ptx, len(ptx), newest, "step_kernels", "")
+        for (kind, arch), code in zip(parts, compiled, strict=True):
+            if kind == "CUBIN":
+                nvfatbin.add_cubin(handle, code, len(code), str(arch), "step_kernels")
+            else:
+                nvfatbin.add_ptx(handle, code, len(code), str(arch), "step_kernels", "")
         packed = bytearray(nvfatbin.size(handle))
         nvfatbin.get(handle, packed)
     finally:
@@ -105,10 +108,11 @@ def _read(source: Path) -> dict[str, bytes]:
     return {name: (source / name).read_bytes() for name in SOURCES}
 
 
-def _compile(texts: dict[str, bytes], target: str, kind: str) -> bytes:
+def _compile(texts: dict[str, bytes], kind: str, arch: int) -> bytes:
     """``kind``: ``"CUBIN"`` or ``"PTX"``."""
     from cuda.bindings import nvrtc
 
+    target = f"{'sm' if kind == 'CUBIN' else 'compute'}_{arch}"
     main_file, *headers = SOURCES
     status, program = nvrtc.nvrtcCreateProgram(
         texts[main_file],

@@ -54,7 +54,7 @@ def test_machine_code_and_ptx_of_every_kernel(tmp_path: Path) -> None:
     """Two of the architectures, to be quick; the whole list is compared with cuobjdump when a build makes it."""
     assert make_fatbin.main(["--output", str(tmp_path / "k.fatbin"), "--arch", "90", "--arch", "75"]) == 0
     packed = (tmp_path / "k.fatbin").read_bytes()
-    assert sorted(entries(packed)) == [(PTX, 90), (ELF, 75), (ELF, 90)]
+    assert sorted(entries(packed)) == [(PTX, 75), (PTX, 90), (ELF, 75), (ELF, 90)]
     assert {name.decode() for name in re.findall(rb"\.text\.(\w+)", packed)} == kernel_names()
 
 
@@ -69,7 +69,17 @@ def test_every_architecture_is_known_to_nvrtc() -> None:
 def test_the_build_made_the_whole_list() -> None:
     found = list(entries(cuda_kernels.fatbin_path().read_bytes()))
     assert {arch for kind, arch in found if kind == ELF} == set(make_fatbin.ARCHITECTURES)
-    assert [arch for kind, arch in found if kind == PTX] == [max(make_fatbin.ARCHITECTURES)]
+    ptx = sorted(arch for kind, arch in found if kind == PTX)
+    assert ptx == [min(make_fatbin.ARCHITECTURES), max(make_fatbin.ARCHITECTURES)]
+
+
+@pytest.mark.skipif(not _kernels.HAS_FATBIN, reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("capability", [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121, 130])
+def test_every_gpu_from_turing_on_finds_an_image(capability: int) -> None:
+    """Machine code runs on GPUs of its major version that are not older, PTX on every GPU that is not older."""
+    found = entries(cuda_kernels.fatbin_path().read_bytes())
+    fits = [arch <= capability and (kind == PTX or arch // 10 == capability // 10) for kind, arch in found]
+    assert any(fits)
 
 
 @pytest.mark.usefixtures("nvrtc")
