@@ -2,10 +2,10 @@
 //
 // Grid: x covers a lane's elements, four per thread (one Philox call); y is the position in the batch. Nothing is read
 // from the host and no kernel waits for another inside a launch: the order is that of the stream,
-//     prepare ... engine ... [guidance_factor] advance next_step.
-// The step index moves on in a kernel of its own. The blocks of a lane all read it, in no known order, so a block of
-// `advance` that wrote it could be ahead of one that still has to read; a counter of finished blocks would need atomics
-// and a reset, for about a microsecond.
+//     prepare ... engine ... [guidance_factor] advance.
+// `prepare` reads the step index and notes each position's step and row in `current`; the kernels after it read those,
+// and `advance` writes the index. So no kernel reads what one of its blocks writes, and the blocks of a lane may run in
+// any order.
 //
 // "elements" is channels * spatial of one lane; "output_elements" is that or twice that (learned variance); "stride" is
 // the number of elements from one lane to the next in the arena, at least "elements".
@@ -18,6 +18,14 @@ namespace {
 using namespace tstitch;
 
 constexpr int MOMENT_THREADS = 512;
+
+// A position's step as prepare found it. Read 16 bytes at once.
+struct alignas(16) Current {
+    float row[ROW_SIZE];
+    int step;
+    int usable;  // 0: the step lies outside the table, or the row's numbers can't be cast
+};
+static_assert(sizeof(Current) == 112, "tstitch/cuda.h and cuda_kernels.py say so");
 
 struct Float16 {
     std::uint16_t bits;
@@ -71,15 +79,25 @@ struct alignas(4 * sizeof(T)) Four {
 };
 
 // Four neighbours in one transaction. A lane starts aligned only when its element count is a multiple of 4; otherwise,
-// and at a ragged end (n < 4), one by one. Elements from n on read as 0.
+// and at a ragged end (n < 4), one by one. Elements from n on read as 0. What is fetched before any of it is converted
+// is under way at once.
+template <typename T>
+__device__ Four<T> fetch4(const T* source, bool aligned, int n) {
+    if (aligned) return *reinterpret_cast<const Four<T>*>(source);
+    Four<T> four = {};
+    for (int k = 0; k < 4; ++k)
+        if (k < n) four.value[k] = source[k];
+    return four;
+}
+
+template <typename T>
+__device__ void to_floats(const Four<T>& four, float (&out)[4]) {
+    for (int k = 0; k < 4; ++k) out[k] = to_float(four.value[k]);
+}
+
 template <typename T>
 __device__ void load4(const T* source, bool aligned, int n, float (&out)[4]) {
-    if (aligned) {
-        const Four<T> four = *reinterpret_cast<const Four<T>*>(source);
-        for (int k = 0; k < 4; ++k) out[k] = to_float(four.value[k]);
-    } else {
-        for (int k = 0; k < 4; ++k) out[k] = k < n ? to_float(source[k]) : 0.0f;
-    }
+    to_floats(fetch4(source, aligned, n), out);
 }
 
 template <typename T>
@@ -109,12 +127,21 @@ __device__ const float* current_row(const float* rows, int row_count, int lane, 
 }
 
 template <typename T, typename Time>
-__device__ void prepare(const float* latents, const float* rows, const int* step, const int* active, T* sample,
-                        Time* timestep, int row_count, int elements, int stride, int guided) {
-    const int batch = gridDim.y, at = blockIdx.y, lane = lane_at(active, at);
-    const float* row = current_row(rows, row_count, lane, step[lane]);
+__device__ void prepare(const float* __restrict__ latents, const float* __restrict__ rows, const int* __restrict__ step,
+                        const int* __restrict__ active, Current* __restrict__ current, T* __restrict__ sample,
+                        Time* __restrict__ timestep, int row_count, int elements, int stride, int guided) {
+    const int batch = gridDim.y, at = blockIdx.y, lane = lane_at(active, at), thread = threadIdx.x;
+    const int now = step[lane];
+    const float* const row = current_row(rows, row_count, lane, now);
+    if (blockIdx.x == 0) {  // of at least ROW_SIZE threads
+        if (row != nullptr && thread < ROW_SIZE) current[at].row[thread] = row[thread];
+        if (thread == 0) {
+            current[at].step = now;
+            current[at].usable = row != nullptr;
+        }
+    }
     if (row == nullptr) return;
-    const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    const int element = 4 * (blockIdx.x * blockDim.x + thread);
     if (element == 0) {
         put_timestep(timestep + at, row[ROW_T]);
         if (guided) put_timestep(timestep + batch + at, row[ROW_T]);
@@ -129,26 +156,58 @@ __device__ void prepare(const float* latents, const float* rows, const int* step
     if (guided) store4(sample + static_cast<long long>(batch + at) * elements + element, aligned, n, x);
 }
 
-// factors[position in batch] = the rescale factor on m; one block per lane. Each thread sums its stride in order and
-// the tree below is fixed, so the result is the same in every run.
+// factors[position in batch] = the rescale factor on m; one block per lane. Most GPUs have few units for float64, so
+// RUN fours are summed in float32 before they go into a float64 sum. Summed are differences from the mean of a few
+// elements: whatever the mean, variances are right to about a part in a million, as long as the squares of differences
+// are normal floats. Each thread sums its stride in order and the tree below is fixed, so the result is the same in
+// every run.
 template <typename T>
-__device__ void guidance_factor(const float* rows, const int* step, const int* active, const T* output, float* factors,
-                                int row_count, int elements, int spatial, int output_elements) {
+__device__ void guidance_factor(const Current* __restrict__ current, const T* __restrict__ output,
+                                float* __restrict__ factors, int elements, int spatial, int output_elements) {
+    constexpr int STRIDE = 4 * MOMENT_THREADS, RUN = 4, SAMPLE = 8;
     __shared__ Moments sums[MOMENT_THREADS];
-    const int batch = gridDim.x, at = blockIdx.x, lane = lane_at(active, at), thread = threadIdx.x;
-    const float* row = current_row(rows, row_count, lane, step[lane]);
-    const long long guided =
-        row == nullptr || row[ROW_RESCALE] == 0.0f ? 0 : guided_elements(row, elements / spatial, spatial);
+    const int batch = gridDim.x, at = blockIdx.x, thread = threadIdx.x;
+    const float* const row = current[at].row;
+    const int guided = current[at].usable && row[ROW_RESCALE] != 0.0f
+                           ? static_cast<int>(guided_elements(row, elements / spatial, spatial))
+                           : 0;
     if (guided == 0) {
         if (thread == 0) factors[at] = 1.0f;
         return;
     }
-    const T* cond = output + static_cast<long long>(at) * output_elements;
-    const T* uncond = output + static_cast<long long>(batch + at) * output_elements;
-    Moments sum = {};
-    for (int e = thread; e < guided; e += MOMENT_THREADS) {
+    const T* const cond = output + static_cast<long long>(at) * output_elements;
+    const T* const uncond = output + static_cast<long long>(batch + at) * output_elements;
+    const bool aligned = elements % 4 == 0;
+    float c_shift = 0.0f, m_shift = 0.0f;
+    TSTITCH_UNROLL
+    for (int k = 0; k < SAMPLE; ++k) {
+        const int e = static_cast<int>(static_cast<long long>(guided) * k / SAMPLE);
         const float c = to_float(cond[e]);
-        sum.add(c, guide(row, c, to_float(uncond[e])));
+        c_shift += c / SAMPLE;
+        m_shift += guide(row, c, to_float(uncond[e])) / SAMPLE;
+    }
+    Moments sum = {};
+    for (int first = 4 * thread; first < guided; first += RUN * STRIDE) {
+        Four<T> cs[RUN] = {}, us[RUN] = {};
+        TSTITCH_UNROLL
+        for (int r = 0; r < RUN; ++r) {
+            const int e = first + r * STRIDE;
+            if (e >= guided) continue;
+            cs[r] = fetch4(cond + e, aligned, guided - e);
+            us[r] = fetch4(uncond + e, aligned, guided - e);
+        }
+        float c_sum = 0.0f, c_squared = 0.0f, m_sum = 0.0f, m_squared = 0.0f;
+        TSTITCH_UNROLL
+        for (int e = 0; e < 4 * RUN; ++e) {
+            if (first + e / 4 * STRIDE + e % 4 >= guided) continue;
+            const float given = to_float(cs[e / 4].value[e % 4]), c = given - c_shift;
+            const float m = guide(row, given, to_float(us[e / 4].value[e % 4])) - m_shift;
+            c_sum += c;
+            c_squared += c * c;
+            m_sum += m;
+            m_squared += m * m;
+        }
+        sum.add(Moments{c_sum, c_squared, m_sum, m_squared});
     }
     sums[thread] = sum;
     for (int half = MOMENT_THREADS / 2; half > 0; half /= 2) {
@@ -172,17 +231,20 @@ __device__ void spoil(float (&values)[4]) {
 }
 
 template <typename T>
-__device__ void advance(float* latents, float* history, const float* rows, const int* step,
-                        const unsigned long long* seed, int* fault, const int* active, const T* output,
-                        const float* factors, float* second, const float* image, const float* mask, const float* noise,
-                        int lanes, int row_count, int elements, int stride, int spatial, int output_elements,
-                        int guided) {
+__device__ void advance(float* __restrict__ latents, float* __restrict__ history, const Current* __restrict__ current,
+                        int* __restrict__ step, const unsigned long long* __restrict__ seed, int* __restrict__ fault,
+                        const int* __restrict__ active, const T* __restrict__ output, const float* __restrict__ factors,
+                        float* __restrict__ second, const float* __restrict__ image, const float* __restrict__ mask,
+                        const float* __restrict__ noise, int lanes, int elements, int stride, int spatial,
+                        int output_elements, int guided) {
     const int batch = gridDim.y, at = blockIdx.y, lane = active[at];
     if (lane < 0) return;
-    const int now = step[lane];
+    const Current own = current[at];  // all of it at once: what is read through a pointer is read again after a write
+    const float* const row = own.row;
+    const int now = own.step;
     const int element = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
-    const float* row = current_row(rows, row_count, lane, now);
-    if (row == nullptr) {
+    if (element == 0) step[lane] = now + 1;
+    if (!own.usable) {
         if (element == 0 && fault[lane] == -1) fault[lane] = now;
         return;
     }
@@ -197,14 +259,19 @@ __device__ void advance(float* latents, float* history, const float* rows, const
     const float* const slot2 = history + history_slot(first + 1) * past + offset;
     const T* const cond = output + static_cast<long long>(at) * output_elements + element;
 
-    float x[4], m[4], d[4], next[4];
-    load4(latents + offset, aligned, n, x);
-    load4(cond, dense, n, m);
     const long long touched = guided ? guided_elements(row, elements / spatial, spatial) : 0;
-    if (element < touched) {
-        const float factor = factors != nullptr ? factors[at] : 1.0f;
+    const bool guides = element < touched;
+    const Four<float> latent = fetch4(latents + offset, aligned, n);
+    const Four<T> first_half = fetch4(cond, dense, n);
+    Four<T> second_half = {};
+    if (guides) second_half = fetch4(cond + static_cast<long long>(batch) * output_elements, dense, n);
+    const float factor = guides && factors != nullptr ? factors[at] : 1.0f;
+    float x[4], m[4], d[4], next[4];
+    to_floats(latent, x);
+    to_floats(first_half, m);
+    if (guides) {
         float u[4];
-        load4(cond + static_cast<long long>(batch) * output_elements, dense, n, u);
+        to_floats(second_half, u);
         for (int k = 0; k < 4; ++k)
             if (element + k < touched) m[k] = factor * guide(row, m[k], u[k]);
     }
@@ -275,37 +342,30 @@ __device__ void advance(float* latents, float* history, const float* rows, const
 
 }  // namespace
 
-#define TSTITCH_PREPARE(name, T, Time)                                                                     \
-    extern "C" __global__ void prepare_##name(const float* latents, const float* rows, const int* step,    \
-                                              const int* active, T* sample, Time* timestep, int row_count, \
-                                              int elements, int stride, int guided) {                      \
-        prepare(latents, rows, step, active, sample, timestep, row_count, elements, stride, guided);       \
+#define TSTITCH_PREPARE(name, T, Time)                                                                        \
+    extern "C" __global__ void prepare_##name(const float* latents, const float* rows, const int* step,       \
+                                              const int* active, Current* current, T* sample, Time* timestep, \
+                                              int row_count, int elements, int stride, int guided) {          \
+        prepare(latents, rows, step, active, current, sample, timestep, row_count, elements, stride, guided); \
     }
 #define TSTITCH_KERNELS(name, T)                                                                                       \
     TSTITCH_PREPARE(name##_float32, T, float)                                                                          \
     TSTITCH_PREPARE(name##_int64, T, long long)                                                                        \
-    extern "C" __global__ void __launch_bounds__(MOMENT_THREADS)                                                       \
-        guidance_factor_##name(const float* rows, const int* step, const int* active, const T* output, float* factors, \
-                               int row_count, int elements, int spatial, int output_elements) {                        \
-        guidance_factor(rows, step, active, output, factors, row_count, elements, spatial, output_elements);           \
+    extern "C" __global__ void __launch_bounds__(MOMENT_THREADS) guidance_factor_##name(                               \
+        const Current* current, const T* output, float* factors, int elements, int spatial, int output_elements) {     \
+        guidance_factor(current, output, factors, elements, spatial, output_elements);                                 \
     }                                                                                                                  \
     extern "C" __global__ void advance_##name(                                                                         \
-        float* latents, float* history, const float* rows, const int* step, const unsigned long long* seed,            \
-        int* fault, const int* active, const T* output, const float* factors, float* y, const float* image,            \
-        const float* mask, const float* noise, int lanes, int row_count, int elements, int stride, int spatial,        \
-        int output_elements, int guided) {                                                                             \
-        advance(latents, history, rows, step, seed, fault, active, output, factors, y, image, mask, noise, lanes,      \
-                row_count, elements, stride, spatial, output_elements, guided);                                        \
+        float* latents, float* history, const Current* current, int* step, const unsigned long long* seed, int* fault, \
+        const int* active, const T* output, const float* factors, float* y, const float* image, const float* mask,     \
+        const float* noise, int lanes, int elements, int stride, int spatial, int output_elements, int guided) {       \
+        advance(latents, history, current, step, seed, fault, active, output, factors, y, image, mask, noise, lanes,   \
+                elements, stride, spatial, output_elements, guided);                                                   \
     }
 
 TSTITCH_KERNELS(float32, float)
 TSTITCH_KERNELS(float16, Float16)
 TSTITCH_KERNELS(bfloat16, Bfloat16)
-
-extern "C" __global__ void next_step(int* step, const int* active, int batch) {
-    const int at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at < batch && active[at] >= 0) step[active[at]] += 1;
-}
 
 struct alignas(16) Sixteen {
     unsigned char bytes[16];
@@ -335,7 +395,8 @@ extern "C" __global__ void initial_noise(float* latent, unsigned long long seed,
     float z[4];
     four_normals(seed, INITIAL_NOISE_STEP, static_cast<std::uint64_t>(element / 4), z[0], z[1], z[2], z[3]);
     for (float& value : z) value *= scale;
-    store4(latent + element, elements % 4 == 0, elements - element, z);
+    const bool aligned = elements % 4 == 0 && reinterpret_cast<unsigned long long>(latent) % 16 == 0;  // any stride
+    store4(latent + element, aligned, elements - element, z);
 }
 
 // Latents that someone else holds on the device, into the arena: target = scale * source. One element per thread, since

@@ -37,7 +37,7 @@ def run(
     lanes, steps = 4, 6
     table = rng.uniform(0.2, 0.8, (lanes, steps, len(ROW_FIELDS))).astype(np.float32)
     for name, value in {
-        "G": 1.5, "GUIDED_CHANNELS": 3, "RESCALE": 0.5, "LOG_STD_MIN": -1, "LOG_STD_MAX": 0,
+        "G": 1.5, "GUIDED_CHANNELS": shape[0] - 1, "RESCALE": 0.5, "LOG_STD_MIN": -1, "LOG_STD_MAX": 0,
         "FLAGS": FLAG_STORE + FLAG_LEARNED + FLAG_STORE_Y + FLAG_INPAINT,
     }.items():  # fmt: skip
         table[..., ROW[name]] = value

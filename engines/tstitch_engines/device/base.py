@@ -83,6 +83,7 @@ class StepKernels(Protocol):
     def advance(self, active: Buffer, model_output: Buffer, *, guided: bool, rescale: bool) -> None:
         """Applies each lane's current row to ``model_output [B or 2B, C or 2C, H, W]`` and moves on by one step.
 
+        ``active`` is what ``prepare`` was last given: on CUDA it notes the rows that are applied here.
         ``rescale`` says whether any active row has a nonzero ``RESCALE`` (it needs a reduction of its own).
         """
 

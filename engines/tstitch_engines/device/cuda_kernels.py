@@ -32,6 +32,7 @@ __all__ = [
 
 THREADS = 256  # per block of the elementwise kernels; each thread takes four elements
 MOMENT_THREADS = 512  # per block of guidance_factor, as in cuda_driver.cu
+CURRENT_BYTES = 112  # of a position's step, which prepare notes for the kernels after it: Current in cuda_driver.cu
 
 _MODEL_DTYPES = ("float32", "float16", "bfloat16")
 _TIMESTEP_DTYPES = ("float32", "int64")
@@ -120,7 +121,9 @@ class CudaStepKernels:
         self._row_count = np.int32(arena.rows.shape[1])
         self._elements, self._stride = np.int32(elements), np.int32(stride)
         self._spatial = np.int32(elements // shape[0])
-        self._factors = launch.empty((lanes,), "float32")  # one per position in the batch, for the rescale
+        # For each position in the batch: its step and row, and its factor for the rescale.
+        self._current = launch.empty((lanes, CURRENT_BYTES), "uint8")
+        self._factors = launch.empty((lanes,), "float32")
         self._blocks = -(-elements // (4 * THREADS))
 
     def prepare(self, active: Buffer, sample: Buffer, timestep: Buffer, *, guided: bool) -> None:
@@ -132,12 +135,12 @@ class CudaStepKernels:
         arena = self._arena
         self._launch(
             f"prepare_{sample.dtype}_{timestep.dtype}", (self._blocks, batch), THREADS,
-            arena.latents.ptr, arena.rows.ptr, arena.step.ptr, active.ptr, sample.ptr, timestep.ptr,
+            arena.latents.ptr, arena.rows.ptr, arena.step.ptr, active.ptr, self._current.ptr, sample.ptr, timestep.ptr,
             self._row_count, self._elements, self._stride, np.int32(guided),
         )  # fmt: skip
 
     def advance(self, active: Buffer, model_output: Buffer, *, guided: bool, rescale: bool) -> None:
-        """See ``StepKernels``. Enqueues two kernels, three with ``rescale``."""
+        """See ``StepKernels``. Enqueues one kernel, two with ``rescale``."""
         batch = self._batch(active)
         total = 2 * batch if guided else batch
         channels, *spatial = self._shape
@@ -148,19 +151,17 @@ class CudaStepKernels:
         if rescaled:
             self._launch(
                 f"guidance_factor_{model_output.dtype}", (batch, 1), MOMENT_THREADS,
-                arena.rows.ptr, arena.step.ptr, active.ptr, model_output.ptr, self._factors.ptr,
-                self._row_count, self._elements, self._spatial, output_elements,
+                self._current.ptr, model_output.ptr, self._factors.ptr,
+                self._elements, self._spatial, output_elements,
             )  # fmt: skip
         optional = (arena.y, arena.image, arena.mask, arena.noise)
         self._launch(
             f"advance_{model_output.dtype}", (self._blocks, batch), THREADS,
-            arena.latents.ptr, arena.history.ptr, arena.rows.ptr, arena.step.ptr, arena.seed.ptr, arena.fault.ptr,
+            arena.latents.ptr, arena.history.ptr, self._current.ptr, arena.step.ptr, arena.seed.ptr, arena.fault.ptr,
             active.ptr, model_output.ptr, self._factors.ptr if rescaled else 0,
             *(0 if part is None else part.ptr for part in optional),
-            np.int32(self._lanes), self._row_count, self._elements, self._stride, self._spatial, output_elements,
-            np.int32(guided),
+            np.int32(self._lanes), self._elements, self._stride, self._spatial, output_elements, np.int32(guided),
         )  # fmt: skip
-        self._launch("next_step", (-(-batch // THREADS), 1), THREADS, arena.step.ptr, active.ptr, np.int32(batch))
 
     def _batch(self, active: Buffer) -> int:
         _require("active", active, ("int32",), active.shape[:1])

@@ -1,6 +1,7 @@
-// cuda_driver.cu compiled by a host compiler, and a `launch` that walks the grid: blocks one after another; the threads
-// of a block one after another, or, in kernels that meet at __syncthreads, as real threads. It shows that indices,
-// bounds and argument order are right; it can't show races between blocks or what the GPU's rounding is.
+// cuda_driver.cu compiled by a host compiler, and a `launch` that walks the grid: blocks one after another, the first
+// or the last first; the threads of a block one after another, or, in kernels that meet at __syncthreads, as real
+// threads. It shows that indices, bounds and argument order are right, and, walked both ways, that no block needs what
+// another block of its launch writes; it can't show what the GPU's rounding is.
 #include <pthread.h>
 
 #include <cmath>
@@ -16,6 +17,8 @@ struct Index {
 static thread_local Index threadIdx, blockIdx;
 static Index blockDim, gridDim;
 static pthread_barrier_t barrier;
+extern "C" int backwards;
+int backwards = 0;  // the last block first
 
 #define __global__
 #define __device__
@@ -38,18 +41,19 @@ static void walk(void (*kernel)(A...), bool meets, void** arguments) {
         threadIdx = {thread, 0};
         call(kernel, arguments, std::index_sequence_for<A...>{});
     };
-    for (int y = 0; y < gridDim.y; ++y)
-        for (int x = 0; x < gridDim.x; ++x) {
-            if (!meets) {
-                for (int t = 0; t < blockDim.x; ++t) one(x, y, t);
-                continue;
-            }
-            pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(blockDim.x));
-            std::vector<std::thread> threads;
-            for (int t = 0; t < blockDim.x; ++t) threads.emplace_back(one, x, y, t);
-            for (std::thread& thread : threads) thread.join();
-            pthread_barrier_destroy(&barrier);
+    const int blocks = gridDim.x * gridDim.y;
+    for (int block = 0; block < blocks; ++block) {
+        const int place = backwards ? blocks - 1 - block : block, x = place % gridDim.x, y = place / gridDim.x;
+        if (!meets) {
+            for (int t = 0; t < blockDim.x; ++t) one(x, y, t);
+            continue;
         }
+        pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(blockDim.x));
+        std::vector<std::thread> threads;
+        for (int t = 0; t < blockDim.x; ++t) threads.emplace_back(one, x, y, t);
+        for (std::thread& thread : threads) thread.join();
+        pthread_barrier_destroy(&barrier);
+    }
 }
 
 template <typename... A>
@@ -75,7 +79,6 @@ extern "C" int launch(const char* name, int grid_x, int grid_y, int threads, int
     RUN_ALL(float32)
     RUN_ALL(float16)
     RUN_ALL(bfloat16)
-    RUN(next_step, false)
     RUN(gather_rows, false)
     RUN(initial_noise, false)
     RUN(scaled_copy, false)

@@ -58,7 +58,7 @@ int main(int argc, char** argv) {
     CUcontext context;
     CUstream stream;
     CUmodule module;
-    CUfunction initial_noise, prepare, advance, next_step;
+    CUfunction initial_noise, prepare, advance;
 
     if (argc != 2) return fprintf(stderr, "usage: cuda_walk step_kernels.fatbin\n"), 2;
     if (cuInit(0) != CUDA_SUCCESS || cuDeviceGetCount(&devices) != CUDA_SUCCESS || devices == 0) return 77;
@@ -81,11 +81,11 @@ int main(int argc, char** argv) {
     CHECK(cuModuleGetFunction(&initial_noise, module, "initial_noise"));
     CHECK(cuModuleGetFunction(&prepare, module, "prepare_float32_float32"));
     CHECK(cuModuleGetFunction(&advance, module, "advance_float32"));
-    CHECK(cuModuleGetFunction(&next_step, module, "next_step"));
 
     const CUdeviceptr latents = upload(NULL, ELEMENTS * sizeof(float)), table = upload(rows, sizeof rows);
     const CUdeviceptr step = upload(&zero, sizeof zero), active = upload(&zero, sizeof zero); /* one lane: number 0 */
     const CUdeviceptr sample = upload(NULL, ELEMENTS * sizeof(float)), timestep = upload(NULL, sizeof(float));
+    const CUdeviceptr current = upload(NULL, TSTITCH_CUDA_CURRENT_BYTES);
     const CUdeviceptr output = upload(NULL, ELEMENTS * sizeof(float)), fault = upload(&none, sizeof none);
     tstitch_cuda_initial_noise noise = {.latent = latents, .seed = seed, .scale = 1.0f, .elements = ELEMENTS};
     tstitch_cuda_prepare before = {
@@ -93,6 +93,7 @@ int main(int argc, char** argv) {
         .rows = table,
         .step = step,
         .active = active,
+        .current = current,
         .sample = sample,
         .timestep = timestep,
         .row_count = STEPS,
@@ -103,24 +104,21 @@ int main(int argc, char** argv) {
     tstitch_cuda_advance after = {
         .latents = latents,
         .history = upload(NULL, TSTITCH_HISTORY * ELEMENTS * sizeof(float)),
-        .rows = table,
+        .current = current,
         .step = step,
         .seed = upload(&seed, sizeof seed),
         .fault = fault,
         .active = active,
         .output = output,
         .lanes = 1,
-        .row_count = STEPS,
         .elements = ELEMENTS,
         .stride = ELEMENTS,
         .spatial = SPATIAL,
         .output_elements = ELEMENTS,
     };
-    tstitch_cuda_next_step next = {.step = step, .active = active, .batch = 1};
     void* of_noise[] = TSTITCH_CUDA_INITIAL_NOISE_PARAMETERS(noise);
     void* of_prepare[] = TSTITCH_CUDA_PREPARE_PARAMETERS(before);
     void* of_advance[] = TSTITCH_CUDA_ADVANCE_PARAMETERS(after);
-    void* of_next[] = TSTITCH_CUDA_NEXT_STEP_PARAMETERS(next);
     const unsigned blocks = tstitch_cuda_blocks(ELEMENTS), threads = TSTITCH_CUDA_THREADS, batch = 1;
 
     CHECK(cuLaunchKernel(initial_noise, blocks, 1, 1, threads, 1, 1, 0, stream, of_noise, NULL));
@@ -128,7 +126,6 @@ int main(int argc, char** argv) {
         CHECK(cuLaunchKernel(prepare, blocks, batch, 1, threads, 1, 1, 0, stream, of_prepare, NULL));
         engine(stream, sample, timestep, output);
         CHECK(cuLaunchKernel(advance, blocks, batch, 1, threads, 1, 1, 0, stream, of_advance, NULL));
-        CHECK(cuLaunchKernel(next_step, 1, 1, 1, threads, 1, 1, 0, stream, of_next, NULL));
     }
     CHECK(cuStreamSynchronize(stream));
 

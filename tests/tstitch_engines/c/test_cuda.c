@@ -8,7 +8,7 @@
 
 #include "check.h"
 
-enum { LANES = 3, BATCH = 2, STEPS = 2, CHANNELS = 3, SPATIAL = 400, ELEMENTS = CHANNELS * SPATIAL };
+enum { LANES = 3, BATCH = 2, STEPS = 2, CHANNELS = 3, SPATIAL = 401, ELEMENTS = CHANNELS * SPATIAL };
 enum { ROOM = 404, STRIDE = CHANNELS * ROOM, ROW = 96, PITCH = 128 }; /* lanes lie further apart than their size */
 
 /* Of cuda_on_host/launch.cpp: the number of arguments that the kernel takes. */
@@ -29,6 +29,7 @@ typedef struct state {
     ALIGNED float copy[LANES * STRIDE];
     ALIGNED unsigned char gathered[2 * BATCH * ROW];
     ALIGNED int64_t timestep[2 * BATCH];
+    ALIGNED unsigned char current[BATCH * TSTITCH_CUDA_CURRENT_BYTES];
     int32_t step[LANES], fault[LANES];
 } state;
 
@@ -78,7 +79,6 @@ static void on_cuda(state* s, bool rescale) {
     tstitch_cuda_prepare prepare = {0};
     tstitch_cuda_guidance_factor factor = {0};
     tstitch_cuda_advance advance = {0};
-    tstitch_cuda_next_step next = {0};
     tstitch_cuda_scaled_copy copy = {0};
     tstitch_cuda_gather_rows gather = {0};
 
@@ -88,12 +88,13 @@ static void on_cuda(state* s, bool rescale) {
     noise.elements = ELEMENTS;
 
     prepare.latents = advance.latents = address(s->latents);
-    prepare.rows = factor.rows = advance.rows = address(rows);
-    prepare.step = factor.step = advance.step = next.step = address(s->step);
-    prepare.active = factor.active = advance.active = next.active = address(active);
+    prepare.rows = address(rows);
+    prepare.current = factor.current = advance.current = address(s->current);
+    prepare.step = advance.step = address(s->step);
+    prepare.active = advance.active = address(active);
     prepare.sample = address(s->sample);
     prepare.timestep = address(s->timestep);
-    prepare.row_count = factor.row_count = advance.row_count = STEPS;
+    prepare.row_count = STEPS;
     prepare.elements = factor.elements = advance.elements = ELEMENTS;
     prepare.stride = advance.stride = STRIDE;
     prepare.guided = advance.guided = 1;
@@ -112,7 +113,6 @@ static void on_cuda(state* s, bool rescale) {
     advance.seed = address(seed);
     advance.fault = address(s->fault);
     advance.lanes = LANES;
-    next.batch = BATCH;
 
     copy.target = address(s->copy);
     copy.source = address(s->latents);
@@ -131,7 +131,6 @@ static void on_cuda(state* s, bool rescale) {
     void* of_prepare[] = TSTITCH_CUDA_PREPARE_PARAMETERS(prepare);
     void* of_factor[] = TSTITCH_CUDA_GUIDANCE_FACTOR_PARAMETERS(factor);
     void* of_advance[] = TSTITCH_CUDA_ADVANCE_PARAMETERS(advance);
-    void* of_next[] = TSTITCH_CUDA_NEXT_STEP_PARAMETERS(next);
     void* of_gather[] = TSTITCH_CUDA_GATHER_ROWS_PARAMETERS(gather);
     void* of_copy[] = TSTITCH_CUDA_SCALED_COPY_PARAMETERS(copy);
     LAUNCH("initial_noise", blocks, 1, TSTITCH_CUDA_THREADS, of_noise);
@@ -140,7 +139,6 @@ static void on_cuda(state* s, bool rescale) {
         LAUNCH("prepare_float32_int64", blocks, BATCH, TSTITCH_CUDA_THREADS, of_prepare);
         if (rescale) LAUNCH("guidance_factor_float32", BATCH, 1, TSTITCH_CUDA_MOMENT_THREADS, of_factor);
         LAUNCH("advance_float32", blocks, BATCH, TSTITCH_CUDA_THREADS, of_advance);
-        LAUNCH("next_step", 1, 1, TSTITCH_CUDA_THREADS, of_next);
     }
     LAUNCH("scaled_copy", (LANES * STRIDE + TSTITCH_CUDA_THREADS - 1) / TSTITCH_CUDA_THREADS, 1, TSTITCH_CUDA_THREADS,
            of_copy);

@@ -69,7 +69,7 @@ def compare(got: list[NDArray[Any]], want: list[NDArray[Any]]) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 20), (4, 5, 7), (4, 2, 3, 2)], ids=["vectors", "ragged", "video"])
+@pytest.mark.parametrize("shape", [(4, 16, 20), (3, 5, 7), (4, 2, 3, 2)], ids=["vectors", "ragged", "video"])
 @pytest.mark.parametrize(("dtype", "timestep"), [("float32", "float32"), ("float16", "int64"), ("bfloat16", "int64")])
 @pytest.mark.parametrize("guided", [False, True])
 def test_cuda_driver_equals_host_driver(
@@ -82,14 +82,35 @@ def test_cuda_driver_equals_host_driver(
     compare(got, want)
 
 
+def test_blocks_may_run_in_any_order(device: WalkedDevice, kernels_on_host: ctypes.CDLL) -> None:
+    """Lanes of two blocks: no block reads what another one of its launch writes, such as the step."""
+    forwards = run(device, "float32", "int64", (4, 16, 20), guided=True)
+    order = ctypes.c_int.in_dll(kernels_on_host, "backwards")
+    order.value = 1
+    try:
+        backwards = run(device, "float32", "int64", (4, 16, 20), guided=True)
+    finally:
+        order.value = 0
+    for one, other in zip(forwards, backwards, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("guided", "launches"), [(False, 2), (True, 3)])
+def test_a_step_is_two_launches_and_with_rescale_three(device: WalkedDevice, guided: bool, launches: int) -> None:
+    before = device.calls["launch"]
+    run(device, "float32", "float32", (1, 2, 2), guided=guided)  # five steps, and the initial noise
+    assert device.calls["launch"] - before == 5 * launches + 1
+
+
 @pytest.mark.parametrize(
-    ("shape", "largest"), [((4, 6, 10), (4, 8, 10)), ((4, 5, 8), (4, 7, 9)), ((4, 5, 7), (4, 5, 8))]
+    ("shape", "largest"),
+    [((4, 6, 10), (4, 8, 10)), ((3, 4, 4), (3, 5, 7)), ((3, 5, 7), (3, 5, 8)), ((3, 5, 7), (3, 7, 9))],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lanes_smaller_than_their_slots(
     device: WalkedDevice, dtype: str, shape: tuple[int, ...], largest: tuple[int, ...]
 ) -> None:
-    """With strides that are multiples of 4, that are none, and elements that are none: against the host driver."""
+    """Strides and elements that are multiples of 4 and that are none: against the host driver."""
     got, want = (run(one, dtype, "int64", shape, guided=True, largest=largest) for one in (device, HostDevice()))
     if dtype != "float32":
         del got[5], want[5]
@@ -133,6 +154,39 @@ def test_the_host_refuses_to_gather_from_no_lane(slots: list[int]) -> None:
         HostDevice().gather_rows(active, HostBuffer((1, 5, 16), "uint8"), target)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (3, 5, 7), (3, 53, 61), (4, 64, 40)])
+def test_rescale_equals_float64(device: WalkedDevice, shape: tuple[int, ...], mean: float) -> None:
+    """x' = m std(c) / std(m) to a few units in the last place, of outputs around 0 and a thousand deviations away.
+
+    The sizes are of one thread's four, of some threads', of several runs of all, ragged and not.
+    """
+    rng = np.random.default_rng(2)
+    output = device.empty((4, *shape), "float32")
+    output.array[...] = mean + rng.standard_normal(output.shape) * rng.uniform(0.5, 2, (4, 1, 1, 1))
+    lanes = device.empty((2, 1, len(ROW_FIELDS)), "float32")
+    lanes.array[...] = 0
+    for name in ("Q", "B", "RESCALE"):
+        lanes.array[..., ROW[name]] = 1
+    lanes.array[..., ROW["G"]], lanes.array[..., ROW["GUIDED_CHANNELS"]] = 3, shape[0]
+    parts = {
+        "latents": ((2, *shape), "float32"), "history": ((HISTORY, 2, *shape), "float32"), "step": ((2,), "int32"),
+        "seed": ((2,), "int64"), "fault": ((2,), "int32"),
+    }  # fmt: skip
+    made = {name: device.empty(size, kind) for name, (size, kind) in parts.items()}
+    for part in made.values():
+        part.array[...] = 0
+    kernels = device.step_kernels(ArenaBuffers(rows=lanes, **made))
+    active = device.empty((2,), "int32")
+    active.array[...] = [0, 1]
+    kernels.prepare(active, device.empty((4, *shape), "float32"), device.empty((4,), "float32"), guided=True)
+    kernels.advance(active, output, guided=True, rescale=True)
+    cond, uncond = output.array.astype(np.float64).reshape(2, 2, -1)
+    m = uncond + 3 * (cond - uncond)
+    want = m * (cond.std(axis=1) / m.std(axis=1))[:, None]
+    np.testing.assert_allclose(made["latents"].array.reshape(2, -1), want, rtol=2e-6, atol=2e-6)
+
+
 def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
     shape = (1, 1, 2, 2)
     kinds = {
@@ -150,7 +204,9 @@ def arena(device: Any, value: float, rows: int = 1) -> dict[str, HostBuffer]:
 def advance(device: WalkedDevice, parts: dict[str, HostBuffer], channels: int = 1) -> None:
     active, output = device.empty((1,), "int32"), device.empty((1, channels, 2, 2), "float32")
     active.array[...] = output.array[...] = 0
-    device.step_kernels(ArenaBuffers(**parts)).advance(active, output, guided=False, rescale=False)
+    kernels = device.step_kernels(ArenaBuffers(**parts))
+    kernels.prepare(active, device.empty((1, 1, 2, 2), "float32"), device.empty((1,), "float32"), guided=False)
+    kernels.advance(active, output, guided=False, rescale=False)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

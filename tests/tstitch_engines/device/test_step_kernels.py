@@ -272,16 +272,16 @@ KINDS: dict[str, dict[str, float]] = {
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("guided_channels", [None, 0, 3, 4], ids=lambda k: f"guided{k}")
+@pytest.mark.parametrize("guided_channels", [None, 0, 2, 4], ids=lambda k: f"guided{k}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_advance_equals_float64(isa: str, dtype: str, guided_channels: int | None, kind: str) -> None:
     """Five steps of every kind of row; a latent of odd size, of one tile and a bit."""
-    run_and_compare(np.random.default_rng(2), (4, 13, 21), dtype, guided_channels, KINDS[kind], isa)
+    run_and_compare(np.random.default_rng(2), (3, 19, 21), dtype, guided_channels, KINDS[kind], isa)
 
 
 @pytest.mark.parametrize("kind", ["history-2-noise", "inpaint", "everything"])
 def test_advance_of_several_chunks_equals_float64(kind: str) -> None:
-    run_and_compare(np.random.default_rng(2), (4, 50, 51), "float32", 3, KINDS[kind], ISAS[0])
+    run_and_compare(np.random.default_rng(2), (3, 59, 61), "float32", 2, KINDS[kind], ISAS[0])
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])

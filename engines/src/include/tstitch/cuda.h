@@ -4,7 +4,7 @@
  * needs nothing of CUDA's. The arrays are those of tstitch_lanes (tstitch/step.h) in device memory. One step, in the
  * order of one stream:
  *
- *     [gather_rows ...] -> prepare -> your engine -> [guidance_factor] -> advance -> next_step
+ *     [gather_rows ...] -> prepare -> your engine -> [guidance_factor] -> advance
  *
  * Nothing in it reads the host or waits, so it may be captured into a CUDA graph that is then replayed for every step.
  *
@@ -20,7 +20,6 @@
  *     prepare_SAMPLE_TIMESTEP       tstitch_cuda_blocks(e), batch   TSTITCH_CUDA_THREADS
  *     guidance_factor_OUTPUT        batch                           TSTITCH_CUDA_MOMENT_THREADS
  *     advance_OUTPUT                tstitch_cuda_blocks(e), batch   TSTITCH_CUDA_THREADS
- *     next_step                     (batch + T - 1) / T             TSTITCH_CUDA_THREADS
  *     gather_rows                   tstitch_cuda_row_blocks(bytes), TSTITCH_CUDA_THREADS
  *                                   halves * batch
  *     initial_noise                 tstitch_cuda_blocks(e)          TSTITCH_CUDA_THREADS
@@ -41,8 +40,9 @@
 #include <stdint.h>
 
 enum {
-    TSTITCH_CUDA_THREADS = 256,       /* per block; each thread takes four elements */
-    TSTITCH_CUDA_MOMENT_THREADS = 512 /* per block of guidance_factor, exactly */
+    TSTITCH_CUDA_THREADS = 256,        /* per block; each thread takes four elements */
+    TSTITCH_CUDA_MOMENT_THREADS = 512, /* per block of guidance_factor, exactly */
+    TSTITCH_CUDA_CURRENT_BYTES = 112
 };
 
 typedef uint64_t tstitch_cuda_pointer; /* a CUdeviceptr, or a device address as an integer */
@@ -58,42 +58,36 @@ static inline unsigned tstitch_cuda_row_blocks(uint64_t row_bytes) {
 /* See tstitch_prepare. */
 typedef struct tstitch_cuda_prepare {
     tstitch_cuda_pointer latents, rows, step, active; /* float, float, int32, int32 */
-    tstitch_cuda_pointer sample, timestep;            /* written */
+    tstitch_cuda_pointer
+        current; /* [batch] times TSTITCH_CUDA_CURRENT_BYTES, written: what the next two kernels read */
+    tstitch_cuda_pointer sample, timestep; /* written */
     int32_t row_count, elements, stride, guided;
 } tstitch_cuda_prepare;
-#define TSTITCH_CUDA_PREPARE_PARAMETERS(a)                                   \
-    {&(a).latents,  &(a).rows,      &(a).step,     &(a).active, &(a).sample, \
+#define TSTITCH_CUDA_PREPARE_PARAMETERS(a)                                                 \
+    {&(a).latents,  &(a).rows,      &(a).step,     &(a).active, &(a).current, &(a).sample, \
      &(a).timestep, &(a).row_count, &(a).elements, &(a).stride, &(a).guided}
 
 /* Only where rows have a RESCALE: writes one factor for each position of the batch, which advance then reads. */
 typedef struct tstitch_cuda_guidance_factor {
-    tstitch_cuda_pointer rows, step, active, output;
+    tstitch_cuda_pointer current, output;
     tstitch_cuda_pointer factors; /* float [batch], written */
-    int32_t row_count, elements, spatial, output_elements;
+    int32_t elements, spatial, output_elements;
 } tstitch_cuda_guidance_factor;
-#define TSTITCH_CUDA_GUIDANCE_FACTOR_PARAMETERS(a)                                   \
-    {&(a).rows,      &(a).step,     &(a).active,  &(a).output,         &(a).factors, \
-     &(a).row_count, &(a).elements, &(a).spatial, &(a).output_elements}
+#define TSTITCH_CUDA_GUIDANCE_FACTOR_PARAMETERS(a) \
+    {&(a).current, &(a).output, &(a).factors, &(a).elements, &(a).spatial, &(a).output_elements}
 
-/* See tstitch_advance; the step stays as it is until next_step. */
+/* See tstitch_advance; active is what the last prepare was given. */
 typedef struct tstitch_cuda_advance {
-    tstitch_cuda_pointer latents, history, rows, step, seed, fault, active, output;
+    tstitch_cuda_pointer latents, history, current, step, seed, fault, active, output;
     tstitch_cuda_pointer factors;               /* of guidance_factor, or 0: no rescale */
     tstitch_cuda_pointer y, image, mask, noise; /* or 0 where no row uses them */
-    int32_t lanes, row_count, elements, stride, spatial, output_elements, guided;
+    int32_t lanes, elements, stride, spatial, output_elements, guided;
 } tstitch_cuda_advance;
-#define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                                         \
-    {&(a).latents,         &(a).history, &(a).rows,      &(a).step,     &(a).seed,   &(a).fault,   \
-     &(a).active,          &(a).output,  &(a).factors,   &(a).y,        &(a).image,  &(a).mask,    \
-     &(a).noise,           &(a).lanes,   &(a).row_count, &(a).elements, &(a).stride, &(a).spatial, \
-     &(a).output_elements, &(a).guided}
-
-/* Adds 1 to the step of each active lane. */
-typedef struct tstitch_cuda_next_step {
-    tstitch_cuda_pointer step, active;
-    int32_t batch;
-} tstitch_cuda_next_step;
-#define TSTITCH_CUDA_NEXT_STEP_PARAMETERS(a) {&(a).step, &(a).active, &(a).batch}
+#define TSTITCH_CUDA_ADVANCE_PARAMETERS(a)                                          \
+    {&(a).latents, &(a).history, &(a).current,         &(a).step,    &(a).seed,     \
+     &(a).fault,   &(a).active,  &(a).output,          &(a).factors, &(a).y,        \
+     &(a).image,   &(a).mask,    &(a).noise,           &(a).lanes,   &(a).elements, \
+     &(a).stride,  &(a).spatial, &(a).output_elements, &(a).guided}
 
 /* See tstitch_gather_rows. Rows are copied 16 bytes at once where row_bytes and source_stride are multiples of 16. */
 typedef struct tstitch_cuda_gather_rows {
