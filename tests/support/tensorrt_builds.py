@@ -10,13 +10,16 @@ from typing import Any
 import msgspec
 
 from tstitch_engines.backends.tensorrt import TensorRtBackend
+from tstitch_engines.backends.tensorrt.flavour import RTX, Flavour
+from tstitch_engines.backends.tensorrt.messages import Request
+from tstitch_engines.backends.tensorrt.options import BuildOptions
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Member
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
 from tstitch_export.planning.shipped import read_shipped
 
-__all__ = ["attention_graph", "compile_member", "hand_made", "shipped_small"]
+__all__ = ["attention_graph", "branches_graph", "compile_member", "compile_request", "hand_made", "shipped_small"]
 
 
 def shipped_small() -> tuple[Member, Path]:
@@ -46,6 +49,30 @@ def compile_member(
         progress=progress or (silent),
     )
     return made
+
+
+def compile_request(
+    member: Member,
+    model: Path,
+    output: Path,
+    *,
+    flavour: Flavour = RTX,
+    batch: Range | None = None,
+    options: BuildOptions | None = None,
+) -> Request:
+    """What the process that compiles is asked, for work in this one."""
+    return Request(
+        flavour=flavour.name,
+        model=str(model),
+        output=str(output),
+        family=member.family,
+        precision=member.precision,
+        inputs=member.inputs,
+        outputs=member.outputs,
+        profile=ShapeProfile({"B": batch or Range(1, 2, 4)}),
+        options=options or BuildOptions(),
+        gpu=None,
+    )
 
 
 def hand_made(
@@ -89,3 +116,21 @@ def attention_graph(path: Path, *, dtype: str, head: int) -> Member:
     specs = [TensorSpec(name=name, dtype=dtype, shape=("B", 2, 16, head)) for name in ("q", "k", "v", "y")]
     node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
     return hand_made(path, [node], specs[:3], specs[3:], opset=23)
+
+
+def branches_graph(path: Path) -> Member:
+    """Two branches over ``[B, 16, 64]`` that may run side by side: product, softmax, product, and their sum."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    x, y = (TensorSpec(name=name, dtype="float16", shape=("B", 16, 64)) for name in "xy")
+    weights = np.random.default_rng(0).standard_normal((4, 64, 64)).astype(np.float16)
+    constants = [numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(weights)]
+    nodes = []
+    for a, b in ((0, 1), (2, 3)):
+        nodes += [
+            helper.make_node("MatMul", ["x", f"w{a}"], [f"m{a}"]),
+            helper.make_node("Softmax", [f"m{a}"], [f"s{a}"], axis=-1),
+            helper.make_node("MatMul", [f"s{a}", f"w{b}"], [f"m{b}"]),
+        ]
+    return hand_made(path, [*nodes, helper.make_node("Sum", ["m1", "m3"], ["y"])], [x], [y], constants=constants)

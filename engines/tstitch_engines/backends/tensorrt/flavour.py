@@ -49,7 +49,6 @@ RTX: Final = Flavour(
     refused={
         "optimisation-level": _SAME_PLAN,
         "tiling": _SAME_PLAN,
-        "max-aux-streams": _SAME_PLAN,
         "timing-cache": "TensorRT-RTX times no kernels while it compiles",
         "hardware-compatible": "a TensorRT-RTX plan runs on every GPU in its list; choose them with "
         "--option compute-capabilities=8.6,8.9,12.0",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final, NamedTuple
@@ -18,10 +18,13 @@ __all__ = ["Messages", "Session", "logger_of", "open_library", "session"]
 
 _log = logging.getLogger(__name__)
 
-# Said of every input of type int64, and once more for each error that is a missing driver.
-_NOISE: Final = ("has Int64 binding", "catchCudaError")
+# A failed call on a machine without a driver says so itself, and then once more like this.
+_NO_DRIVER: Final = re.compile(r"In catchCudaError at \S+ \(cudaError 35:")
+_INT64: Final = re.compile(r"Make sure input .* has Int64 binding")  # a warning for every input of that type
 _OUT_OF_MEMORY: Final = re.compile("out ?of ?memory", re.IGNORECASE)
-_KEPT: Final = 200
+# "Profile kMIN values...", and kOPT, kMAX: a dimension is fixed inside the graph
+_INCONSISTENT: Final = "values are not self-consistent"
+_KEPT: Final = 200  # errors, and as many warnings
 
 
 def open_library(flavour: Flavour) -> Library:
@@ -51,24 +54,48 @@ def open_library(flavour: Flavour) -> Library:
 
 
 class Messages:
-    """What the library said while it was listened to: errors and warnings, without the noise."""
+    """What the library said while it was listened to: errors and warnings, each once, the first and the latest of many.
+
+    ``inconsistent``: the warning that the engine can't keep its profile.
+    """
 
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.warnings: list[str] = []
+        self.inconsistent: str | None = None
+        self._of_memory = False
+        self._left_out = 0
+        self._no_driver: list[str] = []
 
     def add(self, level: int, text: str) -> None:
-        kept = self.errors if level >= logging.ERROR else self.warnings if level == logging.WARNING else None
-        if kept is not None and len(kept) < _KEPT and text not in kept:
-            kept.append(text)
+        if level < logging.WARNING:
+            return
+        if _INCONSISTENT in text:
+            self.inconsistent = self.inconsistent or text
+        if level >= logging.ERROR and _OUT_OF_MEMORY.search(text):
+            self._of_memory = True
+        spoken = self.errors if level >= logging.ERROR else self.warnings
+        kept = self._no_driver if _NO_DRIVER.search(text) else spoken
+        if text in kept:
+            return
+        if len(kept) >= _KEPT:
+            del kept[_KEPT // 2]
+            self._left_out += kept is self.errors
+        kept.append(text)
+
+    def forget_errors(self) -> None:
+        """For another attempt."""
+        self.errors.clear()
+        self._left_out, self._of_memory = 0, False
 
     def of_memory(self) -> bool:
-        """Whether an error is a lack of memory."""
-        return any(_OUT_OF_MEMORY.search(text) for text in self.errors)
+        """Whether an error was a lack of memory."""
+        return self._of_memory
 
     def reason(self) -> str:
         """The errors as one line."""
-        return "; ".join(self.errors) or "; ".join(self.warnings) or "the library gave no reason"
+        found = "; ".join(self.errors or self.warnings or self._no_driver) or "the library gave no reason"
+        return f"{found}; and {self._left_out} more errors" if self._left_out else found
 
 
 class Listener:
@@ -78,18 +105,17 @@ class Listener:
         self._lock = threading.Lock()
         self._open: list[Messages] = []
         self.last_error = ""
-        self.forward: Callable[[int, str], None] = _log.log
 
     def take(self, level: int, text: str) -> None:
-        if any(words in text for words in _NOISE):
+        if level < logging.ERROR and _INT64.search(text):
             return
         with self._lock:
             for messages in self._open:
                 messages.add(level, text)
-        if level >= logging.ERROR:
+        if level >= logging.ERROR and not (self.last_error and _NO_DRIVER.search(text)):
             self.last_error = text
         # An error comes back as an exception of ours, with this text in it.
-        self.forward(logging.DEBUG if level >= logging.ERROR else level, text)
+        _log.log(logging.DEBUG if level >= logging.ERROR else level, "%s", text)
 
     @contextmanager
     def listen(self) -> Iterator[Messages]:

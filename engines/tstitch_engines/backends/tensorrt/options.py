@@ -38,7 +38,7 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
     "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
     "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
     "tf32": (bool, "round the factors of float32 products to 11 bits, which is faster (default: false)"),
-    "max-aux-streams": (int, "streams of its own an engine may use (default: 0)"),
+    "max-aux-streams": (int, "streams of its own that an engine may use (default: 0)"),
     "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),
 }
 # Options that change how the compiler finds what it makes, and not what that is.
@@ -70,7 +70,7 @@ class BuildOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     weight_streaming: bool = False
     tf32: bool = False
     capabilities: tuple[int, ...] = ()
-    max_aux_streams: int | None = 0
+    max_aux_streams: int = 0
 
 
 def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], device: str) -> BuildOptions:
@@ -83,16 +83,15 @@ def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], d
                 f"{flavour.title} can't honour the option {name}={options[name]}: {flavour.refused[name]}",
                 hint=f"leave out --option {name}",
             )
-    level, aux = _number(options, "optimisation-level", 0, 5), _number(options, "max-aux-streams", 0, 64)
     chosen = BuildOptions(
         workspace=_number(options, "workspace", 1, 1 << 24),
-        optimisation_level=level,
+        optimisation_level=_number(options, "optimisation-level", 0, 5),
         tiling=_word(options, "tiling", TILING),
         timing_cache=str(Path(str(options["timing-cache"])).resolve()) if "timing-cache" in options else None,
         hardware=_word(options, "hardware-compatible", HARDWARE),
         **{name.replace("-", "_"): bool(options.get(name, False)) for name in _SWITCHES},
         capabilities=capabilities(flavour, library, options, device),
-        max_aux_streams=None if "max-aux-streams" in flavour.refused else aux or 0,
+        max_aux_streams=_number(options, "max-aux-streams", 0, 64) or 0,
     )
     _require(flavour, library, chosen)
     if flavour.compiles_without_gpu and (chosen.refit or chosen.strip_weights):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, TimingCache, has
 from tstitch_engines.backends.tensorrt.flavour import FLAVOURS
-from tstitch_engines.backends.tensorrt.library import Session, logger_of, open_library, session
+from tstitch_engines.backends.tensorrt.library import Session, open_library, session
 from tstitch_engines.backends.tensorrt.messages import Done, Request
 from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
 from tstitch_engines.bundle.files import replace_file
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_engine"]
 
-_INCONSISTENT: Final = "values are not self-consistent"  # "Profile kMIN values...", and kOPT, kMAX
 _MEGABYTE: Final = 1 << 20
 
 
@@ -97,7 +96,6 @@ def compile_engine(request: Request, channel: Channel) -> Done:
 def _compile(request: Request, channel: Channel) -> int:
     flavour = FLAVOURS[request.flavour]
     library = open_library(flavour)
-    logger_of(library)[1].forward = channel.say
     device = None
     if request.gpu is not None:
         from tstitch_engines.device.cuda import CudaDevice
@@ -117,11 +115,10 @@ def _compile(request: Request, channel: Channel) -> int:
         del parser  # held the weights
         if size is None:
             raise _failed(opened, request, fused, device)
-        if any(_INCONSISTENT in text for text in messages.warnings):
+        if messages.inconsistent is not None:
             # It still makes an engine, one that runs at no other size than the first.
             raise BuildFailed(
-                f"{model.name} fixes a dimension inside that is dynamic outside: "
-                f"{next(text for text in messages.warnings if _INCONSISTENT in text)}",
+                f"{model.name} fixes a dimension inside that is dynamic outside: {messages.inconsistent}",
                 hint="export the member again with that dimension static, or with its dynamic size kept throughout",
             )
         if timings is not None and request.options.timing_cache is not None:
@@ -141,8 +138,7 @@ def _configure(opened: Session, config: Config, request: Request) -> TimingCache
         config.tiling_optimization_level = getattr(library.TilingOptimizationLevel, options.tiling)
     if options.hardware is not None:
         config.hardware_compatibility_level = getattr(library.HardwareCompatibilityLevel, options.hardware)
-    if options.max_aux_streams is not None:
-        config.max_aux_streams = options.max_aux_streams
+    config.max_aux_streams = options.max_aux_streams
     if options.version_compatible:
         config.set_flag(flags.VERSION_COMPATIBLE)
     if options.weight_streaming:

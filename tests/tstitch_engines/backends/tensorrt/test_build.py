@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.tensorrt_builds import attention_graph, compile_member, hand_made, shipped_small
+from support.tensorrt_builds import (
+    attention_graph,
+    branches_graph,
+    compile_member,
+    compile_request,
+    hand_made,
+    shipped_small,
+)
 from support.tiny import TinyPair
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, backend, read_plan_header
 from tstitch_engines.backends.tensorrt.flavour import RTX
 from tstitch_engines.backends.tensorrt.library import open_library, session
 from tstitch_engines.backends.tensorrt.network import parse, settle_attention
+from tstitch_engines.backends.tensorrt.options import BuildOptions
+from tstitch_engines.backends.tensorrt.worker import compile_engine
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Manifest, Member, Precision
+from tstitch_engines.child import Channel
 from tstitch_engines.errors import BadInput, BuildFailed, Unavailable, UnknownName
 from tstitch_engines.spec import Range, TensorSpec
 from tstitch_export.build import build
@@ -155,6 +166,31 @@ def test_options_change_the_plan(rtx: TensorRtBackend, tmp_path: Path) -> None:
     assert hash_file(one) != hash_file(limited)
 
 
+def test_streams_besides_the_callers_are_none_unless_asked_for(rtx: TensorRtBackend, tmp_path: Path) -> None:
+    """What may run side by side does by the library's default, with waits between the streams in every block."""
+    member = branches_graph(tmp_path / "branches.onnx")
+
+    def plan(**options: Any) -> tuple[str, int]:
+        named = {"compute-capabilities": "8.9", **{name.replace("_", "-"): value for name, value in options.items()}}
+        model, batch = tmp_path / "branches.onnx", Range(1, 8, 16)
+        path = compile_member(rtx, member, model, tmp_path / "a.rtx", options=named, batch=batch)
+        return hash_file(path)
+
+    assert plan() == plan(max_aux_streams=0) != plan(max_aux_streams=1)
+
+
+def test_options_that_are_refused_change_nothing(tmp_path: Path) -> None:
+    member, model = branches_graph(tmp_path / "branches.onnx"), tmp_path / "branches.onnx"
+    plans = set()
+    for changed in ({}, {"optimisation_level": 0}, {"optimisation_level": 5}, {"tiling": "FULL"}):
+        options = BuildOptions(capabilities=(89,), max_aux_streams=1, **changed)
+        request = compile_request(member, model, tmp_path / "a.rtx", options=options, batch=Range(1, 8, 16))
+        compile_engine(request, Channel(io.BytesIO()))
+        plans.add(hash_file(tmp_path / "a.rtx"))
+    assert len(plans) == 1
+    assert {"optimisation-level", "tiling"} <= RTX.refused.keys()
+
+
 def test_weight_streaming_says_what_it_costs(
     rtx: TensorRtBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,7 +204,12 @@ def test_weight_streaming_says_what_it_costs(
     [
         ({"optimisation-level": 5}, BadInput, "can't honour the option optimisation-level=5", "leave out"),
         ({"tiling": "full"}, BadInput, "same plan, byte for byte", "leave out"),
-        ({"max-aux-streams": 0}, BadInput, "can't honour", "leave out"),
+        (
+            {"max-aux-streams": 65},
+            BadInput,
+            "max-aux-streams is 65; allowed is a whole number from 0 to 64",
+            "write it",
+        ),
         ({"timing-cache": "x"}, BadInput, "times no kernels", "leave out"),
         ({"hardware-compatible": "ampere+"}, BadInput, "every GPU in its list", "leave out"),
         ({"version-compatible": True}, BadInput, "exactly one version", "leave out"),
