@@ -7,7 +7,9 @@ many as it has steps, so that a busy machine slows both alike:
     predicted_ms  sum over the steps of step_ms of the member that runs there: bare engine times alone
     step_ms       median over the rounds of a member's mean bare time per call
 
-Warm-up runs are excluded. Times are milliseconds; a trajectory's is that of its whole batch, without decoding.
+Bare calls are launched as the trajectory's steps are: replayed from a graph where those are, else enqueued one by one
+(``graph`` says which), and timed by the same clock, that of the device. Warm-up runs are excluded. Times are
+milliseconds; a trajectory's is that of its whole batch, without decoding.
 """
 
 from __future__ import annotations
@@ -167,8 +169,13 @@ def measure(
     (``Runtime.within_budget``).
 
     Raises ``OutOfProfile`` for a batch that one engine call can't hold, which would be split, and
-    ``BadInput`` when the baseline's latents differ from ours.
+    ``BadInput`` when the baseline's latents differ from ours, or it runs on the CPU and the runtime does not.
     """
+    if baseline is not None and runtime.device.name != "cpu":
+        raise BadInput(
+            f"{baseline.name} runs on the CPU and the runtime on {runtime.device.name}: their times are no comparison",
+            hint="use --device cpu; on a GPU compare with: python benchmarks/peers.py BUNDLE --device cuda",
+        )
     only = runtime.members[0] if len(runtime.members) == 1 else None
     if only is not None and fractions:
         fractions = (0.0,)  # one member has nothing to stitch

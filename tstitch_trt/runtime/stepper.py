@@ -196,6 +196,10 @@ class Stepper:
         graph = self._graphs.step(key)
         return self._work(key) if graph is None else graph.launch
 
+    def recorded(self, key: StepKey) -> bool:
+        """Whether steps of ``key``, which are ``ready``, are replayed from a graph."""
+        return self._graphs.step(key) is not None
+
     def segment(self, key: StepKey, steps: int) -> Callable[[], None] | None:
         """What does ``steps`` equal steps in one launch, if the graph mode is ``segment`` and it could be recorded."""
         self._set_residuals(key)

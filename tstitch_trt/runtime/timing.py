@@ -1,10 +1,14 @@
-"""Bare times of what a step is made of: one engine call, or the step kernels, each waited for."""
+"""Bare times of what a step is made of, engine calls and step kernels, launched as trajectories launch their steps.
+
+Where steps are recorded, what is timed is replayed from a graph of its own, else it is enqueued call by call. Many in a
+row, with marks in the device's queue: nothing waits between them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 
@@ -28,15 +32,18 @@ class StepTimer:
         """Milliseconds of ``repeats`` bare engine calls on ``batch`` lanes of the bundle's own latents."""
         stepper = self.stepper
         key = stepper.usual_key(name, batch, guided=guided)
+        stepper.ready([key])
         stepper.synthetic(key, 0)
         stepper.bind(name, batch, guided, key.sizes)
-        return self._times(stepper.engine(name).enqueue, repeats=repeats, warmup=warmup)
+        with self._launches(stepper.engine(name).enqueue, recorded=stepper.recorded(key)) as launch:
+            return self._times(launch, warmup + repeats)[warmup:]
 
     def time_step_kernels(self, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
         """Milliseconds of ``repeats`` pairs of prepare and advance on ``batch`` lanes, in the first member's types."""
         stepper, device, name = self.stepper, self.device, self.stepper.members[0]
         rows = make_plan(stepper.manifest, schedule=name, guidance=1.0).rows.astype(np.float32)
         key = stepper.usual_key(name, batch, guided=guided)
+        stepper.ready([key])
         bound = stepper.bind(name, batch, guided, key.sizes)
         output = bound.model_output
         assert output is not None, "members have a model_output"
@@ -51,20 +58,31 @@ class StepTimer:
             kernels.advance(bound.active, output, guided=guided, rescale=False)
 
         times: list[float] = []
-        while len(times) < warmup + repeats:  # as long as there are rows, then from the first again
-            device.upload(arena.buffers.step, np.zeros(arena.slots, np.int32))
-            device.synchronize()
-            times += self._times(pair, repeats=min(len(rows), warmup + repeats - len(times)), warmup=0)
+        with self._launches(pair, recorded=stepper.recorded(key)) as launch:
+            while len(times) < warmup + repeats:  # as long as there are rows, then from the first again
+                device.upload(arena.buffers.step, np.zeros(arena.slots, np.int32))
+                times += self._times(launch, min(len(rows), warmup + repeats - len(times)))
         return times[warmup:]
 
-    def _times(self, work: Callable[[], None], *, repeats: int, warmup: int) -> list[float]:
-        for _ in range(warmup):
-            work()
-        self.device.synchronize()
-        times = []
-        for _ in range(repeats):
-            start = perf_counter()
-            work()
-            self.device.synchronize()
-            times.append(1e3 * (perf_counter() - start))
-        return times
+    @contextmanager
+    def _launches(self, work: Callable[[], None], *, recorded: bool) -> Iterator[Callable[[], None]]:
+        """What does ``work`` once: itself, or the launch of a graph of it."""
+        device = self.device
+        device.synchronize()
+        if not recorded:
+            yield work
+            return
+        graph = device.capture(work)
+        try:
+            yield graph.launch
+        finally:
+            device.synchronize()
+            graph.close()
+
+    def _times(self, launch: Callable[[], None], count: int) -> list[float]:
+        watch = self.device.stopwatch()
+        watch.mark()
+        for _ in range(count):
+            launch()
+            watch.mark()
+        return watch.milliseconds()

@@ -27,6 +27,8 @@ from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadInput, NotFinite, UnknownName
 from tstitch_trt import Runtime
+from tstitch_trt.bench.bench import measure
+from tstitch_trt.bench.torch_eager import EagerTorch
 from tstitch_trt.runtime.trajectory import Trajectory
 from tstitch_trt.serve import engine as serving
 
@@ -467,3 +469,26 @@ def test_an_error_that_stays_is_a_lost_device(load: Load, machine: Machine) -> N
         machine.error = 700
         assert gpu.device.lost() == "cuda:0: error 700"
         machine.error = 0
+
+
+@pytest.mark.parametrize("mode", ["step", "segment", "off"])
+def test_bare_calls_are_launched_as_steps_are(load: Load, mode: Any) -> None:
+    """Else what a trajectory costs over them would be the difference between replays and single calls."""
+    with load(graph=mode) as gpu:
+        for measure in (
+            lambda: gpu.time_member("large", 2, repeats=5, warmup=1),
+            lambda: gpu.time_step_kernels(2, repeats=5, warmup=1),
+        ):
+            measure()  # records what is new
+            calls = gpu.device.calls.copy()
+            assert len(measure()) == 5
+            made = gpu.device.calls - calls
+            assert made["graph launch"] == (0 if mode == "off" else 6)
+            assert made["sync"] <= 3, made  # none between two of them
+
+
+def test_bench_compares_no_gpu_with_a_baseline_on_the_cpu(load: Load) -> None:
+    with load() as gpu:
+        baseline = EagerTorch.of(gpu.bundle, threads=1)
+        with pytest.raises(BadInput, match="runs on the CPU and the runtime on cuda:0"):
+            measure(gpu, fractions=(0.5,), steps=4, repeats=1, baseline=baseline)
