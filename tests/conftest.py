@@ -148,6 +148,17 @@ def kernels_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
+def nvidia_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stand-in for NVIDIA's driver."""
+    from support.nvidia_driver import compile_driver
+
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    return _made_once(tmp_path_factory, "driver", lambda folder: compile_driver(compiler, folder))
+
+
+@pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     return TinyPair(Path(tmp_path_factory.mktemp("tiny")))
 

@@ -76,7 +76,7 @@ GATES: dict[str, tuple[Callable[[ast.Call, str], bool], set[str]]] = {
         {
             "tstitch_engines.bundle.files",
             "tstitch_engines.child.serve",
-            "tstitch_trt.doctor",
+            "tstitch_engines.driver",
             "tstitch_trt.serve.reload",
         },  # names in our code
     ),

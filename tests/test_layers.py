@@ -19,7 +19,7 @@ ORDER = {
     "tstitch_engines": [
         ["errors", "progress", "quiet"],
         ["checks"],
-        ["threads"],
+        ["driver", "threads"],
         ["child", "needs", "spec"],
         ["bundle"],
         ["make_fatbin"],

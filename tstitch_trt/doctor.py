@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from tstitch_engines.driver import driver_cuda
 from tstitch_engines.errors import TStitchError
 from tstitch_trt.study.machine import Machine, describe_machine, gpu_names, package_version
 
@@ -107,16 +108,10 @@ def _cuda() -> Iterator[Finding]:
 
 
 def _driver_version() -> str:
-    import ctypes
-
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise RuntimeError("libcuda.so.1 is not on this machine") from None
-    number = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
-        raise RuntimeError("libcuda.so.1 is there but does not start (no GPU, or a driver that does not fit it)")
-    return f"supports CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+    found = driver_cuda()
+    if found is None:
+        raise RuntimeError("libcuda.so.1 is not on this machine")
+    return f"supports CUDA {found[0]}.{found[1]}"
 
 
 def _fatbin() -> str:

@@ -4,8 +4,8 @@
     python -m tstitch_engines.make_fatbin --output FILE       anywhere else
     python make_fatbin.py --check                             whether that works here; CMake asks so
 
-Needs ``cuda-bindings`` 13 or newer with NVIDIA's NVRTC and nvFatbin, all in the extra ``gpu``. Results are the kernels
-that nvcc makes: same source, same names, same list of GPUs.
+Needs ``cuda-bindings`` with NVIDIA's NVRTC and nvFatbin, all in the extras ``gpu`` and ``gpu-cu12``. Results are the
+kernels that nvcc makes: same source, same names, same list of GPUs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
+    from tstitch_engines.driver import fitting_extra
     from tstitch_engines.errors import BadInput, BuildFailed, TStitchError, Unavailable
 else:  # CMake runs this file by itself: the package's requirements need not be installed to build it
+    from driver import fitting_extra
     from errors import BadInput, BuildFailed, TStitchError, Unavailable
 
 __all__ = ["ARCHITECTURES", "cached_fatbin", "main", "make_fatbin", "nvrtc_version", "source_folder"]
@@ -29,7 +31,9 @@ __all__ = ["ARCHITECTURES", "cached_fatbin", "main", "make_fatbin", "nvrtc_versi
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # Turing, Ampere, Ada, Hopper, Blackwell; cuda.cmake reads this line
 SOURCES = ("cuda_driver.cu", "dtypes.hpp", "step.hpp")
 
-_INSTALL = "pip install 'cuda-bindings[all]>=13', or pip install 'tstitch-trt[gpu]'"
+
+def _install() -> str:
+    return f"pip install 'tstitch-trt[{fitting_extra('gpu')}]'"
 
 
 def source_folder() -> Path:
@@ -60,10 +64,10 @@ def nvrtc_version() -> tuple[int, int]:
     except (ImportError, RuntimeError) as error:
         raise Unavailable(
             f"the CUDA step kernels can't be compiled without nvcc here: {' '.join(str(error).split())[:300]}",
-            hint=_INSTALL,
+            hint=_install(),
         ) from error
     if int(status) != 0:
-        raise Unavailable(f"NVRTC does not answer: {status.name}", hint=_INSTALL)
+        raise Unavailable(f"NVRTC does not answer: {status.name}", hint=_install())
     return int(major), int(minor)
 
 
@@ -148,7 +152,7 @@ def _require(status: Any, target: str, program: Any = None) -> None:
     log = _fetch(nvrtc, "nvrtcGetProgramLog", program, target).rstrip(b"\0 \n") if program is not None else b""
     raise BuildFailed(
         f"NVRTC can't compile the step kernels for {target}: {status.name}\n{log.decode(errors='replace')}".rstrip(),
-        hint=f"use another version of NVRTC: {_INSTALL}",
+        hint=f"use another version of NVRTC: {_install()}",
     )
 
 

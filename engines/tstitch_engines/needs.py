@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import Unavailable
 
 __all__ = ["require", "require_installed"]
@@ -36,5 +37,5 @@ def require_installed(package: str, what: str, *, extra: str = "export") -> None
 def _missing(module: str, what: str, extra: str, instead: str, error: ImportError) -> Unavailable:
     return Unavailable(
         f"{what} needs {module.partition('.')[0]}, which is not installed or does not start ({error})",
-        hint=f'pip install "tstitch-trt[{extra}]"' + (f", or {instead}" if instead else ""),
+        hint=f'pip install "tstitch-trt[{fitting_extra(extra)}]"' + (f", or {instead}" if instead else ""),
     )

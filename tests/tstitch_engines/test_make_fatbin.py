@@ -84,7 +84,7 @@ def test_every_gpu_from_turing_on_finds_an_image(capability: int) -> None:
 
 @pytest.mark.usefixtures("nvrtc")
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BadInput, match="knows none of the architectures 12; it knows 75, "):
+    with pytest.raises(BadInput, match=r"knows none of the architectures 12; it knows .*75, "):
         make_fatbin.make_fatbin(make_fatbin.source_folder(), [12])
     for name in make_fatbin.SOURCES:
         (tmp_path / name).write_bytes((make_fatbin.source_folder() / name).read_bytes())

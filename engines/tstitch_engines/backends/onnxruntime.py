@@ -19,6 +19,7 @@ from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import siblings
 from tstitch_engines.device.open import parse_device
+from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import (
     BadEngine,
     BadInput,
@@ -67,7 +68,7 @@ class OnnxRuntimeBackend(Backend):
     }
 
     def __init__(self) -> None:
-        instead = '"tstitch-trt[gpu]" for CUDA; never both'
+        instead = f'"tstitch-trt[{fitting_extra("gpu")}]" for CUDA; never both'
         with silence_output():  # without CUDA's libraries a CUDA build warns here; `_find_cuda` comes to that
             self._ort = require("onnxruntime", "the backend 'onnxruntime'", extra="cpu", instead=instead)
 
@@ -105,7 +106,7 @@ class OnnxRuntimeBackend(Backend):
         if f"{provider}ExecutionProvider" not in there:
             raise Unavailable(
                 f"this ONNX Runtime {self.version()} has no {provider} provider (it has: {', '.join(there)})",
-                hint=f'pip uninstall onnxruntime && pip install "tstitch-trt[gpu]", or {way_out}',
+                hint=f'pip uninstall onnxruntime && pip install "tstitch-trt[{fitting_extra("gpu")}]", or {way_out}',
             )
 
     def _find_cuda(self) -> None:

@@ -33,6 +33,7 @@ from tstitch_engines.device.cuda_kernels import (
     load_module,
 )
 from tstitch_engines.device.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
+from tstitch_engines.driver import DRIVERS, fitting_cuda, fitting_extra
 from tstitch_engines.errors import BadInput, FailedWork, OutOfMemory, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
 
@@ -265,7 +266,7 @@ def cuda_bindings(index: int) -> Any:
     except ImportError as error:
         raise Unavailable(
             f"cuda:{index} needs cuda-core, which can't be imported ({error})",
-            hint='pip install "tstitch-trt[gpu]", or use --device cpu',
+            hint=f'pip install "tstitch-trt[{fitting_extra("gpu")}]", or use --device cpu',
         ) from error
     code, count = runtime.cudaGetDeviceCount()
     if int(code) != 0:
@@ -285,7 +286,10 @@ def _no_cuda(runtime: Any, index: int, code: Any) -> Unavailable:
         text = "there is no NVIDIA driver"
     elif int(code) == _INSUFFICIENT_DRIVER:
         text = f"the NVIDIA driver is for CUDA {_version(has)}, and cuda-bindings here wants {_version(wants)}"
-        hint = f"update the NVIDIA driver, or pip install 'cuda-core[cu{has // 1000}]' in place of cu{wants // 1000}"
+        release = fitting_cuda((has // 1000, 0))
+        hint = f"update the NVIDIA driver to {DRIVERS[max(release, wants // 1000)]} or newer"
+        if release == has // 1000:
+            hint += f", or pip install 'cuda-core[cu{release}]' in place of cu{wants // 1000}"
     return Unavailable(f"cuda:{index} can't be used: {text} (CUDA error {int(code)})", hint=hint)
 
 

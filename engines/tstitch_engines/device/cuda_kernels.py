@@ -17,6 +17,7 @@ import numpy as np
 
 from tstitch_engines.device.base import ArenaBuffers, Buffer
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
+from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import BadInput, Unavailable
 
 __all__ = [
@@ -53,7 +54,8 @@ def find_fatbin() -> Path:
         return path
     raise Unavailable(
         "this build of tstitch-trt has no CUDA step kernels: it was made with neither nvcc nor NVRTC",
-        hint='pip install "tstitch-trt[gpu]" && python -m tstitch_engines.make_fatbin, which puts them into a cache',
+        hint=f'pip install "tstitch-trt[{fitting_extra("gpu")}]" && python -m tstitch_engines.make_fatbin, which puts '
+        "them into a cache",
     )
 
 

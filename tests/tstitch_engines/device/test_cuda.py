@@ -73,8 +73,12 @@ def test_with_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     words = r"the NVIDIA driver is for CUDA 12\.4, and cuda-bindings here wants 13\.5 \(CUDA error 35"
     with pytest.raises(Unavailable, match=words) as e:
         open_device("cuda:1")
-    assert "update the NVIDIA driver" in e.value.hint
+    assert "update the NVIDIA driver to 580 or newer" in e.value.hint
     assert "cuda-core[cu12]" in e.value.hint
+    install_fake_cuda(monkeypatch, 35, None, "CUDA driver version is insufficient for CUDA runtime version", 11080)
+    with pytest.raises(Unavailable, match=r"is for CUDA 11\.8") as e:
+        open_device("cuda:1")
+    assert "pip install" not in e.value.hint  # of what would be too new too
 
 
 def test_with_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from tstitch_engines.backends.tensorrt.api import Library
 from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import Unavailable
 
 __all__ = ["Messages", "Session", "logger_of", "open_library", "session"]
@@ -42,14 +43,14 @@ def open_library(flavour: Flavour) -> Library:
         if not hasattr(module.IExecutionContext, "set_device_memory"):
             raise Unavailable(
                 f"{flavour.title} {module.__version__} is too old; supported is {flavour.versions}",
-                hint=f'pip install -U "tstitch-trt[{flavour.extra}]"',
+                hint=f'pip install -U "tstitch-trt[{fitting_extra(flavour.extra)}]"',
             )
         library: Library = module
         return library
     raise Unavailable(
         f"the backend {flavour.name!r} needs {flavour.title} {flavour.versions}, which can't be imported "
         f"({'; '.join(reasons)})",
-        hint=f'pip install "tstitch-trt[{flavour.extra}]"',
+        hint=f'pip install "tstitch-trt[{fitting_extra(flavour.extra)}]"',
     )
 
 

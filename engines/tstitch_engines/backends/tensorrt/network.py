@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from tstitch_engines.backends.tensorrt.api import AttentionOutput, Config, Library, Network, NetworkBuilder, Parser, has
 from tstitch_engines.backends.tensorrt.library import Session
+from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import BuildFailed
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
@@ -51,7 +52,8 @@ def parse(
     if network is None:
         raise BuildFailed(
             f"{opened} can't make a strongly typed network: {opened.messages.reason()}",
-            hint=f"pip install -U tstitch-trt[{opened.flavour.extra}]; supported is {opened.flavour.versions}",
+            hint=f"pip install -U 'tstitch-trt[{fitting_extra(opened.flavour.extra)}]'; supported is "
+            f"{opened.flavour.versions}",
         )
     parser = library.OnnxParser(network, opened.logger)
     if not parser.parse_from_file(str(model)):

@@ -12,6 +12,7 @@ from tstitch_engines.backends.tensorrt.api import Library, has
 from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.bundle.manifest import Option
 from tstitch_engines.device.open import parse_device
+from tstitch_engines.driver import fitting_cuda, fitting_extra
 from tstitch_engines.errors import BadInput, unknown_name
 
 __all__ = [
@@ -174,14 +175,14 @@ def _require(flavour: Flavour, library: Library, options: BuildOptions) -> None:
     if lacking:
         raise BadInput(
             f"{flavour.title} {library.__version__} has no {lacking}",
-            hint=f"leave it out, or pip install -U tstitch-trt[{flavour.extra}]",
+            hint=f"leave it out, or pip install -U 'tstitch-trt[{fitting_extra(flavour.extra)}]'",
         )
     if options.refit and library.__version__.startswith(_LOSES_BIASES):
         raise BadInput(
             f"{flavour.title} {library.__version__} may drop the bias of a matrix product from an engine that is built "
             "with refit (a known issue of 11.3), so its pictures could be wrong",
-            hint="pip install 'tensorrt-cu13!=11.3.*,>=10.13,<12', or leave out --option refit; strip-weights alone is "
-            "not affected",
+            hint=f"pip install 'tensorrt-cu{fitting_cuda()}!=11.3.*,>=10.13,<12', or leave out --option refit; "
+            "strip-weights alone is not affected",
         )
 
 

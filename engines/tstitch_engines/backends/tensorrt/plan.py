@@ -10,6 +10,7 @@ from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
 from tstitch_engines.backends.tensorrt.options import DEFAULT_LIST
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeader, parse_plan_header
 from tstitch_engines.bundle.manifest import EngineIdentity
+from tstitch_engines.driver import fitting_cuda
 from tstitch_engines.errors import BadEngine
 
 __all__ = ["DIAGNOSES", "check_plan", "describe_plan", "map_plan", "rebuild"]
@@ -68,8 +69,8 @@ def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int
         raise bad(
             f"was compiled by {flavour.title} {header.version}; installed is {version}, and a plan is for exactly one "
             "version",
-            f"{again}; or pip install tensorrt-rtx-cu13-libs=={header.version} "
-            f"tensorrt-rtx-cu13-bindings=={header.version}",
+            f"{again}; or pip install tensorrt-rtx-cu{fitting_cuda()}-libs=={header.version} "
+            f"tensorrt-rtx-cu{fitting_cuda()}-bindings=={header.version}",
         )
     if capability is not None and not header.runs_on(capability):
         gpu = f"{capability[0]}.{capability[1]}"
