@@ -37,7 +37,7 @@ except ImportError:  # not installed: run from the checkout
 from gpubench.cases import CONTENDERS, dit_cases, part_names  # noqa: E402
 from gpubench.record import FINISHED, Context, Part, read_part  # noqa: E402
 from gpubench.report import report  # noqa: E402
-from gpubench.script import parser_of, run_script, write_record  # noqa: E402
+from gpubench.script import parser_of, run_script, share_inductor_cache, write_record  # noqa: E402
 
 from tstitch_engines.errors import BadInput, unknown_name  # noqa: E402
 from tstitch_trt.progress import log  # noqa: E402
@@ -134,6 +134,7 @@ def _state(out: Path, name: str) -> str:
 
 
 def _run(args: argparse.Namespace, names: list[str], given: list[str]) -> int:
+    share_inductor_cache(args.scratch)
     started, failed = time.monotonic(), False
     device = args.device or _default_device()
     for name in names:

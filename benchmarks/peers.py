@@ -29,7 +29,7 @@ from gpubench.ceilings import synchronize
 from gpubench.contenders import Contender, Work, make_contender, need_contenders
 from gpubench.diffusers_trajectory import SOLVERS
 from gpubench.peers_report import markdown, plot
-from gpubench.script import parser_of, run_script, write_record
+from gpubench.script import parser_of, run_script, share_inductor_cache, write_record
 from gpubench.trajectories import error_of
 
 from tstitch_engines.bundle.bundle import open_bundle
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     place = {"processor": machine.processor, "cores": machine.cores, "gpus": machine.gpus}
     folder = args.scratch / digest({**what, **place})[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    share_inductor_cache(args.scratch)
 
     made: list[Contender] = []
     with work.torch_threads():

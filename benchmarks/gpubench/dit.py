@@ -14,7 +14,7 @@ import tstitch_trt
 from gpubench.cases import CONTENDERS, DitCase
 from gpubench.ceilings import copy_rate, matmul_rate, synchronize
 from gpubench.diffusers_trajectory import DiffusersTrajectory, diffusers_schedulers
-from gpubench.flops import dit_work
+from gpubench.flops import contender_seconds, dit_work
 from gpubench.models import SETTINGS, build_bundle, plan_manifest, random_pair
 from gpubench.ours import OurTrajectory
 from gpubench.record import Context, Entry, NotRun, Part, spread_of
@@ -33,7 +33,7 @@ __all__ = ["TOLERANCE", "run_case"]
 # other orders of summation. Wrong work (a swapped half, another timestep) is off by order 1.
 TOLERANCE: Final = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 1e-1}
 _TRACED_STEPS: Final = 10
-_RESERVE: Final = {"tiny+": 0, "L/2": 90, "XL/2": 120}  # seconds that one contender may take
+_SET_UP_SECONDS: Final = 60  # of one contender: exporting, building, loading, compiling
 
 
 def run_case(context: Context, part: Part, case: DitCase) -> None:
@@ -49,7 +49,7 @@ def run_case(context: Context, part: Part, case: DitCase) -> None:
         }
         for name, work in ((n, dit_work(m, case.pixels)) for n, m in (("small", case.small), ("large", case.large)))
     }
-    reserve = _RESERVE[case.large]
+    reserve = 0 if context.smoke else _SET_UP_SECONDS + contender_seconds(case, context.rounds)
     part.attempt("ceilings", lambda entry: _ceilings(context, case), reserve=10)
     path = context.scratch / f"{case.name}-{case.steps}.npz"
     if part.attempt("reference", lambda entry: _reference(context, case, plans, noise, labels, path)) is None:

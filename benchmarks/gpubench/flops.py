@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpubench.cases import MODELS
+from gpubench.cases import MODELS, DitCase
 
-__all__ = ["Work", "dit_work"]
+__all__ = ["Work", "contender_seconds", "dit_work"]
 
 CHANNELS, OUT_CHANNELS, LABELS = 4, 8, 1001
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_ASSUMED_RATE = 250e12  # operations a second in half precision that any contender should reach on an H100: a guess
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,11 @@ def dit_work(model: str, pixels: int) -> Work:
         + (width + 1) * patch_out + (width + 1) * 2 * width
     )  # fmt: skip
     return Work(depth * block + embedding + final, parameters, CHANNELS * side**2)
+
+
+def contender_seconds(case: DitCase, rounds: int) -> float:
+    """About how long the longest contender, which is ours, computes: two walks of each plan before the rounds, and
+    in every round as many bare calls as steps. Building and compiling are not in it."""
+    small, large = (dit_work(model, case.pixels).flops for model in (case.small, case.large))
+    steps = case.steps * 2 * case.batch * sum(f * small + (1 - f) * large for f in case.fractions)
+    return steps * (2 + rounds + 1 + rounds) / _ASSUMED_RATE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tstitch_engines.errors import TStitchError
 from tstitch_trt.files import write_text
 from tstitch_trt.progress import log
 
-__all__ = ["parser_of", "run_script", "write_record"]
+__all__ = ["parser_of", "run_script", "share_inductor_cache", "write_record"]
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
@@ -30,6 +31,14 @@ def run_script(work: Callable[[], int | None]) -> int:
     except TStitchError as error:
         log(f"error: {error}")
         return error.exit_code
+
+
+def share_inductor_cache(scratch: Path) -> None:
+    """One folder for what TorchInductor compiles and tunes, in this process and those it starts, unless one is set.
+
+    By default the baselines would use PyTorch's in /tmp and our engines ours.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((scratch / "inductor").resolve()))
 
 
 def write_record(path: Path, document: dict[str, Any]) -> None:

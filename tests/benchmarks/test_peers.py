@@ -44,6 +44,7 @@ Peers = Callable[..., Outcome]
 def peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Peers:
     """Runs the script in this process: two images, four steps, one thread."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # else the script sets it for all tests
     main = importlib.import_module("peers").main
 
     def run(bundle: Path, *more: object, contenders: str = CONTENDERS, repeats: int = 2) -> Outcome:
