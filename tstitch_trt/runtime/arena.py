@@ -106,9 +106,14 @@ class LaneArena:
         for name, values in counters.items():
             buffer: Buffer = getattr(self.buffers, name)
             device.upload(device.view(buffer, first * values.itemsize, (count,), buffer.dtype), values)
+        sent: LaneProgram | None = None
         for slot, program in enumerate(programs, first):
-            row_bytes = 4 * len(ROW_FIELDS) * self.table_rows
-            device.upload(device.view(self.buffers.rows, slot * row_bytes, program.rows.shape, "float32"), program.rows)
+            rows = self._rows(slot, program)
+            if sent is not None and sent.rows is program.rows and sent.start == program.start:  # of one request
+                device.copy(rows, self._rows(first, sent))
+            else:
+                device.upload(rows, program.rows[program.start :])
+            sent = sent or program
             shape = (self.latent_shape[0], *program.size)
             lane = self._lane(self.buffers.latents, slot, shape)
             if program.latents is None:
@@ -122,6 +127,12 @@ class LaneArena:
                 device.scaled_copy(lane, source, program.scale)
             if program.inpainting is not None:
                 self._set_inpainting(slot, program)
+
+    def _rows(self, slot: int, program: LaneProgram) -> Buffer:
+        """The rows of a slot that the program runs, float32 ``[N - start,25]``."""
+        row_bytes, (count, fields) = 4 * len(ROW_FIELDS), program.rows.shape
+        place = slot * self.table_rows + program.start
+        return self._device.view(self.buffers.rows, place * row_bytes, (count - program.start, fields), "float32")
 
     def _set_inpainting(self, slot: int, program: LaneProgram) -> None:
         buffers, kept = self._with_inpainting(), program.inpainting
