@@ -18,7 +18,7 @@ PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bott
 ORDER = {
     "tstitch_engines": [
         ["errors", "progress", "quiet"],
-        ["checks"],
+        ["checks", "closing"],
         ["driver", "threads"],
         ["child", "needs", "spec"],
         ["bundle"],

@@ -50,6 +50,16 @@ def launch_on_host(library: ctypes.CDLL, config: Any, kernel: str, arguments: tu
     return work
 
 
+class CUDAError(Exception):
+    """cuda.core's own, which is no public name there either."""
+
+
+CUDAError.__module__ = "cuda.core._utils.cuda_utils"
+
+_INVALID_CONTEXT, _INVALID_HANDLE = 201, 400
+_UNSUPPORTED, _INVALIDATED = 900, 901  # cudaErrorStreamCapture...
+
+
 class Event:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -57,10 +67,12 @@ class Event:
 
     @property
     def is_done(self) -> bool:
+        self._stream.machine.check()
         return self.when is not None
 
     def sync(self) -> None:
-        assert self._stream.recording is None, "waited while recording"
+        self._stream.machine.check()
+        assert self._stream.recording is None or self.when is not None, "waited while recording"
         self._stream.run_until(self)
 
     def __sub__(self, other: Event) -> float:
@@ -75,30 +87,51 @@ _ONE_GPU = threading.RLock()
 class Stream:
     """``queue`` holds work not yet done: ``(kind of node, what to call)``."""
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, machine: Machine, handle: int, device: int) -> None:
+        self.machine = machine
         self.handle = handle
+        self.device = device
         self.queue: list[tuple[str, Any]] = []
         self.recording: list[tuple[str, Any]] | None = None
+        self.recorder = 0  # the thread that records
+        self.broken = False
 
     def put(self, kind: str, work: Any) -> None:
+        """What another thread enqueues while the stream is recorded is recorded too, as on CUDA."""
+        if self.recording is not None and self.broken:
+            raise CUDAError(f"error {_INVALIDATED}")
         (self.queue if self.recording is None else self.recording).append((kind, work))
 
-    def record(self, options: Any = None) -> Event:
-        event = Event(self)
+    def record(self, event: Event | None = None, options: Any = None) -> Event:
+        self.machine.check(self.device)
+        event = event or Event(self)
         assert self.recording is None, "an event was recorded into a graph"
         self.put("EventRecord", event)
         return event
 
-    def wait(self, event: Event) -> None:
+    def wait(self, other: Any) -> None:
+        """For an event, or for what another stream was given to do so far."""
+        self.machine.check()
         assert self.recording is None, "a wait was recorded into a graph"
-        self.put("WaitEvent", event)
+        if not isinstance(other, Event):
+            stream = self.machine.streams[other.__cuda_stream__()[1]]
+            other = Event(stream)
+            stream.put("EventRecord", other)
+        self.put("WaitEvent", other)
 
     def sync(self) -> None:
-        self.record().sync()
+        self.machine.check()
+        self.drain()
+
+    def drain(self) -> None:
+        assert self.recording is None, "waited while recording"
+        last = Event(self)
+        self.put("EventRecord", last)
+        self.run_until(last)
 
     def run_until(self, last: Event) -> None:
         with _ONE_GPU:  # several threads may wait
-            while not last.is_done:
+            while last.when is None:
                 kind, work = self.queue.pop(0)
                 if kind == "EventRecord":
                     work.when = perf_counter()
@@ -121,45 +154,125 @@ class Copy:
 
 
 class Memory:
-    """An allocation; it is never given back to the system, so that late work on it does no harm here."""
+    """An allocation. When it is given back others may write to it: here 0xDD, in the order of its ``stream``, and at
+    once where it has none, as page-locked memory. The system does not get it back, so late work does no other harm."""
 
-    def __init__(self, machine: Machine, nbytes: int) -> None:
-        raw = np.full(nbytes + 256, 0xCD, np.uint8)  # not zeros: nobody may count on those
+    def __init__(self, machine: Machine, nbytes: int, device: int, stream: Stream | None) -> None:
+        self._machine = machine
+        self._raw = raw = np.full(nbytes + 256, 0xCD, np.uint8)  # not zeros: nobody may count on those
+        self._stream = stream
         self.handle = raw.ctypes.data + -raw.ctypes.data % 256
+        self.closed = False
         machine.memory.append(raw)
+        machine.places[raw.ctypes.data] = device
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            raw = self._raw
+            if self._stream is None:
+                self._machine.early += self._machine.is_copied(raw)
+                raw.fill(0xDD)
+            else:
+                self._stream.put("MemFree", lambda: raw.fill(0xDD))
+
+    __del__ = close
 
 
 class Machine:
-    """The GPU and its driver: all memory, streams and graphs. ``recorded`` counts recordings."""
+    """The GPUs and their driver: all memory, streams and graphs. ``recorded`` counts recordings.
+
+    Each thread has a current device or none; calls fail without, and most on a stream of another device.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.memory: list[NDArray[np.uint8]] = []
+        self.places: dict[int, int] = {}  # on which GPU
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[tuple[str, Any]]] = {}
         self.recorded = 0
-        self.error = 0  # that spoils the context
+        self.error = 0  # that spoils the context: every call gives it
+        self.early = 0  # how often page-locked memory was freed before a copy from or to it was done
+        self._here = threading.local()
 
-    def stream(self) -> Stream:
-        stream = Stream(4096 + len(self.streams))
+    # --- threads and contexts
+
+    @property
+    def current(self) -> int | None:
+        return getattr(self._here, "device", None)
+
+    @current.setter
+    def current(self, device: int | None) -> None:
+        self._here.device = device
+
+    def code(self, device: int | None = None) -> int:
+        """What a call on this thread gives, for a stream of ``device`` where it matters."""
+        if self.error:
+            return self.error
+        if self.current is None:
+            return _INVALID_CONTEXT
+        return 0 if device in (None, self.current) else _INVALID_HANDLE
+
+    def check(self, device: int | None = None) -> None:
+        if code := self.code(device):
+            raise CUDAError(f"error {code}")
+
+    def wait_for_the_device(self) -> int:
+        """``cudaDeviceSynchronize`` of any library: it breaks the recordings of all threads on that device."""
+        if code := self.code():
+            return code
+        here = [stream for stream in self.streams.values() if stream.device == self.current]
+        recorded = [stream for stream in here if stream.recording is not None]
+        for stream in recorded:
+            stream.broken = True
+        if recorded:
+            return _UNSUPPORTED
+        for stream in here:
+            stream.drain()
+        return 0
+
+    # --- what there is
+
+    def stream(self, device: int = 0) -> Stream:
+        stream = Stream(self, 4096 + len(self.streams), device)
         self.streams[stream.handle] = stream
         return stream
 
-    def allocate(self, nbytes: int) -> Memory:
-        assert all(stream.recording is None for stream in self.streams.values()), "allocated while recording"
-        return Memory(self, nbytes)
+    def allocate(self, nbytes: int, stream: Stream | None = None, device: int = 0) -> Memory:
+        """``stream``: in whose order; without, at once, which a thread that records must not."""
+        self.check(None if stream is None else stream.device)
+        me = threading.get_ident()
+        for each in self.streams.values():
+            mine = each is stream if stream is not None else each.recorder == me
+            assert each.recording is None or not mine, "allocated while recording"
+        return Memory(self, nbytes, device, stream)
 
-    def owns(self, ptr: int) -> bool:
-        return any(raw.ctypes.data <= ptr < raw.ctypes.data + raw.nbytes for raw in self.memory)
+    def place(self, ptr: int) -> int | None:
+        """The GPU on which an address is allocated."""
+        return next(
+            (self.places[raw.ctypes.data] for raw in self.memory if 0 <= ptr - raw.ctypes.data < raw.nbytes), None
+        )
+
+    def is_copied(self, raw: NDArray[np.uint8]) -> bool:
+        """Whether a copy from or to this memory is still to be done."""
+        first, last = raw.ctypes.data, raw.ctypes.data + raw.nbytes
+        copies = [work for stream in self.streams.values() for _, work in stream.queue if isinstance(work, Copy)]
+        return any(first <= end.ptr < last for copy in copies for end in (copy.params.srcPtr, copy.params.dstPtr))
 
     def submit(self, stream: int, work: Callable[[], object], kind: str = "Kernel") -> None:
         """Work of an engine on a stream."""
+        self.check(self.streams[stream].device)
         self.streams[stream].put(kind, work)
 
     def array(self, shape: tuple[int, ...], dtype: Any, ptr: int | None = None) -> NDArray[Any]:
-        """Device memory as numpy sees it, new unless ``ptr`` is given."""
+        """Device memory as numpy sees it, new (and for good) unless ``ptr`` is given."""
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        raw = (ctypes.c_uint8 * nbytes).from_address(self.allocate(nbytes).handle if ptr is None else ptr)
+        if ptr is None:
+            memory = Memory(self, nbytes, 0, None)
+            memory.closed = True
+            ptr = memory.handle
+        raw = (ctypes.c_uint8 * nbytes).from_address(ptr)
         return np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
 
 
@@ -169,25 +282,38 @@ NodeType = IntEnum("NodeType", {f"cudaGraphNodeType{kind}": index for index, kin
 
 def _runtime(machine: Machine) -> Any:
     def memcpy(target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[int]:
-        machine.streams[stream].put("Memcpy", Copy(target, source, nbytes, kind))
-        return (0,)
+        code = machine.code()  # a copy may be issued to a stream of another device
+        if code == 0:
+            machine.streams[stream].put("Memcpy", Copy(target, source, nbytes, kind))
+        return (code,)
 
     def begin(stream: int, _mode: int) -> tuple[int]:
-        machine.streams[stream].recording = []
-        return (0,)
+        where = machine.streams[stream]
+        code = machine.code(where.device)
+        if code == 0:
+            assert where.recording is None, "two recordings of one stream"
+            where.recording, where.recorder = [], threading.get_ident()
+        return (code,)
 
     def end(stream: int) -> tuple[int, int]:
-        nodes = machine.streams[stream].recording
+        where = machine.streams[stream]
+        nodes, broken = where.recording, where.broken
         assert nodes is not None
-        machine.streams[stream].recording = None
+        assert where.recorder == threading.get_ident(), "ended by another thread"
+        where.recording, where.recorder, where.broken = None, 0, False
+        if broken:
+            return _INVALIDATED, 0
         machine.recorded += 1
         machine.graphs[machine.recorded] = nodes
         return 0, machine.recorded
 
     def launch(graph: int, stream: int) -> tuple[int]:
-        for kind, work in machine.graphs[graph]:
-            machine.streams[stream].put(kind, work)
-        return (0,)
+        where = machine.streams[stream]
+        code = machine.code(where.device)
+        if code == 0:
+            for kind, work in machine.graphs[graph]:
+                where.put(kind, work)
+        return (code,)
 
     def instantiate(graph: int, _flags: int) -> tuple[int, int]:
         machine.graphs[-graph] = machine.graphs[graph]
@@ -200,24 +326,28 @@ def _runtime(machine: Machine) -> Any:
     def node_type(node: int) -> tuple[int, Any]:
         return 0, NodeType[f"cudaGraphNodeType{machine.graphs[machine.recorded][node][0]}"]
 
+    def wait(stream: int) -> tuple[int]:
+        code = machine.code()
+        if code == 0:
+            machine.streams[stream].drain()
+        return (code,)
+
     return SimpleNamespace(
-        cudaGetDeviceCount=lambda: (0, 1),
+        cudaGetDeviceCount=lambda: (0, 2),
         cudaGetErrorString=lambda code: (0, f"error {code}".encode()),
         cudaGetLastError=lambda: (0,),
-        cudaDeviceSynchronize=lambda: (machine.error,),
-        cudaMemGetInfo=lambda: (0, 1 << 30, 1 << 31),
+        cudaDeviceSynchronize=lambda: (machine.wait_for_the_device(),),
+        cudaStreamSynchronize=wait,
+        cudaMemGetInfo=lambda: (machine.code(), (1 << 30) + (machine.current or 0), 1 << 31),
         cudaMemcpyAsync=memcpy,
         cudaMemcpyKind=SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3),
         cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
         cudaStreamBeginCapture=begin,
         cudaStreamEndCapture=end,
         cudaGraphGetNodes=lambda graph, n=0: (0, list(range(n)), len(machine.graphs[graph])),
-        cudaGraphNodeGetType=lambda node: (
-            0,
-            NodeType[f"cudaGraphNodeType{machine.graphs[machine.recorded][node][0]}"],
-        ),
+        cudaGraphNodeGetType=node_type,
         cudaGraphMemcpyNodeGetParams=lambda node: (0, machine.graphs[machine.recorded][node][1].params),
-        cudaPointerGetAttributes=lambda ptr: (0, SimpleNamespace(type=machine.owns(ptr))),
+        cudaPointerGetAttributes=lambda ptr: (0, SimpleNamespace(type=machine.place(ptr) is not None)),
         cudaMemoryType=SimpleNamespace(cudaMemoryTypeUnregistered=False),
         cudaGraphInstantiate=instantiate,
         cudaGraphUpload=lambda _graph, _stream: (0,),
@@ -228,52 +358,81 @@ def _runtime(machine: Machine) -> Any:
 
 
 class _View:
-    """``StridedMemoryView`` of an array that has ``__cuda_array_interface__``."""
+    """``StridedMemoryView`` of an array that has ``__cuda_array_interface__``, or of a ``Buffer`` for another library.
 
-    def __init__(self, array: Any) -> None:
+    The other library is the test, which reads through ``machine.array``.
+    """
+
+    def __init__(self, machine: Machine, array: Any) -> None:
         description = array.__cuda_array_interface__
         self.owner = array
         self.ptr = description["data"][0]
         self.shape = description["shape"]
         self.dtype = np.dtype(description["typestr"])
-        self.device_id = 0
+        self.device_id = machine.place(self.ptr)
         strides = description.get("strides")
         self.strides = None if strides is None else tuple(size // self.dtype.itemsize for size in strides)
 
-    @staticmethod
-    def from_any_interface(array: Any, stream_ptr: int) -> _View:
-        return _View(array)
+
+class _Device:
+    """``cuda.core.Device``."""
+
+    compute_capability = (9, 0)
+    name = "a GPU in host memory"
+
+    def __init__(self, machine: Machine, index: int) -> None:
+        self._machine = machine
+        self._index = index
+
+    def set_current(self) -> None:
+        if self._machine.error:
+            raise CUDAError(f"error {self._machine.error}")
+        self._machine.current = self._index
+
+    def create_stream(self, obj: Any = None, options: Any = None) -> Stream:
+        machine = self._machine
+        machine.check(self._index)
+        return machine.stream(self._index) if obj is None else machine.streams[obj.__cuda_stream__()[1]]
+
+    def allocate(self, nbytes: int, stream: Stream) -> Memory:
+        return self._machine.allocate(nbytes, stream, self._index)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, fatbin: Path) -> Machine:
-    """Puts the stand-in where ``import cuda`` finds it. ``fatbin`` is any file: the kernels are in ``library``."""
+    """Puts the stand-in where ``import cuda`` finds it. ``fatbin`` is any file: the kernels are in ``library``.
+
+    The calling thread begins without a current device.
+    """
     from tstitch_engines.device import cuda_kernels
 
     machine = Machine(library)
 
-    def create_stream(obj: Any = None, options: Any = None) -> Stream:
-        return machine.stream() if obj is None else machine.streams[obj.__cuda_stream__()[1]]
-
     def launch(stream: Stream, config: Any, kernel: str, *arguments: Any) -> None:
+        machine.check(stream.device)
         stream.put("Kernel", launch_on_host(library, config, kernel, arguments))
 
+    def set_current(device: int) -> tuple[int]:
+        machine.current = None if device == 0 else device - 1
+        return (0,)
+
     core: Any = ModuleType("cuda.core")
-    core.Device = lambda index: SimpleNamespace(
-        set_current=lambda: None,
-        compute_capability=(9, 0),
-        name="a GPU in host memory",
-        create_stream=create_stream,
-        allocate=lambda nbytes, stream: machine.allocate(nbytes),
-    )
+    core.Device = lambda index: _Device(machine, index)
+    core.Buffer = SimpleNamespace(from_handle=lambda ptr, nbytes, owner: SimpleNamespace(ptr=ptr, owner=owner))
     core.StreamOptions = core.EventOptions = lambda **options: options
     core.LegacyPinnedMemoryResource = lambda: SimpleNamespace(allocate=lambda size, stream: machine.allocate(size))
     core.LaunchConfig = lambda grid, block: SimpleNamespace(grid=grid, block=block)
     core.launch = launch
     core.ObjectCode = SimpleNamespace(from_fatbin=lambda data, name: SimpleNamespace(get_kernel=lambda kernel: kernel))
     utils: Any = ModuleType("cuda.core.utils")
-    utils.StridedMemoryView = _View
+    utils.StridedMemoryView = SimpleNamespace(
+        from_any_interface=lambda array, stream_ptr: _View(machine, array),
+        from_buffer=lambda memory, shape, dtype: SimpleNamespace(__dlpack__=lambda **_: (memory, shape, dtype)),
+    )
     bindings: Any = ModuleType("cuda.bindings")
     bindings.runtime = _runtime(machine)
+    bindings.driver = SimpleNamespace(  # a context is its device's number, from 1
+        cuCtxGetCurrent=lambda: (0, 0 if machine.current is None else machine.current + 1), cuCtxSetCurrent=set_current
+    )
     package: Any = ModuleType("cuda")
     package.core, package.bindings, core.utils = core, bindings, utils
     for module in (package, core, utils, bindings):

@@ -116,5 +116,5 @@ class Component:
         return {spec.name: self._slab.view(spec.name, spec.resolve(sizes), spec.dtype) for spec in specs}
 
     def close(self) -> None:
-        self._engine.close()
         self._slab = None
+        self._engine.close()

@@ -143,7 +143,9 @@ class Result:
         """float32 ``[N,C,H,W]`` on the runtime's device, with ``__dlpack__`` (a numpy array on cpu).
 
         On CUDA with ``__cuda_array_interface__`` too. It is this result's own memory and complete: no stream has to be
-        waited for. Raises ``BadInput`` without ``output='device'``.
+        waited for. It is freed with the result and what was made of it, after the work that the stream which took it by
+        DLPack has by then; one that took it by ``__cuda_array_interface__`` must be done. Raises ``BadInput`` without
+        ``output='device'``.
         """
         if self._device_latents is None:
             raise BadInput("these latents are on the host", hint="sample with output='device', or use result.latents")

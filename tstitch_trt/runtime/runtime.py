@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,8 +30,9 @@ from tstitch_engines.checks import (
     optional,
     taken_as_is,
 )
+from tstitch_engines.closing import do_all
 from tstitch_engines.device.base import Buffer, Device
-from tstitch_engines.errors import BadInput, Busy, Cancelled, NotFinite, unknown_name
+from tstitch_engines.errors import BadInput, Busy, Cancelled, FailedWork, NotFinite, unknown_name
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
@@ -58,6 +60,8 @@ from tstitch_trt.runtime.work_queue import EXIT, Turn, WorkQueue, check_timeout
 __all__ = ["Runtime"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 Callback = Callable[[StepEvent], object]
 
@@ -197,6 +201,7 @@ class Runtime:
 
         Requests that are cancelled raise ``Cancelled``, those that wait for their turn ``Closed``. A request of the
         calling thread itself, in whose callback or loop this is called, is always cancelled. Results stay as they are.
+        Where the device fails, everything is let go of as well, and then ``FailedWork`` is raised.
 
         ``timeout``: seconds to wait for the request that runs, by default for ever. ``Busy`` is raised after them; the
         runtime then takes no requests, and is closed by another call.
@@ -205,9 +210,7 @@ class Runtime:
         _OPEN.discard(self)
 
     def _free(self) -> None:
-        self._stepper.close()
-        for part in self._parts.values():
-            part.close()
+        do_all(self.device.activate, self._stepper.close, *(part.close for part in self._parts.values()))
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +218,12 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(cancel=error is not None)
+        try:
+            self.close(cancel=error is not None)
+        except FailedWork as failed:
+            if error is None:
+                raise
+            _log.warning("%s: closing it: %s", self.manifest.name, failed.message)  # the error is what matters
 
     # --- sampling
 
@@ -655,5 +663,6 @@ def _close_all() -> None:
     """Before the interpreter stops daemon threads, which would abort the process where one is inside an engine."""
     EXIT.begin()
     for runtime in list(_OPEN):
-        runtime.close(cancel=True)
+        with suppress(FailedWork):
+            runtime.close(cancel=True)
     EXIT.wait()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.bundle.manifest import Manifest
+from tstitch_engines.closing import do_all
 from tstitch_engines.device.base import Device
 from tstitch_engines.host_call import to_storage
 from tstitch_trt.request.batching import Splitting
@@ -266,14 +267,15 @@ class Stepper:
         self._set_residuals(key)
 
     def close(self) -> None:
-        self._device.activate()
-        self._device.synchronize()
-        self._graphs.close()
-        for engine in self._engines.values():
-            engine.close()
-        self._io.close()
-        self.arena.close()
-        self._engines, self._holds = {}, {}
+        """Waits. Lets go of everything, whatever fails on the way, and then raises that."""
+        engines, self._engines, self._holds = self._engines, {}, {}
+        do_all(
+            self._device.synchronize,
+            self._graphs.close,
+            *(engine.close for engine in engines.values()),
+            self._io.close,
+            self.arena.close,
+        )
 
 
 def _bindings(key: StepKey) -> list[tuple[str, int, bool, Sizes]]:

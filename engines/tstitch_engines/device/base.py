@@ -99,7 +99,7 @@ class Graph(Protocol):
         """Puts all of it into the device's order of work with one call. Does not wait."""
 
     def close(self) -> None:
-        """Frees the graph; the device must be done with it."""
+        """Frees the graph, after what it does at the moment."""
 
 
 class Download(Protocol):
@@ -124,7 +124,7 @@ class Device(Protocol):
         """``cpu`` or ``cuda:N``."""
 
     def activate(self) -> None:
-        """Makes the device usable on the calling thread."""
+        """Makes it the calling thread's device: before other calls, on another thread or after another device's."""
 
     def with_own_stream(self) -> Device:
         """The same device for work that runs beside this object's: nothing orders the two but what the host waits for.

@@ -4,14 +4,19 @@ Not run on a GPU: tests run it over a stand-in for CUDA (``tests/support/cuda_st
 
 Ownership: a ``CudaDevice`` owns its streams; a buffer from ``empty`` owns its memory, which is freed in stream order
 when it and all views of it are dropped. A CUDA graph or an engine that knows a buffer's address does not keep it alive:
-its owner must. The device's primary context is current on the thread that made the ``CudaDevice``; another thread that
-uses it calls ``activate`` once first. One thread at a time.
+its owner must.
+
+Threads: CUDA has a current device for each thread, and this one is current after it was made and after ``activate``,
+which whoever enters from outside calls first: another thread, or the same one after it used another device. What waits
+(``synchronize``, ``Download.get``, ``Stopwatch.milliseconds``, ``lost``) and ``free_memory`` do so themselves, and
+finalisers leave a thread's current device as it was. One thread at a time.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device.base import ALIGNMENT, ArenaBuffers, Buffer, StepKernels, Stopwatch
+from tstitch_engines.device.cuda_errors import attempt, check
 from tstitch_engines.device.cuda_graph import CudaGraph, capture
 from tstitch_engines.device.cuda_interop import CudaArray, borrow, foreign_stream
 from tstitch_engines.device.cuda_kernels import (
@@ -32,7 +38,9 @@ from tstitch_engines.device.cuda_kernels import (
     enqueue_scaled_copy,
     load_module,
 )
-from tstitch_engines.device.cuda_memory import Block, Blocks, CudaBuffer, CudaDownload, host_view
+from tstitch_engines.device.cuda_memory import Blocks, CudaBuffer, CudaDownload, host_view
+from tstitch_engines.device.cuda_stream import CudaEvent, CudaMemory, CudaStream
+from tstitch_engines.device.recording import RECORDING
 from tstitch_engines.driver import DRIVERS, fitting_cuda, fitting_extra
 from tstitch_engines.errors import BadInput, FailedWork, OutOfMemory, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
@@ -63,7 +71,7 @@ class CudaDevice:
         self.calls: Counter[str] = Counter()
         self._runtime = runtime
         self._device = Device(index)
-        self._device.set_current()  # the primary context: the one that TensorRT, ONNX Runtime and torch use
+        attempt(f"{self.name}: it can't be used", self._device.set_current)
         self.arch: tuple[int, int] = tuple(self._device.compute_capability)
         if self.arch < OLDEST_ARCH:
             raise Unavailable(
@@ -73,29 +81,36 @@ class CudaDevice:
             )
         # Non-blocking: work that some library puts on the legacy default stream can't stall a step.
         options = StreamOptions(nonblocking=True)
-        self._stream = (
-            self._device.create_stream(options=options)
-            if stream is None
-            else self._device.create_stream(obj=foreign_stream(stream))
+        made = {"options": options} if stream is None else {"obj": foreign_stream(stream)}
+        self._stream, self._side = (
+            CudaStream(
+                attempt(f"{self.name}: no stream was made", self._device.create_stream, **how),
+                *(self._device, runtime, self.name),
+            )
+            for how in (made, {"options": options})
         )
-        self._side = self._device.create_stream(options=options)
-        resource = LegacyPinnedMemoryResource()
-        self._pinned = Blocks(lambda nbytes: resource.allocate(nbytes, stream=self._stream))
-        self._bounces = Blocks(lambda nbytes: self._allocate(nbytes, "a block to copy through", self._side))
+        what, pin, core = (
+            f"{self.name}: no page-locked memory",
+            LegacyPinnedMemoryResource().allocate,
+            self._stream.core,
+        )
+        this: CudaDevice = weakref.proxy(self)  # so that this object goes when it is dropped, in no need of a collector
+        self._pinned = Blocks(lambda nbytes: attempt(what, pin, nbytes, stream=core), self._side)
+        self._bounces = Blocks(lambda nbytes: this._allocate(nbytes, "a block to copy through", this._side), self._side)
         self._module: Any = None
         self._kernels: dict[str, Any] = {}
 
     @property
     def _launch(self) -> Launcher:
-        return Launcher(self._stream, self.calls, self.kernel, self.empty)
+        return Launcher(self._stream.core, self.calls, self.kernel, self.empty)
 
     @property
     def stream_handle(self) -> int:
         """The ``cudaStream_t`` on which all work of this device object runs."""
-        return int(self._stream.handle)
+        return self._stream.handle
 
     def activate(self) -> None:
-        self._device.set_current()
+        self._stream.activate()
 
     def with_own_stream(self) -> CudaDevice:
         """See ``Device``. Calls of both are counted together."""
@@ -110,21 +125,21 @@ class CudaDevice:
         assert buffer.ptr % ALIGNMENT == 0, "CUDA's allocators align to 256 bytes"
         return buffer
 
-    def _allocate(self, nbytes: int, what: str, stream: Any) -> Any:
+    def _allocate(self, nbytes: int, what: str, stream: CudaStream) -> CudaMemory:
         self.calls["alloc"] += 1
+        where = f"{self.name}: no memory for {what}"
         try:
-            return self._device.allocate(max(nbytes, 1), stream=stream)
-        except Exception as error:  # cuda.core's CUDAError is private and carries the CUDA name in its text only
-            if "OUT_OF_MEMORY" not in str(error):
-                raise
+            return CudaMemory(attempt(where, self._device.allocate, max(nbytes, 1), stream=stream.core), stream)
+        except OutOfMemory as error:
             free = self.free_memory()
             raise OutOfMemory(
                 f"{self.name} has no room for {what}: {nbytes / 2**20:.1f} MiB, of {free / 2**20:.1f} MiB free",
-                hint="use a smaller batch, or free memory that other programs hold (nvidia-smi lists them)",
+                hint=error.hint,
             ) from error
 
     def free_memory(self) -> int:
         """Bytes of the GPU's memory that nobody holds; what pools keep for later counts as held."""
+        self.activate()
         return int(self._runtime.cudaMemGetInfo()[1])
 
     def view(self, block: Buffer, offset: int, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
@@ -149,15 +164,15 @@ class CudaDevice:
         block = self._pinned.take(target.nbytes)
         host_view(block, target)[...] = source
         if target.nbytes < BESIDE:
-            self._memcpy(target.ptr, block.ptr, target.nbytes, "HostToDevice", self._stream)
+            self._stream.copy(target.ptr, block.ptr, target.nbytes, "HostToDevice")
             self._pinned.give(block, self._stream.record())
             return
         bounce = self._bounces.take(target.nbytes)
-        self._memcpy(bounce.ptr, block.ptr, target.nbytes, "HostToDevice", self._side)
+        self._side.copy(bounce.ptr, block.ptr, target.nbytes, "HostToDevice")
         arrived = self._side.record()
         self._pinned.give(block, arrived)
         self._stream.wait(arrived)
-        self._memcpy(target.ptr, bounce.ptr, target.nbytes, "DeviceToDevice", self._stream)
+        self._stream.copy(target.ptr, bounce.ptr, target.nbytes, "DeviceToDevice")
         self._bounces.give(bounce, self._stream.record())
 
     def download(self, source: Buffer) -> NDArray[Any]:
@@ -165,8 +180,8 @@ class CudaDevice:
             return np.empty(source.shape, storage_dtype(source.dtype))
         self.calls["download"] += 1
         block = self._pinned.take(source.nbytes)
-        self._memcpy(block.ptr, source.ptr, source.nbytes, "DeviceToHost", self._stream)
-        return CudaDownload(block, source, self._stream.record(), self._received).get()
+        self._stream.copy(block.ptr, source.ptr, source.nbytes, "DeviceToHost")
+        return CudaDownload(block, source, self._stream.record(), self._pinned, self._count).get()
 
     def download_later(self, source: Buffer) -> CudaDownload:
         """See ``Device``: a copy within the device in the order of the work, and one to the host beside it."""
@@ -174,21 +189,17 @@ class CudaDevice:
         block, bounce = self._pinned.take(source.nbytes), self._bounces.take(source.nbytes)
         if bounce.busy_until is None:  # it was allocated just now, in the side stream's order
             self._stream.wait(self._side.record())
-        self._memcpy(bounce.ptr, source.ptr, source.nbytes, "DeviceToDevice", self._stream)
+        self._stream.copy(bounce.ptr, source.ptr, source.nbytes, "DeviceToDevice")
         self._side.wait(self._stream.record())
-        self._memcpy(block.ptr, bounce.ptr, source.nbytes, "DeviceToHost", self._side)
+        self._side.copy(block.ptr, bounce.ptr, source.nbytes, "DeviceToHost")
         done = self._side.record()
         self._bounces.give(bounce, done)
-        return CudaDownload(block, source, done, self._received)
-
-    def _received(self, block: Block, done: Any) -> None:
-        self.calls["sync"] += 1
-        self._pinned.give(block, done)
+        return CudaDownload(block, source, done, self._pinned, self._count)
 
     def copy(self, target: Buffer, source: Buffer) -> None:
         assert (target.shape, target.dtype) == (source.shape, source.dtype)
         self.calls["copy"] += 1
-        self._memcpy(target.ptr, source.ptr, source.nbytes, "DeviceToDevice", self._stream)
+        self._stream.copy(target.ptr, source.ptr, source.nbytes, "DeviceToDevice")
 
     def borrow(self, array: Any) -> CudaBuffer | None:
         return borrow(array, device_index=self.index, stream=self.stream_handle)
@@ -199,19 +210,27 @@ class CudaDevice:
     def synchronize(self) -> None:
         self.calls["sync"] += 1
         self._stream.sync()
+        self._side.sync()
 
     def lost(self) -> str | None:
-        """See ``Device``: an error that is still there after it was asked for spoils the context for good."""
-        self._runtime.cudaGetLastError()
-        code = self._runtime.cudaDeviceSynchronize()[0]
-        if int(code) == 0:
-            return None
-        return f"{self.name}: {self._runtime.cudaGetErrorString(code)[1].decode()}"
+        """See ``Device``: an error that is still there after it was asked for spoils the context for good.
+
+        It waits for this object's streams, not for the device, which would break other threads' recordings.
+        """
+        try:
+            self.activate()
+            self._runtime.cudaGetLastError()
+            for stream in (self._stream, self._side):
+                check(self.name, self._runtime, self._runtime.cudaStreamSynchronize(stream.handle))
+        except FailedWork as error:
+            return error.message
+        return None
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
         before = self.calls.copy()
         try:
-            return capture(self._runtime, self.stream_handle, work, self._count)
+            with RECORDING, self._stream.recorded():
+                return capture(self._runtime, self.stream_handle, work, self._count)
         finally:  # what was recorded was not called
             self.calls.clear()
             self.calls.update(before)
@@ -237,22 +256,13 @@ class CudaDevice:
         if name not in self._kernels:
             if self._module is None:
                 self._module = load_module()
-            self._kernels[name] = self._module.get_kernel(name)
+            self._kernels[name] = attempt(
+                f"{self.name}: the step kernels can't be loaded", self._module.get_kernel, name
+            )
         return self._kernels[name]
 
     def stopwatch(self) -> Stopwatch:
         return CudaStopwatch(self._stream)
-
-    def _memcpy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
-        kinds = self._runtime.cudaMemcpyKind
-        code = self._runtime.cudaMemcpyAsync(
-            target, source, nbytes, getattr(kinds, f"cudaMemcpy{kind}"), int(stream.handle)
-        )[0]
-        if int(code) != 0:
-            text = self._runtime.cudaGetErrorString(code)[1].decode()
-            raise FailedWork(
-                f"{self.name}: a copy failed: {text}", hint="run with CUDA_LAUNCH_BLOCKING=1 to find where"
-            )
 
 
 def cuda_bindings(index: int) -> Any:
@@ -328,15 +338,15 @@ def _dotted(arch: tuple[int, int]) -> str:
 class CudaStopwatch:
     """``Stopwatch`` on one stream."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: CudaStream) -> None:
         from cuda.core import EventOptions
 
         self._stream = stream
         self._options = EventOptions(timing_enabled=True)
-        self._marks: list[Any] = []
+        self._marks: list[CudaEvent] = []
 
     def mark(self) -> None:
-        self._marks.append(self._stream.record(options=self._options))
+        self._marks.append(self._stream.record(self._options))
 
     def milliseconds(self) -> list[float]:
         if self._marks:

@@ -7,73 +7,106 @@ builder, because an engine may refuse while it is being recorded, and the builde
 from __future__ import annotations
 
 import gc
+import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
 from tstitch_engines.device.base import NotCaptured
-from tstitch_engines.errors import FailedWork
+from tstitch_engines.device.cuda_errors import error_text
+from tstitch_engines.errors import FailedWork, first_line
 
 __all__ = ["REFUSED", "CudaGraph", "capture"]
 
 # Kinds of nodes that must not be replayed. A call of a host function would run again with arguments that its maker has
 # freed after the first run (ONNX Runtime releases staging memory so).
 REFUSED: Final = {"cudaGraphNodeTypeHost": "a call of a host function"}
+# cudaErrorStreamCaptureUnsupported, -Invalidated and -Implicit: what ends a recording that another thread broke.
+_BROKEN: Final = (900, 901, 906)
+_TRIES: Final = 3
 _HINT = "the work runs call by call; with graph='off' nothing is recorded"
+
+_log = logging.getLogger(__name__)
+
+
+class _Broken(NotCaptured):
+    """A recording that was sound until something invalidated it."""
 
 
 class CudaGraph:
-    """An instantiated graph and the stream it is launched on."""
+    """An instantiated graph and the stream it is launched on. Dropped without ``close`` it is freed too."""
 
     def __init__(self, runtime: Any, executable: Any, stream: int, nodes: int, count: Callable[[str], None]) -> None:
         self._runtime = runtime
         self._executable = executable
         self._stream = stream
         self._count = count
+        self._free = weakref.finalize(self, runtime.cudaGraphExecDestroy, executable)
+        self._free.atexit = False
         self.nodes = nodes
 
     def launch(self) -> None:
+        assert self._free.alive, "the graph is closed"
         self._count("graph launch")
         code = self._runtime.cudaGraphLaunch(self._executable, self._stream)[0]
         if int(code) != 0:
             raise FailedWork(
-                f"a CUDA graph of {self.nodes} nodes can't be launched: {_text(self._runtime, code)}",
+                f"a CUDA graph of {self.nodes} nodes can't be launched: {error_text(self._runtime, code)}",
                 hint="load with graph='off' to run call by call and see which call fails",
             )
 
     def close(self) -> None:
-        if self._executable is not None:
-            self._runtime.cudaGraphExecDestroy(self._executable)
-            self._executable = None
+        """CUDA frees one that is under way when it is done (documentation of ``cuGraphExecDestroy``)."""
+        self._free()
 
 
 def capture(runtime: Any, stream: int, work: Callable[[], None], count: Callable[[str], None]) -> CudaGraph:
     """Records ``work`` on ``stream``. Raises ``NotCaptured``; the recording is ended in every case.
 
-    Thread-local mode: what other threads do on the device meanwhile can't break the recording.
+    Thread-local mode: what is forbidden while a stream is recorded is so for this thread only. But another thread that
+    waits for the whole device breaks the recording in any mode (NVIDIA/TensorRT issue 2888): then it is tried again.
+    The caller holds ``RECORDING``.
     """
+    for _ in range(_TRIES - 1):
+        try:
+            return _instantiate(runtime, stream, _record(runtime, stream, work), count)
+        except _Broken as error:
+            _log.info("a recording was broken and is tried again: %s", error.message)
+    return _instantiate(runtime, stream, _record(runtime, stream, work), count)
+
+
+def _record(runtime: Any, stream: int, work: Callable[[], None]) -> Any:
+    """What ``work`` enqueues as a graph. Raises ``NotCaptured``, as ``_Broken`` where that may be another's doing."""
     mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
     code = runtime.cudaStreamBeginCapture(stream, mode)[0]
     if int(code) != 0:
-        raise NotCaptured(f"this stream can't be recorded: {_text(runtime, code)}", hint=_HINT)
-    refusal: Exception | None = None
-    graph = None
+        raise NotCaptured(f"this stream can't be recorded: {error_text(runtime, code)}", hint=_HINT)
+    refusal: BaseException | None = None
     collecting = gc.isenabled()
-    gc.disable()  # device memory that happens to be collected now would be freed on this stream, inside the recording
+    gc.disable()  # what some library's objects free when they are collected now would be forbidden on this thread
     try:
-        work()
-    except Exception as error:
-        refusal = error
+        try:
+            work()
+        except BaseException as error:
+            refusal = error
     finally:  # also for a KeyboardInterrupt: a stream that stays in recording mode is useless
         code, graph = runtime.cudaStreamEndCapture(stream)
         if collecting:
             gc.enable()
         runtime.cudaGetLastError()  # a broken recording leaves its error behind, for the next call to find
-    if refusal is not None or int(code) != 0:
-        if int(code) == 0:
-            runtime.cudaGraphDestroy(graph)
-        reason = _text(runtime, code) if refusal is None else f"{type(refusal).__name__}: {refusal}".splitlines()[0]
-        raise NotCaptured(f"the work can't be recorded: {reason}", hint=_HINT) from refusal
+    if refusal is None and int(code) == 0:
+        return graph
+    if int(code) == 0:
+        runtime.cudaGraphDestroy(graph)
+    if refusal is not None and not isinstance(refusal, Exception):
+        raise refusal
+    reason = error_text(runtime, code) if refusal is None else f"{type(refusal).__name__}: {first_line(refusal)}"
+    kind = _Broken if int(code) in _BROKEN else NotCaptured
+    raise kind(f"the work can't be recorded: {reason}", hint=_HINT) from refusal
+
+
+def _instantiate(runtime: Any, stream: int, graph: Any, count: Callable[[str], None]) -> CudaGraph:
     try:
         nodes = _check_nodes(runtime, graph)
         code, executable = runtime.cudaGraphInstantiate(graph, 0)
@@ -81,7 +114,7 @@ def capture(runtime: Any, stream: int, work: Callable[[], None], count: Callable
         runtime.cudaGraphDestroy(graph)
     if int(code) != 0:
         runtime.cudaGetLastError()
-        raise NotCaptured(f"the recorded graph can't be instantiated: {_text(runtime, code)}", hint=_HINT)
+        raise NotCaptured(f"the recorded graph can't be instantiated: {error_text(runtime, code)}", hint=_HINT)
     runtime.cudaGraphUpload(executable, stream)  # so that the first launch costs what the others cost
     return CudaGraph(runtime, executable, stream, nodes, count)
 
@@ -131,9 +164,5 @@ def _touches_pageable(runtime: Any, node: Any) -> bool:
 
 def _ok(runtime: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
     if int(result[0]) != 0:
-        raise NotCaptured(f"the recorded graph can't be read: {_text(runtime, result[0])}", hint=_HINT)
+        raise NotCaptured(f"the recorded graph can't be read: {error_text(runtime, result[0])}", hint=_HINT)
     return result
-
-
-def _text(runtime: Any, code: Any) -> str:
-    return f"{runtime.cudaGetErrorString(code)[1].decode()} (CUDA error {int(code)})"

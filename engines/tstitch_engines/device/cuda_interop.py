@@ -13,12 +13,14 @@ import numpy as np
 
 from tstitch_engines.device.base import Buffer
 from tstitch_engines.device.cuda_memory import CudaBuffer
+from tstitch_engines.device.cuda_stream import CudaMemory, StreamHandle
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import DTYPES, storage_dtype
 
 __all__ = ["CudaArray", "borrow", "foreign_stream"]
 
 _CPU, _CUDA, _PINNED, _MANAGED = 1, 2, 3, 13  # DLDeviceType
+_LEGACY: Final = 1  # cudaStreamLegacy, also DLPack's number for it
 _DEFAULT_STREAMS: Final = {0: "the legacy default stream", 1: "the legacy default stream", 2: "a default stream"}
 
 
@@ -27,6 +29,10 @@ class CudaArray:
 
     It names no stream: its data is complete when the caller gets it. bfloat16 shows as its 16 bits (``uint16``), which
     ``tensor.view(torch.bfloat16)`` reads.
+
+    Whoever takes it by DLPack says on which stream; memory of ours is used again only after what that stream was given
+    to do before it was let go of. The stream must exist until then. ``__cuda_array_interface__`` has no word for the
+    reader's stream: such a reader keeps the array until its work is done.
     """
 
     def __init__(self, buffer: Buffer, device_index: int) -> None:
@@ -35,13 +41,20 @@ class CudaArray:
         self.shape = buffer.shape
         self.dtype = buffer.dtype
 
-    def __dlpack__(self, **arguments: Any) -> Any:
+    def __dlpack__(self, *, stream: int | None = None, **arguments: Any) -> Any:
+        """``stream``: of the reader, ``None`` for the legacy default stream, -1 for one that is not to be ordered."""
         from cuda.core import Buffer as Memory
         from cuda.core.utils import StridedMemoryView
 
+        owner: Any = self._buffer
+        while isinstance(owner, CudaBuffer):
+            owner = owner.owner
+        reader = _LEGACY if stream is None else int(stream)
+        if isinstance(owner, CudaMemory) and reader != -1 and reader not in owner.readers:
+            owner.readers.append(reader)
         memory = Memory.from_handle(self._buffer.ptr, self._buffer.nbytes, owner=self._buffer)
         view = StridedMemoryView.from_buffer(memory, self.shape, dtype=storage_dtype(self.dtype))
-        return view.__dlpack__(**arguments)
+        return view.__dlpack__(stream=stream, **arguments)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return _CUDA, self._index
@@ -112,7 +125,7 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def foreign_stream(stream: Any) -> Any:
     """``stream``, or an integer handle, as an object with ``__cuda_stream__``. Raises ``BadInput`` for what is none."""
     if isinstance(stream, int) and not isinstance(stream, bool):
-        wrapped: Any = _Handle(stream)
+        wrapped: Any = StreamHandle(stream)
     elif hasattr(stream, "__cuda_stream__"):
         wrapped = stream
     else:
@@ -127,11 +140,3 @@ def foreign_stream(stream: Any) -> Any:
             hint="make a stream of its own (in torch: torch.cuda.Stream()) and order your work with events",
         )
     return wrapped
-
-
-class _Handle:
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tstitch_engines.device.base import ArenaBuffers, Buffer
+from tstitch_engines.device.cuda_errors import attempt
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
 from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import BadInput, Unavailable
@@ -81,7 +82,8 @@ class Launcher:
         from cuda.core import LaunchConfig, launch
 
         self.calls["launch"] += 1
-        launch(self.stream, LaunchConfig(grid=(*grid, 1), block=(threads, 1, 1)), self.kernel(name), *arguments)
+        config = LaunchConfig(grid=(*grid, 1), block=(threads, 1, 1))
+        attempt(f"the kernel {name} could not be started", launch, self.stream, config, self.kernel(name), *arguments)
 
 
 class CudaStepKernels:

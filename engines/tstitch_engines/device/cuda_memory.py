@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.cuda_stream import CudaEvent, CudaStream
 from tstitch_engines.spec import itemsize, storage_dtype
 
 __all__ = ["Block", "Blocks", "CudaBuffer", "CudaDownload", "host_view"]
@@ -29,13 +32,20 @@ class CudaBuffer:
 
 
 class Block:
-    """``nbytes`` of memory and the event after which they may be used again."""
+    """``nbytes`` of memory and the event after which they may be used again, or freed."""
 
-    def __init__(self, memory: Any, nbytes: int) -> None:
+    def __init__(self, memory: Any, nbytes: int, stream: CudaStream) -> None:
         self._memory = memory
+        self._stream = stream
         self.nbytes = nbytes
         self.ptr = int(memory.handle)
-        self.busy_until: Any = None
+        self.busy_until: CudaEvent | None = None
+
+    def __del__(self) -> None:
+        """Page-locked memory is freed at once, and the pool may give device memory to another stream: so it waits."""
+        if self.busy_until is not None:
+            with suppress(Exception), self._stream.visited():  # of a lost device nothing can be waited for
+                self.busy_until.core.sync()
 
 
 class Blocks:
@@ -44,42 +54,60 @@ class Blocks:
     A thread that waits for a download gives its block back while another enqueues the next one.
     """
 
-    def __init__(self, allocate: Callable[[int], Any]) -> None:
+    def __init__(self, allocate: Callable[[int], Any], stream: CudaStream) -> None:
         self._allocate = allocate
+        self._stream = stream
         self._blocks: list[Block] = []
+        self._returned: deque[Block] = deque()  # the collector may give one back in the middle of `take`
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> Block:
         """A block of at least ``nbytes`` that nothing uses; ``give`` it back after enqueuing its last use."""
         with self._lock:
+            while self._returned:
+                self._blocks.append(self._returned.popleft())
+            self._blocks.sort(key=lambda one: one.nbytes)  # the smallest that fits
             for index, block in enumerate(self._blocks):
-                if block.nbytes >= nbytes and block.busy_until.is_done:
+                if block.nbytes >= nbytes and (block.busy_until is None or block.busy_until.is_done):
                     return self._blocks.pop(index)
         size = 1 << max(16, (nbytes - 1).bit_length())
-        return Block(self._allocate(size), size)
+        return Block(self._allocate(size), size, self._stream)
 
-    def give(self, block: Block, busy_until: Any) -> None:
+    def give(self, block: Block, busy_until: CudaEvent) -> None:
         """``busy_until``: the event recorded after the block's last use."""
         block.busy_until = busy_until
-        with self._lock:
-            self._blocks.append(block)
-            self._blocks.sort(key=lambda one: one.nbytes)  # so that `take` picks the smallest that fits
+        self._returned.append(block)
 
 
 class CudaDownload:
-    """A copy on its way into page-locked memory, there once the event ``done`` is; ``received`` takes that back."""
+    """A copy on its way into page-locked memory, there once the event ``done`` is.
 
-    def __init__(self, block: Block, like: Buffer, done: Any, received: Callable[[Block, Any], None]) -> None:
-        self._block = block
+    Whether it is read or not, the block goes back to ``blocks``, where it is not used again before.
+    """
+
+    def __init__(
+        self, block: Block, like: Buffer, done: CudaEvent, blocks: Blocks, count: Callable[[str], None]
+    ) -> None:
+        self._block: Block | None = block
         self._like = like
         self._done = done
-        self._received = received
+        self._blocks = blocks
+        self._count = count
 
     def get(self) -> NDArray[Any]:
+        assert self._block is not None, "a download is read once"
         self._done.sync()
         copy = host_view(self._block, self._like).copy()
-        self._received(self._block, self._done)
+        self._count("sync")
+        self._give_back()
         return copy
+
+    def _give_back(self) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            self._blocks.give(block, self._done)
+
+    __del__ = _give_back
 
 
 def host_view(block: Block, like: Buffer) -> NDArray[Any]:

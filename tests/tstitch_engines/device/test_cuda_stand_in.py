@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.cuda_stand_in import Machine, install
+from support.cuda_stand_in import CUDAError, Machine, install
 from support.step_runs import run
 from tstitch_engines.device.base import NotCaptured
 from tstitch_engines.device.cuda import BESIDE, CudaDevice
@@ -30,6 +35,12 @@ def cuda(machine: Machine) -> CudaDevice:
     device = open_device("cuda")
     assert isinstance(device, CudaDevice)
     return device
+
+
+def in_a_thread(work: Callable[[], object]) -> None:
+    """A new one, which has no current device."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
 
 
 @pytest.mark.parametrize("size", [5, BESIDE // 4 + 3], ids=["small", "large"])
@@ -64,7 +75,7 @@ def test_memory_is_used_again(cuda: CudaDevice, machine: Machine) -> None:
 
 def test_too_little_memory_is_said_in_bytes(cuda: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(nbytes: int, stream: object) -> None:
-        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: The API call failed because it was unable to allocate memory")
+        raise CUDAError("CUDA_ERROR_OUT_OF_MEMORY: The API call failed because it was unable to allocate memory")
 
     monkeypatch.setattr(cuda._device, "allocate", full)
     with pytest.raises(FailedWork, match=r"no room for float32\[256, 1024\]: 1.0 MiB, of 1024.0 MiB free") as caught:
@@ -190,6 +201,226 @@ def test_an_interrupted_recording_is_ended(cuda: CudaDevice, machine: Machine) -
     with pytest.raises(KeyboardInterrupt):
         cuda.capture(interrupted)
     assert machine.streams[cuda.stream_handle].recording is None
+
+
+def test_a_recording_that_another_thread_broke_is_made_again(cuda: CudaDevice, machine: Machine) -> None:
+    source, target = cuda.empty((4,), "float32"), cuda.empty((4,), "float32")
+    cuda.upload(source, np.ones(4, np.float32))
+    cuda.synchronize()
+    codes: list[int] = []
+
+    def wait_for_the_device() -> None:
+        machine.current = 0
+        codes.append(machine.wait_for_the_device())
+
+    def work(broken: int) -> None:
+        cuda.scaled_copy(target, source, 3.0)
+        if len(codes) < broken:
+            in_a_thread(wait_for_the_device)
+        cuda.scaled_copy(target, target, 2.0)  # fails in a broken recording
+
+    graph = cuda.capture(lambda: work(2))
+    assert codes == [900, 900]  # the other thread's call fails too
+    assert machine.recorded == 1
+    graph.launch()
+    np.testing.assert_array_equal(cuda.download(target), 6)
+    graph.close()
+    with pytest.raises(NotCaptured, match=r"the work can't be recorded: FailedWork.*error 901"):
+        cuda.capture(lambda: work(99))
+    assert len(codes) == 5  # three times, not for ever
+    assert machine.graphs == {}
+    np.testing.assert_array_equal(cuda.download(source), 1)  # the stream works as before
+
+
+def test_recordings_are_made_one_after_another(cuda: CudaDevice) -> None:
+    """The collector that one switched off is not switched on by another that ends in the meantime."""
+    other = cuda.with_own_stream()
+    begun, ended = Event(), Event()
+    seen: list[bool] = []
+    buffers = [device.empty((4,), "float32") for device in (cuda, other)]
+
+    def second() -> None:
+        other.activate()
+
+        def work() -> None:
+            begun.set()
+            ended.wait(5)
+            seen.append(gc.isenabled())
+            other.copy(buffers[1], buffers[1])
+
+        other.capture(work).close()
+
+    thread = Thread(target=second)
+
+    def first() -> None:
+        thread.start()
+        begun.wait(0.3)
+        cuda.copy(buffers[0], buffers[0])
+
+    assert gc.isenabled()
+    cuda.capture(first).close()
+    ended.set()
+    thread.join(10)
+    assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_memory_dropped_by_another_thread_is_no_part_of_a_recording(cuda: CudaDevice, machine: Machine) -> None:
+    held = [cuda.empty((4,), "float32"), cuda.empty((4,), "float32")]
+    view = machine.array((4,), np.uint32, held[1].ptr)
+
+    def work() -> None:
+        cuda.copy(held[0], held[0])
+        in_a_thread(lambda: held.pop())
+
+    graph = cuda.capture(work)
+    assert graph.nodes == 1
+    graph.close()
+    cuda.synchronize()
+    assert (view == 0xDDDDDDDD).all(), "it was freed afterwards"
+
+
+def test_a_graph_that_nobody_closed_is_freed(cuda: CudaDevice, machine: Machine) -> None:
+    buffer = cuda.empty((4,), "float32")
+    graph = cuda.capture(lambda: cuda.copy(buffer, buffer))
+    graph.launch()
+    assert machine.graphs
+    del graph
+    assert machine.graphs == {}
+    cuda.synchronize()
+
+
+@pytest.mark.parametrize("size", [5, BESIDE // 4 + 3], ids=["small", "large"])
+def test_a_download_that_nobody_reads(cuda: CudaDevice, machine: Machine, size: int) -> None:
+    """Its page-locked memory is neither freed nor used again before the copy is done, and then used again."""
+    buffer = cuda.empty((size,), "float32")
+    cuda.upload(buffer, np.ones(size, np.float32))
+    cuda.synchronize()
+    del (later := [cuda.download_later(buffer)])[:]
+    assert later == []
+    cuda.upload(buffer, np.full(size, 7, np.float32))
+    np.testing.assert_array_equal(cuda.download(buffer), 7)
+    cuda.synchronize()
+    held = len(machine.memory)
+    cuda.download_later(buffer)
+    cuda.synchronize()
+    cuda.download_later(buffer)
+    assert len(machine.memory) == held
+    assert machine.early == 0
+
+
+def test_a_device_that_is_dropped_in_the_middle(machine: Machine) -> None:
+    """Memory of copies under way is freed after them."""
+    cuda = open_device("cuda")
+    buffer = cuda.empty((BESIDE,), "float32")
+    cuda.upload(buffer, np.ones(BESIDE, np.float32))
+    cuda.download_later(buffer)
+    gone = weakref.ref(cuda)
+    del cuda
+    assert gone() is None, "the collector is not needed"
+    assert machine.early == 0
+
+
+def test_errors_of_cuda_are_ours(cuda: CudaDevice, machine: Machine) -> None:
+    """From every call, with a hint; and nothing of another library's own errors is hidden."""
+    buffer, values = cuda.empty((4,), "float32"), np.zeros(4, np.float32)
+    cuda.upload(buffer, values)
+    graph, watch, later = cuda.capture(lambda: cuda.copy(buffer, buffer)), cuda.stopwatch(), cuda.download_later(buffer)
+    watch.mark()
+    calls: dict[str, Callable[[], object]] = {
+        "activate": cuda.activate,
+        "empty": lambda: cuda.empty((4,), "float32"),
+        "upload": lambda: cuda.upload(buffer, values),
+        "download": lambda: cuda.download(buffer),
+        "download_later": lambda: cuda.download_later(buffer),
+        "get": later.get,
+        "copy": lambda: cuda.copy(buffer, buffer),
+        "synchronize": cuda.synchronize,
+        "capture": lambda: cuda.capture(lambda: None),
+        "launch": graph.launch,
+        "kernel": lambda: cuda.scaled_copy(buffer, buffer, 1.0),
+        "mark": watch.mark,
+        "milliseconds": watch.milliseconds,
+        "with_own_stream": cuda.with_own_stream,
+        "free_memory": cuda.free_memory,
+    }
+    machine.error = 719
+    for name, call in calls.items():
+        with pytest.raises(FailedWork, match="error 719") as caught:
+            call()
+        assert caught.value.hint, name
+    assert "error 719" in str(cuda.lost())
+    graph.close()
+    machine.error = 0
+    assert cuda.lost() is None
+    np.testing.assert_array_equal(later.get(), 0)
+
+
+def test_any_thread_may_ask_for_what_was_taken_along(machine: Machine) -> None:
+    """Downloads, times, free memory and whether the device is lost: where no or another device is the current one."""
+    first, second = open_device("cuda:0"), open_device("cuda:1")
+    assert machine.current == 1
+    assert isinstance(first, CudaDevice)
+    first.activate()
+    buffer = first.empty((4,), "float32")
+    first.upload(buffer, np.ones(4, np.float32))
+
+    def ask(current: int | None) -> None:
+        first.activate()
+        watch, later = first.stopwatch(), first.download_later(buffer)
+        watch.mark()
+        watch.mark()
+        questions: list[Callable[[], object]] = [
+            later.get, watch.milliseconds, first.free_memory, first.lost, first.synchronize
+        ]  # fmt: skip
+        for question in questions:
+            machine.current = current
+            answer = question()
+            assert question != first.lost or answer is None
+            assert question != first.free_memory or answer == 1 << 30, "that of the first"
+
+    for current in (1, None):
+        in_a_thread(lambda current=current: ask(current))
+    del second
+
+
+@pytest.mark.parametrize("current", [1, None])
+def test_finalisers_leave_a_threads_device_as_it_was(machine: Machine, current: int | None) -> None:
+    cuda = open_device("cuda")
+    buffer = cuda.empty((BESIDE,), "float32")
+    cuda.upload(buffer, np.ones(BESIDE, np.float32))
+    graph = cuda.capture(lambda: cuda.copy(buffer, buffer))
+    dropped: list[Any] = [cuda.download_later(buffer), cuda.share(buffer), graph, buffer, cuda]
+    dropped[1].__dlpack__(stream=machine.stream().handle)
+    graph = buffer = cuda = None
+
+    def drop() -> None:
+        machine.current = current
+        dropped.clear()
+        assert machine.current == current
+
+    in_a_thread(drop)
+    assert machine.graphs == {}
+    assert machine.early == 0
+
+
+@pytest.mark.parametrize("told", ["its stream", "nothing: the legacy default stream"])
+def test_shared_memory_is_used_again_after_its_readers(cuda: CudaDevice, machine: Machine, told: str) -> None:
+    """The reader, as PyTorch does, enqueues work and lets go of the array at once."""
+    reader = machine.stream()
+    machine.streams[1] = machine.streams[reader.handle]
+    values, seen = np.arange(4, dtype=np.float32), np.zeros(4, np.float32)
+    buffer = cuda.empty((4,), "float32")
+    cuda.upload(buffer, values)
+    cuda.synchronize()
+    shared = cuda.share(cuda.view(buffer, 0, (4,), "float32"))
+    shared.__dlpack__(**({"stream": reader.handle} if told == "its stream" else {}))
+    lying = machine.array((4,), np.float32, buffer.ptr)
+    machine.submit(reader.handle, lambda: np.copyto(seen, lying))
+    del shared, buffer
+    cuda.synchronize()  # others have the memory now
+    assert not np.array_equal(lying, values)
+    np.testing.assert_array_equal(seen, values)
 
 
 def test_a_callers_stream(machine: Machine) -> None:

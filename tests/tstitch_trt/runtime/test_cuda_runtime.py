@@ -7,8 +7,11 @@ the code that runs on a GPU. The oracle is the runtime on the CPU, which is held
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from tstitch_engines.device.base import Buffer
 from tstitch_engines.device.cuda import CudaDevice
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
-from tstitch_engines.errors import BadInput, NotFinite, UnknownName
+from tstitch_engines.errors import BadInput, FailedWork, NotFinite, UnknownName
 from tstitch_trt import Runtime
 from tstitch_trt.bench.bench import measure
 from tstitch_trt.bench.torch_eager import EagerTorch
@@ -81,8 +84,10 @@ Load = Callable[..., Runtime]
 
 @pytest.fixture
 def load(machine: Machine, tiny_pair: TinyPair) -> Load:
-    def make(path: Path | None = None, kind: type[LateEngine] = LateEngine, **options: Any) -> Runtime:
-        device = open_device("cuda")
+    def make(
+        path: Path | None = None, kind: type[LateEngine] = LateEngine, place: str = "cuda", **options: Any
+    ) -> Runtime:
+        device = open_device(place)
         assert isinstance(device, CudaDevice)
         bundle, backend = open_bundle(path or tiny_pair.bundle), open_backend("onnxruntime")
         engines = {}
@@ -436,6 +441,120 @@ def test_results_on_the_cpu_device_are_numpy(cpu: Runtime) -> None:
         cpu.sample(labels=[1, 2], latents=noise.requires_grad_(), steps=3)
 
 
+# --- threads, devices, and the end
+
+
+def test_any_thread_may_call(load: Load, cpu: Runtime, machine: Machine) -> None:
+    """Each call comes from a thread that has no current device."""
+    gpu = load()
+    asked: dict[str, Any] = {"n": 2, "steps": 3, "schedule": "small"}
+    want = cpu.sample(**asked)
+    shared = gpu.sample(**asked, output="device")
+    events = gpu.iterate(**asked)
+
+    def elsewhere(call: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(call).result()
+
+    for _ in range(2):
+        event = elsewhere(lambda: next(events))
+    assert event.step == 2
+    assert elsewhere(event.latents).shape == want.latents.shape
+    assert elsewhere(event.estimate).shape == want.latents.shape
+    elsewhere(events.close)
+    assert close(elsewhere(lambda: gpu.sample(**asked)).latents, want.latents)
+    assert len(elsewhere(lambda: gpu.time_member("small", 2, repeats=2, warmup=1))) == 2
+    assert len(elsewhere(lambda: gpu.time_step_kernels(2, repeats=2, warmup=1))) == 2
+    for call in (gpu.memory, gpu.graphs, gpu.jit_ms, lambda: shared.device_latents.__dlpack__(stream=-1)):
+        elsewhere(call)
+    elsewhere(gpu.close)
+    assert machine.graphs == {}
+
+
+def test_two_devices_take_turns_in_one_thread(load: Load, cpu: Runtime, machine: Machine) -> None:
+    gpus = [load(place="cuda:0"), load(place="cuda:1")]
+    assert [gpu.device.name for gpu in gpus] == ["cuda:0", "cuda:1"]
+    asked: dict[str, Any] = {"n": 3, "steps": 4, "fraction": 0.5}
+    want = cpu.sample(**asked).latents
+    open_ends = [gpu.iterate(**asked) for gpu in gpus]
+    for _ in range(3):  # one step of each
+        for events in open_ends:
+            assert next(events).latents().shape == want.shape
+    for events in open_ends:
+        events.close()
+    for gpu in (*gpus, *gpus):
+        assert close(gpu.sample(**asked).latents, want)
+    for gpu in gpus:
+        gpu.close()
+    assert machine.graphs == {}
+
+
+def test_a_runtime_that_nobody_closed_leaves_no_graph(load: Load, machine: Machine) -> None:
+    gpu = load(graph="segment")
+    gpu.sample(n=2, steps=4, fraction=0.5)
+    assert machine.graphs
+    gone = weakref.ref(gpu)
+    del gpu
+    gc.collect()
+    assert gone() is None
+    assert machine.graphs == {}
+
+
+def test_closing_on_a_lost_device_lets_go_of_everything(load: Load, machine: Machine) -> None:
+    gpu = load()
+    gpu.sample(n=2, steps=4, fraction=0.5)
+    closed: list[str] = []
+    for name, engine in gpu._engines.items():
+        engine.close = lambda name=name: closed.append(name) or 1 // 0  # type: ignore[method-assign]
+    machine.error = 719
+    with pytest.raises(FailedWork, match="error 719"):
+        gpu.close()
+    assert closed == ["small", "large"]
+    assert machine.graphs == {}
+    gpu.close()  # nothing is left to do
+    machine.error = 0
+
+
+def test_an_error_in_the_block_is_not_hidden_by_closing(load: Load, machine: Machine) -> None:
+    def block() -> None:
+        with load() as gpu:
+            gpu.sample(n=2, steps=2)
+            machine.error = 719
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        block()
+    machine.error = 0
+    assert machine.graphs == {}
+
+
+def test_an_error_of_cuda_has_a_hint(load: Load, machine: Machine) -> None:
+    gpu = load()
+    events = gpu.iterate(n=2, steps=4)
+    next(events)
+    machine.error = 719
+    with pytest.raises(FailedWork, match="error 719") as caught:
+        next(events)
+    assert caught.value.hint
+    machine.error = 0
+
+
+def test_a_result_on_the_device_outlives_what_reads_it(load: Load, machine: Machine) -> None:
+    """Another library's stream reads it late, when the result was dropped and the next request has its memory."""
+    gpu, reader = load(), machine.stream()
+    asked: dict[str, Any] = {"n": 2, "steps": 2, "output": "device"}
+    want = gpu.sample(n=2, steps=2).latents
+    result = gpu.sample(**asked)
+    lying = machine.array(want.shape, np.float32, result.device_latents.__cuda_array_interface__["data"][0])
+    result.device_latents.__dlpack__(stream=reader.handle)
+    read: list[np.ndarray] = []
+    machine.submit(reader.handle, lambda: read.append(lying.copy()))
+    del result
+    gpu.sample(**asked)
+    assert not np.array_equal(lying, want)
+    np.testing.assert_array_equal(read[0], want)
+
+
 # --- many requests at once
 
 
@@ -467,7 +586,7 @@ def test_an_error_that_stays_is_a_lost_device(load: Load, machine: Machine) -> N
     with load() as gpu:
         assert gpu.device.lost() is None
         machine.error = 700
-        assert gpu.device.lost() == "cuda:0: error 700"
+        assert gpu.device.lost() == "cuda:0: it can't be used: error 700"
         machine.error = 0
 
 

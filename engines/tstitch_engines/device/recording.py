@@ -1,0 +1,19 @@
+"""One lock for what must not happen while a stream is recorded."""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+__all__ = ["RECORDING"]
+
+RECORDING: Final = threading.RLock()
+"""Held by whoever records a stream, compiles for a GPU in this process, or replaces the weights of a loaded engine.
+
+Recording switches the garbage collector off, which the process has one of: two recorders would undo each other. And
+compiling and refitting allocate, free and wait in ways that break the recording of another thread on the same device
+(NVIDIA/TensorRT issue 2888).
+
+It is taken inside a runtime's turn and outside all other locks, and whoever holds it asks for no turn: so no two
+threads wait for each other. The thread that holds it may take it again.
+"""
