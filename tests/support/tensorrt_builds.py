@@ -14,7 +14,7 @@ from tstitch_engines.backends.tensorrt.flavour import RTX, Flavour
 from tstitch_engines.backends.tensorrt.messages import Request
 from tstitch_engines.backends.tensorrt.options import BuildOptions
 from tstitch_engines.bundle.files import hash_file
-from tstitch_engines.bundle.manifest import Component, Member
+from tstitch_engines.bundle.manifest import Component, Member, Precision
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
 from tstitch_export.planning.shipped import read_shipped
@@ -38,6 +38,7 @@ def compile_member(
     device: str = "cpu",
     options: Mapping[str, Any] | None = None,
     progress: Callable[[str, float], None] | None = None,
+    note: Callable[[str, str], object] = lambda topic, text: None,
 ) -> Path:
     (made,) = backend.compile(
         member=member,
@@ -46,7 +47,8 @@ def compile_member(
         device=device,
         options=options or {},
         output=output,
-        progress=progress or (silent),
+        progress=progress or silent,
+        note=note,
     )
     return made
 
@@ -88,7 +90,12 @@ def hand_made(
     import onnx
     from onnx import helper
 
-    kinds = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
+    kinds = {
+        "float32": onnx.TensorProto.FLOAT,
+        "float16": onnx.TensorProto.FLOAT16,
+        "bfloat16": onnx.TensorProto.BFLOAT16,
+    }
+    precisions: dict[str, Precision] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
     def value(spec: TensorSpec) -> Any:
         return helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.shape)
@@ -105,17 +112,25 @@ def hand_made(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         onnx=(Component(path=path.name, sha256=sha256, bytes=size),),
-        precision="fp16" if inputs[0].dtype == "float16" else "fp32",
+        precision=precisions[inputs[0].dtype],
     )
 
 
-def attention_graph(path: Path, *, dtype: str, head: int) -> Member:
-    """One Attention node (opset 23) over ``[B, 2 heads, 16 tokens, head]``."""
+def attention_graph(path: Path, *, dtype: str, head: int, opset: int = 23) -> Member:
+    """Attention over ``[B, 2 heads, 16 tokens, head]`` and a sum: one node, before opset 23 products and softmax."""
     from onnx import helper
 
     specs = [TensorSpec(name=name, dtype=dtype, shape=("B", 2, 16, head)) for name in ("q", "k", "v", "y")]
-    node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
-    return hand_made(path, [node], specs[:3], specs[3:], opset=23)
+    if opset >= 23:
+        nodes = [helper.make_node("Attention", ["q", "k", "v"], ["a"])]
+    else:
+        nodes = [
+            helper.make_node("Transpose", ["k"], ["t"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["q", "t"], ["s"]),
+            helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", "v"], ["a"]),
+        ]
+    return hand_made(path, [*nodes, helper.make_node("Add", ["a", "q"], ["y"])], specs[:3], specs[3:], opset=opset)
 
 
 def branches_graph(path: Path) -> Member:

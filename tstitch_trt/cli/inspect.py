@@ -209,6 +209,7 @@ def _print_network(bundle: Bundle, name: str, network: Network) -> None:
         if isinstance(record.driver, str):
             built += f", compiled with the driver {record.driver}"
         entries.append(("engine", f"{built}, profile {profile}{options}, identity {digest(identity)[:16]}"))
+        entries += [(topic, text) for topic, text in record.notes.items()]
         entries.append(("graphs", _graphs(record)))
         if (plan := _plan(bundle, record)) is not None:
             entries.append(("plan", f"TensorRT-RTX {plan.version}, compute capability {plan.gpus()}"))

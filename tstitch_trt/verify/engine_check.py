@@ -85,7 +85,10 @@ def check_engine(
             )
         except FailedWork as error:
             return result("failed", f"running it failed: {error.message}")
-    return result(*verdict(comparisons, limit), comparisons)
+    status, reason = verdict(comparisons, limit)
+    if status == "failed" and (doubt := open_backend(identity.backend).doubt(identity)):
+        reason = f"{reason}; {doubt}"
+    return result(status, reason, comparisons)
 
 
 def _load(

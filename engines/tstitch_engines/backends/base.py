@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from glob import escape
 from importlib import import_module
 from pathlib import Path
@@ -142,7 +142,7 @@ class CompileJob(TypedDict):
     """The keywords of ``Backend.compile``. ``model``: of the kind ``model_kind``. ``output``: the file to write.
 
     Of the files beside ``model`` it reads those alone that are listed with it in ``member.onnx``. ``limits``: of the
-    child process that does the work.
+    child process that does the work. ``note(topic, text)`` is called with what an engine's record is to say of it.
     """
 
     member: Network
@@ -153,6 +153,7 @@ class CompileJob(TypedDict):
     output: Path
     progress: Progress
     limits: NotRequired[Limits]
+    note: NotRequired[Callable[[str, str], object]]
 
 
 class CompileRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +224,10 @@ class Backend(ABC):
     def refused(self, identity: EngineIdentity, device: str) -> Mapping[str, str]:
         """Options of ``tstitch_trt.load`` (``threads``, ``graph``) that an engine can't honour, with the reason."""
         return {} if device == "cpu" else {"threads": f"its engine runs on {device}, not on the CPU's threads"}
+
+    def doubt(self, identity: EngineIdentity) -> str:
+        """What to try where such an engine computes wrongly, in words; empty where nothing is known."""
+        return ""
 
     def check_file(self, path: Path, device: str) -> None:
         """Raises ``BadEngine`` for a file that can't run on ``device``, as far as that is told without loading it."""

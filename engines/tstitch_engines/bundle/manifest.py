@@ -215,11 +215,13 @@ class EngineRecord(_Record, frozen=True, kw_only=True):
     """An engine: ``files[0]`` is what the backend loads, the others lie beside it (weights over 2 GB).
 
     ``driver``: the GPU driver that it was compiled with, where it may matter (``Backend.driver``).
+    ``notes``: what its compiler made of it, by topic (``attention``: ``12 fused``).
     """
 
     files: Annotated[tuple[Component, ...], Some]
     identity: EngineIdentity
     driver: Name | msgspec.UnsetType = msgspec.UNSET
+    notes: Annotated[dict[Name, Name], Few] = {}
 
 
 class ExportCheck(_Record, frozen=True, kw_only=True):

@@ -131,6 +131,7 @@ class Compiler:
         def make(folder: Path) -> dict[str, object]:
             source = staging / member.onnx[0].path if model is None else model()
             started = perf_counter()
+            notes: dict[str, str] = {}
             written = backend.compile(
                 member=member,
                 model=source,
@@ -140,6 +141,7 @@ class Compiler:
                 output=folder / output,
                 progress=report,
                 limits=self.limits,
+                note=notes.__setitem__,
             )
             driver = backend.driver(self.device)
             return {
@@ -151,14 +153,17 @@ class Compiler:
                 "onnx_bytes": sum(part.bytes for part in member.onnx),
                 "seconds": perf_counter() - started,
                 **({} if driver is msgspec.UNSET else {"driver": driver}),
+                "notes": notes,
             }
 
         with from_cache(self.cache, key, make, what) as entry:
             files = tuple(
                 copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
             )
+            notes = dict(entry.info.get("notes", {}))  # entries of earlier versions have none
         note_built(files)
-        return EngineRecord(files=files, identity=identity, driver=entry.info.get("driver", msgspec.UNSET))
+        driver = entry.info.get("driver", msgspec.UNSET)
+        return EngineRecord(files=files, identity=identity, driver=driver, notes=notes)
 
 
 def keep_record(previous: Bundle | None, record: EngineRecord, staging: Path) -> bool:

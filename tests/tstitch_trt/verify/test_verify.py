@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import tstitch_trt
 from support.command import Command, refused
 from support.dits import diffusers_folder
 from support.tiny import TinyPair
-from tstitch_engines.backends import open_backend
+from tstitch_engines.backends import Backend, open_backend
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.device.step_row import ROW
@@ -25,6 +26,7 @@ from tstitch_engines.host_call import from_storage, to_storage
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
+from tstitch_trt.verify.engine_check import check_engine
 from tstitch_trt.verify.error import measure_error
 from tstitch_trt.verify.layers import first_difference
 from tstitch_trt.verify.references import References
@@ -209,6 +211,20 @@ def test_a_file_that_is_no_engine_fails(run: Command, copy: Path) -> None:
     assert outcome.code == 1
     assert [e["status"] for e in outcome.json["engines"]] == ["passed", "failed"]
     assert "can't load the engine" in outcome.json["engines"][1]["reason"]
+
+
+def test_a_failure_says_what_the_backend_would_doubt(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backend, "doubt", lambda backend, identity: f"{identity.backend} may be at fault")
+    alter(copy, "small")
+    bundle = open_bundle(copy)
+    (record,) = bundle.manifest.members["small"].engines
+    with closing(References(bundle, 1, 0, 1, copy, {})) as references:
+        check = check_engine(
+            *(bundle, "small", record, lambda: references), gpu="cpu", threads=1, trusted=True, tick=lambda text: None
+        )
+    assert check.status == "failed"
+    assert check.reason is not None
+    assert check.reason.endswith("comparisons failed); onnxruntime may be at fault")
 
 
 def test_members_that_give_nan_are_failed_work(run: Command, tiny_pair: TinyPair) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "Context",
     "CudaEngine",
+    "Layer",
     "Library",
     "Network",
     "NetworkBuilder",
@@ -25,6 +26,8 @@ __all__ = [
     "PlanRuntime",
     "RuntimeCache",
     "RuntimeConfig",
+    "Softmax",
+    "Tensor",
     "WeightRefitter",
     "has",
 ]
@@ -44,12 +47,22 @@ class Layer(Protocol):
     def type(self) -> Any: ...
     @property
     def name(self) -> str: ...
+    @property
+    def num_inputs(self) -> int: ...
+    def get_input(self, index: int) -> Tensor | None: ...
+    def get_output(self, index: int) -> Tensor: ...
+    def set_input(self, index: int, tensor: Tensor) -> None: ...
+
+
+class Softmax(Protocol):
+    axes: int
 
 
 class Attention(Protocol):
     decomposable: bool
 
     def get_input(self, index: int) -> Tensor: ...
+    def set_input(self, index: int, tensor: Tensor) -> Any: ...
 
 
 class AttentionOutput(Protocol):
@@ -67,6 +80,9 @@ class Network(Protocol):
     def get_input(self, index: int) -> Tensor: ...
     def get_output(self, index: int) -> Tensor: ...
     def get_layer(self, index: int) -> Layer: ...
+    def add_cast(self, tensor: Tensor, to_type: Any) -> Layer: ...
+    def add_reduce(self, tensor: Tensor, op: Any, axes: int, keep_dims: bool) -> Layer: ...
+    def add_elementwise(self, first: Tensor, second: Tensor, op: Any) -> Layer: ...
 
 
 class Profile(Protocol):
@@ -75,6 +91,7 @@ class Profile(Protocol):
 
 class TimingCache(Protocol):
     def serialize(self) -> Any: ...
+    def combine(self, input_cache: TimingCache, ignore_mismatch: bool) -> bool: ...
 
 
 class Config(Protocol):
@@ -198,6 +215,8 @@ class Library(Protocol):
     TilingOptimizationLevel: enums.TilingLevels
     ComputeCapability: enums.ComputeCapabilities
     LayerType: enums.LayerTypes
+    ReduceOperation: enums.Reductions
+    ElementWiseOperation: enums.ElementWises
     DataType: enums.DataTypes
     TensorIOMode: enums.TensorModes
     ExecutionContextAllocationStrategy: enums.AllocationStrategies
@@ -208,6 +227,7 @@ class Library(Protocol):
     IProgressMonitor: Any
     IStreamWriter: Any
     IAttentionOutputLayer: Any
+    ISoftMaxLayer: Any
 
     def Builder(self, logger: Any) -> NetworkBuilder: ...  # noqa: N802 - TensorRT's names
     def OnnxParser(self, network: Network, logger: Any) -> Parser: ...  # noqa: N802

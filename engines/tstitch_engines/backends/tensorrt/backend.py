@@ -118,6 +118,14 @@ class TensorRtBackend(Backend):
             reasons["graph"] = "its engine streams weights, which allocates while it runs and can't be recorded"
         return reasons
 
+    def doubt(self, identity: EngineIdentity) -> str:
+        if identity.precision == "fp32" or identity.options.get("attention") == "apart":
+            return ""
+        return (
+            "fused attention kernels have computed wrongly before (NVIDIA/TensorRT issues 4732 and 4837): build it "
+            "again from the recipe or checkpoints with --option attention=apart, which has none, and compare"
+        )
+
     def check_file(self, path: Path, device: str) -> None:
         on_gpu = parse_device(device)[0] == "cuda"
         check_plan(self.flavour, self.version(), path, _capability(self.arch(device)) if on_gpu else None)
@@ -211,6 +219,8 @@ class TensorRtBackend(Backend):
             perf_counter() - started,
             peak[0] / 2**30,
         )
+        if done.attention and (note := job.get("note")) is not None:
+            note("attention", done.attention)
         return (job["output"],)
 
     def load(

@@ -14,11 +14,13 @@ __all__ = [
     "ComputeCapabilities",
     "CreationFlags",
     "DataTypes",
+    "ElementWises",
     "GraphStrategies",
     "HardwareLevels",
     "Invalidities",
     "LayerTypes",
     "MemoryPools",
+    "Reductions",
     "Severities",
     "SpecialisationStrategies",
     "TensorModes",
@@ -72,6 +74,15 @@ class ComputeCapabilities(Protocol):
 
 class LayerTypes(Protocol):
     ATTENTION_OUTPUT: Any
+    SOFTMAX: Any
+
+
+class Reductions(Protocol):
+    MAX: Any
+
+
+class ElementWises(Protocol):
+    SUB: Any
 
 
 class DataTypes(Protocol):

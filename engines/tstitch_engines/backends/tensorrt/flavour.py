@@ -11,7 +11,10 @@ __all__ = ["FLAVOURS", "RTX", "TENSORRT", "Flavour"]
 
 @dataclass(frozen=True, kw_only=True)
 class Flavour:
-    """``modules``: import names, the first that is whole is used. ``refused``: options it can't honour, and why."""
+    """``modules``: import names, the first that is whole is used. ``refused``: options it can't honour, and why.
+
+    ``sums_in_float32``: the first version whose fused attention in float16 adds in float32 when asked to.
+    """
 
     name: str
     title: str
@@ -20,6 +23,7 @@ class Flavour:
     extra: str
     suffix: str
     compiles_without_gpu: bool
+    sums_in_float32: tuple[int, int]
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -31,6 +35,7 @@ TENSORRT: Final = Flavour(
     extra="tensorrt",
     suffix=".trt",
     compiles_without_gpu=False,
+    sums_in_float32=(11, 3),
     refused={
         "compute-capabilities": "TensorRT compiles for the GPU it compiles on; --option hardware-compatible=ampere+ "
         "makes an engine that other GPUs run too"
@@ -46,6 +51,7 @@ RTX: Final = Flavour(
     extra="rtx",
     suffix=".rtx",
     compiles_without_gpu=True,
+    sums_in_float32=(1, 7),
     refused={
         "optimisation-level": _SAME_PLAN,
         "tiling": _SAME_PLAN,

@@ -173,6 +173,11 @@ class Session(NamedTuple):
     def __str__(self) -> str:
         return f"{self.flavour.title} {self.library.__version__}"
 
+    def sums_in_float32(self) -> bool:
+        """Whether a cast to float32 around attention gives a fused kernel with such sums. Only the version tells."""
+        numbers = self.library.__version__.split(".")[:2]
+        return all(map(str.isdigit, numbers)) and tuple(map(int, numbers)) >= self.flavour.sums_in_float32
+
 
 @contextmanager
 def session(flavour: Flavour, library: Library) -> Iterator[Session]:

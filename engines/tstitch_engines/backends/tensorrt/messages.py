@@ -26,4 +26,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(msgspec.Struct, frozen=True):
+    """``attention``: how it was settled, in words; empty where there is none in half precision."""
+
     bytes: int
+    attention: str

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from tstitch_engines.backends.tensorrt.api import AttentionOutput, Config, Library, Network, NetworkBuilder, Parser, has
+from tstitch_engines.backends.tensorrt.api import Config, Network, NetworkBuilder, Parser
 from tstitch_engines.backends.tensorrt.library import Session
 from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import BuildFailed
 from tstitch_engines.spec import ShapeProfile, TensorSpec
 
-__all__ = ["DTYPES", "add_profile", "parse", "settle_attention"]
+__all__ = ["DTYPES", "add_profile", "parse"]
 
 # our names -> TensorRT's
 DTYPES: Final = {
@@ -23,12 +23,15 @@ DTYPES: Final = {
     "uint8": "UINT8",
     "bool": "BOOL",
 }
-_FUSED_HEADS: Final = (16, 256)  # head sizes with a fused kernel in half precision, in steps of 8
 
 # operator, or words of the message -> what is known to help
 _WORKAROUNDS: Final = (
     ("Sequence", "export with torch.onnx.export(optimize=True), which leaves no sequence operators"),
-    ("Attention", "use TensorRT 10.14 or newer, or export up to opset 22, where attention is MatMul and Softmax"),
+    (
+        "Attention",
+        "use TensorRT 10.14 or newer, or build from the recipe or checkpoints with --option opset=22, where attention "
+        "is MatMul and Softmax",
+    ),
     ("IConcatenationLayer", "cast the inputs of torch.cat to one type before the export (SDXL's added embeddings)"),
     ("reshape changes volume", "remove squeeze() of a dimension that is not 1 before the export (PixArt)"),
     ("DeformConv", "TensorRT has no deformable convolution: build this member with --backend onnxruntime"),
@@ -85,36 +88,6 @@ def _unsupported(opened: Session, parser: Parser, model: Path, family: str) -> B
     text = "; ".join(lines) or opened.messages.reason()
     hint = next((fix for words, fix in _WORKAROUNDS if words in text), _OTHERWISE)
     return BuildFailed(f"{opened} can't import {model.name} (family {family}): {text}", hint=hint)
-
-
-def settle_attention(library: Library, network: Network) -> int:
-    """Decides for every attention node whether a fused kernel is required; the number of nodes for which it is.
-
-    TensorRT imports ONNX's Attention so that the build fails without a fused kernel. That is wanted where there is
-    one, in half precision with the usual head sizes: a model that lost it would be slow and say nothing. Elsewhere
-    (float32, head sizes such as 8 or 512) the node may be taken apart.
-    """
-    if not has(library, "LayerType.ATTENTION_OUTPUT") or not has(library, "IAttentionOutputLayer"):
-        return 0
-    required = 0
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type != library.LayerType.ATTENTION_OUTPUT:
-            continue
-        attention = _as_attention(library, layer).attention
-        query = attention.get_input(0)
-        head = int(tuple(query.shape)[-1])
-        half = query.dtype in (library.DataType.HALF, library.DataType.BF16)
-        fused = half and _FUSED_HEADS[0] <= head <= _FUSED_HEADS[1] and head % 8 == 0
-        attention.decomposable = not fused
-        required += fused
-    return required
-
-
-def _as_attention(library: Library, layer: Any) -> AttentionOutput:
-    layer.__class__ = library.IAttentionOutputLayer  # the bindings give out the base class
-    output: AttentionOutput = layer
-    return output
 
 
 def add_profile(

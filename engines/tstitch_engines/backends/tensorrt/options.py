@@ -38,6 +38,12 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
     "strip-weights": (bool, "leave the weights out; they are read from the ONNX on loading (default: false)"),
     "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
     "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
+    "attention": (
+        str,
+        "any, fused or apart, in half precision: a fused kernel where there is one (default), nothing else, or never, "
+        "which is slower and for finding a kernel that computes wrongly",
+    ),
+    "fp16-sums": (bool, "fp16 attention adds in float16: less exact, faster on GeForce (default: false, in float32)"),
     "tf32": (bool, "round the factors of float32 products to 11 bits, which is faster (default: false)"),
     "max-aux-streams": (int, "streams of its own that an engine may use (default: 0)"),
     "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),
@@ -46,11 +52,12 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
 UNRECORDED: Final = frozenset({"timing-cache"})
 DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs
 
-_SWITCHES: Final = ("version-compatible", "refit", "strip-weights", "weight-streaming", "tf32")
+_SWITCHES: Final = ("fp16-sums", "version-compatible", "refit", "strip-weights", "weight-streaming", "tf32")
 _LOSES_BIASES: Final = "11.3."  # named in the documentation of 11.3; nothing else than the version tells
 _FLOAT8: Final = 89  # Ada; 75, 80 and 86 have no float8 products
 # our words -> TensorRT's names
 HARDWARE: Final = {"none": None, "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+_ATTENTION: Final = {"any": "any", "fused": "fused", "apart": "apart"}
 TILING: Final = {"none": "NONE", "fast": "FAST", "moderate": "MODERATE", "full": "FULL"}
 
 
@@ -65,6 +72,8 @@ class BuildOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     tiling: str | None = None
     timing_cache: str | None = None
     hardware: str | None = None
+    attention: str = "any"
+    fp16_sums: bool = False
     version_compatible: bool = False
     refit: bool = False
     strip_weights: bool = False
@@ -90,6 +99,7 @@ def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], d
         tiling=_word(options, "tiling", TILING),
         timing_cache=str(Path(str(options["timing-cache"])).resolve()) if "timing-cache" in options else None,
         hardware=_word(options, "hardware-compatible", HARDWARE),
+        attention=_word(options, "attention", _ATTENTION) or "any",
         **{name.replace("-", "_"): bool(options.get(name, False)) for name in _SWITCHES},
         capabilities=capabilities(flavour, library, options, device),
         max_aux_streams=_number(options, "max-aux-streams", 0, 64) or 0,
@@ -172,6 +182,8 @@ def _require(flavour: Flavour, library: Library, options: BuildOptions) -> None:
         library, "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY"
     ):
         lacking = "hardware-compatible=same"
+    if options.attention == "fused" and not has(library, "IAttention"):
+        lacking = "attention=fused"
     if lacking:
         raise BadInput(
             f"{flavour.title} {library.__version__} has no {lacking}",

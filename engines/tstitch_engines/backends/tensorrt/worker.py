@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, TimingCache, has
+from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, has
+from tstitch_engines.backends.tensorrt.attention import NO_KERNEL, Settled, settle_attention
 from tstitch_engines.backends.tensorrt.flavour import FLAVOURS
 from tstitch_engines.backends.tensorrt.library import Session, open_library, session
 from tstitch_engines.backends.tensorrt.messages import Done, Request
-from tstitch_engines.backends.tensorrt.network import add_profile, parse, settle_attention
-from tstitch_engines.bundle.files import replace_file
+from tstitch_engines.backends.tensorrt.network import add_profile, parse
+from tstitch_engines.backends.tensorrt.options import BuildOptions
+from tstitch_engines.backends.tensorrt.timings import read_timings, write_timings
 from tstitch_engines.child import Channel
 from tstitch_engines.errors import BuildFailed
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from tstitch_engines.device.cuda import CudaDevice
 
 __all__ = ["compile_engine"]
+
+_log = logging.getLogger(__name__)
 
 _MEGABYTE: Final = 1 << 20
 
@@ -85,7 +90,7 @@ def _monitor(library: Library, phases: _Phases) -> Any:
 def compile_engine(request: Request, channel: Channel) -> Done:
     """Compiles into ``request.output``. Raises ``TStitchError``."""
     try:
-        return Done(_compile(request, channel))
+        return _compile(request, channel)
     except OSError as error:
         raise BuildFailed(
             f"the engine of {Path(request.model).name} can't be written: {error}",
@@ -93,7 +98,7 @@ def compile_engine(request: Request, channel: Channel) -> Done:
         ) from error
 
 
-def _compile(request: Request, channel: Channel) -> int:
+def _compile(request: Request, channel: Channel) -> Done:
     flavour = FLAVOURS[request.flavour]
     library = open_library(flavour)
     device = None
@@ -102,34 +107,49 @@ def _compile(request: Request, channel: Channel) -> int:
 
         device = CudaDevice(request.gpu)  # makes it the current one
     with session(flavour, library) as opened:
-        model, messages = Path(request.model), opened.messages
-        builder, network, parser = parse(opened, model, request.family, (request.inputs, request.outputs))
-        fused = settle_attention(library, network)
-        config = builder.create_builder_config()
-        if config is None:
-            raise BuildFailed(f"{opened} makes no build configuration: {messages.reason()}", hint="free memory")
-        timings = _configure(opened, config, request)
-        add_profile(opened, builder, config, request.inputs, request.profile)
-        config.progress_monitor = _monitor(library, _Phases(channel))
-        size = _write(library, builder, network, config, Path(request.output))
-        del parser  # held the weights
-        if size is None:
-            raise _failed(opened, request, fused, device)
-        if messages.inconsistent is not None:
-            # It still makes an engine, one that runs at no other size than the first.
-            raise BuildFailed(
-                f"{model.name} fixes a dimension inside that is dynamic outside: {messages.inconsistent}",
-                hint="export the member again with that dimension static, or with its dynamic size kept throughout",
+        size, attention = _build(opened, request, channel)
+        if size is None and request.options.attention == "any" and NO_KERNEL in opened.messages.reason():
+            _log.warning(
+                "%s: there is no fused kernel for all of its attention (%s); compiled again without requiring one: it "
+                "will be slower (--option attention=fused makes this an error)",
+                Path(request.model).name,
+                attention,
             )
-        if timings is not None and request.options.timing_cache is not None:
-            kept = config.get_timing_cache() or timings
-            replace_file(Path(request.options.timing_cache), bytes(memoryview(kept.serialize())))
-    return size
+            opened.messages.forget_errors()
+            size, attention = _build(opened, request, channel, loose=True)
+        if size is None:
+            raise _failed(opened, request, attention, device)
+    return Done(size, str(attention))
 
 
-def _configure(opened: Session, config: Config, request: Request) -> TimingCache | None:
+def _build(opened: Session, request: Request, channel: Channel, *, loose: bool = False) -> tuple[int | None, Settled]:
+    """Writes the engine: its size, ``None`` when the library gave up. ``loose``: no kernel of attention is required."""
+    library, model, messages, options = opened.library, Path(request.model), opened.messages, request.options
+    builder, network, parser = parse(opened, model, request.family, (request.inputs, request.outputs))
+    attention = settle_attention(opened, network, options, loose=loose)
+    config = builder.create_builder_config()
+    if config is None:
+        raise BuildFailed(f"{opened} makes no build configuration: {messages.reason()}", hint="free memory")
+    _configure(opened, config, options)
+    timings = None if options.timing_cache is None else read_timings(opened, config, Path(options.timing_cache))
+    add_profile(opened, builder, config, request.inputs, request.profile)
+    config.progress_monitor = _monitor(library, _Phases(channel))
+    size = _write(library, builder, network, config, Path(request.output))
+    del parser  # held the weights
+    if size is not None and messages.inconsistent is not None:
+        # It still makes an engine, one that runs at no other size than the first.
+        raise BuildFailed(
+            f"{model.name} fixes a dimension inside that is dynamic outside: {messages.inconsistent}",
+            hint="export the member again with that dimension static, or with its dynamic size kept throughout",
+        )
+    if size is not None and timings is not None and options.timing_cache is not None:
+        write_timings(config, timings, Path(options.timing_cache))
+    return size, attention
+
+
+def _configure(opened: Session, config: Config, options: BuildOptions) -> None:
     library, messages = opened.library, opened.messages
-    options, flags = request.options, library.BuilderFlag
+    flags = library.BuilderFlag
     if options.workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace * _MEGABYTE)
     if options.optimisation_level is not None:
@@ -163,17 +183,6 @@ def _configure(opened: Session, config: Config, request: Request) -> TimingCache
                     f"{opened} refuses compute capability {number // 10}.{number % 10}: {messages.reason()}",
                     hint="leave it out of --option compute-capabilities",
                 )
-    if options.timing_cache is None:
-        return None
-    path = Path(options.timing_cache)
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    # A cache of another GPU or version is refused; timing again is the answer to that, and replaces it.
-    if cache is None or not config.set_timing_cache(cache, False):
-        messages.add(30, f"{path.name} is of another GPU or version: kernels are timed again")
-        cache = config.create_timing_cache(b"")
-        if cache is None or not config.set_timing_cache(cache, False):
-            raise BuildFailed(f"{opened} makes no timing cache: {messages.reason()}", hint="leave it out")
-    return cache
 
 
 def _write(library: Library, builder: NetworkBuilder, network: Network, config: Config, output: Path) -> int | None:
@@ -207,12 +216,12 @@ def _write(library: Library, builder: NetworkBuilder, network: Network, config: 
         return file.tell() if made else None
 
 
-def _failed(opened: Session, request: Request, fused: int, device: CudaDevice | None) -> BuildFailed:
+def _failed(opened: Session, request: Request, attention: Settled, device: CudaDevice | None) -> BuildFailed:
     reason = opened.messages.reason()
     if device is not None and opened.messages.of_memory():  # the library says how much it asked for
         reason += f" ({device.name} has {device.free_memory() / 2**20:.1f} MiB free)"
-    if "not supported by a dedicated kernel" in reason:
-        hint = "export up to opset 22, where attention is MatMul and Softmax, or build with --precision fp32"
+    if NO_KERNEL in reason:
+        hint = "leave out --option attention=fused: what has no fused kernel is then taken apart"
     elif "workspace" in reason.lower() and request.options.workspace is not None:
         hint = f"raise --option workspace={request.options.workspace}, or leave it out"
     elif "SM75" in reason or "sm75" in reason:
@@ -223,5 +232,5 @@ def _failed(opened: Session, request: Request, fused: int, device: CudaDevice | 
         hint = (
             "tstitch-trt build --traceback with this message helps to report it; --backend onnxruntime builds as well"
         )
-    kind = f"{request.precision}, {fused} fused attention nodes" if fused else request.precision
+    kind = f"{request.precision}, attention: {attention}" if any(attention) else request.precision
     return BuildFailed(f"{opened} can't compile {Path(request.model).name} ({kind}): {reason}", hint=hint)

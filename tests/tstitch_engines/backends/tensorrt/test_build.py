@@ -21,9 +21,10 @@ from support.tensorrt_builds import (
 from support.tiny import TinyPair
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, backend, read_plan_header
+from tstitch_engines.backends.tensorrt.attention import settle_attention
 from tstitch_engines.backends.tensorrt.flavour import RTX
 from tstitch_engines.backends.tensorrt.library import open_library, session
-from tstitch_engines.backends.tensorrt.network import parse, settle_attention
+from tstitch_engines.backends.tensorrt.network import parse
 from tstitch_engines.backends.tensorrt.options import BuildOptions
 from tstitch_engines.backends.tensorrt.worker import compile_engine
 from tstitch_engines.bundle.bundle import open_bundle
@@ -87,13 +88,14 @@ def test_the_tiny_dit_in_every_precision(
     member = manifest.members["small"]
     (record,) = member.engines
     assert (record.identity.arch, record.identity.precision) == ("sm_86,sm_89", precision)
+    assert record.notes.get("attention", "").startswith(f"{fused} fused" if fused else "")
     header = read_plan_header(output / record.files[0].path)
     assert header is not None
     assert header.capabilities == ((8, 6), (8, 9))
     library = open_library(RTX)
     with session(RTX, library) as opened:
         kept = parse(opened, output / member.onnx[0].path, "dit", (member.inputs, member.outputs))
-        assert settle_attention(library, kept[1]) == fused
+        assert settle_attention(opened, kept[1], BuildOptions()).fused == fused
 
 
 @pytest.mark.parametrize(("dtype", "head", "fused"), [("float16", 64, 1), ("float16", 8, 0), ("float32", 64, 0)])
@@ -105,7 +107,7 @@ def test_attention_is_fused_where_there_is_a_kernel_and_taken_apart_elsewhere(
     library = open_library(RTX)
     with session(RTX, library) as opened:
         kept = parse(opened, model, "dit", (member.inputs, member.outputs))
-        assert settle_attention(library, kept[1]) == fused
+        assert settle_attention(opened, kept[1], BuildOptions()).fused == fused
     assert compile_member(rtx, member, model, tmp_path / "attention.rtx").stat().st_size > 10_000
 
 

@@ -10,9 +10,11 @@ from support.exports import graph_of, network_plan, onnx_of
 from support.rtx_families import CHECKPOINTS
 from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, read_plan_header
+from tstitch_engines.backends.tensorrt.attention import settle_attention
 from tstitch_engines.backends.tensorrt.flavour import RTX
 from tstitch_engines.backends.tensorrt.library import open_library, session
-from tstitch_engines.backends.tensorrt.network import parse, settle_attention
+from tstitch_engines.backends.tensorrt.network import parse
+from tstitch_engines.backends.tensorrt.options import BuildOptions
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.compile.bundle import recompile
 from tstitch_engines.spec import Range, ShapeProfile
@@ -74,7 +76,7 @@ def test_a_tiny_network_of_every_family(name: str, layout: str, rtx: TensorRtBac
     with session(RTX, library) as opened:
         kept = parse(opened, graph, name, (network.inputs, network.outputs))
         attention = _attention_nodes(graph)
-        assert settle_attention(library, kept[1]) == attention
+        assert settle_attention(opened, kept[1], BuildOptions()).fused == attention
         assert kept[1].num_inputs == len(network.inputs)
     assert attention or family.role.startswith("vae") or family.role == "controlnet"
 

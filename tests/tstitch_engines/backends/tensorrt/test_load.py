@@ -67,6 +67,13 @@ def identity(version: str, arch: str = "rtx-default", **options: Any) -> EngineI
     )
 
 
+def test_what_is_said_of_an_engine_that_computes_wrongly(rtx: TensorRtBackend) -> None:
+    stored = msgspec.structs.replace(identity(rtx.version()), precision="fp16")
+    assert "--option attention=apart" in rtx.doubt(stored)
+    assert rtx.doubt(msgspec.structs.replace(stored, precision="fp32")) == ""
+    assert rtx.doubt(msgspec.structs.replace(stored, options={"attention": "apart"})) == ""
+
+
 def load(rtx: TensorRtBackend, path: Path) -> Any:
     member, _ = shipped_small()
     return rtx.load(path, member=member, identity=identity(rtx.version()), device=open_device("cpu"), threads=0)
@@ -202,6 +209,7 @@ def test_a_bundle_from_the_command_line(tmp_path: Path, command: Command) -> Non
     version = open_library(RTX).__version__
     shown = command("inspect", output)
     assert f"plan       TensorRT-RTX {version}, compute capability 8.0, 8.6, 8.9" in shown.out
+    assert "attention" not in shown.out
     document = command("inspect", output, "--json").json
     assert document["members"]["small"]["engines"][0]["plan"]["version"] == version
     refused(command("sample", output), "TensorRT-RTX runs on NVIDIA GPUs only", "--backend onnxruntime")
