@@ -158,9 +158,9 @@ __device__ void prepare(const float* __restrict__ latents, const float* __restri
 
 // factors[position in batch] = the rescale factor on m; one block per lane. Most GPUs have few units for float64, so
 // RUN fours are summed in float32 before they go into a float64 sum. Summed are differences from the mean of a few
-// elements: whatever the mean, variances are right to about a part in a million, as long as the squares of differences
-// are normal floats. Each thread sums its stride in order and the tree below is fixed, so the result is the same in
-// every run.
+// elements, which lies d standard deviations from the mean of all: variances are right to a part in a million times
+// 1 + d^2 or better, as long as the squares of differences are normal floats. Each thread sums its stride in order and
+// the tree below is fixed, so the result is the same in every run.
 template <typename T>
 __device__ void guidance_factor(const Current* __restrict__ current, const T* __restrict__ output,
                                 float* __restrict__ factors, int elements, int spatial, int output_elements) {

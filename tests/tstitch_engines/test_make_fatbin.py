@@ -59,6 +59,23 @@ def test_machine_code_and_ptx_of_every_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nvrtc")
+def test_no_kernel_spills_registers() -> None:
+    """On the GPU that leaves least room of those listed, as the compiler's log has it."""
+    from cuda.bindings import nvrtc
+
+    main, *headers = ((make_fatbin.source_folder() / name).read_bytes() for name in make_fatbin.SOURCES)
+    names = [name.encode() for name in make_fatbin.SOURCES]
+    _, program = nvrtc.nvrtcCreateProgram(main, names[0], len(headers), headers, names[1:])
+    options = [b"--gpu-architecture=sm_120", b"--std=c++17", b"--ptxas-options=-v"]
+    assert int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]) == 0
+    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+    nvrtc.nvrtcGetProgramLog(program, log)
+    spills = re.findall(rb"(\d+) bytes spill stores", log)
+    assert len(spills) == len(kernel_names())
+    assert set(spills) == {b"0"}
+
+
+@pytest.mark.usefixtures("nvrtc")
 def test_every_architecture_is_known_to_nvrtc() -> None:
     from cuda.bindings import nvrtc
 
