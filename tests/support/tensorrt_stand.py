@@ -185,6 +185,7 @@ class Stand:
             ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="ours"),
             DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
             CudaGraphStrategy=SimpleNamespace(DISABLED="disabled"),
+            ComputeCapability=Enum("ComputeCapability", {"NONE": 0, "SM86": 86, "SM89": 89, "SM120": 120}),
             EngineInvalidityDiagnostics=SimpleNamespace(**{name: 1 << bit for bit, name in enumerate(flags)}),
         )
 

@@ -19,6 +19,7 @@ from tstitch_engines.backends.tensorrt.library import open_library
 from tstitch_engines.backends.tensorrt.messages import Request
 from tstitch_engines.backends.tensorrt.options import (
     DEFAULT_LIST,
+    DEFAULT_WORD,
     HARDWARE,
     OPTIONS,
     UNRECORDED,
@@ -105,7 +106,7 @@ class TensorRtBackend(Backend):
     def options_for(self, options: Mapping[str, Option], device: str) -> dict[str, Option]:
         """A list of compute capabilities gets that of the GPU it is to run on; those it has stay."""
         found = dict(options)
-        if "compute-capabilities" in found and parse_device(device)[0] == "cuda":
+        if found.get("compute-capabilities", DEFAULT_WORD) != DEFAULT_WORD and parse_device(device)[0] == "cuda":
             major, minor = _capability(self.arch(device))
             listed = [word.strip() for word in str(found["compute-capabilities"]).split(",")]
             if f"{major}.{minor}" not in listed:

@@ -15,6 +15,7 @@ from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path
 from tstitch_engines.backends.tensorrt.library import Messages, Session, logger_of, session
 from tstitch_engines.backends.tensorrt.network import DTYPES
+from tstitch_engines.backends.tensorrt.options import require_supported
 from tstitch_engines.backends.tensorrt.plan import DIAGNOSES, map_plan, rebuild
 from tstitch_engines.backends.tensorrt.plan_header import HEADER_BYTES
 from tstitch_engines.backends.tensorrt.refit import refit
@@ -117,6 +118,8 @@ class TensorRtEngine(Engine):
                 hint="free memory that other programs hold (nvidia-smi lists them), use a larger GPU, or build again "
                 "with --option weight-streaming=true",
             )
+        if engine is None and diagnosis == "UNSUPPORTED_CC":
+            require_supported(self._flavour, self._library, self._device.name)
         if engine is None:
             what, fix = DIAGNOSES[diagnosis] if diagnosis else ("it refuses it", None)
             raise BadEngine(

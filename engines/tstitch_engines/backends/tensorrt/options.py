@@ -13,10 +13,11 @@ from tstitch_engines.backends.tensorrt.flavour import Flavour
 from tstitch_engines.bundle.manifest import Option
 from tstitch_engines.device.open import parse_device
 from tstitch_engines.driver import fitting_cuda, fitting_extra
-from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.errors import BadInput, Unavailable, unknown_name
 
 __all__ = [
     "DEFAULT_LIST",
+    "DEFAULT_WORD",
     "HARDWARE",
     "OPTIONS",
     "TILING",
@@ -24,6 +25,7 @@ __all__ = [
     "capabilities",
     "list_arch",
     "require_float8",
+    "require_supported",
     "resolve",
 ]
 
@@ -37,7 +39,11 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
     "refit": (bool, "the weights can be replaced later: LoRAs at run time (default: false)"),
     "strip-weights": (bool, "leave the weights out; they are read from the ONNX on loading (default: false)"),
     "weight-streaming": (bool, "keep half of the weights on the host; no graphs then (default: false)"),
-    "compute-capabilities": (str, "the GPUs to compile for, e.g. 8.6,8.9,12.0 (default: the library's list)"),
+    "compute-capabilities": (
+        str,
+        "the GPUs to compile for, e.g. 8.6,8.9,12.0, or default: the library's list (without it: that list, and with "
+        "--device cuda that GPU)",
+    ),
     "attention": (
         str,
         "any, fused or apart, in half precision: a fused kernel where there is one (default), nothing else, or never, "
@@ -50,6 +56,7 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
 }
 # Options that change how the compiler finds what it makes, and not what that is.
 UNRECORDED: Final = frozenset({"timing-cache"})
+DEFAULT_WORD: Final = "default"  # the value of compute-capabilities that asks for the library's own list
 DEFAULT_LIST: Final = "rtx-default"  # the architecture of a plan for the library's own list of GPUs
 
 _SWITCHES: Final = ("fp16-sums", "version-compatible", "refit", "strip-weights", "weight-streaming", "tf32")
@@ -121,32 +128,55 @@ def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], d
 def capabilities(flavour: Flavour, library: Library, options: Mapping[str, Option], device: str) -> tuple[int, ...]:
     """What a TensorRT-RTX plan is to be for: the option, else the GPU ``device``, else (empty) the library's list.
 
-    Raises ``UnknownName`` for a compute capability that the library does not know.
+    Raises ``Unavailable`` for a GPU ``device`` that the library does not support, and ``UnknownName`` for any other
+    compute capability that it does not know.
     """
     if not flavour.compiles_without_gpu:
         return ()
     kind, index = parse_device(device)
-    if "compute-capabilities" in options:
-        text = str(options["compute-capabilities"])
-    else:
-        if kind == "cpu":
-            return ()
+    own = ""
+    if kind == "cuda" and "compute-capabilities" not in options:
         from tstitch_engines.device.cuda import compute_capability
 
-        text = "{}.{}".format(*compute_capability(index))
-    members = library.ComputeCapability.__members__
-    known = {f"{int(name[2:]) // 10}.{int(name[2:]) % 10}": int(name[2:]) for name in members if name.startswith("SM")}
+        own = "{}.{}".format(*compute_capability(index))
+    text = str(options.get("compute-capabilities", own or DEFAULT_WORD))
+    if text == DEFAULT_WORD:
+        return ()
+    known = _known(library)
     found = []
-    for word in text.split(","):
-        if word.strip() not in known:
+    for word in (word.strip() for word in text.split(",")):
+        if word not in known:
+            if kind == "cuda":
+                require_supported(flavour, library, device)
             raise unknown_name(
                 f"compute capability of {flavour.title} {library.__version__}",
-                word.strip(),
+                word,
                 known,
                 hint="(separate several by commas: --option compute-capabilities=8.6,8.9)",
             )
-        found.append(known[word.strip()])
+        found.append(known[word])
     return tuple(sorted(set(found)))
+
+
+def require_supported(flavour: Flavour, library: Library, device: str) -> None:
+    """Raises ``Unavailable`` for a GPU that TensorRT-RTX does not know: to compile again does not help there."""
+    from tstitch_engines.device.cuda import compute_capability, gpu_and_driver
+
+    known, (_, index) = _known(library), parse_device(device)
+    own = "{}.{}".format(*compute_capability(index))
+    if own not in known:
+        raise Unavailable(
+            f"{flavour.title} {library.__version__} does not support {device} ({gpu_and_driver(index)[0]}, compute "
+            f"capability {own}); it supports {', '.join(known)}",
+            hint="use --backend tensorrt or onnxruntime on this GPU, or another GPU; a plan for the library's default "
+            f"list can be tried, which may be refused on loading: --option compute-capabilities={DEFAULT_WORD}",
+        )
+
+
+def _known(library: Library) -> dict[str, int]:
+    """``8.6`` -> 86, of all compute capabilities that TensorRT-RTX can compile for."""
+    names = [name for name in library.ComputeCapability.__members__ if name.startswith("SM")]
+    return {f"{int(name[2:]) // 10}.{int(name[2:]) % 10}": int(name[2:]) for name in names}
 
 
 def list_arch(found: tuple[int, ...]) -> str:

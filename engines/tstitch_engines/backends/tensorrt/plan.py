@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,8 @@ from tstitch_engines.driver import fitting_cuda
 from tstitch_engines.errors import BadEngine
 
 __all__ = ["DIAGNOSES", "check_plan", "describe_plan", "map_plan", "rebuild"]
+
+_log = logging.getLogger(__name__)
 
 # EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again). The plainest reason comes first:
 # several may be given at once.
@@ -38,8 +41,8 @@ def rebuild(flavour: Flavour) -> str:
 def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int, int] | None) -> PlanHeader | None:
     """The header of a TensorRT-RTX plan. ``capability`` is the GPU's; ``None`` leaves that part out.
 
-    Raises ``BadEngine`` for a file that is empty, cut short, or (TensorRT-RTX) of another version or GPU. What
-    TensorRT's own plans hold is not documented: of those only the library can tell.
+    Raises ``BadEngine`` for a file that is empty, cut short, or (TensorRT-RTX) of another version or for a list of GPUs
+    without this one. What TensorRT's own plans hold is not documented: of those only the library can tell.
     """
     again = rebuild(flavour)
 
@@ -73,11 +76,11 @@ def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int
             f"tensorrt-rtx-cu{fitting_cuda()}-bindings=={header.version}",
         )
     if capability is not None and not header.runs_on(capability):
-        gpu = f"{capability[0]}.{capability[1]}"
-        raise bad(
-            f"is for GPUs of compute capability {header.gpus()}; this one has {gpu}",
-            f"{again}; {flavour.title} names the capabilities it knows when it does not know {gpu}",
-        )
+        what = f"is for GPUs of compute capability {header.gpus()}; this one has {capability[0]}.{capability[1]}"
+        if not header.later:
+            raise bad(what)
+        # The library's own list, whose end is open: what exactly is in it is the library's to say.
+        _log.warning("the engine %s %s: %s may refuse it", path.name, what, flavour.title)
     return header
 
 

@@ -17,13 +17,16 @@ import pytest
 from support.tensorrt_stand import Place, Stand, buffers, loaded, opened
 from tstitch_engines.backends.tensorrt import engine as module
 from tstitch_engines.backends.tensorrt.flavour import RTX, TENSORRT, Flavour
-from tstitch_engines.errors import BadEngine, BadInput, FailedWork, OutOfProfile
+from tstitch_engines.device import cuda
+from tstitch_engines.errors import BadEngine, BadInput, FailedWork, OutOfProfile, Unavailable
 from tstitch_engines.spec import Range
 
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "gpu_and_driver", lambda index: ("a GPU", "13000"))
+    for place in (module, cuda):
+        monkeypatch.setattr(place, "gpu_and_driver", lambda index: ("a GPU", "13000"))
+    monkeypatch.setattr(cuda, "compute_capability", lambda index: (8, 9))
     monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "cache"))
 
 
@@ -146,6 +149,17 @@ def test_a_plan_that_is_refused_on_loading(
     with pytest.raises(kind, match=words) as caught:
         opened(stand, Place(), tmp_path, flavour)
     assert hint in str(getattr(caught.value, "hint", ""))
+
+
+def test_a_gpu_that_the_library_does_not_support(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan for the library's own list may be tried there. To compile a refused one again would not help."""
+    monkeypatch.setattr(cuda, "compute_capability", lambda index: (9, 0))
+    stand = Stand(RTX)
+    opened(stand, Place(), tmp_path).close()
+    stand.refuse.add("deserialize_cuda_engine")
+    stand.invalid = "UNSUPPORTED_CC"
+    with pytest.raises(Unavailable, match=r"does not support cuda:0 \(a GPU, compute capability 9.0\); .* 8.6, 8.9"):
+        opened(stand, Place(), tmp_path)
 
 
 def test_a_refusal_while_running(tmp_path: Path) -> None:

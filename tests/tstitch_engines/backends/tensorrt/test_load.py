@@ -26,8 +26,9 @@ from tstitch_engines.backends.tensorrt.options import resolve
 from tstitch_engines.backends.tensorrt.plan import check_plan
 from tstitch_engines.backends.tensorrt.plan_header import PlanHeader, parse_plan_header
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.device import cuda
 from tstitch_engines.device.open import open_device
-from tstitch_engines.errors import BadBundle, BadEngine, BadInput, Unavailable
+from tstitch_engines.errors import BadBundle, BadEngine, BadInput, Unavailable, UnknownName
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
 
@@ -144,12 +145,34 @@ def test_a_plan_of_the_other_flavour(plan: Path, tmp_path: Path) -> None:
         check_plan(TENSORRT, "10.16.1.11", tmp_path / "short.trt", None)
 
 
-def test_a_plan_for_other_gpus(rtx: TensorRtBackend, plan: Path) -> None:
+def test_a_plan_for_other_gpus(rtx: TensorRtBackend, plan: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A list of GPUs is a list. What is in the library's own, which has no end, the library may say."""
     check_plan(RTX, rtx.version(), plan, (8, 9))
     check_plan(RTX, rtx.version(), plan, (13, 0))
-    with pytest.raises(BadEngine, match=r"compute capability 8.0, 8.6, 8.9, .*and later; this one has 9.0") as caught:
-        check_plan(RTX, rtx.version(), plan, (9, 0))
+    assert caplog.text == ""
+    check_plan(RTX, rtx.version(), plan, (9, 0))
+    assert "8.9, 12.0, 12.1 and later; this one has 9.0: TensorRT-RTX may refuse it" in caplog.text
+    listed = plan.with_name("listed.rtx")
+    compile_member(rtx, *shipped_small(), listed, options={"compute-capabilities": "8.6"})
+    with pytest.raises(BadEngine, match=r"is for GPUs of compute capability 8.6; this one has 9.0") as caught:
+        check_plan(RTX, rtx.version(), listed, (9, 0))
     assert "--device cuda" in caught.value.hint
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_support(rtx: TensorRtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H200: neither asked for by its name nor by the list of an engine of before. The library's own list can be."""
+    monkeypatch.setattr(cuda, "compute_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "gpu_and_driver", lambda index: ("NVIDIA H200", "CUDA 13.0"))
+    recorded = rtx.options_for({"compute-capabilities": "8.9"}, "cuda")
+    for options in ({}, recorded, {"compute-capabilities": "9.0"}):
+        with pytest.raises(Unavailable, match=r"not support cuda \(NVIDIA H200, .* 9.0\); it supports 7.5") as caught:
+            rtx.build_arch("cuda", options)
+        assert "--option compute-capabilities=default" in caught.value.hint
+    default = {"compute-capabilities": "default"}
+    assert rtx.options_for(default, "cuda") == default
+    assert rtx.build_arch("cuda", default) == rtx.build_arch("cpu", default) == rtx.build_arch("cpu", {})
+    with pytest.raises(UnknownName):
+        rtx.build_arch("cpu", {"compute-capabilities": "9.0"})
 
 
 def test_a_plan_of_another_version(rtx: TensorRtBackend, tmp_path: Path, wheels: Path) -> None:
