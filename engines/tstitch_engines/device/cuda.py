@@ -15,12 +15,9 @@ finalisers leave a thread's current device as it was. One thread at a time.
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -41,14 +38,13 @@ from tstitch_engines.device.cuda_kernels import (
 from tstitch_engines.device.cuda_memory import Blocks, CudaBuffer, CudaDownload, host_view
 from tstitch_engines.device.cuda_stream import CudaEvent, CudaMemory, CudaStream
 from tstitch_engines.device.recording import RECORDING
-from tstitch_engines.driver import DRIVERS, fitting_cuda, fitting_extra
+from tstitch_engines.driver import DRIVERS, driver_version, fitting_cuda, fitting_extra
 from tstitch_engines.errors import BadInput, FailedWork, OutOfMemory, Unavailable
 from tstitch_engines.spec import itemsize, storage_dtype
 
 __all__ = ["CudaDevice", "CudaStopwatch", "compute_capability", "cuda_bindings", "gpu_and_driver"]
 
 OLDEST_ARCH: Final = (7, 5)  # engines/src/cuda.cmake compiles for nothing older
-_DRIVER: Final = Path("/proc/driver/nvidia/version")
 _INSUFFICIENT_DRIVER: Final = 35  # cudaErrorInsufficientDriver
 BESIDE: Final = 1 << 16  # bytes from which on an upload is worth two events to keep it out of the work's way
 
@@ -319,16 +315,13 @@ def compute_capability(index: int) -> tuple[int, int]:
 def gpu_and_driver(index: int) -> tuple[str, str]:
     """The model of GPU ``index`` and its driver, e.g. ``NVIDIA H200`` and ``CUDA 13.0, 580.95.05``.
 
-    The second number is left out where Linux does not tell it. Raises ``Unavailable`` when there is no such GPU.
+    The second number is left out where the kernel does not tell it. Raises ``Unavailable`` when there is no such GPU.
     """
     runtime = cuda_bindings(index)
     from cuda.core import Device
 
-    driver = f"CUDA {_version(int(runtime.cudaDriverGetVersion()[1]))}"
-    with suppress(OSError):
-        named = re.search(r"\b\d{3,}\.[\d.]*\d", _DRIVER.read_text())
-        driver += f", {named[0]}" if named else ""
-    return str(Device(index).name), driver
+    driver = [f"CUDA {_version(int(runtime.cudaDriverGetVersion()[1]))}", driver_version()]
+    return str(Device(index).name), ", ".join(filter(None, driver))
 
 
 def _dotted(arch: tuple[int, int]) -> str:
