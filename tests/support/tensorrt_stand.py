@@ -1,6 +1,7 @@
 """A library that stands in for TensorRT and notes what loading and running tell it. No engine runs.
 
-As the real one it reports failures by its logger and by ``False``, ``None`` or 0. TensorRT-RTX's contexts can be
+As the real one it reports failures by its logger and by ``False``, ``None`` or 0, and two by ``RuntimeError``
+(``pyCore.cpp`` of NVIDIA/TensorRT). TensorRT-RTX's contexts can be
 captured once they have run.
 """
 
@@ -92,7 +93,11 @@ class Stand:
             def __getattr__(self, name: str) -> Any:
                 def call(*args: Any) -> Any:
                     stand.calls.append((name, *args))
+                    if name == "set_optimization_profile_async" and refused(name):
+                        raise RuntimeError("Error in set optimization profile async.")
                     if name == "infer_shapes":
+                        if refused("infer_shapes fails"):
+                            raise RuntimeError("infer_shapes error code: -1")
                         return ["labels"] if name in stand.refuse else []
                     if name == "get_tensor_shape":
                         shape = next(c[2] for c in reversed(stand.calls) if c[:2] == ("set_input_shape", "sample"))
@@ -134,6 +139,12 @@ class Stand:
 
         class ICudaEngine:
             device_memory_size_v2 = scratch
+            streamable_weights_size = 1 << 20
+
+            def __setattr__(self, name: str, value: int) -> None:
+                assert name == "weight_streaming_budget_v2"
+                refused(name)
+
             num_io_tensors = len(specs)
 
             def get_tensor_name(self, index: int) -> str:

@@ -81,7 +81,10 @@ class TensorRtEngine(Engine):
             if identity.options.get("strip-weights"):
                 self._restore_weights(path, member, opened)
             if self._streamed:  # before the first context
+                said = len(opened.messages.errors)  # all that a property tells of a refusal
                 self._engine.weight_streaming_budget_v2 = self._engine.streamable_weights_size // 2
+                if len(opened.messages.errors) > said:
+                    raise self._unusable("refuses to stream half of the weights", opened.messages)
             # Neither these settings nor the library's cache of kernels is kept alive by the contexts made from it.
             self._kernels: KernelCache | None = None
             self._how = self._context_settings(identity, opened.messages)
@@ -266,14 +269,20 @@ class TensorRtEngine(Engine):
         context = self._engine.create_execution_context(self._how)
         if context is None:
             raise self._unusable("makes no execution context", messages)
-        if not context.set_optimization_profile_async(0, self._stream):
-            raise self._unusable("refuses its profile", messages)
+        try:
+            context.set_optimization_profile_async(0, self._stream)
+        except RuntimeError:  # of this call and of `infer_shapes` the bindings raise what others return
+            raise self._unusable("refuses its profile", messages) from None
         self._device.synchronize()
         for spec in self.inputs:
             shape = spec.resolve(self.sizes)
             if not context.set_input_shape(spec.name, shape):
                 raise self._unusable(f"refuses {spec.name} of shape {list(shape)}", messages)
-        if missing := context.infer_shapes():
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError:
+            raise self._unusable("can't tell the shapes", messages) from None
+        if missing:
             raise self._unusable(f"does not know the shapes of {', '.join(missing)}", messages)
         for spec in self.outputs:
             got = tuple(context.get_tensor_shape(spec.name))

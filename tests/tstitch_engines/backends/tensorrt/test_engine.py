@@ -107,6 +107,7 @@ def test_engines_share_one_block_of_the_largest_size(tmp_path: Path) -> None:
         ("create_execution_context", FailedWork, r"makes no execution context .*cuda:0 has 3.0 MiB free"),
         ("set_optimization_profile_async", FailedWork, "refuses its profile"),
         ("set_input_shape", FailedWork, r"refuses sample of shape \[2, 1, 28, 28\]"),
+        ("infer_shapes fails", FailedWork, "can't tell the shapes .*in words"),
         ("infer_shapes", FailedWork, "does not know the shapes of labels"),
         ("get_tensor_shape", BadEngine, r"gives model_output of shape \[9\]"),
         ("set_tensor_address", FailedWork, "refuses the address of sample"),
@@ -123,6 +124,16 @@ def test_a_refusal_while_binding(call: str, kind: type[Exception], words: str, t
         engine.bind(buffers(place, 2), batch=2)
     with pytest.raises(BadInput, match="no buffers"):
         engine.enqueue()
+
+
+def test_weights_that_can_t_be_streamed(tmp_path: Path) -> None:
+    stand = Stand(TENSORRT)
+    engine = opened(stand, Place(), tmp_path, TENSORRT, **{"weight-streaming": True})
+    assert engine.obstacle == "small.plan streams weights (weight-streaming), which allocates while it runs"
+    stand.refuse.add("weight_streaming_budget_v2")
+    stand.says = "in words"
+    with pytest.raises(FailedWork, match=r"refuses to stream half of the weights for small.plan: in words"):
+        opened(stand, Place(), tmp_path, TENSORRT, **{"weight-streaming": True})
 
 
 @pytest.mark.parametrize(
