@@ -93,7 +93,7 @@ class OurTrajectory(RuntimeTrajectory):
         launch: Callable[[], None] = engine.enqueue
         if self.device.graphs and not engine.obstacle:
             try:
-                launch = self.device.capture(engine.enqueue).launch
+                launch = self.device.capture(engine.enqueue, uploads=engine.keeps_uploads).launch
             except NotCaptured:
                 launch = engine.enqueue
 

@@ -62,6 +62,7 @@ class StepGraphs:
             self.mode, self._reason = mode, "as asked for"
         self._plain: dict[str, str] = {}
         self._steps: dict[StepKey, Graph | None] = {}
+        self._uploads: set[StepKey] = set()  # whose engines all keep what they upload
         self._segments: OrderedDict[tuple[StepKey, int], Graph] = OrderedDict()
         self._refused: set[tuple[StepKey, int]] = set()  # segments that can't be recorded
 
@@ -93,7 +94,7 @@ class StepGraphs:
                     run()
 
             try:
-                graph = self._device.capture(all_steps)
+                graph = self._device.capture(all_steps, uploads=key in self._uploads)
             except NotCaptured as error:
                 self._refused.add((key, steps))
                 self._say(f"{steps} steps of {key} in one", "run one by one", error.message)
@@ -125,7 +126,9 @@ class StepGraphs:
                     raise NotCaptured(
                         f"its engine can't be recorded: {obstacle}", hint="nothing to do: the result is the same"
                     )
-            graph = self._device.capture(run)
+            if all(engine.keeps_uploads for engine in engines):
+                self._uploads.add(key)
+            graph = self._device.capture(run, uploads=key in self._uploads)
             states = []
             for step in (graph.launch, run):  # in this order: a replay that does nothing must not find the right output
                 self._rehearse(key, 7919, 2)

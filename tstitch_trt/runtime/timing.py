@@ -35,7 +35,8 @@ class StepTimer:
         stepper.ready([key])
         stepper.synthetic(key, 0)
         stepper.bind(name, batch, guided, key.sizes)
-        with self._launches(stepper.engine(name).enqueue, recorded=stepper.recorded(key)) as launch:
+        engine = stepper.engine(name)
+        with self._launches(engine.enqueue, recorded=stepper.recorded(key), uploads=engine.keeps_uploads) as launch:
             return self._times(launch, warmup + repeats)[warmup:]
 
     def time_step_kernels(self, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
@@ -65,14 +66,16 @@ class StepTimer:
         return times[warmup:]
 
     @contextmanager
-    def _launches(self, work: Callable[[], None], *, recorded: bool) -> Iterator[Callable[[], None]]:
-        """What does ``work`` once: itself, or the launch of a graph of it."""
+    def _launches(
+        self, work: Callable[[], None], *, recorded: bool, uploads: bool = False
+    ) -> Iterator[Callable[[], None]]:
+        """What does ``work`` once: itself, or the launch of a graph of it. ``uploads``: see ``Device.capture``."""
         device = self.device
         device.synchronize()
         if not recorded:
             yield work
             return
-        graph = device.capture(work)
+        graph = device.capture(work, uploads=uploads)
         try:
             yield graph.launch
         finally:

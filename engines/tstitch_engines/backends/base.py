@@ -38,6 +38,9 @@ class Engine(ABC):
     warmups: int = 1
     """How often ``enqueue`` runs on newly bound buffers before it has set up all it needs and can be recorded."""
 
+    keeps_uploads: bool = False
+    """Whether host memory that a recorded ``enqueue`` copies from stays as it is until its buffers are released."""
+
     refit_names: Literal["initialiser", "parameter"] | None = None
     """What ``refit`` calls weights: initialisers of the ONNX graph, or parameters of the exported program.
 

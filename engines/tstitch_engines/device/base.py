@@ -171,10 +171,11 @@ class Device(Protocol):
     def lost(self) -> str | None:
         """Why nothing can run on it any more in this process, ``None`` where something can. Asked after an error."""
 
-    def capture(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], None], *, uploads: bool = False) -> Graph:
         """Records what ``work`` enqueues instead of running it. Raises ``NotCaptured`` with the reason.
 
-        Run ``work`` once before (libraries set things up in their first call), and allocate nothing in it.
+        Run ``work`` once before (libraries set things up in their first call), and allocate nothing in it. ``uploads``:
+        it may copy from ordinary host memory, whose owner keeps it as it is for as long as the graph is launched.
         """
 
     def step_kernels(self, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> StepKernels:

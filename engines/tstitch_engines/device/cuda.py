@@ -222,11 +222,11 @@ class CudaDevice:
             return error.message
         return None
 
-    def capture(self, work: Callable[[], None]) -> CudaGraph:
+    def capture(self, work: Callable[[], None], *, uploads: bool = False) -> CudaGraph:
         before = self.calls.copy()
         try:
             with RECORDING, self._stream.recorded():
-                return capture(self._runtime, self.stream_handle, work, self._count)
+                return capture(self._runtime, self.stream_handle, work, self._count, uploads=uploads)
         finally:  # what was recorded was not called
             self.calls.clear()
             self.calls.update(before)

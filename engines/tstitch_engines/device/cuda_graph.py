@@ -61,8 +61,12 @@ class CudaGraph:
         self._free()
 
 
-def capture(runtime: Any, stream: int, work: Callable[[], None], count: Callable[[str], None]) -> CudaGraph:
+def capture(
+    runtime: Any, stream: int, work: Callable[[], None], count: Callable[[str], None], *, uploads: bool
+) -> CudaGraph:
     """Records ``work`` on ``stream``. Raises ``NotCaptured``; the recording is ended in every case.
+
+    ``uploads``: copies from ordinary host memory are allowed (``Device.capture``).
 
     Thread-local mode: what is forbidden while a stream is recorded is so for this thread only. But another thread that
     waits for the whole device breaks the recording in any mode (NVIDIA/TensorRT issue 2888): then it is tried again.
@@ -70,10 +74,10 @@ def capture(runtime: Any, stream: int, work: Callable[[], None], count: Callable
     """
     for _ in range(_TRIES - 1):
         try:
-            return _instantiate(runtime, stream, _record(runtime, stream, work), count)
+            return _instantiate(runtime, stream, _record(runtime, stream, work), count, uploads)
         except _Broken as error:
             _log.info("a recording was broken and is tried again: %s", error.message)
-    return _instantiate(runtime, stream, _record(runtime, stream, work), count)
+    return _instantiate(runtime, stream, _record(runtime, stream, work), count, uploads)
 
 
 def _record(runtime: Any, stream: int, work: Callable[[], None]) -> Any:
@@ -106,9 +110,9 @@ def _record(runtime: Any, stream: int, work: Callable[[], None]) -> Any:
     raise kind(f"the work can't be recorded: {reason}", hint=_HINT) from refusal
 
 
-def _instantiate(runtime: Any, stream: int, graph: Any, count: Callable[[str], None]) -> CudaGraph:
+def _instantiate(runtime: Any, stream: int, graph: Any, count: Callable[[str], None], uploads: bool) -> CudaGraph:
     try:
-        nodes = _check_nodes(runtime, graph)
+        nodes = _check_nodes(runtime, graph, uploads)
         code, executable = runtime.cudaGraphInstantiate(graph, 0)
     finally:
         runtime.cudaGraphDestroy(graph)
@@ -119,7 +123,7 @@ def _instantiate(runtime: Any, stream: int, graph: Any, count: Callable[[str], N
     return CudaGraph(runtime, executable, stream, nodes, count)
 
 
-def _check_nodes(runtime: Any, graph: Any) -> int:
+def _check_nodes(runtime: Any, graph: Any, uploads: bool) -> int:
     """How many nodes there are. Raises ``NotCaptured`` when there are none, or some that must not be replayed.
 
     Memory that is allocated and freed within the graph is fine: cuBLAS takes its workspace so while a stream is
@@ -135,7 +139,7 @@ def _check_nodes(runtime: Any, graph: Any) -> int:
         kinds[kind] += 1
         if kind in REFUSED:
             raise NotCaptured(f"the recorded graph holds {REFUSED[kind]}", hint=_HINT)
-        if kind == "cudaGraphNodeTypeMemcpy" and _touches_pageable(runtime, node):
+        if kind == "cudaGraphNodeTypeMemcpy" and _touches_pageable(runtime, node, uploads):
             raise NotCaptured("the recorded graph holds a copy from or to ordinary host memory", hint=_HINT)
     made, freed = kinds["cudaGraphNodeTypeMemAlloc"], kinds["cudaGraphNodeTypeMemFree"]
     if made != freed:
@@ -146,16 +150,17 @@ def _check_nodes(runtime: Any, graph: Any) -> int:
     return total
 
 
-def _touches_pageable(runtime: Any, node: Any) -> bool:
+def _touches_pageable(runtime: Any, node: Any, uploads: bool) -> bool:
     """Whether a copy has one end in memory that CUDA did not allocate: its owner may have reused that by a replay.
 
-    (A tensor that some library computes on the host and feeds to the device, baked in with its address.)
+    (A tensor that some library computes on the host and feeds to the device, baked in with its address.) With
+    ``uploads`` the source does not count. A target does: what the host would do with it is not in the graph.
     """
     params = _ok(runtime, runtime.cudaGraphMemcpyNodeGetParams(node))[1]
     kinds = runtime.cudaMemcpyKind
     if params.kind == kinds.cudaMemcpyDeviceToDevice:
         return False
-    for end in (params.srcPtr.ptr, params.dstPtr.ptr):
+    for end in (params.dstPtr.ptr,) if uploads else (params.srcPtr.ptr, params.dstPtr.ptr):
         memory = _ok(runtime, runtime.cudaPointerGetAttributes(int(end)))[1].type
         if memory == runtime.cudaMemoryType.cudaMemoryTypeUnregistered:
             return True

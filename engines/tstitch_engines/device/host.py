@@ -77,7 +77,7 @@ class HostDevice:
     def lost(self) -> str | None:
         return None
 
-    def capture(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], None], *, uploads: bool = False) -> Graph:
         raise NotCaptured("the CPU has no graphs", hint="nothing to do: calls cost little there")
 
     def step_kernels(self, arena: ArenaBuffers, shape: tuple[int, ...] | None = None) -> StepKernels:

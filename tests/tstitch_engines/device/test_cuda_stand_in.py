@@ -183,15 +183,18 @@ def test_copies_are_recorded_between_memory_that_stays(cuda: CudaDevice) -> None
 
     source, target, ordinary = cuda.empty((4,), "float32"), cuda.empty((4,), "float32"), np.zeros(4, np.float32)
 
-    def copy(address: int) -> None:
-        runtime.cudaMemcpyAsync(
-            target.ptr, address, 16, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice, cuda.stream_handle
-        )
+    def copy(address: int, *, down: bool = False) -> None:
+        kind = getattr(runtime.cudaMemcpyKind, "cudaMemcpyDeviceToHost" if down else "cudaMemcpyHostToDevice")
+        ends = (address, target.ptr) if down else (target.ptr, address)
+        runtime.cudaMemcpyAsync(*ends, 16, kind, cuda.stream_handle)
 
     cuda.capture(lambda: cuda.copy(target, source)).close()
     cuda.capture(lambda: copy(source.ptr)).close()  # as if pinned: CUDA knows it
     with pytest.raises(NotCaptured, match="a copy from or to ordinary host memory"):
         cuda.capture(lambda: copy(ordinary.ctypes.data))
+    cuda.capture(lambda: copy(ordinary.ctypes.data), uploads=True).close()  # its owner keeps it
+    with pytest.raises(NotCaptured, match="a copy from or to ordinary host memory"):
+        cuda.capture(lambda: copy(ordinary.ctypes.data, down=True), uploads=True)
 
 
 def test_an_interrupted_recording_is_ended(cuda: CudaDevice, machine: Machine) -> None:

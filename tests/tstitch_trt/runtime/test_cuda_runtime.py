@@ -275,9 +275,40 @@ class ComputesOnTheCpu(LateEngine):
         self.machine.submit(self.stream, lambda: None)
 
 
+class Uploading(LateEngine):
+    """As TensorRT may: values that it computed of shapes go from the host's memory to the device with every run."""
+
+    def __init__(self, engine: Engine, machine: Machine, stream: int) -> None:
+        super().__init__(engine, machine, stream)
+        self.values = np.arange(4)
+        self.target = machine.array(self.values.shape, self.values.dtype)
+
+    def enqueue(self) -> None:
+        from cuda.bindings import runtime
+
+        kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        ends = (self.target.ctypes.data, self.values.ctypes.data)
+        runtime.cudaMemcpyAsync(*ends, self.values.nbytes, kind, self.stream)
+        super().enqueue()
+
+
+class KeepsUploads(Uploading):
+    keeps_uploads = True
+
+
+@pytest.mark.parametrize("mode", ["step", "segment"])
+def test_an_engine_that_keeps_what_it_uploads_is_recorded(load: Load, cpu: Runtime, mode: str) -> None:
+    gpu = load(kind=KeepsUploads, graph=mode)
+    ours = gpu.sample(n=2, steps=4, fraction=0.5, seed=1)
+    assert close(ours.latents, cpu.sample(n=2, steps=4, fraction=0.5, seed=1).latents)
+    assert gpu.graphs().recorded > 0
+    assert gpu.graphs().call_by_call == {}
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (Uploading, "a copy from or to ordinary host memory"),
         (Unrecordable, "its engine can't be recorded: it allocates"),
         (CallsTheHost, "a call of a host function"),
         (Refusing, "operation not permitted when stream is capturing"),

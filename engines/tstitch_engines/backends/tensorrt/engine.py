@@ -58,6 +58,10 @@ class TensorRtEngine(Engine):
     the cache. They are saved after that ``enqueue``, for the next process.
     """
 
+    # What it computes of shapes on the host, and initial values of some workspaces, is uploaded from the context's own
+    # memory; a recorded enqueue is documented to hold while the context and its shapes and addresses stay.
+    keeps_uploads = True
+
     def __init__(
         self,
         flavour: Flavour,
