@@ -22,6 +22,7 @@ from tstitch_engines.backends.tensorrt.refit import refit
 from tstitch_engines.backends.tensorrt.scratch import Scratch, shared_scratch
 from tstitch_engines.device.cuda import gpu_and_driver
 from tstitch_engines.device.open import parse_device
+from tstitch_engines.device.recording import RECORDING
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class TensorRtEngine(Engine):
         self._streamed = bool(identity.options.get("weight-streaming", False))
         self._device.activate()
         self._stream = self._device.stream_handle
-        with session(flavour, library) as opened:
+        with RECORDING, session(flavour, library) as opened:
             self._engine = self._deserialise(path, opened, bool(identity.options.get("version-compatible", False)))
             self._check_tensors()
             if identity.options.get("strip-weights"):
@@ -220,11 +221,11 @@ class TensorRtEngine(Engine):
         """Allocates and waits the first time these buffers are met."""
         key = self._key(buffers, self.sizes)
         if key not in self._contexts:
-            self._device.synchronize()
-            started = perf_counter()
-            with session(self._flavour, self._library) as opened:
+            with RECORDING, session(self._flavour, self._library) as opened:
+                self._device.synchronize()
+                started = perf_counter()
                 self._contexts[key] = self._ready(buffers, opened.messages)
-            self._compiled_since(started)
+                self._compiled_since(started)
         self._bound = self._contexts[key]
 
     def _compiled_since(self, started: float) -> None:
@@ -248,9 +249,11 @@ class TensorRtEngine(Engine):
 
     def release(self, buffers: Mapping[str, Buffer], *, sizes: Mapping[str, int]) -> None:
         dims = {name: sizes.get(name, allowed.min) for name, allowed in self.profile.dims.items()}
-        gone = self._contexts.pop(self._key(buffers, dims), None)
-        if gone is not None and gone is self._bound:
-            self._bound = None
+        with RECORDING:  # freeing waits for the device
+            gone = self._contexts.pop(self._key(buffers, dims), None)
+            if gone is self._bound:
+                self._bound = None
+            del gone
 
     def _ready(self, buffers: Mapping[str, Buffer], messages: Messages) -> _Ready:
         context = self._new_context(messages)
@@ -298,26 +301,35 @@ class TensorRtEngine(Engine):
         ready = self._bound
         if ready is None:
             raise BadInput("the engine has no buffers", hint="call bind(...) before enqueue()")
-        started = perf_counter() if ready.fresh else 0.0
-        if not ready.context.execute_async_v3(self._stream):
-            # To listen here would cost every step a lock.
-            said = logger_of(self._library)[1].last_error or "the library gave no reason"
-            raise FailedWork(
-                f"{self._flavour.title} could not start {self._name}: {said}",
-                hint="run again with logging.getLogger('tstitch_engines').setLevel('DEBUG') to see all that it says",
-            )
         if ready.fresh:
+            self._enqueue_first(ready)
+        elif not ready.context.execute_async_v3(self._stream):
+            raise self._not_started()
+
+    def _enqueue_first(self, ready: _Ready) -> None:
+        with RECORDING:  # what is compiled now allocates and waits
+            started = perf_counter()
+            if not ready.context.execute_async_v3(self._stream):
+                raise self._not_started()
             ready.fresh = False
             self._compiled_since(started)
-            if self._kernels is not None:
-                self._kernels.save()
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def _not_started(self) -> FailedWork:
+        # To listen in `enqueue` would cost every step a lock.
+        said = logger_of(self._library)[1].last_error or "the library gave no reason"
+        return FailedWork(
+            f"{self._flavour.title} could not start {self._name}: {said}",
+            hint="run again with logging.getLogger('tstitch_engines').setLevel('DEBUG') to see all that it says",
+        )
 
     def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
-        self._device.synchronize()
         fix = f"{rebuild(self._flavour)} --option refit=true, or with the LoRA fused (--lora NAME=FILE)"
-        with session(self._flavour, self._library) as opened:
+        with RECORDING, session(self._flavour, self._library) as opened:
+            self._device.synchronize()
             refit(opened, self._engine, weights, others, what=f"the engine {self._name}", fix=fix)
-        self._device.synchronize()
+            self._device.synchronize()
 
     def scratch(self) -> Mapping[int, int]:
         blocks = [self._scratch.block(), *(ready.scratch for ready in self._contexts.copy().values())]
@@ -332,7 +344,8 @@ class TensorRtEngine(Engine):
             if self._kernels is not None and self._contexts:
                 self._kernels.save()
         finally:  # a GPU that is lost must not keep what it held
-            self._bound = None
-            self._contexts = {}
-            self._kernels = self._how = None
-            del self._engine
+            with RECORDING:
+                self._bound = None
+                self._contexts = {}
+                self._kernels = self._how = None
+                del self._engine

@@ -297,6 +297,45 @@ def test_what_tensorrt_rtx_compiles_on_the_gpu_is_counted(tmp_path: Path, monkey
         assert engine.jit_ms == pytest.approx(cost)
 
 
+def test_what_would_break_another_thread_s_recording_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading, making a context, its first run and freeing; a later run takes no lock."""
+    held: list[bool] = []
+    seen: list[tuple[str, bool]] = []
+
+    class Lock:
+        def __enter__(self) -> None:
+            held.append(True)
+
+        def __exit__(self, *_: object) -> None:
+            held.pop()
+
+    def watch(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+        note = lambda *args: seen.append((args[1] if name == "__getattr__" else name, bool(held)))  # noqa: E731
+        monkeypatch.setattr(owner, name, lambda *args: (note(*args), call(*args))[1])
+
+    monkeypatch.setattr(module, "RECORDING", Lock())
+    stand, place = Stand(RTX), Place()
+    watch(stand.library.Runtime, "deserialize_cuda_engine")
+    watch(stand.library.ICudaEngine, "create_execution_context")
+    watch(stand.library.IExecutionContext, "__getattr__")
+    engine = opened(stand, place, tmp_path)
+    own = [buffers(place, 2), buffers(place, 2)]
+    for one in own:
+        engine.bind(one, batch=2)
+        weakref.finalize(engine._bound.context, lambda: seen.append(("freed", bool(held))))  # type: ignore[union-attr]
+        engine.enqueue()
+        engine.enqueue()
+    engine.release(own[0], sizes={"B": 2})
+    engine.close()
+    told = {name: [lock for at, lock in seen if at == name] for name, _ in seen}
+    assert told["deserialize_cuda_engine"] == [True]
+    assert told["create_execution_context"] == told["freed"] == [True, True]
+    assert told["execute_async_v3"] == [True, False] * 2
+
+
 def test_compiled_kernels_outlive_a_process_that_is_killed(tmp_path: Path) -> None:
     """They are saved after a context's first run, and not again while it runs on."""
     stand, place = Stand(RTX), Place()
