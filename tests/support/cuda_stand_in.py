@@ -167,7 +167,7 @@ class Memory:
         machine.places[raw.ctypes.data] = device
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and not sys.is_finalizing():
             self.closed = True
             raw = self._raw
             if self._stream is None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import EngineIdentity, Network, Option, siblings
 from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
 from tstitch_engines.child import DEFAULT, Channel, Job, Limits, run_in_child
+from tstitch_engines.device.recording import RECORDING
 from tstitch_engines.errors import BadInput, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress
 from tstitch_engines.spec import ShapeProfile, TensorSpec
@@ -124,7 +125,8 @@ class Engine(ABC):
         """
         if self.refit_names is None:
             raise BadInput(self.refit_obstacle[0], hint=self.refit_obstacle[1])
-        self._refit(weights, others)
+        with RECORDING:
+            self._refit(weights, others)
 
     def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
         """Of engines that have ``refit_names``."""

@@ -17,6 +17,7 @@ from tstitch_engines.backends.torch_archive import check_archive
 from tstitch_engines.backends.torch_compile import MODES, compile_program, mode_of, need_toolchain
 from tstitch_engines.backends.torch_cuda import EXACT, WORKSPACES, pool_of
 from tstitch_engines.device.open import parse_device
+from tstitch_engines.device.recording import RECORDING
 from tstitch_engines.errors import (
     BadEngine,
     BadInput,
@@ -197,7 +198,8 @@ class _TorchEngine(Engine):
         if self._mode is not None:
             key = tuple(sorted(self.sizes.items()))
             if key not in self._compiled:
-                self._compiled[key] = self._compile(self._mode)
+                with RECORDING:
+                    self._compiled[key] = self._compile(self._mode)
             self._run = self._compiled[key]
         self._arguments = [self._view(buffers[spec.name]) for spec in self.inputs]
         self._results = [self._view(buffers[spec.name]) for spec in self.outputs]

@@ -90,9 +90,10 @@ class CudaDevice:
             LegacyPinnedMemoryResource().allocate,
             self._stream.core,
         )
+        streams = (self._stream, self._side)
         this: CudaDevice = weakref.proxy(self)  # so that this object goes when it is dropped, in no need of a collector
-        self._pinned = Blocks(lambda nbytes: attempt(what, pin, nbytes, stream=core), self._side)
-        self._bounces = Blocks(lambda nbytes: this._allocate(nbytes, "a block to copy through", this._side), self._side)
+        self._pinned = Blocks(lambda nbytes: attempt(what, pin, nbytes, stream=core), streams)
+        self._bounces = Blocks(lambda nbytes: this._allocate(nbytes, "a block to copy through", this._side), streams)
         self._module: Any = None
         self._kernels: dict[str, Any] = {}
 
@@ -183,7 +184,7 @@ class CudaDevice:
         """See ``Device``: a copy within the device in the order of the work, and one to the host beside it."""
         self.calls["download"] += 1
         block, bounce = self._pinned.take(source.nbytes), self._bounces.take(source.nbytes)
-        if bounce.busy_until is None:  # it was allocated just now, in the side stream's order
+        if bounce.fresh:  # it was allocated just now, in the side stream's order
             self._stream.wait(self._side.record())
         self._stream.copy(bounce.ptr, source.ptr, source.nbytes, "DeviceToDevice")
         self._side.wait(self._stream.record())

@@ -6,7 +6,7 @@ import ctypes
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,20 +32,24 @@ class CudaBuffer:
 
 
 class Block:
-    """``nbytes`` of memory and the event after which they may be used again, or freed."""
+    """``nbytes`` of memory and the event after which they may be used again, or freed.
 
-    def __init__(self, memory: Any, nbytes: int, stream: CudaStream) -> None:
+    ``busy_until`` is ``None`` where that is not known: it was taken, and not given back yet.
+    """
+
+    def __init__(self, memory: Any, nbytes: int, streams: Sequence[CudaStream]) -> None:
         self._memory = memory
-        self._stream = stream
+        self._streams = streams
         self.nbytes = nbytes
         self.ptr = int(memory.handle)
+        self.fresh = True  # nothing has used it yet
         self.busy_until: CudaEvent | None = None
 
     def __del__(self) -> None:
         """Page-locked memory is freed at once, and the pool may give device memory to another stream: so it waits."""
-        if self.busy_until is not None:
-            with suppress(Exception), self._stream.visited():  # of a lost device nothing can be waited for
-                self.busy_until.core.sync()
+        with suppress(Exception), self._streams[0].visited():  # of a lost device nothing can be waited for
+            for last in self._streams if self.busy_until is None else [self.busy_until]:
+                last.core.sync()
 
 
 class Blocks:
@@ -54,9 +58,10 @@ class Blocks:
     A thread that waits for a download gives its block back while another enqueues the next one.
     """
 
-    def __init__(self, allocate: Callable[[int], Any], stream: CudaStream) -> None:
+    def __init__(self, allocate: Callable[[int], Any], streams: Sequence[CudaStream]) -> None:
+        """``streams``: all that work on blocks."""
         self._allocate = allocate
-        self._stream = stream
+        self._streams = streams
         self._blocks: list[Block] = []
         self._returned: deque[Block] = deque()  # the collector may give one back in the middle of `take`
         self._lock = threading.Lock()
@@ -67,11 +72,13 @@ class Blocks:
             while self._returned:
                 self._blocks.append(self._returned.popleft())
             self._blocks.sort(key=lambda one: one.nbytes)  # the smallest that fits
-            for index, block in enumerate(self._blocks):
-                if block.nbytes >= nbytes and (block.busy_until is None or block.busy_until.is_done):
-                    return self._blocks.pop(index)
+            for block in self._blocks:
+                if block.nbytes >= nbytes and block.busy_until is not None and block.busy_until.is_done:
+                    self._blocks.remove(block)
+                    block.fresh, block.busy_until = False, None
+                    return block
         size = 1 << max(16, (nbytes - 1).bit_length())
-        return Block(self._allocate(size), size, self._stream)
+        return Block(self._allocate(size), size, self._streams)
 
     def give(self, block: Block, busy_until: CudaEvent) -> None:
         """``busy_until``: the event recorded after the block's last use."""

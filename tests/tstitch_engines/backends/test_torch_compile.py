@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from support.manifests import member
+from support.recordings import others_may_record
 from support.tiny import TinyPair
-from tstitch_engines.backends import Engine, open_backend
+from tstitch_engines.backends import Engine, open_backend, torch_reference
 from tstitch_engines.backends.torch_compile import mode_of
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
 from tstitch_engines.compile.load import load_own
@@ -125,6 +127,21 @@ class Call:
     def run(self) -> NDArray[np.float32]:
         self.engine.enqueue()
         return self._download(self.buffers["model_output"])
+
+
+def test_nobody_records_while_a_program_is_compiled(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def compiling(*_: Any, **__: Any) -> Callable[..., None]:
+        seen.append(others_may_record())
+        return lambda *tensors: None
+
+    monkeypatch.setattr(torch_reference, "compile_program", compiling)
+    engine = engines.load("torch", compile="default")
+    Call(engine, 2).bind()
+    assert seen == [False]
+    Call(engine, 2).bind()
+    assert others_may_record()
 
 
 def resident() -> int:

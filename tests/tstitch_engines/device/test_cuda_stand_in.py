@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from support.cuda_stand_in import CUDAError, Machine, install
 from support.step_runs import run
 from tstitch_engines.device.base import NotCaptured
 from tstitch_engines.device.cuda import BESIDE, CudaDevice
+from tstitch_engines.device.cuda_stream import CudaStream
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
 from tstitch_engines.device.slab import Slab
@@ -310,6 +312,34 @@ def test_a_download_that_nobody_reads(cuda: CudaDevice, machine: Machine, size: 
     cuda.download_later(buffer)
     assert len(machine.memory) == held
     assert machine.early == 0
+
+
+@pytest.mark.parametrize("size", [5, BESIDE // 4 + 3], ids=["small", "large"])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("way", ["upload", "download_later"])
+def test_a_copy_that_ctrl_c_interrupts(
+    cuda: CudaDevice, machine: Machine, monkeypatch: pytest.MonkeyPatch, way: str, copies: int, size: int
+) -> None:
+    """Between the copy and the event behind it: what it copies through is freed after it."""
+    buffer, values = cuda.empty((size,), "float32"), np.ones(size, np.float32)
+    cuda.upload(buffer, values)
+    cuda.download_later(buffer).get()
+    copy, left = CudaStream.copy, [copies]
+
+    def interrupted(stream: CudaStream, target: int, source: int, nbytes: int, kind: str) -> None:
+        copy(stream, target, source, nbytes, kind)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CudaStream, "copy", interrupted)
+        with suppress(KeyboardInterrupt):
+            cuda.upload(buffer, values) if way == "upload" else cuda.download_later(buffer)
+            cuda.synchronize()
+    gc.collect()
+    assert machine.early == 0
+    np.testing.assert_array_equal(cuda.download(buffer), 1)
 
 
 def test_a_device_that_is_dropped_in_the_middle(machine: Machine) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.recordings import others_may_record
 from support.tensorrt_stand import Place, Stand, buffers, loaded, opened
 from tstitch_engines.backends.tensorrt import engine as module
 from tstitch_engines.backends.tensorrt.flavour import RTX, TENSORRT, Flavour
@@ -67,6 +68,15 @@ def test_every_set_of_buffers_keeps_its_context(tmp_path: Path) -> None:
     assert stand.calls == []
     with pytest.raises(OutOfProfile):
         engine.bind(buffers(place, 5), batch=5)
+
+
+def test_nobody_records_while_weights_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened(Stand(RTX), Place(), tmp_path, refit=True)
+    seen: list[bool] = []
+    monkeypatch.setattr(type(engine), "_refit", lambda *_: seen.append(others_may_record()))
+    engine.refit({}, {})
+    assert seen == [False]
+    assert others_may_record()
 
 
 def test_a_context_is_let_go_of_and_made_again(tmp_path: Path) -> None:
