@@ -29,6 +29,7 @@ from tstitch_engines.backends.tensorrt.options import (
     resolve,
 )
 from tstitch_engines.backends.tensorrt.plan import check_plan
+from tstitch_engines.backends.tensorrt.plan_header import read_plan_header
 from tstitch_engines.backends.tensorrt.worker import compile_engine
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.identity import model_digest
@@ -242,7 +243,13 @@ class TensorRtBackend(Backend):
         from tstitch_engines.backends.tensorrt.engine import TensorRtEngine
 
         self.check_file(path, device.name)
-        self.arch(device.name)
+        capability = _capability(self.arch(device.name))
+        header = read_plan_header(path)
+        if header is not None and not header.runs_on(capability):
+            _log.warning(
+                "the engine %s is for GPUs of compute capability %s and %s has %d.%d: %s may refuse it",
+                path.name, header.gpus(), device.name, *capability, self.flavour.title,
+            )  # fmt: skip
         return TensorRtEngine(self.flavour, self._library, path, member, identity, cast("CudaDevice", device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 from pathlib import Path
 from typing import Final
@@ -15,8 +14,6 @@ from tstitch_engines.driver import fitting_cuda
 from tstitch_engines.errors import BadEngine
 
 __all__ = ["DIAGNOSES", "check_plan", "describe_plan", "map_plan", "rebuild"]
-
-_log = logging.getLogger(__name__)
 
 # EngineInvalidityDiagnostics -> what it means and what helps (`None`: build again). The plainest reason comes first:
 # several may be given at once.
@@ -75,12 +72,9 @@ def check_plan(flavour: Flavour, version: str, path: Path, capability: tuple[int
             f"{again}; or pip install tensorrt-rtx-cu{fitting_cuda()}-libs=={header.version} "
             f"tensorrt-rtx-cu{fitting_cuda()}-bindings=={header.version}",
         )
-    if capability is not None and not header.runs_on(capability):
-        what = f"is for GPUs of compute capability {header.gpus()}; this one has {capability[0]}.{capability[1]}"
-        if not header.later:
-            raise bad(what)
-        # The library's own list, whose end is open: what exactly is in it is the library's to say.
-        _log.warning("the engine %s %s: %s may refuse it", path.name, what, flavour.title)
+    # A list with an open end is the library's own: what exactly is in it is the library's to say.
+    if capability is not None and not header.later and not header.runs_on(capability):
+        raise bad(f"is for GPUs of compute capability {header.gpus()}; this one has {capability[0]}.{capability[1]}")
     return header
 
 
