@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,6 +17,8 @@ import tstitch_trt
 from support.compare import relative_error
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.compile.select import default_backend
+from tstitch_engines.device.cuda import gpu_and_driver
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, BadInput, Unavailable
 from tstitch_engines.spec import Range
@@ -65,6 +68,30 @@ def torch_cuda() -> Any:
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
     return torch
+
+
+def test_an_engine_names_the_gpu_that_it_is_tied_to(bundle: Path) -> None:
+    for member in open_bundle(bundle).manifest.members.values():
+        (record,) = member.engines
+        tied = record.identity.backend == "tensorrt"
+        assert (record.identity.gpu, record.driver) == (gpu_and_driver(0) if tied else (msgspec.UNSET, msgspec.UNSET))
+
+
+def test_kernels_that_were_compiled_here_are_kept_before_anything_is_closed(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if default_backend(open_bundle(bundle)) != "tensorrt-rtx":
+        pytest.skip("only TensorRT-RTX compiles kernels on loading and keeps them in a file of ours")
+    monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path))
+    with tstitch_trt.load(bundle, device="cuda", backend="tensorrt-rtx") as cold:
+        cold.sample(n=4, steps=4, fraction=0.5)
+        kept = {path: path.read_bytes() for path in (tmp_path / "rtx-kernels").iterdir()}
+        assert len(kept) == 2
+        assert all(kept.values())
+        assert all(cold.jit_ms().values())
+    with tstitch_trt.load(bundle, device="cuda", backend="tensorrt-rtx") as warm:
+        warm.sample(n=4, steps=4, fraction=0.5)
+    assert {path: path.read_bytes() for path in kept} == kept  # nothing was left to compile
 
 
 def test_a_replay_equals_a_plain_run_bit_for_bit(
