@@ -90,7 +90,8 @@ def build(
     ``MEMBER_text_encoder``). ``precision``: one for all (VAEs stay fp32), or by name with fp32 as the default.
     ``profile``: the batch range; with guidance one image takes two places. ``height`` and ``width`` are ranges in
     pixels (default: the last member's native size), ``tokens`` of prompts (default: up to 231). ``options``: the
-    backend's, and ``NAME.OPTION`` for the family of a member or part.
+    backend's, ``NAME.OPTION`` for the family of a member or part, and ``opset`` of all exports (20 to 23; by default 20
+    for fp32, else 23 or what the backend takes: from 23 on attention is one node).
 
     Exports and engines that did not change come from the cache or the bundle that is replaced, unless ``fresh``; an
     interrupted build goes on there. Engines for other backends and machines are kept where the ONNX is the same.
@@ -113,6 +114,7 @@ def build(
         precision=precision,
         options=options or {},
         check=lambda common: typed(common, opened.options, what=f"backend {backend!r}"),
+        opset_limit=opened.opset_limit,
     )
     settings = plan.options
     compiler = Compiler(

@@ -26,6 +26,7 @@ tstitch-trt build fashion -o fashion.bundle
 tstitch-trt build fashion --batch 1:8:32 --json
 tstitch-trt build fashion.bundle --backend tensorrt-rtx
 tstitch-trt build fashion --backend tensorrt-rtx --option compute-capabilities=8.9,12.0
+tstitch-trt build dit --member small=S.pt --member large=XL.pt --precision fp16 --option opset=22
 tstitch-trt build dit-256 --member small=DiT-S.pt --member large=DiT-XL.pt -o dit-256.bundle
 tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision large=bf16 --device cuda
 tstitch-trt build dit --member small=S.pt --member large=XL.pt --option small.num_heads=4
@@ -58,7 +59,10 @@ class Options(LimitOptions):
     )
     backend: str = option("onnxruntime, tensorrt, tensorrt-rtx or torch.", "NAME", default="onnxruntime")
     precisions: tuple[str, ...] = option(
-        "fp32, fp16 or bf16, for all members or one. May be repeated. [fp32]", "P | NAME=P", "--precision"
+        "fp32, fp16 (11 bits, up to 65504) or bf16 (8 bits, the range of fp32), for all members or one. TensorRT adds "
+        "attention up in float32 where it can. May be repeated. [fp32]",
+        "P | NAME=P",
+        "--precision",
     )
     batch: str | None = option(
         "Batch sizes of the engines; with guidance one image takes two places. [1:8:16, or the BUNDLE's]", "MIN:OPT:MAX"
@@ -75,7 +79,8 @@ class Options(LimitOptions):
     )
     options: tuple[str, ...] = option(
         "An option of the backend, or MEMBER.NAME of a member's family; MEMBER.prediction=eps|v|x0, MEMBER.noise and "
-        "MEMBER.zero_snr say how a checkpoint was trained that does not say it. May be repeated.",
+        "MEMBER.zero_snr say how a checkpoint was trained that does not say it. opset=20 to 23 is that of the ONNX [20 "
+        "for fp32, else 23, with attention as one node]. May be repeated.",
         "NAME=VALUE",
         "--option",
     )
@@ -131,6 +136,7 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
     place = given.output or Path(source if from_bundle else f"{Path(source).stem}.bundle")
     of_the_export = {
         "--member": given.members, "--part": given.parts, "--lora": given.loras, "--precision": given.precisions,
+        "--option": [text for text in given.options if text.startswith("opset=")],
     }  # fmt: skip
     for name, texts in of_the_export.items() if from_bundle else ():
         if texts:

@@ -23,6 +23,7 @@ from tstitch_engines.threads import default_threads
 from tstitch_export.families.base import TORCH_NAMES, Family, Inspection
 from tstitch_export.onnx_export.graph import retyped_to_float32, tidy, validate
 from tstitch_export.onnx_export.weight_map import write_weight_map
+from tstitch_export.planning.opset import OPSET
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +34,6 @@ __all__ = ["GRAPH", "OPSET", "PROGRAM", "WEIGHT_MAP", "check_graph", "export_onn
 
 _log = logging.getLogger(__name__)
 
-# Up to opset 22 attention is spelt out as MatMul and Softmax, which every engine builder takes. From 23 on it is one
-# node: in half precision TensorRT compiles it to a fused kernel or fails, so that a model can't lose it unnoticed; for
-# float32 it has none. (bfloat16 would need 22 in any case: before, Conv is not defined for it.)
-OPSET: Final[dict[Precision, int]] = {"fp32": 20, "fp16": 23, "bf16": 23}
 GRAPH: Final = "model.onnx"
 PROGRAM: Final = "model.pt2"
 WEIGHT_MAP: Final = "weights.json"
@@ -51,11 +48,18 @@ _TOLERANCE: Final[dict[Precision, float]] = {"fp32": 1e-4, "fp16": 3e-2, "bf16":
 
 
 def export_onnx(
-    family: Family, inspection: Inspection, *, precision: Precision, folder: Path, progress: Progress
+    family: Family,
+    inspection: Inspection,
+    *,
+    precision: Precision,
+    folder: Path,
+    progress: Progress,
+    opset: int | None = None,
 ) -> ExportCheck:
     """Writes ``model.onnx`` (and ``model.onnx.data`` when the weights are large) into ``folder`` and checks it.
 
-    Where the family knows LoRAs, also ``weights.json``, the map of its weights (``tstitch_engines.bundle.weights``).
+    ``opset``: ``None`` for the usual one of ``precision``. Where the family knows LoRAs, also ``weights.json``, the map
+    of its weights (``tstitch_engines.bundle.weights``).
 
     Raises ``BuildFailed`` when the export fails or computes something else than PyTorch.
     """
@@ -74,7 +78,7 @@ def export_onnx(
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
             dynamo=True,
-            opset_version=OPSET[precision],
+            opset_version=OPSET[precision] if opset is None else opset,
             verbose=False,
         )
         weights = sum(p.numel() * p.element_size() for p in (*program.parameters(), *program.buffers()))

@@ -28,6 +28,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision
     folder: str
     program: str
+    opset: int
 
 
 def export_here(request: ExportRequest, channel: Channel) -> ExportCheck | None:
@@ -37,7 +38,9 @@ def export_here(request: ExportRequest, channel: Channel) -> ExportCheck | None:
     inspection: Inspection = pickle.loads(request.inspection)  # noqa: S301 - our parent's own object, not a file
     family, folder, precision = open_family(request.family), Path(request.folder), request.precision
     if not request.program:
-        return export_onnx(family, inspection, precision=precision, folder=folder, progress=channel.progress)
+        return export_onnx(
+            family, inspection, precision=precision, folder=folder, progress=channel.progress, opset=request.opset
+        )
     output = folder / request.program
     export_program(family, inspection, precision=precision, output=output, progress=channel.progress)
     return None
@@ -52,6 +55,7 @@ def export_in_child(
     progress: Progress,
     limits: Limits,
     what: str,
+    opset: int,
     program: str = "",
 ) -> ExportCheck | None:
     """``export_onnx``, or ``export_program`` into the file ``program`` of ``folder``, in a child. ``what`` is exported.
@@ -66,6 +70,7 @@ def export_in_child(
         precision=precision,
         folder=str(folder.absolute()),
         program=program,
+        opset=opset,
     )
     job = Job(
         what=f"the process exporting {what}",

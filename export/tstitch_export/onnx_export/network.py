@@ -52,6 +52,7 @@ def exported_network(
                 plan.family,
                 plan.inspection,
                 precision=plan.precision,
+                opset=plan.opset,
                 folder=folder,
                 progress=lambda phase, share: report(f"export, {phase}", share),
                 limits=limits,
@@ -99,6 +100,7 @@ def exported_program(plan: NetworkPlan, *, cache: Cache, report: Progress, limit
             plan.family,
             plan.inspection,
             precision=plan.precision,
+            opset=plan.opset,
             folder=folder,
             progress=lambda phase, share: report(f"export, {phase}", share),
             limits=limits,
@@ -146,8 +148,6 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _key(plan: NetworkPlan, kind: str) -> str:
-    from tstitch_export.onnx_export.exporter import OPSET
-
     return digest(
         {
             "schema": _EXPORT_SCHEMA,
@@ -157,7 +157,7 @@ def _key(plan: NetworkPlan, kind: str) -> str:
             "config": dict(plan.inspection.config),
             "sources": [source.sha256 for source in plan.sources],
             "precision": plan.precision,
-            "opset": OPSET[plan.precision],
+            "opset": plan.opset,
             "versions": versions_of(plan.inspection.libraries),
         }
     )

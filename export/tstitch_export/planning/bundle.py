@@ -18,6 +18,7 @@ from tstitch_export.families.base import Scalar
 from tstitch_export.families.options import split_options
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import NetworkPlan, part_names, plan_member, plan_parts, precision_of
+from tstitch_export.planning.opset import Opsets
 from tstitch_export.planning.recipe import Recipe, check_member_name, load_recipe
 from tstitch_export.planning.sizes import SizeRanges, in_latents
 
@@ -69,10 +70,12 @@ def plan_bundle(
     precision: Precision | Mapping[str, Precision],
     options: Mapping[str, Scalar],
     check: Callable[[dict[str, Scalar]], dict[str, Scalar]] = dict,
+    opset_limit: Callable[[Mapping[str, Scalar]], tuple[int, str]] | None = None,
 ) -> BundlePlan:
     """The arguments are those of ``build``. Reads shapes and configs, no weights; needs no torch. Raises ``BadInput``.
 
-    ``check`` types the options that are no network's own, before any checkpoint is read.
+    ``check`` types the options that are no network's own, before any checkpoint is read; ``opset`` is not among them.
+    ``opset_limit``: the newest ONNX opset that may be exported with them, and why.
     """
     spec, base = load_recipe(recipe)
     for name in members:
@@ -80,7 +83,12 @@ def plan_bundle(
     names = [*spec.members, *(name for name in members if name not in spec.members)]
     known = [*names, *part_names(spec, names)]
     common, own = split_options(options, known)
+    asked = Opsets.asked_of(common)
     settings = check(common)
+    opsets = Opsets(asked=asked)
+    if opset_limit is not None:
+        newest, why = opset_limit(settings)
+        opsets = Opsets(asked=asked, newest=newest, why=why)
     if "controlnet" in parts:
         for name in names:
             described = spec.members.get(name) or spec.other_members
@@ -95,6 +103,9 @@ def plan_bundle(
         spec = _of_checkpoints(spec, plans)
         labels = _null_classes([plan for plan in plans if not _NULL_OPTIONS & own[plan.name].keys()])
     beside, left_out = plan_parts(spec, plans, parts, own, precision)
+    lowered = [plan.who for plan in (*plans, *beside.values()) if opsets.of(plan.precision) < plan.opset]
+    plans = tuple(plan.exported_at(opsets.of(plan.precision)) for plan in plans)
+    beside = {name: plan.exported_at(opsets.of(plan.precision)) for name, plan in beside.items()}
     conventions = reconcile(spec, plans, beside)
     return BundlePlan(
         recipe=spec,
@@ -102,7 +113,14 @@ def plan_bundle(
         members=plans,
         parts=beside,
         conventions=replace(
-            conventions, notes=(*_of_files([*plans, *beside.values()]), *labels, *left_out, *conventions.notes)
+            conventions,
+            notes=(
+                *_of_files([*plans, *beside.values()]),
+                *labels,
+                *left_out,
+                *conventions.notes,
+                *opsets.notes(lowered),
+            ),
         ),
         options=settings,
     )

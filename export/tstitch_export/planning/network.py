@@ -15,6 +15,7 @@ from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import Family, Inspection, open_family
 from tstitch_export.families.base import TORCH_NAMES, Scalar
 from tstitch_export.families.options import typed
+from tstitch_export.planning.opset import OPSET
 from tstitch_export.planning.recipe import PARTS, TEXT_ENCODERS, MemberRecipe, PartRecipe, Recipe
 from tstitch_export.planning.shipped import ShippedMember, read_shipped
 from tstitch_export.planning.sizes import SizeRanges
@@ -38,6 +39,7 @@ class NetworkPlan:
     precision: Precision
     sources: tuple[Source, ...]
     given: Path  # the checkpoint as it was given: for a pipeline its folder
+    opset: int
     shipped: ShippedMember | None = None
     folder: Path | None = None  # where a shipped member's files are
 
@@ -55,6 +57,10 @@ class NetworkPlan:
     def dynamic(self) -> bool:
         """Whether the latent's height and width may vary."""
         return "H" in self.family.dims(self.inspection)
+
+    def exported_at(self, opset: int) -> NetworkPlan:
+        """It with this opset. What is shipped has the usual one."""
+        return self if opset == self.opset else replace(self, opset=opset, shipped=None, folder=None)
 
     def profile(self, sizes: SizeRanges) -> ShapeProfile:
         """The ranges its engine is built for. Raises ``BadInput`` for a size that the model can't take."""
@@ -188,6 +194,7 @@ def _plan(
         precision=precision,
         sources=tuple(sources),
         given=path,
+        opset=OPSET[precision],
     )
 
 

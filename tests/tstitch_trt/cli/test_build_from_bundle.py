@@ -106,6 +106,7 @@ def test_a_recorded_list_of_gpus_gets_the_one_that_is_there(monkeypatch: pytest.
     ("line", "parts"),
     [
         ("build PAIR --precision fp16", ("--precision fp16", "is a bundle", "build from the recipe")),
+        ("build PAIR --option opset=22", ("--option opset=22", "is a bundle", "build from the recipe")),
         ("build PAIR --member small=a", ("--member small=a", "is a bundle")),
         ("build PAIR --option tiling=fast", ("'tiling'", "onnxruntime")),
         ("build PAIR --option small.num_heads=2", ("'small.num_heads'",)),

@@ -120,6 +120,16 @@ class TensorRtBackend(Backend):
             reasons["graph"] = "its engine streams weights, which allocates while it runs and can't be recorded"
         return reasons
 
+    def opset_limit(self, options: Mapping[str, Option]) -> tuple[int, str]:
+        if options.get("attention") == "apart":
+            return 22, "with attention=apart attention has to be products and softmax, as up to opset 22"
+        if not has(self._library, "IAttention"):
+            return (
+                22,
+                f"{self.flavour.title} {self.version()} imports no Attention, the node of opset 23",
+            )
+        return super().opset_limit(options)
+
     def doubt(self, identity: EngineIdentity) -> str:
         if identity.precision == "fp32" or identity.options.get("attention") == "apart":
             return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,27 @@ def test_the_tiny_dit_in_every_precision(
     with session(RTX, library) as opened:
         kept = parse(opened, output / member.onnx[0].path, "dit", (member.inputs, member.outputs))
         assert settle_attention(opened, kept[1], BuildOptions()).fused == fused
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_at_opset_22_is_fused_as_well(tiny_pair: TinyPair, tmp_path: Path, precision: Precision) -> None:
+    output, kernels = tmp_path / "tiny.bundle", {}
+    for options in ({"opset": 22}, {"opset": 23}, {"attention": "apart"}):
+        manifest = build(
+            tiny_pair.recipe("small"),
+            members={"small": tiny_pair.checkpoint("small")},
+            output=output,
+            backend="tensorrt-rtx",
+            precision=precision,
+            profile=Range(1, 2, 4),
+            options={"compute-capabilities": "8.9", **options},
+        )
+        (record,) = manifest.members["small"].engines
+        plan = (output / record.files[0].path).read_bytes()
+        kernels[record.notes["attention"]] = len(set(re.findall(rb"_gemm_mha_v2_0x\w+", plan)))
+    widened = ", 1 of them with sums in float32" if precision == "fp16" else ""
+    assert kernels == {"1 left to the builder": 1, f"1 fused{widened}": 1, "1 kept apart": 0}
+    assert any("with attention=apart attention has to be products" in note for note in manifest.notes)
 
 
 @pytest.mark.parametrize(("dtype", "head", "fused"), [("float16", 64, 1), ("float16", 8, 0), ("float32", 64, 0)])

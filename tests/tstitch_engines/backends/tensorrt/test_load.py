@@ -68,6 +68,15 @@ def identity(version: str, arch: str = "rtx-default", **options: Any) -> EngineI
     )
 
 
+def test_a_library_without_attention_gets_an_older_opset(rtx: TensorRtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rtx.opset_limit({}) == (23, "")
+    assert rtx.opset_limit({"attention": "apart"})[0] == 22
+    monkeypatch.delattr(open_library(RTX), "IAttention")
+    assert rtx.opset_limit({}) == (22, f"TensorRT-RTX {rtx.version()} imports no Attention, the node of opset 23")
+    with pytest.raises(BadInput, match="has no attention=fused"):
+        rtx.build_arch("cpu", {"attention": "fused"})
+
+
 def test_what_is_said_of_an_engine_that_computes_wrongly(rtx: TensorRtBackend) -> None:
     stored = msgspec.structs.replace(identity(rtx.version()), precision="fp16")
     assert "--option attention=apart" in rtx.doubt(stored)
