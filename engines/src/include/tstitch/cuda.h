@@ -58,8 +58,7 @@ static inline unsigned tstitch_cuda_row_blocks(uint64_t row_bytes) {
 /* See tstitch_prepare. */
 typedef struct tstitch_cuda_prepare {
     tstitch_cuda_pointer latents, rows, step, active; /* float, float, int32, int32 */
-    tstitch_cuda_pointer
-        current; /* [batch] times TSTITCH_CUDA_CURRENT_BYTES, written: what the next two kernels read */
+    tstitch_cuda_pointer current; /* [batch] of TSTITCH_CUDA_CURRENT_BYTES, written: for the two kernels below */
     tstitch_cuda_pointer sample, timestep; /* written */
     int32_t row_count, elements, stride, guided;
 } tstitch_cuda_prepare;
