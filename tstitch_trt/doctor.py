@@ -131,6 +131,8 @@ def _backends() -> Iterator[Finding]:
 
                 backend = open_backend(name)
                 arch = backend.arch(device)
+                if device != "cpu":
+                    backend.build_arch(device, {})  # TensorRT-RTX does not support every GPU
                 open_device(device)
                 return f"{backend.version()} for {arch}"
 

@@ -204,8 +204,7 @@ def _print_network(bundle: Bundle, name: str, network: Network) -> None:
         identity = record.identity
         profile = ", ".join(f"{dim} {sizes}" for dim, sizes in identity.profile.dims.items())
         options = f", {_named(identity.options)}" if identity.options else ""
-        gpu = f" ({identity.gpu})" if isinstance(identity.gpu, str) else ""
-        built = f"{identity.backend} {identity.backend_version} for {identity.arch}{gpu}, {identity.precision}"
+        built = f"{identity.backend} {identity.backend_version} for {identity.target}, {identity.precision}"
         if isinstance(record.driver, str):
             built += f", compiled with the driver {record.driver}"
         entries.append(("engine", f"{built}, profile {profile}{options}, identity {digest(identity)[:16]}"))

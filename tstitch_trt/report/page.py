@@ -164,7 +164,7 @@ def _members(manifest: Manifest) -> list[list[str]]:
     for (name, member), sha in zip(manifest.members.items(), weights_of(manifest).values(), strict=True):
         predicts = member.parametrisation + (", learned variance" if member.learned_variance else "")
         engines = "; ".join(
-            f"{e.identity.backend} {e.identity.backend_version}, {e.identity.precision}, {e.identity.arch}"
+            f"{e.identity.backend} {e.identity.backend_version}, {e.identity.precision}, {e.identity.target}"
             for e in member.engines
         )
         digest = Markup('<code title="{}">{}</code>').format(sha, sha[:12])

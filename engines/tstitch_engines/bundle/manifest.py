@@ -210,6 +210,11 @@ class EngineIdentity(_Record, frozen=True, kw_only=True):
     gpu: Name | msgspec.UnsetType = msgspec.UNSET
     options: Options = {}
 
+    @property
+    def target(self) -> str:
+        """What it runs on, e.g. ``sm_90 (NVIDIA H200)``."""
+        return self.arch if self.gpu is msgspec.UNSET else f"{self.arch} ({self.gpu})"
+
 
 class EngineRecord(_Record, frozen=True, kw_only=True):
     """An engine: ``files[0]`` is what the backend loads, the others lie beside it (weights over 2 GB).

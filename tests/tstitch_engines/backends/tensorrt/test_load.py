@@ -31,6 +31,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadBundle, BadEngine, BadInput, Unavailable, UnknownName
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
+from tstitch_trt.doctor import examine
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 
@@ -197,6 +198,9 @@ def test_a_gpu_that_tensorrt_rtx_does_not_support(rtx: TensorRtBackend, monkeypa
     assert rtx.build_arch("cuda", default) == rtx.build_arch("cpu", default) == rtx.build_arch("cpu", {})
     with pytest.raises(UnknownName):
         rtx.build_arch("cpu", {"compute-capabilities": "9.0"})
+    (found,) = [one for one in examine().checks if one.name == "tensorrt-rtx on cuda"]
+    assert not found.ok
+    assert "does not support cuda (NVIDIA H200" in found.detail
 
 
 def test_a_plan_of_another_version(rtx: TensorRtBackend, tmp_path: Path, wheels: Path) -> None:
