@@ -13,12 +13,9 @@ same command takes it up again. See ``benchmarks/README.md``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fnmatch
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,12 +34,11 @@ except ImportError:  # not installed: run from the checkout
 from gpubench.cases import CONTENDERS, dit_cases, part_names  # noqa: E402
 from gpubench.record import FINISHED, Context, Part, read_part  # noqa: E402
 from gpubench.report import report  # noqa: E402
-from gpubench.script import parser_of, run_script, share_inductor_cache, write_record  # noqa: E402
+from gpubench.script import parser_of, run_script, share_inductor_cache  # noqa: E402
+from gpubench.supervise import default_device, run_part  # noqa: E402
 
 from tstitch_engines.errors import BadInput, unknown_name  # noqa: E402
 from tstitch_trt.progress import log  # noqa: E402
-
-_GRACE_SECONDS = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,7 +132,7 @@ def _state(out: Path, name: str) -> str:
 def _run(args: argparse.Namespace, names: list[str], given: list[str]) -> int:
     share_inductor_cache(args.scratch)
     started, failed = time.monotonic(), False
-    device = args.device or _default_device()
+    device = args.device or default_device()
     for name in names:
         path = args.out / f"{name}.json"
         before = read_part(path)
@@ -152,12 +148,7 @@ def _run(args: argparse.Namespace, names: list[str], given: list[str]) -> int:
                 log(f"{name}: put off, the {args.total_minutes:g} minutes are over")
                 continue
         log(f"{name} ...")
-        command = [sys.executable, str(Path(__file__).resolve()), *given, "--device", device, "--child", name]
-        problem = _supervise(command, seconds)
-        part = read_part(path)
-        if part is not None and problem is not None:
-            part |= {"status": "partial", "reason": problem}
-            write_record(path, part)
+        part, problem = run_part(given, args.out, name, device, seconds)
         log(f"{name}: {_state(args.out, name)}" + (f" ({problem})" if problem else ""))
         entries = [] if part is None else part["entries"].values()
         failed |= part is None or part["status"] == "failed" or any(e["status"] == "failed" for e in entries)
@@ -168,24 +159,6 @@ def _same(part: dict[str, Any], args: argparse.Namespace, device: str) -> bool:
     """Whether it was measured in this way, on this kind of device, with every contender that is wanted now."""
     lacking = set(part.get("left_out", ())) & set(args.contenders or CONTENDERS)
     return (part.get("smoke"), part.get("device")) == (args.smoke, device) and not lacking
-
-
-def _supervise(command: list[str], seconds: float) -> str | None:
-    """Runs one part; what was wrong with its end, if anything. It has its own process group, which ends as a whole."""
-    env = {**os.environ, "GPUBENCH_DEADLINE": str(time.time() + seconds)}
-    process = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        code = process.wait(seconds + _GRACE_SECONDS)
-        return None if code in (0, 1) else f"its process ended with {code}"
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds / 60:.1f} minutes; the same command goes on"
-    finally:
-        if process.poll() is None:
-            for kind, wait in ((signal.SIGINT, 10.0), (signal.SIGKILL, None)):
-                os.killpg(process.pid, kind)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(wait)
-                    break
 
 
 # --- the child: one part
@@ -222,7 +195,7 @@ def _child(args: argparse.Namespace, given: list[str]) -> int:
 
 def _work(context: Context, name: str) -> tuple[Callable[[Context, Part], None], dict[str, object]]:
     """What the part does, and the settings under which what it measured before still counts."""
-    from gpubench import ceilings, commands, dit, kernels, rtx, segments, soak
+    from gpubench import ceilings, commands, dit, first_parts, kernels, rtx, segments, soak
 
     for case in dit_cases(smoke=context.smoke):
         if case.name == name:
@@ -236,17 +209,9 @@ def _work(context: Context, name: str) -> tuple[Callable[[Context, Part], None],
         "soak": soak.soak_part,
         "kernels": kernels.kernel_part,
         "train": commands.train_part,
+        **first_parts.PARTS,
     }
     return works[name], {}
-
-
-def _default_device() -> str:
-    """``cuda:0`` where PyTorch sees a GPU: the baselines need it as much as we do."""
-    try:
-        import torch
-    except ImportError:
-        return "cpu"
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

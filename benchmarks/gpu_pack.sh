@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Collects what benchmarks/gpu.py needs on a GPU machine without a network, as wheels; see benchmarks/README.md.
-#   benchmarks/gpu_pack.sh OUT [--python 3.12] [--rtx VERSION]... [--only PACKAGE,...] [--no-diffusers] [--no-own] [--split MIB]
+#   benchmarks/gpu_pack.sh OUT [--python 3.12] [--rtx VERSION]... [--lean | --only PACKAGE,...] [--no-diffusers] [--no-own]
+#                          [--split MIB]
 # Leaves OUT/wheels/*.whl and OUT/rtx-VERSION/ (unpacked); with --split OUT/part.NN and OUT/SHA256 instead:
 #   (cd OUT && sha256sum -c SHA256) && cat OUT/part.* | tar -xJ
+# --lean: for a machine that has PyTorch, ONNX, ONNX Runtime, transformers, rich and pytest already.
 set -euo pipefail
 
-usage() { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 refuse() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -13,17 +15,18 @@ out='' pyver=3.12 split='' own=1 only='' rtx=()
 packages=(msgspec click jinja2 markupsafe rich markdown-it-py mdurl pygments pillow cuda-core cuda-bindings
   cuda-pathfinder onnx onnxscript onnx-ir ml-dtypes protobuf safetensors typing-extensions onnxruntime-gpu flatbuffers
   pytest iniconfig pluggy packaging hypothesis sortedcontainers scipy)
-diffusers=1
+diffusers=1 lean=''
 while (($#)); do
   case $1 in
     --python) pyver=${2:?--python VERSION}; shift 2 ;;
     --rtx) rtx+=("${2:?--rtx VERSION}"); shift 2 ;;
     --only) only=${2:?--only PACKAGE,...}; shift 2 ;;
+    --lean) lean=1; shift ;;
     --no-diffusers) diffusers=''; shift ;;
     --no-own) own=''; shift ;;
     --split) split=${2:?--split MIB}; shift 2 ;;
     -h | --help) usage ;;
-    -*) refuse "unknown option $1" "known: --python --rtx --only --no-diffusers --no-own --split" ;;
+    -*) refuse "unknown option $1" "known: --python --rtx --lean --only --no-diffusers --no-own --split" ;;
     *) [ -z "$out" ] || refuse "two output folders, $out and $1" "give one"; out=$1; shift ;;
   esac
 done
@@ -36,7 +39,13 @@ if [ -n "$own" ]; then # a compiled wheel is for one Python: it must be this ver
   "$builder" -c '' 2>/dev/null || refuse "python$pyver is not here to build our own wheel with" \
     "install it, or --no-own and run there: python -m pip wheel --no-deps --no-build-isolation -w wheels CHECKOUT"
 fi
+[ -z "$lean" ] || [ -z "$only" ] || refuse "--lean and --only both say what to pack" "give one of them"
 if [ -n "$only" ]; then IFS=, read -ra packages <<<"$only"; diffusers=''; fi
+if [ -n "$lean" ]; then
+  packages=(msgspec markupsafe cuda-core cuda-bindings cuda-pathfinder ${diffusers:+diffusers})
+  [ -n "$own" ] || packages+=(scikit-build-core nanobind pathspec) # it is built there
+  diffusers='' # without what it needs
+fi
 
 platforms=()
 for n in 39 35 34 31 28 27 24 17; do platforms+=(--platform "manylinux_2_${n}_x86_64"); done

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from gpubench.cases import CONTENDERS
 from gpubench.record import Context, Entry, NotRun, Part
 from tstitch_engines.errors import FailedWork
 
-__all__ = ["sanitizer_part", "tests_part", "train_part"]
+__all__ = ["KERNEL_TESTS", "ROOT", "groups", "pytest_work", "sanitizer_part", "tests_part", "train_part"]
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = "tests/tstitch_engines/device/test_cuda.py"
@@ -28,19 +29,29 @@ _BACKENDS = tuple(name.removeprefix("ours:") for name in CONTENDERS if name.star
 
 def tests_part(context: Context, part: Part) -> None:
     """Every test marked ``gpu``, a file and backend at a time. Without a GPU they are collected and skip themselves."""
-    for name, tests in _groups([KERNEL_TESTS] if context.smoke else []).items():
-
-        def work(entry: Entry, tests: list[str] = tests) -> Entry:
-            return _pytest(context, entry, [], tests)
-
-        part.attempt(name, work, reserve=0 if context.smoke else 150)
+    paths = [KERNEL_TESTS] if context.smoke else [str(p) for p in _marked()]
+    for name, tests in groups(paths).items():
+        part.attempt(name, pytest_work(context, tests), reserve=0 if context.smoke else 150)
     if not context.cuda:
         raise NotRun("no CUDA device (the tests skipped themselves)")
 
 
-def _groups(paths: list[str]) -> dict[str, list[str]]:
-    """The tests by their file and the backend that their parameters begin with. Raises ``FailedWork``."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--collect-only", "-q", *paths]
+def _marked() -> list[Path]:
+    """The files with such tests; others may need packages that are not there to be collected."""
+    return [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+
+
+def pytest_work(context: Context, tests: list[str]) -> Callable[[Entry], Entry]:
+    return lambda entry: _pytest(context, entry, [], tests)
+
+
+def groups(paths: list[str], only: str = "") -> dict[str, list[str]]:
+    """The tests by their file and the backend that their parameters begin with. Raises ``FailedWork``.
+
+    ``only``: as pytest's ``-k``.
+    """
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
+    command += ["--collect-only", "-q", "-k", only, *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
@@ -73,7 +84,9 @@ def _pytest(context: Context, entry: Entry, before: list[str], paths: list[str])
     """Runs pytest on the tests marked gpu; raises ``FailedWork`` when one failed or the program before it objects."""
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
-        command = [*before, sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={xml}"]
+        # -W default: the packages there may be newer than those that the tests know, and warn.
+        command = [*before, sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
+        command.append(f"--junitxml={xml}")
         done = _run(context, [*command, *paths], entry)
         entry["output"] = done.stdout[-6000:]
         entry["summary"] = re.sub(r"^=+ | =+$", "", next(iter(reversed(done.stdout.strip().splitlines())), ""))

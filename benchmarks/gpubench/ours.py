@@ -91,7 +91,7 @@ class OurTrajectory(RuntimeTrajectory):
             engine.enqueue()
         self.device.synchronize()
         launch: Callable[[], None] = engine.enqueue
-        if self.device.graphs and not engine.obstacle:
+        if self.runtime.graphs().mode != "off" and not engine.obstacle:
             try:
                 launch = self.device.capture(engine.enqueue, uploads=engine.keeps_uploads).launch
             except NotCaptured:
