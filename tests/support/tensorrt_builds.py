@@ -40,7 +40,7 @@ def compile_member(
     progress: Callable[[str, float], None] | None = None,
     note: Callable[[str, str], object] = lambda topic, text: None,
 ) -> Path:
-    (made,) = backend.compile(
+    made, *_ = backend.compile(
         member=member,
         model=model,
         profile=ShapeProfile({"B": batch or Range(1, 2, 4)}),

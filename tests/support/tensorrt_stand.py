@@ -74,6 +74,7 @@ class Stand:
         self.kernels = b"compiled"
         self.given: list[bytes] = []
         self.settings: Any = None
+        self.information = '{"Layers": []}'  # the inspector's JSON
         self.invalid: str | None = None  # what is said of every plan's header
         member, _ = shipped_small()
         specs = {spec.name: spec for spec in (*member.inputs, *member.outputs)}
@@ -159,6 +160,9 @@ class Stand:
             def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
                 return [specs[name].resolve({"B": size}) for size in (batch.min, batch.opt, batch.max)]
 
+            def create_engine_inspector(self) -> SimpleNamespace:
+                return SimpleNamespace(get_engine_information=lambda form: {"json": stand.information}[form])
+
             def create_runtime_config(self) -> IRuntimeConfig:
                 stand.settings = IRuntimeConfig()
                 return stand.settings
@@ -197,6 +201,7 @@ class Stand:
             DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
             CudaGraphStrategy=SimpleNamespace(DISABLED="disabled"),
             ComputeCapability=Enum("ComputeCapability", {"NONE": 0, "SM86": 86, "SM89": 89, "SM120": 120}),
+            LayerInformationFormat=SimpleNamespace(JSON="json"),
             EngineInvalidityDiagnostics=SimpleNamespace(**{name: 1 << bit for bit, name in enumerate(flags)}),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_VERBOSITY = "profiling-verbosity"  # the option of the backends
+
 EXAMPLES = """
 tstitch-trt build --list
 tstitch-trt build --template
@@ -27,6 +29,7 @@ tstitch-trt build fashion --batch 1:8:32 --json
 tstitch-trt build fashion.bundle --backend tensorrt-rtx
 tstitch-trt build fashion --backend tensorrt-rtx --option compute-capabilities=8.9,12.0
 tstitch-trt build dit --member small=S.pt --member large=XL.pt --precision fp16 --option opset=22
+tstitch-trt build fashion.bundle --backend tensorrt-rtx --profiling-verbosity detailed
 tstitch-trt build dit-256 --member small=DiT-S.pt --member large=DiT-XL.pt -o dit-256.bundle
 tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision large=bf16 --device cuda
 tstitch-trt build dit --member small=S.pt --member large=XL.pt --option small.num_heads=4
@@ -84,6 +87,9 @@ class Options(LimitOptions):
         "NAME=VALUE",
         "--option",
     )
+    profiling_verbosity: Literal["none", "names", "detailed"] | None = option(
+        "What engines of TensorRT tell of their layers; inspect --layers shows those of detailed ones. [names]"
+    )
     require_signature: Path | None = signature_option()
     fresh: bool = option("Make everything again, also what did not change.")
     output: Path | None = option("The bundle's directory. [RECIPE.bundle, or BUNDLE]", "DIR", "-o", "--output")
@@ -130,6 +136,13 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
     checkpoints = parse_pairs(given.members, option="--member", value="CHECKPOINT")
     folders = parse_pairs(given.parts, option="--part", value="FOLDER")
     options = parse_pairs(given.options, option="--option", value="VALUE")
+    changes: dict[str, str] = {_VERBOSITY: given.profiling_verbosity} if given.profiling_verbosity else {}
+    if changes and options.get(_VERBOSITY, given.profiling_verbosity) != given.profiling_verbosity:
+        raise BadInput(
+            f"--profiling-verbosity {given.profiling_verbosity} and --option {_VERBOSITY}={options[_VERBOSITY]} "
+            "contradict each other",
+            hint="give one of them",
+        )
     ranges = given.ranges()
     precision = _precision(given.precisions)
     from_bundle = source not in recipe_names() and Path(source).is_dir()
@@ -151,7 +164,7 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
         )
     with progress_bar(f"building {source}", logs=("tstitch_engines", "tstitch_export")) as bar:
         if from_bundle:
-            manifest = _recompile(Path(source), given, ranges, options, bar)
+            manifest = _recompile(Path(source), given, ranges, options, changes, bar)
         else:
             from tstitch_export.build import build
 
@@ -165,7 +178,7 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
                 profile=ranges.pop("batch") or Range(1, 8, 16),
                 **ranges,
                 device=given.device,
-                options=options | {f"{name}.lora": text for name, text in lora_texts(given.loras).items()},
+                options=options | changes | {f"{name}.lora": text for name, text in lora_texts(given.loras).items()},
                 fresh=given.fresh,
                 progress=bar,
                 time_limit=given.time_limit,
@@ -184,7 +197,12 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
 
 
 def _recompile(
-    source: Path, given: Options, ranges: dict[str, Range | None], texts: dict[str, str], progress: Progress
+    source: Path,
+    given: Options,
+    ranges: dict[str, Range | None],
+    texts: dict[str, str],
+    changes: dict[str, str],
+    progress: Progress,
 ) -> Manifest:
     from tstitch_engines.backends import open_backend
     from tstitch_engines.bundle.bundle import open_bundle
@@ -193,7 +211,8 @@ def _recompile(
     from tstitch_export.planning.sizes import in_latents
 
     backend = given.backend
-    options = typed(texts, open_backend(backend).options, what=f"backend {backend!r}") if texts else None
+    known, what = open_backend(backend).options, f"backend {backend!r}"
+    options = typed(texts, known, what=what) if texts else None
     bundle = open_bundle(source, engines=False, require_signature=given.require_signature)
     profile = {"B": ranges["batch"], "T": ranges["tokens"]}
     for dim, side in (("H", "height"), ("W", "width")):
@@ -204,6 +223,7 @@ def _recompile(
         device=given.device,
         profile={dim: found for dim, found in profile.items() if found is not None},
         options=options,
+        changes=typed(changes, known, what=what),
         output=given.output,
         fresh=given.fresh,
         progress=progress,

@@ -47,6 +47,7 @@ def recompile(
     names: Iterable[str] | None = None,
     profile: Mapping[str, Range] | None = None,
     options: Mapping[str, Option] | None = None,
+    changes: Mapping[str, Option] | None = None,
     output: Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -55,9 +56,10 @@ def recompile(
     """``bundle`` with engines of ``backend`` for all its networks or for ``names``; all else is kept.
 
     ``options`` and ``profile`` default to those of the engine it has of that backend, the profile else to those of
-    other engines; a range of ``B`` is for members only. An engine of the same backend and architecture is replaced.
-    What was compiled before comes from the bundle or the cache, unless ``fresh``; an interrupted call goes on there.
-    ``limits``: of the child process that compiles one network.
+    other engines; a range of ``B`` is for members only. ``changes``: single options, given on top of ``options``. An
+    engine of the same backend and architecture is replaced. What was compiled before comes from the bundle or the
+    cache, unless ``fresh``; an interrupted call goes on there. ``limits``: of the child process that compiles one
+    network.
 
     It replaces ``bundle`` in one step at the end, or is written to ``output``. Raises ``BadBundle`` when the ONNX is
     not what the manifest describes or the place is read-only, ``BadInput`` before any work, ``BuildFailed``,
@@ -85,7 +87,7 @@ def recompile(
     compilers: dict[str, Compiler] = {}
     for name in wanted:
         ranges = {dim: r for dim, r in (profile or {}).items() if dim != "B" or name in bundle.manifest.members}
-        compilers[name] = _compiler(opened, networks[name], device, ranges, options, cache, limits)
+        compilers[name] = _compiler(opened, networks[name], device, ranges, options, changes or {}, cache, limits)
     place = bundle.root.resolve() if output is None else output.resolve()
     _require_writable(place, compile_command(bundle, backend, device))
     in_place = place == bundle.root.resolve()
@@ -102,6 +104,7 @@ def _compiler(
     device: str,
     profile: Mapping[str, Range],
     options: Mapping[str, Option] | None,
+    changes: Mapping[str, Option],
     cache: Cache,
     limits: Limits,
 ) -> Compiler:
@@ -124,7 +127,12 @@ def _compiler(
         )
         options = backend.options_for(recorded, device)
     return Compiler(
-        backend=backend, device=device, profile=ShapeProfile(dims), settings=options, cache=cache, limits=limits
+        backend=backend,
+        device=device,
+        profile=ShapeProfile(dims),
+        settings={**options, **changes},
+        cache=cache,
+        limits=limits,
     )
 
 

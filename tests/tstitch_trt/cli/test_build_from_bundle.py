@@ -90,6 +90,21 @@ def test_build_adds_another_backend_beside(run: Command, copy: Path) -> None:
     assert arches == ["x86_64-avx512f" if "avx512f" in arches[0] else arches[0], "sm_89", "sm_86"]
 
 
+@needs_rtx
+def test_a_verbosity_is_given_on_top_of_the_recorded_options(run: Command, copy: Path) -> None:
+    line = ("build", copy, "--backend", "tensorrt-rtx")
+    assert run(*line, "--option", "compute-capabilities=8.9").code == 0
+    outcome = run(*line, "--profiling-verbosity", "detailed", "--option", "profiling-verbosity=names")
+    refused(outcome, "--profiling-verbosity detailed and --option profiling-verbosity=names contradict each other")
+    assert run(*line, "--profiling-verbosity", "detailed").code == 0
+    for member in open_bundle(copy).manifest.members.values():
+        engine = member.engines[1]
+        assert engine.identity.options == {"compute-capabilities": "8.9", "profiling-verbosity": "detailed"}
+        plan, layers = (Path(part.path).name for part in engine.files)
+        assert layers == f"{plan}.layers.json"
+    refused(run("build", copy, "--profiling-verbosity", "names"), "profiling-verbosity", "onnxruntime")
+
+
 def test_a_recorded_list_of_gpus_gets_the_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     rtx = open_backend("tensorrt-rtx")

@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "Context",
     "CudaEngine",
+    "Inspector",
     "Layer",
     "Library",
     "Network",
@@ -100,6 +101,7 @@ class Config(Protocol):
     hardware_compatibility_level: Any
     max_aux_streams: int
     num_compute_capabilities: int
+    profiling_verbosity: Any
     progress_monitor: Any
 
     def set_flag(self, flag: Any) -> None: ...
@@ -159,6 +161,10 @@ class Context(Protocol):
     def is_stream_capturable(self, stream: int) -> bool: ...
 
 
+class Inspector(Protocol):
+    def get_engine_information(self, format: Any) -> str: ...  # noqa: A002 - TensorRT's name
+
+
 class CudaEngine(Protocol):
     weight_streaming_budget_v2: int
 
@@ -172,6 +178,7 @@ class CudaEngine(Protocol):
     def get_tensor_dtype(self, name: str) -> Any: ...
     def get_tensor_mode(self, name: str) -> Any: ...
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]: ...
+    def create_engine_inspector(self) -> Inspector | None: ...
     def create_runtime_config(self) -> RuntimeConfig | None: ...
     def create_execution_context(self, how: Any) -> Context | None: ...
 
@@ -214,6 +221,8 @@ class Library(Protocol):
     HardwareCompatibilityLevel: enums.HardwareLevels
     TilingOptimizationLevel: enums.TilingLevels
     ComputeCapability: enums.ComputeCapabilities
+    ProfilingVerbosity: enums.Verbosities
+    LayerInformationFormat: enums.LayerFormats
     LayerType: enums.LayerTypes
     ReduceOperation: enums.Reductions
     ElementWiseOperation: enums.ElementWises

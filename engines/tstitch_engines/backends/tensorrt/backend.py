@@ -15,6 +15,7 @@ from tstitch_engines.backends.base import BUILD_SECONDS, Backend, CompileJob, En
 from tstitch_engines.backends.tensorrt.api import has
 from tstitch_engines.backends.tensorrt.estimate import estimate, recorded
 from tstitch_engines.backends.tensorrt.flavour import RTX, TENSORRT, Flavour
+from tstitch_engines.backends.tensorrt.layers import layers_file
 from tstitch_engines.backends.tensorrt.library import open_library
 from tstitch_engines.backends.tensorrt.messages import Request
 from tstitch_engines.backends.tensorrt.options import (
@@ -233,7 +234,7 @@ class TensorRtBackend(Backend):
         )
         if done.attention and (note := job.get("note")) is not None:
             note("attention", done.attention)
-        return (job["output"],)
+        return (job["output"], layers_file(job["output"])) if done.layers else (job["output"],)
 
     def load(
         self,

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tstitch_engines.backends.base import Engine
 from tstitch_engines.backends.tensorrt.api import Context, CudaEngine, Library, RuntimeConfig, has
 from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.backends.tensorrt.inspector import of_engine
 from tstitch_engines.backends.tensorrt.kernel_cache import KernelCache, cache_path
+from tstitch_engines.backends.tensorrt.layers import PlanLayers
 from tstitch_engines.backends.tensorrt.library import Messages, Session, logger_of, session
 from tstitch_engines.backends.tensorrt.network import DTYPES
 from tstitch_engines.backends.tensorrt.options import require_supported
@@ -153,6 +155,17 @@ class TensorRtEngine(Engine):
             want = self.profile.ends(spec)
             if ends != want:
                 raise self._foreign(f"takes {spec.name} of the sizes {ends}; wanted are {want}")
+
+    def layers(self) -> PlanLayers:
+        """What the loaded plan tells of its layers. Raises ``FailedWork`` where it tells nothing that can be read."""
+        with session(self._flavour, self._library) as opened:
+            try:
+                return of_engine(self._engine, self._library, str(opened))
+            except ValueError as error:
+                raise FailedWork(
+                    f"{opened} tells no layers of the engine {self._name}: {error}",
+                    hint="compile it again with --profiling-verbosity detailed",
+                ) from error
 
     def _foreign(self, what: str) -> BadEngine:
         return BadEngine(f"the engine {self._name} {what}", hint=rebuild(self._flavour))

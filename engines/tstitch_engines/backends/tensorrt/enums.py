@@ -18,6 +18,7 @@ __all__ = [
     "GraphStrategies",
     "HardwareLevels",
     "Invalidities",
+    "LayerFormats",
     "LayerTypes",
     "MemoryPools",
     "Reductions",
@@ -25,6 +26,7 @@ __all__ = [
     "SpecialisationStrategies",
     "TensorModes",
     "TilingLevels",
+    "Verbosities",
 ]
 
 
@@ -40,6 +42,16 @@ class BuilderFlags(Protocol):
     VERSION_COMPATIBLE: Any
     WEIGHT_STREAMING: Any
     REQUIRE_USER_ALLOCATION: Any
+
+
+class Verbosities(Protocol):
+    NONE: Any
+    LAYER_NAMES_ONLY: Any
+    DETAILED: Any
+
+
+class LayerFormats(Protocol):
+    JSON: Any
 
 
 class Severities(Protocol):

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from tstitch_engines.backends.tensorrt.api import Library
 from tstitch_engines.backends.tensorrt.flavour import Flavour
+from tstitch_engines.backends.tensorrt.layers import LOG_HEADING
 from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import Unavailable
 
@@ -64,11 +65,14 @@ class Messages:
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.inconsistent: str | None = None
+        self.layers = ""  # the message that lists them, of a build in detailed verbosity
         self._of_memory = False
         self._left_out = 0
         self._no_driver: list[str] = []
 
     def add(self, level: int, text: str) -> None:
+        if text.startswith(LOG_HEADING):
+            self.layers = text
         if level < logging.WARNING:
             return
         if _INCONSISTENT in text:

@@ -26,7 +26,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """``attention``: how it was settled, in words; empty where there is none in half precision."""
+    """``attention``: how it was settled, in words; empty where there is none in half precision. ``layers``: whether
+    their list was written beside the plan.
+    """
 
     bytes: int
     attention: str
+    layers: bool = False

@@ -21,6 +21,7 @@ __all__ = [
     "HARDWARE",
     "OPTIONS",
     "TILING",
+    "VERBOSITY",
     "BuildOptions",
     "capabilities",
     "list_arch",
@@ -52,6 +53,11 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
     "fp16-sums": (bool, "fp16 attention adds in float16: less exact, faster on GeForce (default: false, in float32)"),
     "tf32": (bool, "round the factors of float32 products to 11 bits, which is faster (default: false)"),
     "max-aux-streams": (int, "streams of its own that an engine may use (default: 0)"),
+    "profiling-verbosity": (
+        str,
+        "none, names or detailed: what an engine tells of its layers; of detailed ones inspect --layers shows them "
+        "(default: the library's, names)",
+    ),
     "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),
 }
 # Options that change how the compiler finds what it makes, and not what that is.
@@ -65,11 +71,13 @@ _FLOAT8: Final = 89  # Ada; 75, 80 and 86 have no float8 products
 # our words -> TensorRT's names
 HARDWARE: Final = {"none": None, "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 _ATTENTION: Final = {"any": "any", "fused": "fused", "apart": "apart"}
+VERBOSITY: Final = {"none": "NONE", "names": "LAYER_NAMES_ONLY", "detailed": "DETAILED"}
 TILING: Final = {"none": "NONE", "fast": "FAST", "moderate": "MODERATE", "full": "FULL"}
 
 
 class BuildOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``workspace`` in MiB. ``tiling`` and ``hardware`` are TensorRT's own names. ``None``: the library's default.
+    """``workspace`` in MiB. ``tiling``, ``hardware`` and ``verbosity`` are TensorRT's own names. ``None``: the
+    library's default.
 
     ``capabilities`` as TensorRT-RTX has them, 86 for 8.6; empty for its default list.
     """
@@ -81,6 +89,7 @@ class BuildOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     hardware: str | None = None
     attention: str = "any"
     fp16_sums: bool = False
+    verbosity: str | None = None
     version_compatible: bool = False
     refit: bool = False
     strip_weights: bool = False
@@ -107,6 +116,7 @@ def resolve(flavour: Flavour, library: Library, options: Mapping[str, Option], d
         timing_cache=str(Path(str(options["timing-cache"])).resolve()) if "timing-cache" in options else None,
         hardware=_word(options, "hardware-compatible", HARDWARE),
         attention=_word(options, "attention", _ATTENTION) or "any",
+        verbosity=_word(options, "profiling-verbosity", VERBOSITY),
         **{name.replace("-", "_"): bool(options.get(name, False)) for name in _SWITCHES},
         capabilities=capabilities(flavour, library, options, device),
         max_aux_streams=_number(options, "max-aux-streams", 0, 64) or 0,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, has
 from tstitch_engines.backends.tensorrt.attention import NO_KERNEL, Settled, settle_attention
 from tstitch_engines.backends.tensorrt.flavour import FLAVOURS
+from tstitch_engines.backends.tensorrt.inspector import list_layers
 from tstitch_engines.backends.tensorrt.library import Session, open_library, session
 from tstitch_engines.backends.tensorrt.messages import Done, Request
 from tstitch_engines.backends.tensorrt.network import add_profile, parse
@@ -119,7 +120,13 @@ def _compile(request: Request, channel: Channel) -> Done:
             size, attention = _build(opened, request, channel, loose=True)
         if size is None:
             raise _failed(opened, request, attention, device)
-    return Done(size, str(attention))
+        listed = request.options.verbosity == "DETAILED" and list_layers(
+            opened,
+            Path(request.output),
+            on_gpu=request.gpu is not None,
+            host_code=request.options.version_compatible,
+        )
+    return Done(size, str(attention), layers=listed)
 
 
 def _build(opened: Session, request: Request, channel: Channel, *, loose: bool = False) -> tuple[int | None, Settled]:
@@ -159,6 +166,8 @@ def _configure(opened: Session, config: Config, options: BuildOptions) -> None:
     if options.hardware is not None:
         config.hardware_compatibility_level = getattr(library.HardwareCompatibilityLevel, options.hardware)
     config.max_aux_streams = options.max_aux_streams
+    if options.verbosity is not None:
+        config.profiling_verbosity = getattr(library.ProfilingVerbosity, options.verbosity)
     if options.version_compatible:
         config.set_flag(flags.VERSION_COMPATIBLE)
     if options.weight_streaming:
