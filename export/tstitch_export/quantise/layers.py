@@ -28,6 +28,7 @@ __all__ = ["Layer", "choose", "find_layers", "is_quantised", "prepare"]
 LATENT = "sample"  # the input that every member has
 _WEIGHTED = ("MatMul", "Gemm", "Conv")
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+_SIZES = ("Shape", "Size")
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 _INLINE_LIMIT = 3 << 29  # bytes of weights above which they go into a file beside the graph; a protobuf ends at 2 GiB
 
@@ -146,6 +147,8 @@ def _reached(graph: Any, tensors: Iterable[str], *, forward: bool, stop: Iterabl
     """The nodes on paths that start at ``tensors``, up to and with those named in ``stop``."""
     neighbours: dict[str, list[Any]] = {}
     for node in graph.node:
+        if node.op_type in _SIZES:  # read of any tensor, wanted by any other: no path of values
+            continue
         for name in node.input if forward else node.output:
             neighbours.setdefault(name, []).append(node)
     ends, seen, waiting = set(stop), set[str](), list(tensors)

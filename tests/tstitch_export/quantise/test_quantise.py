@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 import tstitch_export.quantise.quantise
 from support.compare import relative_error
+from support.exports import graph_of, network_plan, onnx_of
+from support.rtx_families import CHECKPOINTS
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.manifest import Member
@@ -103,6 +105,19 @@ def test_blocks_are_quantised_and_what_surrounds_them_is_not(source: tuple[Membe
     assert {place: sorted(names) for place, names in found.items()} == {
         place: sorted(names) for place, names in expected(2).items()
     }
+
+
+def test_sizes_are_no_path_from_the_latent(tmp_path: Path) -> None:
+    """A UNet of dynamic sizes reads the latent's shape everywhere, which made most of its layers first ones."""
+    given = CHECKPOINTS["unet-sd"]["one level"](tmp_path)
+    network = onnx_of(network_plan("unet-sd", given.path, given.options), tmp_path / "export")
+    found = by_place(graph_of(network, tmp_path / "export"), "fp32", tmp_path)
+    assert found["first"] == ["unet.conv_in"]
+    assert found["last"] == ["unet.conv_out"]
+    blocks = ("down_blocks.0.attentions.0", "mid_block.attentions.0")
+    named = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+    assert {f"unet.{block}.transformer_blocks.0.{part}" for block in blocks for part in named} <= set(found["inside"])
+    assert len(found["inside"]) == len(blocks) * (len(named) + 4), "and query, key and value, and the query of the text"
 
 
 def test_a_shipped_graph_hides_its_weights_behind_casts(tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ __all__ = [
     "write_layers",
 ]
 
-Kind = Literal["gemm", "convolution", "attention", "softmax", "copy", "pointwise", "host", "unknown"]
+Kind = Literal["gemm", "convolution", "attention", "softmax", "copy", "pointwise", "setup", "unknown"]
 
 LOG_HEADING: Final = "Layers:\n"  # how the message of the build log starts that lists them
 _BYTES: Final = 32 << 20  # of a file: ten times what the list of SDXL's UNet would take
-_MANY_COPIES: Final = 2  # from one attention to the next; a DiT block needs one before it and one after it
+_MANY_COPIES: Final = 6  # from one attention to the next; DiTs need two, UNets five
 
 # The compiler's abbreviations of operators that move or retype data and compute nothing.
 _MOVES: Final = frozenset({"Cast", "Conc", "Copy", "Expa", "Move", "Pad", "Repl", "Resh", "Slic", "Spli", "Tran"})
@@ -49,7 +49,7 @@ _PRODUCTS: Final = frozenset({"Fc", "Gemm", "Matm"})
 _SOFTMAX: Final = ({"Exp", "Sum", "Div"}, {"Soft"})
 _EIGHT_BITS: Final = ("int8", "fp8")
 _COPY_TYPES: Final = ("reformat", "shuffle", "copy", "cast", "slice", "concat", "transpose")
-_HOST_TYPES: Final = ("shape", "noop", "constant", "host", "signal", "wait")
+_SETUP_TYPES: Final = ("shape", "noop", "constant", "host", "signal", "wait")
 # The words for a number type, in an order in which none is part of an earlier one.
 _DTYPES: Final = (
     ("BF(?:loat)?16", "bf16"), ("FP8|E4M3", "fp8"), ("FP4|E2M1", "fp4"), ("UInt8", "uint8"), ("Int8", "int8"),
@@ -130,8 +130,8 @@ def _kind(layer: Layer) -> Kind:
     operators = set(_operators(layer.name)) or set(_operators(layer.kernel))
     if re.search(r"mha|flash|fused_attention", words):
         return "attention"
-    if kind.startswith(_HOST_TYPES):
-        return "host"
+    if kind.startswith(_SETUP_TYPES) or _is_setup(layer):
+        return "setup"
     if "conv" in kind or kind == "correlation":
         return "convolution"
     if "gemm" in kind or "matrixmultiply" in kind or "fullyconnected" in kind or operators & _PRODUCTS:
@@ -141,6 +141,12 @@ def _kind(layer: Layer) -> Kind:
     if kind.startswith(_COPY_TYPES) or (operators and operators <= _MOVES):
         return "copy"
     return "pointwise" if kind else "unknown"
+
+
+def _is_setup(layer: Layer) -> bool:
+    """Whether it writes sizes and counters only, from nothing or from each other."""
+    written = layer.outputs
+    return bool(written) and all(one.dtype in ("int32", "int64") and len(one.shape) < 2 for one in written)
 
 
 def summarise(layers: Sequence[Layer]) -> LayerSummary:

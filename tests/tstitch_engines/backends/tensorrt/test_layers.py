@@ -124,7 +124,7 @@ def test_attention_in_half_precision_is_fused_and_read_in_one_pass(precision: Pr
     assert summary.copies is not None
     assert summary.copies <= 2
     assert summary.streams == 1
-    assert set(summary.kinds) <= {"gemm", "attention", "convolution", "copy", "pointwise", "host"}
+    assert set(summary.kinds) <= {"gemm", "attention", "convolution", "copy", "pointwise", "setup"}
     assert any("linear" in node for layer in layers if layer.kind == "gemm" for node in layer.nodes)
 
 
@@ -226,7 +226,7 @@ def inspected(eleven: bool) -> dict[str, Any]:
 def test_both_forms_of_the_inspector_are_read_alike(eleven: bool) -> None:
     layers = parse_inspector(json.dumps(inspected(eleven)))
     assert [layer.kind for layer in layers] == [
-        "copy", "convolution", "gemm", "attention", "copy", "gemm", "softmax", "host", "pointwise",
+        "copy", "convolution", "gemm", "attention", "copy", "gemm", "softmax", "setup", "pointwise",
     ]  # fmt: skip
     assert [layer.precision for layer in layers] == ["fp32", "int8", "int8", *["fp16"] * 4, "?", "fp16"]
     assert layers[1].constants[0].dtype == "int8"
