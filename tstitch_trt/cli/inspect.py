@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tstitch_trt.cli._command import tstitch_command
+from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import signature_option
 from tstitch_trt.cli._text import print_entries
 
@@ -17,17 +18,22 @@ if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
     from tstitch_engines.bundle.bundle import Bundle
     from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network
+    from tstitch_trt.verify.plan_layers import LayerList
 
 __all__ = ["command"]
 
 EXAMPLES = """
 tstitch-trt inspect fashion.bundle
 tstitch-trt inspect fashion.bundle --json
+tstitch-trt inspect fashion.bundle --layers
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    layers: bool = option(
+        "Show the compiled layers of TensorRT engines instead, of those built with --profiling-verbosity detailed."
+    )
     require_signature: Path | None = signature_option()
 
 
@@ -38,14 +44,56 @@ def command(bundle: Path, wanted: Options, as_json: bool) -> None:
     from tstitch_trt.cli._text import print_json
 
     opened = open_bundle(bundle, require_signature=wanted.require_signature)
+    layers = _layers(opened) if wanted.layers else {}
     if as_json:
-        print_json(_document(opened))
+        print_json(_document(opened, layers))
+    elif wanted.layers:
+        _print_layers(opened, layers)
     else:
         _print(opened)
 
 
-def _document(bundle: Bundle) -> dict[str, Any]:
-    """The manifest, for every engine the digest of its identity, and what the header of a TensorRT-RTX plan says."""
+def _layers(bundle: Bundle) -> dict[str, LayerList | str]:
+    """Of each engine that has layers, by its file, the list, or why there is none. Raises ``BadInput`` without any."""
+    from tstitch_trt.verify.plan_layers import detailed_command, has_layers, list_layers
+
+    records = [one for network in bundle.manifest.networks().values() for one in network.engines if has_layers(one)]
+    if not records:
+        raise BadInput(
+            f"{bundle.root} has no engine of tensorrt or tensorrt-rtx, and only those have a list of layers",
+            hint=f"build one: tstitch-trt build {bundle.root} --backend tensorrt-rtx --profiling-verbosity detailed",
+        )
+    found = {record.files[0].path: list_layers(bundle, record) for record in records}
+    if reasons := [text for text in found.values() if isinstance(text, str)]:
+        again = detailed_command(bundle, records[0])
+        if len(reasons) == len(found):
+            raise BadInput(
+                f"no engine of {bundle.root} has a list of its layers: {reasons[0]}",
+                hint=f"{again}; or on a GPU: tstitch-trt verify {bundle.root} --layers",
+            )
+    return found
+
+
+def _print_layers(bundle: Bundle, layers: Mapping[str, LayerList | str]) -> None:
+    from tstitch_trt.cli._layers import print_layers
+
+    for index, (name, record) in enumerate(
+        (name, one) for name, network in bundle.manifest.networks().items() for one in network.engines
+    ):
+        if (found := layers.get(record.files[0].path)) is None:
+            continue
+        if index:
+            click.echo()
+        identity = record.identity
+        built = f"{identity.backend} {identity.backend_version} for {identity.arch}, {identity.precision}"
+        print_layers(f"{bundle.manifest.word(name)} {name}: {built}", found)
+
+
+def _document(bundle: Bundle, layers: Mapping[str, LayerList | str]) -> dict[str, Any]:
+    """The manifest, for every engine the digest of its identity, and what the header of a TensorRT-RTX plan says.
+
+    ``layers``: by file of an engine; a text says why it has no list.
+    """
     import msgspec
 
     from tstitch_engines.bundle.identity import digest
@@ -57,6 +105,9 @@ def _document(bundle: Bundle) -> dict[str, Any]:
         for engine, record in zip(described[name]["engines"], network.engines, strict=True):
             engine["digest"] = digest(record.identity)
             engine["graphs"] = _graphs(record)
+            if (found := layers.get(record.files[0].path)) is not None:
+                engine["layers"] = None if isinstance(found, str) else msgspec.to_builtins(found)
+                engine["no_layers"] = found if isinstance(found, str) else None
             if (plan := _plan(bundle, record)) is not None:
                 engine["plan"] = {"version": plan.version, "gpus": plan.gpus()}
     files = bundle.manifest.components()

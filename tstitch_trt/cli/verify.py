@@ -21,6 +21,7 @@ EXAMPLES = """
 tstitch-trt verify fashion.bundle
 tstitch-trt verify fashion.bundle --backend tensorrt-rtx --device cuda:1 --samples 16
 tstitch-trt verify fashion.bundle --members large --layers
+tstitch-trt verify fashion.bundle --backend tensorrt --layers
 tstitch-trt verify dit.bundle --member small=DiT-S --member large=DiT-XL
 tstitch-trt verify sd.bundle --members large,vae_decoder --member large=SD15 --part vae_decoder=SD15
 tstitch-trt verify fashion.bundle --json
@@ -48,7 +49,10 @@ class Checks(LimitOptions):
     rebuild: bool = rebuild_option()
     trust: bool = trust_option()
     require_signature: Path | None = signature_option()
-    layers: bool = option("Also name the first layer that differs, where layers can be seen.")
+    layers: bool = option(
+        "Also name the first layer that differs, where layers can be seen, and list the compiled layers of TensorRT "
+        "engines with what may cost time in them."
+    )
     threads: int | None = threads_option("CPU threads of engines and references.")
 
 
@@ -108,6 +112,7 @@ def command(bundle: Path, checks: Checks, as_json: bool) -> None:
 
 
 def _print(result: Verification) -> None:
+    from tstitch_trt.cli._layers import print_layers
     from tstitch_trt.cli._text import print_entries, print_table
 
     left_out = {name: text for name, text in result.references.items() if text.startswith("left out")}
@@ -128,6 +133,8 @@ def _print(result: Verification) -> None:
                 ("against", "inputs", "batch", "sizes", "tensor", "max abs", "max rel", "rel L2", "result"),
                 [_row(c) for c in check.comparisons],
             )
+        if check.layers is not None:
+            print_layers(f"compiled layers of {check.kind} {check.member}", check.layers)
     for layer in result.layers:
         click.echo()
         kind = next(check.kind for check in result.engines if check.member == layer.member)

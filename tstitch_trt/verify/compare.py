@@ -12,6 +12,7 @@ from tstitch_engines.errors import OutOfProfile
 from tstitch_engines.host_call import Arrays, HostRunner, sizes_of
 from tstitch_engines.spec import ShapeProfile
 from tstitch_trt.verify.error import Error, measure_error
+from tstitch_trt.verify.plan_layers import LayerList
 
 if TYPE_CHECKING:
     from tstitch_trt.verify.references import References
@@ -51,7 +52,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 class EngineCheck(msgspec.Struct, frozen=True, kw_only=True):
     """``member``: its name, ``kind``: what it is. ``reason``: why it failed or was not checked. ``plan``: what a
-    TensorRT-RTX plan's header says.
+    TensorRT-RTX plan's header says. ``layers``: of a TensorRT engine, where asked for; or why there are none.
     """
 
     member: str
@@ -67,6 +68,7 @@ class EngineCheck(msgspec.Struct, frozen=True, kw_only=True):
     limit: float
     limit_reason: str
     comparisons: tuple[Comparison, ...]
+    layers: LayerList | str | None = None
 
 
 CallGroups = list[tuple[Kind, list[Arrays]]]

@@ -17,6 +17,7 @@ from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, FailedWork, Unavailable, Untrusted
 from tstitch_engines.host_call import HostRunner
 from tstitch_trt.verify.compare import LIMITS, Comparison, EngineCheck, Status, compare, draw_inputs, verdict
+from tstitch_trt.verify.plan_layers import LayerList, has_layers, list_layers
 from tstitch_trt.verify.references import References
 
 __all__ = ["check_engine"]
@@ -31,12 +32,13 @@ def check_engine(
     gpu: str,
     threads: int,
     trusted: bool,
+    layers: bool = False,
     tick: Callable[[str], None],
 ) -> EngineCheck:
     """Checks one engine of the network ``name``, and compares it with its references where it can run here.
 
     ``references``: opened by the first call. ``gpu``: where engines for GPUs run; ``cpu`` leaves them out. ``trusted``:
-    see ``compile.load``.
+    see ``compile.load``. ``layers``: also list those of a TensorRT engine, as it tells them itself where it is loaded.
     """
     identity, network = record.identity, bundle.manifest.networks()[name]
     limit, why = LIMITS[network.precision]
@@ -44,6 +46,7 @@ def check_engine(
     again = compile_command(bundle, identity.backend, place)
     path = bundle.path(record.files[0])
     plan: str | None = None
+    listed: LayerList | str | None = None
 
     def result(status: Status, reason: str | None, comparisons: tuple[Comparison, ...] = ()) -> EngineCheck:
         return EngineCheck(
@@ -60,6 +63,7 @@ def check_engine(
             limit=limit,
             limit_reason=why,
             comparisons=comparisons,
+            layers=listed,
         )
 
     try:
@@ -68,6 +72,8 @@ def check_engine(
         )
         check_identity(identity, want, what=f"the {identity.backend} engine", rebuild=again)
         plan = describe_file(identity, path, again)
+        if layers and has_layers(record):
+            listed = list_layers(bundle, record)
         runner = _load(bundle, name, record, place, threads, again, trusted=trusted)
     except Unavailable as error:
         return result("not checked", error.message)
@@ -76,6 +82,8 @@ def check_engine(
     except BadEngine as error:
         return result("failed", error.message)
     with closing(runner):
+        if layers and has_layers(record):
+            listed = list_layers(bundle, record, runner.engine)
         against = references()
         tick(f"recording a trajectory for {name}")
         drawn = draw_inputs(against, bundle.manifest, name, runner.engine.profile)

@@ -63,8 +63,8 @@ def compare_layers(
 ) -> list[LayerCheck]:
     """Compares the graphs of ONNX Runtime's engines with their ONNX, and an fp16 graph with the same in float32.
 
-    Other engines do not show their layers. ``inputs``: float32 and integers, rounded to the network's precision. Raises
-    ``Unavailable`` without onnx.
+    Other engines do not show what their layers compute. ``inputs``: float32 and integers, rounded to the network's
+    precision. Raises ``Unavailable`` without onnx.
     """
     require("onnx", "--layers")
     network = bundle.manifest.networks()[name]
@@ -79,7 +79,7 @@ def compare_layers(
         identity = record.identity
         compared = f"its {identity.backend} engine with its ONNX"
         if identity.backend != "onnxruntime":
-            note(compared, f"{identity.backend} engines do not show their layers")
+            note(compared, f"{identity.backend} engines do not show what their layers compute")
         elif network.precision == "bf16":
             note(compared, "ONNX Runtime has no bfloat16 kernels on the CPU")
         elif identity.arch.startswith("sm_"):

@@ -103,10 +103,12 @@ def verify(
     it is not installed or has no module for the network.
 
     ``layers``: also find the first layer that differs between an ONNX Runtime engine and its ONNX, and between an fp16
-    graph and the same graph in float32. ``checkpoints``: the origins of members and parts. Their PyTorch side is then
-    the family's module with the checkpoint's weights, not the graph's, which works for DiTs in the published layout
-    only. ``device``: where engines for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: first compiles engines
-    that are missing, damaged or don't fit, of every backend that runs here or of ``backend``.
+    graph and the same graph in float32, and list the compiled layers of TensorRT engines with what is suspicious in
+    them: as a loaded plan tells them, else as a build in detailed verbosity kept them. ``checkpoints``: the origins of
+    members and parts. Their PyTorch side is then the family's module with the checkpoint's weights, not the graph's,
+    which works for DiTs in the published layout only. ``device``: where engines for GPUs run; ``cpu`` leaves them
+    unchecked. ``rebuild``: first compiles engines that are missing, damaged or don't fit, of every backend that runs
+    here or of ``backend``.
 
     ``trust``: also load engines that may run code and that this machine did not compile; those of ``backend`` are
     loaded without it. ``require_signature``: as of ``tstitch_trt.load``.
@@ -208,6 +210,7 @@ def verify_here(request: VerifyRequest, channel: Channel) -> Verification:
                 gpu=request.device,
                 threads=request.threads,
                 trusted=request.trusted,
+                layers=request.layers,
                 tick=tick,
             )
             checks.append(check)

@@ -101,13 +101,14 @@ class PlanLayers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """``kinds``: layers by kind; ``products`` and ``attention`` (fused): those by precision; ``streams`` they run on.
+    """``count`` of the layers; ``kinds``: of each kind; ``products`` and ``attention`` (fused): by precision;
+    ``streams`` they run on.
 
     ``passes``: kernels over the activations beside products and attention, ``copies``: those of them that compute
     nothing, both the mean from one attention, fused or not, to the next; ``None`` for less than two of them.
     """
 
-    layers: int
+    count: int
     kinds: dict[str, int]
     products: dict[str, int]
     attention: dict[str, int]
@@ -158,7 +159,7 @@ def summarise(layers: Sequence[Layer]) -> LayerSummary:
     ends = [index for index, kind in enumerate(kinds) if kind in ("attention", "softmax")]
     between = Counter(kinds[ends[0] : ends[-1]]) if len(ends) > 1 else None
     return LayerSummary(
-        layers=len(layers),
+        count=len(layers),
         kinds=dict(Counter(kinds).most_common()),
         products=by_precision("gemm"),
         attention=by_precision("attention"),
