@@ -339,7 +339,7 @@ class TensorRtEngine(Engine):
 
     def _refit(self, weights: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]) -> None:
         fix = f"{rebuild(self._flavour)} --option refit=true, or with the LoRA fused (--lora NAME=FILE)"
-        with RECORDING, session(self._flavour, self._library) as opened:
+        with session(self._flavour, self._library) as opened:
             self._device.synchronize()
             refit(opened, self._engine, weights, others, what=f"the engine {self._name}", fix=fix)
             self._device.synchronize()
