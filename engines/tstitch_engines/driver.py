@@ -36,7 +36,7 @@ def driver_cuda() -> tuple[int, int] | None:
 
 
 def driver_version() -> str | None:
-    """The driver's own version, e.g. ``"580.65.06"``, where the kernel tells it."""
+    """The driver's own version, e.g. ``"580.65.06"``, where Linux tells it."""
     try:
         return Path("/sys/module/nvidia/version").read_text().strip() or None
     except OSError:

@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from support.fatbins import MACHINE_CODE, pack_images
+
 __all__ = ["Machine", "compile_kernels", "install", "launch_on_host"]
 
 ROOT = Path(__file__).parents[2]
@@ -399,7 +401,8 @@ class _Device:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, fatbin: Path) -> Machine:
-    """Puts the stand-in where ``import cuda`` finds it. ``fatbin`` is any file: the kernels are in ``library``.
+    """Puts the stand-in where ``import cuda`` finds it. ``fatbin`` is where one without content
+    is put: the kernels are in ``library``.
 
     The calling thread begins without a current device.
     """
@@ -437,6 +440,6 @@ def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, fatbin: Path)
     package.core, package.bindings, core.utils = core, bindings, utils
     for module in (package, core, utils, bindings):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    fatbin.write_bytes(b"")
+    fatbin.write_bytes(pack_images((MACHINE_CODE, (1, 8), 90)))
     monkeypatch.setattr(cuda_kernels, "fatbin_path", lambda: fatbin)
     return machine

@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from support.nvidia_driver import OLD, install_driver
 from test_layers import modules
 from tstitch_engines import driver
-from tstitch_engines.backends.tensorrt.flavour import FLAVOURS
+from tstitch_engines.backends import BACKENDS
+from tstitch_engines.backends.tensorrt.flavour import FLAVOURS, Flavour
 from tstitch_engines.backends.tensorrt.library import open_library
 from tstitch_engines.driver import DRIVERS, Gpu, driver_cuda, fitting_extra, list_gpus
 from tstitch_engines.errors import Unavailable
@@ -73,7 +74,7 @@ def test_no_hint_names_a_release_by_itself() -> None:
     """Else it would be wrong for half of the drivers."""
     release = re.compile(r"tstitch-trt\[[^\]{]*\b(?:gpu|rtx|tensorrt)\b|\bcu1\d\b|-cu1\d")
     named = {name for name, path in modules().items() if release.search(path.read_text())}
-    assert named == {"tstitch_engines.driver", "tstitch_engines.make_fatbin", "tstitch_trt.doctor"}
+    assert named == {"tstitch_engines.driver", "tstitch_engines.make_fatbin"}  # in prose
 
 
 @pytest.mark.parametrize("extra", ["gpu", "rtx", "tensorrt"])
@@ -89,3 +90,10 @@ def test_every_extra_is_for_one_release(extra: str) -> None:
             if found.name == "onnxruntime-gpu":  # whose wheels changed from CUDA 12 to 13 with 1.27
                 assert found.specifier.contains("1.26.0") == (release == 12)
                 assert found.specifier.contains("1.28.0") == (release == 13)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS.values(), ids=lambda flavour: flavour.name)
+def test_the_versions_of_what_extras_install_are_recorded(flavour: Flavour) -> None:
+    """With studies, whose times depend on them."""
+    names = {Requirement(text).name for suffix in ("", "-cu12") for text in EXTRAS[flavour.extra + suffix]}
+    assert set(BACKENDS[flavour.name].packages) <= names

@@ -18,6 +18,9 @@ tstitch-trt doctor --json
 def command(as_json: bool) -> int:
     """Show what this machine can build and run and, for what it can't, why and how to mend it.
 
+    Of NVIDIA's: the driver and the CUDA that it runs, the GPUs, whether the installed packages are for that CUDA and
+    the step kernels for those GPUs, and which backends run there.
+
     The exit code is 0 when the built-in pair can be built and run here, else 1.
     """
     from tstitch_trt.cli._text import print_json
@@ -40,4 +43,5 @@ def command(as_json: bool) -> int:
             click.echo(f"      {'':<24} hint: {check.hint}")
     click.echo()
     click.echo("The built-in pair can be built and run here." if found.usable else "The built-in pair can't run here.")
+    click.echo(f"On the GPU run: {', '.join(found.on_gpu)}." if found.on_gpu else "No backend runs on a GPU here.")
     return 0 if found.usable else 1

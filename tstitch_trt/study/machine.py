@@ -11,11 +11,13 @@ from pathlib import Path
 
 import msgspec
 
+from tstitch_engines.backends import BACKENDS
 from tstitch_engines.bundle.manifest import Bytes, Count, Number, Text
 
 __all__ = ["Machine", "describe_machine", "gpu_names", "package_version", "peak_memory", "version"]
 
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx", "cuda-core", "onnx")
+_ENGINES = (name for entry in BACKENDS.values() for name in entry.packages)
+PACKAGES = ("numpy", *_ENGINES, "cuda-core", "cuda-bindings", "onnx")
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):

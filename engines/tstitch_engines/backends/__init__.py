@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 from tstitch_engines.backends.base import Backend, Engine
 from tstitch_engines.bundle.manifest import EngineIdentity
+from tstitch_engines.driver import DRIVERS
 from tstitch_engines.errors import unknown_name
 
 __all__ = ["BACKENDS", "Backend", "Engine", "describe_file", "for_gpu", "open_backend"]
@@ -25,10 +26,12 @@ class _Entry(NamedTuple):
     plans: str = ""  # the module that reads what its engine files say without the library
 
 
+_TENSORRT: Final = tuple(f"tensorrt-cu{release}" for release in DRIVERS)
+_RTX: Final = tuple(f"tensorrt-rtx-cu{release}-libs" for release in DRIVERS)
 BACKENDS: Final[Mapping[str, _Entry]] = {
     "onnxruntime": _Entry("onnxruntime", "OnnxRuntimeBackend", ("onnxruntime", "onnxruntime-gpu")),
-    "tensorrt": _Entry("tensorrt", "open_tensorrt", ("tensorrt",), gpu_only=True, plans="tensorrt.plan"),
-    "tensorrt-rtx": _Entry("tensorrt", "open_tensorrt_rtx", ("tensorrt-rtx",), gpu_only=True, plans="tensorrt.plan"),
+    "tensorrt": _Entry("tensorrt", "open_tensorrt", _TENSORRT, gpu_only=True, plans="tensorrt.plan"),
+    "tensorrt-rtx": _Entry("tensorrt", "open_tensorrt_rtx", _RTX, gpu_only=True, plans="tensorrt.plan"),
     "torch": _Entry("torch_reference", "TorchBackend", ("torch",), from_onnx=False),
 }
 

@@ -252,7 +252,7 @@ class CudaDevice:
         """The step kernel called ``name``. Raises ``Unavailable`` when this build has none."""
         if name not in self._kernels:
             if self._module is None:
-                self._module = load_module()
+                self._module = load_module(self.arch)
             self._kernels[name] = attempt(
                 f"{self.name}: the step kernels can't be loaded", self._module.get_kernel, name
             )

@@ -17,8 +17,9 @@ import numpy as np
 
 from tstitch_engines.device.base import ArenaBuffers, Buffer
 from tstitch_engines.device.cuda_errors import attempt
+from tstitch_engines.device.fatbin import image_for
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
-from tstitch_engines.driver import fitting_extra
+from tstitch_engines.driver import driver_cuda, fitting_extra
 from tstitch_engines.errors import BadInput, Unavailable
 
 __all__ = [
@@ -60,9 +61,13 @@ def find_fatbin() -> Path:
     )
 
 
-def load_module() -> Any:
-    """The fat binary as a ``cuda.core.ObjectCode``; never print it: its repr asks the driver. Needs a driver."""
+def load_module(capability: tuple[int, int]) -> Any:
+    """The fat binary as a ``cuda.core.ObjectCode``; never print it: its repr asks the driver. Needs a driver.
+
+    Raises ``Unavailable`` when there is none, or none for a GPU of ``capability`` and this driver.
+    """
     path = find_fatbin()
+    image_for(path, capability, driver_cuda())
     from cuda.core import ObjectCode
 
     return ObjectCode.from_fatbin(path.read_bytes(), name="step_kernels")

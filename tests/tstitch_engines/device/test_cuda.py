@@ -146,7 +146,7 @@ def test_without_the_fat_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
     shutil.copytree(source_folder(), tmp_path / "src")
     monkeypatch.setattr(_kernels, "__file__", str(tmp_path / "_kernels.so"))
     with pytest.raises(Unavailable, match="has no CUDA step kernels") as caught:
-        cuda_kernels.load_module()
+        cuda_kernels.load_module((9, 0))
     assert "python -m tstitch_engines.make_fatbin" in caught.value.hint
 
 
