@@ -311,8 +311,9 @@ class LaneRunner:
                 raise Closed("this runtime is not served any more", hint="start the server again")
             try:
                 EXIT.enter(key)
-                self._device.activate()
-                return work()
+                with self._device.kept():
+                    self._device.activate()
+                    return work()
             finally:
                 EXIT.inside.pop(key, None)
 

@@ -24,7 +24,7 @@ from tstitch_engines.child import Limits, parse_size
 from tstitch_engines.compile.load import load_engine, require_trust
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
-from tstitch_engines.device.open import open_device
+from tstitch_engines.device.open import device_kept, open_device
 from tstitch_engines.errors import Unavailable
 from tstitch_engines.threads import check_threads, default_threads
 from tstitch_trt.runtime.chooser import ChooserFactory
@@ -129,52 +129,60 @@ def load(
         opened = require_vouched(bundle, require_signature)
     else:
         opened = open_bundle(Path(bundle), verify=verify, engines=not rebuild, require_signature=require_signature)
-    place = open_device(device, stream=stream)
-    if graph in ("step", "segment") and not place.graphs:
-        raise Unavailable(
-            f"graph = {graph}: the device {place.name} has no graphs; allowed there are auto and off",
-            hint="leave out --graph (graph=...), or use --device cuda",
-        )
-    used = threads or (default_threads() if place.name == "cpu" else 0)
-    name = backend or default_backend(opened)
-    library = open_backend(name)
-    trusted = trust or backend is not None
-    if rebuild:
-        every = opened.manifest.networks()
-        opened = rebuild_engines(
-            opened, library, place.name, names=every, trusted=trusted, verify=verify, progress=progress, limits=limits
-        )
-    networks = opened.manifest.networks()
-    options = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
-    chosen = {network: select_engine(opened, network, library, place.name) for network in networks}
-    for network, record in chosen.items():
-        require_trust(opened, network, record, library, trusted=trusted)
-        check_load_options(opened, network, record, library, place.name, options)
-    check_memory(opened.manifest, chosen, place, most)
-    stepped = {*opened.manifest.members, ComponentName.CONTROLNET}
-    decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
-    encoders = set(chosen) - stepped - {ComponentName.VAE_DECODER}
-    encoding = place.with_own_stream() if overlap and encoders else place
-    places = {ComponentName.VAE_DECODER: decoding, **dict.fromkeys(encoders, encoding)}
-    engines: dict[str, Engine] = {}
-    entered = object()
-    try:
-        EXIT.enter(entered)
+    with device_kept(device):
+        place = open_device(device, stream=stream)
+        if graph in ("step", "segment") and not place.graphs:
+            raise Unavailable(
+                f"graph = {graph}: the device {place.name} has no graphs; allowed there are auto and off",
+                hint="leave out --graph (graph=...), or use --device cuda",
+            )
+        used = threads or (default_threads() if place.name == "cpu" else 0)
+        name = backend or default_backend(opened)
+        library = open_backend(name)
+        trusted = trust or backend is not None
+        if rebuild:
+            every = opened.manifest.networks()
+            opened = rebuild_engines(
+                opened,
+                library,
+                place.name,
+                names=every,
+                trusted=trusted,
+                verify=verify,
+                progress=progress,
+                limits=limits,
+            )
+        networks = opened.manifest.networks()
+        options = {"threads": threads, "graph": graph if graph in ("step", "segment") else None}
+        chosen = {network: select_engine(opened, network, library, place.name) for network in networks}
         for network, record in chosen.items():
-            where = places.get(network, place)
-            engines[network] = load_engine(opened, network, record, library, where, threads=used, trusted=trusted)
-    except BaseException:
-        for engine in engines.values():
-            engine.close()
-        raise
-    finally:
-        EXIT.inside.pop(entered, None)
-    load_ms = 1e3 * (perf_counter() - started)
-    return Runtime(
-        *(opened, place, name, engines, load_ms),
-        graph=graph,
-        places=places,
-        threads=used,
-        chooser=chooser,
-        timeout=timeout,
-    )
+            require_trust(opened, network, record, library, trusted=trusted)
+            check_load_options(opened, network, record, library, place.name, options)
+        check_memory(opened.manifest, chosen, place, most)
+        stepped = {*opened.manifest.members, ComponentName.CONTROLNET}
+        decoding = place.with_own_stream() if overlap and ComponentName.VAE_DECODER in chosen else place
+        encoders = set(chosen) - stepped - {ComponentName.VAE_DECODER}
+        encoding = place.with_own_stream() if overlap and encoders else place
+        places = {ComponentName.VAE_DECODER: decoding, **dict.fromkeys(encoders, encoding)}
+        engines: dict[str, Engine] = {}
+        entered = object()
+        try:
+            EXIT.enter(entered)
+            for network, record in chosen.items():
+                where = places.get(network, place)
+                engines[network] = load_engine(opened, network, record, library, where, threads=used, trusted=trusted)
+        except BaseException:
+            for engine in engines.values():
+                engine.close()
+            raise
+        finally:
+            EXIT.inside.pop(entered, None)
+        load_ms = 1e3 * (perf_counter() - started)
+        return Runtime(
+            *(opened, place, name, engines, load_ms),
+            graph=graph,
+            places=places,
+            threads=used,
+            chooser=chooser,
+            timeout=timeout,
+        )

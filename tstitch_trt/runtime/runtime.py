@@ -129,7 +129,7 @@ class Runtime:
         self._loras = Loras(bundle, backend_name, self._engines, self._stepper.forget)
         self._timer = StepTimer(self._stepper, device)
         self._chooser = None if chooser is None else chooser(bundle, self.setup)
-        self._queue = WorkQueue(device.activate, timeout)
+        self._queue = WorkQueue(device, timeout)
         _OPEN.add(self)
 
     # --- what it is
@@ -210,7 +210,8 @@ class Runtime:
         _OPEN.discard(self)
 
     def _free(self) -> None:
-        do_all(self.device.activate, self._stepper.close, *(part.close for part in self._parts.values()))
+        with self.device.kept():
+            do_all(self.device.activate, self._stepper.close, *(part.close for part in self._parts.values()))
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ from time import monotonic, sleep
 from typing import Final, Literal, TypeVar
 
 from tstitch_engines.checks import plain_number, shown
+from tstitch_engines.device.base import Device
 from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork
 
 __all__ = ["EXIT", "InterpreterExit", "Turn", "WorkQueue", "check_timeout"]
@@ -85,7 +86,7 @@ class Turn:
     may begin, whatever becomes of this object. ``drop``: lets go of what the request holds.
     """
 
-    def __init__(self, activate: Callable[[], None], *, lends: bool = False) -> None:
+    def __init__(self, device: Device, *, lends: bool = False) -> None:
         self.thread: threading.Thread | None = None
         self.step = 0
         self.why_cancelled = ""
@@ -95,7 +96,7 @@ class Turn:
         self.outer: Turn | None = None
         self.drop: Callable[[], None] = lambda: None
         self.mutex = threading.RLock()
-        self._activate = activate
+        self._device = device
 
     def check(self) -> None:
         """Raises ``Cancelled`` once the request was told to end. Called before each step."""
@@ -104,7 +105,7 @@ class Turn:
             raise Cancelled(self.why_cancelled, hint=_ENDED_HINT)
 
     def run(self, work: Callable[[], T]) -> T:
-        """``work`` may use engines and buffers. Raises ``Cancelled``."""
+        """``work`` may use engines and buffers; their device is the thread's in it. Raises ``Cancelled``."""
         with self.mutex:
             outer = self.running
             try:
@@ -112,8 +113,9 @@ class Turn:
                     EXIT.enter(self)
                 self.check()
                 self.running = True
-                self._activate()
-                return work()
+                with self._device.kept():
+                    self._device.activate()
+                    return work()
             finally:
                 self.running = outer
                 if not outer:
@@ -145,10 +147,9 @@ class Turn:
 class WorkQueue:
     """Gives turns. Every call that uses engines or buffers takes one and gives it back, whatever happens."""
 
-    def __init__(self, activate: Callable[[], None], timeout: float | None = None) -> None:
-        """``activate`` makes the device usable on the calling thread. ``timeout``: seconds that calls wait, unless they
-        say otherwise; ``None`` is for ever."""
-        self._activate = activate
+    def __init__(self, device: Device, timeout: float | None = None) -> None:
+        """``timeout``: seconds that calls wait, unless they say otherwise; ``None`` is for ever."""
+        self._device = device
         self._timeout = check_timeout(timeout)
         self._lock = threading.RLock()  # never held while a turn's mutex is asked for
         self._changed = threading.Condition(self._lock)
@@ -179,7 +180,7 @@ class WorkQueue:
 
     def new(self, *, lends: bool = False) -> Turn:
         """A turn for ``begin`` and ``end``."""
-        return Turn(self._activate, lends=lends)
+        return Turn(self._device, lends=lends)
 
     def begin(self, turn: Turn, timeout: float | None = None) -> None:
         """Waits for all that asked before. Raises ``Busy`` after ``timeout`` seconds, and ``Closed``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -125,6 +126,9 @@ class Device(Protocol):
 
     def activate(self) -> None:
         """Makes it the calling thread's device: before other calls, on another thread or after another device's."""
+
+    def kept(self) -> AbstractContextManager[None]:
+        """A block in which it may be activated, after which the calling thread has the device it had, if it had one."""
 
     def with_own_stream(self) -> Device:
         """The same device for work that runs beside this object's: nothing orders the two but what the host waits for.

@@ -18,6 +18,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import numpy as np
@@ -36,7 +37,7 @@ from tstitch_engines.device.cuda_kernels import (
     load_module,
 )
 from tstitch_engines.device.cuda_memory import Blocks, CudaBuffer, CudaDownload, host_view
-from tstitch_engines.device.cuda_stream import CudaEvent, CudaMemory, CudaStream
+from tstitch_engines.device.cuda_stream import CudaEvent, CudaMemory, CudaStream, kept_device
 from tstitch_engines.device.recording import RECORDING
 from tstitch_engines.driver import DRIVERS, driver_version, fitting_cuda, fitting_extra
 from tstitch_engines.errors import BadInput, FailedWork, OutOfMemory, Unavailable
@@ -109,6 +110,9 @@ class CudaDevice:
     def activate(self) -> None:
         self._stream.activate()
 
+    def kept(self) -> AbstractContextManager[None]:
+        return kept_device()
+
     def with_own_stream(self) -> CudaDevice:
         """See ``Device``. Calls of both are counted together."""
         other = CudaDevice(self.index)
@@ -136,8 +140,10 @@ class CudaDevice:
 
     def free_memory(self) -> int:
         """Bytes of the GPU's memory that nobody holds; what pools keep for later counts as held."""
-        self.activate()
-        return int(self._runtime.cudaMemGetInfo()[1])
+        with self._stream.visited():
+            found = self._runtime.cudaMemGetInfo()
+        check(f"{self.name}: its memory can't be asked for", self._runtime, found)
+        return int(found[1])
 
     def view(self, block: Buffer, offset: int, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
         view = CudaBuffer(block, block.ptr + offset, shape, dtype)
@@ -215,10 +221,10 @@ class CudaDevice:
         It waits for this object's streams, not for the device, which would break other threads' recordings.
         """
         try:
-            self.activate()
-            self._runtime.cudaGetLastError()
-            for stream in (self._stream, self._side):
-                check(self.name, self._runtime, self._runtime.cudaStreamSynchronize(stream.handle))
+            with self._stream.visited():
+                self._runtime.cudaGetLastError()
+                for stream in (self._stream, self._side):
+                    check(self.name, self._runtime, self._runtime.cudaStreamSynchronize(stream.handle))
         except FailedWork as error:
             return error.message
         return None

@@ -17,13 +17,13 @@ from tstitch_engines.device.base import NotCaptured
 from tstitch_engines.device.cuda_errors import error_text
 from tstitch_engines.errors import FailedWork, first_line
 
-__all__ = ["REFUSED", "CudaGraph", "capture"]
+__all__ = ["BROKEN", "REFUSED", "CudaGraph", "capture"]
 
 # Kinds of nodes that must not be replayed. A call of a host function would run again with arguments that its maker has
 # freed after the first run (ONNX Runtime releases staging memory so).
 REFUSED: Final = {"cudaGraphNodeTypeHost": "a call of a host function"}
 # cudaErrorStreamCaptureUnsupported, -Invalidated and -Implicit: what ends a recording that another thread broke.
-_BROKEN: Final = (900, 901, 906)
+BROKEN: Final = (900, 901, 906)
 _TRIES: Final = 3
 _HINT = "the work runs call by call; with graph='off' nothing is recorded"
 
@@ -106,7 +106,7 @@ def _record(runtime: Any, stream: int, work: Callable[[], None]) -> Any:
     if refusal is not None and not isinstance(refusal, Exception):
         raise refusal
     reason = error_text(runtime, code) if refusal is None else f"{type(refusal).__name__}: {first_line(refusal)}"
-    kind = _Broken if int(code) in _BROKEN else NotCaptured
+    kind = _Broken if int(code) in BROKEN else NotCaptured
     raise kind(f"the work can't be recorded: {reason}", hint=_HINT) from refusal
 
 

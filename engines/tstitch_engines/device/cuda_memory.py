@@ -47,7 +47,10 @@ class Block:
 
     def __del__(self) -> None:
         """Page-locked memory is freed at once, and the pool may give device memory to another stream: so it waits."""
-        with suppress(Exception), self._streams[0].visited():  # of a lost device nothing can be waited for
+        with (
+            suppress(Exception),
+            self._streams[0].visited(finaliser=True),
+        ):  # of a lost device nothing can be waited for
             for last in self._streams if self.busy_until is None else [self.busy_until]:
                 last.core.sync()
 

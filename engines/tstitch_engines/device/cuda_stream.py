@@ -12,11 +12,11 @@ from typing import Any
 
 from tstitch_engines.device.cuda_errors import attempt, check
 
-__all__ = ["CudaEvent", "CudaMemory", "CudaStream", "StreamHandle"]
+__all__ = ["CudaEvent", "CudaMemory", "CudaStream", "StreamHandle", "kept_device"]
 
 
 class CudaEvent:
-    """A point in a stream's work. Any thread may wait for it: the device is made the current one there."""
+    """A point in a stream's work. Any thread may wait for it."""
 
     def __init__(self, stream: CudaStream, core: Any) -> None:
         self._stream = stream
@@ -27,8 +27,8 @@ class CudaEvent:
         return attempt(f"{self._stream.name}: work on the device failed", lambda: bool(self.core.is_done))
 
     def sync(self) -> None:
-        self._stream.activate()
-        attempt(f"{self._stream.name}: work on the device failed", self.core.sync)
+        with self._stream.visited():
+            attempt(f"{self._stream.name}: work on the device failed", self.core.sync)
 
     def __sub__(self, other: CudaEvent) -> float:
         """Milliseconds between two events with timing."""
@@ -62,8 +62,8 @@ class CudaStream:
 
     def sync(self) -> None:
         """Waits until all work on it is done. From any thread, as ``CudaEvent.sync``."""
-        self.activate()
-        attempt(f"{self.name}: work on the device failed", self.core.sync)
+        with self.visited():
+            attempt(f"{self.name}: work on the device failed", self.core.sync)
 
     def copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
         """``kind``: the end of the name of a ``cudaMemcpyKind``, e.g. ``HostToDevice``."""
@@ -84,7 +84,7 @@ class CudaStream:
                 self._late.append((memory, readers))
                 return
         if readers:
-            with suppress(Exception), self.visited():  # of a lost device nothing can be waited for
+            with suppress(Exception), self.visited(finaliser=True):  # of a lost device nothing can be waited for
                 for handle in readers:
                     self.core.wait(StreamHandle(handle))
         memory.close()
@@ -104,15 +104,29 @@ class CudaStream:
                 self.free(memory, readers)
 
     @contextmanager
-    def visited(self) -> Iterator[None]:
-        """The device is the current one in the block, and what was current before is so again: for finalisers."""
+    def visited(self, *, finaliser: bool = False) -> Iterator[None]:
+        """A block in which the device is the thread's current one, on whatever thread; see ``kept_device``."""
+        with kept_device(finaliser=finaliser):
+            self.activate()
+            yield
+
+
+@contextmanager
+def kept_device(*, finaliser: bool = False) -> Iterator[None]:
+    """A block after which the calling thread's current device is what it was before.
+
+    Where it had none it keeps what it got: what is freed later wants one. But not in a ``finaliser``, which may be run
+    in the middle of anything.
+    """
+    before = None
+    with suppress(ImportError, RuntimeError):  # without a driver there is none, and whoever wants one says so
         from cuda.bindings import driver
 
         before = driver.cuCtxGetCurrent()[1]
-        self.activate()
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        if before is not None and (int(before) or finaliser):
             driver.cuCtxSetCurrent(before)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ class HostDevice:
 
     def activate(self) -> None:
         return
+
+    def kept(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def with_own_stream(self) -> HostDevice:
         return self

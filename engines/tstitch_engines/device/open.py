@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from tstitch_engines.checks import shown
 from tstitch_engines.device.base import Device
 from tstitch_engines.errors import BadInput, unknown_name
 
-__all__ = ["open_device", "parse_device"]
+__all__ = ["device_kept", "open_device", "parse_device"]
 
 
 def parse_device(text: str) -> tuple[str, int]:
@@ -28,6 +29,8 @@ def open_device(text: str, *, stream: Any = None) -> Device:
 
     ``stream``: a CUDA stream to work on in place of one of our own: an object with ``__cuda_stream__`` or an integer
     handle. Its owner keeps it alive.
+
+    A CUDA device is the calling thread's current one afterwards (``device_kept``).
     """
     kind, index = parse_device(text)
     if kind == "cpu":
@@ -41,3 +44,15 @@ def open_device(text: str, *, stream: Any = None) -> Device:
     from tstitch_engines.device.cuda import CudaDevice
 
     return CudaDevice(index, stream=stream)
+
+
+def device_kept(text: str) -> AbstractContextManager[None]:
+    """A block that may open the device ``text``, after which the calling thread has the CUDA device it had, if any.
+
+    PyTorch takes the current device for ``cuda`` without a number.
+    """
+    if parse_device(text)[0] == "cpu":
+        return nullcontext()
+    from tstitch_engines.device.cuda_stream import kept_device
+
+    return kept_device()

@@ -17,12 +17,12 @@ import pytest
 
 from support.step_runs import run
 from tstitch_engines import _kernels
-from tstitch_engines.device import cuda_graph, cuda_kernels
+from tstitch_engines.device import cuda_errors, cuda_graph, cuda_kernels
 from tstitch_engines.device.base import ArenaBuffers, Device
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
 from tstitch_engines.device.step_row import HISTORY, ROW_FIELDS
-from tstitch_engines.errors import Unavailable
+from tstitch_engines.errors import FailedWork, OutOfMemory, Unavailable
 from tstitch_engines.make_fatbin import source_folder
 
 KERNELS = {
@@ -108,6 +108,7 @@ def test_the_real_libraries_have_what_is_used() -> None:
     """Names and signatures, which the stand-in of other tests can't vouch for. Needs no driver."""
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-core is not installed")
+    from cuda.bindings import driver
     from cuda.core.utils import StridedMemoryView
 
     for owner, names in {
@@ -115,11 +116,12 @@ def test_the_real_libraries_have_what_is_used() -> None:
         core.Device: "set_current compute_capability name create_stream allocate",
         core.Stream: "handle record wait sync __cuda_stream__",
         core.Event: "is_done sync __sub__",
-        core.Buffer: "handle from_handle",
+        core.Buffer: "handle from_handle close",
+        driver: "cuCtxGetCurrent cuCtxSetCurrent",
         core.ObjectCode: "from_fatbin get_kernel",
         StridedMemoryView: "from_any_interface from_buffer __dlpack__ ptr shape strides dtype device_id",
         runtime: "cudaGetDeviceCount cudaGetErrorString cudaGetLastError cudaMemGetInfo cudaMemcpyAsync "
-        "cudaDriverGetVersion cudaRuntimeGetVersion "
+        "cudaDriverGetVersion cudaRuntimeGetVersion cudaStreamSynchronize "
         "cudaStreamBeginCapture cudaStreamEndCapture cudaGraphGetNodes cudaGraphNodeGetType cudaGraphInstantiate "
         "cudaGraphUpload cudaGraphLaunch cudaGraphDestroy cudaGraphExecDestroy cudaGraphMemcpyNodeGetParams "
         "cudaPointerGetAttributes",
@@ -138,6 +140,18 @@ def test_the_real_libraries_have_what_is_used() -> None:
     view = StridedMemoryView.from_dlpack(array, stream_ptr=-1)
     assert (view.ptr, view.shape, view.strides, view.dtype) == (array.ctypes.data, (2, 3), (3, 1), np.float32)
     assert StridedMemoryView.from_dlpack(array.T, stream_ptr=-1).strides == (1, 3)  # in elements
+    codes = runtime.cudaError_t
+    broken = ("Unsupported", "Invalidated", "Implicit")
+    assert [int(getattr(codes, f"cudaErrorStreamCapture{name}")) for name in broken] == list(cuda_graph.BROKEN)
+    with pytest.raises(OutOfMemory, match=r"a copy failed: out of memory \(CUDA error 2\)"):
+        cuda_errors.check("a copy failed", runtime, (codes.cudaErrorMemoryAllocation,))
+    from cuda.core._utils.cuda_utils import CUDAError
+
+    def fail() -> None:
+        raise CUDAError("CUDA_ERROR_ILLEGAL_ADDRESS: while executing a kernel\nmore")
+
+    with pytest.raises(FailedWork, match="a wait failed: CUDA_ERROR_ILLEGAL_ADDRESS: while executing a kernel\nhint"):
+        cuda_errors.attempt("a wait failed", fail)
     core.StreamOptions(nonblocking=True)
     core.EventOptions(timing_enabled=True)
 

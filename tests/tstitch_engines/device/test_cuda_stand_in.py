@@ -22,7 +22,7 @@ from tstitch_engines.device.base import NotCaptured
 from tstitch_engines.device.cuda import BESIDE, CudaDevice
 from tstitch_engines.device.cuda_stream import CudaStream
 from tstitch_engines.device.host import HostDevice
-from tstitch_engines.device.open import open_device
+from tstitch_engines.device.open import device_kept, open_device
 from tstitch_engines.device.slab import Slab
 from tstitch_engines.errors import BadInput, FailedWork
 
@@ -409,12 +409,25 @@ def test_any_thread_may_ask_for_what_was_taken_along(machine: Machine) -> None:
         for question in questions:
             machine.current = current
             answer = question()
+            assert machine.current == (current or 0)
             assert question != first.lost or answer is None
             assert question != first.free_memory or answer == 1 << 30, "that of the first"
 
     for current in (1, None):
         in_a_thread(lambda current=current: ask(current))
     del second
+
+
+@pytest.mark.parametrize(("had", "has"), [(0, 0), (1, 1), (None, 1)])
+def test_opening_a_device_may_leave_a_thread_its_own(machine: Machine, had: int | None, has: int) -> None:
+    machine.current = had
+    with device_kept("cuda:1"):
+        open_device("cuda:1")
+        assert machine.current == 1
+    assert machine.current == has
+    with device_kept("cpu"):
+        open_device("cpu")
+    assert machine.current == has
 
 
 @pytest.mark.parametrize("current", [1, None])

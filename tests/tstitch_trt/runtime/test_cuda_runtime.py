@@ -28,7 +28,7 @@ from tstitch_engines.device.base import Buffer
 from tstitch_engines.device.cuda import CudaDevice
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
-from tstitch_engines.errors import BadInput, FailedWork, NotFinite, UnknownName
+from tstitch_engines.errors import BadEngine, BadInput, FailedWork, NotFinite, UnknownName
 from tstitch_trt import Runtime
 from tstitch_trt.bench.bench import measure
 from tstitch_trt.bench.torch_eager import EagerTorch
@@ -518,6 +518,30 @@ def test_two_devices_take_turns_in_one_thread(load: Load, cpu: Runtime, machine:
     for gpu in gpus:
         gpu.close()
     assert machine.graphs == {}
+
+
+def test_a_thread_keeps_the_device_that_it_had(load: Load, machine: Machine, tiny_pair: TinyPair) -> None:
+    """PyTorch's ``cuda`` without a number is the current device."""
+    gpu = load()
+    asked: dict[str, Any] = {"n": 2, "steps": 2}
+    machine.current = 1
+    latents = gpu.sample(**asked).latents
+    assert machine.current == 1
+    with gpu.lanes() as lanes:
+        lanes.decode(latents)
+        next(lanes.warm_up(lambda key: 1))
+        assert machine.current == 1
+    events = gpu.iterate(**asked)
+    event = next(events)
+    assert machine.current == 1
+    event.latents()
+    events.close()
+    assert machine.current == 1
+    with pytest.raises(BadEngine, match="cuda"):
+        tstitch_trt.load(tiny_pair.bundle, device="cuda:0")
+    assert machine.current == 1
+    gpu.close()
+    assert machine.current == 1
 
 
 def test_a_runtime_that_nobody_closed_leaves_no_graph(load: Load, machine: Machine) -> None:

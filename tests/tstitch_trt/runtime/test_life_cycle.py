@@ -22,6 +22,7 @@ import tstitch_trt
 from support.hand_made_parts import World
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import Bundle
+from tstitch_engines.device.host import HostDevice
 from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork, TStitchError
 from tstitch_trt import Runtime
 from tstitch_trt.runtime.result import Result, StepEvent
@@ -226,7 +227,7 @@ def test_arrays_that_were_given_may_change(world: Bundle, other: ThreadPoolExecu
 
 
 def test_calls_are_served_in_the_order_of_asking() -> None:
-    queue = WorkQueue(lambda: None)
+    queue = WorkQueue(HostDevice())
     served: list[int] = []
     threads = []
 
@@ -547,7 +548,7 @@ def test_close_in_the_middle_of_a_step_is_done_after_it(runtime: Runtime, monkey
 
 
 def test_close_waits_no_longer_for_a_step_than_it_was_told(other: ThreadPoolExecutor) -> None:
-    queue, freed = WorkQueue(lambda: None), []
+    queue, freed = WorkQueue(HostDevice()), []
     inside, leave = threading.Event(), threading.Event()
     running = other.submit(queue.do, lambda: (inside.set(), leave.wait(SECONDS)))
     assert inside.wait(SECONDS)
