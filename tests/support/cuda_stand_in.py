@@ -78,6 +78,7 @@ class Event:
         self._stream.run_until(self)
 
     def __sub__(self, other: Event) -> float:
+        self._stream.machine.check()
         assert self.when is not None
         assert other.when is not None
         return 1e3 * (self.when - other.when)
@@ -428,7 +429,7 @@ def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, fatbin: Path)
     core.ObjectCode = SimpleNamespace(from_fatbin=lambda data, name: SimpleNamespace(get_kernel=lambda kernel: kernel))
     utils: Any = ModuleType("cuda.core.utils")
     utils.StridedMemoryView = SimpleNamespace(
-        from_any_interface=lambda array, stream_ptr: _View(machine, array),
+        from_any_interface=lambda array, stream_ptr: (machine.check(), _View(machine, array))[1],
         from_buffer=lambda memory, shape, dtype: SimpleNamespace(__dlpack__=lambda **_: (memory, shape, dtype)),
     )
     bindings: Any = ModuleType("cuda.bindings")

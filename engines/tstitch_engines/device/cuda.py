@@ -67,7 +67,7 @@ class CudaDevice:
         self.index = index
         self.calls: Counter[str] = Counter()
         self._runtime = runtime
-        self._device = Device(index)
+        self._device = attempt(f"{self.name}: it can't be used", Device, index)
         attempt(f"{self.name}: it can't be used", self._device.set_current)
         self.arch: tuple[int, int] = tuple(self._device.compute_capability)
         if self.arch < OLDEST_ARCH:

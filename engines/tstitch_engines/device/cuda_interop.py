@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from tstitch_engines.device.base import Buffer
+from tstitch_engines.device.cuda_errors import attempt
 from tstitch_engines.device.cuda_memory import CudaBuffer
 from tstitch_engines.device.cuda_stream import CudaMemory, StreamHandle
 from tstitch_engines.errors import BadInput
@@ -89,7 +90,7 @@ def borrow(array: Any, *, device_index: int, stream: int) -> CudaBuffer | None:
     from cuda.core.utils import StridedMemoryView
 
     try:
-        view = StridedMemoryView.from_any_interface(array, stream_ptr=stream)
+        view = attempt(f"{kind} can't be waited for", StridedMemoryView.from_any_interface, array, stream_ptr=stream)
     except (BufferError, RuntimeError) as error:  # how producers refuse, e.g. torch for a tensor that needs a gradient
         raise BadInput(f"{kind} can't be read where it lies: {error}", hint=_HOST) from error
     _same_device(kind, int(view.device_id), device_index)

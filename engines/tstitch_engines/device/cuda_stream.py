@@ -32,7 +32,8 @@ class CudaEvent:
 
     def __sub__(self, other: CudaEvent) -> float:
         """Milliseconds between two events with timing."""
-        return attempt(f"{self._stream.name}: no time was taken", lambda: float(self.core - other.core))
+        with self._stream.visited():
+            return attempt(f"{self._stream.name}: no time was taken", lambda: float(self.core - other.core))
 
 
 class CudaStream:
@@ -79,15 +80,15 @@ class CudaStream:
         What comes while this stream is recorded, from whatever thread, waits for the end of the recording, of which it
         would become a part.
         """
-        with self._lock:
+        with self._lock:  # until it is freed: no recording begins in between
             if self._recording:
                 self._late.append((memory, readers))
                 return
-        if readers:
-            with suppress(Exception), self.visited(finaliser=True):  # of a lost device nothing can be waited for
-                for handle in readers:
-                    self.core.wait(StreamHandle(handle))
-        memory.close()
+            if readers:
+                with suppress(Exception), self.visited(finaliser=True):  # of a lost device nothing can be waited for
+                    for handle in readers:
+                        self.core.wait(StreamHandle(handle))
+            memory.close()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

@@ -357,6 +357,7 @@ def test_a_device_that_is_dropped_in_the_middle(machine: Machine) -> None:
 def test_errors_of_cuda_are_ours(cuda: CudaDevice, machine: Machine) -> None:
     """From every call, with a hint; and nothing of another library's own errors is hidden."""
     buffer, values = cuda.empty((4,), "float32"), np.zeros(4, np.float32)
+    tensor = Tensor(machine, values)
     cuda.upload(buffer, values)
     graph, watch, later = cuda.capture(lambda: cuda.copy(buffer, buffer)), cuda.stopwatch(), cuda.download_later(buffer)
     watch.mark()
@@ -375,6 +376,7 @@ def test_errors_of_cuda_are_ours(cuda: CudaDevice, machine: Machine) -> None:
         "mark": watch.mark,
         "milliseconds": watch.milliseconds,
         "with_own_stream": cuda.with_own_stream,
+        "borrow": lambda: cuda.borrow(tensor),
         "free_memory": cuda.free_memory,
     }
     machine.error = 719
