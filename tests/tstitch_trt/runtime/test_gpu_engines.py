@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from support.tiny import TinyPair
+from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.manifest import Precision
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import Unavailable
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
+from tstitch_trt.verify.plan_layers import LayerList, list_layers
 from tstitch_trt.verify.verify import LIMITS, Verification, verify
 
 pytestmark = pytest.mark.gpu
@@ -66,3 +68,34 @@ def test_engines_equal_onnx_runtime(tiny_pair: TinyPair, tmp_path: Path, backend
     except Unavailable as error:
         pytest.skip(error.message)
     equal(found, precision)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_loaded_plan_tells_the_layers_that_its_build_listed(
+    backend: str, tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    output = tmp_path / "layers.bundle"
+    try:
+        open_device("cuda")
+        build(
+            tiny_pair.recipe("small"),
+            members={"small": tiny_pair.checkpoint("small")},
+            output=output,
+            backend=backend,
+            options={"profiling-verbosity": "detailed"},
+            precision="bf16",
+            device="cuda",
+            profile=Range(1, 4, 8),
+        )
+    except Unavailable as error:
+        pytest.skip(error.message)
+    (record,) = open_bundle(output).manifest.members["small"].engines
+    kept = list_layers(open_bundle(output), record)
+    (check,) = verify(output, layers=True, samples=1, trust=True).engines
+    told = check.layers
+    assert isinstance(kept, LayerList)
+    assert isinstance(told, LayerList)
+    assert told.source == "engine inspector"
+    assert told.summary.products == kept.summary.products
+    assert told.summary.attention == kept.summary.attention
+    assert {layer.precision for layer in told.layers if layer.kind == "gemm"} == {"bf16"}

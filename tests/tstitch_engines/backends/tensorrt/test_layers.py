@@ -13,6 +13,7 @@ import pytest
 
 from support.dits import published_state
 from support.exports import graph_of, network_plan, onnx_of
+from support.rtx_families import CHECKPOINTS
 from support.tensorrt_builds import compile_member, shipped_small
 from support.tensorrt_stand import Place, Stand, opened
 from tstitch_engines.backends import open_backend
@@ -32,6 +33,8 @@ from tstitch_engines.backends.tensorrt.library import session
 from tstitch_engines.bundle.files import hash_file
 from tstitch_engines.bundle.manifest import Component, Member, Precision
 from tstitch_engines.errors import BadEngine, FailedWork, UnknownName
+from tstitch_engines.progress import silent
+from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.quantise.quantise import float32_specs, quantise_graph
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
@@ -40,13 +43,20 @@ needs_modelopt = pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidi
 DEPTH, WIDTH, SIZE = 2, 64, 16  # the smallest that the compiler treats as it does the published sizes
 
 
-def block_of(precision: Precision, folder: Path) -> tuple[Member, Path]:
+def blocks_of(precision: Precision, folder: Path) -> tuple[Member, Path]:
     """A DiT of two blocks and its graph."""
     from safetensors.torch import save_file
 
     save_file(published_state(depth=DEPTH, width=WIDTH, heads=2, size=SIZE), folder / "DiT.safetensors")
+    return member_of("dit", folder / "DiT.safetensors", {"num_heads": 2}, precision, folder)
+
+
+def member_of(
+    family: str, path: Path, options: dict[str, Any], precision: Precision, folder: Path
+) -> tuple[Member, Path]:
+    """Exported into ``folder``, and quantised there to an 8-bit precision."""
     eight_bit = precision in ("int8", "fp8")
-    plan = network_plan("dit", folder / "DiT.safetensors", {"num_heads": 2}, "fp32" if eight_bit else precision)
+    plan = network_plan(family, path, options, "fp32" if eight_bit else precision)
     network = onnx_of(plan, folder)
     graph = graph_of(network, folder)
     member = msgspec.structs.replace(
@@ -56,9 +66,12 @@ def block_of(precision: Precision, folder: Path) -> tuple[Member, Path]:
         return member, graph
     rng = np.random.default_rng(0)
     calibration = {
-        "sample": rng.standard_normal((8, 4, SIZE, SIZE)).astype(np.float32),
-        "timestep": np.linspace(999, 0, 8).astype(np.float32),
-        "labels": rng.integers(0, 5, 8),
+        spec.name: rng.integers(0, 5, 8)
+        if spec.dtype == "int64"
+        else 999 * rng.random(8, np.float32)
+        if spec.name == "timestep"
+        else rng.standard_normal(spec.resolve({"B": 8, "T": 77, "H": 8, "W": 8}), np.float32)
+        for spec in member.inputs
     }
     model = folder / "quantised.onnx"
     quantise_graph(graph, model, member=member, mode=precision, calibration=calibration)
@@ -72,12 +85,19 @@ def block_of(precision: Precision, folder: Path) -> tuple[Member, Path]:
     ), model
 
 
-def compiled(precision: Precision, folder: Path) -> tuple[Layer, ...]:
+def compiled(member: Member, model: Path, folder: Path) -> tuple[Layer, ...]:
     backend = open_backend("tensorrt-rtx")
     assert isinstance(backend, TensorRtBackend)
-    member, model = block_of(precision, folder)
-    options = {"profiling-verbosity": "detailed", "compute-capabilities": "8.9"}
-    plan = compile_member(backend, member, model, folder / "plan.rtx", options=options)
+    ranges = {"B": Range(1, 2, 4), "T": Range(77, 77, 77), "H": Range(8, 8, 8), "W": Range(8, 8, 8)}
+    plan, *_ = backend.compile(
+        member=member,
+        model=model,
+        profile=ShapeProfile({dim: ranges[dim] for dim in member.dims}),
+        device="cpu",
+        options={"profiling-verbosity": "detailed", "compute-capabilities": "8.9"},
+        output=folder / "plan.rtx",
+        progress=silent,
+    )
     found = read_layers(plan, [layers_file(plan).name])
     assert found is not None
     assert (found.source, found.library) == ("build log", f"TensorRT-RTX {backend.version()}")
@@ -98,7 +118,7 @@ def before_attention(layers: tuple[Layer, ...]) -> list[set[str]]:
 @needs_modelopt
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_all_four_products_of_a_block_are_in_8_bits(precision: Precision, tmp_path: Path) -> None:
-    layers = compiled(precision, tmp_path)
+    layers = compiled(*blocks_of(precision, tmp_path), tmp_path)
     summary = summarise(layers)
     assert summary.products[precision] == 4 * DEPTH
     assert suspicions(layers, precision) == ()
@@ -113,7 +133,7 @@ def test_all_four_products_of_a_block_are_in_8_bits(precision: Precision, tmp_pa
 @needs_rtx
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_attention_in_half_precision_is_fused_and_read_in_one_pass(precision: Precision, tmp_path: Path) -> None:
-    layers = compiled(precision, tmp_path)
+    layers = compiled(*blocks_of(precision, tmp_path), tmp_path)
     summary = summarise(layers)
     assert summary.attention == {precision: DEPTH}
     assert "softmax" not in summary.kinds
@@ -129,8 +149,21 @@ def test_attention_in_half_precision_is_fused_and_read_in_one_pass(precision: Pr
 
 
 @needs_rtx
+@needs_modelopt
+@pytest.mark.slow
+def test_a_unet_s_blocks_are_in_8_bits(tmp_path: Path) -> None:
+    """Of a UNet of two transformer blocks; what a block computes of the text alone stays as it is."""
+    given = CHECKPOINTS["unet-sd"]["one level"](tmp_path)
+    member, model = member_of("unet-sd", given.path, dict(given.options), "int8", tmp_path / "export")
+    layers = compiled(member, model, tmp_path)
+    assert summarise(layers).products["int8"] == 2 * 6
+    assert summarise(layers).attention == {"fp16": 2 * 2}
+    assert not [text for text in suspicions(layers, "int8") if "8 bits" in text or "8-bit" in text]
+
+
+@needs_rtx
 def test_float32_has_no_fused_attention(tmp_path: Path) -> None:
-    layers = compiled("fp32", tmp_path)
+    layers = compiled(*blocks_of("fp32", tmp_path), tmp_path)
     assert summarise(layers).kinds["softmax"] == DEPTH
     assert summarise(layers).attention == {}
     assert suspicions(layers, "fp32") == ()
