@@ -1,0 +1,124 @@
+"""docs/gpu.md: its commands parse or run, its messages are those of the code and of CUDA, its figures those in use."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+from test_layers import modules
+from tstitch_engines.backends.tensorrt.options import OPTIONS
+from tstitch_engines.driver import DRIVERS
+from tstitch_trt.cli import cli
+from tstitch_trt.verify.compare import LIMITS
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "gpu.md").read_text()
+FAILURES = PAGE.partition("## What failures mean")[2]
+RUNS = "<!-- runs without a GPU -->"
+
+
+def commands(text: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def runnable() -> list[str]:
+    return [line for part in PAGE.split(RUNS)[1:] for line in commands(part.split("```\n")[0] + "```\n")]
+
+
+@pytest.mark.parametrize("line", [line for line in commands(PAGE) if line.startswith("tstitch-trt ")])
+def test_every_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, name, *words = shlex.split(line)
+    monkeypatch.chdir(tmp_path)
+    for word in words:  # a bundle has to be there
+        if word.endswith(".bundle"):
+            (tmp_path / word).mkdir(exist_ok=True)
+    assert isinstance(cli, click.Group)
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    with command.make_context(name, words):
+        pass
+
+
+def test_what_needs_no_gpu_runs(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    lines = runnable()
+    assert len(lines) == 4
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for line in lines:
+        done = subprocess.run(
+            shlex.split(line), cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PATH": path}
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_options_and_extras_exist() -> None:
+    named = set(re.findall(r"--option ([\w-]+)", PAGE)) | set(re.findall(r"`(attention|workspace|refit)=", PAGE))
+    assert len(named) > 6
+    assert named <= {*OPTIONS, "opset"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = [name.strip() for text in re.findall(r'"\.\[([^\]]+)\]"', PAGE) for name in text.split(",")]
+    assert {"gpu", "gpu-cu12", "rtx-cu12", "tensorrt-cu12"} <= set(installed) <= set(extras)
+    for line in commands(PAGE):
+        if "pip install" in line:  # one CUDA release at a time: they share their modules
+            assert ("-cu12" in line) != bool(re.search(r"\b(gpu|rtx|tensorrt)[,\]]", line)), line
+
+
+def test_figures_are_those_in_use() -> None:
+    assert f"| {DRIVERS[13]} or newer | CUDA 13 and 12 |" in PAGE.replace("runs packages for ", "")
+    assert f"| {DRIVERS[12]} to {DRIVERS[13] - 1} |" in PAGE
+    for precision, (limit, _) in LIMITS.items():
+        number = f"{limit:.0e}".replace("e-0", "e-")
+        words = {"int8": "8 bits", "fp8": "8 bits"}.get(precision, precision)
+        assert re.search(rf"{number} in (?:[\w ]+ and )?{words}", PAGE), (precision, number)
+
+
+@cache
+def texts() -> str:
+    """All texts in the packages, one a line, with "…" for each value that is put in."""
+    nodes = [node for path in modules().values() for node in ast.walk(ast.parse(path.read_text()))]
+    plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    filled = [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        for node in nodes
+        if isinstance(node, ast.JoinedStr)
+    ]
+    return "\n".join(plain + filled)
+
+
+def rows() -> list[str]:
+    """The first cell of every row of the tables of failures."""
+    cells = [line.split(" | ")[0].removeprefix("| ") for line in FAILURES.splitlines() if line.startswith("| ")]
+    return [cell for cell in cells if cell != "you see"]
+
+
+@pytest.mark.parametrize("cell", rows())
+def test_messages_are_ours(cell: str) -> None:
+    ours = re.split(r"\b(?:CUDA|TensorRT|ONNX Runtime): `", cell)[0]
+    for words in re.findall(r"`([^`]+)`", ours.removesuffix(" by `verify`")):
+        assert words in texts()
+
+
+def test_cuda_says_so() -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-core is not installed")
+    said = re.findall(r"`([^`]+)` \((\d+)\)", FAILURES)
+    assert len(said) >= 8
+    for words, number in said:
+        assert runtime.cudaGetErrorString(runtime.cudaError_t(int(number)))[1].decode().rstrip(".") == words
+
+
+def test_links() -> None:
+    assert "(docs/gpu.md)" in (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
