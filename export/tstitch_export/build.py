@@ -28,7 +28,6 @@ from tstitch_engines.checks import (
     taken_as_is,
 )
 from tstitch_engines.child import Limits
-from tstitch_engines.compile.bundle import DEFAULT_BATCH
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.progress import Progress, silent
@@ -53,7 +52,7 @@ _log = logging.getLogger(__name__)
     output=check_path,
     backend=partial(check_text, example="onnxruntime", most=100),
     precision=check_precision,
-    profile=partial(check_type, kind=Range),
+    profile=optional(partial(check_type, kind=Range)),
     height=optional(partial(check_type, kind=Range)),
     width=optional(partial(check_type, kind=Range)),
     tokens=optional(partial(check_type, kind=Range)),
@@ -72,7 +71,7 @@ def build(
     output: Path,
     backend: str = "onnxruntime",
     precision: Precision | Mapping[str, Precision] = "fp32",
-    profile: Range = DEFAULT_BATCH,
+    profile: Range | None = None,
     height: Range | None = None,
     width: Range | None = None,
     tokens: Range | None = None,
@@ -88,8 +87,9 @@ def build(
     ``members`` gives checkpoints by member name, besides or instead of the recipe's own; ``parts`` folders of text
     encoders, VAE and ControlNet instead of those in the members' pipelines (a member's own text encoder is
     ``MEMBER_text_encoder``). ``precision``: one for all (VAEs stay fp32), or by name with fp32 as the default.
-    ``profile``: the batch range; with guidance one image takes two places. ``height`` and ``width`` are ranges in
-    pixels (default: the last member's native size), ``tokens`` of prompts (default: up to 231). ``options``: the
+    ``profile``: the batch range, in rows of the engines: an image takes one, with guidance two. By default up to 16,
+    tuned for 8 images: 16 rows where the recipe guides, else 8. ``height`` and ``width`` are ranges in pixels (default:
+    the last member's native size), ``tokens`` of prompts (default: up to 231). ``options``: the
     backend's, ``NAME.OPTION`` for the family of a member or part, and ``opset`` of all exports (20 to 23; by default 20
     for fp32, else 23 or what the backend takes: from 23 on attention is one node).
 
@@ -120,7 +120,7 @@ def build(
     compiler = Compiler(
         backend=opened,
         device=device,
-        profile=ShapeProfile({"B": profile}),
+        profile=ShapeProfile({}),  # each network has its own
         settings=settings,
         cache=Cache(fresh=fresh),
         limits=limits,

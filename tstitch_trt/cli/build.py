@@ -68,7 +68,9 @@ class Options(LimitOptions):
         "--precision",
     )
     batch: str | None = option(
-        "Batch sizes of the engines; with guidance one image takes two places. [1:8:16, or the BUNDLE's]", "MIN:OPT:MAX"
+        "Batch sizes of the engines, in rows; OPT is what they are tuned for. An image takes one row, with guidance "
+        "two: 8 guided images run 16. [1:16:16, without guidance 1:8:16; or the BUNDLE's]",
+        "MIN:OPT:MAX",
     )
     height: str | None = option("Heights of the pictures, in pixels. [the models' native one]", "MIN:OPT:MAX")
     width: str | None = option("Widths of the pictures, in pixels. [the models' native one]", "MIN:OPT:MAX")
@@ -113,7 +115,6 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
     Every unchanged part is taken from the cache or from the bundle that is replaced, so an interrupted build goes on
     where it stopped. The bundle appears whole or not at all; an old one stays until the new one is complete.
     """
-    from tstitch_engines.spec import Range
     from tstitch_export.planning.recipe import recipe_names
     from tstitch_trt.cli._parsing import parse_pairs
     from tstitch_trt.cli._text import print_json, size
@@ -175,7 +176,7 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
                 output=place,
                 backend=given.backend,
                 precision=precision,
-                profile=ranges.pop("batch") or Range(1, 8, 16),
+                profile=ranges.pop("batch"),
                 **ranges,
                 device=given.device,
                 options=options | changes | {f"{name}.lora": text for name, text in lora_texts(given.loras).items()},

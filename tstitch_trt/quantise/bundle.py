@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -12,18 +11,16 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.files import copy_component
-from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member
+from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, guided_by_default
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.progress import silent
-from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.spec import Range, ShapeProfile, usual_batch
 from tstitch_trt.reference.recorder import needs_widening
 
 __all__ = ["assemble"]
 
 _log = logging.getLogger(__name__)
-
-_BATCH: Final = Range(1, 8, 16)  # of the engine where the member had none
 
 
 def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manifest:
@@ -61,5 +58,7 @@ def _profile(manifest: Manifest, member: Member) -> ShapeProfile:
     known = {
         name: r for m in manifest.members.values() for e in m.engines for name, r in e.identity.profile.dims.items()
     }
+    guided = guided_by_default(manifest.conditioning, manifest.defaults) and not member.guidance_embedding
+    batch = usual_batch(guided=guided)
     own = {"H": manifest.latent.height, "W": manifest.latent.width, "T": 77}
-    return member.profile_of({"B": _BATCH, **{name: Range(size, size, size) for name, size in own.items()}, **known})
+    return member.profile_of({"B": batch, **{name: Range(size, size, size) for name, size in own.items()}, **known})

@@ -32,7 +32,7 @@ class Splitting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if self.limit < 2:
             raise OutOfProfile(
                 f"guidance runs two halves per image, and the engines' largest batch is {self.limit}",
-                hint="pass guidance=1 (--guidance 1), or build again with --batch 1:8:16",
+                hint="pass guidance=1 (--guidance 1), or build again with --batch 1:16:16",
             )
         return self.limit // 2
 

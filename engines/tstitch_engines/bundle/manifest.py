@@ -183,6 +183,11 @@ class Defaults(_Record, frozen=True, kw_only=True):
     schedule: Text = "small:0.4,large"
 
 
+def guided_by_default(conditioning: Conditioning, defaults: Defaults) -> bool:
+    """Whether guidance is on where a request says nothing of it."""
+    return conditioning.guidable and defaults.guidance != 1
+
+
 class Decoder(_Record, frozen=True, kw_only=True):
     """``pixel``: the latent is the picture, in [-1, 1]. ``vae``: the part ``vae_decoder`` makes it, in [-1, 1].
 
@@ -398,6 +403,15 @@ class Manifest(_Record, frozen=True, kw_only=True):
     def word(self, name: str) -> str:
         """What messages call the network ``name``: ``member`` or ``part``."""
         return "member" if name in self.members else "part"
+
+    def usually_guided(self, name: str) -> bool:
+        """Whether a step of the network ``name`` runs both halves of guidance unless a request says otherwise.
+
+        A distilled member takes the scale as an input and runs one. A part runs both where some member does.
+        """
+        members = [self.members[name]] if name in self.members else self.members.values()
+        plain = any(not member.guidance_embedding for member in members)
+        return plain and guided_by_default(self.conditioning, self.defaults)
 
     def components(self) -> list[Component]:
         """Every file the bundle must hold, each once."""

@@ -8,7 +8,6 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -22,13 +21,11 @@ from tstitch_engines.child import DEFAULT, Limits
 from tstitch_engines.compile.engine import Compiler, keep_record
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed, unknown_name
 from tstitch_engines.progress import Progress, silent
-from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.spec import Range, ShapeProfile, usual_batch
 
-__all__ = ["DEFAULT_BATCH", "compile_command", "recompile"]
+__all__ = ["compile_command", "recompile"]
 
 _log = logging.getLogger(__name__)
-
-DEFAULT_BATCH: Final = Range(1, 8, 16)
 
 
 def compile_command(bundle: Bundle, backend: str, device: str = "cpu") -> str:
@@ -87,7 +84,10 @@ def recompile(
     compilers: dict[str, Compiler] = {}
     for name in wanted:
         ranges = {dim: r for dim, r in (profile or {}).items() if dim != "B" or name in bundle.manifest.members}
-        compilers[name] = _compiler(opened, networks[name], device, ranges, options, changes or {}, cache, limits)
+        batch = usual_batch(guided=bundle.manifest.usually_guided(name))
+        compilers[name] = _compiler(
+            opened, networks[name], device, ranges, options, changes or {}, cache, limits, batch
+        )
     place = bundle.root.resolve() if output is None else output.resolve()
     _require_writable(place, compile_command(bundle, backend, device))
     in_place = place == bundle.root.resolve()
@@ -107,13 +107,15 @@ def _compiler(
     changes: Mapping[str, Option],
     cache: Cache,
     limits: Limits,
+    batch: Range,
 ) -> Compiler:
+    """``batch``: where neither ``profile`` nor an engine of the network tells it."""
     same = [record.identity for record in network.engines if record.identity.backend == backend.name]
     every = [*same, *(record.identity for record in network.engines)]
     dims: dict[str, Range] = {}
     for name in network.dims:
         known = next((one.profile.dims[name] for one in every if name in one.profile.dims), None)
-        found = profile.get(name, known or (DEFAULT_BATCH if name == "B" else None))
+        found = profile.get(name, known or (batch if name == "B" else None))
         if found is None:
             raise BadInput(
                 f"no range of the dimension {name} is given, and the bundle has no engine that tells",

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from tstitch_engines.bundle.manifest import Precision
+from tstitch_engines.bundle.manifest import Precision, guided_by_default
 from tstitch_engines.errors import BadInput
 from tstitch_engines.spec import Range
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
@@ -43,8 +43,12 @@ class BundlePlan:
         """Members first, then parts."""
         return (*self.members, *self.parts.values())
 
-    def sizes(self, *, batch: Range, height: Range | None, width: Range | None, tokens: Range | None) -> SizeRanges:
+    def sizes(
+        self, *, batch: Range | None, height: Range | None, width: Range | None, tokens: Range | None
+    ) -> SizeRanges:
         """What all networks are built for; ``height`` and ``width`` are in pixels, ``None``: the latent's own.
+
+        ``batch``: rows of an engine, ``None``: the usual ones.
 
         Raises ``BadInput`` for a size that is no multiple of the decoder's factor or that a member can't have.
         """
@@ -59,7 +63,10 @@ class BundlePlan:
                     f"{side} {asked} was asked for, and {fixed.what} takes {size * factor} pixels alone",
                     hint=f"leave out --{side}",
                 )
-        return SizeRanges(batch=batch, height=found["height"], width=found["width"], tokens=tokens)
+        guided = guided_by_default(self.recipe.conditioning, self.recipe.defaults) and any(
+            not plan.inspection.guidance_embedding for plan in self.members
+        )
+        return SizeRanges(batch=batch, guided=guided, height=found["height"], width=found["width"], tokens=tokens)
 
 
 def plan_bundle(

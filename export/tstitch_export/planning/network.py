@@ -64,11 +64,12 @@ class NetworkPlan:
 
     def profile(self, sizes: SizeRanges) -> ShapeProfile:
         """The ranges its engine is built for. Raises ``BadInput`` for a size that the model can't take."""
-        batch = _PART_BATCH.get(self.name, sizes.batch)
+        rows = sizes.rows(distilled=bool(self.inspection.guidance_embedding))
+        batch = _PART_BATCH.get(self.name, rows)
         if isinstance(self.recipe, PartRecipe) and self.recipe.batch is not None:
             batch = Range.parse(self.recipe.batch)
         elif self.family.role == "text_encoder":
-            batch = Range(1, min(2, sizes.batch.max), sizes.batch.max)
+            batch = Range(1, min(2, rows.max), rows.max)
         dims = {"B": batch}
         asked: dict[str, Range | None] = {"H": sizes.height, "W": sizes.width, "T": sizes.tokens}
         for name, dim in self.family.dims(self.inspection).items():

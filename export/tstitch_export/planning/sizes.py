@@ -5,19 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tstitch_engines.errors import BadInput
-from tstitch_engines.spec import Range
+from tstitch_engines.spec import Range, usual_batch
 
 __all__ = ["SizeRanges", "in_latents"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeRanges:
-    """Ranges of the engines' dimensions; ``height`` and ``width`` are of the latent. Without ``tokens`` the model's."""
+    """Ranges of the engines' dimensions; ``height`` and ``width`` are of the latent. Without ``tokens`` the model's.
 
-    batch: Range
+    ``batch``: ``None`` for the usual one, which for networks that run both halves of guidance (``guided``) is another.
+    """
+
+    batch: Range | None
+    guided: bool
     height: Range
     width: Range
     tokens: Range | None = None
+
+    def rows(self, *, distilled: bool = False) -> Range:
+        """Batch sizes of a network; ``distilled``: it takes the guidance scale as an input and runs one half."""
+        return self.batch or usual_batch(guided=self.guided and not distilled)
 
 
 def in_latents(pixels: Range | None, factor: int, side: str) -> Range | None:
