@@ -27,7 +27,7 @@ def print_layers(title: str, found: LayerList | str) -> None:
         if count is not None
     ]
     entries = [
-        ("layers", f"{summary.count} by the {found.source} of {found.library}: {_counts(summary.kinds)}"),
+        ("layers", f"{summary.count} by the {found.source} of {_printable(found.library)}: {_counts(summary.kinds)}"),
         ("products", _counts(summary.products)),
         ("attention", _counts(summary.attention, "fused in ")),
         ("between", f"from one attention to the next {', '.join(between)}" if between else ""),
@@ -39,7 +39,7 @@ def print_layers(title: str, found: LayerList | str) -> None:
         ("layer", "kind", "precision", "name", "type", "kernel", "reads", "weights", "writes"),
         [
             (
-                str(index), layer.kind, layer.precision, layer.name, layer.type, _kernel(layer),
+                str(index), layer.kind, *map(_printable, (layer.precision, layer.name, layer.type, _kernel(layer))),
                 _tensors(layer.inputs), _tensors(layer.constants[:1]), _tensors(layer.outputs),
             )
             for index, layer in enumerate(found.layers)
@@ -53,11 +53,16 @@ def _kernel(layer: CompiledLayer) -> str:
     return "-" if not name or name == "__myelin_CASK_STUB" or layer.name.startswith(name) else name
 
 
+def _printable(text: str) -> str:
+    """The list may be a stranger's file: nothing in it reaches the terminal as a command."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _counts(found: Mapping[str, int], word: str = "") -> str:
-    return ", ".join(f"{count} {word}{name}" for name, count in found.items())
+    return ", ".join(f"{count} {word}{_printable(name)}" for name, count in found.items())
 
 
 def _tensors(tensors: Iterable[LayerTensor]) -> str:
     """``fp16[-1,64]``, each once and how often."""
-    shown = [f"{one.dtype}[{','.join(map(str, one.shape))}]" for one in tensors]
+    shown = [f"{_printable(one.dtype)}[{','.join(map(str, one.shape))}]" for one in tensors]
     return " ".join(f"{shown.count(one)}x{one}" if shown.count(one) > 1 else one for one in dict.fromkeys(shown)) or "-"

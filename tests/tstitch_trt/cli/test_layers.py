@@ -87,7 +87,7 @@ def tensorrt_bundle(copy: Path) -> tuple[Bundle, EngineRecord]:
     bundle = open_bundle(copy)
     (record,) = bundle.manifest.members["small"].engines
     plan = bundle.path(record.files[0])
-    layers = (Layer(name="_gemm_mha_v2_myl0_1", type="kgen"), Layer(name="a", type="SoftMaxV2"))
+    layers = (Layer(name="_gemm_mha_v2_myl0_1", type="kgen"), Layer(name="a\x1b[2J", type="SoftMaxV2"))
     write_layers(plan, PlanLayers(source="engine inspector", library="TensorRT 10.13", layers=layers))
     beside = msgspec.structs.replace(record.files[0], path=f"{record.files[0].path}.layers.json")
     assert bundle.path(beside) == layers_file(plan)
@@ -119,5 +119,7 @@ def test_what_is_suspicious_is_said_first(copy: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "  suspicious attention is not fused in 1 places" in said
     assert said.index("suspicious") < said.index("_gemm_mha_v2")
+    assert "a?[2J" in said
+    assert "\x1b" not in said, "a name from a file is no command to the terminal"
     print_layers("member small", "it was compiled without")
     assert capsys.readouterr().out == "member small\n  no layers  it was compiled without\n"
