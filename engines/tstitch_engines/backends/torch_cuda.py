@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
+from tstitch_engines.device.recording import RECORDING
+
 if TYPE_CHECKING:
     from tstitch_engines.device.base import Device
 
@@ -104,8 +106,11 @@ class Workspaces:
             self._engines.add(engine)
 
     def release(self, torch: Any, engine: object) -> None:
-        """Frees them if ``engine`` was the last. Its work must be done, and its pool must still be there."""
-        with self._lock:
+        """Frees them if ``engine`` was the last. Its work must be done, and its pool must still be there.
+
+        While no thread records: the recording might break (``RECORDING``).
+        """
+        with RECORDING, self._lock:
             self._engines.discard(engine)
             clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
             if not self._engines and clear is not None and not _graphs_of(torch):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tstitch_trt
+from support.recordings import others_may_record
 from support.tiny import TinyPair
 from tstitch_engines.backends.torch_cuda import EXACT, Workspaces
 from tstitch_engines.device.open import open_device
@@ -118,9 +119,9 @@ def test_workspaces_are_freed_with_the_last_engine_unless_a_graph_may_use_one() 
     class Held:
         pass
 
-    freed: list[int] = []
+    freed: list[bool] = []
     library = SimpleNamespace(
-        _C=SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: freed.append(1)),
+        _C=SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: freed.append(others_may_record())),
         cuda=SimpleNamespace(CUDAGraph=CUDAGraph),
     )
     workspaces, one, two, dropped = Workspaces(), Held(), Held(), Held()
@@ -130,15 +131,15 @@ def test_workspaces_are_freed_with_the_last_engine_unless_a_graph_may_use_one() 
     workspaces.release(library, one)
     assert not freed
     workspaces.release(library, two)
-    assert freed == [1]
+    assert freed == [False]
     graph = CUDAGraph()
     workspaces.hold(one)
     workspaces.release(library, one)
-    assert freed == [1]
+    assert freed == [False]
     del graph
     workspaces.hold(one)
     workspaces.release(library, one)
-    assert freed == [1, 1]
+    assert freed == [False, False]
 
 
 @pytest.mark.gpu
