@@ -181,6 +181,7 @@ def _child(args: argparse.Namespace, given: list[str]) -> int:
         train_minutes=args.train_minutes,
         rtx_sites=_sites(args.rtx_site),
     )
+    os.environ.setdefault("TSTITCH_TRT_CACHE", str(context.scratch / "cache"))
     work, case = _work(context, name)
     part = Part(context, name, case)
     try:

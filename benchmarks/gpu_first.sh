@@ -15,6 +15,8 @@ while (($#)); do
   esac
 done
 mkdir -p "$OUT"
+GPUBENCH_STARTED=$(date +%s) # the minutes count from here
+export GPUBENCH_STARTED
 if [ -n "$wheels" ]; then
   site=$root/build/gpu-first-site
   install=("$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site")

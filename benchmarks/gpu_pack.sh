@@ -43,7 +43,7 @@ fi
 if [ -n "$only" ]; then IFS=, read -ra packages <<<"$only"; diffusers=''; fi
 if [ -n "$lean" ]; then
   packages=(msgspec markupsafe cuda-core cuda-bindings cuda-pathfinder ${diffusers:+diffusers})
-  [ -n "$own" ] || packages+=(scikit-build-core nanobind pathspec) # it is built there
+  [ -n "$own" ] || packages+=(scikit-build-core nanobind packaging pathspec) # it is built there
   diffusers='' # without what it needs
 fi
 

@@ -33,14 +33,13 @@ except ImportError:  # not installed: run from the checkout
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 from gpubench.cases import CONTENDERS  # noqa: E402
-from gpubench.first_steps import FirstStep, first_steps  # noqa: E402
+from gpubench.first_steps import FALLBACK, FirstStep, first_steps  # noqa: E402
 from gpubench.record import Entry, read_part  # noqa: E402
 from gpubench.script import parser_of, run_script, share_inductor_cache, write_record  # noqa: E402
 from gpubench.supervise import CRASHED, GRACE_SECONDS, SCRIPT, default_device, run_part  # noqa: E402
 from tstitch_engines.errors import BadInput, unknown_name  # noqa: E402
 from tstitch_trt.progress import log  # noqa: E402
 
-FALLBACK: Final = "; fallback: "  # as gpubench.first_parts, whose import takes seconds
 _LEAST_SECONDS: Final = 15.0  # with less left, no step is begun
 _RECORD: Final = "first.json"
 
@@ -93,7 +92,8 @@ class _First:
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         self._args = args
-        self._end = time.monotonic() + 60 * args.minutes
+        spent = time.time() - float(os.environ.get("GPUBENCH_STARTED", time.time()))  # on installing
+        self._end = time.monotonic() + 60 * args.minutes - spent
         self._parts = args.scratch / ("first-smoke" if args.smoke else "first")
         self._path = args.out / _RECORD
         self._device = args.device or default_device()
@@ -224,7 +224,8 @@ class _First:
 
     def table(self, plan: Sequence[FirstStep]) -> str:
         """Every step of the plan, proved or not, and why."""
-        rows = [("step", "", "seconds", "why")]
+        where = "tiny models, a dry run: nothing here is proved of a GPU" if self._args.smoke else self._device
+        rows = [("step", "", "seconds", f"why ({where})")]
         for step in plan:
             state = self.state(step)
             why = state["why"].replace("\n", " ")

@@ -18,38 +18,24 @@ import numpy as np
 
 import tstitch_trt
 from gpubench.cases import DitCase
-from gpubench.ceilings import matmul_rate
 from gpubench.commands import KERNEL_TESTS, ROOT, groups, pytest_work
-from gpubench.flops import dit_work
+from gpubench.first_checks import COMPILED, PLAIN, attempt, built, verified
+from gpubench.first_tensorrt import block_part, streams_part
 from gpubench.models import build_bundle
 from gpubench.ours import OurTrajectory
 from gpubench.record import NO_CUDA, Context, Entry, NotRun, Part
 from gpubench.trajectories import error_of, initial_noise, labels_of
 from tstitch_engines.backends import open_backend
-from tstitch_engines.errors import FailedWork, UnknownName
+from tstitch_engines.device.cuda_kernels import fatbin_path
+from tstitch_engines.errors import FailedWork
 from tstitch_engines.spec import Range
 from tstitch_export.build import build
 from tstitch_trt.doctor import examine
-from tstitch_trt.verify.verify import verify
 
-__all__ = ["FALLBACK", "PARTS"]
+__all__ = ["PARTS"]
 
-FALLBACK: Final = "; fallback: "  # in an entry's name, before what is tried
 _OLDEST_DRIVER: Final = 580  # of CUDA 13
-_PLAIN: Final = ("torch", "onnxruntime")  # the backends that need no compiler of their own
-_COMPILED: Final = ("tensorrt", "tensorrt-rtx")
 _ACROSS: Final = 3e-2  # relative L2 of final latents, CUDA to CPU: libraries take TF32 for float32 products
-
-
-def _attempt(
-    part: Part, name: str, work: Callable[[Entry], Entry | None], fallbacks: Mapping[str, Callable[[Entry], Entry]]
-) -> None:
-    """Tries each of ``fallbacks`` (name -> work) until one works, if ``work`` fails."""
-    if part.attempt(name, work) is not None or part.entries[name]["status"] != "failed":
-        return
-    for what, other in fallbacks.items():
-        if part.attempt(f"{name}{FALLBACK}{what}", other) is not None:
-            return
 
 
 # --- the machine and the kernels
@@ -95,15 +81,15 @@ def device_tests_part(context: Context, part: Part) -> None:
     """The tests of the step kernels and the CUDA device; with kernels made on the spot if those that came fail."""
 
     def again(entry: Entry) -> Entry:
-        made = subprocess.run(
-            [sys.executable, "-m", "tstitch_engines.make_fatbin"], capture_output=True, text=True, cwd=ROOT, check=False
-        )
+        # In the place of those that came, which would be found first; and tests have a cache of their own.
+        command = [sys.executable, "-m", "tstitch_engines.make_fatbin", "--output", str(fatbin_path())]
+        made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         entry["make_fatbin"] = made.stderr[-1000:]
         if made.returncode:
             raise FailedWork(f"make_fatbin ended with {made.returncode}: {made.stderr[-500:]}", hint="install NVRTC")
         return pytest_work(context, [KERNEL_TESTS])(entry)
 
-    _attempt(
+    attempt(
         part, "device tests", pytest_work(context, [KERNEL_TESTS]), {"python -m tstitch_engines.make_fatbin": again}
     )
     if not context.cuda:
@@ -147,12 +133,12 @@ def fashion_part(context: Context, part: Part) -> None:
             raise FailedWork(f"no graph: {entry['graphs']}", hint="the steps run call by call, with the same result")
         return {}
 
-    def verified(entry: Entry, backend: str) -> Entry:
-        return _verified(made(backend), context.device, backend, entry)
+    def check(entry: Entry, backend: str) -> Entry:
+        return verified(made(backend), context.device, backend, entry)
 
-    for backend in _PLAIN:
-        part.attempt(f"{backend} verify", partial(verified, backend=backend))
-        _attempt(
+    for backend in PLAIN:
+        part.attempt(f"{backend} verify", partial(check, backend=backend))
+        attempt(
             part,
             f"{backend} sample",
             partial(sample, backend=backend),
@@ -173,7 +159,7 @@ def _cpu_pair(context: Context) -> Path:
 def half_part(context: Context, part: Part) -> None:
     """A pair of DiTs in float16 and bfloat16 on each plain backend, verified against references in float32."""
     for precision in ("fp16", "bf16"):
-        for backend in _PLAIN:
+        for backend in PLAIN:
             if backend == "onnxruntime" and not context.cuda:
                 continue  # its CPU side has not these types everywhere
             case = DitCase(small="tiny", large="tiny+", pixels=64, batch=2, precision=precision)
@@ -181,93 +167,12 @@ def half_part(context: Context, part: Part) -> None:
             def check(
                 entry: Entry, backend: str = backend, case: DitCase = case, options: dict[str, Any] | None = None
             ) -> Entry:
-                return _verified(_built(context, case, backend, options or {}), context.device, backend, entry)
+                return verified(built(context, case, backend, options or {}), context.device, backend, entry)
 
             # ONNX alone has opsets; the torch backend runs the exported program.
             opset_20 = {"opset 20": partial(check, options={"opset": 20})}
-            _attempt(part, f"{precision} {backend}", check, opset_20 if backend == "onnxruntime" else {})
+            attempt(part, f"{precision} {backend}", check, opset_20 if backend == "onnxruntime" else {})
     context.need_cuda()
-
-
-def _built(context: Context, case: DitCase, backend: str, options: dict[str, Any]) -> Path:
-    """Raises ``NotRun`` where the backend has not one of the options."""
-    try:
-        return build_bundle(context, case, backend, options)
-    except UnknownName as error:
-        raise NotRun(error.message) from None
-
-
-def _verified(bundle: Path, device: str, backend: str, entry: Entry) -> Entry:
-    """The worst errors of each engine; raises ``FailedWork`` unless all pass."""
-    checks = verify(bundle, device=device, backend=backend).engines
-    entry["engines"] = [
-        {
-            "member": check.member,
-            "status": check.status,
-            "reason": check.reason,
-            "limit": check.limit,
-            "errors": {f"{c.against} {c.inputs} {c.batch}": c.error.rel_l2 for c in check.comparisons},
-        }
-        for check in checks
-    ]
-    if bad := [f"{check.member}: {check.status} {check.reason or ''}" for check in checks if check.status != "passed"]:
-        raise FailedWork("; ".join(bad), hint=f"tstitch-trt verify {bundle.name} --layers")
-    return {}
-
-
-# --- TensorRT and TensorRT-RTX
-
-
-def block_part(context: Context, part: Part) -> None:
-    """One block of DiT-XL/2 in bfloat16: attention fused, apart, and of opset 22, all against float32."""
-    model = "tiny" if context.smoke else "XL-1"
-    case = DitCase(small="tiny", large=model, pixels=64 if context.smoke else 256, batch=2, precision="bf16")
-    for backend in _COMPILED:
-        for name, options in (
-            ("attention fused", {"attention": "fused"}),
-            ("attention apart", {"attention": "apart"}),
-            ("opset 22", {"opset": 22}),
-        ):
-
-            def check(entry: Entry, backend: str = backend, options: dict[str, Any] = options) -> Entry:
-                bundle = _built(context, case, backend, options)
-                if not context.cuda:
-                    raise NotRun(f"{NO_CUDA} (the engines were compiled)")
-                return _verified(bundle, context.device, backend, entry)
-
-            part.attempt(f"{backend}, {name}", check, reserve=0 if context.smoke else 40)
-    context.need_cuda()
-
-
-def streams_part(context: Context, part: Part) -> None:
-    """Auxiliary streams 0 and 2, a batch of exactly 16 and one from 2 to 16: milliseconds and TFLOP/s of bare calls."""
-    context.need_cuda()
-    case = DitCase(small="S/2", large="XL/2", pixels=256, batch=8, precision="bf16", steps=20, fractions=(0.0,))
-    ceiling = part.attempt("matmul", lambda entry: matmul_rate(context.device, case.precision, size=8192))
-    work = dit_work(case.large, case.pixels).flops * 2 * case.batch
-    for backend in _COMPILED:
-        for streams in (0, 2):
-            for largest in (None, 16):
-
-                def bare(
-                    entry: Entry, backend: str = backend, streams: int = streams, largest: int | None = largest
-                ) -> Entry:
-                    bundle = build_bundle(context, case, backend, {"max-aux-streams": streams}, largest=largest)
-                    with tstitch_trt.load(bundle, device=context.device, backend=backend, verify="size") as runtime:
-                        found = OurTrajectory(runtime, case, initial_noise(case), labels_of(case)).measure(2)
-                    ms = found["members"]["large"]["median"]
-                    entry |= {"ms": ms, "tflops": work / ms / 1e9}
-                    if ceiling is not None:
-                        entry["share_of_matmul"] = entry["tflops"] / ceiling["tflops"]["median"]
-                        if entry["share_of_matmul"] < 0.4:
-                            raise FailedWork(
-                                f"{entry['share_of_matmul']:.0%} of the measured product, expected are 45 % and more",
-                                hint=f"tstitch-trt inspect {bundle} --layers",
-                            )
-                    return {}
-
-                shape = "16:16:16" if largest is None else "2:16:16"
-                part.attempt(f"{backend}, {streams} streams, {shape}", bare, reserve=90)
 
 
 # --- graphs against single launches
@@ -285,10 +190,10 @@ def launches_part(context: Context, part: Part) -> None:
         steps=4 if smoke else 50,
         fractions=(0.0, 1.0),
     )
-    for backend in ("torch", "onnxruntime", *_COMPILED):
+    for backend in ("onnxruntime",) if smoke else (*PLAIN, *COMPILED):
 
         def compare(entry: Entry, backend: str = backend) -> Entry:
-            if backend in _COMPILED:
+            if backend in COMPILED:
                 context.need_cuda()
             bundle = build_bundle(context, case, backend, {})
             latents = {}
@@ -327,7 +232,7 @@ def prepare_part(context: Context, part: Part) -> None:
                 if context.smoke
                 else DitCase(small="S/2", large="XL/2", pixels=256, batch=batch, precision=precision)
             )
-            for backend in _PLAIN:
+            for backend in PLAIN:
 
                 def bundle(entry: Entry, case: DitCase = case, backend: str = backend) -> None:
                     open_backend(backend)

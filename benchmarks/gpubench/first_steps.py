@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["STEPS", "FirstStep", "first_steps"]
+__all__ = ["FALLBACK", "STEPS", "FirstStep", "first_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class FirstStep:
         return bool(self.signs) and re.search(self.signs, reason, re.IGNORECASE) is not None
 
 
+FALLBACK: Final = "; fallback: "  # in the name of an entry, before what is tried
 _SLOW: Final = "the same command goes on where it stopped"
 _DIFFERS: Final[dict[str, Any]] = {
     "expected": "tolerance exceeded: its latents differ from PyTorch's in float32",

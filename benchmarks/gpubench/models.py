@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +116,13 @@ def build_bundle(
 ) -> Path:
     """A bundle of the pair for this case's batch alone (both halves), or for 2 to ``largest`` rows.
 
-    Exports and engines are kept under ``scratch``.
+    Bundles are kept under ``scratch``.
     """
     from safetensors.torch import save_file
 
     from tstitch_engines.spec import Range
     from tstitch_export.build import build
 
-    os.environ.setdefault("TSTITCH_TRT_CACHE", str((context.scratch / "cache").resolve()))
     context.scratch.mkdir(parents=True, exist_ok=True)
     members, pair = {}, {"small": case.small, "large": case.large}
     for name, model in pair.items():
