@@ -293,10 +293,11 @@ def cuda_bindings(index: int) -> Any:
 def _no_cuda(runtime: Any, index: int, code: Any) -> Unavailable:
     """An old driver and none at all are the same error to CUDA; only the driver's version, 0 for none, tells."""
     text = runtime.cudaGetErrorString(code)[1].decode()
-    hint = "install the NVIDIA driver (nvidia-smi must list the GPU), or use --device cpu"
+    hint = "tstitch-trt doctor tells more (nvidia-smi must list the GPU); or use --device cpu"
     has, wants = (int(get()[1]) for get in (runtime.cudaDriverGetVersion, runtime.cudaRuntimeGetVersion))
     if int(code) == _INSUFFICIENT_DRIVER and has == 0:
         text = "there is no NVIDIA driver"
+        hint = "install the NVIDIA driver (nvidia-smi must list the GPU), or use --device cpu"
     elif int(code) == _INSUFFICIENT_DRIVER:
         text = f"the NVIDIA driver is for CUDA {_version(has)}, and cuda-bindings here wants {_version(wants)}"
         release = fitting_cuda((has // 1000, 0))

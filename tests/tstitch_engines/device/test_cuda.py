@@ -83,8 +83,10 @@ def test_with_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_with_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake_cuda(monkeypatch, 802, None, "system not yet initialized", 13000)
-    with pytest.raises(Unavailable, match=r"cuda:0 can't be used: system not yet initialized \(CUDA error 802"):
+    with pytest.raises(Unavailable, match=r"cuda:0 can't be used: system not yet initialized \(CUDA error 802") as e:
         open_device("cuda")
+    assert "install" not in e.value.hint  # it is there
+    assert "tstitch-trt doctor" in e.value.hint
 
 
 @pytest.mark.parametrize(("count", "listed"), [(0, "none"), (2, "cuda:0, cuda:1")])
