@@ -32,7 +32,7 @@ from tstitch_engines.checks import (
 )
 from tstitch_engines.closing import do_all
 from tstitch_engines.device.base import Buffer, Device
-from tstitch_engines.errors import BadInput, Busy, Cancelled, FailedWork, NotFinite, unknown_name
+from tstitch_engines.errors import BadInput, Busy, Cancelled, FailedWork, NotFinite, first_line, unknown_name
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
@@ -664,6 +664,8 @@ def _close_all() -> None:
     """Before the interpreter stops daemon threads, which would abort the process where one is inside an engine."""
     EXIT.begin()
     for runtime in list(_OPEN):
-        with suppress(FailedWork):
+        try:
             runtime.close(cancel=True)
+        except Exception as error:  # the others are to be closed too
+            _log.warning("%s: closing it: %s", runtime.manifest.name, first_line(error))
     EXIT.wait()
