@@ -101,8 +101,13 @@ class _First:
         share_inductor_cache(args.scratch)
         before = _read(self._path) or _read(args.before) if args.before else _read(self._path)
         same = {"smoke": args.smoke, "device": self._device}
-        if any(before.get(key) != value for key, value in same.items()):
-            before = {}
+        if before and any(before.get(key) != value for key, value in same.items()):
+            raise BadInput(
+                f"{self._path if self._path.is_file() else args.before} is of the device {before.get('device')}"
+                f"{', a dry run' if before.get('smoke') else ''}; this run is on {self._device}"
+                f"{', a dry run' if args.smoke else ''}",
+                hint="give another folder: OUT=DIR benchmarks/gpu_first.sh",
+            )
         self.document: Entry = {"runs": [], "steps": {}, "parts": {}, **before, **same}
         self.document["runs"].append({"command": command, "minutes": args.minutes, "started": _now()})
         for name, part in self.document["parts"].items():

@@ -204,6 +204,22 @@ def test_every_step_runs_dry(tmp_path: Path) -> None:
         assert said["parts"][name]["entries"][backend]["status"] == "ok"
 
 
+def test_a_record_of_another_device_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpubench.first import main
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest-timeout's and Python's own stay
+    text = json.dumps({"smoke": False, "device": "cuda:0", "steps": {}, "parts": {}, "runs": []})
+    (tmp_path / "first.json").write_text(text)
+    assert main(["--out", str(tmp_path), "--device", "cpu", "--smoke"]) == 2
+    said = capsys.readouterr().err
+    assert "is of the device cuda:0; this run is on cpu, a dry run" in said
+    assert "hint: give another folder" in said
+    assert (tmp_path / "first.json").read_text() == text
+
+
 def test_no_step_begins_when_the_time_is_over(tmp_path: Path) -> None:
     code, text = run(tmp_path, "--steps", "ceilings", "--minutes", "0.1")
     assert code == 0, text
