@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Final
 
 import msgspec
 
@@ -24,6 +25,8 @@ from tstitch_engines.spec import ShapeProfile
 __all__ = ["Compiler", "from_cache", "keep_record"]
 
 _log = logging.getLogger(__name__)
+
+_COMPILE_SCHEMA: Final = 2  # part of every engine's cache key: raise it when an identity is compiled to something else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,7 @@ class Compiler:
         model: Callable[[], Path] | None,
     ) -> EngineRecord:
         """From the cache, or compiled now."""
-        backend, key = self.backend, digest(identity)
+        backend, key = self.backend, digest({"schema": _COMPILE_SCHEMA, "identity": identity})
         output = f"{backend.name}-{key[:12]}{backend.engine_suffix}"
 
         def make(folder: Path) -> dict[str, object]:
@@ -160,7 +163,7 @@ class Compiler:
             files = tuple(
                 copy_component(entry.files[file], staging, f"{name}/engines/{file}") for file in entry.info["files"]
             )
-            notes = dict(entry.info.get("notes", {}))  # entries of earlier versions have none
+            notes = dict(entry.info["notes"])
         note_built(files)
         driver = entry.info.get("driver", msgspec.UNSET)
         return EngineRecord(files=files, identity=identity, driver=driver, notes=notes)

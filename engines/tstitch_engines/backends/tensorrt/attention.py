@@ -4,8 +4,8 @@ Seen in the code of plans that TensorRT-RTX 1.5 to 1.7 compiles (nothing of this
 
 - An Attention node (ONNX opset 23) in half precision becomes one fused kernel or, where there is none, an error;
   ``decomposable`` allows other kernels then, and changes nothing where there is one.
-- In float16 that kernel adds up query times key in float16, before 1.7 probabilities times value too. With query, key
-  and value cast to float32 around the node it is the same kernel with float32 sums (from 1.7; TensorRT's notes name
+- In float16 that kernel adds in float16, in a DiT in both of its products. With query, key and value cast to float32
+  around the node it is the same kernel with float32 sums, and no other kernel is added (from 1.7; TensorRT's notes name
   11.3); before, the cast is an error. In bfloat16 tensor cores add in float32 anyway.
 - Products and softmax (up to opset 22) are fused as well, in float16 with all sums in float16. Subtracting the largest
   value before the softmax, which changes nothing in it, keeps them apart.

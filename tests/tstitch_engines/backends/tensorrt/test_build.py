@@ -101,7 +101,7 @@ def test_the_tiny_dit_in_every_precision(
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_at_opset_22_is_fused_as_well(tiny_pair: TinyPair, tmp_path: Path, precision: Precision) -> None:
-    output, kernels = tmp_path / "tiny.bundle", {}
+    output, kernels, sums = tmp_path / "tiny.bundle", {}, []
     for options in ({"opset": 22}, {"opset": 23}, {"attention": "apart"}):
         manifest = build(
             tiny_pair.recipe("small"),
@@ -114,9 +114,11 @@ def test_half_precision_at_opset_22_is_fused_as_well(tiny_pair: TinyPair, tmp_pa
         )
         (record,) = manifest.members["small"].engines
         plan = (output / record.files[0].path).read_bytes()
+        sums.append({found.decode() for found in re.findall(rb"fmha::Ampere_hmma_(\w+)_traits", plan)})
         kernels[record.notes["attention"]] = len(set(re.findall(rb"_gemm_mha_v2_0x\w+", plan)))
     widened = ", 1 of them with sums in float32" if precision == "fp16" else ""
     assert kernels == {"1 left to the builder": 1, f"1 fused{widened}": 1, "1 kept apart": 0}
+    assert sums == ([{"fp16"}, {"fp32"}, set()] if precision == "fp16" else [{"bf16"}, {"bf16"}, set()])
     assert any("with attention=apart attention has to be products" in note for note in manifest.notes)
 
 

@@ -1,0 +1,28 @@
+"""Engines from the cache: those of an earlier version, which would be made otherwise now, are not among them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tstitch_engines.compile import engine
+from tstitch_engines.spec import Range
+from tstitch_export.build import build
+
+
+def test_what_an_earlier_version_compiled_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "cache"))
+    caplog.set_level(logging.INFO, "tstitch_engines")
+
+    def reused(name: str) -> int:
+        caplog.clear()
+        build("fashion", output=tmp_path / name, profile=Range(1, 1, 2))
+        return caplog.text.count("onnxruntime engine: reused from the cache")
+
+    assert [reused("a.bundle"), reused("b.bundle")] == [0, 2]
+    monkeypatch.setattr(engine, "_COMPILE_SCHEMA", engine._COMPILE_SCHEMA + 1)
+    assert reused("c.bundle") == 0
