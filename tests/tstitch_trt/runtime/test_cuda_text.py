@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def machine(kernels_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.fixture
 def load(machine: Machine, bundle: Bundle) -> Callable[..., Runtime]:
-    def make(**options: Any) -> Runtime:
-        device = open_device("cuda")
+    def make(place: str = "cuda", **options: Any) -> Runtime:
+        device = open_device(place)
         assert isinstance(device, CudaDevice)
         decoding = device.with_own_stream()
         backend, engines = open_backend("onnxruntime"), {}
@@ -120,6 +121,34 @@ def test_every_kind_of_request_equals_the_cpu(load: Callable[..., Runtime], cpu:
         assert ours.images is not None
         assert theirs.images is not None
         assert np.abs(ours.images.astype(int) - theirs.images.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("current", [None, 0])
+def test_any_thread_may_use_encoders_and_decoder(
+    load: Callable[..., Runtime], cpu: Runtime, machine: Machine, current: int | None
+) -> None:
+    """One that has no current device, or has another."""
+    gpu = load("cuda:1")
+    pictures = np.random.default_rng(1).uniform(-1, 1, (2, 3, 64, 96)).astype(np.float32)
+    mean, _ = cpu.encode(pictures)
+    asked: dict[str, Any] = {"prompt": "a red fox", "steps": 2, "n": 2, "image": IMAGE, "strength": 0.7}
+    calls: list[Callable[[Runtime], Any]] = [
+        lambda runtime: runtime.encode(pictures)[0],
+        lambda runtime: runtime.images(mean),
+        lambda runtime: runtime.decode(mean),
+        lambda runtime: runtime.sample(**asked).latents,
+    ]
+
+    def elsewhere(call: Callable[[Runtime], Any]) -> Any:
+        machine.current = current
+        found = call(gpu)
+        assert machine.current == (1 if current is None else current)
+        return found
+
+    for call in calls:
+        with ThreadPoolExecutor(1) as pool:
+            ours, theirs = pool.submit(elsewhere, call).result(), call(cpu)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_between_first_and_last_step_there_are_launches_only(load: Callable[..., Runtime], machine: Machine) -> None:
