@@ -5,12 +5,19 @@
 # Ends with 0 if no step failed. All other options: benchmarks/gpu_first.sh --help
 set -euo pipefail
 
+refuse() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
+
 root=$(cd "$(dirname "$0")/.." && pwd)
 export OUT=${OUT:-$root/build/gpu-first} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3} words=() wheels=''
 while (($#)); do
   case $1 in
-    --wheels) wheels=$(cd "${2:?--wheels DIR}" && pwd); shift 2 ;;
+    --wheels)
+      compgen -G "${2-}/*.whl" >/dev/null || refuse "--wheels ${2-}: there are no wheels" \
+        "--wheels DIR, with the wheels of benchmarks/gpu_pack.sh"
+      wheels=$(cd "$2" && pwd)
+      shift 2
+      ;;
     *) words+=("$1"); shift ;;
   esac
 done

@@ -69,6 +69,8 @@ def _main(args: argparse.Namespace, command: str) -> int:
     for name in names:
         if name not in known:
             raise unknown_name("step", name, known)
+    if not names:
+        raise BadInput(f"--steps {args.steps!r} names no step", hint=f"use some of: {','.join(known)}; or leave it out")
     if not args.minutes > 0:
         raise BadInput(f"--minutes {args.minutes:g}; allowed is more than 0", hint="leave it out for 9")
     steps = [step for step in plan if step.name in names]
@@ -99,7 +101,11 @@ class _First:
         self._device = args.device or default_device()
         self._background: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         share_inductor_cache(args.scratch)
-        before = _read(self._path) or _read(args.before) if args.before else _read(self._path)
+        before = _read(self._path)
+        if args.before is not None and not before:
+            before = _read(args.before)
+            if not before:
+                raise BadInput(f"--from {args.before}: there is no record that can be read", hint="leave it out")
         same = {"smoke": args.smoke, "device": self._device}
         if before and any(before.get(key) != value for key, value in same.items()):
             raise BadInput(

@@ -47,9 +47,9 @@ STEPS: Final = (
         part="machine",
         minutes=1,
         proves="driver, GPU and packages are there",
-        expected="driver older than 580: cudaError 35",
-        signs=r"older than|\b35\b|driver",
-        fallback="the CUDA 12 wheels",
+        expected="packages for a newer CUDA than the driver runs: cudaError 35",
+        signs=r"\b35\b|driver",
+        fallback="packages for CUDA 12, or a newer driver: docs/gpu.md",
     ),
     FirstStep(
         name="prepare",

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from support.nvidia_driver import OLD, install_driver
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -140,6 +142,43 @@ def test_tensorrt_rtx_is_proved_by_a_run_alone() -> None:
     assert judge(step, refused, None) == ("proved", "")
 
 
+@pytest.mark.parametrize(
+    ("device", "cuda", "why"),
+    [
+        ("cuda:0", OLD, "is for CUDA 13 (driver 580 or newer); the driver here runs CUDA 12.4"),
+        ("cpu", OLD, "is for CUDA 13 (driver 580 or newer); the driver here runs CUDA 12.4"),  # PyTorch saw none
+        ("cuda:0", 13000, ""),
+    ],
+)
+def test_a_driver_is_too_old_for_what_is_installed(
+    device: str, cuda: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvidia_driver: Path
+) -> None:
+    """Packages for CUDA 12 would do for a driver that is older than 580."""
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    from gpubench.first import judge
+    from gpubench.first_parts import machine_part
+    from gpubench.first_steps import STEPS
+    from gpubench.record import Context, Part
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho NVIDIA H100 PCIe, 550.54.15, 9.0, 350 W, 1755 MHz, 81559 MiB\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    install_driver(monkeypatch, nvidia_driver, cuda=cuda)
+    until = time.monotonic() + 60
+    context = Context(
+        out=tmp_path, scratch=tmp_path, smoke=False, device=device, deadline=until, rounds=1, only=(), command=""
+    )
+    part = Part(context, "machine", {})
+    part.finish(lambda: machine_part(context, part))
+    status, found = judge(STEPS[0], part.data, None)
+    assert part.entries["nvidia-smi"]["status"] == "ok"
+    assert why in found
+    assert ("is for CUDA" in found) == bool(why)
+    if why:
+        assert (status, STEPS[0].is_expected(found)) == ("failed", True)
+
+
 # --- runs
 
 
@@ -248,6 +287,8 @@ def test_an_end_from_outside_keeps_the_record_and_ends_the_work(tmp_path: Path) 
     [
         (("--steps", "fashoin"), ("'fashoin'", "did you mean 'fashion'?")),
         (("--minutes", "0"), ("--minutes 0", "more than 0")),
+        (("--steps", ","), ("names no step",)),
+        (("--smoke", "--device", "cpu", "--from", "gone.json"), ("--from gone.json",)),
     ],
 )
 def test_bad_input_is_refused_with_a_hint(
@@ -259,3 +300,13 @@ def test_bad_input_is_refused_with_a_hint(
     said = capsys.readouterr().err
     for each in (*parts, "hint:"):
         assert each in said
+
+
+@pytest.mark.parametrize("words", [["--wheels"], ["--wheels", "gone"], ["--wheels", "."]])
+def test_a_folder_without_wheels_is_refused(tmp_path: Path, words: list[str]) -> None:
+    command = [str(FOLDER / "gpu_first.sh"), *words]
+    env = {**os.environ, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "there are no wheels\nhint: --wheels DIR" in done.stderr
+    assert not (tmp_path / "out").exists()
