@@ -59,7 +59,7 @@ class CUDAError(Exception):
 CUDAError.__module__ = "cuda.core._utils.cuda_utils"
 
 _INVALID_CONTEXT, _INVALID_HANDLE = 201, 400
-_UNSUPPORTED, _INVALIDATED = 900, 901  # cudaErrorStreamCapture...
+_UNSUPPORTED, _INVALIDATED, _ISOLATION = 900, 901, 905  # cudaErrorStreamCapture...
 
 
 class Event:
@@ -115,7 +115,9 @@ class Stream:
     def wait(self, other: Any) -> None:
         """For an event, or for what another stream was given to do so far."""
         self.machine.check()
-        assert self.recording is None, "a wait was recorded into a graph"
+        if self.recording is not None:
+            self.broken = True
+            raise CUDAError(f"error {_ISOLATION}")
         if not isinstance(other, Event):
             stream = self.machine.streams[other.__cuda_stream__()[1]]
             other = Event(stream)
@@ -363,11 +365,15 @@ def _runtime(machine: Machine) -> Any:
 class _View:
     """``StridedMemoryView`` of an array that has ``__cuda_array_interface__``, or of a ``Buffer`` for another library.
 
-    The other library is the test, which reads through ``machine.array``.
+    The other library is the test, which reads through ``machine.array``. ``stream`` waits for the one that the array
+    names.
     """
 
-    def __init__(self, machine: Machine, array: Any) -> None:
+    def __init__(self, machine: Machine, array: Any, stream: int) -> None:
+        machine.check()
         description = array.__cuda_array_interface__
+        if (producer := description.get("stream")) is not None:
+            machine.streams[stream].wait(machine.streams[producer])
         self.owner = array
         self.ptr = description["data"][0]
         self.shape = description["shape"]
@@ -429,7 +435,7 @@ def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, fatbin: Path)
     core.ObjectCode = SimpleNamespace(from_fatbin=lambda data, name: SimpleNamespace(get_kernel=lambda kernel: kernel))
     utils: Any = ModuleType("cuda.core.utils")
     utils.StridedMemoryView = SimpleNamespace(
-        from_any_interface=lambda array, stream_ptr: (machine.check(), _View(machine, array))[1],
+        from_any_interface=lambda array, stream_ptr: _View(machine, array, stream_ptr),
         from_buffer=lambda memory, shape, dtype: SimpleNamespace(__dlpack__=lambda **_: (memory, shape, dtype)),
     )
     bindings: Any = ModuleType("cuda.bindings")

@@ -205,7 +205,8 @@ class CudaDevice:
         self._stream.copy(target.ptr, source.ptr, source.nbytes, "DeviceToDevice")
 
     def borrow(self, array: Any) -> CudaBuffer | None:
-        return borrow(array, device_index=self.index, stream=self.stream_handle)
+        with self._stream.unrecorded():  # a server's requests are made while its steps are recorded
+            return borrow(array, device_index=self.index, stream=self.stream_handle)
 
     def share(self, buffer: Buffer) -> CudaArray:
         return CudaArray(buffer, self.index)

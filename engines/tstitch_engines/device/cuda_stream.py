@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from tstitch_engines.device.cuda_errors import attempt, check
@@ -46,6 +46,7 @@ class CudaStream:
         self._device = device
         self._runtime = runtime
         self._lock = threading.RLock()  # the collector may free memory in the middle of what holds it
+        self._recorder = threading.RLock()
         self._recording = False
         self._late: list[tuple[Any, Sequence[int]]] = []
 
@@ -93,16 +94,24 @@ class CudaStream:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """A block that begins and ends a recording of this stream."""
-        with self._lock:
-            self._recording = True
-        try:
-            yield
-        finally:
+        with self._recorder:
             with self._lock:
-                self._recording = False
-                late, self._late = self._late, []
-            for memory, readers in late:
-                self.free(memory, readers)
+                self._recording = True
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._recording = False
+                    late, self._late = self._late, []
+                for memory, readers in late:
+                    self.free(memory, readers)
+
+    def unrecorded(self) -> AbstractContextManager[object]:
+        """A block in which no other thread records this stream: for what orders it after work of others.
+
+        CUDA refuses that in a recording, which it breaks (cudaErrorStreamCaptureIsolation).
+        """
+        return self._recorder
 
     @contextmanager
     def visited(self, *, finaliser: bool = False) -> Iterator[None]:

@@ -526,6 +526,33 @@ def test_arrays_of_others_are_read_where_they_lie(cuda: CudaDevice, machine: Mac
         HostDevice().borrow(tensor)
 
 
+def test_an_array_that_is_borrowed_during_a_recording_waits_for_its_end(cuda: CudaDevice, machine: Machine) -> None:
+    """By another thread, as a server makes requests while it records steps."""
+    tensor, producer = Tensor(machine, np.zeros(4, np.float32)), machine.stream()
+    tensor.__cuda_array_interface__["stream"] = producer.handle
+    values = machine.array((4,), np.float32, tensor.__cuda_array_interface__["data"][0])
+    machine.submit(producer.handle, lambda: values.fill(5))
+    target = cuda.empty((4,), "float32")
+    borrowed: list[Any] = []
+
+    def borrow() -> None:
+        cuda.activate()
+        borrowed.append(cuda.borrow(tensor))
+
+    other = Thread(target=borrow)
+
+    def work() -> None:
+        cuda.copy(target, target)
+        other.start()
+        other.join(0.1)
+        cuda.copy(target, target)
+
+    cuda.capture(work).close()
+    other.join(10)
+    cuda.copy(target, borrowed[0])
+    np.testing.assert_array_equal(cuda.download(target), 5)
+
+
 def test_shared_arrays_name_their_memory(cuda: CudaDevice, machine: Machine) -> None:
     buffer = cuda.empty((2, 3), "float16")
     shared = cuda.share(buffer)
