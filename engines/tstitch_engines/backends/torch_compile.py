@@ -36,7 +36,6 @@ _OWN_GRAPHS: Final = ("reduce-overhead",)
 
 _CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 _TRITON_CACHE: Final = "TRITON_CACHE_DIR"  # TorchInductor sets it below its own folder when it is not set
-_one_at_a_time: Final = threading.RLock()  # the folders are told through the environment
 
 _NO_COMPILER: Final = "the option compile needs {what}, which is not there"
 _EAGER: Final = "or leave out --option compile: the same program then runs operator by operator"
@@ -81,7 +80,9 @@ def compile_program(
     For tensors of exactly these shapes, dtypes and alignments; the given ones are overwritten and not kept. The store
     into the results is part of the generated code, mostly without a copy. Takes seconds to minutes where the cache
     (``TORCHINDUCTOR_CACHE_DIR``, else ``torch-inductor`` in ours) has nothing. Compiles and runs once on PyTorch's
-    current stream, and waits. Raises ``BuildFailed``, or ``Unavailable`` without a compiler.
+    current stream, and waits. One at a time, which ``RECORDING`` sees to: folders are told through the environment.
+
+    Raises ``BuildFailed``, or ``Unavailable`` without a compiler.
     """
     inductor = _inductor()
     options = {
@@ -93,7 +94,7 @@ def compile_program(
     }
     tensors = [*results, *arguments]
     try:
-        with _one_at_a_time, _own_cache(), silence_output(stderr=True), torch.inference_mode():
+        with _own_cache(), silence_output(stderr=True), torch.inference_mode():
             run: Callable[..., Any] = inductor.compile(
                 _writing(torch, module, len(results), len(arguments)), tensors, options=options
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Final
 
@@ -14,6 +15,15 @@ Recording switches the garbage collector off, which the process has one of: two 
 compiling and refitting allocate, free and wait in ways that break the recording of another thread on the same device
 (NVIDIA/TensorRT issue 2888).
 
-It is taken inside a runtime's turn and outside all other locks, and whoever holds it asks for no turn: so no two
-threads wait for each other. The thread that holds it may take it again.
+It is taken inside a runtime's turn, and whoever holds it asks for no turn: so no two threads wait for each other. The
+thread that holds it may take it again. A fork has none of the other threads, and so not what they hold.
 """
+
+
+def _forget_others() -> None:
+    if not RECORDING._is_owned():  # type: ignore[attr-defined]
+        RECORDING._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_others)
