@@ -10,6 +10,8 @@ import importlib.util
 import logging
 import platform
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 
@@ -19,6 +21,7 @@ from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.identity import digest
 from tstitch_engines.bundle.manifest import siblings
 from tstitch_engines.device.open import parse_device
+from tstitch_engines.device.recording import RECORDING
 from tstitch_engines.driver import fitting_extra
 from tstitch_engines.errors import (
     BadEngine,
@@ -203,7 +206,8 @@ class OnnxRuntimeBackend(Backend):
             Path(settled["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
             providers.insert(0, (_TENSORRT, settled))
         try:
-            session = open_session(path, beside, settings=settings, providers=providers)
+            with _alone(device):
+                session = open_session(path, beside, settings=settings, providers=providers)
         except TStitchError:
             raise
         except Exception as error:
@@ -256,6 +260,11 @@ def tensorrt_options(
     return found
 
 
+def _alone(device: Device) -> AbstractContextManager[object]:
+    """A block in which a session is opened or let go of: that allocates, frees, and compiles (TensorRT provider)."""
+    return RECORDING if device.graphs else nullcontext()
+
+
 def copies_of(session: Any) -> list[str]:
     """The nodes of a loaded graph that copy between host and device; empty where ONNX Runtime is older than 1.24.
 
@@ -292,6 +301,7 @@ class _OnnxRuntimeEngine(Engine):
                 hint="compile it again: tstitch-trt build BUNDLE --fresh",
             )
         self._session = session
+        self._alone = partial(_alone, device)
         crossings = copies_of(session) if getattr(device, "stream_handle", None) is not None else []
         self._obstacle = ""
         if crossings:
@@ -331,6 +341,7 @@ class _OnnxRuntimeEngine(Engine):
             ) from error
 
     def close(self) -> None:
-        self._binding = None
-        self._session = None
+        with self._alone():
+            self._binding = None
+            self._session = None
         self._buffers = {}

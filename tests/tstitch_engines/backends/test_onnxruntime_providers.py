@@ -9,10 +9,14 @@ import onnxruntime
 import pytest
 
 from support.manifests import member
+from support.recordings import others_may_record
 from support.tiny import TinyPair
-from tstitch_engines.backends.onnxruntime import tensorrt_options
+from tstitch_engines.backends import onnxruntime as backend
+from tstitch_engines.backends.onnxruntime import OnnxRuntimeBackend, tensorrt_options
+from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.manifest import SCHEMA, EngineIdentity
+from tstitch_engines.device.host import HostDevice
 from tstitch_engines.errors import BadInput, Unavailable, UnknownName
 from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.build import build
@@ -56,3 +60,33 @@ def test_what_tensorrt_is_told_of_an_engine(precision: str, flags: str) -> None:
     tuned = tensorrt_options(member(), msgspec.structs.replace(identity, onnx_sha256="other weights"), "cuda:1", "H100")
     moved = tensorrt_options(member(), identity, "cuda:1", "H200")
     assert len({one["trt_engine_cache_path"] for one in (told, tuned, moved)}) == 3
+
+
+class Recording(HostDevice):
+    graphs = True
+
+
+@pytest.mark.parametrize(("device", "free"), [(Recording(), False), (HostDevice(), True)], ids=["graphs", "none"])
+def test_nobody_records_while_a_session_begins_or_ends(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, device: HostDevice, free: bool
+) -> None:
+    """It allocates and frees, and with the TensorRT provider it compiles. On the host nothing is recorded."""
+    seen: list[bool] = []
+
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __del__(self) -> None:
+            seen.append(others_may_record())
+
+    def opening(path: Path, beside: object, *, settings: object, providers: object) -> Session:
+        seen.append(others_may_record())
+        return Session(str(path), settings, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(backend, "open_session", opening)
+    bundle = open_bundle(tiny_pair.bundle)
+    network = bundle.manifest.members["small"]
+    record = network.engines[0]
+    path = bundle.path(record.files[0])
+    engine = OnnxRuntimeBackend().load(path, member=network, identity=record.identity, device=device, threads=1)
+    engine.close()
+    assert seen == [free, free]
+    assert others_may_record()
