@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,11 +22,12 @@ from tstitch_engines.checks import (
     taken_as_is,
 )
 from tstitch_engines.child import Limits, parse_size
+from tstitch_engines.closing import do_all
 from tstitch_engines.compile.load import load_engine, require_trust
 from tstitch_engines.compile.select import check_load_options, default_backend, select_engine
 from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import device_kept, open_device
-from tstitch_engines.errors import Unavailable
+from tstitch_engines.errors import Unavailable, first_line
 from tstitch_engines.threads import check_threads, default_threads
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.memory import check_memory
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from tstitch_engines.progress import Progress
 
 __all__ = ["load"]
+
+_log = logging.getLogger(__name__)
 
 
 @checked(
@@ -171,18 +175,20 @@ def load(
             for network, record in chosen.items():
                 where = places.get(network, place)
                 engines[network] = load_engine(opened, network, record, library, where, threads=used, trusted=trusted)
+            load_ms = 1e3 * (perf_counter() - started)
+            return Runtime(
+                *(opened, place, name, engines, load_ms),
+                graph=graph,
+                places=places,
+                threads=used,
+                chooser=chooser,
+                timeout=timeout,
+            )
         except BaseException:
-            for engine in engines.values():
-                engine.close()
+            try:
+                do_all(*(engine.close for engine in engines.values()))
+            except Exception as error:  # why nothing was loaded is what matters
+                _log.warning("%s: closing its engines: %s", opened.manifest.name, first_line(error))
             raise
         finally:
             EXIT.inside.pop(entered, None)
-        load_ms = 1e3 * (perf_counter() - started)
-        return Runtime(
-            *(opened, place, name, engines, load_ms),
-            graph=graph,
-            places=places,
-            threads=used,
-            chooser=chooser,
-            timeout=timeout,
-        )

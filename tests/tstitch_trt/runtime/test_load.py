@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from support.bundles import draw
 from support.command import Command, refused
 from support.tiny import TinyPair
 from tstitch_engines.backends import open_backend
+from tstitch_engines.backends.onnxruntime import _OnnxRuntimeEngine
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.compile.select import check_load_options
-from tstitch_engines.errors import BadInput, Unavailable
+from tstitch_engines.device.host import HostDevice
+from tstitch_engines.errors import BadInput, OutOfMemory, Unavailable
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed"
@@ -115,3 +118,24 @@ def test_every_option_of_load_is_honoured_or_refused_on_the_cpu(copy: Path) -> N
     with pytest.raises(BadInput, match="threads is -1"):
         tstitch_trt.load(copy, threads=-1)
     draw(copy, threads=1, verify="size", graph="off", backend="onnxruntime", device="cpu")
+
+
+def test_engines_are_closed_where_there_is_no_room_for_lanes(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of them, and what that raises does not hide why."""
+    closed: list[object] = []
+
+    def full(*_: object) -> None:
+        raise OutOfMemory("no room", hint="")
+
+    def close(engine: object) -> None:
+        closed.append(engine)
+        raise RuntimeError(f"close {len(closed)}")
+
+    monkeypatch.setattr(HostDevice, "empty", full)
+    monkeypatch.setattr(_OnnxRuntimeEngine, "close", close)
+    with caplog.at_level(logging.WARNING), pytest.raises(OutOfMemory, match="no room"):
+        tstitch_trt.load(tiny_pair.bundle, threads=1)
+    assert len(closed) == 2
+    assert "close 1" in caplog.text
