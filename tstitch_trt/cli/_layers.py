@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tstitch_trt.cli._text import print_entries, print_table
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from tstitch_trt.verify.plan_layers import CompiledLayer, LayerList
 
 __all__ = ["print_layers"]
+
+_SHOWN: Final = 500  # letters of a name; --json has all
 
 
 def print_layers(title: str, found: LayerList | str) -> None:
@@ -55,7 +58,8 @@ def _kernel(layer: CompiledLayer) -> str:
 
 def _printable(text: str) -> str:
     """The list may be a stranger's file: nothing in it reaches the terminal as a command."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return "".join(character if character.isprintable() else "?" for character in shown)
 
 
 def _counts(found: Mapping[str, int], word: str = "") -> str:
@@ -64,5 +68,5 @@ def _counts(found: Mapping[str, int], word: str = "") -> str:
 
 def _tensors(tensors: Iterable[LayerTensor]) -> str:
     """``fp16[-1,64]``, each once and how often."""
-    shown = [f"{_printable(one.dtype)}[{','.join(map(str, one.shape))}]" for one in tensors]
-    return " ".join(f"{shown.count(one)}x{one}" if shown.count(one) > 1 else one for one in dict.fromkeys(shown)) or "-"
+    shown = Counter(f"{_printable(one.dtype)}[{','.join(map(str, one.shape))}]" for one in tensors)
+    return " ".join(f"{count}x{one}" if count > 1 else one for one, count in shown.items()) or "-"

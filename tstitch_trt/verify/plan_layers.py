@@ -69,7 +69,8 @@ def list_layers(bundle: Bundle, record: EngineRecord, engine: Engine | None = No
             return _described(engine.layers(), identity.precision)
         except FailedWork as error:
             return error.message
-    found = read_layers(bundle.path(record.files[0]), siblings(record.files))
+    again = f"{detailed_command(bundle, record)} --fresh"
+    found = read_layers(bundle.path(record.files[0]), siblings(record.files), again=again)
     if found is None:
         how = identity.options.get("profiling-verbosity", "the library's own")
         return f"it was compiled with the profiling verbosity {how}: its layers were not listed"

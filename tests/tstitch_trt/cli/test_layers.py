@@ -13,9 +13,10 @@ from support.command import Command, refused
 from support.tensorrt_stand import Place, Stand, opened
 from support.tiny import TinyPair
 from tstitch_engines.backends.tensorrt.flavour import TENSORRT
-from tstitch_engines.backends.tensorrt.layers import Layer, PlanLayers, layers_file, write_layers
+from tstitch_engines.backends.tensorrt.layers import Layer, LayerTensor, PlanLayers, layers_file, write_layers
 from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import EngineRecord
+from tstitch_engines.errors import BadEngine
 from tstitch_trt.cli._layers import print_layers
 from tstitch_trt.verify.plan_layers import LayerList, list_layers
 
@@ -112,6 +113,28 @@ def test_a_loaded_plan_tells_its_layers_itself(copy: Path, tmp_path: Path) -> No
     identity = msgspec.structs.replace(record.identity, options={"profiling-verbosity": "none"})
     bare = msgspec.structs.replace(record, files=record.files[:1], identity=identity)
     assert "verbosity none: its layers were not listed" in str(list_layers(bundle, bare))
+
+
+def test_a_damaged_list_says_the_command_that_makes_it_anew(copy: Path) -> None:
+    bundle, record = tensorrt_bundle(copy)
+    layers_file(bundle.path(record.files[0])).write_text("{")
+    with pytest.raises(BadEngine) as caught:
+        list_layers(bundle, record)
+    wanted = f"tstitch-trt build {bundle.root} --backend tensorrt --device cuda --profiling-verbosity detailed --fresh"
+    assert caught.value.hint == f"compile the engine again: {wanted}"
+
+
+def test_a_list_of_any_size_is_shown_in_bounds(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, record = tensorrt_bundle(copy)
+    tensors = tuple(LayerTensor("", "fp16") for _ in range(3))
+    layer = Layer(name="a" * 100_000, type="kgen", inputs=(*tensors, LayerTensor("", "int8", (2,))))
+    write_layers(
+        bundle.path(record.files[0]), PlanLayers(source="build log", library="b" * 100_000, layers=(layer,) * 100)
+    )
+    print_layers("member small", list_layers(bundle, record))
+    said = capsys.readouterr().out
+    assert len(said) < 100_000
+    assert "3xfp16[] int8[2]" in said
 
 
 def test_what_is_suspicious_is_said_first(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

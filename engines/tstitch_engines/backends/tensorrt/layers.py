@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -41,6 +41,7 @@ Kind = Literal["gemm", "convolution", "attention", "softmax", "copy", "pointwise
 
 LOG_HEADING: Final = "Layers:\n"  # how the message of the build log starts that lists them
 _BYTES: Final = 32 << 20  # of a file: ten times what the list of SDXL's UNet would take
+_Layers = msgspec.Meta(max_length=20_000)
 _MANY_COPIES: Final = 6  # from one attention to the next; DiTs need two, UNets five
 
 # The compiler's abbreviations of operators that move or retype data and compute nothing.
@@ -94,10 +95,10 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
 class PlanLayers(msgspec.Struct, frozen=True, kw_only=True):
     """The layers of one plan in their order. ``source``: who listed them; ``library``: its name and version."""
 
-    schema: int = 1
+    schema: Literal[1] = 1
     source: Literal["build log", "engine inspector"]
     library: str
-    layers: tuple[Layer, ...]
+    layers: Annotated[tuple[Layer, ...], _Layers]
 
 
 class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -294,10 +295,10 @@ def write_layers(plan: Path, found: PlanLayers) -> Path:
     return path
 
 
-def read_layers(plan: Path, others: Iterable[str]) -> PlanLayers | None:
+def read_layers(plan: Path, others: Iterable[str], *, again: str) -> PlanLayers | None:
     """The list beside ``plan``, where it is one of its ``others``, the names of the engine's other files.
 
-    Raises ``BadEngine`` for a file that is damaged.
+    ``again``: the command that makes it anew. Raises ``BadEngine`` for a file that is damaged.
     """
     path = layers_file(plan)
     if path.name not in others:
@@ -307,5 +308,5 @@ def read_layers(plan: Path, others: Iterable[str]) -> PlanLayers | None:
     except (OSError, ValueError) as error:
         raise BadEngine(
             f"the list of layers {path.name} can't be read: {error}",
-            hint="compile the engine again: tstitch-trt build BUNDLE --profiling-verbosity detailed --fresh",
+            hint=f"compile the engine again: {again}",
         ) from error

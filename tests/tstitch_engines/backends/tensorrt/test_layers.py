@@ -99,7 +99,7 @@ def compiled(member: Member, model: Path, folder: Path) -> tuple[Layer, ...]:
         output=folder / "plan.rtx",
         progress=silent,
     )
-    found = read_layers(plan, [layers_file(plan).name])
+    found = read_layers(plan, [layers_file(plan).name], again="")
     assert found is not None
     assert (found.source, found.library) == ("build log", f"TensorRT-RTX {backend.version()}")
     return found.layers
@@ -303,7 +303,7 @@ def test_a_build_on_a_gpu_without_a_list_in_its_log_asks_the_plan(
     plan.write_bytes(b"a plan")
     with session(TENSORRT, stand.library) as listening:
         assert list_layers(listening, plan, on_gpu=True)
-        found = read_layers(plan, [layers_file(plan).name])
+        found = read_layers(plan, [layers_file(plan).name], again="")
         assert found is not None
         assert found.layers == parse_inspector(stand.information)
         layers_file(plan).unlink()
@@ -318,11 +318,22 @@ def test_a_build_on_a_gpu_without_a_list_in_its_log_asks_the_plan(
 # --- the file beside a plan
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"schema": 1, "layers": 5}', b"[" * 100_000])
+LIST = '{"schema": %d, "source": "build log", "library": "", "layers": [%s]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{}", b'{"schema": 1, "layers": 5}', b"[" * 100_000),
+        (LIST % (2, "")).encode(),  # of a later version
+        (LIST % (1, ",".join(['{"name": ""}'] * 20_001))).encode(),
+    ],
+    ids=("empty", "bare", "number", "deep", "later", "long"),
+)
 def test_a_damaged_list_is_named(content: bytes, tmp_path: Path) -> None:
     plan = tmp_path / "a.rtx"
     layers_file(plan).write_bytes(content)
     with pytest.raises(BadEngine, match=r"the list of layers a\.rtx\.layers\.json can't be read") as caught:
-        read_layers(plan, ["a.rtx.layers.json"])
-    assert "--profiling-verbosity detailed" in caught.value.hint
-    assert read_layers(plan, []) is None, "a file that the manifest does not name is not read"
+        read_layers(plan, ["a.rtx.layers.json"], again="build it")
+    assert caught.value.hint == "compile the engine again: build it"
+    assert read_layers(plan, [], again="") is None, "a file that the manifest does not name is not read"
