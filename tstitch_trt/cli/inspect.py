@@ -85,7 +85,7 @@ def _print_layers(bundle: Bundle, layers: Mapping[str, LayerList | str]) -> None
         if index:
             click.echo()
         identity = record.identity
-        built = f"{identity.backend} {identity.backend_version} for {identity.arch}, {identity.precision}"
+        built = f"{identity.backend} {identity.backend_version} for {identity.target}, {identity.precision}"
         print_layers(f"{bundle.manifest.word(name)} {name}: {built}", found)
 
 

@@ -48,7 +48,7 @@ class Opsets:
             return min(OPSET[precision], self.newest)
         if self.asked > self.newest:
             raise BadInput(
-                f"option opset is {self.asked}, and {self.why}",
+                f"option opset is {self.asked}, but {self.why}",
                 hint=f"leave it out, or --option opset={self.newest}",
             )
         if precision == "bf16" and self.asked < _BFLOAT16:
@@ -62,7 +62,7 @@ class Opsets:
         """What a bundle says of networks that are exported with an older opset than is usual, though nobody asked."""
         if self.asked is not None or not lowered:
             return ()
-        return (f"{', '.join(lowered)}: exported with ONNX opset {self.newest}, for {self.why}",)
+        return (f"{', '.join(lowered)}: exported with ONNX opset {self.newest}: {self.why}",)
 
 
 def _described(opsets: Mapping[Precision, int]) -> str:

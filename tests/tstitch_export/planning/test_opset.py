@@ -39,7 +39,7 @@ def test_a_backend_that_takes_no_newer_one_gets_it_in_words(tiny_pair: TinyPair,
         opset_limit=newest(22),
     )
     assert plan.members[0].opset == opset
-    said = [note for note in plan.conventions.notes if "exported with ONNX opset 22, for the library knows no" in note]
+    said = [note for note in plan.conventions.notes if "exported with ONNX opset 22: the library knows no" in note]
     assert len(said) == (precision != "fp32")
 
 
@@ -50,7 +50,7 @@ def test_a_backend_that_takes_no_newer_one_gets_it_in_words(tiny_pair: TinyPair,
         ({"opset": "24"}, "fp16", "option opset is 24; allowed is a whole number from 20 to 23"),
         ({"opset": "new"}, "fp16", "option opset of the export is 'new'; allowed is a whole number"),
         ({"opset": 21}, "bf16", "option opset is 21, and a network in bf16 needs 22"),
-        ({"opset": 23}, "fp16", "option opset is 23, and the library knows no newer"),
+        ({"opset": 23}, "fp16", "option opset is 23, but the library knows no newer"),
     ],
 )
 def test_one_that_can_t_be_had(tiny_pair: TinyPair, options: Any, precision: str, words: str) -> None:

@@ -18,6 +18,7 @@ from tstitch_engines.bundle.bundle import Bundle, open_bundle
 from tstitch_engines.bundle.manifest import EngineRecord
 from tstitch_engines.errors import BadEngine
 from tstitch_trt.cli._layers import print_layers
+from tstitch_trt.cli.inspect import _print_layers
 from tstitch_trt.verify.plan_layers import LayerList, list_layers
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
@@ -113,6 +114,16 @@ def test_a_loaded_plan_tells_its_layers_itself(copy: Path, tmp_path: Path) -> No
     identity = msgspec.structs.replace(record.identity, options={"profiling-verbosity": "none"})
     bare = msgspec.structs.replace(record, files=record.files[:1], identity=identity)
     assert "verbosity none: its layers were not listed" in str(list_layers(bundle, bare))
+
+
+def test_layers_are_those_of_a_plan_for_one_gpu_model(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, record = tensorrt_bundle(copy)
+    identity = msgspec.structs.replace(record.identity, arch="sm_90", gpu="NVIDIA H200")
+    small = bundle.manifest.members["small"]
+    members = {"small": msgspec.structs.replace(small, engines=(msgspec.structs.replace(record, identity=identity),))}
+    changed = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, members=members))
+    _print_layers(changed, {record.files[0].path: "none"})
+    assert "for sm_90 (NVIDIA H200), fp16" in capsys.readouterr().out
 
 
 def test_a_damaged_list_says_the_command_that_makes_it_anew(copy: Path) -> None:

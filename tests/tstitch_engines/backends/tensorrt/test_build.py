@@ -119,7 +119,7 @@ def test_half_precision_at_opset_22_is_fused_as_well(tiny_pair: TinyPair, tmp_pa
     widened = ", 1 of them with sums in float32" if precision == "fp16" else ""
     assert kernels == {"1 left to the builder": 1, f"1 fused{widened}": 1, "1 kept apart": 0}
     assert sums == ([{"fp16"}, {"fp32"}, set()] if precision == "fp16" else [{"bf16"}, {"bf16"}, set()])
-    assert any("with attention=apart attention has to be products" in note for note in manifest.notes)
+    assert any("opset 22: with attention=apart attention has to be products" in note for note in manifest.notes)
 
 
 @pytest.mark.parametrize(("dtype", "head", "fused"), [("float16", 64, 1), ("float16", 8, 0), ("float32", 64, 0)])
