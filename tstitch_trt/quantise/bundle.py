@@ -11,7 +11,7 @@ from tstitch_engines.backends import open_backend
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.files import copy_component
-from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, guided_by_default
+from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member
 from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.progress import silent
@@ -39,7 +39,7 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
     records: tuple[EngineRecord, ...] = ()
     if not needs_widening(member):
         engines = [e for e in replaced.engines if e.identity.backend == backend.name] or [*replaced.engines]
-        profile = engines[0].identity.profile if engines else _profile(old, member)
+        profile = engines[0].identity.profile if engines else _profile(old, name, member)
         compiler = Compiler(backend=backend, device="cpu", profile=profile, settings={}, cache=Cache())
         records = compiler.engines(name, member, staging, what=f"member {name}", previous=None, report=silent)
     else:
@@ -53,12 +53,9 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
     return msgspec.structs.replace(old, members=members, versions=versions)
 
 
-def _profile(manifest: Manifest, member: Member) -> ShapeProfile:
+def _profile(manifest: Manifest, name: str, member: Member) -> ShapeProfile:
     """Of the engine of a member that had none: as another member's, else of the bundle's own size."""
-    known = {
-        name: r for m in manifest.members.values() for e in m.engines for name, r in e.identity.profile.dims.items()
-    }
-    guided = guided_by_default(manifest.conditioning, manifest.defaults) and not member.guidance_embedding
-    batch = usual_batch(guided=guided)
+    known = {dim: r for m in manifest.members.values() for e in m.engines for dim, r in e.identity.profile.dims.items()}
+    batch = usual_batch(guided=manifest.usually_guided(name))
     own = {"H": manifest.latent.height, "W": manifest.latent.width, "T": 77}
-    return member.profile_of({"B": batch, **{name: Range(size, size, size) for name, size in own.items()}, **known})
+    return member.profile_of({"B": batch, **{dim: Range(size, size, size) for dim, size in own.items()}, **known})

@@ -26,7 +26,7 @@ __all__ = ["Compiler", "from_cache", "keep_record"]
 
 _log = logging.getLogger(__name__)
 
-_COMPILE_SCHEMA: Final = 2  # part of every engine's cache key: raise it when an identity is compiled to something else
+_COMPILE_SCHEMA: Final = 2  # of every engine's cache key and name: raise it when an identity is compiled otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ class Compiler:
         ``staging``, and is called only when it has to. Raises what ``Backend.compile`` raises.
         """
         identity, what = self.identity(member), f"{what}: {self.backend.name} engine"
+        key = digest({"schema": _COMPILE_SCHEMA, "identity": identity})
+        output = f"{self.backend.name}-{key[:12]}{self.backend.engine_suffix}"
         networks = previous.manifest.networks() if previous is not None else {}
         old = networks[name].engines if name in networks else ()
         # What may run code is not taken over from a bundle of unknown origin.
@@ -88,12 +90,13 @@ class Compiler:
             record
             for record in old
             if record.identity == identity
+            and record.files[0].path.rpartition("/")[2] == output  # else of another schema
             and not self.cache.fresh
             and (not self.backend.runs_code or is_built_here(record.files))
         )
         engine = next((record for record in fitting if keep_record(previous, record, staging)), None)
         if engine is None:
-            engine = self._compiled(name, member, identity, staging, what, report, model)
+            engine = self._compiled(name, member, identity, key, output, staging, what, report, model)
         else:
             _log.info("%s: reused from the bundle", what)
         found: list[EngineRecord] = []
@@ -122,14 +125,15 @@ class Compiler:
         name: str,
         member: Network,
         identity: EngineIdentity,
+        key: str,
+        output: str,
         staging: Path,
         what: str,
         report: Progress,
         model: Callable[[], Path] | None,
     ) -> EngineRecord:
         """From the cache, or compiled now."""
-        backend, key = self.backend, digest({"schema": _COMPILE_SCHEMA, "identity": identity})
-        output = f"{backend.name}-{key[:12]}{backend.engine_suffix}"
+        backend = self.backend
 
         def make(folder: Path) -> dict[str, object]:
             source = staging / member.onnx[0].path if model is None else model()
