@@ -16,6 +16,7 @@ from typing import Final, Literal, TypeVar
 
 from tstitch_engines.checks import plain_number, shown
 from tstitch_engines.device.base import Device
+from tstitch_engines.device.recording import is_held_here
 from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork
 
 __all__ = ["EXIT", "InterpreterExit", "Turn", "WorkQueue", "check_timeout"]
@@ -288,7 +289,8 @@ class WorkQueue:
 
         Requests that wait are refused with ``Closed``. The calling thread's own request can't be waited for and is
         cancelled. Called in the middle of its step, by a signal handler or a finaliser, this returns at once, and
-        ``free`` is called when the request has ended. Raises ``Busy`` after ``timeout`` seconds; the runtime takes no
+        ``free`` is called when the request has ended; so it does in the middle of another runtime's recording or
+        compiling, for which the request may wait. Raises ``Busy`` after ``timeout`` seconds; the runtime takes no
         requests then, and another ``close`` may cancel. Does nothing in a fork.
         """
         if self._forked:  # nothing here is this process's to wait for or to free
@@ -305,7 +307,7 @@ class WorkQueue:
             stopped = turns if cancel or own else []
             for turn in stopped:
                 turn.why_cancelled = turn.why_cancelled or why
-            if any(turn.running for turn in own):
+            if any(turn.running for turn in own) or (turns and is_held_here()):
                 self._free = free
                 return
         for turn in stopped:

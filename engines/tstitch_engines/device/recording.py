@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Final
 
-__all__ = ["RECORDING"]
+__all__ = ["RECORDING", "is_held_here"]
 
 RECORDING: Final = threading.RLock()
 """Held by whoever records a stream, compiles for a GPU in this process, or replaces the weights of a loaded engine.
@@ -20,8 +20,13 @@ thread that holds it may take it again. A fork has none of the other threads, an
 """
 
 
+def is_held_here() -> bool:
+    """Whether the calling thread holds it: what runs is a signal handler or a finaliser, in the middle of that work."""
+    return bool(RECORDING._is_owned())  # type: ignore[attr-defined]
+
+
 def _forget_others() -> None:
-    if not RECORDING._is_owned():  # type: ignore[attr-defined]
+    if not is_held_here():
         RECORDING._at_fork_reinit()  # type: ignore[attr-defined]
 
 

@@ -23,6 +23,7 @@ from support.hand_made_parts import World
 from support.tiny import TinyPair
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.device.host import HostDevice
+from tstitch_engines.device.recording import RECORDING
 from tstitch_engines.errors import BadInput, Busy, Cancelled, Closed, FailedWork, TStitchError
 from tstitch_trt import Runtime
 from tstitch_trt.runtime.result import Result, StepEvent
@@ -676,6 +677,28 @@ def test_the_interpreter_ends_while_threads_sample(world: Bundle, kind: str, cod
     assert done.stdout == ("the end\n" if kind == "end" else "")
     errors = [line for line in done.stderr.splitlines() if not line.startswith(("  ", "Traceback"))]
     assert errors == (["KeyboardInterrupt"] if kind == "interrupt" else []), done.stderr
+
+
+def test_closing_in_the_middle_of_another_runtimes_compiling(runtime: Runtime, other: ThreadPoolExecutor) -> None:
+    """By a signal handler: a step that has to compile waits until this thread has compiled."""
+    waiting = threading.Event()
+
+    def compiling(enqueue: Callable[[], None]) -> None:
+        waiting.set()
+        with RECORDING:
+            enqueue()
+
+    for engine in runtime._engines.values():
+        engine.enqueue = partial(compiling, engine.enqueue)  # type: ignore[method-assign]
+    with RECORDING:
+        running = other.submit(runtime.sample, **SHORT)
+        assert waiting.wait(SECONDS)
+        runtime.close(cancel=True, timeout=1)
+    with pytest.raises(Cancelled):
+        running.result(SECONDS)
+    with pytest.raises(Closed):
+        runtime.sample(**SHORT)
+    assert not runtime._stepper._engines, "they are let go of"
 
 
 _FORKING = """
