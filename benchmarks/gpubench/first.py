@@ -84,8 +84,10 @@ def _main(args: argparse.Namespace, command: str) -> int:
         signal.SIGTERM, signal.default_int_handler
     )  # an end from outside: keep what there is, end the children
     first = _First(args, command)
-    first.run(steps)
-    print(first.table(plan))
+    try:
+        first.run(steps)
+    finally:
+        print(first.table(plan))
     return 1 if any(first.state(step)["status"] == "failed" for step in steps) else 0
 
 

@@ -274,6 +274,7 @@ def test_an_end_from_outside_keeps_the_record_and_ends_the_work(tmp_path: Path) 
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130, text
+    assert re.search(r"^soak +not run +\d+ +in part .*interrupted$", text, re.MULTILINE)
     said = record(tmp_path)
     assert said["steps"]["machine"]["status"] == "not run"
     assert said["steps"]["soak"]["status"] == "not run"

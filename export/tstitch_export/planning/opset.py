@@ -38,7 +38,7 @@ class Opsets:
         if asked is not None and not _ALLOWED[0] <= int(asked) <= _ALLOWED[1]:
             raise BadInput(
                 f"option opset is {asked}; allowed is a whole number from {_ALLOWED[0]} to {_ALLOWED[1]}",
-                hint=f"leave it out for {_described(OPSET)}",
+                hint=f"leave it out: {_described(OPSET)}",
             )
         return None if asked is None else int(asked)
 
