@@ -114,7 +114,7 @@ def build(
         precision=precision,
         options=options or {},
         check=lambda common: typed(common, opened.options, what=f"backend {backend!r}"),
-        opset_limit=opened.opset_limit,
+        opset_limits=opened.opset_limits,
     )
     settings = plan.options
     compiler = Compiler(

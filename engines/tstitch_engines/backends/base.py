@@ -230,9 +230,12 @@ class Backend(ABC):
         """Options of ``tstitch_trt.load`` (``threads``, ``graph``) that an engine can't honour, with the reason."""
         return {} if device == "cpu" else {"threads": f"its engine runs on {device}, not on the CPU's threads"}
 
-    def opset_limit(self, options: Mapping[str, Option]) -> tuple[int, str]:
-        """The newest ONNX opset that it compiles with these options, of those that are exported, and why no newer."""
-        return 23, ""
+    def opset_limits(self, options: Mapping[str, Option]) -> tuple[int, int, str]:
+        """The oldest ONNX opset in half precision and the newest that it compiles with these options, and why.
+
+        Of those that are exported.
+        """
+        return 20, 23, ""
 
     def doubt(self, identity: EngineIdentity) -> str:
         """What to try where such an engine computes wrongly, in words; empty where nothing is known."""

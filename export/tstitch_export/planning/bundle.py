@@ -77,12 +77,12 @@ def plan_bundle(
     precision: Precision | Mapping[str, Precision],
     options: Mapping[str, Scalar],
     check: Callable[[dict[str, Scalar]], dict[str, Scalar]] = dict,
-    opset_limit: Callable[[Mapping[str, Scalar]], tuple[int, str]] | None = None,
+    opset_limits: Callable[[Mapping[str, Scalar]], tuple[int, int, str]] | None = None,
 ) -> BundlePlan:
     """The arguments are those of ``build``. Reads shapes and configs, no weights; needs no torch. Raises ``BadInput``.
 
     ``check`` types the options that are no network's own, before any checkpoint is read; ``opset`` is not among them.
-    ``opset_limit``: the newest ONNX opset that may be exported with them, and why.
+    ``opset_limits``: the oldest ONNX opset in half precision and the newest that may be exported with them, and why.
     """
     spec, base = load_recipe(recipe)
     for name in members:
@@ -93,9 +93,9 @@ def plan_bundle(
     asked = Opsets.asked_of(common)
     settings = check(common)
     opsets = Opsets(asked=asked)
-    if opset_limit is not None:
-        newest, why = opset_limit(settings)
-        opsets = Opsets(asked=asked, newest=newest, why=why)
+    if opset_limits is not None:
+        oldest, newest, why = opset_limits(settings)
+        opsets = Opsets(asked=asked, oldest=oldest, newest=newest, why=why)
     if "controlnet" in parts:
         for name in names:
             described = spec.members.get(name) or spec.other_members

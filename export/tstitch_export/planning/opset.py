@@ -24,9 +24,13 @@ _OPTION: Final = {"opset": (int, f"{_ALLOWED[0]} to {_ALLOWED[1]}")}
 
 @dataclass(frozen=True, kw_only=True)
 class Opsets:
-    """``asked``: the option ``opset``, ``None`` where nothing was said. ``newest``: what the backend takes, ``why``."""
+    """``asked``: the option ``opset``, ``None`` where nothing was said.
+
+    ``oldest`` (in half precision) and ``newest``: what the backend takes, ``why``.
+    """
 
     asked: int | None = None
+    oldest: int = _ALLOWED[0]
     newest: int = _ALLOWED[1]
     why: str = ""
 
@@ -46,10 +50,10 @@ class Opsets:
         """Raises ``BadInput`` where what was asked for can't be had in this precision or with the backend."""
         if self.asked is None:
             return min(OPSET[precision], self.newest)
-        if self.asked > self.newest:
+        nearest = min(self.asked if precision == "fp32" else max(self.asked, self.oldest), self.newest)
+        if nearest != self.asked:
             raise BadInput(
-                f"option opset is {self.asked}, but {self.why}",
-                hint=f"leave it out, or --option opset={self.newest}",
+                f"option opset is {self.asked}, but {self.why}", hint=f"leave it out, or --option opset={nearest}"
             )
         if precision == "bf16" and self.asked < _BFLOAT16:
             raise BadInput(

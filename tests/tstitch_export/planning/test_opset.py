@@ -18,7 +18,7 @@ from tstitch_export.build import build
 
 
 def newest(number: int) -> Any:
-    return lambda options: (number, "the library knows no newer")
+    return lambda options: (20, number, "the library knows no newer")
 
 
 def test_the_usual_one_is_that_of_the_precision(tiny_pair: TinyPair) -> None:
@@ -36,7 +36,7 @@ def test_a_backend_that_takes_no_newer_one_gets_it_in_words(tiny_pair: TinyPair,
         tiny_pair.recipe("small"),
         members={"small": tiny_pair.checkpoint("small")},
         precision=precision,
-        opset_limit=newest(22),
+        opset_limits=newest(22),
     )
     assert plan.members[0].opset == opset
     said = [note for note in plan.conventions.notes if "exported with ONNX opset 22: the library knows no" in note]
@@ -60,8 +60,25 @@ def test_one_that_can_t_be_had(tiny_pair: TinyPair, options: Any, precision: str
             members={"small": tiny_pair.checkpoint("small")},
             precision=precision,
             options=options,
-            opset_limit=newest(22),
+            opset_limits=newest(22),
         )
+
+
+def test_one_that_leaves_out_what_the_options_need(tiny_pair: TinyPair) -> None:
+    def asked(precision: str, opset: int) -> int:
+        plan = planned(
+            tiny_pair.recipe("small"),
+            members={"small": tiny_pair.checkpoint("small")},
+            precision=precision,
+            options={"opset": opset},
+            opset_limits=lambda options: (23, 23, "with attention=fused attention has to be one node"),
+        )
+        return plan.members[0].opset
+
+    with pytest.raises(BadInput, match="option opset is 22, but with attention=fused") as caught:
+        asked("fp16", 22)
+    assert caught.value.hint == "leave it out, or --option opset=23"
+    assert (asked("fp16", 23), asked("fp32", 22)) == (23, 22), "float32 has no such kernel"
 
 
 def test_what_is_shipped_is_exported_anew_for_another() -> None:

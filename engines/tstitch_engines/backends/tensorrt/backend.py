@@ -121,15 +121,18 @@ class TensorRtBackend(Backend):
             reasons["graph"] = "its engine streams weights, which allocates while it runs and can't be recorded"
         return reasons
 
-    def opset_limit(self, options: Mapping[str, Option]) -> tuple[int, str]:
+    def opset_limits(self, options: Mapping[str, Option]) -> tuple[int, int, str]:
         if options.get("attention") == "apart":
-            return 22, "with attention=apart attention has to be products and softmax, as up to opset 22"
+            return 20, 22, "with attention=apart attention has to be products and softmax, as up to opset 22"
         if not has(self._library, "IAttention"):
             return (
+                20,
                 22,
                 f"{self.flavour.title} {self.version()} imports no Attention, the node of opset 23",
             )
-        return super().opset_limit(options)
+        if options.get("attention") == "fused":
+            return 23, 23, "with attention=fused attention has to be one node, as from opset 23 on"
+        return super().opset_limits(options)
 
     def doubt(self, identity: EngineIdentity) -> str:
         if identity.precision == "fp32" or identity.options.get("attention") == "apart":

@@ -70,10 +70,11 @@ def identity(version: str, arch: str = "rtx-default", **options: Any) -> EngineI
 
 
 def test_a_library_without_attention_gets_an_older_opset(rtx: TensorRtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rtx.opset_limit({}) == (23, "")
-    assert rtx.opset_limit({"attention": "apart"})[0] == 22
+    assert rtx.opset_limits({}) == (20, 23, "")
+    assert rtx.opset_limits({"attention": "apart"})[:2] == (20, 22)
+    assert rtx.opset_limits({"attention": "fused"})[:2] == (23, 23)
     monkeypatch.delattr(open_library(RTX), "IAttention")
-    assert rtx.opset_limit({}) == (22, f"TensorRT-RTX {rtx.version()} imports no Attention, the node of opset 23")
+    assert rtx.opset_limits({}) == (20, 22, f"TensorRT-RTX {rtx.version()} imports no Attention, the node of opset 23")
     with pytest.raises(BadInput, match="has no attention=fused"):
         rtx.build_arch("cpu", {"attention": "fused"})
 
