@@ -24,6 +24,7 @@ from gpubench.first_tensorrt import block_part, streams_part
 from gpubench.models import build_bundle
 from gpubench.ours import OurTrajectory
 from gpubench.record import NO_CUDA, Context, Entry, NotRun, Part
+from gpubench.supervise import default_device
 from gpubench.trajectories import error_of, initial_noise, labels_of
 from tstitch_engines.backends import open_backend
 from tstitch_engines.device.cuda_kernels import fatbin_path
@@ -62,8 +63,9 @@ def machine_part(context: Context, part: Part) -> None:
         entry["doctor"] = msgspec.to_builtins(found)
         needed = [check for check in found.checks if check.group in ("cuda", "cuda release") and check.name != "nvcc"]
         lacking = [f"{check.name}: {check.detail}" for check in needed if not check.ok]
-        # PyTorch sees no GPU where it is for a newer CUDA than the driver runs.
         wanted = context.cuda or (not context.smoke and driver_cuda() is not None)
+        if default_device() == "cpu":  # for no CUDA, or a newer one than the driver runs
+            lacking.append("torch: it sees no GPU")
         if not found.usable or (wanted and lacking):
             raise FailedWork("; ".join(["the doctor finds it unusable", *lacking]), hint="tstitch-trt doctor")
         return {}

@@ -159,6 +159,7 @@ def test_a_driver_is_too_old_for_what_is_installed(
     from gpubench.first_parts import machine_part
     from gpubench.first_steps import STEPS
     from gpubench.record import Context, Part
+    from gpubench.supervise import default_device
 
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho NVIDIA H100 PCIe, 550.54.15, 9.0, 350 W, 1755 MHz, 81559 MiB\n")
@@ -174,6 +175,7 @@ def test_a_driver_is_too_old_for_what_is_installed(
     status, found = judge(STEPS[0], part.data, None)
     assert part.entries["nvidia-smi"]["status"] == "ok"
     assert why in found
+    assert ("torch: it sees no GPU" in found) == (default_device() == "cpu")
     assert ("is for CUDA" in found) == bool(why)
     if why:
         assert (status, STEPS[0].is_expected(found)) == ("failed", True)
