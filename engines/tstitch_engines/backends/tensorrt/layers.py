@@ -241,13 +241,17 @@ def _of_line(line: str) -> Layer:
 def parse_inspector(text: str) -> tuple[Layer, ...]:
     """The layers in ``IEngineInspector::getEngineInformation``'s JSON, of TensorRT 10.x or 11.x.
 
-    A plan that was built with names only has names only. Raises ``ValueError`` for JSON without layers.
+    A plan that was built with names only has names only. Raises ``ValueError`` for JSON without layers, or in another
+    form.
     """
     document = json.loads(text)
     found = document.get("Layers") if isinstance(document, dict) else None
     if not isinstance(found, list):
         raise ValueError(f"no list of layers: {text[:200]}")
-    return tuple(Layer(name=one) if isinstance(one, str) else _of_record(one) for one in found)
+    try:
+        return tuple(Layer(name=one) if isinstance(one, str) else _of_record(one) for one in found)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"a layer in another form: {error}") from error
 
 
 def _of_record(record: Mapping[str, Any]) -> Layer:

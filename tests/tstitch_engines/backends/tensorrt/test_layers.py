@@ -275,9 +275,15 @@ def test_of_names_the_kinds_that_names_tell_are_known() -> None:
     assert [layer.kind for layer in layers] == ["attention", "copy", "unknown"]
 
 
-@pytest.mark.parametrize("text", ['{"Bindings": []}', "[]", "", '{"Layers": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"Bindings": []}', "[]", "", '{"Layers": {}}', '{"Layers": [[]]}', '{"Layers": [{"StreamId": null}]}'),
+        '{"Layers": [{"Inputs": [{"Name": "a", "Dimensions": null}]}]}',
+    ],
+)
 def test_json_without_layers_is_an_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no list of layers|Expecting value"):
+    with pytest.raises(ValueError, match=r"no list of layers|Expecting value|a layer in another form"):
         parse_inspector(text)
 
 
