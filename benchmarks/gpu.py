@@ -32,7 +32,7 @@ except ImportError:  # not installed: run from the checkout
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 from gpubench.cases import CONTENDERS, dit_cases, part_names  # noqa: E402
-from gpubench.record import FINISHED, Context, Part, read_part  # noqa: E402
+from gpubench.record import FINISHED, Context, Part, place_of, read_part  # noqa: E402
 from gpubench.report import report  # noqa: E402
 from gpubench.script import parser_of, run_script, share_inductor_cache  # noqa: E402
 from gpubench.supervise import default_device, run_part  # noqa: E402
@@ -156,9 +156,10 @@ def _run(args: argparse.Namespace, names: list[str], given: list[str]) -> int:
 
 
 def _same(part: dict[str, Any], args: argparse.Namespace, device: str) -> bool:
-    """Whether it was measured in this way, on this kind of device, with every contender that is wanted now."""
+    """Whether it was measured in this way, on such a machine, with every contender that is wanted now."""
     lacking = set(part.get("left_out", ())) & set(args.contenders or CONTENDERS)
-    return (part.get("smoke"), part.get("device")) == (args.smoke, device) and not lacking
+    same = {"smoke": args.smoke, **place_of(device)}
+    return all(part.get(key) == value for key, value in same.items()) and not lacking
 
 
 # --- the child: one part

@@ -34,7 +34,7 @@ except ImportError:  # not installed: run from the checkout
 
 from gpubench.cases import CONTENDERS  # noqa: E402
 from gpubench.first_steps import FALLBACK, FirstStep, first_steps  # noqa: E402
-from gpubench.record import Entry, read_part  # noqa: E402
+from gpubench.record import Entry, place_of, read_part  # noqa: E402
 from gpubench.script import parser_of, run_script, share_inductor_cache, write_record  # noqa: E402
 from gpubench.supervise import CRASHED, GRACE_SECONDS, SCRIPT, default_device, run_part  # noqa: E402
 from tstitch_engines.errors import BadInput, unknown_name  # noqa: E402
@@ -108,12 +108,11 @@ class _First:
             before = _read(args.before)
             if not before:
                 raise BadInput(f"--from {args.before}: there is no record that can be read", hint="leave it out")
-        same = {"smoke": args.smoke, "device": self._device}
+        same = {"smoke": args.smoke, **place_of(self._device)}
         if before and any(before.get(key) != value for key, value in same.items()):
             raise BadInput(
-                f"{self._path if self._path.is_file() else args.before} is of the device {before.get('device')}"
-                f"{', a dry run' if before.get('smoke') else ''}; this run is on {self._device}"
-                f"{', a dry run' if args.smoke else ''}",
+                f"{self._path if self._path.is_file() else args.before} is of {_place(before)}; this run is on "
+                f"{_place(same)}",
                 hint="give another folder: OUT=DIR benchmarks/gpu_first.sh",
             )
         self.document: Entry = {"runs": [], "steps": {}, "parts": {}, **before, **same}
@@ -291,6 +290,11 @@ def _last_words(entries: Mapping[str, Entry]) -> str:
             errors = [m for m in step["messages"] if m.startswith(("ERROR", "INTERNAL_ERROR"))]
             found.append(f"{name}: {step['step']}: {step['problem']} {'; '.join(errors[:1])}".rstrip())
     return "; ".join(found) or "no attempt ran"
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    gpus = f" ({', '.join(record['gpus'])})" if record.get("gpus") else ""
+    return f"the device {record.get('device')}{gpus}{', a dry run' if record.get('smoke') else ''}"
 
 
 def _read(path: Path | None) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import numpy as np
 
 from tstitch_engines.errors import TStitchError, Unavailable
 from tstitch_trt.files import write_text
-from tstitch_trt.study.machine import describe_machine
+from tstitch_trt.study.machine import describe_machine, gpu_names
 from tstitch_trt.study.statistics import spread
 
-__all__ = ["FINISHED", "Context", "Entry", "NotRun", "Part", "spread_of"]
+__all__ = ["FINISHED", "Context", "Entry", "NotRun", "Part", "place_of", "spread_of"]
 
 Entry = dict[str, Any]
 
@@ -67,7 +67,7 @@ class Part:
         self.path = context.out / f"{name}.json"
         self.pending = False
         self._tried = 0
-        same: Entry = {"smoke": context.smoke, "device": context.device, "case": case}
+        same: Entry = {"smoke": context.smoke, **place_of(context.device), "case": case}
         self.data: Entry = {"part": name, "status": "running", **same, "entries": {}}
         old = read_part(self.path)
         if old is not None and all(old.get(key) == value for key, value in same.items()):
@@ -135,6 +135,11 @@ class Part:
             self.save()
             raise
         self.save()
+
+
+def place_of(device: str) -> Entry:
+    """What a record names so that nothing measured elsewhere is taken for its own: the device and the GPUs' models."""
+    return {"device": device, "gpus": [] if device == "cpu" else [name.rpartition(",")[0] for name in gpu_names()]}
 
 
 def read_part(path: Path) -> Entry | None:

@@ -112,12 +112,13 @@ def test_an_unfinished_part_goes_on_after_its_last_entry(smoke: Path, tmp_path: 
     assert new["entries"][lost]["tries"] == 2
 
 
-def test_what_another_device_measured_is_measured_again(smoke: Path, tmp_path: Path) -> None:
-    old = record(smoke, "ceilings") | {"device": "cuda:0"}
+@pytest.mark.parametrize("other", [{"device": "cuda:0"}, {"gpus": ["NVIDIA H200"]}], ids=["device", "GPU"])
+def test_what_another_device_measured_is_measured_again(other: dict[str, Any], smoke: Path, tmp_path: Path) -> None:
+    old = record(smoke, "ceilings") | other
     (tmp_path / "ceilings.json").write_text(json.dumps(old))
     assert run(tmp_path, *ON_CPU, "--parts", "ceilings").returncode == 0
     new = record(tmp_path, "ceilings")
-    assert new["device"] == "cpu"
+    assert (new["device"], new["gpus"]) == ("cpu", [])
     assert all(new["entries"][name] != entry for name, entry in old["entries"].items())
 
 

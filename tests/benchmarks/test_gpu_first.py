@@ -256,9 +256,32 @@ def test_a_record_of_another_device_is_not_overwritten(
     (tmp_path / "first.json").write_text(text)
     assert main(["--out", str(tmp_path), "--device", "cpu", "--smoke"]) == 2
     said = capsys.readouterr().err
-    assert "is of the device cuda:0; this run is on cpu, a dry run" in said
+    assert "is of the device cuda:0; this run is on the device cpu, a dry run" in said
     assert "hint: give another folder" in said
     assert (tmp_path / "first.json").read_text() == text
+
+
+def test_a_record_of_another_gpu_model_is_not_gone_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpubench.first import main
+
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho NVIDIA H200, 580.65.06\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    place = {"smoke": True, "device": "cuda:0", "gpus": ["NVIDIA H100 80GB HBM3"]}
+    before = {**place, "steps": {}, "parts": {}, "runs": []}
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    words = ["--out", str(tmp_path / "out"), "--device", "cuda:0", "--smoke", "--from", str(tmp_path / "before.json")]
+    assert main(words) == 2
+    assert "the device cuda:0 (NVIDIA H100 80GB HBM3), a dry run; this run is on the device cuda:0 (NVIDIA H200)" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out" / "first.json").exists()
 
 
 def test_no_step_begins_when_the_time_is_over(tmp_path: Path) -> None:
