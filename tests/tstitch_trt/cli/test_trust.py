@@ -29,6 +29,7 @@ from tstitch_engines.child import DEFAULT
 from tstitch_engines.compile.bundle import _compiler
 from tstitch_engines.compile.load import require_trust
 from tstitch_engines.errors import BadEngine, Unsafe, Untrusted
+from tstitch_engines.spec import usual_batch
 
 torch = pytest.importorskip("torch")
 
@@ -130,7 +131,9 @@ def test_a_manifest_names_no_file_that_a_compilation_writes(tiny_pair: TinyPair,
     identity = msgspec.structs.replace(small.engines[0].identity, backend="tensorrt-rtx", options=options)
     engines = (msgspec.structs.replace(small.engines[0], identity=identity),)
     network = msgspec.structs.replace(small, engines=engines)
-    made = _compiler(open_backend("tensorrt-rtx"), network, "cpu", {}, None, Cache(), DEFAULT)
+    made = _compiler(
+        open_backend("tensorrt-rtx"), network, "cpu", {}, None, {}, Cache(), DEFAULT, usual_batch(guided=True)
+    )
     assert made.settings == {"compute-capabilities": "8.9"}
 
 
