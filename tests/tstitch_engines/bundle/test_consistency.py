@@ -37,7 +37,7 @@ from tstitch_engines.bundle.manifest import (
 )
 from tstitch_engines.errors import BadBundle, BadInput, BuildFailed
 from tstitch_engines.spec import Range, ShapeProfile, TensorSpec
-from tstitch_trt.cli.inspect import _document, _print
+from tstitch_trt.cli.inspect import _document, _layers, _print
 from tstitch_trt.plan.plan import make_plan
 
 Json = dict[str, Any]
@@ -124,7 +124,8 @@ def put_bytes(bundle: Path, content: bytes) -> Path:
 
 def use(bundle: Path) -> None:
     opened = open_bundle(bundle, "size")
-    only_our_errors(lambda: _document(opened))
+    only_our_errors(lambda: _document(opened, {}))
+    only_our_errors(lambda: _layers(opened))
     only_our_errors(lambda: _print(opened))
     make_plan(opened.manifest)
 
