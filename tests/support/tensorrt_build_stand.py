@@ -59,11 +59,18 @@ class Layer:
 class BuildStand:
     """One library. ``half_heads``: sizes of the attention heads of its network, in float16.
 
-    ``kernels``: the head sizes with a fused kernel. ``timed``: the kernels that a build times and adds to its cache,
-    which is a list in JSON. ``building`` is called in the middle of a build.
+    ``kernels``: the head sizes with a fused kernel; ``no_kernel``: the error of others. ``timed``: the kernels that a
+    build times and adds to its cache, which is a list in JSON. ``building`` is called in the middle of a build.
     """
 
-    def __init__(self, *, half_heads: tuple[int, ...] = (), kernels: tuple[int, ...] = (), timed: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        half_heads: tuple[int, ...] = (),
+        kernels: tuple[int, ...] = (),
+        no_kernel: str = "Attention operation was not supported by a dedicated kernel.",
+        timed: str = "",
+    ) -> None:
         self.asked: list[list[bool]] = []  # of every build: may its attentions be decomposed
         self.building: Callable[[], None] = lambda: None
         member, _ = shipped_small()
@@ -134,8 +141,7 @@ class BuildStand:
                 stand.asked.append([layer.decomposable for layer in network.layers])
                 for layer in network.layers:
                     if not layer.decomposable and layer.inputs[0].shape[-1] not in kernels:
-                        words = "Attention operation was not supported by a dedicated kernel."
-                        self._logger.log(ILogger.ERROR, words)
+                        self._logger.log(ILogger.ERROR, no_kernel)
                         return None
                 if config.cache is not None:
                     config.cache.known = sorted({*config.cache.known, timed})

@@ -30,9 +30,11 @@ from tstitch_engines.backends.tensorrt.library import Session
 from tstitch_engines.backends.tensorrt.options import BuildOptions
 from tstitch_engines.errors import BuildFailed
 
-__all__ = ["NO_KERNEL", "Settled", "settle_attention"]
+__all__ = ["Settled", "lacks_kernel", "settle_attention"]
 
-NO_KERNEL: Final = "not supported by a dedicated kernel"  # words of the error
+# Words of the error where there is no fused kernel: its own, and those of any node without one, of which TensorRT names
+# the part of the graph it would be in and not always the operator (NVIDIA/TensorRT issue 4739)
+_NO_KERNEL: Final = ("not supported by a dedicated kernel", "find any implementation")
 _FUSED_HEADS: Final = (16, 256)  # head sizes with a fused kernel in half precision, in steps of 8
 
 
@@ -56,6 +58,11 @@ class Settled(NamedTuple):
             f"{self.apart} kept apart" if self.apart else "",
         ]
         return ", ".join(filter(None, parts))
+
+
+def lacks_kernel(settled: Settled, reason: str) -> bool:
+    """Whether a build may have failed, with ``reason``, for want of a fused kernel that was required."""
+    return settled.fused > 0 and any(words in reason for words in _NO_KERNEL)
 
 
 def settle_attention(opened: Session, network: Network, options: BuildOptions, *, loose: bool = False) -> Settled:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.backends.tensorrt.api import Config, Library, Network, NetworkBuilder, has
-from tstitch_engines.backends.tensorrt.attention import NO_KERNEL, Settled, settle_attention
+from tstitch_engines.backends.tensorrt.attention import Settled, lacks_kernel, settle_attention
 from tstitch_engines.backends.tensorrt.flavour import FLAVOURS
 from tstitch_engines.backends.tensorrt.inspector import list_layers
 from tstitch_engines.backends.tensorrt.library import Session, open_library, session
@@ -109,7 +109,7 @@ def _compile(request: Request, channel: Channel) -> Done:
         device = CudaDevice(request.gpu)  # makes it the current one
     with session(flavour, library) as opened:
         size, attention = _build(opened, request, channel)
-        if size is None and request.options.attention == "any" and NO_KERNEL in opened.messages.reason():
+        if size is None and request.options.attention == "any" and lacks_kernel(attention, opened.messages.reason()):
             _log.warning(
                 "%s: there is no fused kernel for all of its attention (%s); compiled again without requiring one: it "
                 "will be slower (--option attention=fused makes this an error)",
@@ -229,7 +229,7 @@ def _failed(opened: Session, request: Request, attention: Settled, device: CudaD
     reason = opened.messages.reason()
     if device is not None and opened.messages.of_memory():  # the library says how much it asked for
         reason += f" ({device.name} has {device.free_memory() / 2**20:.1f} MiB free)"
-    if NO_KERNEL in reason:
+    if lacks_kernel(attention, reason):
         hint = "leave out --option attention=fused: what has no fused kernel is then taken apart"
     elif "workspace" in reason.lower() and request.options.workspace is not None:
         hint = f"raise --option workspace={request.options.workspace}, or leave it out"

@@ -33,14 +33,21 @@ def compiled(stand: BuildStand, output: Path, monkeypatch: pytest.MonkeyPatch, o
     return compile_engine(request, Channel(io.BytesIO()))
 
 
+@pytest.mark.parametrize(
+    "no_kernel",
+    [
+        "Attention operation was not supported by a dedicated kernel.",
+        "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[a...b]}.)",
+    ],
+)
 def test_a_fused_kernel_is_required_first_and_then_let_go_in_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    no_kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "tstitch_engines")
     stand = BuildStand(half_heads=(64, 72), kernels=(64, 72))
     assert compiled(stand, tmp_path / "a", monkeypatch, BuildOptions()).attention == "2 fused"
     assert (stand.asked, caplog.text) == ([[False, False]], "")
-    stand = BuildStand(half_heads=(64, 72), kernels=(64,))
+    stand = BuildStand(half_heads=(64, 72), kernels=(64,), no_kernel=no_kernel)
     assert compiled(stand, tmp_path / "a", monkeypatch, BuildOptions()).attention == "2 left to the builder"
     assert stand.asked == [[False, False], [True, True]]
     assert "no fused kernel for all of its attention (2 fused); compiled again without requiring one" in caplog.text
