@@ -22,6 +22,7 @@ while (($#)); do
   esac
 done
 mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
 GPUBENCH_STARTED=$(date +%s) # the minutes count from here
 export GPUBENCH_STARTED
 if [ -n "$wheels" ]; then
@@ -33,6 +34,5 @@ if [ -n "$wheels" ]; then
   fi
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
-cd "$root"
 exec > >(trap '' INT TERM; exec tee -a "$OUT/first.log") 2>&1
-exec "$python" benchmarks/gpubench/first.py "${words[@]}" # in place of this shell: a signal reaches it
+exec "$python" "$root/benchmarks/gpubench/first.py" "${words[@]}" # in place of this shell: a signal reaches it

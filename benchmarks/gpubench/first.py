@@ -49,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="of this run, all in all (default 9)")
     parser.add_argument("--steps", help="names, separated by commas (default: all)")
     parser.add_argument("--again", action="store_true", help="forget what the chosen steps have measured")
-    parser.add_argument("--from", dest="before", type=Path, metavar="FILE", help="first.json of an earlier run")
+    parser.add_argument(
+        "--from",
+        dest="before",
+        type=Path,
+        metavar="FILE",
+        help="first.json of an earlier run, where --out has none yet",
+    )
     parser.add_argument("--list", action="store_true", help="print the plan and how far it is")
     parser.add_argument("--smoke", action="store_true", help="tiny models, a few steps; runs without a GPU")
     parser.add_argument("--device", help="cuda:N or cpu (default: cuda:0 where there is one)")
@@ -131,19 +137,21 @@ class _First:
         failed = [step for step in steps if self.state(step)["status"] == "failed"]
         fresh = [step for step in steps if step not in failed]
         if self._args.again:
-            self._forget([step.part for step in steps])
+            self._forget(steps)
             fresh, failed = list(steps), []
         try:
             for step in fresh:
-                if not self._args.again and self.state(step)["status"] == "proved":
+                if self.state(step)["status"] == "proved":
                     log(f"{step.name}: proved before")
                 else:
                     if step.timed:
                         self._join(steps)
                     self._step(step)
             for step in failed:
-                self._forget_failures(step)
                 self._step(step)
+        except KeyboardInterrupt:
+            self._end = time.monotonic()  # what runs beside is not waited for
+            raise
         finally:
             self._join(steps)
 
@@ -155,6 +163,8 @@ class _First:
             state = self.state(step)
             self._note(step, state["status"], state["why"] or "no time was left", state["seconds"])
             return
+        if self.state(step)["status"] == "failed":
+            self._forget_failures(step)
         log(f"{step.name}: {step.proves}")
         seconds = min(60 * step.minutes, left)
         if step.background:
@@ -182,14 +192,15 @@ class _First:
     def _join(self, steps: Sequence[FirstStep]) -> None:
         """Waits for what runs beside the others, to the end of its time; what it has made by then is kept."""
         for step in [step for step in steps if step.name in self._background]:
-            process, started = self._background.pop(step.name)
-            problem = None
+            process, started = self._background[step.name]
             try:
-                process.wait(max(min(self._end, started + 60 * step.minutes) - time.monotonic(), 0.1))
+                code = process.wait(max(min(self._end, started + 60 * step.minutes) - time.monotonic(), 0.1))
+                problem = None if code in (0, 1) else f"{CRASHED} {code}"
             except subprocess.TimeoutExpired:
                 problem = "stopped at the end of its time; the same command goes on"
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            del self._background[step.name]
             part = read_part(self._parts / f"{step.part}.json")
             self._judged(step, part, problem, time.monotonic() - started)
 
@@ -219,10 +230,11 @@ class _First:
 
     # --- what was measured before
 
-    def _forget(self, parts: Sequence[str]) -> None:
-        for name in parts:
-            self.document["parts"].pop(name, None)
-            (self._parts / f"{name}.json").unlink(missing_ok=True)
+    def _forget(self, steps: Sequence[FirstStep]) -> None:
+        for step in steps:
+            self.document["steps"].pop(step.name, None)
+            self.document["parts"].pop(step.part, None)
+            (self._parts / f"{step.part}.json").unlink(missing_ok=True)
 
     def _forget_failures(self, step: FirstStep) -> None:
         part = self.document["parts"].get(step.part)

@@ -65,7 +65,7 @@ def machine_part(context: Context, part: Part) -> None:
         lacking = [f"{check.name}: {check.detail}" for check in needed if not check.ok]
         wanted = context.cuda or (not context.smoke and driver_cuda() is not None)
         if default_device() == "cpu":  # for no CUDA, or a newer one than the driver runs
-            lacking.append("torch: it sees no GPU")
+            lacking.append("torch: it sees no GPU, or is not installed")
         if not found.usable or (wanted and lacking):
             raise FailedWork("; ".join(["the doctor finds it unusable", *lacking]), hint="tstitch-trt doctor")
         return {}
