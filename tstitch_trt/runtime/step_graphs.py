@@ -34,7 +34,10 @@ _logger = logging.getLogger(__name__)
 
 
 class GraphState(msgspec.Struct, frozen=True, kw_only=True):
-    """``mode`` in use and why; how many keys of steps were ``recorded``, and those that run call by call, with why."""
+    """``mode`` in use and why; how many keys of steps were ``recorded``, and what could not be, with why.
+
+    ``call_by_call``: keys that run so and, in the mode ``segment``, segments whose steps run one by one.
+    """
 
     mode: Literal["step", "segment", "off"]
     reason: str
@@ -93,15 +96,16 @@ class StepGraphs:
                 for _ in range(steps):
                     run()
 
+            what = f"{steps} steps of {key} in one"
             try:
                 graph = self._device.capture(all_steps, uploads=key in self._uploads)
             except NotCaptured as error:
                 self._refused.add((key, steps))
-                self._say(f"{steps} steps of {key} in one", "run one by one", error.message)
+                self._say(what, "run one by one", error.message)
                 return None
             self._segments[key, steps] = graph
+            self._plain.pop(what, None)
             if len(self._segments) > _SEGMENTS:
-                self._device.synchronize()
                 self._segments.popitem(last=False)[1].close()
         self._segments.move_to_end((key, steps))
         return graph
@@ -156,6 +160,7 @@ class StepGraphs:
         for segment in [segment for segment in self._segments if segment[0] in keys]:
             self._segments.pop(segment).close()
         self._refused = {segment for segment in self._refused if segment[0] not in keys}
+        self._uploads.difference_update(keys)
         for key in keys:
             graph = self._steps.pop(key, None)
             if graph is not None:

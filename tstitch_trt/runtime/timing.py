@@ -79,7 +79,6 @@ class StepTimer:
         try:
             yield graph.launch
         finally:
-            device.synchronize()
             graph.close()
 
     def _times(self, launch: Callable[[], None], count: int) -> list[float]:

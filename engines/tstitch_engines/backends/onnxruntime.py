@@ -11,7 +11,6 @@ import logging
 import platform
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 
@@ -301,7 +300,7 @@ class _OnnxRuntimeEngine(Engine):
                 hint="compile it again: tstitch-trt build BUNDLE --fresh",
             )
         self._session = session
-        self._alone = partial(_alone, device)
+        self._alone = _alone(device)
         crossings = copies_of(session) if getattr(device, "stream_handle", None) is not None else []
         self._obstacle = ""
         if crossings:
@@ -341,7 +340,7 @@ class _OnnxRuntimeEngine(Engine):
             ) from error
 
     def close(self) -> None:
-        with self._alone():
+        with self._alone:
             self._binding = None
             self._session = None
         self._buffers = {}

@@ -302,7 +302,8 @@ def _no_cuda(runtime: Any, index: int, code: Any) -> Unavailable:
     elif int(code) == _INSUFFICIENT_DRIVER:
         text = f"the NVIDIA driver is for CUDA {_version(has)}, and cuda-bindings here wants {_version(wants)}"
         release = fitting_cuda((has // 1000, 0))
-        hint = f"update the NVIDIA driver to {DRIVERS[max(release, wants // 1000)]} or newer"
+        first = DRIVERS.get(max(release, wants // 1000), max(DRIVERS.values()))
+        hint = f"update the NVIDIA driver to {first} or newer"
         if release == has // 1000:
             hint += f", or pip install 'cuda-core[cu{release}]' in place of cu{wants // 1000}"
     return Unavailable(f"cuda:{index} can't be used: {text} (CUDA error {int(code)})", hint=hint)

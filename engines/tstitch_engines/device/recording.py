@@ -9,10 +9,10 @@ from typing import Final
 __all__ = ["RECORDING", "is_held_here"]
 
 RECORDING: Final = threading.RLock()
-"""Held by whoever records a stream, compiles for a GPU in this process, or replaces the weights of a loaded engine.
+"""Held by whoever records a stream, or in this process compiles for a GPU, or loads, refits or frees an engine there.
 
 Recording switches the garbage collector off, which the process has one of: two recorders would undo each other. And
-compiling and refitting allocate, free and wait in ways that break the recording of another thread on the same device
+all the others allocate, free and wait in ways that break the recording of another thread on the same device
 (NVIDIA/TensorRT issue 2888).
 
 It is taken inside a runtime's turn, and whoever holds it asks for no turn: so no two threads wait for each other. The

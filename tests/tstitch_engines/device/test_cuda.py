@@ -35,14 +35,19 @@ KERNELS = {
 
 
 def install_fake_cuda(
-    monkeypatch: pytest.MonkeyPatch, code: int, count: int | None, text: str = "", driver: int = 0
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    count: int | None,
+    text: str = "",
+    driver: int = 0,
+    bindings: int = 13050,
 ) -> None:
     """Stands in for NVIDIA's libraries: a ``cudaGetDeviceCount`` that answers as the real one does on such machines."""
     runtime = SimpleNamespace(
         cudaGetDeviceCount=lambda: (code, count),
         cudaGetErrorString=lambda _: (0, text.encode()),
         cudaDriverGetVersion=lambda: (0, driver),
-        cudaRuntimeGetVersion=lambda: (0, 13050),
+        cudaRuntimeGetVersion=lambda: (0, bindings),
     )
     names = ("cuda", "cuda.core", "cuda.bindings")
     modules = {name: ModuleType(name) for name in names}
@@ -79,6 +84,9 @@ def test_with_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Unavailable, match=r"is for CUDA 11\.8") as e:
         open_device("cuda:1")
     assert "pip install" not in e.value.hint  # of what would be too new too
+    install_fake_cuda(monkeypatch, 35, None, "", 13000, bindings=14000)
+    with pytest.raises(Unavailable, match=r"is for CUDA 13\.0, and cuda-bindings here wants 14\.0"):
+        open_device("cuda:1")
 
 
 def test_with_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
