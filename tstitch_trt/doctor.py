@@ -147,7 +147,7 @@ def _cuda(driver: tuple[int, int] | None) -> Iterator[Finding]:
     install = "on a machine with an NVIDIA GPU install its driver; without one use --device cpu"
     own = driver_version()
     says = f"{own + ', ' if own else ''}runs CUDA {_dotted(driver)} and older" if driver else ""
-    yield _check("cuda", "driver", driver is not None, says or "there is none: no libcuda.so.1", install)
+    yield _check("cuda", "driver", driver is not None, says or "there is none: no libcuda.so.1 answers", install)
     gpus: tuple[Gpu, ...] = ()
     if driver is not None:
         try:

@@ -64,24 +64,22 @@ def _layers(bundle: Bundle) -> dict[str, LayerList | str]:
             hint=f"build one: tstitch-trt build {bundle.root} --backend tensorrt-rtx --profiling-verbosity detailed",
         )
     found = {record.files[0].path: list_layers(bundle, record) for record in records}
-    if reasons := [text for text in found.values() if isinstance(text, str)]:
+    reasons = [text for text in found.values() if isinstance(text, str)]
+    if len(reasons) == len(found):
         again = detailed_command(bundle, records[0])
-        if len(reasons) == len(found):
-            raise BadInput(
-                f"no engine of {bundle.root} has a list of its layers: {reasons[0]}",
-                hint=f"{again}; or on a GPU: tstitch-trt verify {bundle.root} --layers",
-            )
+        raise BadInput(
+            f"no engine of {bundle.root} has a list of its layers: {reasons[0]}",
+            hint=f"{again}; or on a GPU: tstitch-trt verify {bundle.root} --layers",
+        )
     return found
 
 
 def _print_layers(bundle: Bundle, layers: Mapping[str, LayerList | str]) -> None:
     from tstitch_trt.cli._layers import print_layers
 
-    for index, (name, record) in enumerate(
-        (name, one) for name, network in bundle.manifest.networks().items() for one in network.engines
-    ):
-        if (found := layers.get(record.files[0].path)) is None:
-            continue
+    every = [(name, one) for name, network in bundle.manifest.networks().items() for one in network.engines]
+    shown = [(name, one, layers[file]) for name, one in every if (file := one.files[0].path) in layers]
+    for index, (name, record, found) in enumerate(shown):
         if index:
             click.echo()
         identity = record.identity

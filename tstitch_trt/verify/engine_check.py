@@ -108,7 +108,6 @@ def _load(
     if place == "cpu" and for_gpu(identity.backend, identity.arch):
         raise Unavailable(f"it is for GPUs ({identity.arch}), and the device asked for is cpu", hint="ask for cuda")
     device = open_device(place)
-    backend.arch(device.name)
     try:
         check_identity(identity, backend.current_identity(identity, device.name), what="it", rebuild=again)
         backend.check_file(bundle.path(record.files[0]), device.name)

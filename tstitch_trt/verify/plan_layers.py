@@ -18,6 +18,7 @@ from tstitch_engines.backends.tensorrt.layers import (
     summarise,
     suspicions,
 )
+from tstitch_engines.backends.tensorrt.options import DEFAULT_LIST
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import EngineRecord, siblings
 from tstitch_engines.compile.bundle import compile_command
@@ -59,11 +60,9 @@ def has_layers(record: EngineRecord) -> bool:
 def list_layers(bundle: Bundle, record: EngineRecord, engine: Engine | None = None) -> LayerList | str:
     """The layers of one engine, as its plan tells them where ``engine`` is it, loaded; or why there are none.
 
-    Raises ``BadEngine`` for a list that is damaged.
+    ``record``: one that ``has_layers``. Raises ``BadEngine`` for a list that is damaged.
     """
     identity = record.identity
-    if not has_layers(record):
-        return f"{identity.backend} engines have no list of layers"
     if isinstance(engine, TensorRtEngine):
         try:
             return _described(engine.layers(), identity.precision)
@@ -80,7 +79,9 @@ def list_layers(bundle: Bundle, record: EngineRecord, engine: Engine | None = No
 def detailed_command(bundle: Bundle, record: EngineRecord) -> str:
     """The command that compiles the engines of this backend with a list of their layers."""
     identity = record.identity
-    device = "cpu" if FLAVOURS[identity.backend].compiles_without_gpu else "cuda"
+    # Without a list of GPUs of its own TensorRT-RTX compiled for the GPU of the machine, as TensorRT does.
+    listed = "compute-capabilities" in identity.options or identity.arch == DEFAULT_LIST
+    device = "cpu" if FLAVOURS[identity.backend].compiles_without_gpu and listed else "cuda"
     return f"{compile_command(bundle, identity.backend, device)} --profiling-verbosity detailed"
 
 

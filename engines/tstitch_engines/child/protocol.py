@@ -128,7 +128,7 @@ class Channel:
     def lap(self) -> None:
         self.send(Lap())
 
-    def say(self, level: int, text: str, logger: str = "tstitch_engines") -> None:
+    def say(self, level: int, text: str, logger: str) -> None:
         self.send(Said(logger, level, text))
 
 

@@ -331,7 +331,8 @@ class TensorRtEngine(Engine):
 
     def _not_started(self) -> FailedWork:
         # To listen in `enqueue` would cost every step a lock.
-        said = logger_of(self._library)[1].last_error or "the library gave no reason"
+        last = logger_of(self._library)[1].last_error  # maybe of an earlier call
+        said = f"{last} (the library's latest error)" if last else "the library gave no reason"
         return FailedWork(
             f"{self._flavour.title} could not start {self._name}: {said}",
             hint="run again with logging.getLogger('tstitch_engines').setLevel('DEBUG') to see all that it says",

@@ -8,6 +8,7 @@ from pathlib import Path
 from tstitch_engines.backends.tensorrt.api import CudaEngine, Library
 from tstitch_engines.backends.tensorrt.layers import PlanLayers, of_log, parse_inspector, write_layers
 from tstitch_engines.backends.tensorrt.library import Session
+from tstitch_engines.backends.tensorrt.plan import map_plan
 
 __all__ = ["list_layers", "of_engine"]
 
@@ -35,7 +36,7 @@ def list_layers(opened: Session, plan: Path, *, on_gpu: bool, host_code: bool = 
             runtime = opened.library.Runtime(opened.logger)
             if host_code:
                 runtime.engine_host_code_allowed = True
-            engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+            engine = runtime.deserialize_cuda_engine(map_plan(opened.flavour, plan))
             if engine is None:
                 raise ValueError(f"the plan does not load: {opened.messages.reason()}")
             found = of_engine(engine, opened.library, str(opened))

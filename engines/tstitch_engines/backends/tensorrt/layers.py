@@ -177,7 +177,7 @@ def suspicions(layers: Sequence[Layer], precision: str) -> tuple[str, ...]:
     if precision != "fp32" and apart:
         found.append(f"attention is not fused in {apart} places: its products and softmax run one after another")
     if precision in _EIGHT_BITS:
-        if precision not in summary.products:
+        if any(layer.type for layer in layers) and precision not in summary.products:  # names alone tell no types
             found.append(f"no matrix product is in 8 bits, though the network is {precision}")
         if widened := sum(_widens(layer) for layer in layers):
             found.append(f"{widened} layers widen 8-bit weights on every call, for products in more bits")

@@ -102,6 +102,7 @@ def test_nothing_can_be_used_that_is_not_declared() -> None:
     }
     assert set(network.DTYPES.values()) == set(declared(enums.DataTypes))
     assert set(options.TILING.values()) == set(declared(enums.TilingLevels))
+    assert set(options.VERBOSITY.values()) == set(declared(enums.Verbosities))
     assert set(options.HARDWARE.values()) - {None} == set(declared(enums.HardwareLevels))
     assert set(plan.DIAGNOSES) == set(declared(enums.Invalidities))
 

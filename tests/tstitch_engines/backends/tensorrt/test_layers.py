@@ -272,6 +272,7 @@ def test_both_forms_of_the_inspector_are_read_alike(eleven: bool) -> None:
 
 def test_of_names_the_kinds_that_names_tell_are_known() -> None:
     layers = parse_inspector(json.dumps({"Layers": ["_gemm_mha_v2_myl0_4", "__myl_ReshTran_myl0_1", "conv + relu"]}))
+    assert suspicions(layers, "int8") == (), "names tell no types"
     assert [layer.kind for layer in layers] == ["attention", "copy", "unknown"]
 
 
