@@ -8,8 +8,8 @@
 ``check`` drives one engine in this process with Poisson arrivals of a mix, simulates the same requests at the same
 times with the costs of that window, and writes both to ``serving-simulation-check.json``. ``scale`` draws that mix with
 the step times of a calibration and what the check measured beside the steps. It writes ``serving-simulation.json``
-after every part; one that is in it, made by the same command, is not simulated again. ``docs/serving-simulation.md``
-says what came out.
+after every part; one that is in it, made by the same command, is not simulated again. What came out:
+``docs/benchmarks/serving-simulation.md``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/compatibility.md is what the code says: it is made by ``make compatibility``."""
+"""docs/support/compatibility.md is what the code says: it is made by ``make compatibility``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/design.md is true: its order is the one that is checked, its folders and files exist, and none is missing."""
+"""docs/design/index.md is true: its order is the one that is checked, its folders and files exist, none is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from test_layers import ORDER
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "design.md").read_text()
+PAGE = (ROOT / "docs" / "design" / "index.md").read_text()
 FOLDERS = {
     "tstitch_engines": "engines/tstitch_engines",
     "tstitch_export": "export/tstitch_export",

@@ -1,4 +1,4 @@
-"""docs/gpu.md: its commands parse or run, its messages are those of the code and of CUDA, its figures those in use."""
+"""docs/how-to/gpu.md: its commands parse or run, its messages are those of the code and of CUDA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tstitch_trt.cli import cli
 from tstitch_trt.verify.compare import LIMITS
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "gpu.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "gpu.md").read_text()
 FAILURES = PAGE.partition("## What failures mean")[2]
 RUNS = "<!-- runs without a GPU -->"
 
@@ -119,6 +119,6 @@ def test_cuda_says_so() -> None:
 
 
 def test_links() -> None:
-    assert "(docs/gpu.md)" in (ROOT / "README.md").read_text()
+    assert "(docs/how-to/gpu.md)" in (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(((?!https?:)[^)#]+)\)", PAGE):
         assert (ROOT / "docs" / target).exists(), target

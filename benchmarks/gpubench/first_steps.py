@@ -49,7 +49,7 @@ STEPS: Final = (
         proves="driver, GPU and packages are there",
         expected="packages for a newer CUDA than the driver runs: cudaError 35",
         signs=r"\b35\b|driver",
-        fallback="packages for CUDA 12, or a newer driver: docs/gpu.md",
+        fallback="packages for CUDA 12, or a newer driver: docs/how-to/gpu.md",
     ),
     FirstStep(
         name="prepare",

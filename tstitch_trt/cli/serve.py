@@ -162,7 +162,7 @@ def command(
     whatever their schedules. A bundle's model is called as its manifest says, or NAME. The address is printed to
     stdout; /readyz is 200 when all batch sizes are warm. SIGTERM or Ctrl-C stops admission, finishes what was accepted
     and exits with 0; a second one exits at once. SIGHUP loads bundles that changed beside the old ones, which they
-    replace. docs/serving.md tells of keys, limits and metrics. Needs FastAPI: pip install "tstitch-trt[serve]".
+    replace. docs/how-to/serve.md tells of keys, limits and metrics. Needs FastAPI: pip install "tstitch-trt[serve]".
     """
     import logging
 

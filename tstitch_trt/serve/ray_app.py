@@ -160,7 +160,7 @@ def build(args: Mapping[str, object]) -> Any:
     try:
         options = convert(dict(args), RayOptions, word="argument")
     except DecodeError as error:
-        raise BadInput(f"args: {error.message}", hint=error.fix or "see docs/cluster.md") from None
+        raise BadInput(f"args: {error.message}", hint=error.fix or "see docs/how-to/ray.md") from None
     settings, most = options.settings(), options.most_engines or options.engines
     if most < options.engines:
         raise BadInput(

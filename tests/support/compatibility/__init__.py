@@ -1,1 +1,1 @@
-"""docs/compatibility.md, made by asking the code that decides. ``python -m support.compatibility`` writes it."""
+"""docs/support/compatibility.md, asked of the code that decides. ``python -m support.compatibility`` writes it."""

@@ -18,7 +18,7 @@ from support.compatibility.schedulers import scheduler_section
 
 __all__ = ["PAGE", "diffusers_sections", "main", "model_sections", "own_sections"]
 
-PAGE: Final = Path(__file__).parents[3] / "docs" / "compatibility.md"
+PAGE: Final = Path(__file__).parents[3] / "docs" / "support" / "compatibility.md"
 _HEAD: Final = """\
 # Compatibility
 
@@ -57,12 +57,12 @@ def page() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Writes docs/compatibility.md.")
+    parser = argparse.ArgumentParser(description="Writes docs/support/compatibility.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is not up to date")
     check = parser.parse_args().check
     text = page()
     if check and PAGE.read_text() != text:
-        sys.stderr.write("docs/compatibility.md is not what the code says: run make compatibility\n")
+        sys.stderr.write("docs/support/compatibility.md is not what the code says: run make compatibility\n")
         return 1
     if not check:
         PAGE.write_text(text)

@@ -1,4 +1,4 @@
-"""What `examples/deploy/` and `docs/serving.md` name exists: metrics, labels, files, options."""
+"""What `examples/deploy/` and `docs/how-to/serve.md` name exists: metrics, labels, files, options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tstitch_trt.serve.observer import EngineState, ModelState, TickInfo
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "examples" / "deploy"
-PAGE = (ROOT / "docs" / "serving.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "serve.md").read_text()
 STATE = ModelState(
     lanes=1, max_lanes=8, waiting_images=2, waiting_bytes=3, lanes_by_member={"small": 1}, open=1, backlog_seconds=0.5,
     warm=True,
