@@ -30,7 +30,7 @@ compatibility:  ## write docs/support/compatibility.md
 	PYTHONPATH=tests:$$PYTHONPATH $(PYTHON) -W ignore -m support.compatibility
 
 docs:  ## the site, in build/site; needs pip install ".[docs]"
-	$(PYTHON) -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 bench:  ## the built-in pair on this machine
 	$(PYTHON) -m tstitch_trt.cli build fashion -o build/fashion.bundle
