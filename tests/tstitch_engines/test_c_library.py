@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 C_TESTS = Path(__file__).parent / "c"
-README = (ROOT / "engines" / "README.md").read_text()
+PAGE = ROOT / "docs" / "how-to" / "c.md"
 OLDEST_CMAKE = (3, 22)
 
 
@@ -84,18 +85,19 @@ def test_the_version_is_that_of_the_package(cmake: Path, tmp_path: Path) -> None
     ("language", "files"),
     [("c", ["consumer/walk.c", "cuda_walk.c"]), ("cmake", ["consumer/CMakeLists.txt"])],
 )
-def test_the_readme_shows_what_is_built(language: str, files: list[str]) -> None:
+def test_the_page_shows_what_is_built(language: str, files: list[str]) -> None:
     built = "\n".join((C_TESTS / name).read_text() for name in files).replace("${version} EXACT ", "")
     built = re.sub(r"if\(fatbin.*?endif\(\)\n", "", built, flags=re.DOTALL)
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         assert block in built, block
 
 
-def test_the_readme_names_what_exists() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / "engines" / target).exists(), target
+def test_the_page_names_what_exists() -> None:
+    page = PAGE.read_text()
     cmake_files = "".join(path.read_text() for path in (ROOT / "CMakeLists.txt", ROOT / "engines/src/library.cmake"))
-    for option in re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE):
+    for option in re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE):
         assert option in cmake_files, option
+    presets = json.loads((ROOT / "CMakePresets.json").read_text())["testPresets"]
+    assert set(re.findall(r"--preset (\w+)", page)) == {preset["name"] for preset in presets}

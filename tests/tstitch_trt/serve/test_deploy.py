@@ -1,4 +1,4 @@
-"""What `examples/deploy/` and `docs/how-to/serve.md` name exists: metrics, labels, files, options."""
+"""What `examples/deploy/` and the pages about serving name exists: metrics, labels, files, options."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tstitch_trt.request.options import SampleOptions
 from tstitch_trt.serve.handle import Handle
 from tstitch_trt.serve.metrics import Metrics
 from tstitch_trt.serve.observer import EngineState, ModelState, TickInfo
+from tstitch_trt.serve.ray_app import RayOptions
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "examples" / "deploy"
@@ -100,6 +101,13 @@ def test_options_of_the_page_exist() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", PAGE))
     assert len(named) > 15
     assert named <= options
+
+
+def test_the_page_about_ray_names_every_option() -> None:
+    page = (ROOT / "docs" / "how-to" / "ray.md").read_text()
+    cells = re.findall(r"^\| (`.+) \| .+ \|$", page.partition("### Options")[2].partition("###")[0], re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    assert named == set(RayOptions.__struct_fields__)
 
 
 def parsed(words: list[str]) -> click.Context:

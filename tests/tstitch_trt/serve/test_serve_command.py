@@ -289,8 +289,8 @@ def traced(fashion_bundle: Path, site: tuple[str, Path], tmp_path_factory: pytes
 
 def example(language: str, address: str) -> str:
     page = Path(__file__).parents[3] / "docs" / "how-to" / "serve.md"
-    (found,) = re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-    assert "http://127.0.0.1:8000/" in found
+    blocks = re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if "http://127.0.0.1:8000/v1" in block]
     return str(found).replace("http://127.0.0.1:8000/", address)
 
 

@@ -1,4 +1,4 @@
-/* A whole trajectory with a model that is one line: the program of engines/README.md. */
+/* A whole trajectory with a model that is one line: the program of docs/how-to/c.md. */
 #include <math.h>
 #include <stdio.h>
 #include <tstitch/step.h>
