@@ -21,7 +21,7 @@ ORDER = {
         ["checks", "closing"],
         ["driver", "threads"],
         ["child", "needs", "spec"],
-        ["bundle"],
+        ["bundle", "trace"],
         ["make_fatbin"],
         ["device"],
         ["backends"],

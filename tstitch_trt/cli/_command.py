@@ -94,7 +94,7 @@ def _option(item: Field[Any], hint: Any) -> Callable[[Any], Any]:
     )  # fmt: skip
 
 
-_OF_THE_OUTPUT = ("as_json", "plot", "output", "rebuild")
+_OF_THE_OUTPUT = ("as_json", "plot", "output", "profile", "rebuild")
 
 
 def command_line(*, without: Sequence[str] = _OF_THE_OUTPUT) -> str:

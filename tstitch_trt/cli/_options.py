@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
+
+import click
 
 from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput, unknown_name
@@ -25,6 +28,7 @@ __all__ = [
     "LimitOptions",
     "LoadOptions",
     "PictureOptions",
+    "ProfileOptions",
     "PromptsFile",
     "QualityOptions",
     "StepOptions",
@@ -103,6 +107,35 @@ class LoadOptions(LimitOptions):
             return tstitch_trt.load(bundle, **asdict(self))
         with progress_bar("checking engines", logs=("tstitch_engines", "tstitch_trt")) as bar:
             return tstitch_trt.load(bundle, **asdict(self), progress=bar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    profile: Path | None = option(
+        "Write where the time goes, as a trace for Perfetto (docs: how-to/profile).", "FILE.json"
+    )
+
+    def start(self) -> None:
+        """Records until the command ends, however it ends, and then writes the file. Raises ``BadInput``."""
+        if self.profile is not None:
+            from tstitch_trt.files import require_output
+
+            require_output(self.profile, ".json", option="--profile")
+            click.get_current_context().with_resource(_recorded(self.profile))
+
+
+@contextmanager
+def _recorded(path: Path) -> Iterator[None]:
+    from tstitch_engines.trace import MOST_SPANS, Trace
+    from tstitch_trt.files import write_bytes
+    from tstitch_trt.progress import log
+
+    with Trace() as trace:
+        try:
+            yield
+        finally:
+            write_bytes(path, trace.to_json())
+            log(f"profile: {path}" + (f" (the first {MOST_SPANS:,} spans)" if trace.dropped else ""))
 
 
 @dataclass(frozen=True, kw_only=True)

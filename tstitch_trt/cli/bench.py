@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from tstitch_trt.cli._command import option, tstitch_command
-from tstitch_trt.cli._options import LoadOptions, StepOptions, parse_budgets, rounding_option
+from tstitch_trt.cli._options import LoadOptions, ProfileOptions, StepOptions, parse_budgets, rounding_option
 
 if TYPE_CHECKING:
     from tstitch_trt.bench.bench import Bench
@@ -22,6 +22,7 @@ tstitch-trt bench fashion.bundle --fractions 0:1:0.1 --steps 50 --batch 8 --plot
 tstitch-trt bench fashion.bundle --fractions 0,0.4,1 --repeats 9 --json
 tstitch-trt bench fashion.bundle --budget-ms 200,400 --repeats 20
 tstitch-trt bench fashion.bundle --fractions 0 --steps 20 --against torch
+tstitch-trt bench fashion.bundle --fractions 0.4 --repeats 1 --profile trace.json
 """
 
 
@@ -41,8 +42,10 @@ class Options:
     plot: Path | None = option("Draw time against fraction.", "FILE.png")
 
 
-@tstitch_command("bench", EXAMPLES, wanted=Options, step=StepOptions, load=LoadOptions)
-def command(bundle: Path, wanted: Options, step: StepOptions, load: LoadOptions, as_json: bool) -> None:
+@tstitch_command("bench", EXAMPLES, wanted=Options, step=StepOptions, load=LoadOptions, profile=ProfileOptions)
+def command(
+    bundle: Path, wanted: Options, step: StepOptions, load: LoadOptions, profile: ProfileOptions, as_json: bool
+) -> None:
     """Measure BUNDLE: engines alone, step kernels, and trajectories at several fractions.
 
     Bare engine calls and trajectories are measured alternately, so that what the runtime adds (overhead, 1 = nothing)
@@ -58,6 +61,7 @@ def command(bundle: Path, wanted: Options, step: StepOptions, load: LoadOptions,
     budgets = parse_budgets(wanted.budget_ms)
     fractions = parse_fractions(wanted.fractions or "0:1:0.25") if wanted.fractions or not budgets else ()
     check_plot(wanted.plot)
+    profile.start()
     with load.open(bundle) as runtime:
         baseline = None
         if wanted.against is not None:

@@ -14,6 +14,7 @@ from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import (
     LoadOptions,
     PictureOptions,
+    ProfileOptions,
     StepOptions,
     lora_texts,
     parse_budgets,
@@ -37,6 +38,7 @@ tstitch-trt sample fashion.bundle --labels 0-9 -n 40 --fraction 0.4 --guidance 1
 tstitch-trt sample fashion.bundle --labels Bag,Sneaker --schedule small:20,large:30 --steps 50 -o bags
 tstitch-trt sample fashion.bundle --labels 0-9 -n 100 --steps 20 -o samples.npz --json
 tstitch-trt sample fashion.bundle --labels 0-9 --budget-ms 500 -o grid.png
+tstitch-trt sample fashion.bundle --labels 0-9 --fraction 0.4 --profile trace.json
 tstitch-trt sample fashion.bundle --labels 3,5 --latents-out latents.npy -o pair.png
 tstitch-trt sample fashion.bundle --labels 3,5 --fraction 1 --latents-in latents.npy -o again.png
 tstitch-trt sample sd15.bundle --prompt "a red fox in the snow" --negative blurry --size 768x512 -o fox.png
@@ -92,7 +94,7 @@ class PlanFlags:
 
 @tstitch_command(
     "sample", EXAMPLES, what=Options, picture=PictureOptions, step=StepOptions, plan=PlanFlags, load=LoadOptions,
-    bulk=BulkOptions,
+    bulk=BulkOptions, profile=ProfileOptions,
 )  # fmt: skip
 def command(
     bundle: Path,
@@ -102,6 +104,7 @@ def command(
     plan: PlanFlags,
     load: LoadOptions,
     bulk: BulkOptions,
+    profile: ProfileOptions,
     as_json: bool,
 ) -> None:
     """Draw images from BUNDLE: of classes with --labels, or from text with --prompt.
@@ -113,6 +116,7 @@ def command(
     """
     import msgspec
 
+    from tstitch_engines.trace import span
     from tstitch_trt.cli._parsing import parse_interval, parse_numbers
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import load_array, require_output, save_array
@@ -148,8 +152,14 @@ def command(
         return asked
 
     if bulk.ray:
+        if profile.profile is not None:
+            raise BadInput(
+                f"--profile {profile.profile} records this process, and --ray draws in others",
+                hint="profile a run without --ray",
+            )
         _draw_in_bulk(bundle, what, request, load, bulk, tile=tile, kept=picture.kept(), as_json=as_json)
         return
+    profile.start()
     with load.open(bundle) as runtime:
         manifest = runtime.manifest
         target = _target(manifest, output, latents_out)
@@ -183,9 +193,11 @@ def command(
     each = [images[image] for image in drawn]
     written: list[Path] = []
     if latents_out is not None:
-        save_array(latents_out, result.latents[drawn])
+        with span("write latents", images=len(drawn)):
+            save_array(latents_out, result.latents[drawn])
     if target is not None and result.images is not None:
-        written = write_images(target, result.images[drawn], document, each)
+        with span("write pictures", images=len(drawn)):
+            written = write_images(target, result.images[drawn], document, each)
     document |= {"images": each, "files": [str(f) for f in written], "latents": latents_out and str(latents_out)}
     if as_json:
         print_json(document)

@@ -19,6 +19,7 @@ from tstitch_engines.device.slab import Slab
 from tstitch_engines.errors import NotFinite
 from tstitch_engines.host_call import Arrays, from_storage, to_storage
 from tstitch_engines.spec import ShapeProfile
+from tstitch_engines.trace import span
 
 __all__ = ["Component"]
 
@@ -60,10 +61,11 @@ class Component:
         """
         rows = len(inputs[self._engine.inputs[0].name])
         most = self.profile.dims["B"].max
-        pieces = [
-            self._run({name: values[start : start + most] for name, values in inputs.items()}, sizes or {})
-            for start in range(0, rows, most)
-        ]
+        pieces = []
+        for start in range(0, rows, most):
+            part = {name: values[start : start + most] for name, values in inputs.items()}
+            with span(self.name, rows=min(most, rows - start)):
+                pieces.append(self._run(part, sizes or {}))
         found = {spec.name: np.concatenate([piece[spec.name] for piece in pieces]) for spec in self._engine.outputs}
         for name, values in found.items():
             if finite and not np.isfinite(values).all():

@@ -29,6 +29,7 @@ from tstitch_engines.compile.select import rebuild as rebuild_engines
 from tstitch_engines.device.open import device_kept, open_device
 from tstitch_engines.errors import Unavailable, first_line
 from tstitch_engines.threads import check_threads, default_threads
+from tstitch_engines.trace import span, use_nvtx
 from tstitch_trt.runtime.chooser import ChooserFactory
 from tstitch_trt.runtime.memory import check_memory
 from tstitch_trt.runtime.runtime import Runtime
@@ -128,11 +129,13 @@ def load(
     """
     limits = Limits.of(time_limit, memory_limit)
     most = None if max_memory is None else parse_size(max_memory, "max_memory", "--max-memory 8GiB")
+    use_nvtx()
     started = perf_counter()
     if isinstance(bundle, Bundle):
         opened = require_vouched(bundle, require_signature)
     else:
-        opened = open_bundle(Path(bundle), verify=verify, engines=not rebuild, require_signature=require_signature)
+        with span("open bundle", verify=verify):
+            opened = open_bundle(Path(bundle), verify=verify, engines=not rebuild, require_signature=require_signature)
     with device_kept(device):
         place = open_device(device, stream=stream)
         if graph in ("step", "segment") and not place.graphs:
@@ -174,7 +177,10 @@ def load(
             EXIT.enter(entered)
             for network, record in chosen.items():
                 where = places.get(network, place)
-                engines[network] = load_engine(opened, network, record, library, where, threads=used, trusted=trusted)
+                with span("load engine", network=network, backend=name):
+                    engines[network] = load_engine(
+                        opened, network, record, library, where, threads=used, trusted=trusted
+                    )
             load_ms = 1e3 * (perf_counter() - started)
             return Runtime(
                 *(opened, place, name, engines, load_ms),

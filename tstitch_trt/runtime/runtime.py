@@ -33,6 +33,7 @@ from tstitch_engines.checks import (
 from tstitch_engines.closing import do_all
 from tstitch_engines.device.base import Buffer, Device
 from tstitch_engines.errors import BadInput, Busy, Cancelled, FailedWork, NotFinite, first_line, unknown_name
+from tstitch_engines.trace import span
 from tstitch_trt.plan.options import PlanKeywords, PlanOptions
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
@@ -490,8 +491,9 @@ class Runtime:
     def _job(self, keywords: SampleKeywords, **how: Unpack[_HowKeywords]) -> Job:
         """Checks what can be checked before an engine runs."""
         self._queue.check_open()
-        options = SampleOptions.from_keywords(keywords)
-        return Job.make(self.manifest, self.limits, self._vae, self._chooser, options, **how)
+        with span("plan"):
+            options = SampleOptions.from_keywords(keywords)
+            return Job.make(self.manifest, self.limits, self._vae, self._chooser, options, **how)
 
     def _request(self, job: Job, texts: Texts, encode: Encode | None) -> Request:
         """Encodes prompts and pictures."""
@@ -523,7 +525,8 @@ class Runtime:
 
     def _chunks(self, turn: Turn, job: Job) -> Generator[StepEvent, None, Result]:
         """A chunk is collected and decoded after the next one was enqueued: on CUDA the two overlap."""
-        request = self._request(job, self._texts, self._vae.encoding(job.tile))
+        with span("encode request"):
+            request = self._request(job, self._texts, self._vae.encoding(job.tile))
         each = partial(self._vae.decode_each, tile=job.tile)
         trajectory = Trajectory(
             self._stepper,
@@ -560,6 +563,8 @@ class Runtime:
             result = self._result(job, request, found, kept, error.failed)
             error.result = result if result.drawn else None
             raise
+        finally:
+            trajectory.end_spans()
         return self._result(job, request, found, kept)
 
     def _result(

@@ -15,6 +15,7 @@ from tstitch_engines.bundle.manifest import Manifest
 from tstitch_engines.closing import do_all
 from tstitch_engines.device.base import Device
 from tstitch_engines.host_call import to_storage
+from tstitch_engines.trace import span, traced
 from tstitch_trt.request.batching import Splitting
 from tstitch_trt.request.controlnet import CONTROLNET
 from tstitch_trt.request.limits import Limits, Sizes, network_sizes
@@ -167,7 +168,7 @@ class Stepper:
                 def condition(variant: int, key: StepKey = key) -> None:
                     self.synthetic(key, variant)
 
-                with self.arena.preserved() if preserve else nullcontext():
+                with span("record step", key=str(key)), self.arena.preserved() if preserve else nullcontext():
                     self._graphs.record(key, engines, self._work(key), condition)
 
     def _make_room(self, most: int) -> None:
@@ -195,7 +196,7 @@ class Stepper:
         """
         self._set_residuals(key)
         graph = self._graphs.step(key)
-        return self._work(key) if graph is None else graph.launch
+        return self._work(key) if graph is None else traced("graph replay", graph.launch)
 
     def recorded(self, key: StepKey) -> bool:
         """Whether steps of ``key``, which are ``ready``, are replayed from a graph."""
@@ -205,19 +206,20 @@ class Stepper:
         """What does ``steps`` equal steps in one launch, if the graph mode is ``segment`` and it could be recorded."""
         self._set_residuals(key)
         graph = self._graphs.segment(key, steps, lambda: self._work(key))
-        return None if graph is None else graph.launch
+        return None if graph is None else traced("graph replay", graph.launch)
 
     def _work(self, key: StepKey) -> Callable[[], None]:
         bound = self.bind(key.member, key.lanes, key.guided, key.sizes)
         kernels = self.arena.kernels(self.latent_shape(key), inpaint=key.inpaint)
-        prepare, advance, gather = kernels.prepare, kernels.advance, self._device.gather_rows
+        prepare, advance = traced("prepare", kernels.prepare), traced("advance", kernels.advance)
+        gather = traced("gather", self._device.gather_rows)
         active, sample, timestep, output = bound.active, bound.sample, bound.timestep, bound.model_output
         assert output is not None, "members have a model_output"
         guided, rescale = key.guided, key.rescale
-        gathers, enqueues = bound.conditioning, [self._engines[key.member].enqueue]
+        gathers, enqueues = bound.conditioning, [self._enqueue(key.member)]
         if key.control is not None:
             gathers += self.bind(CONTROLNET, key.lanes, key.guided, key.control).conditioning
-            enqueues = [self._engines[CONTROLNET].enqueue, *enqueues]
+            enqueues = [self._enqueue(CONTROLNET), *enqueues]
 
         def work() -> None:
             for source, target in gathers:
@@ -228,6 +230,9 @@ class Stepper:
             advance(active, output, guided=guided, rescale=rescale)
 
         return work
+
+    def _enqueue(self, network: str) -> Callable[[], None]:
+        return traced("engine", self._engines[network].enqueue, network=network)
 
     def _set_residuals(self, key: StepKey) -> None:
         """Blank residuals for a member that takes control and runs without; such a step writes none itself."""

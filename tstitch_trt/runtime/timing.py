@@ -6,19 +6,66 @@ row, with marks in the device's queue: nothing waits between them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter_ns
 
 import numpy as np
 
 from tstitch_engines.device.base import Device
+from tstitch_engines.errors import first_line
 from tstitch_engines.spec import storage_dtype
+from tstitch_engines.trace import Arg, Trace, current_trace, span
 from tstitch_trt.plan.plan import make_plan
 from tstitch_trt.runtime.lane_program import LaneProgram
 from tstitch_trt.runtime.stepper import Stepper
 
-__all__ = ["StepTimer"]
+__all__ = ["DeviceSpans", "StepTimer"]
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceSpans:
+    """Times of the device's work for a trace, from marks in its queue. Not run on a GPU.
+
+    The clock of the host and that of the device are set against each other once, in ``__init__``, which waits: times on
+    the device's track are right among themselves, and against the host's by the few microseconds a mark takes.
+    """
+
+    @staticmethod
+    def of(device: Device) -> DeviceSpans | None:
+        """``None`` where no trace is recorded, and on the CPU, whose work is in the host's spans."""
+        trace = current_trace()
+        return None if trace is None or device.name == "cpu" else DeviceSpans(device, trace)
+
+    def __init__(self, device: Device, trace: Trace) -> None:
+        self._trace = trace
+        self._track = device.name
+        self._marks: list[tuple[str, dict[str, Arg]] | None] = []
+        self._watch = device.stopwatch()
+        device.synchronize()
+        self._start = perf_counter_ns()
+        self._watch.mark()
+
+    def mark(self, name: str | None, **args: Arg) -> None:
+        """What was enqueued since the mark before is the span ``name``, or with ``None`` is not shown."""
+        self._watch.mark()
+        self._marks.append(None if name is None else (name, args))
+
+    def end(self) -> None:
+        """Waits for the last mark and adds the spans to the trace. Where the device fails it says so in the log."""
+        try:
+            times = self._watch.milliseconds()
+        except Exception as error:  # of the device's library; the request raises it too, where it matters
+            _log.warning("the trace lacks the times of %s: %s", self._track, first_line(error))
+            return
+        end = float(self._start)
+        for marked, ms in zip(self._marks, times, strict=True):
+            start, end = end, end + 1e6 * ms
+            if marked is not None:
+                self._trace.add(self._track, marked[0], round(start), round(end), marked[1])
 
 
 @dataclass(frozen=True)
@@ -36,7 +83,10 @@ class StepTimer:
         stepper.synthetic(key, 0)
         stepper.bind(name, batch, guided, key.sizes)
         engine = stepper.engine(name)
-        with self._launches(engine.enqueue, recorded=stepper.recorded(key), uploads=engine.keeps_uploads) as launch:
+        with (
+            span("bare engine calls", member=name, calls=warmup + repeats, lanes=batch, guided=guided),
+            self._launches(engine.enqueue, recorded=stepper.recorded(key), uploads=engine.keeps_uploads) as launch,
+        ):
             return self._times(launch, warmup + repeats)[warmup:]
 
     def time_step_kernels(self, batch: int, *, guided: bool, repeats: int, warmup: int) -> list[float]:
@@ -59,7 +109,10 @@ class StepTimer:
             kernels.advance(bound.active, output, guided=guided, rescale=False)
 
         times: list[float] = []
-        with self._launches(pair, recorded=stepper.recorded(key)) as launch:
+        with (
+            span("bare step kernels", calls=warmup + repeats, lanes=batch, guided=guided),
+            self._launches(pair, recorded=stepper.recorded(key)) as launch,
+        ):
             while len(times) < warmup + repeats:  # as long as there are rows, then from the first again
                 device.upload(arena.buffers.step, np.zeros(arena.slots, np.int32))
                 times += self._times(launch, min(len(rows), warmup + repeats - len(times)))

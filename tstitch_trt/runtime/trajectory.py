@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, count, groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tstitch_engines.device.base import Buffer, Device, Download, Stopwatch
 from tstitch_engines.device.step_row import HISTORY
+from tstitch_engines.trace import Arg, recording, span
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.request import Request
 from tstitch_trt.runtime.lane_program import StepKey, lane_programs
 from tstitch_trt.runtime.result import Decode, FailedImage, SegmentTiming, StepEvent, not_finite
 from tstitch_trt.runtime.stepper import Stepper
+from tstitch_trt.runtime.timing import DeviceSpans
 
 DecodeEach = Callable[[NDArray[np.float32]], tuple[NDArray[np.uint8], NDArray[np.bool_]]]
 """Pictures of latents float32 ``[N,C,h,w]``, and which of them are good."""
@@ -78,6 +80,7 @@ class Trajectory:
         self._partial = partial
         self._check = check
         self._splitting = stepper.splitting
+        self._spans = DeviceSpans.of(device)
         self._counts = self._splitting.chunks(request.n, guided=any(plan.guided))
 
     def chunks(self) -> list[Chunk]:
@@ -89,6 +92,10 @@ class Trajectory:
 
     def run(self, chunk: Chunk, target: Buffer | None) -> Generator[StepEvent, None, PendingChunk]:
         """Enqueues all steps. The latents go to the buffer ``target`` on the device, or without one to the host."""
+        with span("chunk", chunk=chunk.index + 1, chunks=chunk.total, images=chunk.count):
+            return (yield from self._run(chunk, target))
+
+    def _run(self, chunk: Chunk, target: Buffer | None) -> Generator[StepEvent, None, PendingChunk]:
         plan, request, stepper = self.plan, self._request, self._stepper
         lanes = self._splitting.lanes(chunk.count, guided=plan.guided)
         images = range(chunk.start, chunk.stop)
@@ -101,6 +108,8 @@ class Trajectory:
         stepper.start(0, *programs)
         stepper.activate(range(chunk.count), lanes)
         watch = self._device.stopwatch()
+        if self._spans is not None:
+            self._spans.mark(None)
         segments = yield from self._segments(chunk, keys, watch)
         watch.mark()
         final = stepper.arena.lanes(0, chunk.count, request.size)
@@ -126,15 +135,15 @@ class Trajectory:
             watch.mark()
             segments.append((segment.name, segment.stop - step))
             for key, equal in groupby(keys[step : segment.stop]):
-                count = len(list(equal))
-                whole = None if self._events else stepper.segment(key, count)
+                steps = len(list(equal))
+                whole = None if self._events else stepper.segment(key, steps)
                 if whole is not None:
                     self._check()
-                    whole()
-                    step += count
+                    self._traced(whole, key, step, steps)()
+                    step += steps
                     continue
-                one = stepper.stepping(key)
-                for _ in range(count):
+                one = self._traced(stepper.stepping(key), key, step)
+                for _ in range(steps):
                     self._check()
                     one()
                     if fault is not None and (fault[: chunk.count] >= 0).any():
@@ -144,12 +153,36 @@ class Trajectory:
                     step += 1
         return segments
 
+    def _traced(self, launch: Callable[[], None], key: StepKey, first: int, steps: int = 1) -> Callable[[], None]:
+        """``launch``, which does the next ``steps`` steps each time from step ``first`` on, with a span for each."""
+        if not recording():
+            return launch
+        numbers = count(first + 1, steps)
+        same: dict[str, Arg] = {"member": key.member, "lanes": key.lanes, "guided": key.guided}
+        if steps > 1:
+            same["steps"] = steps
+
+        def run() -> None:
+            args: dict[str, Arg] = {"step": next(numbers), **same}
+            with span("step", **args):
+                launch()
+            if self._spans is not None:
+                self._spans.mark("step", **args)
+
+        return run
+
+    def end_spans(self) -> None:
+        """Waits for the device if a trace is recorded, which is then given the times of the steps."""
+        if self._spans is not None:
+            self._spans.end()
+
     def collect(self, done: PendingChunk) -> tuple[NDArray[np.float32] | None, list[SegmentTiming], list[FailedImage]]:
         """The chunk's latents, unless they stay on the device, times, and the images that failed. Waits for it."""
-        failed = self._failed(done.fault.get(), done.chunk)
-        times = done.watch.milliseconds()
-        timings = [SegmentTiming(name, steps, ms) for (name, steps), ms in zip(done.segments, times, strict=True)]
-        return None if done.latents is None else done.latents.get(), timings, failed
+        with span("wait and download", chunk=done.chunk.index + 1):
+            failed = self._failed(done.fault.get(), done.chunk)
+            times = done.watch.milliseconds()
+            timings = [SegmentTiming(name, steps, ms) for (name, steps), ms in zip(done.segments, times, strict=True)]
+            return None if done.latents is None else done.latents.get(), timings, failed
 
     # --- errors
 

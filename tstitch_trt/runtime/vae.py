@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tstitch_engines.bundle.manifest import ComponentName, Manifest
 from tstitch_engines.checks import plain_number, shown
 from tstitch_engines.errors import BadInput, OutOfProfile, Unavailable
+from tstitch_engines.trace import span
 from tstitch_trt.request.arrays import read_array, to_float32
 from tstitch_trt.request.init_image import Encode
 from tstitch_trt.runtime.component import Component
@@ -199,6 +200,10 @@ class Vae:
 
     def images(self, latents: Array, *, tile: Tile = "auto", finite: bool = True) -> Array:
         """Like ``decode``, as float32 ``[N,3,H,W]`` in about [-1, 1]."""
+        with span("decode", images=len(latents)):
+            return self._images(latents, tile, finite)
+
+    def _images(self, latents: Array, tile: Tile, finite: bool) -> Array:
         manifest = self._manifest
         if manifest.decoder.kind == "pixel":
             found = latents / np.float32(manifest.latent.scaling) + np.float32(manifest.latent.shift)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import logging
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from tstitch_engines.device.cuda import CudaDevice
 from tstitch_engines.device.host import HostDevice
 from tstitch_engines.device.open import open_device
 from tstitch_engines.errors import BadEngine, BadInput, FailedWork, NotFinite, UnknownName
+from tstitch_engines.trace import Trace
 from tstitch_trt import Runtime
 from tstitch_trt.bench.bench import measure
 from tstitch_trt.bench.torch_eager import EagerTorch
@@ -151,6 +154,26 @@ def test_between_first_and_last_step_there_are_launches_only(load: Load) -> None
 
     assert cost(20) - cost(4) == {"graph launch": 16}
     assert cost(4)["alloc"] == 0
+
+
+def test_a_trace_has_the_times_of_the_device(load: Load) -> None:
+    gpu = load()
+    asked: dict[str, Any] = {"n": 12, "steps": 4, "fraction": 0.5}
+    gpu.sample(**asked)
+    before = gpu.device.calls.copy()
+    gpu.sample(**asked)
+    waits = gpu.device.calls["sync"] - before["sync"]
+    with Trace() as trace:
+        before = gpu.device.calls.copy()
+        gpu.sample(**asked)
+    assert gpu.device.calls["sync"] - before["sync"] == waits + 1, "the clocks are compared once"
+    events = [e for e in json.loads(trace.to_json())["traceEvents"] if e["ph"] == "X"]
+    (host, device) = ([e for e in events if e["name"] == "step" and e["cat"] == kind] for kind in ("host", "device"))
+    assert [e["args"] for e in device] == [e["args"] for e in host]
+    assert [e["args"]["member"] for e in device] == 2 * ["small", "small", "large", "large"]
+    for one, following in pairwise(device):
+        assert one["ts"] + one["dur"] <= following["ts"] + 1e-3
+    assert [e["name"] for e in events].count("graph replay") == 8
 
 
 def test_lanes_come_in_few_sizes(load: Load, cpu: Runtime, machine: Machine) -> None:
