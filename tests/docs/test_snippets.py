@@ -1,0 +1,217 @@
+"""Every snippet of README.md and docs/ runs, or its title says what it needs; those are held against the options.
+
+A page's blocks run in the order of the page and in one folder, which has ``fashion.bundle``. ``sh`` blocks are given to
+bash whole, ``python`` blocks to one process a page. ``tstitch-trt serve`` and ``ui`` stay up until the page ends, on
+free ports that later blocks get in place of the ones they name. A block in another language whose title is a file name
+is written to that file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.snippets import ROOT, Block, blocks, check, is_skipped, logical_lines
+from tstitch_trt.cli import cli
+
+RUN = sorted((ROOT / "docs").rglob("*.md"))
+# README.md is run by tests/test_readme.py; the others are for a clone.
+CHECKED = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "engines/README.md")]
+SECONDS = 300  # that a block may take
+# What blocks import that is not there on every machine: the page is skipped.
+REQUIRES = {"docs/how-to/gpu.md": "tensorrt_rtx_bindings"}
+# The last of two options counts.
+FEWER = {"tstitch-trt demo": "--samples 10 --steps 4"}
+PYTHON = """
+import json, sys, traceback
+answers, names = sys.stdout, {"__name__": "__main__"}
+sys.stdout = sys.stderr
+for line in sys.stdin:
+    place, code = json.loads(line)
+    try:
+        exec(compile(code, place, "exec"), names)
+    except BaseException:
+        traceback.print_exc()
+        print("failed", file=answers, flush=True)
+    else:
+        print("done", file=answers, flush=True)
+"""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", [path for path in CHECKED + RUN if path.exists() and blocks(path)], ids=name_of)
+def test_snippets_are_right(path: Path) -> None:
+    for block in blocks(path):
+        check(block)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", [path for path in RUN if any(block.runs for block in blocks(path))], ids=name_of)
+def test_snippets_run(path: Path, tmp_path: Path, fashion_bundle: Path) -> None:
+    if module := REQUIRES.get(name_of(path)):
+        pytest.importorskip(module, reason="TensorRT-RTX is not installed")
+    shutil.copytree(fashion_bundle, tmp_path / "fashion.bundle")
+    with PageRun(tmp_path) as page:
+        for block in blocks(path):
+            page.run(block)
+
+
+class PageRun:
+    """One page's folder, its Python process and its servers. A failure names the page, the line, command and output."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self._environment = {**os.environ, "PATH": path, "MPLBACKEND": "agg", "PYTHONUNBUFFERED": "1"}
+        self._python: subprocess.Popen[str] | None = None
+        self._servers: dict[int, tuple[subprocess.Popen[bytes], int, Block, Path]] = {}  # by the port that pages name
+
+    def __enter__(self) -> PageRun:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._python is not None:
+            self._python.communicate(timeout=60)
+        for port in list(self._servers):
+            self._end(port, quietly=kind is not None)
+
+    def run(self, block: Block) -> None:
+        if block.file is not None:
+            (self._folder / block.file).write_text(block.text)
+        elif block.runs:
+            text = self._with_ports(block.text)
+            if block.language == "python":
+                self._run_python(block, text)
+            else:
+                self._run_shell(block, text)
+
+    def _run_shell(self, block: Block, text: str) -> None:
+        lines = text.splitlines()
+        starts = [*logical_lines(text)]
+        kept = [*lines]
+        begin = 0
+        for place, (index, command) in enumerate(starts):
+            end = starts[place + 1][0] if place + 1 < len(starts) else len(lines)
+            rest = command
+            while is_skipped(rest):
+                _, _, rest = (part.strip() for part in rest.partition("&&"))
+            for start, fewer in FEWER.items():
+                if rest.startswith(start):
+                    rest = f"{rest} {fewer}"
+            if match := re.match(r"(?:\w+=\S+ )*tstitch-trt (serve|ui)\b(?!.*--help)", rest):
+                self._bash(block, [""] * begin + kept[begin:index])
+                self._start(block, rest.rstrip("& "), match[1])
+                begin = end
+                kept[index:end] = [""] * (end - index)
+            elif rest != command:
+                kept[index:end] = [rest] + [""] * (end - index - 1)
+        self._bash(block, [""] * begin + kept[begin:])
+
+    def _bash(self, block: Block, lines: list[str]) -> None:
+        if not any(lines):
+            return
+        say = "trap 'echo \"failed: line $((LINENO + OFFSET)): $BASH_COMMAND\" >&2' ERR; "
+        done = subprocess.run(
+            ["bash", "-Eeuo", "pipefail", "-c", say + "\n".join(lines)],
+            cwd=self._folder,
+            env={**self._environment, "OFFSET": str(block.line - 1)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+        if done.returncode:
+            text = "\n".join(line for line in lines if line)
+            pytest.fail(f"{block.place}: exit code {done.returncode}\n{text}\n\n{done.stdout[-4000:]}{self._told()}")
+
+    def _run_python(self, block: Block, text: str) -> None:
+        output = self._folder / ".python.txt"
+        if self._python is None:
+            with output.open("w") as errors:
+                self._python = subprocess.Popen(
+                    [sys.executable, "-c", PYTHON], cwd=self._folder, env=self._environment, text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                )  # fmt: skip
+        assert self._python.stdin is not None
+        assert self._python.stdout is not None
+        code = "\n" * (block.line - 1) + text
+        print(json.dumps([block.page, code]), file=self._python.stdin, flush=True)
+        if self._python.stdout.readline() != "done\n":
+            pytest.fail(f"{block.place}\n{text}\n{output.read_text()[-4000:]}{self._told()}")
+
+    def _start(self, block: Block, command: str, name: str) -> None:
+        port = _port(command, name)
+        if port in self._servers:
+            self._end(port)
+        free = _free_port()
+        log = self._folder / f".{name}-{port}.txt"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["bash", "-c", f"{command} --port {free}"], cwd=self._folder, env=self._environment,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+        self._servers[port] = process, free, block, log
+        end = time.monotonic() + SECONDS
+        while not _answers(free):
+            if process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"{block.place}: does not listen: {command}\n{log.read_text()[-4000:]}")
+            time.sleep(0.05)
+
+    def _end(self, port: int, *, quietly: bool = False) -> None:
+        process, _, block, log = self._servers.pop(port)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        if code and not quietly:
+            pytest.fail(f"{block.place}: the server ends with exit code {code} after Ctrl-C\n{log.read_text()[-4000:]}")
+
+    def _with_ports(self, text: str) -> str:
+        for port, (_, free, _, _) in self._servers.items():
+            text = re.sub(rf"\b(127\.0\.0\.1|localhost):{port}\b", rf"\1:{free}", text)
+        return text
+
+    def _told(self) -> str:
+        return "".join(f"\n{log.name}:\n{log.read_text()[-2000:]}" for _, _, _, log in self._servers.values())
+
+
+def _port(command: str, name: str) -> int:
+    import click
+
+    said = re.search(r"--port[ =](\d+)", command)
+    if said:
+        return int(said[1])
+    assert isinstance(cli, click.Group)
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None
+    (port,) = (parameter.default for parameter in found.params if parameter.name == "port")
+    assert isinstance(port, int)
+    return port
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
