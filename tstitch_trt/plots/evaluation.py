@@ -162,5 +162,12 @@ def _annotate(axes: Any, notes: Sequence[tuple[float, float, str, bool]]) -> Non
             placed.append((across, up, width))
             offset, side = ((-4, -11), "right") if below else ((5, 5), "left")
             axes.annotate(
-                text, (x, y), xytext=offset, textcoords="offset points", ha=side, color=MUTED, fontsize=8, zorder=5
+                text,
+                (x, y),
+                xytext=offset,
+                textcoords="offset points",
+                ha=side,
+                color=MUTED,
+                fontsize="small",
+                zorder=5,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
@@ -14,7 +15,7 @@ from tstitch_trt.plots.words import METRIC_NAMES, better, date, interval, machin
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["environment", "fill"]
+__all__ = ["environment", "fill", "stylesheet"]
 
 _NUMBER: Final = re.compile(r"–|[-+.×]?\d[\d.,e+-]*(%|×\d+)?( \[.*\])?")
 
@@ -47,6 +48,12 @@ def environment() -> Environment:
 def fill(template: str, **values: Any) -> Markup:
     """The template filled in. Raises ``jinja2.UndefinedError`` for a name that it was not given."""
     return Markup(environment().get_template(template).render(values))  # noqa: S704 (the template escapes texts)
+
+
+def stylesheet(package: str) -> Markup:
+    """The CSS of plots and tables, and that of ``package``."""
+    found = (files(name).joinpath("style.css").read_text(encoding="utf-8") for name in ("tstitch_trt.plots", package))
+    return Markup("\n".join(found))  # noqa: S704 (our own files)
 
 
 def _number_columns(width: int, rows: Sequence[Sequence[str]]) -> list[bool]:

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 
 from markupsafe import Markup
 
@@ -16,7 +15,7 @@ from tstitch_trt.plots.calibration import draw_checks
 from tstitch_trt.plots.divergence import draw_divergence, draw_orders
 from tstitch_trt.plots.search import draw_search
 from tstitch_trt.plots.svg import NARROW, svg
-from tstitch_trt.plots.templates import fill
+from tstitch_trt.plots.templates import fill, stylesheet
 from tstitch_trt.plots.words import METRIC_NAMES, date, machine_text
 from tstitch_trt.report.quality import quality_of
 from tstitch_trt.report.samples import SampleTable, png_url
@@ -60,7 +59,7 @@ def render(bundle: Bundle, page: Page) -> str:
         first=first,
         when=when,
         version=version(),
-        style=Markup(files("tstitch_trt.report").joinpath("style.css").read_text(encoding="utf-8")),  # noqa: S704
+        style=stylesheet("tstitch_trt.report"),
         weights={name: _weight(member) for name, member in manifest.members.items()},
         cards=list(_cards(studies, first, last)),
         notes=list(_warnings(studies, page.machine)),

@@ -9,13 +9,13 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.checks import check_choice, check_number, check_text, check_whole, shown
 from tstitch_engines.errors import BadInput, Busy, TStitchError
 from tstitch_engines.needs import require
+from tstitch_trt.plots.templates import stylesheet
 from tstitch_trt.serve.listen import serving as serve_on
 from tstitch_trt.solvers import SOLVERS
 from tstitch_trt.study.fractions import requests_at
@@ -199,7 +199,6 @@ def serving(gr: Any, page: Any, listening: socket.socket, guarded: Callable[...,
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    style = files("tstitch_trt.ui").joinpath("style.css").read_text(encoding="utf-8")
     page.queue(max_size=_MOST_EVENTS, api_open=False)
     page.state_session_capacity = _MOST_SESSIONS
     # Not page.launch: variables of the environment could make it share the page, or serve files beside the guard
@@ -217,7 +216,7 @@ def serving(gr: Any, page: Any, listening: socket.socket, guarded: Callable[...,
         pwa=False,
         mcp_server=False,
         theme=theme,
-        css=style,
+        head=f"<style>{stylesheet('tstitch_trt.ui')}</style>",
     )
     guard = guarded(app, events={index: len(event.inputs) for index, event in page.fns.items()})
     # Streams of open pages have no end: they are cut off

@@ -163,7 +163,7 @@ def test_every_section_is_there_and_nothing_is_loaded(report: Path, measured: Pa
     assert len(set(ids)) == len(ids)
     assert {(a["href"] or "")[1:] for a in page.of("a")} <= set(ids)
     assert {(a["href"] or "")[1:] for a in page.of("use")} <= set(ids)
-    assert len(page.of("svg")) == 6  # two metrics, search, divergence, orders, checks
+    assert len(page.of("svg")) == 2 * 6  # two metrics, search, divergence, orders, checks, each for two widths
     assert all(a["role"] == "img" and a["aria-labelledby"] in ids for a in page.of("svg"))
     for study in every_study(open_bundle(measured)):
         assert study.command in page.text
@@ -447,7 +447,7 @@ def test_a_browser_shows_it(report: Path, scheme: str) -> None:
         whole = pixels(seen.page.screenshot(full_page=True))
         ground = whole[2, 2]
         assert (ground.mean() > 200) == (scheme == "light")
-        for plot in seen.page.query_selector_all("svg.plot"):
+        for plot in seen.page.query_selector_all("svg.plot:visible"):
             box = plot.bounding_box()
             assert box["width"] > 400
             assert box["height"] > 100
@@ -457,3 +457,35 @@ def test_a_browser_shows_it(report: Path, scheme: str) -> None:
             assert coloured.sum() > 60  # one marker has about fifty
         for image in seen.page.query_selector_all("img"):
             assert image.bounding_box()["width"] == 84
+
+
+def test_on_a_phone_tables_scroll_in_their_box_and_plots_have_large_letters(report: Path) -> None:
+    with browser_page(viewport={"width": 390, "height": 844}) as seen:  # JavaScript is for the test alone
+        page = seen.page
+        page.goto(report.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        boxes = page.locator(".scroll").evaluate_all(
+            """boxes => boxes.filter(box => box.scrollWidth > box.clientWidth).map(box => {
+                const fade = () => getComputedStyle(box).getPropertyValue('--fade-right');
+                const before = fade();
+                box.scrollLeft = box.scrollWidth;
+                return [box.tabIndex, box.getAttribute('role'), box.getAttribute('aria-label').length > 0, before];
+            })"""
+        )
+        assert len(boxes) >= 4
+        assert all(box == [0, "region", True, "48px"] for box in boxes), boxes
+        page.wait_for_function(
+            "[...document.querySelectorAll('.scroll')]"
+            ".every(box => getComputedStyle(box).getPropertyValue('--fade-right') == '0px')"
+        )
+        letters = page.locator("svg.plot:visible text").evaluate_all(
+            """texts => texts.map(text => {
+                const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+                return scale * parseFloat(getComputedStyle(text).fontSize);
+            })"""
+        )
+        assert len(letters) > 50
+        assert min(letters) >= 10
+        names = page.locator(".samples tbody th").first.bounding_box()
+        page.locator(".scroll:has(.samples)").evaluate("box => { box.scrollLeft = 40; }")
+        assert page.locator(".samples tbody th").first.bounding_box()["x"] == names["x"]  # they stay in view
