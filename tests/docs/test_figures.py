@@ -1,0 +1,157 @@
+"""The figures of the pages are those that were measured: benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tstitch_trt.study.evaluate.claim import claims_of
+from tstitch_trt.study.records import Evaluation
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def section(page: str, title: str = "") -> str:
+    """The part of a page under the heading ``title``, or all of it."""
+    text = (ROOT / "docs" / page).read_text()
+    if not title:
+        return text
+    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,2}} |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{page} has no heading {title!r}"
+    return found[2]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / name).read_bytes())
+
+
+PAIR = "benchmarks/built-in-pair.md"
+
+
+@pytest.fixture(scope="module")
+def study() -> Evaluation:
+    """The evaluation of the most samples."""
+    found = [json.loads(file.read_bytes()) for file in (RESULTS / "study").glob("evaluation-*.json")]
+    return msgspec.convert(max(found, key=lambda study: study["samples"]), Evaluation)
+
+
+def test_quality_by_fraction(study: Evaluation) -> None:
+    points = {point.setting.schedule: point for point in study.points}
+    page = one_line(section(PAIR, "Quality by the small member's share"))
+    assert f"{study.samples:,} samples per point" in page
+
+    def distance(schedule: str) -> str:
+        found = points[schedule].measures["fid"]
+        return f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+    alone = points["large:50"]
+    (claim,) = [claim for claim in claims_of(study, ("small", "large")) if claim.setting.steps == 50]
+    trials = {round(50 * trial.fraction): trial for trial in claim.trials}
+    for small in range(0, 51, 5):
+        first = points[f"small:{small},large:{50 - small}" if 0 < small < 50 else "small:50" if small else "large:50"]
+        last = f"large:{50 - small},small:{small}" if 0 < small < 50 else first.setting.schedule
+        found = trials[small].judgement if small else None
+        said = "" if found is None else f"{found.difference:+.2f}, at most {found.upper:+.2f}"
+        rates = [first.measures[name].value for name in ("precision", "recall")]
+        cells = [
+            f"{2 * small}%", distance(first.setting.schedule), said, *(f"{rate:.2f}" for rate in rates),
+            f"{first.measures['accuracy'].value:.1%}", f"{first.ms / first.batch:.1f}", f"{alone.ms / first.ms:.2f}",
+            distance(last),
+        ]  # fmt: skip
+        assert f"| {' | '.join(cells)} |".replace("  ", " ") in page
+    assert claim.fraction is not None
+    assert claim.stopped is not None
+    passed, stopped = trials[round(50 * claim.fraction)].judgement, claim.stopped.judgement
+    assert passed is not None
+    assert stopped is not None
+    percent = f"{claim.fraction:.0%}".replace("%", " %")
+    assert f"up to {percent} of the steps on the small member the distance is no worse" in page
+    assert f"at most {passed.upper:.2f} more, with a margin of {passed.margin:.2f}" in page
+    assert f"At {claim.stopped.fraction:.0%} it may be {stopped.upper:.2f} more".replace("%", " %") in page
+    assert f"{claim.speedup:.2f} times as fast" in page
+    for other in ("benchmarks/index.md", "choosing.md"):
+        text = one_line(section(other))
+        assert percent in text
+        assert f"{claim.speedup:.2f} times as fast" in text
+
+
+def test_fewer_steps(study: Evaluation) -> None:
+    page = section(PAIR, "Fewer steps of the large member")
+    fewer = sorted((p for p in study.points if set(p.setting.members) == {"large"}), key=lambda p: -p.setting.steps)
+    assert fewer[0].setting.steps == 50
+    rows = (
+        " | ".join(["steps of the large member alone", *(f"{p.setting.steps}" for p in fewer)]),
+        " | ".join(["distance", *(f"{p.measures['fid'].value:.1f}" for p in fewer)]),
+        " | ".join(["speed-up", *(f"{fewer[0].ms / p.ms:.2f}" for p in fewer)]),
+    )
+    for row in rows:
+        assert f"| {row} |" in page
+    (twenty,) = [p for p in fewer if p.setting.steps == 20]
+    for text in (page, section("choosing.md")):
+        assert f"{fewer[0].ms / twenty.ms:.1f} times as fast" in one_line(text)
+
+
+def test_predicted_times_and_budgets() -> None:
+    page = one_line(section(PAIR, "Predicted and measured time"))
+    (file,) = (RESULTS / "study").glob("calibration-*.json")
+    cost, budget = json.loads(file.read_bytes()), result("budget.json")
+    median, worst = 100 * cost["median_error"], 100 * cost["worst_error"]
+    assert f"a median error of {median:.1f} % and a worst of {worst:.0f} %" in page
+    assert f"`calibrate --repeats {cost['repeats']} --checks {len(cost['checks'])}`" in page
+    assert budget["calibration"]["made"] == cost["made"]
+    assert f"Single runs are not as regular, {100 * budget['median_error']:.0f} % off in the median" in page
+    met = f"{budget['met']} of {budget['runs']}"
+    assert f"{met} random budgets were met, {100 * budget['budget_used']:.0f} % of the budget" in page
+    assert f"{met} met" in section("benchmarks/index.md")
+
+
+def test_peers() -> None:
+    page = one_line(section(PAIR, "Beside PyTorch and diffusers"))
+    peers = result("peers/peers.json")
+    slower = {c["name"]: [t["speedup_of_ours"] for t in c["trajectories"]] for c in peers["contenders"][1:]}
+    for name, words in (
+        ("torch-eager", "PyTorch eager takes"),
+        ("torch-compile", "`torch.compile`"),
+        ("diffusers", "a diffusers loop"),
+    ):
+        assert f"{words} {min(slower[name]):.2f} to {max(slower[name]):.2f}" in page
+    eager = slower["torch-eager"]
+    assert f"PyTorch eager takes {min(eager):.2f} to {max(eager):.2f} times" in section("benchmarks/index.md")
+    assert all(t["relative_difference"] < 2e-6 for c in peers["contenders"] for t in c["trajectories"])
+
+
+def test_what_the_runtime_adds() -> None:
+    page = one_line(section(PAIR, "What the runtime adds"))
+    one, both = result("latency.json"), result("latency-all-threads.json")
+    assert f"over the sum of bare engine calls is {one['overhead']:.3f}" in page
+    ratios = [t["ms"] / t["predicted_ms"] for t in one["trajectories"]]
+    assert f"take {min(ratios):.2f} to {max(ratios):.2f} times what the members' bare times predict" in page
+    assert f"the overhead is {both['overhead']:.2f} over all" in page
+    added = f"{100 * (one['overhead'] - 1):.1f} %"
+    assert added in section("benchmarks/index.md")
+    assert added in section("concepts/lanes.md")
+
+
+def test_full_size_builds() -> None:
+    parts = result("build-unets.json")["parts"]
+    rows = re.findall(
+        r"^\| .* \| (\d+)M \| (\d+) s \| (\d+) s \| ([\d.]+) and ([\d.]+) GiB \|$",
+        section("benchmarks/index.md", "Building full-size UNets"), re.MULTILINE,
+    )  # fmt: skip
+    for row, name in zip(rows, ("bksdm-tiny", "sd15", "ssd1b"), strict=True):
+        half, full = parts[f"{name}-fp16"], parts[f"{name}-fp32"]
+        times = [f"{half[phase]['work_seconds']:.0f}" for phase in ("export", "tensorrt-rtx")]
+        most = [max(phase["peak_bytes"] for phase in part.values() if "peak_bytes" in phase) for part in (half, full)]
+        assert list(row) == [
+            f"{half['weights']['parameters'] / 1e6:.0f}", *times, *(f"{peak / 2**30:.1f}" for peak in most),
+        ]  # fmt: skip
