@@ -1,7 +1,7 @@
 # Short verbs for people who work on tstitch-trt; users need only the two commands of the README.
 PYTHON ?= python3
 
-.PHONY: install lint format check test test-slow compatibility docs bench clean
+.PHONY: install lint format check test test-slow pages docs bench clean
 
 install:  ## editable install with everything the tests and the linters need
 	$(PYTHON) -m pip install scikit-build-core nanobind cmake ninja
@@ -26,8 +26,8 @@ test:  ## on all cores
 test-slow:  ## the same on further models
 	$(PYTHON) -m pytest -n auto -m slow
 
-compatibility:  ## write docs/support/compatibility.md
-	PYTHONPATH=tests:$$PYTHONPATH $(PYTHON) -W ignore -m support.compatibility
+pages:  ## write the generated parts of docs/; with ALL=--all those that take a minute too
+	PYTHONPATH=tests:$$PYTHONPATH $(PYTHON) -W ignore -m support.pages $(ALL)
 
 docs:  ## the site, in build/site; needs pip install ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -10,7 +10,7 @@ import shlex
 import textwrap
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -28,7 +28,7 @@ NEEDS = {
 }  # fmt: skip
 RUN = ("sh", "python")
 _SHOWN = (
-    "text", "console", "c", "cpp", "cmake", "csv", "diff", "dockerfile", "html", "http", "ini", "latex", "markdown",
+    "text", "c", "cpp", "cmake", "csv", "diff", "dockerfile", "html", "http", "ini", "latex", "markdown",
     "nginx",
 )  # fmt: skip
 _FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"]*)")?([^\n]*)\n(.*?)^\1``` *$', re.MULTILINE | re.DOTALL)
@@ -85,6 +85,9 @@ def check(block: Block) -> None:
     match block.language:
         case "sh":
             _check_shell(block)
+        case "console":  # commands after "$ ", and what they print
+            lines = [line.removeprefix("$ ") if line.startswith("$ ") else "" for line in block.text.splitlines()]
+            _check_shell(replace(block, text="\n".join(lines)))
         case "python":
             _check_python(block)
         case "json":

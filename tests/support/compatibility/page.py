@@ -1,9 +1,7 @@
-"""The page, and the command that writes or checks it."""
+"""The page docs/support/compatibility.md."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +14,17 @@ from support.compatibility.models import model_section
 from support.compatibility.pipelines import pipeline_section
 from support.compatibility.schedulers import scheduler_section
 
-__all__ = ["PAGE", "diffusers_sections", "main", "model_sections", "own_sections"]
+__all__ = ["PAGE", "diffusers_sections", "model_sections", "own_sections", "page"]
 
 PAGE: Final = Path(__file__).parents[3] / "docs" / "support" / "compatibility.md"
 _HEAD: Final = """\
 # Compatibility
 
-What is honoured and what is refused, of all that pipelines, checkpoints and LoRAs may say. `make compatibility` writes
-this page by asking the code that decides, and a test keeps both together. Nothing is ignored that would change a
-picture: a row is either honoured, without effect in diffusers too, or refused with the reason given here.
+What diffusers pipelines, schedulers, checkpoints and LoRAs may contain, and whether it is honoured or refused.
+
+Nothing that would change a picture is ignored: an entry is honoured, or it has no effect in diffusers either, or it is
+refused for the reason given here. `make pages ALL=--all` writes this page by asking the code that decides; the tests
+compare the two.
 
 Schedulers, pipelines and keys are those of diffusers {version}.
 """
@@ -54,16 +54,3 @@ def page() -> str:
 
     head = _HEAD.format(version=diffusers.__version__)
     return "\n\n".join([head.strip(), *diffusers_sections(), *model_sections(), *own_sections()]) + "\n"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Writes docs/support/compatibility.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is not up to date")
-    check = parser.parse_args().check
-    text = page()
-    if check and PAGE.read_text() != text:
-        sys.stderr.write("docs/support/compatibility.md is not what the code says: run make compatibility\n")
-        return 1
-    if not check:
-        PAGE.write_text(text)
-    return 0

@@ -1,0 +1,24 @@
+"""The generated parts of docs/ are what the code says; ``make pages`` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.pages.write import DOCS, FILES, PARTS, current, pages
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_generated_parts_are_current(page: Path) -> None:
+    assert page.read_text() == current(page), "run make pages"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_generated_files_are_current(name: str) -> None:
+    assert (DOCS / name).read_text() == FILES[name](), "run make pages"
+
+
+def test_every_part_is_on_one_page() -> None:
+    text = "".join(page.read_text() for page in pages())
+    assert {name: text.count(f"<!-- generated: {name} -->") for name in PARTS} == dict.fromkeys(PARTS, 1)

@@ -1,5 +1,0 @@
-import sys
-
-from support.compatibility.page import main
-
-sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from support.pages.write import main
+
+sys.exit(main())
