@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from test_layers import modules
+from support.messages import is_ours, own_quotes
 from tstitch_engines.backends.tensorrt.options import OPTIONS
 from tstitch_engines.driver import DRIVERS
 from tstitch_trt.verify.compare import LIMITS
@@ -47,19 +45,6 @@ def test_figures_are_those_in_use() -> None:
         assert re.search(rf"{number} in (?:[\w ]+ and )?{words}", PAGE), (precision, number)
 
 
-@cache
-def texts() -> str:
-    """All texts in the packages, one a line, with "…" for each value that is put in."""
-    nodes = [node for path in modules().values() for node in ast.walk(ast.parse(path.read_text()))]
-    plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    filled = [
-        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-        for node in nodes
-        if isinstance(node, ast.JoinedStr)
-    ]
-    return "\n".join(plain + filled)
-
-
 def rows() -> list[str]:
     """The first cell of every row of the tables of failures."""
     cells = [line.split(" | ")[0].removeprefix("| ") for line in FAILURES.splitlines() if line.startswith("| ")]
@@ -68,9 +53,8 @@ def rows() -> list[str]:
 
 @pytest.mark.parametrize("cell", rows())
 def test_messages_are_ours(cell: str) -> None:
-    ours = re.split(r"\b(?:CUDA|TensorRT|ONNX Runtime): `", cell)[0]
-    for words in re.findall(r"`([^`]+)`", ours.removesuffix(" by `verify`")):
-        assert words in texts()
+    for words in own_quotes(cell):
+        assert is_ours(words), words
 
 
 def test_cuda_says_so() -> None:

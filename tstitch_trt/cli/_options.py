@@ -230,7 +230,10 @@ class PictureOptions:
         elif self.resize and self.image is None:
             target = (manifest.latent.height * manifest.decoder.factor, manifest.latent.width * manifest.decoder.factor)
         if self.image is not None:
-            found["image"] = read_picture(self.image, size=target, resize=self.resize, what="--image")
+            grey = manifest.decoder.kind == "pixel" and manifest.latent.channels == 1
+            found["image"] = read_picture(
+                self.image, channels=1 if grey else 3, size=target, resize=self.resize, what="--image"
+            )
             target = found["image"].shape[:2]
         if self.mask is not None:
             found["mask"] = read_mask(self.mask, size=target, resize=self.resize, what="--mask")

@@ -8,7 +8,7 @@ the upper ones where the file has 16. Profiles of colours are not applied.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,18 +37,25 @@ _MOST_LEVELS: Final = 65535
 
 
 def read_picture(
-    path: Path, *, size: tuple[int, int] | None = None, resize: bool = False, what: str = "image"
+    path: Path,
+    *,
+    channels: Literal[1, 3] = 3,
+    size: tuple[int, int] | None = None,
+    resize: bool = False,
+    what: str = "image",
 ) -> Pixels:
-    """A picture file as uint8 RGB ``[H,W,3]``, upright as its EXIF says; transparency becomes white.
+    """A picture file as uint8 ``[H,W,channels]``, upright as its EXIF says; transparency becomes white.
 
-    ``size``: the height and width it must have. Another is refused, or with ``resize`` brought to it (Lanczos) without
-    keeping its proportions. ``what``: its name in messages. Raises ``BadInput``.
+    ``channels``: 3 for RGB, 1 for grey. ``size``: the height and width it must have. Another is refused, or with
+    ``resize`` brought to it (Lanczos) without keeping its proportions. ``what``: its name in messages. Raises
+    ``BadInput``.
     """
     picture = _open(path, what)
     if picture.mode == "F":
         grey = _bytes(_sized(picture, path, size, resize, what))
-        return np.repeat(grey[..., None], 3, axis=2)
-    return np.asarray(_sized(_on_white(picture), path, size, resize, what))
+        return np.repeat(grey[..., None], channels, axis=2)
+    picture = _sized(_on_white(picture), path, size, resize, what)
+    return np.asarray(picture) if channels == 3 else np.asarray(picture.convert("L"))[..., None]
 
 
 def read_control(

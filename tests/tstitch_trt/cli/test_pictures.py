@@ -62,6 +62,22 @@ def test_prompts_make_pictures_that_say_how_they_were_made(run: Command, bundle:
     np.testing.assert_array_equal(shown(files[1]), same.images[1])
 
 
+def test_a_bundle_of_grey_pictures_starts_from_a_coloured_one(
+    run: Command, fashion_bundle: Path, tmp_path: Path
+) -> None:
+    image, _ = pictures(tmp_path, (28, 28))
+    latents = tmp_path / "latents.npy"
+    outcome = run(
+        "sample", fashion_bundle, "--labels", "Bag", "--image", image, "--steps", 2, "--strength", 0.5, "--threads", 1,
+        "--latents-out", latents,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    with Image.open(image) as opened, tstitch_trt.load(fashion_bundle, threads=1) as runtime:
+        grey = np.asarray(opened.convert("L"))
+        same = runtime.sample(labels="Bag", image=grey[..., None], steps=2, strength=0.5)
+    np.testing.assert_array_equal(np.load(latents), same.latents)
+
+
 def test_a_picture_a_mask_and_control_come_from_files(run: Command, bundle: Path, tmp_path: Path) -> None:
     image, mask = pictures(tmp_path)
     out = tmp_path / "out.png"
