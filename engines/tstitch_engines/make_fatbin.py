@@ -93,7 +93,7 @@ def make_fatbin(source: Path, architectures: Iterable[int] = ARCHITECTURES) -> b
         )
     parts = [("CUBIN", arch) for arch in chosen] + [("PTX", arch) for arch in sorted({chosen[0], chosen[-1]})]
     with ThreadPool(min(len(parts), os.cpu_count() or 1)) as pool:  # of daemons, for which nothing waits after Ctrl-C
-        compiled = pool.map(lambda part: _compile(texts, *part), parts)
+        compiled = list(pool.imap(lambda part: _compile(texts, *part), parts))  # raises the first error of the list
     handle = nvfatbin.create([], 0)
     try:
         for (kind, arch), code in zip(parts, compiled, strict=True):

@@ -36,7 +36,7 @@ def soak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: Bundle) -> Soak
     return run
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [8, pytest.param(600, marks=pytest.mark.slow)])
 def test_eight_threads_and_no_wrong_picture(soak: Soak, seconds: int) -> None:
     code, found = soak(seconds=seconds, threads=8)
     assert (code, found["violations"]) == (0, [])

@@ -139,8 +139,9 @@ def test_full_disk(old: Path, original: Path, cache: Path, limit: int) -> None:
     assert contents(old) == contents(original)
     assert not beside(old)
     assert not list(cache.rglob("building-*"))
-    build("fashion", output=old, profile=Range(1, 2, 2))
-    open_bundle(old)
+    if limit == 5_000_000:  # between the members: with room again the same build goes through
+        build("fashion", output=old, profile=Range(1, 2, 2))
+        open_bundle(old)
 
 
 def test_full_disk_with_torch(old: Path, original: Path, cache: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from support.tensorrt_builds import attention_graph, compile_member, compile_request
-from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, attention
 from tstitch_engines.backends.tensorrt.messages import Done
 from tstitch_engines.backends.tensorrt.options import BuildOptions
@@ -20,13 +19,6 @@ from tstitch_engines.child import Channel
 from tstitch_engines.errors import BuildFailed, UnknownName
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
-
-
-@pytest.fixture(scope="module")
-def rtx() -> TensorRtBackend:
-    opened = open_backend("tensorrt-rtx")
-    assert isinstance(opened, TensorRtBackend)
-    return opened
 
 
 def compiled(folder: Path, dtype: str, head: int, opset: int = 23, **options: Any) -> tuple[Done, bytes]:

@@ -20,7 +20,6 @@ from support.tensorrt_builds import (
     shipped_small,
 )
 from support.tiny import TinyPair
-from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, backend, read_plan_header
 from tstitch_engines.backends.tensorrt.attention import settle_attention
 from tstitch_engines.backends.tensorrt.flavour import RTX
@@ -39,13 +38,6 @@ from tstitch_export.build import build
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 
 DEFAULT_LIST = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-
-
-@pytest.fixture(scope="module")
-def rtx() -> TensorRtBackend:
-    opened = open_backend("tensorrt-rtx")
-    assert isinstance(opened, TensorRtBackend)
-    return opened
 
 
 # --- the plan

@@ -8,7 +8,6 @@ import pytest
 
 from support.exports import graph_of, network_plan, onnx_of
 from support.rtx_families import CHECKPOINTS
-from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend, read_plan_header
 from tstitch_engines.backends.tensorrt.attention import settle_attention
 from tstitch_engines.backends.tensorrt.flavour import RTX
@@ -21,13 +20,6 @@ from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.families import FAMILIES, open_family
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
-
-
-@pytest.fixture(scope="module")
-def rtx() -> TensorRtBackend:
-    opened = open_backend("tensorrt-rtx")
-    assert isinstance(opened, TensorRtBackend)
-    return opened
 
 
 def header_of(path: Path, rtx: TensorRtBackend) -> tuple[tuple[int, int], ...]:

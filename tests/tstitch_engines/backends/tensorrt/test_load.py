@@ -39,13 +39,6 @@ OTHER = "1.6.1.120"
 
 
 @pytest.fixture(scope="module")
-def rtx() -> TensorRtBackend:
-    opened = open_backend("tensorrt-rtx")
-    assert isinstance(opened, TensorRtBackend)
-    return opened
-
-
-@pytest.fixture(scope="module")
 def plan(rtx: TensorRtBackend, tmp_path_factory: pytest.TempPathFactory) -> Path:
     member, model = shipped_small()
     return compile_member(rtx, member, model, tmp_path_factory.mktemp("plan") / "small.rtx")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from support.tensorrt_builds import compile_member, shipped_small
-from tstitch_engines.backends import open_backend
 from tstitch_engines.backends.tensorrt import TensorRtBackend
 from tstitch_engines.errors import BuildFailed, Cancelled
 
@@ -35,13 +34,6 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
 
     monkeypatch.setattr(subprocess, "Popen", recording)
     return started
-
-
-@pytest.fixture
-def rtx() -> TensorRtBackend:
-    opened = open_backend("tensorrt-rtx")
-    assert isinstance(opened, TensorRtBackend)
-    return opened
 
 
 @pytest.mark.parametrize(
