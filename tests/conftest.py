@@ -128,6 +128,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.environ.get("TSTITCH_TRT_CACHE")
     own = str(_shared(tmp_path_factory) / "cache")
     os.environ["TSTITCH_TRT_CACHE"] = os.environ.get("TSTITCH_TEST_CACHE", own)
+    os.environ["TSTITCH_TRT_CONFIG"] = ""  # not the defaults of whoever runs the tests
     yield
     if before is None:
         del os.environ["TSTITCH_TRT_CACHE"]

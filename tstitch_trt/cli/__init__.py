@@ -39,6 +39,7 @@ COMMANDS = {
     "ui": "Draw in the browser at any stitch point, beside what was measured.",
     "serve": "Serve bundles over HTTP, batching the steps of all requests; OpenAI's client works unchanged.",
     "report": "Write one page of what is known of a bundle: samples, studies, machines, commands.",
+    "config": "Show the defaults that a file or the environment gives to options, or write such a file.",
     "doctor": "Show what this machine can build and run, and how to mend what it can't.",
 }
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 failed work, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 129
     SIGHUP."""
     args = list(sys.argv[1:] if argv is None else argv)
-    developer = "--traceback" in args or os.environ.get("TSTITCH_TRACEBACK", "") not in ("", "0")
+    developer = "--traceback" in args or os.environ.get("TSTITCH_TRT_TRACEBACK", "") not in ("", "0")
     with watch_signals() as caught:
         try:
             code = cli.main(args, prog_name="tstitch-trt", standalone_mode=False)

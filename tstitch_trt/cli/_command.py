@@ -15,6 +15,10 @@ from types import NoneType
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
+
+from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._defaults import DefaultsFile, read_environment, said_elsewhere
 
 __all__ = ["Command", "command_line", "option", "tstitch_command"]
 
@@ -29,10 +33,42 @@ class Command(click.Command):
         text = "On an error show Python's traceback too (developers)."
         self.params.append(click.Option(["--traceback"], is_flag=True, expose_value=False, help=text))
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """With the defaults of the file and the environment, unless only help or a completion is wanted."""
+        if parent is not None and not extra.get("resilient_parsing") and not {"-h", "--help"} & set(args):
+            path, above = [info_name or ""], parent
+            while above.parent is not None:
+                path.insert(0, above.info_name or "")
+                above = above.parent
+            extra["default_map"] = defaults_of(self, tuple(path), above)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BadInput:
+            for key, value, source in said_elsewhere(ctx):
+                click.echo(f"note: --{key}{'' if value is True else f' {value}'} comes from {source}", err=True)
+            raise
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
             for line in self.examples:
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def defaults_of(command: click.Command, path: tuple[str, ...], root: click.Context) -> dict[str, Any]:
+    """``default_map`` of a command. Raises ``BadInput`` for what is wrong in the file's tables or the environment."""
+    if not isinstance(command, click.Group):
+        read_environment(command, path)
+    file = DefaultsFile.read()
+    if file is None:
+        return {}
+    assert isinstance(root.command, click.Group)
+    file.check_tables(root.command.list_commands(root))
+    return file.defaults(command, path)
 
 
 def tstitch_command(
@@ -98,7 +134,10 @@ _OF_THE_OUTPUT = ("as_json", "plot", "output", "profile", "rebuild")
 
 
 def command_line(*, without: Sequence[str] = _OF_THE_OUTPUT) -> str:
-    """The running command as it was called, without the parameters ``without``: it makes the result again."""
+    """The running command as it was called, without the parameters ``without``: it makes the result again.
+
+    Values from the file of defaults and the environment are in it.
+    """
     import shlex
 
     context = click.get_current_context()
@@ -106,9 +145,9 @@ def command_line(*, without: Sequence[str] = _OF_THE_OUTPUT) -> str:
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
-        if source is None or source.name.startswith("DEFAULT") or name in without or name not in context.params:
+        value = context.params.get(name)
+        if source in (None, ParameterSource.DEFAULT) or name in without or value is None or value is False:
             continue
-        value = context.params[name]
         for one in value if parameter.multiple else [value]:
             flag = [] if isinstance(parameter, click.Argument) else [parameter.opts[-1]]
             words += flag if one is True else [*flag, str(one)]

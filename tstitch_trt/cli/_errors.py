@@ -6,6 +6,7 @@ import errno
 import os
 
 import click
+from click.core import ParameterSource
 
 from tstitch_engines.errors import BadInput, FailedWork, TStitchError, nearest
 
@@ -61,6 +62,8 @@ def _usage(error: click.ClickException) -> TStitchError:
         )
     if isinstance(error, click.BadParameter) and error.param is not None:
         name = error.param.human_readable_name if isinstance(error.param, click.Argument) else error.param.opts[-1]
+        if context is not None and context.get_parameter_source(error.param.name or "") is ParameterSource.ENVIRONMENT:
+            name = f"${error.param.envvar}"
         if isinstance(error, click.MissingParameter):
             usage = context.get_usage().removeprefix("Usage: ") if context else path
             return BadInput(f"{path!r} needs {name}, got nothing", hint=f"write it as: {usage}; see {path} --help")

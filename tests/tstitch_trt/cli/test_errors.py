@@ -205,7 +205,7 @@ def test_a_failed_build_leaves_the_old_bundle(run: Command, damaged: Path, tiny_
 def test_traceback_is_for_those_who_ask(run: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" not in run("sample", bundle, "--labels", "99").err
     assert "Traceback" in run("sample", bundle, "--labels", "99", "--traceback").err
-    monkeypatch.setenv("TSTITCH_TRACEBACK", "1")
+    monkeypatch.setenv("TSTITCH_TRT_TRACEBACK", "1")
     refused(run("sample", bundle, "--labels", "99"))
     assert "Traceback" in run("sample", bundle, "--labels", "99").err
 
