@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Surface", "surface", "unpacked"]
+__all__ = ["Surface", "require_index", "surface", "unpacked"]
 
 _UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|Network is unreachable|"
@@ -37,6 +37,13 @@ print(json.dumps(found))
 """
 
 
+def require_index(done: subprocess.CompletedProcess[str]) -> None:
+    """Skips the test when pip did not reach the package index; any other failure of ``done`` is an error."""
+    if done.returncode and _UNREACHABLE.search(done.stdout + done.stderr):
+        pytest.skip("the package index can't be reached")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def unpacked(requirement: str, cache_dir: Path) -> Path:
     """The content of a wheel from the package index. Skips the test when the index can't be reached, and only then."""
     target = cache_dir / requirement.replace("==", "-")
@@ -48,9 +55,7 @@ def unpacked(requirement: str, cache_dir: Path) -> Path:
             capture_output=True,
             text=True,
         )  # fmt: skip
-        if done.returncode and _UNREACHABLE.search(done.stdout + done.stderr):
-            pytest.skip("the package index can't be reached")
-        assert done.returncode == 0, done.stderr
+        require_index(done)
         stem = requirement.replace("==", "-").replace("-", "_").lower()
         (wheel,) = (w for w in wheels.iterdir() if w.name.replace("-", "_").lower().startswith(stem))
         with zipfile.ZipFile(wheel) as archive:
