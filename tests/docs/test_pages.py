@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,13 @@ def test_generated_files_are_current(name: str) -> None:
 def test_every_part_is_on_one_page() -> None:
     text = "".join(page.read_text() for page in pages())
     assert {name: text.count(f"<!-- generated: {name} -->") for name in PARTS} == dict.fromkeys(PARTS, 1)
+
+
+def test_the_schema_of_the_manifest_holds(fashion_bundle: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((DOCS / "reference" / "manifest.schema.json").read_bytes())
+    manifest = json.loads((fashion_bundle / "manifest.json").read_bytes())
+    jsonschema.validate(manifest, schema)
+    for name, value in (("members", {}), ("name", 3), ("unknown", 1)):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**manifest, name: value}, schema)

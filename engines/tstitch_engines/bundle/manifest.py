@@ -380,6 +380,13 @@ class Quality(_Record, frozen=True, kw_only=True):
 
 
 class Manifest(_Record, frozen=True, kw_only=True):
+    """The whole of ``manifest.json``.
+
+    ``schema``: the version of the format. ``versions``: of the packages that made the bundle. ``parts``: the models
+    beside the members, by ``ComponentName``; a member's own text encoder is ``MEMBER_text_encoder``. ``notes``: what
+    was adapted between members, and what is missing.
+    """
+
     schema: Annotated[int, msgspec.Meta(ge=1)]
     name: Name
     recipe: Name
@@ -390,11 +397,9 @@ class Manifest(_Record, frozen=True, kw_only=True):
     defaults: Defaults
     decoder: Decoder
     members: Annotated[dict[NetworkName, Member], msgspec.Meta(min_length=1, max_length=64)]
-    parts: Annotated[
-        dict[NetworkName, Network], Few
-    ] = {}  # by ComponentName; a member's own text encoder is MEMBER_text_encoder
+    parts: Annotated[dict[NetworkName, Network], Few] = {}
     quality: Quality | None = None
-    notes: Annotated[tuple[Text, ...], Few] = ()  # what was adapted between members, and what is missing
+    notes: Annotated[tuple[Text, ...], Few] = ()
 
     def networks(self) -> dict[str, Network]:
         """Members and parts by name."""

@@ -74,6 +74,9 @@ class PartRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class QualityRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What metrics need, as files beside the recipe: the feature ``network`` (ONNX) and the statistics of real
+    pictures, ``reference`` (``.npz``)."""
+
     network: str
     reference: str
 

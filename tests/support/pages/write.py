@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from support.pages import cli
+from support.pages import cli, records, schedules
 
 __all__ = ["DOCS", "FILES", "PARTS", "current", "main", "pages"]
 
@@ -20,8 +20,15 @@ DOCS: Final = Path(__file__).parents[3] / "docs"
 PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "commands": cli.commands,
     "shared options": cli.shared_options,
+    "recipes": records.recipes,
+    "recipe template": records.recipe_template,
+    "recipe": records.recipe,
+    "manifest": records.manifest,
+    "rounding": schedules.rounding,
+    "solvers": schedules.solvers,
+    "solver options": schedules.solver_options,
 }
-FILES: Final[Mapping[str, Callable[[], str]]] = {}
+FILES: Final[Mapping[str, Callable[[], str]]] = {"reference/manifest.schema.json": records.manifest_schema}
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w ]+) -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
 
