@@ -1,9 +1,10 @@
-"""The figures of the pages are those that were measured: benchmarks/results."""
+"""The figures of the pages are those that were measured (benchmarks/results), and lists are whole."""
 
 from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import msgspec
 import pytest
 
 from tstitch_trt.study.evaluate.claim import claims_of
-from tstitch_trt.study.records import Evaluation
+from tstitch_trt.study.noninferiority import Judgement, judge
+from tstitch_trt.study.records import Evaluation, Point
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +45,14 @@ def study() -> Evaluation:
     """The evaluation of the most samples."""
     found = [json.loads(file.read_bytes()) for file in (RESULTS / "study").glob("evaluation-*.json")]
     return msgspec.convert(max(found, key=lambda study: study["samples"]), Evaluation)
+
+
+def judged(study: Evaluation, point: Point) -> Judgement:
+    """Against the large member alone in 50 steps."""
+    (alone,) = [other for other in study.points if other.setting.schedule == "large:50"]
+    found = judge("fid", point.measures["fid"], alone.measures["fid"], samples=study.samples, margin=study.margin)
+    assert found is not None
+    return found
 
 
 def test_quality_by_fraction(study: Evaluation) -> None:
@@ -97,8 +107,32 @@ def test_fewer_steps(study: Evaluation) -> None:
     for row in rows:
         assert f"| {row} |" in page
     (twenty,) = [p for p in fewer if p.setting.steps == 20]
+    assert judged(study, twenty).verdict == "no worse"
     for text in (page, section("choosing.md")):
         assert f"{fewer[0].ms / twenty.ms:.1f} times as fast" in one_line(text)
+    (fifteen,) = [p for p in fewer if p.setting.steps == 15]
+    slow = f"15 steps, {fewer[0].ms / fifteen.ms:.1f} times as fast, may be {judged(study, fifteen).upper:.1f} worse"
+    assert slow in one_line(page)
+
+
+def test_the_table_of_the_readme(study: Evaluation) -> None:
+    readme = (ROOT / "README.md").read_text().partition("## What was measured")[2].partition("\n## ")[0]
+    assert f"{study.samples:,} samples per row" in readme
+    points = {point.setting.schedule: point for point in study.points}
+    header, _, *rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert header == "| steps | distance | difference | verdict | speed-up |"
+    assert len(rows) >= 7
+    alone = points["large:50"]
+    for row in rows:
+        steps = row.split("|")[1].strip()
+        point = points[steps.replace(", ", ",").replace(" ", ":")]
+        found = judged(study, point)
+        said = ["", ""]
+        if point is not alone:
+            said = [f"{found.difference:+.2f}, at most {found.upper:+.2f}", found.verdict]
+        cells = [steps, f"{point.measures['fid'].value:.1f}", *said, f"{alone.ms / point.ms:.2f}"]
+        assert row == f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+        assert f"is below {found.margin:.2f}, which is {study.margin:.0%}".replace("%", " %") in one_line(readme)
 
 
 def test_predicted_times_and_budgets() -> None:
@@ -155,3 +189,23 @@ def test_full_size_builds() -> None:
         assert list(row) == [
             f"{half['weights']['parameters'] / 1e6:.0f}", *times, *(f"{peak / 2**30:.1f}" for peak in most),
         ]  # fmt: skip
+
+
+def test_the_loss_of_8_bits() -> None:
+    runs = result("quantise/quantise.json")["runs"]
+    table = section("how-to/8-bit.md", "What it costs")
+    header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    levels = [tuple(map(float, part)) for part in re.findall(r"(\d+) to (\d+)", header)]
+    assert len(levels) == 4
+    assert len(rows) == len(runs) == 3
+    for row, made in zip(rows, runs, strict=True):
+        by_level = {tuple(level["timesteps"]): level["rel_l2"] for level in made["loss"]}
+        figures = [*(by_level[level] for level in levels), max(made["latents"])]
+        assert made["precision"] in row
+        assert re.findall(r"([\d.]+)%", row) == [f"{100 * x:.1f}" if x < 0.095 else f"{100 * x:.0f}" for x in figures]
+
+
+def test_the_list_of_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = re.findall(r"^\| (.+?) \|", section("start/class-pair.md", "Extras"), re.MULTILINE)
+    assert {name for cell in table for name in re.findall(r"`([\w-]+)`", cell)} == set(extras)
