@@ -17,7 +17,7 @@ format:  ## rewrite the sources in place
 	$(PYTHON) -m ruff format .
 	git ls-files '*.c' '*.cpp' '*.hpp' '*.h' '*.cu' | xargs clang-format -i
 
-check:  ## types
+check: lint  ## the same, and types
 	$(PYTHON) -m mypy
 
 test:  ## on all cores
