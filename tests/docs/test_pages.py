@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import tstitch_trt
 from support.pages.write import DOCS, FILES, PARTS, current, pages
+from tstitch_engines import errors as tstitch_errors
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(DOCS).as_posix())
@@ -33,3 +36,10 @@ def test_the_schema_of_the_manifest_holds(fashion_bundle: Path) -> None:
     for name, value in (("members", {}), ("name", 3), ("unknown", 1)):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**manifest, name: value}, schema)
+
+
+def test_every_public_name_is_on_the_page() -> None:
+    text = (DOCS / "reference" / "python.md").read_text()
+    errors = {name for name in tstitch_trt.__all__ if name in vars(tstitch_errors)}
+    named = set(re.findall(r'heading: "tstitch_trt\.(\w+)"', text))
+    assert named == set(tstitch_trt.__all__) - errors - {"__version__"}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from support.pages import cli, records, schedules
+from support.pages import cli, python, records, schedules
 
 __all__ = ["DOCS", "FILES", "PARTS", "current", "main", "pages"]
 
@@ -20,6 +20,8 @@ DOCS: Final = Path(__file__).parents[3] / "docs"
 PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "commands": cli.commands,
     "shared options": cli.shared_options,
+    "image keywords": python.image_keywords,
+    "step keywords": python.step_keywords,
     "recipes": records.recipes,
     "recipe template": records.recipe_template,
     "recipe": records.recipe,
