@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from functools import cache
+from pathlib import Path
 
 from test_layers import modules
 
@@ -15,7 +17,7 @@ _OTHERS = r"\b(?:CUDA|TensorRT|ONNX Runtime): `"
 
 @cache
 def _texts() -> str:
-    """All texts in the packages, one a line, with "…" for each value that is put in."""
+    """All texts in the packages, one a line, with "…" for each value that is put in; and what a failed build says."""
     nodes = [node for path in modules().values() for node in ast.walk(ast.parse(path.read_text()))]
     plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     filled = [
@@ -23,7 +25,9 @@ def _texts() -> str:
         for node in nodes
         if isinstance(node, ast.JoinedStr)
     ]
-    return "\n".join(plain + filled)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    build = project["tool"]["scikit-build"]["messages"]["after-failure"]
+    return "\n".join([*plain, *filled, build])
 
 
 def is_ours(words: str) -> bool:
