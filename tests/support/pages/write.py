@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from support.pages import cli, python, records, schedules
+from support.pages import cli, errors, python, records, schedules
 
 __all__ = ["DOCS", "FILES", "PARTS", "current", "main", "pages"]
 
@@ -20,6 +20,9 @@ DOCS: Final = Path(__file__).parents[3] / "docs"
 PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "commands": cli.commands,
     "shared options": cli.shared_options,
+    "error tree": errors.tree,
+    "errors": errors.classes,
+    "HTTP statuses": errors.statuses,
     "image keywords": python.image_keywords,
     "step keywords": python.step_keywords,
     "recipes": records.recipes,
