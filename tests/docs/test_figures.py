@@ -72,13 +72,14 @@ def test_quality_by_fraction(study: Evaluation) -> None:
         last = f"large:{50 - small},small:{small}" if 0 < small < 50 else first.setting.schedule
         found = trials[small].judgement if small else None
         said = "" if found is None else f"{found.difference:+.2f}, at most {found.upper:+.2f}"
-        rates = [first.measures[name].value for name in ("precision", "recall")]
+        rates = [f"{first.measures[name].value:.2f}" for name in ("precision", "recall")]
+        share, accuracy = f"{2 * small}%", f"{first.measures['accuracy'].value:.1%}"
         cells = [
-            f"{2 * small}%", distance(first.setting.schedule), said, *(f"{rate:.2f}" for rate in rates),
-            f"{first.measures['accuracy'].value:.1%}", f"{first.ms / first.batch:.1f}", f"{alone.ms / first.ms:.2f}",
-            distance(last),
+            share, distance(first.setting.schedule), said, f"{first.ms / first.batch:.1f}",
+            f"{alone.ms / first.ms:.2f}", distance(last),
         ]  # fmt: skip
         assert f"| {' | '.join(cells)} |".replace("  ", " ") in page
+        assert f"| {' | '.join([share, *rates, accuracy])} |" in page
     assert claim.fraction is not None
     assert claim.stopped is not None
     passed, stopped = trials[round(50 * claim.fraction)].judgement, claim.stopped.judgement
