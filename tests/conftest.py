@@ -37,7 +37,7 @@ _TOGETHER = {
 # which want the exports of the pipelines too, when those are made.
 _LONG = (
     *_TOGETHER["pipelines"],
-    "test_readme.py",
+    "docs/test_snippets.py",
     "test_class_pairs.py",
     *_TOGETHER["families"],
     "runtime/test_lora.py",
