@@ -20,6 +20,7 @@ from tstitch_trt.cli.serve import command
 from tstitch_trt.plan.plan import Plan
 from tstitch_trt.request.options import SampleOptions
 from tstitch_trt.serve.handle import Handle
+from tstitch_trt.serve.http.limits import HttpLimits
 from tstitch_trt.serve.metrics import Metrics
 from tstitch_trt.serve.observer import EngineState, ModelState, TickInfo
 from tstitch_trt.serve.ray_app import RayOptions
@@ -101,6 +102,19 @@ def test_options_of_the_page_exist() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", PAGE))
     assert len(named) > 15
     assert named <= options
+
+
+def test_the_limits_of_the_page_are_the_defaults() -> None:
+    defaults = {name: parameter.default for parameter in command.params for name in parameter.opts}
+    table = PAGE.partition("## Limits")[2].partition("\n## ")[0]
+    assert f"| `--max-queue` | {defaults['--max-queue']} images |" in table
+    assert f"| `--timeout` | {defaults['--timeout']:.0f} s |" in table
+    assert f"| `--max-connections` | {defaults['--max-connections']:,} |" in table
+    assert f"| `--max-queue-memory` | {defaults['--max-queue-memory'].replace('GiB', ' GiB')} |" in table
+    limits = HttpLimits()
+    numbers = ", ".join(f"{each:,}" for each in (limits.images, limits.steps, limits.pixels, limits.prompt))
+    assert f"`--max-images`, `--max-steps`, `--max-pixels`, `--max-prompt` | {numbers} |" in table
+    assert f"`--drain-timeout` ({defaults['--drain-timeout']:.0f} s)" in PAGE
 
 
 def test_the_page_about_ray_names_every_option() -> None:
