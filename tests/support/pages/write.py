@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from support.pages import cli, errors, python, records, schedules
+from support.pages import cli, errors, options, python, records, schedules
 
 __all__ = ["DOCS", "FILES", "PARTS", "current", "main", "pages"]
 
@@ -20,6 +20,8 @@ DOCS: Final = Path(__file__).parents[3] / "docs"
 PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "commands": cli.commands,
     "shared options": cli.shared_options,
+    "backend options": options.backend_options,
+    "family options": options.family_options,
     "error tree": errors.tree,
     "errors": errors.classes,
     "HTTP statuses": errors.statuses,
