@@ -30,6 +30,7 @@ ORDER = {
     ],
     "tstitch_export": [
         ["checkpoint"],
+        ["hub"],
         ["families"],
         ["planning"],
         ["onnx_export"],
@@ -59,7 +60,8 @@ EXPORTS = (
 
 HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_bindings", "tensorrt_rtx",
          "tensorrt_rtx_bindings", "cuda", "diffusers", "transformers", "tokenizers", "matplotlib", "PIL", "scipy",
-         "safetensors", "fastapi", "starlette", "uvicorn", "ray", "prometheus_client", "opentelemetry")  # fmt: skip
+         "safetensors", "fastapi", "starlette", "uvicorn", "ray", "prometheus_client", "opentelemetry",
+         "huggingface_hub")  # fmt: skip
 # Written in torch from end to end, imported only inside functions of their neighbours (or run with `python -m`).
 TORCH_MODULES = (
     "tstitch_export.families.dit.model",

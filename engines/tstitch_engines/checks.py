@@ -25,11 +25,12 @@ __all__ = [
     "FLOAT32_MAX",
     "Check",
     "check_callable",
+    "check_checkpoint",
+    "check_checkpoints",
     "check_choice",
     "check_items",
     "check_number",
     "check_path",
-    "check_paths",
     "check_precision",
     "check_switch",
     "check_text",
@@ -200,10 +201,16 @@ def check_path(value: object, what: str) -> Path:
     return Path(text)
 
 
-def check_paths(value: object, what: str) -> dict[str, Path]:
-    """A path for each name."""
-    paths = read_mapping(value, what, example='{"large": "folder"}')
-    return {name: check_path(path, f"{what} of {name!r}") for name, path in paths.items()}
+def check_checkpoint(value: object, what: str) -> str | Path:
+    """A path, or the name of a Hugging Face repository, which only a text can be."""
+    path = check_path(value, what)
+    return str.__str__(value) if isinstance(value, str) else path
+
+
+def check_checkpoints(value: object, what: str) -> dict[str, str | Path]:
+    """A path or repository for each name."""
+    given = read_mapping(value, what, example='{"large": "folder"}')
+    return {name: check_checkpoint(one, f"{what} of {name!r}") for name, one in given.items()}
 
 
 def check_precision(value: object, what: str) -> object:

@@ -16,8 +16,8 @@ from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import SCHEMA, Defaults, Manifest, Member, Network, Precision, Quality
 from tstitch_engines.checks import (
     check_callable,
+    check_checkpoints,
     check_path,
-    check_paths,
     check_precision,
     check_switch,
     check_text,
@@ -47,8 +47,8 @@ _log = logging.getLogger(__name__)
 
 @checked(
     recipe=check_path,
-    members=optional(check_paths),
-    parts=optional(check_paths),
+    members=optional(check_checkpoints),
+    parts=optional(check_checkpoints),
     output=check_path,
     backend=partial(check_text, example="onnxruntime", most=100),
     precision=check_precision,
@@ -66,8 +66,8 @@ _log = logging.getLogger(__name__)
 def build(
     recipe: str | Path,
     *,
-    members: Mapping[str, Path] | None = None,
-    parts: Mapping[str, Path] | None = None,
+    members: Mapping[str, str | Path] | None = None,
+    parts: Mapping[str, str | Path] | None = None,
     output: Path,
     backend: str = "onnxruntime",
     precision: Precision | Mapping[str, Precision] = "fp32",
@@ -86,7 +86,9 @@ def build(
 
     ``members`` gives checkpoints by member name, besides or instead of the recipe's own; ``parts`` folders of text
     encoders, VAE and ControlNet instead of those in the members' pipelines (a member's own text encoder is
-    ``MEMBER_text_encoder``). ``precision``: one for all (VAEs stay fp32), or by name with fp32 as the default.
+    ``MEMBER_text_encoder``). Each is a path, or the text ``ORG/NAME``, ``ORG/NAME/PATH`` or ``...@REVISION`` of a
+    Hugging Face repository, where no such file or folder exists; the files that are needed are taken from its local
+    cache or downloaded. ``precision``: one for all (VAEs stay fp32), or by name with fp32 as the default.
     ``profile``: the batch range, in rows of the engines: an image takes one, with guidance two. By default up to 16,
     tuned for 8 images: 16 rows where the recipe guides, else 8. ``height`` and ``width`` are ranges in pixels (default:
     the last member's native size), ``tokens`` of prompts (default: up to 231). ``options``: the
@@ -115,6 +117,7 @@ def build(
         options=options or {},
         check=lambda common: typed(common, opened.options, what=f"backend {backend!r}"),
         opset_limits=opened.opset_limits,
+        progress=report,
     )
     settings = plan.options
     compiler = Compiler(

@@ -103,4 +103,7 @@ class BulkOptions:
 
 def _absolute(files: str) -> str:
     """``FILE[:WEIGHT],...`` for workers, whose folder is another one."""
-    return ",".join(str(Path(each.strip()).absolute()) for each in files.split(","))
+    from tstitch_export.families.lora.fuse import locate_loras
+    from tstitch_export.hub.checkpoints import Checkpoints
+
+    return ",".join(str(Path(each).absolute()) for each in locate_loras(files, Checkpoints()).split(","))

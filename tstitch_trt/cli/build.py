@@ -171,8 +171,8 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
 
             manifest = build(
                 source,
-                members={name: Path(path) for name, path in checkpoints.items()},
-                parts={name: Path(path) for name, path in folders.items()},
+                members=checkpoints,
+                parts=folders,
                 output=place,
                 backend=given.backend,
                 precision=precision,

@@ -17,7 +17,7 @@ from tstitch_trt.cli._text import print_entries
 if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
     from tstitch_engines.bundle.bundle import Bundle
-    from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network
+    from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network, Source
     from tstitch_trt.verify.plan_layers import LayerList
 
 __all__ = ["command"]
@@ -218,6 +218,14 @@ def _graphs(record: EngineRecord) -> str:
     return "step (recorded when first run; bench says what could not be)"
 
 
+def _origin(source: Source) -> str:
+    from tstitch_engines.bundle.manifest import Origin
+
+    if not isinstance(found := source.origin, Origin):
+        return ""
+    return f" from {found.repository}@{found.revision}, commit {found.commit}"
+
+
 def _print_network(bundle: Bundle, name: str, network: Network) -> None:
     """A member or a part."""
     from tstitch_engines.bundle.identity import digest
@@ -235,7 +243,7 @@ def _print_network(bundle: Bundle, name: str, network: Network) -> None:
         entries += _conventions(member)
     entries.append(("inputs", "; ".join(map(str, network.inputs))))
     entries.append(("outputs", "; ".join(map(str, network.outputs))))
-    entries += [("source", f"{s.name} ({size(s.bytes)}, sha256 {s.sha256})") for s in network.sources]
+    entries += [("source", f"{s.name} ({size(s.bytes)}, sha256 {s.sha256}){_origin(s)}") for s in network.sources]
     if member is not None and (made := member.quantisation) is not None:
         worst = max(made.loss, key=lambda level: level.rel_l2)
         text = (

@@ -88,7 +88,7 @@ def command(bundle: Path, checks: Checks, as_json: bool) -> None:
             threads=checks.threads or 0,
             layers=checks.layers,
             device=checks.device,
-            checkpoints={name: Path(path) for name, path in sources.items()},
+            checkpoints=sources,
             rebuild=checks.rebuild,
             trust=checks.trust,
             require_signature=checks.require_signature,

@@ -145,10 +145,11 @@ def accelerate(
 
     ``pipe``: a Stable Diffusion or Stable Diffusion XL pipeline for text to image, image to image or inpainting, also
     with a ControlNet, or a latent consistency one. What is loaded counts and not where it came from: fused LoRAs and
-    trained weights are in it. ``small``: the path of a pipeline, of a UNet's folder or of a single file, or a loaded
-    UNet of diffusers. One that says nothing of its conventions is taken to follow the pipeline's, but a single file
-    only where those are the usual ones; ``options={"small.prediction": "v"}`` (``small.noise``, ``small.zero_snr``)
-    says them. Both read the pipeline's text encoders, so a small pipeline with others is refused.
+    trained weights are in it. ``small``: the path of a pipeline, of a UNet's folder or of a single file, a Hugging
+    Face repository with one of them (``ORG/NAME``, as in ``tstitch-trt build``), or a loaded UNet of diffusers. One
+    that says nothing of its conventions is taken to follow the pipeline's, but a single file only where those are the
+    usual ones; ``options={"small.prediction": "v"}`` (``small.noise``, ``small.zero_snr``) says them. Both read the
+    pipeline's text encoders, so a small pipeline with others is refused.
 
     The denoisers, the VAE and the ControlNet become engines; prompts are read by the pipeline's own text encoders, so
     that all that these can do works as before. Noise comes from ``generator`` as the pipeline draws it, and the
@@ -179,7 +180,7 @@ def accelerate(
     with in_callers_words():
         Limits.of(time_limit, memory_limit)
         open_backend(backend)
-        small = Path(small) if isinstance(small, str | Path) else small
+        small = _located(small, progress or silent) if isinstance(small, str | Path) else small
         own = _check_small(small, dict(options or {}))
         small = unwrap_compiled(small)
         stock = _stock_modules(pipe)
@@ -228,6 +229,17 @@ def accelerate(
     return AcceleratedPipeline(pipe, runtime, chosen, stock)
 
 
+def _located(small: str | Path, progress: Progress) -> Path:
+    """Where a small model on disk or of Hugging Face is, with the text encoders that are compared."""
+    from tstitch_export.hub.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(progress)
+    path = checkpoints.locate(small, "member")
+    for part in (ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2):
+        checkpoints.add(path, part)
+    return path
+
+
 def _stock_modules(pipe: Any) -> dict[str, StockModule]:
     """The modules that become engines, by their names in the pipeline."""
     found = {}
@@ -247,7 +259,8 @@ def _check_small(small: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
         if not small.exists():
             raise BadInput(
                 f"small = {small} does not exist",
-                hint="give the path of a pipeline, a UNet's folder or a single file, or a loaded UNet2DConditionModel",
+                hint="give the path of a pipeline, a UNet's folder or a single file, the Hugging Face repository "
+                "(ORG/NAME) of one, or a loaded UNet2DConditionModel",
             )
         from tstitch_export.families.unet.source import read_unet
 

@@ -227,14 +227,16 @@ def _replacement(weights: Weights, key: str, inside: str, deltas: Sequence[Delta
 def _uses(files: LoraFiles) -> tuple[LoraUse, ...]:
     """Raises ``BadInput`` for what names no file, a file that is not there and a weight that is no number."""
     from tstitch_export.families.base import LoraUse
-    from tstitch_export.families.lora.fuse import parse_loras
+    from tstitch_export.families.lora.fuse import locate_loras, parse_loras
+    from tstitch_export.hub.checkpoints import Checkpoints
 
     forms, example = "are a text, a path, and a list of paths and (path, weight)", '"style.safetensors:0.8"'
     single = isinstance(files, str | os.PathLike)
     found: list[LoraUse] = []
     for item in [files] if single else read_items(files, "files", _MOST_LORAS, allowed=forms, example=example):
         if isinstance(item, str):
-            found += parse_loras(check_text(item, "files", example="style.safetensors:0.8"))
+            text = check_text(item, "files", example="style.safetensors:0.8")
+            found += parse_loras(locate_loras(text, Checkpoints()))
         else:
             path, weight = read_pair(item, "files", forms, example) if isinstance(item, tuple) else (item, 1.0)
             found.append(LoraUse(check_path(path, "files"), check_number(weight, "a weight of files")))

@@ -8,7 +8,7 @@ not checked  it can't run on this machine; its identity and, for TensorRT-RTX, t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from tstitch_engines.bundle.bundle import Bundle, check_bundle, open_bundle, req
 from tstitch_engines.bundle.manifest import EngineRecord, Manifest
 from tstitch_engines.checks import (
     check_callable,
+    check_checkpoints,
     check_path,
-    check_paths,
     check_switch,
     check_text,
     check_whole,
@@ -69,7 +69,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     threads=check_threads,
     layers=check_switch,
     device=partial(check_text, example="cuda", most=100),
-    checkpoints=optional(check_paths),
+    checkpoints=optional(check_checkpoints),
     rebuild=check_switch,
     trust=check_switch,
     require_signature=optional(check_path),
@@ -87,7 +87,7 @@ def verify(
     threads: int = 0,
     layers: bool = False,
     device: str = "cuda",
-    checkpoints: Mapping[str, Path] | None = None,
+    checkpoints: Mapping[str, str | Path] | None = None,
     rebuild: bool = False,
     trust: bool = False,
     require_signature: str | Path | None = None,
@@ -105,10 +105,10 @@ def verify(
     ``layers``: also find the first layer that differs between an ONNX Runtime engine and its ONNX, and between an fp16
     graph and the same graph in float32, and list the compiled layers of TensorRT engines with what is suspicious in
     them: as a loaded plan tells them, else as a build in detailed verbosity kept them. ``checkpoints``: the origins of
-    members and parts. Their PyTorch side is then the family's module with the checkpoint's weights, not the graph's,
-    which works for DiTs in the published layout only. ``device``: where engines for GPUs run; ``cpu`` leaves them
-    unchecked. ``rebuild``: first compiles engines that are missing, damaged or don't fit, of every backend that runs
-    here or of ``backend``.
+    members and parts, paths or Hugging Face repositories. Their PyTorch side is then the family's module with the
+    checkpoint's weights, not the graph's, which works for DiTs in the published layout only. ``device``: where engines
+    for GPUs run; ``cpu`` leaves them unchecked. ``rebuild``: first compiles engines that are missing, damaged or don't
+    fit, of every backend that runs here or of ``backend``.
 
     ``trust``: also load engines that may run code and that this machine did not compile; those of ``backend`` are
     loaded without it. ``require_signature``: as of ``tstitch_trt.load``.
@@ -147,7 +147,7 @@ def verify(
             device=device,
             trusted=trusted,
             vouched=opened.vouched,
-            checkpoints={name: str(Path(path).absolute()) for name, path in (checkpoints or {}).items()},
+            checkpoints=_located(checkpoints or {}, opened.manifest.members, progress),
             folder=folder,
         )
         job = Job(
@@ -161,6 +161,18 @@ def verify(
         )
         found = run_in_child(verify_here, request, job, progress=progress)
     return msgspec.structs.replace(found, bundle=str(opened.root))
+
+
+def _located(given: Mapping[str, str | Path], members: Collection[str], progress: Progress) -> dict[str, str]:
+    """Where the checkpoints are."""
+    if not given:
+        return {}
+    from tstitch_export.hub.checkpoints import Checkpoints
+    from tstitch_export.planning.network import part_of
+
+    checkpoints = Checkpoints(progress)
+    kinds = {name: "member" if name in members else part_of(name) for name in given}
+    return {name: str(checkpoints.locate(one, kinds[name]).absolute()) for name, one in given.items()}
 
 
 class VerifyRequest(msgspec.Struct, frozen=True, kw_only=True):

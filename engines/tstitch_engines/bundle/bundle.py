@@ -26,7 +26,7 @@ from tstitch_engines.bundle.files import (
     temporary_directory,
     write_durably,
 )
-from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member, Network, siblings
+from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Member, Network, Origin, siblings
 from tstitch_engines.bundle.onnx_files import NotOnnx, check_onnx
 from tstitch_engines.bundle.read import MANIFEST_BYTES, decode_json, read_bounded
 from tstitch_engines.bundle.signature import check_signature
@@ -112,8 +112,14 @@ def rebuild_command(manifest: Manifest | None, root: Path) -> str:
 
 
 def _given(network: Network) -> str:
-    """The last part of the path that was given at build time: a folder's files are ``FOLDER/FILE``."""
-    return network.sources[0].name.partition("/")[0] if network.sources else ""
+    """The last part of the path that was given at build time: a folder's files are ``FOLDER/FILE``.
+
+    A file of Hugging Face is given as its repository and commit.
+    """
+    if not network.sources:
+        return ""
+    origin = network.sources[-1].origin  # of the weights, which are the last
+    return str(origin) if isinstance(origin, Origin) else network.sources[0].name.partition("/")[0]
 
 
 def _quantise_words(source: str, name: str, member: Member, target: str) -> list[str]:

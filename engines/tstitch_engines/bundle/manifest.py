@@ -26,6 +26,7 @@ __all__ = [
     "Member",
     "Network",
     "NoiseScheduleSpec",
+    "Origin",
     "Quality",
     "Quantisation",
     "QuantisationLoss",
@@ -47,6 +48,7 @@ NetworkName = Annotated[
     str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_-]{0,63}\Z", description="a small letter, then a-z, 0-9, _ and -")
 ]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 hex digits")]
+Commit = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{40}\Z", description="40 hex digits")]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=4096)]
@@ -88,16 +90,36 @@ def siblings(files: Sequence[Component]) -> frozenset[str]:
     return frozenset(name for place, _, name in found if place == folder)
 
 
+class Origin(_Record, frozen=True, kw_only=True):
+    """Where on Hugging Face a file is from: ``path`` in the ``repository`` (``ORG/NAME``) at ``commit``.
+
+    ``revision``: the branch, tag or commit that was asked for. ``given``: the file or folder of the repository that was
+    named at build time, empty for all of it.
+    """
+
+    repository: Name
+    revision: Name
+    commit: Commit
+    path: Name
+    given: Name = ""
+
+    def __str__(self) -> str:
+        """What names the same files for ever: ``ORG/NAME/GIVEN@COMMIT``."""
+        return f"{self.repository}{self.given and '/'}{self.given}@{self.commit}"
+
+
 class Source(_Record, frozen=True, kw_only=True):
     """What a member was made from; ``name`` is the last part of the path given at build time.
 
-    ``shipped`` sources come with the package, so a rebuild needs no ``--member``.
+    ``shipped`` sources come with the package, so a rebuild needs no ``--member``. ``origin``: of a file of a Hugging
+    Face repository; absent for others.
     """
 
     name: Name
     sha256: Sha256
     bytes: Bytes
     shipped: bool = False
+    origin: Origin | msgspec.UnsetType = msgspec.UNSET
 
 
 class Latent(_Record, frozen=True, kw_only=True):

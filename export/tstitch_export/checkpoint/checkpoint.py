@@ -28,7 +28,7 @@ from tstitch_export.checkpoint.wrapping import unwrap_names
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PICKLED", "SAFETENSORS", "Checkpoint", "read_checkpoint", "read_index"]
+__all__ = ["PICKLED", "SAFETENSORS", "Checkpoint", "listed_in", "read_checkpoint", "read_index"]
 
 Numbers = NDArray[np.floating[Any]]
 SAFETENSORS: Final = (".safetensors", ".sft")
@@ -252,7 +252,7 @@ def _open(path: Path) -> tuple[_File, dict[str, Any]]:
 
 def read_index(path: Path) -> tuple[Path, ...]:
     """The files that the index ``path`` lists, all beside it. Raises ``BadCheckpoint``."""
-    names = sorted(set(_weight_map(path).values()))
+    names = listed_in(path)
     for name in names:
         if Path(name).name != name or not (path.parent / name).is_file():
             raise BadCheckpoint(
@@ -260,6 +260,11 @@ def read_index(path: Path) -> tuple[Path, ...]:
                 hint="download or copy all its files",
             )
     return tuple(path.parent / name for name in names)
+
+
+def listed_in(path: Path) -> list[str]:
+    """The names in the index ``path``, whether there are such files or not. Raises ``BadCheckpoint``."""
+    return sorted(set(_weight_map(path).values()))
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,16 @@ from tstitch_engines.errors import BadCheckpoint
 from tstitch_export.checkpoint.checkpoint import read_index
 from tstitch_export.checkpoint.model_config import check_model_config
 
-__all__ = ["describe_folder", "files_of", "model_folder", "part_folder", "read_json", "weights_file"]
+__all__ = [
+    "choose_part",
+    "choose_weights",
+    "describe_folder",
+    "files_of",
+    "model_folder",
+    "part_folder",
+    "read_json",
+    "weights_file",
+]
 
 _ENDINGS: Final = ("safetensors", "bin")
 # Which of several is taken: full precision first, and the moving average, which is what pipelines draw with
@@ -58,43 +67,59 @@ def model_folder(
 
 
 def part_folder(path: Path, parts: Sequence[str]) -> Path | None:
-    """The first folder of ``parts`` in ``path`` that holds a model; ``None`` where there is none.
+    """The first folder of ``parts`` in ``path`` that holds a model (``choose_part``); ``None`` where there is none."""
+    part = choose_part(parts, lambda name: (path / name).is_file())
+    return None if part is None else path / part
+
+
+def choose_part(parts: Sequence[str], has: Callable[[str], bool]) -> str | None:
+    """The first folder of ``parts`` with a ``config.json``; ``has``: whether a pipeline has the file of that name.
 
     A moving average (``PART_ema``, ``ema_PART``) goes before ``PART`` in the state of a training, not in a pipeline.
     """
     averages = [name for part in parts for name in (f"{part}_ema", f"ema_{part}")]
-    ordered = [*parts, *averages] if (path / "model_index.json").is_file() else [*averages, *parts]
-    return next((path / part for part in ordered if (path / part / "config.json").is_file()), None)
+    ordered = [*parts, *averages] if has("model_index.json") else [*averages, *parts]
+    return next((part for part in ordered if has(f"{part}/config.json")), None)
 
 
 def weights_file(folder: Path, stems: Sequence[str]) -> Path:
-    """The weights in ``folder``, for ``read_checkpoint``: one file, or the index of several.
+    """The weights in ``folder``, for ``read_checkpoint``: one file, or the index of several (``choose_weights``).
+
+    Raises ``BadCheckpoint`` where there are none.
+    """
+    names = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    return folder / choose_weights(names, stems, where=folder)
+
+
+def choose_weights(names: Iterable[str], stems: Sequence[str], *, where: Path | str) -> str:
+    """Of the files of the folder ``where``, the weights: one file, or the index of several.
 
     Of several variants (``STEM.VARIANT.safetensors``) the first of ``_VARIANTS``; of one variant safetensors go before
     pickles, and one file before an index. Raises ``BadCheckpoint`` where there are none, or several unknown variants.
     """
     known = "|".join(map(re.escape, stems))
     # Both spellings of an index with a variant are in use: before .safetensors and before .json.
-    name = re.compile(rf"({known})(?:\.([\w-]+?))?\.(safetensors|bin)(\.index(?:\.([\w-]+))?\.json)?")
-    found: dict[str, list[tuple[int, bool, int, Path]]] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = name.fullmatch(file.name)
-        if match and file.is_file() and not _SHARD.search(match[2] or ""):
-            order = (_ENDINGS.index(match[3]), match[4] is not None, stems.index(match[1]), file)
+    pattern = re.compile(rf"({known})(?:\.([\w-]+?))?\.(safetensors|bin)(\.index(?:\.([\w-]+))?\.json)?")
+    found: dict[str, list[tuple[int, bool, int, str]]] = {}
+    names = sorted(names)
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match and not _SHARD.search(match[2] or ""):
+            order = (_ENDINGS.index(match[3]), match[4] is not None, stems.index(match[1]), name)
             found.setdefault(match[2] or match[5] or "", []).append(order)
     usual = [variant for variant in _VARIANTS if variant in found]
     variants = usual or sorted(found)
     if not usual and len(variants) > 1:
         raise BadCheckpoint(
-            f"{folder} holds the variants {', '.join(variants)} of {stems[0]}, none of which is the usual one",
+            f"{where} holds the variants {', '.join(variants)} of {stems[0]}, none of which is the usual one",
             hint="keep the one that you mean in a folder of its own, with config.json",
         )
     if variants:
         return min(found[variants[0]])[-1]
     whole = [f"{stem}.{ending}" for ending in _ENDINGS for stem in stems]
-    shards = folder.is_dir() and any(_SHARD.search(file.stem) for file in folder.iterdir())
+    shards = any(_SHARD.search(Path(name).stem) for name in names)
     raise BadCheckpoint(
-        f"{folder} has no {whole[0]} (nor {', '.join(whole[1:])}, nor an index of several files)",
+        f"{where} has no {whole[0]} (nor {', '.join(whole[1:])}, nor an index of several files)",
         hint="download or copy the index too (*.index.json)" if shards else "download or copy the weights too",
     )
 

@@ -11,11 +11,13 @@ import msgspec
 
 from tstitch_engines.bundle.manifest import Precision, guided_by_default
 from tstitch_engines.errors import BadInput
+from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import open_family
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.options import split_options
+from tstitch_export.hub.checkpoints import Checkpoints
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import NetworkPlan, part_names, plan_member, plan_parts, precision_of
 from tstitch_export.planning.opset import Opsets
@@ -72,14 +74,17 @@ class BundlePlan:
 def plan_bundle(
     recipe: str | Path,
     *,
-    members: Mapping[str, Path],
-    parts: Mapping[str, Path],
+    members: Mapping[str, str | Path],
+    parts: Mapping[str, str | Path],
     precision: Precision | Mapping[str, Precision],
     options: Mapping[str, Scalar],
     check: Callable[[dict[str, Scalar]], dict[str, Scalar]] = dict,
     opset_limits: Callable[[Mapping[str, Scalar]], tuple[int, int, str]] | None = None,
+    progress: Progress = silent,
 ) -> BundlePlan:
     """The arguments are those of ``build``. Reads shapes and configs, no weights; needs no torch. Raises ``BadInput``.
+
+    What a Hugging Face repository has of it is downloaded.
 
     ``check`` types the options that are no network's own, before any checkpoint is read; ``opset`` is not among them.
     ``opset_limits``: the oldest ONNX opset in half precision and the newest that may be exported with them, and why.
@@ -101,15 +106,18 @@ def plan_bundle(
             described = spec.members.get(name) or spec.other_members
             if described is not None and "controlled" in open_family(described.family).options:
                 own[name] = {"controlled": True, **own[name]}
+    checkpoints = Checkpoints(progress)
     plans = tuple(
-        plan_member(name, spec, base, members.get(name), own[name], precision_of(name, known, precision, None))
+        plan_member(
+            name, spec, base, members.get(name), own[name], precision_of(name, known, precision, None), checkpoints
+        )
         for name in names
     )
     labels: tuple[str, ...] = ()
     if spec.from_checkpoints:
         spec = _of_checkpoints(spec, plans)
         labels = _null_classes([plan for plan in plans if not _NULL_OPTIONS & own[plan.name].keys()])
-    beside, left_out = plan_parts(spec, plans, parts, own, precision)
+    beside, left_out = plan_parts(spec, plans, parts, own, precision, checkpoints)
     lowered = [plan.who for plan in (*plans, *beside.values()) if opsets.of(plan.precision) < plan.opset]
     plans = tuple(plan.exported_at(opsets.of(plan.precision)) for plan in plans)
     beside = {name: plan.exported_at(opsets.of(plan.precision)) for name, plan in beside.items()}

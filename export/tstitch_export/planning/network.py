@@ -14,7 +14,10 @@ from tstitch_engines.spec import Range, ShapeProfile
 from tstitch_export.checkpoint.checkpoint import read_checkpoint
 from tstitch_export.families import Family, Inspection, open_family
 from tstitch_export.families.base import TORCH_NAMES, Scalar
+from tstitch_export.families.clip_text.inversion import locate_inversions
+from tstitch_export.families.lora.fuse import locate_loras
 from tstitch_export.families.options import typed
+from tstitch_export.hub.checkpoints import Checkpoints
 from tstitch_export.planning.opset import OPSET
 from tstitch_export.planning.recipe import PARTS, TEXT_ENCODERS, MemberRecipe, PartRecipe, Recipe
 from tstitch_export.planning.shipped import ShippedMember, read_shipped
@@ -115,9 +118,16 @@ def precision_of(
 
 
 def plan_member(
-    name: str, spec: Recipe, base: Path, given: Path | None, options: Mapping[str, Scalar], precision: Precision
+    name: str,
+    spec: Recipe,
+    base: Path,
+    given: str | Path | None,
+    options: Mapping[str, Scalar],
+    precision: Precision,
+    checkpoints: Checkpoints | None = None,
 ) -> NetworkPlan:
     """Reads what the checkpoint says. Raises ``BadInput`` and ``BadCheckpoint``."""
+    checkpoints = checkpoints or Checkpoints()
     part = spec.members.get(name) or spec.other_members
     if part is None:
         raise unknown_name(f"member of recipe {spec.name!r}", name, spec.members)
@@ -125,17 +135,21 @@ def plan_member(
     if given is None and part.checkpoint is None:
         raise BadInput(
             f"recipe {spec.name!r} has no checkpoint of its own for member {name!r}",
-            hint=f"give it: --member {name}=CHECKPOINT (.safetensors, .pt, .pth or a diffusers folder)",
+            hint=f"give it: --member {name}=CHECKPOINT (.safetensors, .pt, .pth, a diffusers folder or a Hugging Face "
+            "repository ORG/NAME)",
         )
-    path = Path(given) if given is not None else base / str(part.checkpoint)
+    if given is None:
+        path = checkpoints.locate(str(part.checkpoint), "member", base=base)
+    else:
+        path = checkpoints.locate(given, "member")
     # The recipe's options describe its own checkpoint; another file speaks for itself unless it can't.
     chosen = {key: value for key, value in part.options.items() if given is None or key in family.choices}
     try:
-        plan = _plan(name, part, path, {**chosen, **options}, precision, path.name, shipped=given is None)
+        plan = _plan(name, part, path, {**chosen, **options}, precision, path.name, checkpoints, shipped=given is None)
     except BadCheckpoint:
         if given is None or not part.options or options:
             raise
-        plan = _plan(name, part, path, part.options, precision, path.name)
+        plan = _plan(name, part, path, part.options, precision, path.name, checkpoints)
     if given is not None or precision not in part.shipped or options:
         return plan
     record = base / part.shipped[precision]
@@ -143,7 +157,13 @@ def plan_member(
 
 
 def plan_part(
-    name: str, recipe: PartRecipe, path: Path, options: Mapping[str, Scalar], precision: Precision, shown: str
+    name: str,
+    recipe: PartRecipe,
+    path: Path,
+    options: Mapping[str, Scalar],
+    precision: Precision,
+    shown: str,
+    checkpoints: Checkpoints | None = None,
 ) -> NetworkPlan:
     """Like ``plan_member`` for a part, also a member's own (``small_text_encoder``). Raises ``BadCheckpoint``.
 
@@ -155,7 +175,7 @@ def plan_part(
     whole = path.is_file() or (path / "model_index.json").is_file() or (path / part).is_dir()
     if "part" in family.options and whole:
         chosen.setdefault("part", part)
-    return _plan(name, recipe, path, chosen, precision, shown)
+    return _plan(name, recipe, path, chosen, precision, shown, checkpoints or Checkpoints())
 
 
 def _plan(
@@ -165,16 +185,18 @@ def _plan(
     options: Mapping[str, Scalar],
     precision: Precision,
     shown: str,
+    checkpoints: Checkpoints,
     *,
     shipped: bool = False,
 ) -> NetworkPlan:
+    options = _located(options, checkpoints)
     family, kind = open_family(recipe.family), "member" if isinstance(recipe, MemberRecipe) else "part"
     try:
         inspection = family.inspect(path, typed(options, family.options, what=f"{kind} {name!r}"))
         files = inspection.files
         shown_as = {file: shown if len(files) == 1 else f"{shown}/{file.name}" for file in files}
         sources = [
-            Source(name=shown_as[file], sha256=sha256, bytes=size, shipped=shipped)
+            checkpoints.source(file, Source(name=shown_as[file], sha256=sha256, bytes=size, shipped=shipped))
             for file, (sha256, size) in ((file, hash_file(file)) for file in files)
         ]
     except BadCheckpoint as error:  # families call it MEMBER
@@ -199,6 +221,17 @@ def _plan(
     )
 
 
+def _located(options: Mapping[str, Scalar], checkpoints: Checkpoints) -> dict[str, Scalar]:
+    """``options`` with paths in place of Hugging Face repositories."""
+    found = dict(options)
+    for key, locate in (("lora", locate_loras), ("textual_inversion", locate_inversions)):
+        if isinstance(text := options.get(key), str):
+            found[key] = locate(text, checkpoints)
+    if isinstance(text := options.get("tokenizer"), str):
+        found["tokenizer"] = str(checkpoints.locate(text, "tokenizer"))
+    return found
+
+
 def part_of(name: str) -> str:
     """``small_text_encoder`` -> ``text_encoder``; the recipe's parts are themselves."""
     return next((part for part in TEXT_ENCODERS if name.endswith(f"_{part}")), name)
@@ -213,9 +246,10 @@ def part_names(spec: Recipe, members: Iterable[str]) -> list[str]:
 def plan_parts(
     spec: Recipe,
     members: Sequence[NetworkPlan],
-    given: Mapping[str, Path],
+    given: Mapping[str, str | Path],
     options: Mapping[str, Mapping[str, Scalar]],
     precision: Precision | Mapping[str, Precision],
+    checkpoints: Checkpoints,
 ) -> tuple[dict[str, NetworkPlan], tuple[str, ...]]:
     """The parts given by path, or found in the members' pipelines (folder or single file), the last member's first.
 
@@ -227,6 +261,7 @@ def plan_parts(
     for name in given:
         if name not in names:
             raise unknown_name(f"part of recipe {spec.name!r}", name, names)
+    paths = {name: checkpoints.locate(path, part_of(name)) for name, path in given.items()}
     found: dict[str, NetworkPlan] = {}
     notes: list[str] = []
     for part, recipe in spec.parts.items():
@@ -237,16 +272,18 @@ def plan_parts(
         ) -> NetworkPlan:
             named = made if isinstance(precision, str) else precision.get(key, made)
             own = {**(_inherited(options.get(part, {}), path) if key != part else {}), **options.get(key, {})}
-            return plan_part(key, recipe, path, own, named, shown)
+            return plan_part(key, recipe, path, own, named, shown, checkpoints)
 
-        if part in given:
-            found[part] = plan(given[part], part, given[part].name)
+        if part in paths:
+            found[part] = plan(paths[part], part, paths[part].name)
         for member in reversed(members):
             key = f"{member.name}_{part}"
-            if key in given:
-                found[key] = plan(given[key], key, given[key].name)
+            if key in paths:
+                found[key] = plan(paths[key], key, paths[key].name)
                 continue
-            path = None if part in given else _inside(member, recipe, part)
+            if part in paths or (part in found and part not in TEXT_ENCODERS):
+                continue
+            path = _inside(member, recipe, part, checkpoints)
             if path is None:
                 continue
             shown = "/".join((member.given.name, *path.relative_to(member.given).parts))
@@ -264,12 +301,15 @@ def plan_parts(
     return found, tuple(notes)
 
 
-def _inside(member: NetworkPlan, recipe: PartRecipe, part: str) -> Path | None:
+def _inside(member: NetworkPlan, recipe: PartRecipe, part: str, checkpoints: Checkpoints) -> Path | None:
     """Where the pipeline that the member was given as has this part; ``None`` where it has none."""
     if member.given.is_file():
         family = open_family(recipe.family)
         return member.given if family.holds(read_checkpoint(member.given).shapes, part) else None
-    if recipe.subfolder is None or not (member.given / recipe.subfolder / "config.json").is_file():
+    if recipe.subfolder is None:
+        return None
+    checkpoints.add(member.given, recipe.subfolder)
+    if not (member.given / recipe.subfolder / "config.json").is_file():
         return None
     return member.given / recipe.subfolder
 

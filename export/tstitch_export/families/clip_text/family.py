@@ -65,7 +65,7 @@ class ClipTextFamily(Family):
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
         "hidden_state": (int, "which hidden state conditions: -1 the last, -2 the one before (SDXL), -3..."),
         "final_norm": (bool, "whether the final norm is applied to it; by default to the last only"),
-        "tokenizer": (str, "the tokenizer's folder, where it does not lie beside the text encoder"),
+        "tokenizer": (str, "the tokenizer's folder, if not beside the text encoder; may be on Hugging Face"),
         "part": (str, "which encoder of a pipeline or single file: text_encoder or text_encoder_2"),
         "lora": LORA_OPTION,
         "textual_inversion": INVERSION_OPTION,

@@ -19,9 +19,21 @@ from tstitch_export.families.clip_text.tokenizer import ClipTokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["INVERSION_OPTION", "check_inversions", "describe_inversions", "parse_inversions", "with_inversions"]
+    from tstitch_export.hub.checkpoints import Checkpoints
 
-INVERSION_OPTION: Final = (str, "textual inversions to add: FILE or TOKEN=FILE, several with commas")
+__all__ = [
+    "INVERSION_OPTION",
+    "check_inversions",
+    "describe_inversions",
+    "locate_inversions",
+    "parse_inversions",
+    "with_inversions",
+]
+
+INVERSION_OPTION: Final = (
+    str,
+    "textual inversions to add: FILE or TOKEN=FILE, also of Hugging Face, several with commas",
+)
 _PARTS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _NAMELESS: Final = (*_PARTS.values(), "emb_params", "*")
 _MOST_VECTORS: Final = 10_000
@@ -34,6 +46,15 @@ def parse_inversions(text: str | None, part: str, width: int) -> tuple[Inversion
     Raises ``BadInput`` even for a damaged file: a text encoder that can't be read may be left out, this may not.
     """
     return tuple(_parse(item.strip(), part, width) for item in (text or "").split(",") if item.strip())
+
+
+def locate_inversions(text: str, checkpoints: Checkpoints) -> str:
+    """``text`` with a path in place of every Hugging Face repository. Raises what ``Checkpoints.locate`` does."""
+    found = []
+    for item in (item.strip() for item in text.split(",") if item.strip()):
+        token, equals, path = ("", "", item) if Path(item).is_file() else item.rpartition("=")
+        found.append(f"{token}{equals}{checkpoints.locate(path, 'textual_inversion')}")
+    return ",".join(found)
 
 
 def _parse(item: str, part: str, width: int) -> InversionUse:

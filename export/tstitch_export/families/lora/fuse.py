@@ -30,7 +30,9 @@ from tstitch_export.families.lora.keys import LoraLayer, lora_layers, lora_looks
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LORA_OPTION", "check_loras", "describe_loras", "fuse", "lora_deltas", "parse_loras"]
+    from tstitch_export.hub.checkpoints import Checkpoints
+
+__all__ = ["LORA_OPTION", "check_loras", "describe_loras", "fuse", "locate_loras", "lora_deltas", "parse_loras"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ Delta = Callable[[], NDArray[np.float32]]
 
 LORA_OPTION: Final = (
     str,
-    "LoRAs to fuse: FILE.safetensors[:WEIGHT], several with commas; weight 1 where none is given",
+    "LoRAs to fuse: FILE[:WEIGHT], also of Hugging Face, several with commas; weight 1 where none is given",
 )
 
 
@@ -76,6 +78,15 @@ class _Settings(msgspec.Struct, frozen=True):
 
 def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
     """``"style.safetensors:0.8,lcm.safetensors"``; paths are relative to the working directory. Raises ``BadInput``."""
+    return tuple(LoraUse(Path(path), weight) for path, weight in _split(text))
+
+
+def locate_loras(text: str, checkpoints: Checkpoints) -> str:
+    """``text`` with a path in place of every Hugging Face repository. Raises what ``Checkpoints.locate`` does."""
+    return ",".join(f"{checkpoints.locate(path, 'lora')}:{weight!r}" for path, weight in _split(text))
+
+
+def _split(text: str | None) -> list[tuple[str, float]]:
     found = []
     for item in (text or "").split(","):
         name, colon, number = item.strip().rpartition(":")
@@ -88,8 +99,8 @@ def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
                 hint="e.g. --option large.lora=style.safetensors:0.8,lcm.safetensors",
             )
         if path and weight is not None:
-            found.append(LoraUse(Path(path), weight))
-    return tuple(found)
+            found.append((path, weight))
+    return found
 
 
 def describe_loras(uses: Sequence[LoraUse]) -> str:

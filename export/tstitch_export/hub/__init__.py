@@ -1,0 +1,1 @@
+"""Models named by their Hugging Face repository."""

@@ -1,0 +1,247 @@
+"""Everything that is asked of ``huggingface_hub``: a revision's commit and files, downloads, and its local cache.
+
+Its own settings hold: ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_ENDPOINT``. A repository is
+asked once and waited for ``HF_HUB_ETAG_TIMEOUT`` seconds, 5 where nothing is said: without a network that is the end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, TypeVar
+
+from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, first_line
+from tstitch_engines.needs import require
+from tstitch_export.hub.reference import Reference, is_commit
+
+__all__ = [
+    "Listing",
+    "Unreachable",
+    "ask",
+    "cache_folder",
+    "cached_commit",
+    "check_name",
+    "download",
+    "remember",
+    "snapshot_folder",
+    "write_whole",
+]
+
+T = TypeVar("T")
+
+_SECONDS: Final = 5
+_TICK: Final = 0.2  # seconds between two reports of a download
+_HTTP: Final = ("httpx", "httpx2", "requests", "urllib3")  # one of them is what huggingface_hub speaks through
+_LONGEST: Final = 400  # characters of a file's name
+_DRIVE: Final = re.compile(r"[A-Za-z]:")
+
+
+class Unreachable(Exception):
+    """Nobody answers, or nobody may be asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A ``commit`` and its files: names and bytes."""
+
+    commit: str
+    sizes: dict[str, int]
+
+
+def _hub(reference: Reference) -> Any:
+    return require(
+        "huggingface_hub", f"{reference.repository}, of Hugging Face,", instead="give the path of a local copy"
+    )
+
+
+def check_name(reference: Reference) -> None:
+    """Raises ``BadInput`` unless the repository may be called so, ``Unavailable`` without ``huggingface_hub``."""
+    hub = _hub(reference)
+    try:
+        hub.utils.validate_repo_id(reference.repository)
+    except hub.errors.HFValidationError as error:
+        raise BadInput(
+            f"{reference.repository!r} is no repository's name: {first_line(error)}", hint="write ORG/NAME"
+        ) from None
+
+
+def cache_folder(reference: Reference) -> Path:
+    """The folder of all of this machine's copies. Raises ``Unavailable`` without ``huggingface_hub``."""
+    return Path(_hub(reference).constants.HF_HUB_CACHE)
+
+
+def snapshot_folder(reference: Reference, commit: str) -> Path:
+    """Where the files of a commit are, whether they are there or not."""
+    return _repository_folder(reference) / "snapshots" / commit
+
+
+def cached_commit(reference: Reference) -> str | None:
+    """What a branch or tag was when it was last asked for; ``None`` where it never was."""
+    try:
+        commit = (_repository_folder(reference) / "refs" / reference.revision).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return commit if is_commit(commit) else None
+
+
+def remember(reference: Reference, commit: str) -> None:
+    """Notes what a branch or tag is, for when there is no network."""
+    if cached_commit(reference) == commit:
+        return
+    with suppress(OSError):  # a cache that may only be read
+        write_whole(_repository_folder(reference) / "refs" / reference.revision, commit)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that appears with all of its text. Raises ``OSError``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made = file.with_name(f"{file.name}.{os.getpid()}")
+    made.write_text(text)
+    made.replace(file)
+
+
+def ask(reference: Reference) -> Listing:
+    """The commit of a revision and its files.
+
+    Raises ``Unreachable`` without a network, ``BadInput`` for what does not exist or may not be read.
+    """
+    hub = _hub(reference)
+    if hub.constants.HF_HUB_OFFLINE:
+        raise Unreachable("HF_HUB_OFFLINE is set")
+    seconds = int(hub.constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else _SECONDS
+    api = hub.HfApi(library_name="tstitch-trt")
+    try:
+        info = _in_thread(
+            lambda: api.model_info(
+                reference.repository, revision=reference.revision, files_metadata=True, timeout=seconds
+            ),
+            seconds=2 * seconds,  # names of hosts are looked up without a limit
+        )
+    except Exception as error:
+        raise _meaning(hub, error, reference) from None
+    files = {str(file.rfilename): int(file.size or 0) for file in info.siblings or ()}
+    commit = str(info.sha)
+    if not is_commit(commit):
+        raise BadInput(
+            f"{reference}: {hub.constants.ENDPOINT} says its commit is {commit[:80]!r}; a commit is 40 hex digits",
+            hint="check HF_ENDPOINT",
+        )
+    if is_commit(reference.revision) and commit != reference.revision:
+        raise BadInput(f"{reference}: {hub.constants.ENDPOINT} answers with commit {commit}", hint="check HF_ENDPOINT")
+    return Listing(commit, {name: size for name, size in files.items() if _stays_inside(name)})
+
+
+def download(reference: Reference, commit: str, name: str, tick: Callable[[int], None]) -> None:
+    """Puts one file of a commit into the local cache; ``tick`` gets the bytes that are there so far.
+
+    Raises ``BadInput`` where it may not be read, ``Unreachable`` where the connection is lost, ``FailedWork`` where it
+    can't be written.
+    """
+    hub, blobs = _hub(reference), _repository_folder(reference) / "blobs"
+    at_commit = Reference(reference.repository, name, commit)
+
+    def written() -> int:
+        try:
+            return max((file.stat().st_size for file in blobs.glob("*.incomplete")), default=0)
+        except OSError:  # just renamed
+            return 0
+
+    quiet = hub.utils.are_progress_bars_disabled()
+    hub.utils.disable_progress_bars()  # what they draw and our bar are on one terminal
+    try:
+        found = _in_thread(
+            lambda: hub.hf_hub_download(reference.repository, name, revision=commit, library_name="tstitch-trt"),
+            tick=lambda: tick(written()),
+        )
+    except Exception as error:
+        if type(error) in (OSError, PermissionError, FileNotFoundError, NotADirectoryError):
+            raise FailedWork(
+                f"{at_commit} can't be kept in {cache_folder(reference)}: {error}",
+                hint="make room, or name another folder: HF_HOME=DIR",
+            ) from None
+        raise _meaning(hub, error, at_commit) from None
+    finally:
+        if not quiet:
+            hub.utils.enable_progress_bars()
+    if Path(found) != snapshot_folder(reference, commit) / name:
+        raise BadCheckpoint(f"{at_commit} was put into {found}", hint="remove that folder and build again")
+
+
+def _repository_folder(reference: Reference) -> Path:
+    return cache_folder(reference) / f"models--{reference.repository.replace('/', '--')}"
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a file's name in a repository is one below its folder on any system."""
+    path = PurePosixPath(name)
+    return (
+        name == str(path)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and name.isprintable()
+        and "\\" not in name
+        and not _DRIVE.match(name)
+        and len(name) <= _LONGEST
+    )
+
+
+def _in_thread(work: Callable[[], T], *, seconds: float | None = None, tick: Callable[[], None] | None = None) -> T:
+    """``work()``, in a thread that may be left behind: after ``seconds``, and at Ctrl-C. Raises what it raises."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="tstitch-hub", daemon=True)
+    thread.start()
+    waited = 0.0
+    while thread.is_alive() and (seconds is None or waited < seconds):
+        thread.join(_TICK)
+        waited += _TICK
+        if tick is not None:
+            tick()
+    if failed:
+        raise failed[0]
+    if not done:
+        raise Unreachable(f"there was no answer in {seconds:g} seconds")
+    return done[0]
+
+
+def _meaning(hub: Any, error: Exception, reference: Reference) -> Exception:
+    """What an exception of ``huggingface_hub`` or of its HTTP library means here."""
+    errors, place = hub.errors, f"{hub.constants.ENDPOINT}/{reference.repository}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or (
+        status in (401, 403) and not isinstance(error, errors.RepositoryNotFoundError)
+    ):
+        return BadInput(
+            f"{reference} may be read by those alone to whom its owner gave access ({status})",
+            hint=f"ask for it at {place}, then hf auth login, or set HF_TOKEN",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return BadInput(
+            f"{reference}: there is no file or folder of this name here, and Hugging Face has no model "
+            f"{reference.repository}, or a private one ({status})",
+            hint=f"check the spelling ({place}), or give a path; for a private one hf auth login, or set HF_TOKEN",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return BadInput(
+            f"{reference.repository} has no branch, tag or commit {reference.revision!r}",
+            hint=f"see {place}/commits/main, or leave out @{reference.revision}",
+        )
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return BadInput(f"{reference.repository} has no file {reference}", hint=f"see {place}/tree/main")
+    if isinstance(error, Unreachable):
+        return Unreachable(f"{hub.constants.ENDPOINT} can't be reached: {error}")
+    if isinstance(error, OSError) or type(error).__module__.startswith(_HTTP):
+        return Unreachable(f"{hub.constants.ENDPOINT} can't be reached: {first_line(error)}")
+    return error
