@@ -34,6 +34,7 @@ tstitch-trt build dit-256 --member small=DiT-S.pt --member large=DiT-XL.pt -o di
 tstitch-trt build dit-256 --member small=S.pt --member large=XL.pt --precision large=bf16 --device cuda
 tstitch-trt build dit --member small=S.pt --member large=XL.pt --option small.num_heads=4
 tstitch-trt build sd15-bksdm-tiny --member small=bk-sdm-tiny --member large=stable-diffusion-v1-5 --precision fp16
+tstitch-trt build sd15-bksdm-tiny --member small=nota-ai/bk-sdm-tiny@main --member large=stable-diffusion-v1-5
 tstitch-trt build sd15-bksdm-tiny --member small=tiny/unet --member large=sd15/unet --height 512:512:768
 tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --lora large=style.safetensors:0.8
 tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --part controlnet=controlnet-canny
@@ -45,18 +46,20 @@ class Options(LimitOptions):
     list_recipes: bool = option("List the recipes that come with the package.", None, "--list")
     show_template: bool = option("Write a commented recipe to start one's own from.", None, "--template")
     members: tuple[str, ...] = option(
-        "A member's checkpoint: .safetensors, .pt, .pth or a diffusers folder. May be repeated.",
+        "A member's checkpoint: .safetensors, .pt, .pth, a diffusers folder, or a Hugging Face repository, "
+        "ORG/NAME[/PATH][@REVISION]. May be repeated.",
         "NAME=CHECKPOINT",
         "--member",
     )
     parts: tuple[str, ...] = option(
-        "text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, where the members' pipeline folders "
-        "don't have it. May be repeated.",
-        "NAME=FOLDER",
+        "text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, where the members' pipelines don't have "
+        "it; a path or a repository, as for --member. May be repeated.",
+        "NAME=CHECKPOINT",
         "--part",
     )
     loras: tuple[str, ...] = option(
-        "A LoRA fused into a member or text encoder before the export, by default with weight 1. May be repeated.",
+        "A LoRA fused into a member or text encoder before the export, by default with weight 1; FILE may be in a "
+        "Hugging Face repository. May be repeated.",
         "NAME=FILE[:WEIGHT]",
         "--lora",
     )
@@ -135,7 +138,7 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
             hint="write e.g. tstitch-trt build fashion; tstitch-trt build --list describes them",
         )
     checkpoints = parse_pairs(given.members, option="--member", value="CHECKPOINT")
-    folders = parse_pairs(given.parts, option="--part", value="FOLDER")
+    folders = parse_pairs(given.parts, option="--part", value="CHECKPOINT")
     options = parse_pairs(given.options, option="--option", value="VALUE")
     changes: dict[str, str] = {_VERBOSITY: given.profiling_verbosity} if given.profiling_verbosity else {}
     if changes and options.get(_VERBOSITY, given.profiling_verbosity) != given.profiling_verbosity:

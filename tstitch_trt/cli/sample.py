@@ -63,7 +63,8 @@ class Options:
         "The best schedule whose steps take at most so long, for all images (after: tstitch-trt calibrate).", "MS"
     )
     loras: tuple[str, ...] = option(
-        "A LoRA for a member or text encoder, of engines that can be refitted (backend torch). May be repeated.",
+        "A LoRA for a member or text encoder, of engines that can be refitted (backend torch); FILE may be in a "
+        "Hugging Face repository. May be repeated.",
         "NAME=FILE[:WEIGHT]",
         "--lora",
     )

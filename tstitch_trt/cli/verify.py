@@ -37,7 +37,8 @@ class Checks(LimitOptions):
         "Where engines for GPUs run: cuda, cuda:N, or cpu to leave them unchecked.", "NAME", default="cuda"
     )
     checkpoints: tuple[str, ...] = option(
-        "What a member was made from, for PyTorch to run. Published DiTs need none. May be repeated.",
+        "What a member was made from, a path or a Hugging Face repository, for PyTorch to run. Published DiTs need "
+        "none. May be repeated.",
         "NAME=CHECKPOINT",
         "--member",
     )

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
@@ -54,9 +55,11 @@ class Listing:
 
 
 def _hub(reference: Reference) -> Any:
-    return require(
-        "huggingface_hub", f"{reference.repository}, of Hugging Face,", instead="give the path of a local copy"
-    )
+    what = f"{reference.repository}, of Hugging Face,"
+    hub = require("huggingface_hub", what, instead="give the path of a local copy")
+    for module in ("constants", "errors", "utils"):  # attributes of it once they are imported
+        import_module(f"huggingface_hub.{module}")
+    return hub
 
 
 def check_name(reference: Reference) -> None:
@@ -240,6 +243,10 @@ def _meaning(hub: Any, error: Exception, reference: Reference) -> Exception:
         )
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return BadInput(f"{reference.repository} has no file {reference}", hint=f"see {place}/tree/main")
+    if status is not None:
+        problem = f"{hub.constants.ENDPOINT} answers {status}: {first_line(error)}"
+        fix = "check HF_ENDPOINT, or give the path of a local copy"
+        return Unreachable(problem) if status >= 500 else BadInput(f"{reference}: {problem}", hint=fix)
     if isinstance(error, Unreachable):
         return Unreachable(f"{hub.constants.ENDPOINT} can't be reached: {error}")
     if isinstance(error, OSError) or type(error).__module__.startswith(_HTTP):

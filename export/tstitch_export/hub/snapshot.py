@@ -130,7 +130,8 @@ class Snapshot:
             return
         sizes = self._ask().sizes
         total, done = sum(sizes.get(name, 0) for name in missing), 0
-        _log.info("%s: downloading %d files, %.1f MB", self._reference, len(missing), total / 1e6)
+        files = f"{len(missing)} file{'s' if len(missing) > 1 else ''}"
+        _log.info("%s: downloading %s, %.1f MB", self._reference, files, total / 1e6)
         for name in missing:
 
             def tick(written: int, before: int = done, name: str = name) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,6 +190,11 @@ def _plan(
     *,
     shipped: bool = False,
 ) -> NetworkPlan:
+    if not os.path.lexists(path):
+        raise BadCheckpoint(
+            f"checkpoint {path} does not exist",
+            hint="check the path; a Hugging Face repository is ORG/NAME, ORG/NAME/PATH or ORG/NAME@REVISION",
+        )
     options = _located(options, checkpoints)
     family, kind = open_family(recipe.family), "member" if isinstance(recipe, MemberRecipe) else "part"
     try:

@@ -46,9 +46,9 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 class MemberRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One denoiser. Paths are relative to the recipe's own directory.
 
-    ``options`` are the family's. ``checkpoint`` is exported unless ``--member`` gives another; ``shipped`` names by
-    precision the records (by ``tstitch_export.pack_pair``) of graphs exported from it beforehand. ``expect``: values
-    of the checkpoint's shape (``depth``, ``width``...) that it must have.
+    ``options`` are the family's. ``checkpoint``, a path or a Hugging Face repository, is exported unless ``--member``
+    gives another; ``shipped`` names by precision the records (by ``tstitch_export.pack_pair``) of graphs exported from
+    it beforehand. ``expect``: values of the checkpoint's shape (``depth``, ``width``...) that it must have.
     """
 
     family: str

@@ -18,7 +18,7 @@ from support.manifests import manifest, member
 from tstitch_engines.bundle import bundle as module
 from tstitch_engines.bundle.bundle import Bundle, open_bundle, rebuild_command, write_bundle
 from tstitch_engines.bundle.files import copy_component, replace_file
-from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Source
+from tstitch_engines.bundle.manifest import SCHEMA, Component, Manifest, Origin, Source
 from tstitch_engines.errors import BadBundle, BuildFailed
 
 
@@ -189,6 +189,21 @@ def test_rebuild_command_names_given_checkpoints_only() -> None:
     shipped = msgspec.structs.replace(member(), sources=(Source(name="s", sha256="", bytes=1, shipped=True),))
     words = rebuild_command(manifest({"a": given, "b": folder, "c": shipped}, recipe="dit-256"), Path("x.bundle"))
     assert words == "tstitch-trt build dit-256 --member 'a=S 1.pt' --member b=XL -o x.bundle"
+
+
+def test_rebuild_command_names_the_commits_of_hugging_face() -> None:
+    def of(given: str, file: str) -> Any:
+        origin = Origin(repository="org/sd", revision="main", commit="a1" * 20, path=file, given=given)
+        return msgspec.structs.replace(member(), sources=(Source(name="x", sha256="", bytes=1, origin=origin),))
+
+    found = manifest({"a": of("", "unet/config.json"), "b": of("unet", "unet/config.json")}, recipe="mine")
+    parts = {"vae_decoder": of("", "vae/config.json"), "vae_encoder": of("vae", "vae/config.json")}
+    words = rebuild_command(msgspec.structs.replace(found, parts=parts), Path("x.bundle"))
+    commit = "a1" * 20
+    assert words == (
+        f"tstitch-trt build mine --member a=org/sd@{commit} --member b=org/sd/unet@{commit} "
+        f"--part vae_encoder=org/sd/vae@{commit} -o x.bundle"
+    )
 
 
 def test_rebuild_command_names_parts_that_were_given_and_precisions() -> None:

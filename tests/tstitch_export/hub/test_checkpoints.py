@@ -224,6 +224,7 @@ def test_a_file_that_was_altered(hub: Hub, pipeline: Path, tmp_path: Path) -> No
         ((401, "RepoNotFound"), "org/name", ("a private one (401)", "hf auth login", "HF_TOKEN")),
         ((401, "GatedRepo"), "org/name", ("its owner gave access (401)", "hf auth login", "HF_TOKEN")),
         ((403, "GatedRepo"), "org/name/config.json", ("its owner gave access (403)", "ask for it at")),
+        ((400, "Odd"), "org/name", ("answers 400", "HF_ENDPOINT")),
         ((403, ""), "org/name", ("its owner gave access (403)",)),
         (None, "org/name@v9", ("no branch, tag or commit 'v9'", "/commits/main")),
         (None, f"org/name@{'0' * 40}", ("no branch, tag or commit",)),

@@ -258,7 +258,7 @@ def empty(folder: Path) -> Path:
     ("make", "words"),
     [
         (damaged, "it looks like a FluxTransformer2DModel"),
-        (missing, "it looks like nothing: it does not exist"),
+        (missing, "does not exist"),
         (empty, "it looks like a folder without config.json"),
     ],
 )

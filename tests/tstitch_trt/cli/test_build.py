@@ -82,7 +82,7 @@ def test_what_is_wrong_with_parts_and_sizes(run: Command, tmp_path: Path) -> Non
     unet = pieces(tmp_path / "sd", "bksdm")
     words = ["build", "sd15-bksdm-tiny", "--member", f"small={unet}", "--member", f"large={unet}", "-o", tmp_path / "o"]
     refused(run(*words, "--part", "text_encodr=x"), "unknown part of recipe", "did you mean 'text_encoder'")
-    refused(run(*words, "--part", "controlnet"), "--part", "NAME=FOLDER")
+    refused(run(*words, "--part", "controlnet"), "--part", "NAME=CHECKPOINT")
     refused(run(*words, "--height", "60"), "60 is not a multiple of 8")
     refused(run(*words, "--tokens", "9000"), "prompt lengths in tokens", "9000")
     refused(run(*words, "--part", f"vae_decoder={unet}"), "is no autoencoder")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from support.accelerating import LIMIT, SD, fast, pipeline, seeded
 from support.compare import relative_error
+from support.hub_server import running_hub
 from support.tiny_checkpoints import single_file
 from support.tiny_families import STABLE_DIFFUSION_2, original_unet, unet_folder
 from support.tiny_pipelines import scheduler
@@ -269,6 +270,20 @@ def test_a_text_encoder_that_is_compiled_or_kept_elsewhere_is_what_it_was(
         fast(pipe, sd, cache, small=other_text(sd, tmp_path / "same", lambda tensor: tensor))
     with pytest.raises(PairMismatch, match="has another text_encoder"):
         fast(pipe, sd, cache, small=other_text(sd, tmp_path / "other", lambda tensor: 2 * tensor))
+
+
+def test_a_small_model_of_hugging_face_is_that_of_a_folder(
+    built: None, never: None, sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub(monkeypatch, tmp_path) as hub:
+        hub.publish("org/small", sd / "small")
+        fast(pipeline(sd), sd, cache, small="org/small").close()
+        hub.publish("org/same", sd / "large")
+        with pytest.raises(BuiltError):
+            fast(pipeline(sd), sd, cache, small="org/same")
+        hub.publish("org/other", other_text(sd, tmp_path / "other", lambda tensor: 2 * tensor))
+        with pytest.raises(PairMismatch, match="the small pipeline other has another text_encoder"):
+            fast(pipeline(sd), sd, cache, small="org/other")
 
 
 # --- refusals
