@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,14 +54,12 @@ def print_result(
     record: Path | None = None,
     plot: Path | None = None,
     draw: Callable[[Path, R], None] | None = None,
-    more: Mapping[str, Any] | None = None,
+    document: Any = None,
 ) -> None:
     """A record as JSON, or in words; before that the file ``plot`` is drawn, and ``record``, its own file, named.
 
-    ``more``: what the JSON has beside the record's fields.
+    ``document``: what is printed as JSON in place of the record.
     """
-    import msgspec
-
     from tstitch_trt.progress import log
 
     if record is not None:
@@ -70,7 +68,7 @@ def print_result(
         draw(plot, result)
         log(f"plot: {plot}")
     if as_json:
-        print_json(result if more is None else {**msgspec.to_builtins(result), **more})
+        print_json(result if document is None else document)
     else:
         as_text(result)
 

@@ -191,9 +191,11 @@ def command(source: str | None, given: Options, as_json: bool) -> None:
     if given.device == "cpu" and (note := larger_than_free(manifest, given.backend)) is not None:
         log(note)
     if as_json:
-        import msgspec
+        from msgspec import structs
 
-        print_json({"bundle": str(place), **msgspec.to_builtins(manifest)})
+        from tstitch_trt.cli._documents import BuildOutput
+
+        print_json(BuildOutput(**structs.asdict(manifest), bundle=str(place)))
         return
     files = manifest.components()
     log(f"{manifest.name}: {', '.join(manifest.members)}; {len(files)} files, {size(sum(f.bytes for f in files))}")
@@ -241,7 +243,9 @@ def _list(as_json: bool) -> None:
 
     recipes = [load_recipe(name)[0] for name in recipe_names()]
     if as_json:
-        print_json([{"name": r.name, "members": list(r.members), "description": r.description} for r in recipes])
+        from tstitch_trt.cli._documents import RecipeEntry
+
+        print_json([RecipeEntry(name=r.name, members=list(r.members), description=r.description) for r in recipes])
         return
     print_table(("recipe", "members", "description"), [(r.name, ", ".join(r.members), r.description) for r in recipes])
 

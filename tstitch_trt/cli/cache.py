@@ -55,11 +55,13 @@ def list_command(as_json: bool) -> None:
     entries = sorted([*cache.stored(), *kept_bundles()], key=lambda entry: -entry.used)
     total = sum(entry.bytes for entry in entries)
     if as_json:
+        from tstitch_trt.cli._documents import CacheEntry, CacheOutput
+
         listed = [
-            {"key": e.key, "what": e.what, "bytes": e.bytes, "used": e.used, "seconds": e.info.get("seconds")}
+            CacheEntry(key=e.key, what=e.what, bytes=e.bytes, used=e.used, seconds=e.info.get("seconds"))
             for e in entries
         ]
-        print_json({"path": str(cache.root), "bytes": total, "entries": listed})
+        print_json(CacheOutput(path=str(cache.root), bytes=total, entries=listed))
         return
     now = time.time()
     print_table(
@@ -121,7 +123,10 @@ def _say(removed: Sequence[Stored], as_json: bool) -> None:
 
     freed = sum(entry.bytes for entry in removed)
     if as_json:
-        print_json({"removed": [{"key": e.key, "what": e.what, "bytes": e.bytes} for e in removed], "bytes": freed})
+        from tstitch_trt.cli._documents import CachePruned, RemovedEntry
+
+        gone = [RemovedEntry(key=e.key, what=e.what, bytes=e.bytes) for e in removed]
+        print_json(CachePruned(removed=gone, bytes=freed))
         return
     for entry in removed:
         click.echo(f"removed {entry.what} ({size(entry.bytes)})")

@@ -26,6 +26,8 @@ from tstitch_trt.cli._defaults import (
 
 __all__ = ["command", "every_command"]
 
+Value = str | int | float | bool | list[str]
+
 EXAMPLES = """
 tstitch-trt config
 tstitch-trt config --json
@@ -56,14 +58,16 @@ def command(options: Options, as_json: bool) -> None:
         name: "(set)" if name.endswith("PASSPHRASE") else os.environ[name] for name in VARIABLES if name in os.environ
     }
     if as_json:
-        print_json(
-            {
-                "file": None if path is None else str(path),
-                "exists": file is not None,
-                "values": [dict(zip(("command", "option", "value", "source"), each, strict=True)) for each in values],
-                "variables": variables,
-            }
+        from tstitch_trt.cli._documents import ConfigOutput, SetOption
+
+        shown_values = [SetOption(command=c, option=o, value=v, source=s) for c, o, v, s in values]
+        document = ConfigOutput(
+            file=None if path is None else str(path),
+            exists=file is not None,
+            values=shown_values,
+            variables=variables,
         )
+        print_json(document)
         return
     click.echo(f"file: {path or 'none'}{'' if file is not None or path is None else ' (does not exist)'}")
     for name, value in variables.items():
@@ -90,7 +94,7 @@ def every_command() -> Iterator[tuple[tuple[str, ...], click.Command]]:
     return below(cli, ())
 
 
-def _values(file: DefaultsFile | None) -> Iterator[tuple[str, str, object, str]]:
+def _values(file: DefaultsFile | None) -> Iterator[tuple[str, str, Value, str]]:
     """Command, option, value and source. Raises ``BadInput`` for what is wrong in any of them."""
     commands = dict(every_command())
     if file is not None:

@@ -73,7 +73,9 @@ def command(options: Options, as_json: bool) -> None:
         image = draw(figures, pictures, runtime.manifest.conditioning.names)
     save_png(output, image, {METADATA_KEY: msgspec.json.encode(figures).decode(), "Software": "tstitch-trt"})
     if as_json:
-        print_json({"bundle_path": str(place), "grid": str(output), **msgspec.to_builtins(figures)})
+        from tstitch_trt.cli._documents import DemoOutput
+
+        print_json(DemoOutput(**msgspec.structs.asdict(figures), bundle_path=str(place), grid=str(output)))
         return
     _print(figures)
     click.echo(output)

@@ -100,9 +100,10 @@ def command(
     difference, paired by seed, is below the margin. Where the samples are too few to tell, nothing is claimed, and the
     number that would do is named.
     """
-    from msgspec import to_builtins
+    from msgspec import structs
 
     from tstitch_engines.bundle.cache import default_root
+    from tstitch_trt.cli._documents import ClaimText, EvaluateOutput
     from tstitch_trt.cli._text import print_result
     from tstitch_trt.files import require_parent
     from tstitch_trt.plots.evaluation import plot_evaluation
@@ -165,7 +166,10 @@ def command(
         record=record,
         plot=wanted.plot,
         draw=partial(plot_evaluation, members=members),
-        more={"claims": [{**to_builtins(claim), "text": text} for claim, text in zip(claims, said, strict=True)]},
+        document=EvaluateOutput(
+            **structs.asdict(found),
+            claims=tuple(ClaimText(**structs.asdict(c), sentence=text) for c, text in zip(claims, said, strict=True)),
+        ),
     )
 
 

@@ -57,7 +57,9 @@ def command(bundle: Path, what: Options, flags: EngineFlags, as_json: bool) -> N
     name = what.name or bundle.resolve().name.removesuffix(".bundle")
     folder = write_repository(opened, what.output, name=name, options=ServerOptions(**asdict(flags)))
     if as_json:
-        print_json({"model": name, "folder": str(folder), "repository": str(what.output)})
+        from tstitch_trt.cli._documents import TritonOutput
+
+        print_json(TritonOutput(model=name, folder=str(folder), repository=str(what.output)))
         return
     log(f"tritonserver --model-repository {what.output}")
     click.echo(folder)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tstitch_engines.backends.tensorrt import PlanHeader
     from tstitch_engines.bundle.bundle import Bundle
     from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network, Source
+    from tstitch_trt.cli._documents import InspectOutput
     from tstitch_trt.verify.plan_layers import LayerList
 
 __all__ = ["command"]
@@ -87,36 +88,50 @@ def _print_layers(bundle: Bundle, layers: Mapping[str, LayerList | str]) -> None
         print_layers(f"{bundle.manifest.word(name)} {name}: {built}", found)
 
 
-def _document(bundle: Bundle, layers: Mapping[str, LayerList | str]) -> dict[str, Any]:
+def _document(bundle: Bundle, layers: Mapping[str, LayerList | str]) -> InspectOutput:
     """The manifest, for every engine the digest of its identity, and what the header of a TensorRT-RTX plan says.
 
     ``layers``: by file of an engine; a text says why it has no list.
     """
-    import msgspec
+    from msgspec import UNSET, structs
 
     from tstitch_engines.bundle.identity import digest
+    from tstitch_trt.cli._documents import (
+        InspectedEngine,
+        InspectedMember,
+        InspectedPart,
+        InspectOutput,
+        PlanFacts,
+    )
     from tstitch_trt.runtime.memory import planned_memory
 
-    document: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
-    described = {**document["members"], **document["parts"]}
-    for name, network in bundle.manifest.networks().items():
-        for engine, record in zip(described[name]["engines"], network.engines, strict=True):
-            engine["digest"] = digest(record.identity)
-            engine["graphs"] = _graphs(record)
-            if (found := layers.get(record.files[0].path)) is not None:
-                engine["layers"] = None if isinstance(found, str) else msgspec.to_builtins(found)
-                engine["no_layers"] = found if isinstance(found, str) else None
-            if (plan := _plan(bundle, record)) is not None:
-                engine["plan"] = {"version": plan.version, "gpus": plan.gpus()}
-    files = bundle.manifest.components()
-    return {
-        "path": str(bundle.root),
-        "bytes": sum(part.bytes for part in files),
-        "files": len(files),
-        "memory": planned_memory(bundle.manifest),
-        "signed": _signed(bundle),
-        **document,
+    def inspected(record: EngineRecord) -> InspectedEngine:
+        found, plan = layers.get(record.files[0].path), _plan(bundle, record)
+        return InspectedEngine(
+            **structs.asdict(record),
+            digest=digest(record.identity),
+            graphs=_graphs(record),
+            layers=UNSET if found is None else None if isinstance(found, str) else found,
+            no_layers=UNSET if found is None else found if isinstance(found, str) else None,
+            plan=UNSET if plan is None else PlanFacts(version=plan.version, gpus=plan.gpus()),
+        )
+
+    def fields(network: Network) -> dict[str, Any]:
+        return structs.asdict(network) | {"engines": tuple(map(inspected, network.engines))}
+
+    manifest, files = bundle.manifest, bundle.manifest.components()
+    whole = structs.asdict(manifest) | {
+        "members": {name: InspectedMember(**fields(member)) for name, member in manifest.members.items()},
+        "parts": {name: InspectedPart(**fields(part)) for name, part in manifest.parts.items()},
     }
+    return InspectOutput(
+        **whole,
+        path=str(bundle.root),
+        bytes=sum(part.bytes for part in files),
+        files=len(files),
+        memory=planned_memory(manifest),
+        signed=_signed(bundle),
+    )
 
 
 def _print(bundle: Bundle) -> None:

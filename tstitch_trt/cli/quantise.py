@@ -68,8 +68,6 @@ def command(bundle: Path, wanted: Options, step: StepOptions, texts: Prompts, as
     The new bundle has an ONNX Runtime engine of the member. Others are compiled from it: tstitch-trt build DIR
     --backend tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
     """
-    import msgspec
-
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.progress import progress_bar
     from tstitch_trt.quantise.quantise import quantise
@@ -86,8 +84,13 @@ def command(bundle: Path, wanted: Options, step: StepOptions, texts: Prompts, as
         )
     done = manifest.members[member]
     if as_json:
-        document = msgspec.to_builtins(done.quantisation)
-        print_json({"bundle": str(output), "member": member, "precision": done.precision, **document})
+        from msgspec import structs
+
+        from tstitch_trt.cli._documents import QuantiseOutput
+
+        assert done.quantisation is not None
+        made = structs.asdict(done.quantisation)
+        print_json(QuantiseOutput(**made, bundle=str(output), member=member, precision=done.precision))
         return
     _print(output, member, done)
 

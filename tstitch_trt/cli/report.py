@@ -97,16 +97,18 @@ def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions,
             f"stale, not used: {type(study).__name__.lower()} of {study.made} (other weights of {', '.join(differing)})"
         )
     if as_json:
+        from tstitch_trt.cli._documents import ReportOutput, StaleStudy, UsedStudy
+
         print_json(
-            {
-                "report": str(output),
-                "bytes": len(text.encode()),
-                "bundle": str(bundle),
-                "made": made,
-                "images": 0 if samples is None else len(samples.rows) * len(samples.asked),
-                "studies": [{"study": s.kind, "made": s.made} for s in studies.used()],
-                "stale": [{"study": s.kind, "made": s.made, "members": list(names)} for s, names in studies.stale],
-            }
+            ReportOutput(
+                report=str(output),
+                bytes=len(text.encode()),
+                bundle=str(bundle),
+                made=made,
+                images=0 if samples is None else len(samples.rows) * len(samples.asked),
+                studies=[UsedStudy(study=s.kind, made=s.made) for s in studies.used()],
+                stale=[StaleStudy(study=s.kind, made=s.made, members=list(names)) for s, names in studies.stale],
+            )
         )
         return
     click.echo(output)

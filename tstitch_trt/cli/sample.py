@@ -20,7 +20,7 @@ from tstitch_trt.cli._options import (
     parse_budgets,
     rounding_option,
 )
-from tstitch_trt.cli._settings import describe
+from tstitch_trt.cli._settings import drawn_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,9 +115,10 @@ def command(
 
     With --ray a run that was ended goes on where it was, and the pictures do not depend on how many workers draw them.
     """
-    import msgspec
+    from msgspec import UNSET, structs, to_builtins
 
     from tstitch_engines.trace import span
+    from tstitch_trt.cli._documents import ChosenBudget, DrawnRun, FailedDrawing, SampleOutput, StepTimes
     from tstitch_trt.cli._parsing import parse_interval, parse_numbers
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import load_array, require_output, save_array
@@ -184,12 +185,15 @@ def command(
             )
 
     where = {"bundle": bundle.name, "device": load.device, "backend": runtime.backend_name}
-    document, images = describe(manifest, result, where=where, kept=picture.kept())
-    document |= {"timings": [asdict(timing) for timing in result.timings], "total_ms": result.total_ms}
-    if result.budget is not None:
-        document["budget"] = {**msgspec.to_builtins(result.budget), "met": result.total_ms <= result.budget.budget_ms}
-    if result.failed:
-        document["failed"] = [asdict(failed) for failed in result.failed]
+    settings, images = drawn_with(manifest, result, where=where, kept=picture.kept())
+    budget, total_ms = result.budget, result.total_ms
+    done = DrawnRun(
+        **structs.asdict(settings),
+        timings=[StepTimes(**asdict(timing)) for timing in result.timings],
+        total_ms=total_ms,
+        budget=UNSET if budget is None else ChosenBudget(**structs.asdict(budget), met=total_ms <= budget.budget_ms),
+        failed=[FailedDrawing(**asdict(failed)) for failed in result.failed] or UNSET,
+    )
     drawn = list(result.drawn)
     each = [images[image] for image in drawn]
     written: list[Path] = []
@@ -198,10 +202,10 @@ def command(
             save_array(latents_out, result.latents[drawn])
     if target is not None and result.images is not None:
         with span("write pictures", images=len(drawn)):
-            written = write_images(target, result.images[drawn], document, each)
-    document |= {"images": each, "files": [str(f) for f in written], "latents": latents_out and str(latents_out)}
+            written = write_images(target, result.images[drawn], to_builtins(done), to_builtins(each))
     if as_json:
-        print_json(document)
+        files, latents = [str(file) for file in written], None if latents_out is None else str(latents_out)
+        print_json(SampleOutput(**structs.asdict(done), images=each, files=files, latents=latents))
     else:
         _tell(result)
         for path in (target, latents_out):
@@ -223,6 +227,7 @@ def _draw_in_bulk(
     tile: Tile, kept: Mapping[str, object], as_json: bool,
 ) -> None:  # fmt: skip
     from tstitch_engines.bundle.bundle import open_bundle
+    from tstitch_trt.cli._documents import BulkOutput, FailedDrawing
     from tstitch_trt.cli._text import print_json
 
     for flag, value, instead in (
@@ -239,7 +244,9 @@ def _draw_in_bulk(
         kept=kept,
     )  # fmt: skip
     if as_json:
-        print_json({"files": [str(output)], **asdict(drawn)})
+        failed = [FailedDrawing(**asdict(each)) for each in drawn.failed]
+        counts = {"images": drawn.images, "before": drawn.before, "shards": drawn.shards}
+        print_json(BulkOutput(files=[str(output)], **counts, failed=failed))
     else:
         click.echo(output)
     if drawn.failed:

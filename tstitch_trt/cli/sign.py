@@ -50,7 +50,9 @@ def command(bundle: Path, wanted: Options, as_json: bool) -> None:
     if key.stat().st_mode & 0o077:
         log(f"the private key {key} can be read by others: chmod 600 {key}")
     if as_json:
-        print_json({"bundle": str(bundle), "signature": str(bundle / SIGNATURE), "key": made.fingerprint})
+        from tstitch_trt.cli._documents import SignOutput
+
+        print_json(SignOutput(bundle=str(bundle), signature=str(bundle / SIGNATURE), key=made.fingerprint))
         return
     log(f"signed with {made.fingerprint}")
     click.echo(bundle / SIGNATURE)
