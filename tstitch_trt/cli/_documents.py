@@ -234,12 +234,16 @@ class SignOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QuantiseOutput(Quantisation, frozen=True, kw_only=True):
+    """The new bundle, its 8-bit member, and what quantising cost."""
+
     bundle: str
     member: str
     precision: str
 
 
 class TritonOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """``folder``: of the model, in the model ``repository``."""
+
     model: str
     folder: str
     repository: str
@@ -249,7 +253,10 @@ class TritonOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DemoOutput(Demo, frozen=True, kw_only=True):
-    """``grid``: the picture file."""
+    """``samples``: images of each point. ``claim``: up to which fraction the pictures are no worse than at the first.
+
+    ``grid``: the picture file. ``bundle_path``: where the built bundle is kept.
+    """
 
     bundle_path: str
     grid: str
@@ -262,6 +269,8 @@ class ClaimText(Claim, frozen=True, kw_only=True):
 
 
 class EvaluateOutput(Evaluation, frozen=True, kw_only=True):
+    """The study that is kept in the bundle, and what can be claimed from it."""
+
     claims: tuple[ClaimText, ...]
 
 
@@ -302,6 +311,8 @@ class CacheEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """The cache in ``path``, of ``bytes`` altogether."""
+
     path: str
     bytes: int
     entries: list[CacheEntry]
@@ -314,6 +325,8 @@ class RemovedEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CachePruned(msgspec.Struct, frozen=True, kw_only=True):
+    """What was removed, and the ``bytes`` that it had."""
+
     removed: list[RemovedEntry]
     bytes: int
 
@@ -328,6 +341,8 @@ class SetOption(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConfigOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """``file``: where defaults are looked for, ``null`` for nowhere. ``variables``: those of the package itself."""
+
     file: str | None
     exists: bool
     values: list[SetOption]

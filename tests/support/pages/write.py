@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from support.pages import cli, errors, options, python, records, schedules
+from support.pages import cli, documents, errors, options, python, records, schedules
 
 __all__ = ["DOCS", "FILES", "PARTS", "current", "main", "pages"]
 
@@ -25,6 +25,8 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "error tree": errors.tree,
     "errors": errors.classes,
     "HTTP statuses": errors.statuses,
+    "json commands": documents.commands,
+    "json documents": documents.documents,
     "image keywords": python.image_keywords,
     "step keywords": python.step_keywords,
     "recipes": records.recipes,
@@ -35,7 +37,10 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "solvers": schedules.solvers,
     "solver options": schedules.solver_options,
 }
-FILES: Final[Mapping[str, Callable[[], str]]] = {"reference/manifest.schema.json": records.manifest_schema}
+FILES: Final[Mapping[str, Callable[[], str]]] = {
+    "reference/manifest.schema.json": records.manifest_schema,
+    "reference/output.schema.json": documents.output_schema,
+}
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w ]+) -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
 
