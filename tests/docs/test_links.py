@@ -97,7 +97,7 @@ def test_links(page: str) -> None:
         elif anchor and target.endswith(".md") and not has_object(target, anchor):
             why = anchors(target).get(anchor, "no heading has this anchor")
             wrong += [f"{link}: {why}"] * bool(why)
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_path_of_a_machine() -> None:
@@ -121,7 +121,7 @@ def test_pages_named_in_sources_exist() -> None:
         if (ROOT / path).exists() and not path.startswith("tests/"):
             for page in re.findall(r"\bdocs/[\w/-]+\.md\b", (ROOT / path).read_text()):
                 wrong += [f"{path}: {page}"] * (page not in tracked())
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.skipif(not os.environ.get("TSTITCH_TEST_LINKS"), reason="fetches pages: only with TSTITCH_TEST_LINKS=1")
@@ -131,4 +131,4 @@ def test_other_hosts_answer() -> None:
     addresses = {link for page in pages() for link in links(page) if link.startswith("https:")}
     with httpx.Client(follow_redirects=True, timeout=30) as client:
         wrong = [link for link in sorted(addresses) if client.get(link).status_code >= 400]
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)

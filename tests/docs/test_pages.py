@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 import tstitch_trt
 from support.pages.write import DOCS, FILES, PARTS, current, pages
 from tstitch_engines import errors as tstitch_errors
+from tstitch_engines.backends import BACKENDS
+from tstitch_export.families import FAMILIES
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(DOCS).as_posix())
@@ -43,3 +46,9 @@ def test_every_public_name_is_on_the_page() -> None:
     errors = {name for name in tstitch_trt.__all__ if name in vars(tstitch_errors)}
     named = set(re.findall(r'heading: "tstitch_trt\.(\w+)"', text))
     assert named == set(tstitch_trt.__all__) - errors - {"__version__"}
+
+
+@pytest.mark.parametrize(("page", "names"), [("models", FAMILIES), ("backends", BACKENDS)])
+def test_every_family_and_backend_has_a_row(page: str, names: Mapping[str, object]) -> None:
+    rows = re.findall(r"^\| (.+?) \|", (DOCS / "support" / f"{page}.md").read_text(), re.MULTILINE)
+    assert names.keys() <= {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}

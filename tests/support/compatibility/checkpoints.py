@@ -106,7 +106,7 @@ def checkpoint_section(folder: Path) -> str:
             table(("what is in the file", "outcome"), grouped(contents)),
             table(("ending", "outcome"), grouped(endings)),
             table(("type of the weights", "outcome"), grouped(types)),
-            f"In a folder, files called `{_STEM}` and so on:",
+            f"Which file of a folder is taken, for names that begin with `{_STEM}`:",
             table(("what is there", "taken"), folders),
         ]
     )
@@ -164,12 +164,12 @@ def _folder(folder: Path, files: tuple[str, ...]) -> str:
 
 _YAML: Final = "NAME.yaml` beside a UNet's `NAME.safetensors"
 _TRAINING: Final = (
-    "A pipeline's folder has its scheduler. Of a file this is read; `--option MEMBER.prediction`, `.noise` and "
-    "`.zero_snr` go before all of it. Two sources that contradict each other are refused. Stable Diffusion 2.x is told "
-    "by its weights, since 512-base and 768-v have equal shapes: where the standard deviation of "
-    "`output_blocks.11.1.transformer_blocks.0.norm1.bias` is above 0.09 it predicts v; by the `global_step` of the "
-    "published files; and where neither tells it is refused. A DiT with outputs for a learned variance that were never "
-    "trained is refused, as SiT's are so."
+    "The folder of a pipeline has a scheduler. From a single file the following is read. `--option MEMBER.prediction`, "
+    "`.noise` and `.zero_snr` go before all of it. Two sources that contradict each other are refused.\n\n"
+    "Stable Diffusion 2.x has two kinds of equal shapes, 512-base (eps) and 768-v. They are told apart by the standard "
+    "deviation of `output_blocks.11.1.transformer_blocks.0.norm1.bias`, above 0.09 in 768-v, and by the `global_step` "
+    "of the published files. If neither tells, the file is refused.\n\n"
+    "A DiT whose outputs for a learned variance were never trained is refused, because SiT's look like that."
 )
 _SAID: Final[Mapping[str, Mapping[str, Any]]] = {
     "empty tensor `v_pred`": {"markers": ["v_pred"]},

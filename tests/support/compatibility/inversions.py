@@ -41,7 +41,7 @@ def inversion_section(folder: Path) -> str:
     return "\n\n".join(
         [
             "## Textual inversions",
-            "`build --option text_encoder.textual_inversion=[TOKEN=]FILE`, and those in a pipeline's tokenizer.",
+            "For `build --option text_encoder.textual_inversion=[TOKEN=]FILE`, and those in a pipeline's tokenizer.",
             table(("kinds of files", "outcome"), grouped(rows)),
         ]
     )

@@ -95,7 +95,7 @@ def lora_section(folder: Path) -> str:
     return "\n\n".join(
         [
             "## LoRAs",
-            "`build --lora`, `sample --lora` and a pipeline's fused ones. Each row is a file that was tried on a UNet.",
+            "For `build --lora`, `sample --lora`, and those fused in a pipeline. Each kind was tried on a UNet.",
             table(("kinds of files", "outcome"), grouped(rows)),
         ]
     )

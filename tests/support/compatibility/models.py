@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from support.compatibility.markdown import attempt, code, table
+from support.compatibility.markdown import attempt, code, codes, table
 from support.tiny_families import (
     clip_text_folder,
     clip_tokenizer_folder,
@@ -124,11 +124,11 @@ def model_section(folder: Path) -> str:
     return "\n\n".join(
         [
             "## Keys of config.json",
-            "UNets, ControlNets and autoencoders are exported as diffusers' own class computes them: a key that is "
-            "taken means what it means there. Each row was tried, and text encoder and tokenizer were compared with "
-            "transformers'.",
-            table(("class", "honoured", "refused: they make another kind of model"), rows),
-            f"Not tried: {', '.join(map(code, sorted(_SIZES)))} make sizes that the weights must have.",
+            "UNets, ControlNets and autoencoders are exported from diffusers' own classes, so a key that is honoured "
+            "means what it means in diffusers. Each key was tried. Text encoders and tokenizers were compared with "
+            "those of transformers.",
+            table(("class", "honoured", "refused: another kind of model"), rows),
+            f"Not tried are the keys that set sizes, which the weights must have: {codes(sorted(_SIZES))}.",
         ]
     )
 

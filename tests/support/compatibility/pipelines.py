@@ -29,13 +29,14 @@ def pipeline_section() -> str:
     return "\n\n".join(
         [
             "## Pipelines of diffusers in `accelerate`",
-            f"Taken, and subclasses that leave the call of these as it is: {codes(sorted(KINDS))}.",
-            f"Arguments of their calls that mean what they mean there: {codes(sorted(heeded))}.",
-            f"Arguments that may only have their default: {codes(sorted(others))}.",
-            f"Attention processors that may be set: {codes(processors)}. Any other, hooks, replaced functions and "
-            "classes of other origin are refused by name, since engines would not run them.",
+            "These pipelines are accelerated, and so are their subclasses that do not change `__call__`: "
+            f"{codes(sorted(KINDS))}.",
+            f"These arguments of a call mean what they mean in diffusers: {codes(sorted(heeded))}.",
+            f"These arguments must keep their default: {codes(sorted(others))}.",
+            f"These attention processors may be set: {codes(processors)}. Other processors, hooks, replaced functions "
+            "and classes from elsewhere are refused by name, because an engine would not run them.",
             f"<details><summary>The other {len(refused)} pipeline classes are refused as unknown</summary>",
-            'Without "Pipeline" at the end of their names: ' + ", ".join(refused) + ".",
+            'Their names, without "Pipeline" at the end: ' + ", ".join(refused) + ".",
             "</details>",
         ]
     )

@@ -104,13 +104,13 @@ def scheduler_section() -> str:
     return "\n\n".join(
         [
             "## Schedulers",
-            f"Read: {codes(known)}. With `accelerate` a subclass counts as its base.",
-            "Every other class of diffusers is refused as an unknown scheduler class: " + codes(others) + ".",
-            "Where a pipeline's scheduler can't be read, `build` says so and keeps the recipe's; an accelerated "
-            "pipeline draws when it has been given another one.",
-            "The keys of each class. What is without effect here was tried in diffusers, where it changes nothing "
-            "either. Keys of another class, which `from_config` carries along, are ignored where diffusers ignores "
-            "them" + (f", but for: {foreign}." if (foreign := _foreign(known)) else "."),
+            f"These schedulers are read: {codes(known)}. With `accelerate`, a subclass is read as its base class.",
+            "All others of diffusers are refused as unknown: " + codes(others) + ".",
+            "If a pipeline's scheduler can't be read, `build` says so and keeps that of the recipe. An accelerated "
+            "pipeline refuses to draw until it is given another scheduler.",
+            "The table has the keys of each class. Keys without effect here were tried in diffusers too, and change "
+            "nothing there. Keys of other classes, which `from_config` carries along, are ignored where diffusers "
+            "ignores them" + (f", except {foreign}." if (foreign := _foreign(known)) else "."),
             table(("key", "classes", "honoured", "without effect", "refused"), lines),
         ]
     )
