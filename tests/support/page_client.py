@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +11,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-__all__ = ["DRAW", "PLOT", "Visitor", "raw"]
+__all__ = ["DRAW", "OPEN", "PLOT", "Visitor", "raw"]
 
-DRAW, PLOT = 0, 5  # Gradio numbers the page's events in the order they were made
+DRAW, PLOT, OPEN = 0, 5, 6  # Gradio numbers the page's events in the order they were made
 
 
 class Visitor:
@@ -40,6 +41,12 @@ class Visitor:
             for line in stream.iter_lines():
                 if line.startswith("data: "):
                     yield json.loads(line.removeprefix("data: "))
+
+    def pictures(self) -> list[str]:
+        """The addresses of the pictures that the event which was joined last has drawn."""
+        found = self.outcome()
+        assert found["success"], found
+        return re.findall(r'<img src="([^"]+)"', found["output"]["data"][1])
 
     def outcome(self) -> dict[str, Any]:
         """The end of the event that was joined last."""

@@ -111,7 +111,7 @@ BASES: dict[str, dict[str, Any]] = {
     "decode": {"latents": LATENTS}, "images": {"latents": LATENTS}, "encode": {"pictures": PICTURES},
     "time_member": {"name": "plain", "batch": 1, "repeats": 1}, "time_step_kernels": {"batch": 1, "repeats": 1},
     "swap_lora": {"name": "plain", "files": "x.safetensors"}, "restore": {}, "exclusive": {}, "lanes": {"slots": 4},
-    "lora": {"name": "plain", "files": "x.safetensors"},
+    "lora": {"name": "plain", "files": "x.safetensors"}, "prompt_length": {"prompt": "a fox"},
 }  # fmt: skip
 KEYWORDS = [
     (verb, name)

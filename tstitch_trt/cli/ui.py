@@ -88,7 +88,7 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
                 Guard, host=address.host, port=port, names=address.allow_host, token=token, pictures=temporary,
                 visitors=drawings.visitors,
             )  # fmt: skip
-            with serving(gradio, page, listening, guarded):
+            with serving(gradio, page, listening, guarded, pictures=temporary):
                 try:
                     click.echo(_url(address.host, port, token))
                     log("Ctrl-C stops it")

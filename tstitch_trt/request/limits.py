@@ -139,6 +139,14 @@ class Limits:
         low, high = max(r.min for r in ranges), min(r.max for r in ranges)
         return Range(low, high, high) if low <= high else None
 
+    @property
+    def most_tokens(self) -> int:
+        """The largest ``T`` that every network with text takes; 0 where none has text."""
+        networks, key = self.manifest.networks(), "encoder_hidden_states"
+        shapes = {name: spec.shape for name in self.sides for spec in networks[name].inputs if spec.name == key}
+        fixed = [shape[1] for shape in shapes.values() if isinstance(shape[1], int)]
+        return min([*fixed, *(self.tokens[name].max for name in shapes if name in self.tokens)], default=0)
+
     def sizes(self) -> str:
         """The sizes that all networks allow, as ``256..1024 x 512 (height x width in pixels), multiples of 64 x 8``."""
         height, width = self._range("H"), self._range("W")

@@ -39,7 +39,7 @@ from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.request.arrays import ForeignLatents
 from tstitch_trt.request.batching import Splitting
 from tstitch_trt.request.init_image import Encode
-from tstitch_trt.request.limits import MOST_IMAGES, Limits
+from tstitch_trt.request.limits import MOST_IMAGES, Limits, check_prompt
 from tstitch_trt.request.options import SampleKeywords, SampleOptions
 from tstitch_trt.request.parse import parse_request
 from tstitch_trt.request.request import Request
@@ -52,7 +52,7 @@ from tstitch_trt.runtime.lora import LoraFiles, Loras
 from tstitch_trt.runtime.result import FailedImage, Result, StepEvent
 from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
 from tstitch_trt.runtime.stepper import Stepper
-from tstitch_trt.runtime.text_encoder import TextEncoders
+from tstitch_trt.runtime.text_encoder import PromptLength, TextEncoders
 from tstitch_trt.runtime.timing import StepTimer
 from tstitch_trt.runtime.trajectory import PendingChunk, ResultCollector, Trajectory
 from tstitch_trt.runtime.vae import Tile, Vae, check_tile
@@ -158,6 +158,14 @@ class Runtime:
     def members(self) -> tuple[str, ...]:
         """The members' names, in the bundle's order: ``fraction`` goes from the first to the last."""
         return self._stepper.members
+
+    @checked(prompt=check_prompt)
+    def prompt_length(self, prompt: str) -> PromptLength | None:
+        """The tokens of ``prompt``, and how many fit; ``None`` for a bundle without a text encoder.
+
+        Runs no engine. Raises ``Unavailable`` without the library ``tokenizers``.
+        """
+        return self._texts.length(prompt, self.limits.most_tokens)
 
     @property
     def setup(self) -> Setup:

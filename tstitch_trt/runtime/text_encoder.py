@@ -28,7 +28,7 @@ from tstitch_engines.needs import require
 from tstitch_trt.request.text import Encoded
 from tstitch_trt.runtime.component import Component
 
-__all__ = ["TextEncoder", "TextEncoders", "TokenLayout", "open_tokenizer"]
+__all__ = ["PromptLength", "TextEncoder", "TextEncoders", "TokenLayout", "open_tokenizer"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +70,20 @@ class TokenLayout:
             row[1 : 1 + len(part)] = part
             row[1 + len(part)] = self.eos
         return rows
+
+
+@dataclass(frozen=True)
+class PromptLength:
+    """``tokens``: of a text. ``chunk``: that a text encoder reads at once (75 of CLIP's). ``most``: that the members'
+    engines take; a longer text is refused."""
+
+    tokens: int
+    chunk: int
+    most: int
+
+    @property
+    def chunks(self) -> int:
+        return max(1, -(-self.tokens // self.chunk))
 
 
 def open_tokenizer(path: Path) -> Any:
@@ -128,8 +142,9 @@ class TextEncoder:
     def tokens(self, text: str) -> list[int]:
         """The tokens of the text alone, without begin and end."""
         if self._tokenizer is None:
-            self._tokenizer = open_tokenizer(self._path)
-            self._inversions = inversions(self._tokenizer)
+            opened = open_tokenizer(self._path)
+            self._inversions = inversions(opened)
+            self._tokenizer = opened  # last: other threads may count tokens meanwhile
         read = self._read(text)
         here = [first for first in self._inversions if first in read.tokens]
         for first in here:
@@ -195,6 +210,18 @@ class TextEncoders:
 
     def __contains__(self, name: object) -> bool:
         return name in self._encoders
+
+    def length(self, text: str, states: int) -> PromptLength | None:
+        """``text`` in the tokens of the encoder that needs most chunks for it; ``None`` where there is no encoder.
+        ``states``: the most hidden states that the members take.
+
+        Raises ``Unavailable`` without the library ``tokenizers``, and what ``encode`` raises for a text.
+        """
+        found = (
+            PromptLength(len(one.tokens(text)), one.layout.room, states // one.layout.tokens * one.layout.room)
+            for one in self._encoders.values()
+        )
+        return max(found, key=lambda length: (length.chunks, length.tokens), default=None)
 
     def encode(self, names: Sequence[str], texts: Sequence[str]) -> dict[str, Encoded]:
         """What each of the encoders ``names`` makes of all ``texts``: hidden ``[N, 77 k, D]`` and pooled ``[N, E]``.

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from tstitch_trt.files import atomic_file
 
-__all__ = ["enlarged", "kept"]
+__all__ = ["SMALLEST", "enlarged", "kept"]
 
-_SMALLEST: Final = 224  # pixels a side; smaller pictures are enlarged for the page, pixel by pixel
+SMALLEST: Final = 224  # pixels a side; smaller pictures are enlarged for the page, pixel by pixel
 _MOST_PICTURES: Final = 1000
 _MOST_BYTES: Final = 1 << 30
 _KEY: Final = secrets.token_bytes(16)  # so that nobody finds a picture's name by drawing it elsewhere
@@ -24,7 +24,7 @@ _KEY: Final = secrets.token_bytes(16)  # so that nobody finds a picture's name b
 
 def enlarged(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """``[H,W,3]``, with whole pixels repeated where it is small."""
-    factor = max(1, _SMALLEST // max(image_HWC.shape[:2]))
+    factor = max(1, SMALLEST // max(image_HWC.shape[:2]))
     rgb = image_HWC if image_HWC.shape[2] == 3 else image_HWC[:, :, :1].repeat(3, axis=2)
     return np.ascontiguousarray(rgb.repeat(factor, axis=0).repeat(factor, axis=1))
 

@@ -72,7 +72,7 @@ class _Join(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     fn_index: Annotated[int, msgspec.Meta(ge=0, lt=1000)]
     session_hash: Annotated[str, msgspec.Meta(pattern=f"^{_SESSION}$")]
     trigger_id: Annotated[int, msgspec.Meta(ge=0, lt=1_000_000)] | None = None
-    event_data: None = None
+    event_data: Scalar = None  # what a text became; it is in ``data`` as well, and not passed on
 
 
 class _Refused(Exception):
@@ -234,7 +234,7 @@ class Guard:
             raise _Refused(422, f"this page has no event {join.fn_index}")
         if len(join.data) != wanted:
             raise _Refused(422, f"event {join.fn_index} has {len(join.data)} values; needed are {wanted}")
-        return msgspec.json.encode(join)
+        return msgspec.json.encode(msgspec.structs.replace(join, event_data=None))
 
 
 def read_token(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,8 +22,9 @@ from tstitch_trt.study.budget import Conditions, find_calibration, predict_ms
 from tstitch_trt.study.gather import Studies, by_metric
 from tstitch_trt.study.records import Point, SearchPoint
 from tstitch_trt.study.settings import schedule_text
+from tstitch_trt.ui.gallery import Predicted
 
-__all__ = ["pareto"]
+__all__ = ["pareto", "predicted"]
 
 P = TypeVar("P", Point, SearchPoint)
 
@@ -46,6 +47,18 @@ def pareto(runtime: Runtime, studies: Studies, path: str, plan: Plan, *, guidanc
             said["fault"] = f"{error.message}; {error.hint}"
     commands = {word: shlex.join(("tstitch-trt", word, path)) for word in ("evaluate", "search", "calibrate")}
     return fill("ui/pareto.html", commands=commands, schedule=schedule_text(plan), steps=plan.steps, **said)
+
+
+def predicted(runtime: Runtime, plans: Sequence[Plan], settings: Mapping[str, Any], batch: int) -> Predicted | None:
+    """The time per image of each of ``plans``, drawn ``batch`` at a time; ``None`` without a calibration that covers
+    them."""
+    try:
+        calibration = find_calibration(runtime.bundle, Conditions.here(runtime.setup))
+        costs = [predict_ms(calibration, plan, batch=batch) for plan in (*plans, runtime.plan(fraction=0, **settings))]
+    except BadInput:
+        return None
+    *each, alone = (cost / batch for cost in costs)
+    return Predicted(each, alone, date(calibration))
 
 
 def _measured(runtime: Runtime, studies: Studies, plan: Plan, guidance: float) -> dict[str, Any]:

@@ -93,6 +93,13 @@ class Drawings:
     def __len__(self) -> int:
         return len(self._open)
 
+    def visit(self, session: str) -> Drawing:
+        """A page that only looks on."""
+        return Drawing(self, session, "", 0)
+
+    def draws(self, session: str) -> bool:
+        return any(one.session == session for one in self._open)
+
     @contextmanager
     def drawing(self, session: str, address: str, images: int) -> Iterator[Drawing]:
         """Raises ``Busy`` at once where there is no place."""

@@ -18,7 +18,7 @@ from support.tiny_families import clip_text_folder
 from tstitch_engines.errors import BadBundle, NotFinite, OutOfProfile, Unavailable
 from tstitch_engines.spec import Range
 from tstitch_export.families import open_family
-from tstitch_trt.runtime.text_encoder import TextEncoder, TextEncoders, TokenLayout, open_tokenizer
+from tstitch_trt.runtime.text_encoder import PromptLength, TextEncoder, TextEncoders, TokenLayout, open_tokenizer
 
 SHORT = "a photo of a cat, isn't it?"
 EXACT = "cat " * 75
@@ -105,6 +105,14 @@ def test_long_texts_go_in_chunks(pipeline: Any, texts: TextEncoders) -> None:
         assert chunks > 2
         assert close(hidden, want.reshape(2, chunks * 77, -1))
         assert pooled is None or close(pooled, want_pooled[::chunks])
+
+
+@pytest.mark.parametrize(("text", "chunks"), [("", 1), (EXACT, 1), (EXACT + "cat", 2), ("cat " * 226, 4)])
+def test_a_text_has_its_length_and_what_fits(texts: TextEncoders, text: str, chunks: int) -> None:
+    length = texts.length(text, 3 * 77)
+    assert length == PromptLength(len(text.split()), chunk=75, most=225)
+    assert length.chunks == chunks
+    assert TextEncoders({}).length(text, 231) is None
 
 
 def test_both_encoders_get_one_length(pipeline: Any, texts: TextEncoders) -> None:

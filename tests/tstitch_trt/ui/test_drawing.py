@@ -1,21 +1,23 @@
-"""Pages that draw at once share batches, and each gets the pictures that are drawn for it alone."""
+"""One press of the button: fractions in turn, pages that draw at once, and the example that a page opens with."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 import tstitch_trt
-from tstitch_engines.errors import Cancelled, Overloaded, UnknownName
+from tstitch_engines.errors import BadInput, Busy, Cancelled, Overloaded, UnknownName
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.serve import Engine, Observer, TickInfo
-from tstitch_trt.ui.drawing import Picture, draw_at_once
+from tstitch_trt.ui.drawing import Column, draw_in_turn
+from tstitch_trt.ui.example import Example, Shown
 
 REQUEST: dict[str, Any] = {"n": 1, "steps": 10, "solver": "ddim", "guidance": 1.5}
 
@@ -48,14 +50,14 @@ def engine(runtime: Runtime, ticks: Ticks) -> Iterator[Engine]:
 
 async def drawn(
     engine: Engine, fractions: list[float], check: Callable[[], None] = lambda: None, **request: Any
-) -> tuple[list[dict[tuple[int, int], Picture]], list[tuple[str, float]]]:
-    said: list[tuple[str, float]] = []
-    tell = lambda words, share: said.append((words, share))  # noqa: E731
+) -> list[tuple[int, Column, dict[int, Any]]]:
     requests = [{**REQUEST, **request, "fraction": fraction} for fraction in fractions]
-    return [new async for new in draw_at_once(engine, requests, check=check, tell=tell)], said
+    return [new async for new in draw_in_turn(engine, requests, check=check)]
 
 
-def test_two_pages_share_batches_and_get_their_own_pictures(engine: Engine, runtime: Runtime, ticks: Ticks) -> None:
+def test_two_pages_share_batches_get_their_own_pictures_and_know_it(
+    engine: Engine, runtime: Runtime, ticks: Ticks
+) -> None:
     async def both() -> list[Any]:
         return await asyncio.gather(*(drawn(engine, [0.4], labels=[label], seed=label, steps=30) for label in (3, 5)))
 
@@ -63,31 +65,52 @@ def test_two_pages_share_batches_and_get_their_own_pictures(engine: Engine, runt
     assert max(ticks.lanes) == 2
     assert len(ticks.lanes) < 2 * 30
     engine.close()
-    for label, (news, said) in zip((3, 5), pages, strict=True):
-        *previews, last = news
-        assert next(picture.caption for new in previews for picture in new.values()).startswith("40%: step ")
-        (picture,) = last.values()
-        assert picture.caption.startswith("40%: 12 small + 18 large, ")
+    for label, news in zip((3, 5), pages, strict=True):
+        previewed = [column for _, column, pictures in news[:-1] if pictures]
+        assert previewed
+        assert all(column.words.endswith("of 30 steps") for column in previewed)
+        _, column, pictures = news[-1]
+        assert (column.fraction, column.members, column.steps, column.words) == (0.4, "12 small + 18 large", 30, "")
+        assert column.shared
         alone = runtime.sample(**{**REQUEST, "steps": 30}, labels=[label], seed=label, fraction=0.4).images
         assert alone is not None
-        np.testing.assert_array_equal(picture.pixels, alone[0])
-        shares = [share for _, share in said]
-        assert shares == sorted(shares)
-        assert any("of 30 steps" in words for words, _ in said)
+        np.testing.assert_array_equal(pictures[0], alone[0])
+        done = [column.done for _, column, _ in news]
+        assert done == sorted(done)
+        assert done[-1] == 30
 
 
-def test_all_fractions_are_drawn_at_once_or_none(engine: Engine, ticks: Ticks) -> None:
-    news, _ = asyncio.run(drawn(engine, [0.0, 0.5, 1.0], labels=[1], n=2, seed=0))
-    found = {place: picture for new in news for place, picture in new.items()}
-    assert sorted(found) == [(fraction, image) for fraction in range(3) for image in range(2)]
-    assert [found[place, 0].caption.split(",")[0] for place in range(3)] == [
-        "0%: 10 large", "50%: 5 small + 5 large", "100%: 10 small",
-    ]  # fmt: skip
-    assert max(ticks.lanes) > 2
+def test_each_fraction_is_drawn_alone_so_that_its_time_is_its_own(engine: Engine, ticks: Ticks) -> None:
+    news = asyncio.run(drawn(engine, [0.0, 0.5, 1.0], labels=[1], n=2, seed=0))
+    last = {place: (column, pictures) for place, column, pictures in news}
+    assert [column.members for column, _ in last.values()] == ["10 large", "5 small + 5 large", "10 small"]
+    assert all(sorted(pictures) == [0, 1] for _, pictures in last.values())
+    assert not any(column.shared for column, _ in last.values())
+    assert max(ticks.lanes) == 2
+    first, _, small = (column.ms or 0 for column, _ in last.values())
+    assert first > small > 0
+
+
+def test_what_can_t_be_drawn_is_refused(engine: Engine, ticks: Ticks) -> None:
     with pytest.raises(UnknownName, match="solver"):
         asyncio.run(drawn(engine, [0.0, 0.5], labels=[1], solver="dim"))
+    with pytest.raises(BadInput, match="max_queue"):
+        asyncio.run(drawn(engine, [0.0], labels=[1], n=9))
+
+    async def bounded() -> None:
+        async for _ in draw_in_turn(
+            engine, [{**REQUEST, "labels": [1], "steps": 1000, "fraction": 0}], check=lambda: None, most_seconds=1e-3
+        ):
+            pass
+
+    with pytest.raises(Busy, match="drawing at 0% would take about"):
+        asyncio.run(bounded())
+    room = engine.state().models["fashion"].max_lanes // 8 + 1  # requests of eight images: in lanes, and waiting
+    others = [engine.submit(labels=[1], n=8, steps=1000) for _ in range(room)]
     with pytest.raises(Overloaded, match="queue is full"):
-        asyncio.run(drawn(engine, [0.0, 0.25, 0.5, 0.75, 1.0] * 20, labels=[1], n=8, steps=100))
+        asyncio.run(drawn(engine, [0.0], labels=[1], n=8))
+    for other in others:
+        other.cancel()
     wait_idle(engine)
 
 
@@ -104,17 +127,61 @@ def test_a_closed_page_s_requests_are_cancelled(engine: Engine) -> None:
 
 
 def test_who_waits_is_told_how_long(runtime: Runtime) -> None:
-    async def after_another(engine: Engine) -> list[tuple[str, float]]:
+    async def after_another(engine: Engine) -> list[Any]:
         other = engine.submit(labels=[0], steps=1000, fraction=0.0)
         page = asyncio.create_task(drawn(engine, [0.0], labels=[1]))
         await asyncio.sleep(0.3)
         other.cancel()
-        _, said = await page
-        return said
+        return await page
 
     with Engine(runtime, max_lanes=1) as engine:
-        said = asyncio.run(after_another(engine))
-    assert any("waiting for others, drawn in about " in words for words, _ in said)
+        news = asyncio.run(after_another(engine))
+    assert any(column.words.startswith("waiting for others, drawn in about ") for _, column, _ in news)
+
+
+def test_the_example_is_drawn_once_and_waits_for_visitors() -> None:
+    begun: list[int] = []
+
+    async def draw() -> AsyncIterator[Shown]:
+        begun.append(len(begun))
+        yield Markup("half"), Markup("table")
+        await asyncio.sleep(0 if len(begun) > 1 else 30)
+        yield Markup(""), Markup("whole")
+
+    async def visits() -> None:
+        example = Example(draw)
+        example.start()
+        example.start()
+        await asyncio.sleep(0.01)
+        assert example.shown == ("half", "table")
+        await example.stop()
+        assert not example.over
+        assert example.shown[1] == "table"
+        example.start()
+        await asyncio.sleep(0.05)
+        assert example.over
+        assert example.shown == ("", "whole")
+        example.start()
+        await example.stop()
+
+    asyncio.run(visits())
+    assert begun == [0, 1]
+
+
+def test_an_example_that_can_t_be_drawn_says_why() -> None:
+    async def draw() -> AsyncIterator[Shown]:
+        raise Busy("drawing at 0% would take about 90 s", hint="draw with fewer steps")
+        yield
+
+    async def visit() -> Example:
+        example = Example(draw)
+        example.start()
+        await asyncio.sleep(0.01)
+        return example
+
+    example = asyncio.run(visit())
+    assert example.over
+    assert example.shown[0] == "No example: drawing at 0% would take about 90 s"
 
 
 def wait_idle(engine: Engine) -> None:

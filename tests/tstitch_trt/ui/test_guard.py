@@ -193,6 +193,12 @@ def test_what_the_page_does_not_need_is_off(method: str, path: str) -> None:
     assert not app.scopes
 
 
+def test_what_a_changed_text_says_of_itself_is_not_passed_on() -> None:
+    app = Reached()
+    assert join(guard(app), json.dumps({**BODY, "event_data": "a red fox"}).encode())[0] == 200
+    assert "event_data" not in json.loads(app.bodies[0])
+
+
 def test_the_page_s_own_pictures_are_shown() -> None:
     assert ask(guard(Reached()), f"/gradio_api/file=/tmp/pictures/{'0f' * 16}.png")[0] == 200
 

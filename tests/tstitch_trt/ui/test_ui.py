@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ from PIL import Image
 import tstitch_trt
 from support.browser import Watched, browser_page, pixels
 from support.command import Command, refused
-from support.page_client import DRAW, PLOT, Visitor, raw
+from support.hand_made import made_member, text_bundle
+from support.hand_made_parts import FACTOR, made_text_encoder, made_vae, word_tokenizer
+from support.page_client import DRAW, OPEN, PLOT, Visitor, raw
 from support.report_studies import evaluation
 from support.studies import search, search_point
 from tstitch_engines.bundle.bundle import open_bundle
+from tstitch_engines.bundle.manifest import Decoder, Defaults, TextInputs
+from tstitch_engines.spec import Range
 from tstitch_trt.runtime.runtime import Runtime
 from tstitch_trt.study.gather import Studies
 from tstitch_trt.study.store import save_study, weights_of
@@ -36,6 +41,9 @@ from tstitch_trt.ui.draw import enlarged, kept
 from tstitch_trt.ui.pareto import pareto
 
 HOSTILE = "</script><img src=x onerror=document.title='run'>${document.title='run'} {{1}} `b` [a](javascript:x)"
+
+LOADED = "[...document.querySelectorAll('#pictures img')].filter(image => image.naturalWidth).length == 3"
+TOKEN = "a-token-of-the-test"  # noqa: S105
 
 
 @pytest.fixture
@@ -136,16 +144,66 @@ def test_without_gradio_it_is_refused_by_name(fashion_bundle: Path) -> None:
 # --- in a browser
 
 
+class Page:
+    """``tstitch-trt ui`` as a process. ``temporary``: where it keeps its pictures."""
+
+    def __init__(self, bundle: Path, folder: Path, *options: str) -> None:
+        self.log, self.temporary = folder / "log.txt", folder / "tmp"
+        self.temporary.mkdir()
+        words = [sys.executable, "-m", "tstitch_trt.cli", "ui", str(bundle), "--port", "0", "--threads", "1", *options]
+        env = {
+            **os.environ, "TMPDIR": str(self.temporary), "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SHARE": "true",
+        }  # fmt: skip
+        with self.log.open("w") as errors:
+            self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+
+    @cached_property
+    def printed(self) -> str:
+        """The address that the command printed."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        assert line.startswith("http://127.0.0.1:"), self.log.read_text()
+        return line
+
+    @property
+    def address(self) -> str:
+        return self.printed.partition("?")[0]
+
+    def pictures(self) -> list[Path]:
+        return list(self.temporary.glob("tstitch-ui-*"))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
 @pytest.fixture(scope="module")
-def served(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
-    """The address of a page over the built-in pair with a search, and its process. It is told to stop by Ctrl-C."""
+def pages(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, Page]]:
+    """A page over the built-in pair with a search and hostile names, and one with a token over a pair that reads
+    prompts: 4 words a chunk, 12 at most. They start side by side."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip('gradio is not installed (pip install "tstitch-trt[ui]")')
-    root = tmp_path_factory.mktemp("ui") / "fashion.bundle"
+    first, second = (tmp_path_factory.mktemp(name) for name in ("classes", "prompts"))
+    (second / "token.txt").write_text(TOKEN)
+    found = []
+    try:
+        found.append(Page(_hostile(fashion_bundle, first), first))
+        found.append(Page(_reading(second), second, "--token-file", str(second / "token.txt")))
+        yield found[0], found[1]
+    finally:
+        for page in found:
+            page.kill()
+
+
+def _hostile(fashion_bundle: Path, folder: Path) -> Path:
+    root = folder / "fashion.bundle"
     shutil.copytree(fashion_bundle, root)
     manifest = json.loads((root / "manifest.json").read_bytes())
     manifest["name"] = HOSTILE
     manifest["conditioning"]["names"] = [f"{index} {HOSTILE}" for index in range(10)]
+    manifest["defaults"]["steps"] = 10
     (root / "manifest.json").write_text(json.dumps(manifest))
     bundle = open_bundle(root)
     points = [
@@ -153,46 +211,38 @@ def served(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         for schedule, value in (("small:10", 60.0), ("small:4,large:6", 20.0), ("large:10", 18.0))
     ]
     save_study(bundle, search(weights=weights_of(bundle.manifest), points=tuple(points)))
-    log = root.parent / "log.txt"
-    temporary = root.parent / "tmp"
-    temporary.mkdir()
-    with started(root, log, temporary) as (address, process):
-        yield address, process
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert log.read_text() == "Ctrl-C stops it\nstopped\n"
-        assert not list(temporary.glob("tstitch-ui-*"))  # the pictures it kept are gone
+    return root
 
 
-@contextmanager
-def started(bundle: Path, log: Path, temporary: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address that the command printed, and its process."""
-    words = [sys.executable, "-m", "tstitch_trt.cli", "ui", str(bundle), "--port", "0", "--threads", "1", *options]
-    env = {**os.environ, "TMPDIR": str(temporary), "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SHARE": "true"}
-    with log.open("w") as errors:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().strip()
-        assert address.startswith("http://127.0.0.1:"), log.read_text()
-        yield address, process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+def _reading(folder: Path) -> Path:
+    text = TextInputs(hidden=("text_encoder",), width=5)
+    inputs: dict[str, tuple[int | str, ...]] = {"encoder_hidden_states": ("T", 5)}
+    members = {name: made_member(name, inputs=inputs, text=text) for name in ("small", "large")}
+    encoder, _ = made_text_encoder(5, 3, 1)
+    made = text_bundle(
+        folder / "text.bundle", members, parts={"text_encoder": encoder, "vae_decoder": made_vae()[0]},
+        files={"text_encoder": {"tokenizer": word_tokenizer(folder / "tokenizer.json")}}, tokens=Range(6, 6, 18),
+        decoder=Decoder(kind="vae", factor=FACTOR), defaults=Defaults(steps=6, schedule="small:0.5,large"),
+    )  # fmt: skip
+    return made.root
 
 
 @pytest.fixture(scope="module")
-def opened(served: tuple[str, Any]) -> Iterator[Watched]:
-    """One browser for both tests: it takes seconds to load Gradio's page for the first time."""
+def served(pages: tuple[Page, Page]) -> str:
+    return pages[0].address
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Watched]:
+    """One browser for all tests: it takes seconds to load Gradio's page for the first time."""
     with browser_page(viewport={"width": 1400, "height": 1000}) as seen:
-        seen.page.context.set_default_timeout(120_000)
+        seen.page.context.set_default_timeout(60_000)
         yield seen
 
 
-def test_what_a_visitor_writes_by_hand_is_refused_by_name(served: tuple[str, Any]) -> None:
+def test_what_a_visitor_writes_by_hand_is_refused_by_name(served: str) -> None:
     """The page's own bounds bind nobody; and what is refused leaves no trace of Python's anywhere."""
-    address, _ = served
+    address = served
     with Visitor(address, "by-hand-1") as visitor:
         cases: dict[int, tuple[str, list[Any]]] = {
             0: ("share of the steps", [2, "x", None, [0.1]]), 1: ("beside it", [None, [0] * 16]),
@@ -214,11 +264,9 @@ def test_what_a_visitor_writes_by_hand_is_refused_by_name(served: tuple[str, Any
         for fields in ({"fn": 999}, {"fn": -1}, {"data": [{"path": "/etc/passwd"}] * 8}, {"data": []}):
             assert visitor.join(**fields).status_code == 422
         assert visitor.join().status_code == 200
-        drawn = visitor.outcome()
-        assert drawn["success"]
-        shown = drawn["output"]["data"][0][0]["image"]
-        assert visitor.client.get(shown["url"]).content.startswith(b"\x89PNG")
-        folder = shown["path"].rpartition("/")[0]
+        picture = visitor.pictures()[0]
+        assert visitor.client.get(picture).content.startswith(b"\x89PNG")
+        folder = picture.partition("=")[2].rpartition("/")[0]
         for path in (
             "/etc/passwd",
             f"{folder}/../../../../etc/passwd",
@@ -243,14 +291,14 @@ def test_what_a_visitor_writes_by_hand_is_refused_by_name(served: tuple[str, Any
         assert visitor.client.get("/", headers={"host": "evil.example"}).status_code == 421
 
 
-def test_visitors_who_draw_at_once_get_their_own_pictures(served: tuple[str, Any], runtime: Runtime) -> None:
-    address, _ = served
+def test_visitors_who_draw_at_once_get_their_own_pictures(served: str, runtime: Runtime) -> None:
+    address = served
 
     def drawn(label: int) -> np.ndarray:
         with Visitor(address, f"visitor-{label}", steps=4) as visitor:
             visitor.request[-1] = label
             assert visitor.join().status_code == 200
-            url = visitor.outcome()["output"]["data"][0][0]["image"]["url"]
+            (url,) = visitor.pictures()
             return np.asarray(Image.open(io.BytesIO(visitor.client.get(url).content)))
 
     with ThreadPoolExecutor(4) as pool:
@@ -260,13 +308,13 @@ def test_visitors_who_draw_at_once_get_their_own_pictures(served: tuple[str, Any
             np.testing.assert_array_equal(picture, enlarged(alone[0]))
 
 
-def test_a_closed_page_s_drawing_ends_and_the_next_one_is_drawn(served: tuple[str, Any]) -> None:
-    address, _ = served
+def test_a_closed_page_s_drawing_ends_and_the_next_one_is_drawn(served: str) -> None:
+    address = served
     with Visitor(address, "leaves-early", steps=200, count=8) as first, Visitor(address, "stays-long") as second:
         first.request[1] = [0, 0.25, 0.5, 0.75, 1]
         assert first.join().status_code == 200
         with closing(first.messages()) as messages:
-            next(message for message in messages if message["msg"] == "progress")
+            next(message for message in messages if message["msg"] == "process_generating")
             assert first.join().status_code == 200
             refusal = next(message for message in messages if message["msg"] == "process_completed")
             assert "this page draws already" in refusal["output"]["error"]
@@ -275,30 +323,6 @@ def test_a_closed_page_s_drawing_ends_and_the_next_one_is_drawn(served: tuple[st
         assert second.join().status_code == 200
         assert second.outcome()["success"]
         assert time.monotonic() - began < 60  # the first would have been drawn for minutes
-
-
-def test_a_page_with_a_token_that_is_terminated_while_it_draws(fashion_bundle: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip('gradio is not installed (pip install "tstitch-trt[ui]")')
-    token, log = tmp_path / "token.txt", tmp_path / "log.txt"
-    token.write_text("a-token-of-the-test")
-    with started(fashion_bundle, log, tmp_path, "--token-file", str(token)) as (printed, process):
-        address, _, query = printed.partition("?")
-        assert query == "token=a-token-of-the-test"
-        with Visitor(address, "the-visitor", steps=200, count=8) as visitor:
-            assert visitor.client.get("/").status_code == 401
-            assert visitor.join().status_code == 401
-            assert visitor.client.get("/", params={"token": "a-token-of-the-test"}).status_code == 200
-            assert visitor.client.get("/").status_code == 200
-            assert visitor.join().status_code == 200
-            with closing(visitor.messages()) as messages:
-                next(message for message in messages if message["msg"] == "progress")
-                began = time.monotonic()
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(30) == 143
-        assert time.monotonic() - began < 15
-        assert log.read_text() == "Ctrl-C stops it\nterminated\n"
-        assert not list(tmp_path.glob("tstitch-ui-*"))
 
 
 def assert_only_itself(seen: Watched, address: str) -> None:
@@ -311,42 +335,154 @@ def assert_only_itself(seen: Watched, address: str) -> None:
     assert seen.errors == []
 
 
-def test_a_picture_is_drawn_by_pressing_the_button(served: tuple[str, Any], opened: Watched) -> None:
-    page, (address, _) = opened.page, served
-    page.goto(address)
-    page.wait_for_selector("#plot svg")
-    page.fill("#steps input[type=number]", "10")
-    page.press("#steps input[type=number]", "Tab")
+def test_a_page_opens_with_an_example(served: str, opened: Watched) -> None:
+    page = opened.page
+    page.goto(served)
+    page.wait_for_selector("#status >> text=This is an example")
+    page.wait_for_function(LOADED)
+    with Visitor(served, "second-one") as second:  # for whom it is not drawn again
+        assert second.join([], OPEN).status_code == 200
+        assert second.pictures() == page.locator("#pictures img").evaluate_all(
+            "all => all.map(image => image.getAttribute('src'))"
+        )
+
+
+def test_pictures_stand_in_a_column_per_fraction_and_a_row_per_seed(served: str, opened: Watched) -> None:
+    page = opened.page
+    page.goto(served)
+    page.wait_for_selector("#plot svg:visible")
     page.wait_for_function("document.querySelector('#plot').innerHTML.includes('chosen: small:4,large:6')")
+    page.get_by_label("50%").check()
+    page.fill("#count input[type=number]", "2")
+    page.press("#count input[type=number]", "Tab")
     page.click("#draw")
-    page.wait_for_function("document.querySelector('#pictures').innerText.split('ms per image').length == 4")
+    page.wait_for_function("document.querySelector('#pictures').innerText.split('as fast').length == 4")
     page.wait_for_function(
-        "[...document.querySelectorAll('#pictures img')].filter(i => i.naturalWidth == 224).length == 3"
+        "[...document.querySelectorAll('#pictures img')].filter(i => i.naturalWidth == 224).length == 8"
     )
-    captions = page.inner_text("#pictures")
-    for text in ("0%: 10 large", "40%: 4 small + 6 large", "100%: 10 small", "ms per image"):
-        assert text in captions
+    heads = page.locator("#pictures thead th").all_inner_texts()
+    for head, text in zip(heads, ("10 large", "4 small + 6 large", "5 small + 5 large", "10 small"), strict=True):
+        assert text in head
+        assert "ms per image" in head
+    rows = [
+        [cell.bounding_box() for cell in row.locator("img").all()] for row in page.locator("#pictures tbody tr").all()
+    ]
+    tops = [
+        box["x"] + box["width"] / 2 for box in (th.bounding_box() for th in page.locator("#pictures thead th").all())
+    ]
+    assert [len(row) for row in rows] == [4, 4]
+    for row in rows:
+        assert len({round(box["y"]) for box in row}) == 1
+        assert [box["x"] + box["width"] / 2 for box in row] == pytest.approx(tops, abs=1)
+        assert all(box["width"] == pytest.approx(box["height"], abs=1) for box in row)
+    assert [th.split() for th in page.locator("#pictures tbody th").all_inner_texts()] == [["seed", "0"], ["seed", "1"]]
     for selector in ("#pictures", "#plot"):
         picture = pixels(page.locator(selector).screenshot())
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, selector
-    page.wait_for_selector("#plot svg")
     assert page.title() == f"{HOSTILE}: stitch point"
     assert page.locator("img[src=x]").count() == 0
     assert page.locator("[href^=javascript]").count() == 0
-    assert_only_itself(opened, address)
+    assert HOSTILE in (page.locator("#pictures img").first.get_attribute("alt") or "")
+    assert_only_itself(opened, served)
 
 
-def test_an_error_of_ours_is_shown_with_its_hint(served: tuple[str, Any], opened: Watched) -> None:
-    address, process = served
+@pytest.mark.parametrize("width", [360, 390])
+def test_on_a_phone_nothing_overlaps_or_leaves_the_page(served: str, opened: Watched, width: int) -> None:
+    page = opened.page
+    page.set_viewport_size({"width": width, "height": 800})
+    try:
+        page.goto(served)
+        page.wait_for_selector("#plot svg:visible")
+        page.wait_for_function(
+            "[...document.querySelectorAll('#pictures img')].filter(i => i.naturalWidth).length == 3"
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        last = page.locator("#pictures img").nth(2).bounding_box()
+        assert last["x"] + last["width"] <= width  # three columns need no scrolling
+        for head, image in zip(
+            page.locator("#pictures thead th").all(), page.locator("#pictures img").all(), strict=True
+        ):
+            above, below = head.bounding_box(), image.bounding_box()
+            assert above["y"] + above["height"] <= below["y"]
+            assert below["width"] > 60
+        letters = page.locator("#plot svg:visible text").evaluate_all(
+            """texts => texts.map(text => {
+                const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+                return scale * parseFloat(getComputedStyle(text).fontSize);
+            })"""
+        )
+        assert len(letters) > 8
+        assert min(letters) >= 10
+    finally:
+        page.set_viewport_size({"width": 1400, "height": 1000})
+
+
+def test_tokens_are_counted_while_somebody_types(pages: tuple[Page, Page], opened: Watched) -> None:
+    page, prompted = opened.page, pages[1].address
+    assert pages[1].printed == f"{prompted}?token={TOKEN}"
+    page.goto(pages[1].printed)
+    page.wait_for_selector("#pictures img")  # the example
+
+    def typed(words: int, said: str, button: str) -> None:
+        page.fill("#what textarea", "fox " * words)
+        page.wait_for_function("said => document.querySelector('#tokens').innerText.trim() == said", arg=said)
+        page.wait_for_function("said => document.querySelector('#draw').innerText.trim() == said", arg=button)
+        assert page.is_enabled("#draw") == (button == "Draw")
+
+    typed(3, "3 of 4 tokens", "Draw")
+    typed(9, "9 tokens, read in 3 chunks of 4", "Draw")
+    typed(13, "13 tokens; at most 12 fit", "Prompt too long: 13 of 12 tokens")
+    with Visitor(prompted, "by-hand-2") as visitor:
+        visitor.client.get("/", params={"token": TOKEN})
+        visitor.request[-1:] = ["fox " * 13, ""]
+        assert visitor.join().status_code == 200
+        assert "the prompt has 13 tokens; the engines take 12" in visitor.outcome()["output"]["error"]
+    typed(12, "12 tokens, read in 3 chunks of 4", "Draw")
+    page.click("#draw")
+    page.wait_for_selector("#pictures img[alt^='fox fox'][alt$='seed 0, 0% of the steps on small']")
+
+
+def test_an_error_of_ours_is_shown_with_its_hint(served: str, opened: Watched) -> None:
     seen = Watched(opened.page.context.new_page())
     page = seen.page
-    page.goto(address)
-    page.wait_for_selector("#plot svg")
+    page.goto(served)
+    page.wait_for_selector("#plot svg:visible")
     page.fill("#steps input[type=number]", "200")
     page.press("#steps input[type=number]", "Tab")
     page.click("#solver input")
     page.get_by_role("option", name="lcm", exact=True).click()
     page.wait_for_selector(".toast-wrap >> text=hint:")
     assert "lcm" in page.inner_text(".toast-wrap")
-    assert process.poll() is None
-    assert_only_itself(seen, address)
+    assert_only_itself(seen, served)
+
+
+# --- how it stops: the last tests, which stop the pages
+
+
+def test_ctrl_c_stops_an_idle_page(pages: tuple[Page, Page]) -> None:
+    page = pages[0]
+    assert page.address
+    assert page.pictures()
+    page.process.send_signal(signal.SIGINT)
+    assert page.process.wait(60) == 0
+    assert page.log.read_text() == "Ctrl-C stops it\nstopped\n"  # nothing that visitors sent left a trace
+    assert not page.pictures()
+
+
+def test_a_page_with_a_token_that_is_terminated_while_it_draws(pages: tuple[Page, Page]) -> None:
+    page = pages[1]
+    with Visitor(page.address, "the-visitor", steps=200, count=8) as visitor:
+        visitor.request[-1:] = ["fox", ""]
+        assert visitor.client.get("/").status_code == 401
+        assert visitor.join().status_code == 401
+        assert visitor.client.get("/", params={"token": TOKEN}).status_code == 200
+        assert visitor.client.get("/").status_code == 200
+        assert visitor.join().status_code == 200
+        with closing(visitor.messages()) as messages:
+            next(message for message in messages if message["msg"] == "process_generating")
+            began = time.monotonic()
+            page.process.send_signal(signal.SIGTERM)
+            assert page.process.wait(30) == 143
+    assert time.monotonic() - began < 15
+    assert page.log.read_text() == "Ctrl-C stops it\nterminated\n"
+    assert not page.pictures()
