@@ -113,10 +113,9 @@ def _metavar(option: click.Option) -> str:
 
 
 def _text(text: str) -> str:
-    """A text of the help as Markdown: names of options, files and variables as code."""
-    text = inspect.cleandoc(text).replace("\b\n", "")
-    text = text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-    text = re.sub(r"(?<![\w`-])(--[a-z][\w-]*(?:\\_\w+)*)", r"`\1`", text)
+    """A text of the help as Markdown: options and commands as code, links to pages, everything else as it is."""
+    text = re.sub(r"(?<![\w`-])(--[a-z][\w-]*)", r"`\1`", inspect.cleandoc(text).replace("\b\n", ""))
     text = re.sub(r'(?<!`)\b(pip install "[^"]+")', r"`\1`", text)
-    text = re.sub(r"\bdocs/([\w/-]+)\.md\b", lambda match: f"[{match[1]}](../{match[1]}.md)", text)
-    return text.replace("`\\_", "`_")
+    parts = re.split(r"(`[^`]*`)", text)
+    text = "".join(part if part.startswith("`") else re.sub(r"[\[\]*_<]", r"\\\g<0>", part) for part in parts)
+    return re.sub(r"\bdocs/([\w/-]+)\.md\b", lambda match: f"[{match[1]}](../{match[1]}.md)", text)
