@@ -67,7 +67,8 @@ class Checkpoints:
         if pipeline not in self._given:
             return
         snapshot, reference = self._given[pipeline]
-        listed = isinstance((read_json(pipeline / "model_index.json") or {}).get(part), list)
+        classes = (read_json(pipeline / "model_index.json") or {}).get(part)
+        listed = isinstance(classes, list) and any(classes)  # [null, null] is one that it lacks
 
         def choose(names: Collection[str], whole: bool) -> Sequence[str]:
             return select_component(

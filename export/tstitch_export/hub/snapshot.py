@@ -58,13 +58,14 @@ class Snapshot:
         downloaded, and what ``choose`` raises.
         """
         listing = self._asked or self._recorded()
-        if listing is None:
-            if self._is_whole(choose):
-                return
+        if listing is None and not self._is_whole(choose):
             listing = self._ask()
-        chosen = choose(listing.sizes, True)
-        self._download(chosen)
-        self._download(self._shards(chosen))
+        if listing is not None:
+            chosen = choose(listing.sizes, True)
+            self._download(chosen)
+            self._download(self._shards(chosen))
+        if not is_commit(self._reference.revision):
+            remote.remember(self._reference, self.commit)
 
     def _resolved(self) -> str:
         known = remote.cached_commit(self._reference)
@@ -75,7 +76,6 @@ class Snapshot:
                 raise self._offline("no copy", error) from None
             _log.warning("%s: %s; taken is what it was when it was last asked for, %s", self._reference, error, known)
             return known
-        remote.remember(self._reference, self._asked.commit)
         _log.info("%s is commit %s", self._reference, self._asked.commit)
         return self._asked.commit
 

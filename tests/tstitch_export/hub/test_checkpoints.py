@@ -25,6 +25,7 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
+    "text_encoder_2": [None, None],
 }
 FILES = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"weights"}
 
@@ -102,6 +103,8 @@ def test_a_cache_that_others_filled(hub: Hub, offline: Any, pipeline: Path, tmp_
         hf_hub_download("org/sd", name)
     hub.asked.clear()
     pair(tmp_path, small=f"org/sd/unet@{commit}", large=f"org/sd@{commit}")
+    checkpoints = Checkpoints()
+    checkpoints.add(checkpoints.locate(f"org/sd@{commit}", "member"), "text_encoder_2")
     assert not hub.asked
     offline()
     assert origins(pair(tmp_path, small="org/sd/unet", large="org/sd"))["small"][-1].given == "unet"

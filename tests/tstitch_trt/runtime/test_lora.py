@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import tstitch_trt
 from support.command import Command, refused
+from support.hub_server import running_hub
 from support.tiny_families import clip_text_folder, lora_file, unet_folder
 from tstitch_engines.backends import Engine, open_backend
 from tstitch_engines.bundle.bundle import open_bundle
@@ -143,6 +144,21 @@ def test_several_equal_the_bundle_with_them_fused(made: Made, runtime: Runtime) 
     again = drawn(runtime)
     assert np.array_equal(again.latents, before)
     assert again.loras == {}
+
+
+def test_one_of_hugging_face(made: Made, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    style = made.lora("style.safetensors")
+    runtime.swap_lora("large", f"{style}:0.5")
+    want = drawn(runtime).latents
+    with running_hub(monkeypatch, tmp_path) as hub:
+        hub.publish("org/styles", {"a/style.safetensors": style.read_bytes()}, "v2")
+        runtime.swap_lora("large", "org/styles/a/style.safetensors@v2:0.5")
+        assert runtime.loras == {"large": "style.safetensors:0.5"}
+        assert np.array_equal(drawn(runtime).latents, want)
+        with pytest.raises(BadInput, match="no file or folder of this name"):
+            runtime.swap_lora("large", "org/absent")
+        with pytest.raises(BadInput, match="does not exist"):
+            runtime.swap_lora("large", Path("org/styles/a/style.safetensors"))
 
 
 def test_for_the_time_of_a_block(made: Made, runtime: Runtime) -> None:

@@ -83,7 +83,11 @@ def parse_loras(text: str | None) -> tuple[LoraUse, ...]:
 
 def locate_loras(text: str, checkpoints: Checkpoints) -> str:
     """``text`` with a path in place of every Hugging Face repository. Raises what ``Checkpoints.locate`` does."""
-    return ",".join(f"{checkpoints.locate(path, 'lora')}:{weight!r}" for path, weight in _split(text))
+    found = []
+    for item, (path, weight) in zip(text.split(",") if text.strip() else (), _split(text), strict=True):
+        located = checkpoints.locate(path, "lora")
+        found.append(item.strip() if located == Path(path) else f"{located}:{weight!r}")
+    return ",".join(found)
 
 
 def _split(text: str | None) -> list[tuple[str, float]]:
