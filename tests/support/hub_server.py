@@ -114,6 +114,8 @@ def running_hub(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
     hub.url = f"http://127.0.0.1:{server.server_port}"
     patch.setattr(constants, "ENDPOINT", hub.url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    (folder / "disk").mkdir()
+    (folder / "hf").symlink_to("disk", target_is_directory=True)  # as many have it
     patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf"))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setenv("TSTITCH_TRT_CACHE", str(folder / "ours"))

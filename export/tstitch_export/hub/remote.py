@@ -171,7 +171,7 @@ def download(reference: Reference, commit: str, name: str, tick: Callable[[int],
     finally:
         if not quiet:
             hub.utils.enable_progress_bars()
-    if Path(found) != snapshot_folder(reference, commit) / name:
+    if not (snapshot_folder(reference, commit) / name).is_file():
         raise BadCheckpoint(f"{at_commit} was put into {found}", hint="remove that folder and build again")
 
 
