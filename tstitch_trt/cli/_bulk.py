@@ -38,7 +38,7 @@ class DrawnInBulk:
 @dataclass(frozen=True, kw_only=True)
 class BulkOptions:
     ray: bool = option("Draw with Ray, in shards: run it again to go on. The cluster is $RAY_ADDRESS, or this machine.")
-    workers: int | None = option("With --ray: at most so many workers. [as many as there is room for]", "N", least=1)
+    workers: int | None = option("With --ray: the most workers. [as many as fit]", "N", least=1)
     shard: int | None = option(
         f"With --ray: images of a shard, which one worker draws at once. [{DEFAULT_SHARD}]", "N", least=1, most=4096
     )

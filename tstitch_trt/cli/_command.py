@@ -30,7 +30,7 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = tuple(line for line in examples.strip().splitlines() if line)
         # ``main`` reads it from the arguments: it must work where parsing itself fails
-        text = "On an error show Python's traceback too (developers)."
+        text = "Show Python's traceback of an error, for developers."
         self.params.append(click.Option(["--traceback"], is_flag=True, expose_value=False, help=text))
 
     def make_context(

@@ -45,7 +45,7 @@ EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
 
 
 def rebuild_option() -> Any:
-    return option("First compile engines again that are missing, damaged or don't fit this machine.")
+    return option("First compile again the engines that are missing, damaged or don't fit this machine.")
 
 
 def rounding_option(what: str = "") -> Any:
@@ -58,7 +58,7 @@ def trust_option() -> Any:
 
 
 def signature_option() -> Any:
-    return option("Refuse the bundle unless it is signed with this public key (tstitch-trt sign).", "KEY.pub.pem")
+    return option("Refuse the bundle unless it is signed with this public key; see tstitch-trt sign.", "KEY.pub.pem")
 
 
 def threads_option(text: str = "CPU threads.") -> Any:
@@ -73,7 +73,7 @@ class LimitOptions:
         "End work on one network in a child process after this long. [2h to compile, 1h to verify, 10m to measure]",
         "TIME",
     )
-    memory_limit: str | None = option("End it when it holds more memory: 8GiB, 500MB. [what is free]", "SIZE")
+    memory_limit: str | None = option("End that work when it holds more memory: 8GiB, 500MB. [what is free]", "SIZE")
 
     def limits(self) -> Limits:
         from tstitch_engines.child import Limits
@@ -86,13 +86,13 @@ class LoadOptions(LimitOptions):
     """Where and with what to run."""
 
     device: str = option("cpu, cuda or cuda:N.", "NAME", default="cpu")
-    backend: str | None = option("Backend whose engine to load (default: the one the bundle has).", "NAME")
+    backend: str | None = option("Backend whose engines to load. [the first that the bundle was built for]", "NAME")
     threads: int | None = threads_option("CPU threads of engines on the CPU.")
     graph: Literal["auto", "step", "segment", "off"] = option(
         "Replay recorded CUDA graphs of a step, of all equal steps in a row, or none.", default="auto"
     )
     max_memory: str | None = option(
-        "Refuse to load what may need more memory: 8GiB, 500MB. [what it needs at once must be free]", "SIZE"
+        "Refuse to load a bundle that may need more memory: 8GiB, 500MB. [what it needs at once must be free]", "SIZE"
     )
     rebuild: bool = rebuild_option()
     trust: bool = trust_option()
@@ -143,13 +143,15 @@ class StepOptions:
     """Steps, solver and guidance; ``None`` leaves the choice to the bundle."""
 
     steps: int | None = option("Denoising steps. [bundle's default]", "N", least=1)
-    solver: str | None = option("ddim, ddpm, euler, dpmpp-2m, ... an unknown name lists them all.", "NAME")
+    solver: str | None = option(
+        "Solver: ddim, ddpm, euler, dpmpp-2m...; an unknown name lists all. [bundle's default]", "NAME"
+    )
     guidance: float | None = option("Classifier-free guidance scale; 1 is none. [bundle's default]", "G")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsFile:
-    prompts: Path | None = option("What a text bundle draws, one text a line. [made up]", "FILE")
+    prompts: Path | None = option("A file of prompts, one a line, for text bundles. [made-up prompts]", "FILE")
 
     def texts(self) -> list[str]:
         from tstitch_trt.files import read_lines
@@ -205,7 +207,7 @@ class PictureOptions:
     control: Path | None = option(
         "A picture for the ControlNet (edges, depth...); grey ones of 16 bits or floats keep their precision.", "FILE"
     )
-    control_scale: float | None = option("How much the ControlNet has to say. [1]", "X")
+    control_scale: float | None = option("Weight of the ControlNet. [1]", "X")
 
     def keywords(self, manifest: Manifest) -> ImageKeywords:
         """Keywords of ``Runtime.sample``. Reads the files."""

@@ -37,8 +37,8 @@ class Options:
     )
     batch: int | None = option("Images per trajectory, in one engine call. [8]", "B", least=1)
     repeats: int = option("Measured rounds.", "N", default=5, least=1)
-    warmup: int = option("Rounds left out.", "N", default=1, least=0)
-    against: Literal["torch"] | None = option("The same loop in PyTorch eager on the same weights.")
+    warmup: int = option("Rounds that are not counted.", "N", default=1, least=0)
+    against: Literal["torch"] | None = option("Measure the same loop in PyTorch eager too, with the same weights.")
     plot: Path | None = option("Draw time against fraction.", "FILE.png")
 
 

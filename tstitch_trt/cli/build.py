@@ -44,7 +44,7 @@ tstitch-trt build sd15-bksdm-tiny --member small=TINY --member large=SD15 --part
 @dataclass(frozen=True, kw_only=True)
 class Options(LimitOptions):
     list_recipes: bool = option("List the recipes that come with the package.", None, "--list")
-    show_template: bool = option("Write a commented recipe to start one's own from.", None, "--template")
+    show_template: bool = option("Print a commented recipe to start your own from.", None, "--template")
     members: tuple[str, ...] = option(
         "A member's checkpoint: .safetensors, .pt, .pth, a diffusers folder, or a Hugging Face repository, "
         "ORG/NAME[/PATH][@REVISION]. May be repeated.",
@@ -93,10 +93,10 @@ class Options(LimitOptions):
         "--option",
     )
     profiling_verbosity: Literal["none", "names", "detailed"] | None = option(
-        "What engines of TensorRT tell of their layers; inspect --layers shows those of detailed ones. [names]"
+        "How much TensorRT engines say about their layers; inspect --layers needs detailed. [names]"
     )
     require_signature: Path | None = signature_option()
-    fresh: bool = option("Make everything again, also what did not change.")
+    fresh: bool = option("Make everything again, even what did not change.")
     output: Path | None = option("The bundle's directory. [RECIPE.bundle, or BUNDLE]", "DIR", "-o", "--output")
 
     def ranges(self) -> dict[str, Range | None]:

@@ -35,8 +35,8 @@ class _Group(Command, click.Group):
 def command(context: click.Context) -> None:
     """Show or empty the cache of exports and engines (TSTITCH_TRT_CACHE, else the user's cache folder).
 
-    Bundles do not need it: it saves the time of building an unchanged part again. The bundles that
-    tstitch_trt.pipeline.accelerate made of pipelines are kept beside it and count too. Without a subcommand: list.
+    Bundles do not need the cache; it saves the time of building an unchanged part again. The bundles that
+    tstitch_trt.accelerate made are kept beside it and are counted too. Without a subcommand: list.
     """
     if context.invoked_subcommand is None:
         context.invoke(list_command, as_json=False)

@@ -29,8 +29,8 @@ class Options:
     steps: int = option("Denoising steps.", "N", default=20, least=4)
     guidance: float | None = option("Guidance scale; 1 is none. [the pair's default]", "G")
     seed: int = option("Seed of all images.", "S", default=0, least=0)
-    output: Path = option("The grid.", "FILE.png", "-o", "--output", default=Path("tstitch-demo.png"))
-    bundle: Path | None = option("Where the built bundle is kept. [user cache]", "DIR")
+    output: Path = option("The picture to write.", "FILE.png", "-o", "--output", default=Path("tstitch-demo.png"))
+    bundle: Path | None = option("Where the bundle is kept. [the user's cache]", "DIR")
     threads: int | None = threads_option()
 
 

@@ -18,8 +18,8 @@ tstitch-trt doctor --json
 def command(as_json: bool) -> int:
     """Show what this machine can build and run and, for what it can't, why and how to mend it.
 
-    Of NVIDIA's: the driver and the CUDA that it runs, the GPUs, whether the installed packages are for that CUDA and
-    the step kernels for those GPUs, and which backends run there.
+    For NVIDIA GPUs: the driver and the newest CUDA that it runs, whether the installed packages are for that CUDA and
+    the step kernels for these GPUs, and which backends run on them.
 
     The exit code is 0 when the built-in pair can be built and run here, else 1.
     """

@@ -38,20 +38,20 @@ class Options:
     fractions: str | None = option("Shares of the steps on the first member. [0:1:0.1; none with --schedule]", "LIST")
     rounding: str | None = rounding_option(" --fractions")
     orders: str = option("Which member starts, for --fractions.", "LIST", default="small-first,large-first")
-    schedules: tuple[str, ...] = option("A schedule more. May be repeated.", "TEXT", "--schedule")
+    schedules: tuple[str, ...] = option("One more schedule. May be repeated.", "TEXT", "--schedule")
     steps: str | None = option("Numbers of steps. [bundle's default]", "LIST")
     solver: str | None = option("Solvers. [bundle's default]", "LIST")
     guidance: float | None = option("Guidance scale; 1 is none. [bundle's default]", "G")
-    samples: int = option("Per setting.", "N", default=2000, least=2)
-    seed: int = option("Of the first picture.", "S", default=0, least=0)
+    samples: int = option("Samples of each setting.", "N", default=2000, least=2)
+    seed: int = option("Seed of the first picture.", "S", default=0, least=0)
     time: int = option("Rounds in which each setting is timed.", "N", default=3, least=0)
     batch: int = option("Images per timed trajectory.", "B", default=8, least=1)
-    resamples: int = option("For intervals.", "N", default=200, least=2)
+    resamples: int = option("Resamples for the intervals.", "N", default=200, least=2)
     margin: float | None = option(
-        "How much worse is still no worse, a share of the last member's own value. [0.05]", "SHARE"
+        "The largest loss that counts as no worse, as a share of the last member's own value. [0.05]", "SHARE"
     )
     npz: Path | None = option("Write the pictures of each setting, as ADM's evaluator reads.", "DIR")
-    work: Path | None = option("Unfinished work. [in the cache directory]", "DIR")
+    work: Path | None = option("Where unfinished work is kept. [the cache directory]", "DIR")
     plot: Path | None = option("Draw each metric against the fraction and the time.", "FILE.png")
 
     def settings(self, manifest: Manifest) -> list[Setting]:

@@ -22,7 +22,7 @@ tstitch-trt export-triton sd15.bundle -o models --device cuda --json
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    output: Path = option("The model repository: the model is added to it.", "REPO", "-o", "--output", required=True)
+    output: Path = option("The model repository that the model is added to.", "REPO", "-o", "--output", required=True)
     name: str | None = option("The model's name in Triton. [the bundle's file name]", "NAME")
     require_signature: Path | None = signature_option()
 
@@ -32,11 +32,11 @@ class EngineFlags:
     """The keywords of ``ServerOptions``."""
 
     device: Literal["cpu", "cuda"] = option("One engine on the CPU, or one on each GPU.", default="cpu")
-    backend: str | None = option("Backend whose engine to load (default: the one the bundle has).", "NAME")
+    backend: str | None = option("Backend whose engines to load. [the first that the bundle was built for]", "NAME")
     threads: int | None = threads_option()
     trust: bool = trust_option()
-    max_lanes: int | None = option("Images that are drawn at once. [twice the largest batch]", "N", least=1)
-    max_queue: int = option("Images that may wait; more are refused.", "N", default=256, least=1)
+    max_lanes: int | None = option("Images drawn at once. [twice the largest batch]", "N", least=1)
+    max_queue: int = option("Images that may wait. More are refused.", "N", default=256, least=1)
 
 
 @tstitch_command("export-triton", EXAMPLES, what=Options, flags=EngineFlags)

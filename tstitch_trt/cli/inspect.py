@@ -33,7 +33,7 @@ tstitch-trt inspect fashion.bundle --layers
 @dataclass(frozen=True, kw_only=True)
 class Options:
     layers: bool = option(
-        "Show the compiled layers of TensorRT engines instead, of those built with --profiling-verbosity detailed."
+        "Show the compiled layers of TensorRT engines that were built with --profiling-verbosity detailed."
     )
     require_signature: Path | None = signature_option()
 

@@ -27,8 +27,8 @@ tstitch-trt profile sd15.bundle --samples 4 --steps 20 --solver ddim --prompts p
 @dataclass(frozen=True, kw_only=True)
 class Walked:
     reference_member: str | None = option("The member that others are compared with. [the last]", "NAME")
-    samples: int = option("Seeds that are walked.", "N", default=8, least=1)
-    seed: int = option("The first of them.", "S", default=0, least=0)
+    samples: int = option("Number of seeds.", "N", default=8, least=1)
+    seed: int = option("The first seed.", "S", default=0, least=0)
     plot: Path | None = option("Draw divergence and orders.", "FILE.png")
 
 
@@ -38,12 +38,13 @@ def command(
 ) -> None:
     """Compare the members of BUNDLE step by step, and suggest a schedule.
 
-    All members are run at every state of the reference member's trajectory, and their denoised estimates are compared.
-    Then schedules with equal counts of small steps are run in several orders (small first, large first, interleaved),
-    and the best order at more shares: the suggested share is the knee of the curve. The result is kept in the bundle.
+    All members run at every state of the reference member's trajectory, and their denoised estimates are compared. Then
+    schedules with equal counts of small steps run in several orders (small first, large first, interleaved), and the
+    best order at more shares. The suggested share is the knee of the curve. The result is kept in the bundle.
 
-    Latents near the reference's mean pictures that are alike. How good pictures are is measured by: tstitch-trt
-    evaluate. Needs a solver without memory, such as ddim, which is also the default where the bundle's own has one.
+    This compares latents: if they are close to the reference's, the pictures look alike. To measure how good pictures
+    are, use tstitch-trt evaluate. Needs a solver without memory, such as ddim, which is taken if the bundle's own has
+    one.
     """
     from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.divergence import plot_divergence

@@ -38,7 +38,7 @@ class Options(LimitOptions):
         "TEXT",
         "--schedule",
     )
-    seed: int = option("Of the trajectories.", "S", default=0, least=0)
+    seed: int = option("Seed of the trajectories.", "S", default=0, least=0)
     calibration: str = option("How ranges are set: max, or (int8) entropy.", "METHOD", default="max")
     high_precision: str = option(
         "What the layers that are not quantised compute in: fp16, bf16 or fp32.", "P", default="fp16"
@@ -51,7 +51,7 @@ class Options(LimitOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(PromptsFile):
-    prompt: tuple[str, ...] = option("What a text bundle draws meanwhile. May be repeated.", "TEXT")
+    prompt: tuple[str, ...] = option("A prompt to calibrate with, for text bundles. May be repeated.", "TEXT")
     threads: int | None = threads_option()
 
 
@@ -59,14 +59,14 @@ class Prompts(PromptsFile):
 def command(bundle: Path, wanted: Options, step: StepOptions, texts: Prompts, as_json: bool) -> None:
     """Quantise one member of BUNDLE to 8 bits, as a new bundle, and report what that costs.
 
-    The bundle is walked with guidance for several seeds and labels or prompts (made up where none are given), and the
-    member's own inputs at every noise level set the ranges of its activations. Quantised are the matrix products of its
-    blocks; embedders, modulation, the attention's own products, convolutions, first and last layer stay in high
+    The bundle draws with guidance for several seeds and labels or prompts (made up where none are given). The member's
+    own inputs at every noise level set the ranges of its activations. The matrix products of its blocks are quantised.
+    Embedders, modulation, the products inside attention, convolutions, and the first and last layer stay in high
     precision. The loss is measured on other seeds, by noise level, and kept in the manifest. Needs the extra "quant"
     (nvidia-modelopt).
 
-    The new bundle has an ONNX Runtime engine of the member. Others are compiled from it: tstitch-trt build DIR
-    --backend tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
+    The new bundle has an ONNX Runtime engine of the member. Compile others from it: tstitch-trt build DIR --backend
+    tensorrt-rtx, for fp8 with --option compute-capabilities=8.9,12.0.
     """
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.progress import progress_bar

@@ -29,7 +29,7 @@ _MOST_PROMPTS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    output: Path = option("The page.", "FILE.html", "-o", "--output", default=Path("report.html"))
+    output: Path = option("The file to write.", "FILE.html", "-o", "--output", default=Path("report.html"))
     fractions: str = option(
         "Rows of samples: START:STOP:STEP or a list such as 0,0.4,1: shares of the steps on the first member.",
         "LIST",
@@ -37,18 +37,21 @@ class Columns:
     )
     rounding: str | None = rounding_option()
     labels: str | None = option("Columns: classes, e.g. 3,5,0-9 or Bag. [the first ten]", "LIST")
-    prompts: tuple[str, ...] = option("A column of a text bundle. [those of the studies]", "TEXT", "--prompt")
+    prompts: tuple[str, ...] = option(
+        "A prompt, for a column of samples of a text bundle. [those of the studies]", "TEXT", "--prompt"
+    )
     seed: int = option("Seed of all columns.", "S", default=0, least=0)
-    no_samples: bool = option("Draw nothing: the studies alone.")
+    no_samples: bool = option("Draw no samples; report the studies alone.")
 
 
 @tstitch_command("report", EXAMPLES, wanted=Columns, step=StepOptions, load=LoadOptions)
 def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions, as_json: bool) -> None:
     """Write one self-contained page about BUNDLE: samples by fraction, and all that was measured of it.
 
-    The samples are drawn now, the same seeds in every row. Time and quality, divergence, order, cost and the search
-    come from the studies in the bundle (calibrate, profile, evaluate, search); what was not measured is said with its
-    command. The page loads nothing and needs no JavaScript. Plots need matplotlib: pip install "tstitch-trt[plot]".
+    The samples are drawn now, with the same seeds in every row. Time and quality, divergence, order, cost and the
+    search come from the studies in the bundle (calibrate, profile, evaluate, search). For what was not measured, the
+    page names the command. The page loads nothing and needs no JavaScript. Plots need matplotlib: pip install
+    "tstitch-trt[plot]".
     """
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._parsing import parse_fractions

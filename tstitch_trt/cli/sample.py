@@ -56,11 +56,11 @@ DEFAULT_LABELS = 10
 @dataclass(frozen=True, kw_only=True)
 class Options:
     labels: str | None = option("Classes: numbers, ranges and names, e.g. 3,5,0-9 or Bag. [one of each]", "LIST")
-    count: int | None = option("How many images; labels or prompts go round.", "N", "-n", least=1)
+    count: int | None = option("Number of images; labels or prompts are repeated in turn.", "N", "-n", least=1)
     seed: int | None = option("Image i has the seed S + i. [0]", "S", least=0)
-    seeds: str | None = option("One seed per image, e.g. 1,2,5-9, instead of --seed.", "LIST")
+    seeds: str | None = option("One seed for each image, e.g. 1,2,5-9, in place of --seed.", "LIST")
     budget_ms: str | None = option(
-        "The best schedule whose steps take at most so long, for all images (after: tstitch-trt calibrate).", "MS"
+        "Choose the best schedule whose steps take at most this long for all images; needs tstitch-trt calibrate.", "MS"
     )
     loras: tuple[str, ...] = option(
         "A LoRA for a member or text encoder, of engines that can be refitted (backend torch); FILE may be in a "
@@ -85,11 +85,11 @@ class PlanFlags:
     rounding: str | None = rounding_option()
     spacing: str | None = option("Where the steps lie: leading, linspace, trailing, dit or uniform.", "NAME")
     sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
-    eta: float | None = option("Share of the noise that is drawn afresh, 0 to 1. [of the solver]", "E")
+    eta: float | None = option("Share of the noise that is drawn anew, 0 to 1. [the solver's own]", "E")
     variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")
     history: str | None = option("At a member switch: keep or reset. [keep]", "RULE")
     guidance_rescale: float | None = option("Rescale (arXiv 2305.08891). [0]", "R")
-    guidance_interval: str | None = option("Guide only the steps FIRST to STOP - 1.", "FIRST:STOP")
+    guidance_interval: str | None = option("Guide the steps FIRST to STOP - 1 only.", "FIRST:STOP")
     guided_channels: int | None = option("Guide the first K channels only.", "K", least=1)
 
 

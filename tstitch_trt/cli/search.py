@@ -34,15 +34,15 @@ class Options:
     solvers: str | None = option("Solvers to search over. [bundle's default]", "LIST")
     fractions: str = option("Shares of the steps on each of the smaller members.", "LIST", default="0.2:0.8:0.2")
     guidance: float | None = option("Guidance scale; 1 is none. [bundle's default]", "G")
-    samples: int = option("Of each that is not beaten.", "N", default=1000, least=1)
-    seed: int = option("Of the first sample.", "S", default=0, least=0)
-    batch: int | None = option("Images of the request whose cost counts. [8]", "B", least=1)
+    samples: int = option("Samples of each setting that no other beats.", "N", default=1000, least=1)
+    seed: int = option("Seed of the first sample.", "S", default=0, least=0)
+    batch: int | None = option("Images in the request whose time is compared. [8]", "B", least=1)
     margin: float | None = option(
-        "How much worse is still no worse, a share of the last member's own value. [0.05]", "SHARE"
+        "The largest loss that counts as no worse, as a share of the last member's own value. [0.05]", "SHARE"
     )
-    trials: int | None = option("At most so many candidates, at random. [all]", "N", least=0)
-    budget_minutes: float | None = option("Begin no round of samples after so long.", "M")
-    work: Path | None = option("Samples that were drawn. [in the cache directory]", "DIR")
+    trials: int | None = option("The most candidates, chosen at random. [all]", "N", least=0)
+    budget_minutes: float | None = option("Start no further round of samples after this time.", "M")
+    work: Path | None = option("Where samples are kept. [the cache directory]", "DIR")
     plot: Path | None = option("Draw quality against cost.", "FILE.png")
 
 
@@ -52,12 +52,12 @@ def command(
 ) -> None:
     """Find the settings of BUNDLE that no other beats in both time and quality.
 
-    Candidates are two- and three-member schedules, large-small-large, and the last member alone in fewer steps, which
-    is what a stitched schedule has to beat. Time is predicted by the bundle's calibration of this machine (tstitch-trt
-    calibrate), quality is measured. All begin with few samples; one that is clearly worse than another that costs no
-    more is dropped, and the samples of the others are doubled. Of the rest counts how much worse than the last member
-    alone each is at most (95 %, paired by seed). The set is kept in the bundle and used by --budget-ms, unless its
-    samples are too few to tell any schedule from the last member alone.
+    Candidates are two- and three-member schedules, large-small-large, and the last member alone in fewer steps, which a
+    stitched schedule has to beat. Time is predicted by the bundle's calibration of this machine (tstitch-trt
+    calibrate), quality is measured. All begin with few samples. A candidate that is clearly worse than another that
+    costs no more is dropped, and the samples of the others are doubled. The others are ranked by the upper 95 % bound
+    of how much worse than the last member alone they are, paired by seed. The set is kept in the bundle and used by
+    --budget-ms, unless its samples are too few to tell any schedule from the last member alone.
 
     Stop it at any time: the same command goes on with the samples that were drawn.
     """

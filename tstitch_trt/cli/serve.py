@@ -52,9 +52,11 @@ _FINISH_SECONDS: Final = 5.0  # that answers may take to be written once everyth
 
 @dataclass(frozen=True, kw_only=True)
 class AddressOptions:
-    host: str = option("0.0.0.0: all that reach this machine.", "ADDRESS", default="127.0.0.1")
-    port: int = option("0: any free one.", "N", default=8000, least=0, most=65535)
-    api_key_file: Path | None = option("Who may use it: one key a line, 16 characters or more.", "FILE")
+    host: str = option(
+        "Address to listen on; 0.0.0.0 for every network of this machine.", "ADDRESS", default="127.0.0.1"
+    )
+    port: int = option("Port to listen on; 0 for a free one.", "N", default=8000, least=0, most=65535)
+    api_key_file: Path | None = option("A file of API keys, one a line, of 16 characters or more.", "FILE")
     insecure: bool = option("Serve other machines without keys.")
     cors_origin: tuple[str, ...] = option(
         "Pages of this origin may use it from a browser; * for all. May be repeated.", "ORIGIN"
@@ -63,7 +65,7 @@ class AddressOptions:
         "Another name that clients may ask for, without keys on loopback. May be repeated.", "NAME"
     )
     root_path: str = option("The path under which a proxy serves it.", "/PATH", default="")
-    max_connections: int = option("Open connections; more are answered 503.", "N", default=1024, least=1, most=100_000)
+    max_connections: int = option("Open connections. More are answered 503.", "N", default=1024, least=1, most=100_000)
 
     def keys(self) -> Keys | None:
         """Raises ``BadInput`` where other machines would be served without keys."""
@@ -90,14 +92,16 @@ class AddressOptions:
 @dataclass(frozen=True, kw_only=True)
 class QueueOptions:
     max_lanes: int | None = option("Images drawn at once, per bundle. [2 x its largest batch]", "N", least=1)
-    max_queue: int = option("Images that may wait; more are told when to try again.", "N", default=256, least=1)
-    max_queue_memory: str = option("Host memory of what waits.", "SIZE", default="2GiB")
+    max_queue: int = option("Images that may wait. More are told when to try again.", "N", default=256, least=1)
+    max_queue_memory: str = option("Host memory that waiting requests may take.", "SIZE", default="2GiB")
     timeout: float = option("Seconds from a request's arrival until it is cancelled; 0 for never.", "S", default=300.0)
-    weight: tuple[str, ...] = option("A bundle's share of the device. [1] May be repeated.", "NAME=W")
+    weight: tuple[str, ...] = option("Share of the device that a bundle gets. May be repeated. [1]", "NAME=W")
     max_fraction: float | None = option(
         "Under load, requests with a latency budget may get up to this share of their steps on the small member.", "F"
     )
-    min_steps: int | None = option("Under load, they may get as few steps as this.", "N", least=1)
+    min_steps: int | None = option(
+        "Under load, requests with a latency budget may get as few steps as this.", "N", least=1
+    )
 
     def weights(self, models: Sequence[str]) -> dict[str, float] | None:
         pairs = parse_pairs(self.weight, option="--weight", value="2")
@@ -124,11 +128,11 @@ class QueueOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestLimits:
-    max_images: int | None = option("Images of one request. [10]", "N", least=1)
+    max_images: int | None = option("Images in one request. [10]", "N", least=1)
     max_steps: int | None = option("Steps of one image. [250]", "N", least=1)
     max_pixels: int | None = option("Width times height of one image. [4,194,304]", "N", least=1)
-    max_prompt: int | None = option("Characters of a prompt. [8,000]", "N", least=1)
-    max_body: str | None = option("A request with pictures. [32MiB]", "SIZE")
+    max_prompt: int | None = option("Characters in a prompt. [8,000]", "N", least=1)
+    max_body: str | None = option("Size of a request with pictures. [32MiB]", "SIZE")
 
     def limits(self) -> HttpLimits:
         from tstitch_trt.serve.http.limits import HttpLimits
@@ -142,10 +146,12 @@ class RequestLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class LifeOptions:
-    drain_timeout: float = option("Seconds that accepted requests have after SIGTERM.", "S", default=60.0)
-    no_warm_up: bool = option("Be ready before every batch size has run once.")
-    log_format: Literal["text", "json"] = option("One line of it for each request and event.", default="text")
-    log_prompts: bool = option("Have prompts in the log.")
+    drain_timeout: float = option("Seconds that accepted requests may take after SIGTERM.", "S", default=60.0)
+    no_warm_up: bool = option("Be ready at once, before every batch size has run.")
+    log_format: Literal["text", "json"] = option(
+        "Form of the log, which has one line for each request and event.", default="text"
+    )
+    log_prompts: bool = option("Write prompts to the log.")
 
 
 @tstitch_command(

@@ -24,8 +24,10 @@ tstitch-trt ui sd15.bundle --host 0.0.0.0 --token-file token.txt --allow-host gp
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    host: str = option("0.0.0.0: all that reach this machine.", "ADDRESS", default="127.0.0.1")
-    port: int = option("0: any free one.", "N", default=7860, least=0, most=65535)
+    host: str = option(
+        "Address to listen on; 0.0.0.0 for every network of this machine.", "ADDRESS", default="127.0.0.1"
+    )
+    port: int = option("Port to listen on; 0 for a free one.", "N", default=7860, least=0, most=65535)
     allow_host: tuple[str, ...] = option(
         "Another name that browsers may ask for, e.g. behind a proxy or tunnel. May be repeated.", "NAME[:PORT]"
     )
@@ -35,7 +37,7 @@ class Address:
     )
     max_lanes: int | None = option("Images drawn at once. [2 x the bundle's largest batch]", "N", least=1)
     max_queue: int = option(
-        "Images that may wait, half as many for one address; more are told when to try again.",
+        "Images that may wait, half as many from one address. More are told when to try again.",
         "N",
         default=256,
         least=96,
@@ -46,11 +48,12 @@ class Address:
 def command(bundle: Path, address: Address, load: LoadOptions) -> None:
     """Serve a page that draws from BUNDLE at any stitch point, until Ctrl-C.
 
-    Visitors draw at once and share batches. Class or prompt, steps, seed, guidance, solver and the share of the steps
-    on the first member; the same seeds at several shares side by side with the time per image; the plot of time and
-    quality with the chosen point. The page asks nothing of the network. The address is printed to stdout, with the
-    token in it where there is one: whoever reaches another --host than this machine's own must know it. Needs gradio:
-    pip install "tstitch-trt[ui]".
+    The page has class or prompt, steps, seed, guidance, solver and the share of the steps on the first member. It shows
+    the same seeds at several shares side by side, with the time of each, and the plot of time and quality with the
+    chosen point. Visitors draw at the same time and share batches. The page loads nothing from the network.
+
+    The address is printed to stdout. With a --host that other machines reach, it has a token, which visitors must know.
+    Needs gradio: pip install "tstitch-trt[ui]".
     """
     import secrets
     import tempfile

@@ -32,9 +32,9 @@ tstitch-trt verify fashion.bundle --json
 class Checks(LimitOptions):
     backend: str | None = option("Engines of this backend only.", "NAME")
     members: str | None = option("Engines of these members and parts only.", "A,B")
-    samples: int = option("Calls on random and on recorded inputs, each, per batch size.", "N", default=2, least=1)
+    samples: int = option("Number of random and of recorded inputs for each batch size.", "N", default=2, least=1)
     device: str = option(
-        "Where engines for GPUs run: cuda, cuda:N, or cpu to leave them unchecked.", "NAME", default="cuda"
+        "Where to run engines for GPUs: cuda or cuda:N; with cpu they are not run.", "NAME", default="cuda"
     )
     checkpoints: tuple[str, ...] = option(
         "What a member was made from, a path or a Hugging Face repository, for PyTorch to run. Published DiTs need "
@@ -61,13 +61,13 @@ class Checks(LimitOptions):
 def command(bundle: Path, checks: Checks, as_json: bool) -> None:
     """Compare every engine of BUNDLE with ONNX Runtime and PyTorch.
 
-    Inputs are random ones, and those of a short trajectory of the bundle over all noise levels with guidance on, at the
-    smallest, tuned and largest batch, and where engines take several sizes at the smallest and largest too. Parts
-    (text encoders, VAE, ControlNet) are checked as members are, on what a prompt and its picture give them.
+    Inputs are random ones, and those of a short trajectory of the bundle over all noise levels with guidance. Each
+    engine runs at its smallest, tuned and largest batch, and at its smallest and largest size if it takes several.
+    Parts (text encoders, VAE, ControlNet) are checked like members, on what a prompt and its picture give them.
 
     An engine that can't run here is listed as not checked, with the reason; its identity and its plan's header are
-    checked anyway. Exit code 1 when an engine fails. With --rebuild, engines of every backend that runs here are first
-    compiled again where they don't fit.
+    checked anyway. The exit code is 1 when an engine fails. With --rebuild, engines of every backend that runs here are
+    first compiled again where they don't fit.
     """
     from tstitch_engines.backends import for_gpu
     from tstitch_engines.bundle.bundle import open_bundle
