@@ -17,6 +17,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -92,15 +94,14 @@ class PageRun:
         if block.file is not None:
             (self._folder / block.file).write_text(block.text)
         elif block.runs:
-            text = self._with_ports(block.text)
             if block.language == "python":
-                self._run_python(block, text)
+                self._run_python(block, self._with_ports(block.text))
             else:
-                self._run_shell(block, text)
+                self._run_shell(block)
 
-    def _run_shell(self, block: Block, text: str) -> None:
-        lines = text.splitlines()
-        starts = [*logical_lines(text)]
+    def _run_shell(self, block: Block) -> None:
+        lines = block.text.splitlines()
+        starts = [*logical_lines(block.text)]
         kept = [*lines]
         begin = 0
         for place, (index, command) in enumerate(starts):
@@ -123,9 +124,10 @@ class PageRun:
     def _bash(self, block: Block, lines: list[str]) -> None:
         if not any(lines):
             return
+        text = self._with_ports("\n".join(lines))
         say = "trap 'echo \"failed: line $((LINENO + OFFSET)): $BASH_COMMAND\" >&2' ERR; "
         done = subprocess.run(
-            ["bash", "-Eeuo", "pipefail", "-c", say + "\n".join(lines)],
+            ["bash", "-Eeuo", "pipefail", "-c", say + text],
             cwd=self._folder,
             env={**self._environment, "OFFSET": str(block.line - 1)},
             stdin=subprocess.DEVNULL,
@@ -135,8 +137,9 @@ class PageRun:
             timeout=SECONDS,
         )
         if done.returncode:
-            text = "\n".join(line for line in lines if line)
-            pytest.fail(f"{block.place}: exit code {done.returncode}\n{text}\n\n{done.stdout[-4000:]}{self._told()}")
+            pytest.fail(
+                f"{block.place}: exit code {done.returncode}\n{text.strip()}\n\n{done.stdout[-4000:]}{self._told()}"
+            )
 
     def _run_python(self, block: Block, text: str) -> None:
         output = self._folder / ".python.txt"
@@ -166,7 +169,7 @@ class PageRun:
             )  # fmt: skip
         self._servers[port] = process, free, block, log
         end = time.monotonic() + SECONDS
-        while not _answers(free):
+        while not _answers(free, "/readyz" if name == "serve" else "/"):
             if process.poll() is not None or time.monotonic() > end:
                 pytest.fail(f"{block.place}: does not listen: {command}\n{log.read_text()[-4000:]}")
             time.sleep(0.05)
@@ -212,6 +215,10 @@ def _free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+def _answers(port: int, path: str) -> bool:
+    """Whether the server is ready for requests."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5):
+            return True
+    except OSError as error:  # an answer that is an error too
+        return path == "/" and isinstance(error, urllib.error.HTTPError)
