@@ -78,9 +78,8 @@ def _section(name: str, command: click.Command, level: str) -> str:
         parts.append(table(("option", "default", "meaning"), rows))
     if shared:
         names = ", ".join(f"`{option.opts[-1]}`" for option in shared)
-        parts.append(
-            f"{'And' if rows else 'Takes'} [options of several commands](#options-of-several-commands): {names}."
-        )
+        takes = "Also takes" if rows else "Takes"
+        parts.append(f"{takes} these [shared options](#options-of-several-commands): {names}.")
     examples = getattr(command, "examples", ())
     if examples:
         parts.append("```console\n" + "\n".join(f"$ {line}" for line in examples) + "\n```")
@@ -97,7 +96,7 @@ def _row(option: click.Option) -> list[str]:
         text, default = match[1] + (match[3] or ""), _text(match[2])
     elif match := re.fullmatch(r"(.*?)\s*\(default: ([^)]+)\)(.*)", text, re.DOTALL):
         text, default = f"{match[1]}{match[3]}", _text(match[2])
-    elif option.show_default and not option.is_flag:
+    elif option.show_default and not option.is_flag and option.default != "":
         default = f"`{option.default}`"
     if option.required:
         default = "required"
