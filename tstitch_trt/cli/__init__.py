@@ -40,6 +40,7 @@ COMMANDS = {
     "serve": "Serve bundles over HTTP, batching the steps of all requests; OpenAI's client works unchanged.",
     "report": "Write one page of what is known of a bundle: samples, studies, machines, commands.",
     "config": "Show the defaults that a file or the environment gives to options, or write such a file.",
+    "completion": "Print the script that makes bash, zsh or fish complete this command.",
     "doctor": "Show what this machine can build and run, and how to mend what it can't.",
 }
 
@@ -66,7 +67,7 @@ class _Lazy(Command, click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         from tstitch_engines.errors import unknown_name
 
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS and not ctx.resilient_parsing:
             raise unknown_name("command", args[0], COMMANDS)
         return super().resolve_command(ctx, args)
 

@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from tstitch_engines.errors import BadInput
+from tstitch_trt.cli._completion import COMPLETERS, complete_bundle
 from tstitch_trt.cli._defaults import DefaultsFile, read_environment, said_elsewhere
 
 __all__ = ["Command", "command_line", "option", "tstitch_command"]
@@ -84,8 +85,14 @@ def tstitch_command(
                     for key, record in records.items()}  # fmt: skip
             return function(**values, **made)
 
-        found: list[Callable[[Any], Any]] = [click.argument("bundle", type=click.Path(path_type=Path))] * bundle
-        found += [click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")] * bundles
+        found: list[Callable[[Any], Any]] = [
+            click.argument("bundle", type=click.Path(path_type=Path), shell_complete=complete_bundle)
+        ] * bundle
+        found += [
+            click.argument(
+                "bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...", shell_complete=complete_bundle
+            )
+        ] * bundles
         for record in records.values():
             hints = typing.get_type_hints(record)
             found += [_option(item, hints[item.name]) for item in fields(record)]
@@ -126,7 +133,7 @@ def _option(item: Field[Any], hint: Any) -> Callable[[Any], Any]:
     default: dict[str, Any] = {} if item.default is None or many else {"default": item.default, "show_default": True}
     return click.option(
         *names, item.name, type=parsed, multiple=many, metavar=said["metavar"], help=said["help"],
-        required=said["required"], **default,
+        required=said["required"], shell_complete=COMPLETERS.get(names[-1]) if parsed is str else None, **default,
     )  # fmt: skip
 
 

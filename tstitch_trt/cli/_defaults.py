@@ -51,7 +51,7 @@ SHARED: Final = ("device", "graph", "max-memory", "memory-limit", "require-signa
 """What the table ``[all]`` may hold."""
 
 _TYPED: Final = ("trust", "insecure", "traceback")
-_NO_DEFAULTS: Final = ("config",)
+_NO_DEFAULTS: Final = ("completion", "config")
 _BYTES: Final = 128 << 10
 
 

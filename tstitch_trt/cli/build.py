@@ -10,6 +10,7 @@ import click
 
 from tstitch_engines.errors import BadInput
 from tstitch_trt.cli._command import option, tstitch_command
+from tstitch_trt.cli._completion import complete_recipe
 from tstitch_trt.cli._options import LimitOptions, lora_texts, signature_option
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Options(LimitOptions):
 
 
 @tstitch_command("build", EXAMPLES, bundle=False, given=Options)
-@click.argument("source", metavar="RECIPE|BUNDLE", required=False)
+@click.argument("source", metavar="RECIPE|BUNDLE", required=False, shell_complete=complete_recipe)
 def command(source: str | None, given: Options, as_json: bool) -> None:
     """Build RECIPE (a name, or the path of a .toml file) into a bundle, or BUNDLE's engines for one more backend.
 
