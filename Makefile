@@ -26,8 +26,8 @@ test:  ## on all cores
 test-slow:  ## the same on further models
 	$(PYTHON) -m pytest -n auto -m slow
 
-pages:  ## write the generated parts of docs/; with ALL=--all those that take a minute too
-	PYTHONPATH=tests:$$PYTHONPATH $(PYTHON) -W ignore -m support.pages $(ALL)
+pages:  ## write the generated parts of docs/; QUICK=--quick leaves out what takes long
+	PYTHONPATH=tests:$$PYTHONPATH $(PYTHON) -W ignore -m support.pages $(QUICK)
 
 docs:  ## the site, in build/site; needs pip install ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -1,4 +1,4 @@
-"""docs/support/compatibility.md is what the code says: ``make pages ALL=--all`` writes it."""
+"""docs/support/compatibility.md is what the code says: ``make pages`` writes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_what_files_say() -> None:
     text = PAGE.read_text()
     for section in own_sections():
-        assert section in text, "run make pages ALL=--all"
+        assert section in text, "run make pages"
 
 
 def test_what_diffusers_has() -> None:
@@ -38,4 +38,4 @@ def compare(sections: list[str]) -> None:
     if diffusers.__version__ != version[1]:
         pytest.skip(f"the page is of diffusers {version[1]}, this is {diffusers.__version__}")
     for section in sections:
-        assert section in text, "run make pages ALL=--all"
+        assert section in text, "run make pages"

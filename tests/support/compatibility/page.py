@@ -23,7 +23,7 @@ _HEAD: Final = """\
 What diffusers pipelines, schedulers, checkpoints and LoRAs may contain, and whether it is honoured or refused.
 
 Nothing that would change a picture is ignored: an entry is honoured, or it has no effect in diffusers either, or it is
-refused for the reason given here. `make pages ALL=--all` writes this page by asking the code that decides; the tests
+refused for the reason given here. `make pages` writes this page by asking the code that decides; the tests
 compare the two.
 
 Schedulers, pipelines and keys are those of diffusers {version}.
