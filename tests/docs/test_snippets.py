@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from support.snippets import ROOT, Block, blocks, check, is_skipped, logical_lines
+from support.snippets import ROOT, Block, blocks, check, is_skipped, logical_lines, without_blocks
 from tstitch_trt.cli import cli
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,10 +54,12 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", [path for path in CHECKED + RUN if path.exists() and blocks(path)], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in CHECKED + RUN if path.exists()], ids=name_of)
 def test_snippets_are_right(path: Path) -> None:
     for block in blocks(path):
         check(block)
+    indented = re.findall(r"^ {4,}(?:tstitch-trt|python|pip) .*", without_blocks(path.read_text()), re.MULTILINE)
+    assert not indented, f"{name_of(path)}: commands that are no fenced block are not checked: {indented}"
 
 
 @pytest.mark.timeout(900)

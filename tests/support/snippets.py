@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import yaml
 
-__all__ = ["NEEDS", "ROOT", "RUN", "Block", "blocks", "check", "is_skipped", "logical_lines"]
+__all__ = ["NEEDS", "ROOT", "RUN", "Block", "blocks", "check", "is_skipped", "logical_lines", "without_blocks"]
 
 ROOT = Path(__file__).parents[2]
 # Why a block is not run, as its title: readers see it.
@@ -75,6 +75,10 @@ def blocks(path: Path) -> list[Block]:
         )
         found.append(Block(page, line, match[2], match[3] or "", textwrap.dedent(match[5])))
     return found
+
+
+def without_blocks(text: str) -> str:
+    return _FENCE.sub("", text)
 
 
 def check(block: Block) -> None:
@@ -156,7 +160,7 @@ def _check_command(words: list[str], place: str) -> None:
         targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets), f"{place}: {shlex.join(words)}: the Makefile has {', '.join(targets)}"
     elif words[:1] in (["python"], ["python3"], ["pytest"]):
-        files = [word.partition("::")[0] for word in words if re.match(r"(?:benchmarks|examples|tests)/", word)]
+        files = [word.partition("::")[0] for word in words if re.match(r"(?:benchmarks|examples|tests)/\S+\.py", word)]
         assert all((ROOT / file).exists() for file in files), f"{place}: {shlex.join(words)}: no such file"
 
 
