@@ -17,7 +17,7 @@ PACKAGES = ("tstitch_engines", "tstitch_export", "tstitch_trt")  # from the bott
 # A folder or file imports only what stands on a line before its own, and files of its own folder.
 ORDER = {
     "tstitch_engines": [
-        ["errors", "progress", "quiet"],
+        ["errors", "progress", "quiet", "version"],
         ["checks", "closing"],
         ["driver", "threads"],
         ["child", "needs", "spec"],

@@ -15,7 +15,6 @@ import tstitch_trt.start  # noqa: F401 - before all that takes time
 # isort: split
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from typing import ParamSpec, TypeVar
 
 from tstitch_engines.bundle.bundle import Bundle
@@ -44,6 +43,7 @@ from tstitch_engines.errors import (
     Unsafe,
     Untrusted,
 )
+from tstitch_engines.version import VERSION
 from tstitch_trt.pipeline.accelerate import accelerate as _accelerate
 from tstitch_trt.plan.plan import Plan, make_plan
 from tstitch_trt.plan.schedule import Schedule, Segment
@@ -114,7 +114,4 @@ def _with_budgets(function: Callable[P, T]) -> Callable[P, T]:
 accelerate = _with_budgets(_accelerate)
 load = _with_budgets(_load)
 
-try:
-    __version__ = version("tstitch-trt")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+unknown"
+__version__ = VERSION

@@ -32,6 +32,7 @@ from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range, ShapeProfile
+from tstitch_engines.version import VERSION
 from tstitch_export.families.base import Scalar
 from tstitch_export.families.options import typed
 from tstitch_export.onnx_export.network import copy_into, exported_network, exported_program, versions_of
@@ -156,7 +157,7 @@ class _Builder:
     def fill(self, staging: Path, plan: BundlePlan, recipe: str) -> Manifest:
         """``recipe`` is the name or path that was given."""
         spec, conventions = plan.recipe, plan.conventions
-        versions = versions_of(("tstitch-trt",))
+        versions = {"tstitch-trt": VERSION}
         made: dict[str, Network] = {}
         for index, planned in enumerate(plan.networks):
             report = _within(self.report, index / len(plan.networks), 1 / len(plan.networks), f"{planned.name}: ")

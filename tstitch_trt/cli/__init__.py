@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import click
 
+from tstitch_engines.version import VERSION
 from tstitch_trt.cli._command import Command
 from tstitch_trt.cli._errors import as_failure, print_failure
 from tstitch_trt.cli._signals import watch_signals
@@ -82,7 +83,7 @@ class _Lazy(Command, click.Group):
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(package_name="tstitch-trt", prog_name="tstitch-trt", message="%(prog)s %(version)s")
+@click.version_option(VERSION, prog_name="tstitch-trt", message="%(prog)s %(version)s")
 def cli() -> None:
     """T-Stitch as a compiled engine: a small denoiser runs the early diffusion steps, the large one the late ones.
 

@@ -45,6 +45,7 @@ def command(options: Options, as_json: bool) -> None:
 
     import tstitch_trt
     from tstitch_engines.bundle.cache import default_root
+    from tstitch_engines.version import VERSION
     from tstitch_export.build import build
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.demo import draw, run
@@ -52,11 +53,10 @@ def command(options: Options, as_json: bool) -> None:
     from tstitch_trt.images.grid import save_png
     from tstitch_trt.images.write import METADATA_KEY
     from tstitch_trt.progress import log, progress_bar
-    from tstitch_trt.study.machine import version
 
     output, guidance = options.output, options.guidance
     require_output(output, ".png", option="-o")
-    place = options.bundle or default_root() / f"fashion-{version()}.bundle"
+    place = options.bundle or default_root() / f"fashion-{VERSION}.bundle"
     place.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("building the built-in pair") as bar:  # what did not change comes from the cache
         build("fashion", output=place, progress=bar)

@@ -34,6 +34,7 @@ from tstitch_engines.errors import BadBundle, BadEngine, BadInput, BadSchedule, 
 from tstitch_engines.progress import Progress, silent
 from tstitch_engines.spec import Range
 from tstitch_engines.threads import check_threads
+from tstitch_engines.version import VERSION
 from tstitch_trt.pipeline.bundle_cache import kept_root, touch
 from tstitch_trt.pipeline.callers_words import in_callers_words, notes_in_callers_words, reworded
 from tstitch_trt.pipeline.checkpoint import (
@@ -297,7 +298,7 @@ def _key(scheduler: Any, stock: Mapping[str, StockModule], small: Any, recipe: s
             "parts": {name: module_hash(one.module) for name, one in stock.items()},
             "trained": {"noise": noise, "prediction": prediction},
             "settings": {key: str(value) for key, value in settings.items()},
-            "versions": versions_of(("tstitch-trt", "torch", "diffusers", "onnx", "onnxscript")),
+            "versions": {"tstitch-trt": VERSION} | versions_of(("torch", "diffusers", "onnx", "onnxscript")),
         }
     )
 

@@ -16,6 +16,7 @@ from tstitch_engines.compile.engine import Compiler
 from tstitch_engines.errors import BadBundle
 from tstitch_engines.progress import silent
 from tstitch_engines.spec import Range, ShapeProfile, usual_batch
+from tstitch_engines.version import VERSION
 from tstitch_trt.reference.recorder import needs_widening
 
 __all__ = ["assemble"]
@@ -49,7 +50,8 @@ def assemble(bundle: Bundle, staging: Path, name: str, member: Member) -> Manife
         if other not in have:
             _log.warning("member %s has no %s engine yet: tstitch-trt build BUNDLE --backend %s", name, other, other)
     members = {**old.members, name: msgspec.structs.replace(member, engines=records)}
-    versions = old.versions | versions_of(("tstitch-trt", "nvidia-modelopt")) | {backend.name: backend.version()}
+    made = {"tstitch-trt": VERSION, backend.name: backend.version()} | versions_of(("nvidia-modelopt",))
+    versions = old.versions | made
     return msgspec.structs.replace(old, members=members, versions=versions)
 
 

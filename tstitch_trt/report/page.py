@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from tstitch_engines.bundle.bundle import Bundle
 from tstitch_engines.bundle.manifest import Manifest, Member
+from tstitch_engines.version import VERSION
 from tstitch_trt.plots.calibration import draw_checks
 from tstitch_trt.plots.divergence import draw_divergence, draw_orders
 from tstitch_trt.plots.search import draw_search
@@ -22,7 +23,7 @@ from tstitch_trt.report.samples import SampleTable, png_url
 from tstitch_trt.study.divergence.orders import FEW_SEEDS
 from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.gather import Studies, by_metric
-from tstitch_trt.study.machine import Machine, version
+from tstitch_trt.study.machine import Machine
 from tstitch_trt.study.records import PAIRED
 from tstitch_trt.study.store import weights_of
 
@@ -58,7 +59,7 @@ def render(bundle: Bundle, page: Page) -> str:
         samples=page.samples,
         first=first,
         when=when,
-        version=version(),
+        version=VERSION,
         style=stylesheet("tstitch_trt.report"),
         weights={name: _weight(member) for name, member in manifest.members.items()},
         cards=list(_cards(studies, first, last)),

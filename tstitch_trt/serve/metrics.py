@@ -10,10 +10,10 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 from tstitch_engines.needs import require
+from tstitch_engines.version import VERSION
 from tstitch_trt.serve.observer import Observer
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Metrics(Observer):
         )
         self._responses = counter("http_responses", "Answers over HTTP.", "method", "route", "status")
         client.Info("tstitch_build", "What runs.", registry=self.registry).info(
-            {"version": version("tstitch-trt"), "python": platform.python_version()}
+            {"version": VERSION, "python": platform.python_version()}
         )
         for kind in (client.ProcessCollector, client.GCCollector):
             kind(registry=self.registry)

@@ -13,8 +13,9 @@ import msgspec
 
 from tstitch_engines.backends import BACKENDS
 from tstitch_engines.bundle.manifest import Bytes, Count, Number, Text
+from tstitch_engines.version import VERSION
 
-__all__ = ["Machine", "describe_machine", "gpu_names", "package_version", "peak_memory", "version"]
+__all__ = ["Machine", "describe_machine", "gpu_names", "package_version", "peak_memory"]
 
 _ENGINES = (name for entry in BACKENDS.values() for name in entry.packages)
 PACKAGES = ("numpy", *_ENGINES, "cuda-core", "cuda-bindings", "onnx")
@@ -31,11 +32,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[Text, ...]
     python: Text
     versions: dict[Text, Text]
-
-
-def version() -> str:
-    """The installed version of this package."""
-    return package_version("tstitch-trt") or "0+not-installed"
 
 
 def package_version(name: str) -> str | None:
@@ -55,7 +51,7 @@ def describe_machine() -> Machine:
         load=round(os.getloadavg()[0], 2),
         gpus=gpu_names(),
         python=platform.python_version(),
-        versions={"tstitch-trt": version(), **{k: v for k, v in found.items() if v is not None}},
+        versions={"tstitch-trt": VERSION, **{k: v for k, v in found.items() if v is not None}},
     )
 
 
