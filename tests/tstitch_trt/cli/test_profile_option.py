@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -129,3 +132,21 @@ def test_previews_of_a_callback_are_in_it(fashion_bundle: Path) -> None:
     assert [name for name in names if name in ("chunk", "step", "decode")] == [
         "chunk", "step", "decode", "step", "decode", "decode",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_nvtx_gets_the_same_spans(fashion_bundle: Path, tmp_path: Path) -> None:
+    """The library nvtx with a tool loaded, as under Nsight Systems."""
+    source, tool, log = Path(__file__).parents[2] / "support" / "nvtx_tool.cpp", tmp_path / "tool.so", tmp_path / "log"
+    subprocess.run(["g++", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Werror", "-o", tool, source], check=True)
+    set_here = {"NVTX_INJECTION64_PATH": str(tool), "NVTX_TOOL_LOG": str(log), "TSTITCH_TRT_NVTX": "1"}
+    environment = {**os.environ, **set_here, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    words = ["sample", fashion_bundle, "--steps", "3", "--profile", tmp_path / "t.json", "-o", tmp_path / "a.png"]
+    subprocess.run([sys.executable, "-m", "tstitch_trt.cli", *words], check=True, env=environment)
+    lines = log.read_text().splitlines()
+    begun = [line.split(" ", 3)[1:] for line in lines if line.startswith("start")]
+    assert {domain for _, domain, _ in begun} == {"tstitch-trt"}
+    spans = events(tmp_path / "t.json")
+    said = [" ".join([one["name"], *(f"{name}={value}" for name, value in one["args"].items())]) for one in spans]
+    assert [text for _, _, text in begun] == said
+    assert sorted(line.split()[1] for line in lines if line.startswith("end")) == sorted(each for each, _, _ in begun)
