@@ -87,6 +87,8 @@ class _Lazy(Command, click.Group):
 def cli() -> None:
     """T-Stitch as a compiled engine: a small denoiser runs the early diffusion steps, the large one the late ones.
 
+    Options may have defaults in a file and in the environment: tstitch-trt config.
+
     Data goes to stdout (--json prints one JSON document), logs and progress to stderr. Exit codes: 0 done, 1 the work
     failed, 2 bad input, 130 interrupted, 143 terminated.
     """
