@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,8 +24,8 @@ _LARGE = (".safetensors", ".bin")
 class Hub:
     """``commits`` are files by repository and commit, ``branches`` commits by repository and branch.
 
-    ``closed``: the status that a repository or its files are refused with, and the code that tells why. ``asked``: what
-    was asked for, files as ``ORG/NAME/FILE``.
+    ``closed``: the status that a repository, its files or one file are refused with, and the code that tells why.
+    ``asked``: what was asked for, files as ``ORG/NAME/FILE``. ``sends``: the pieces in which a file is sent.
     """
 
     url: str = ""
@@ -33,6 +33,7 @@ class Hub:
     branches: dict[str, dict[str, str]] = field(default_factory=dict)
     closed: dict[str, tuple[int, str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    sends: Callable[[bytes], Iterable[bytes]] = lambda content: (content,)
 
     def publish(self, repository: str, files: dict[str, bytes] | Path, branch: str = "main") -> str:
         """Makes these files, or those of a folder, what the branch is; returns the commit."""
@@ -79,26 +80,36 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, repository: str, commit: str, name: str) -> None:
         if self.command == "GET":
             self.hub.asked.append(f"{repository}/{name}")
-        if repository in self.hub.closed:
-            return self._refuse(*self.hub.closed[repository])
+        for closed in {repository, f"{repository}/{name}"} & self.hub.closed.keys():
+            return self._refuse(*self.hub.closed[closed])
         commit = self.hub.branches.get(repository, {}).get(commit, commit)
         content = self.hub.commits.get(repository, {}).get(commit, {}).get(name)
         if content is None:
             return self._refuse(404, "EntryNotFound")
         large = hashlib.sha256(content).hexdigest()
         tag = large if name.endswith(_LARGE) else hashlib.sha1(content, usedforsecurity=False).hexdigest()
-        return self._answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'})
+        self._answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}, self.hub.sends)
+        return None
 
     def _refuse(self, status: int, code: str) -> None:
         self._answer(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
 
-    def _answer(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
+    def _answer(
+        self,
+        status: int,
+        content: bytes = b"",
+        headers: dict[str, str] | None = None,
+        sends: Callable[[bytes], Iterable[bytes]] = lambda content: (content,),
+    ) -> None:
+        """A GET ends where the connection does, which is the way of HTTP/1.0."""
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+        length = {"Content-Length": str(len(content))} if self.command == "HEAD" else {}
+        for name, value in {**(headers or {}), **length}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        with suppress(ConnectionError):  # of one who did not wait
+            for part in sends(content) if self.command == "GET" else ():
+                self.wfile.write(part)
 
     def log_message(self, *_: object) -> None:
         pass

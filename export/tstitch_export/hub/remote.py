@@ -6,9 +6,11 @@ asked once and waited for ``HF_HUB_ETAG_TIMEOUT`` seconds, 5 where nothing is sa
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ T = TypeVar("T")
 
 _SECONDS: Final = 5
 _TICK: Final = 0.2  # seconds between two reports of a download
+_TIDYING: Final = 2.0  # seconds that a download which is stopped has to remove its file
 _HTTP: Final = ("httpx", "httpx2", "requests", "urllib3")  # one of them is what huggingface_hub speaks through
 _LONGEST: Final = 400  # characters of a file's name
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
@@ -55,7 +58,7 @@ class Listing:
 
 
 def _hub(reference: Reference) -> Any:
-    what = f"{reference.repository}, of Hugging Face,"
+    what = f"{reference.repository} is no file or folder here, and as a Hugging Face repository it"
     hub = require("huggingface_hub", what, instead="give the path of a local copy")
     for module in ("constants", "errors", "utils"):  # attributes of it once they are imported
         import_module(f"huggingface_hub.{module}")
@@ -118,56 +121,47 @@ def ask(reference: Reference) -> Listing:
         raise Unreachable("HF_HUB_OFFLINE is set")
     seconds = int(hub.constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else _SECONDS
     api = hub.HfApi(library_name="tstitch-trt")
-    try:
-        info = _in_thread(
-            lambda: api.model_info(
-                reference.repository, revision=reference.revision, files_metadata=True, timeout=seconds
-            ),
-            seconds=2 * seconds,  # names of hosts are looked up without a limit
-        )
-    except Exception as error:
-        raise _meaning(hub, error, reference) from None
+    info = _in_thread(
+        lambda: api.model_info(reference.repository, revision=reference.revision, files_metadata=True, timeout=seconds),
+        reference,
+        seconds=2 * seconds,  # names of hosts are looked up without a limit
+    )
     files = {str(file.rfilename): int(file.size or 0) for file in info.siblings or ()}
     commit = str(info.sha)
     if not is_commit(commit):
         raise BadInput(
-            f"{reference}: {hub.constants.ENDPOINT} says its commit is {commit[:80]!r}; a commit is 40 hex digits",
+            f"{reference}: {_endpoint(hub)} says its commit is {commit[:80]!r}; a commit is 40 hex digits",
             hint="check HF_ENDPOINT",
         )
     if is_commit(reference.revision) and commit != reference.revision:
-        raise BadInput(f"{reference}: {hub.constants.ENDPOINT} answers with commit {commit}", hint="check HF_ENDPOINT")
+        raise BadInput(f"{reference}: {_endpoint(hub)} answers with commit {commit}", hint="check HF_ENDPOINT")
     return Listing(commit, {name: size for name, size in files.items() if _stays_inside(name)})
 
 
 def download(reference: Reference, commit: str, name: str, tick: Callable[[int], None]) -> None:
     """Puts one file of a commit into the local cache; ``tick`` gets the bytes that are there so far.
 
-    Raises ``BadInput`` where it may not be read, ``Unreachable`` where the connection is lost, ``FailedWork`` where it
-    can't be written.
+    An exception of ``tick`` or Ctrl-C stops it, and ``huggingface_hub`` tidies up. Raises ``BadInput`` where it may not
+    be read, ``Unreachable`` where the connection is lost, ``FailedWork`` where it can't be written.
     """
-    hub, blobs = _hub(reference), _repository_folder(reference) / "blobs"
+    hub, blobs, started = _hub(reference), _repository_folder(reference) / "blobs", time.time()
     at_commit = Reference(reference.repository, name, commit)
 
     def written() -> int:
         try:
-            return max((file.stat().st_size for file in blobs.glob("*.incomplete")), default=0)
+            found = [file.stat() for file in blobs.glob("*.incomplete")]
         except OSError:  # just renamed
             return 0
+        return max((one.st_size for one in found if one.st_mtime >= started), default=0)  # others were left behind
 
     quiet = hub.utils.are_progress_bars_disabled()
     hub.utils.disable_progress_bars()  # what they draw and our bar are on one terminal
     try:
         found = _in_thread(
             lambda: hub.hf_hub_download(reference.repository, name, revision=commit, library_name="tstitch-trt"),
+            at_commit,
             tick=lambda: tick(written()),
         )
-    except Exception as error:
-        if type(error) in (OSError, PermissionError, FileNotFoundError, NotADirectoryError):
-            raise FailedWork(
-                f"{at_commit} can't be kept in {cache_folder(reference)}: {error}",
-                hint="make room, or name another folder: HF_HOME=DIR",
-            ) from None
-        raise _meaning(hub, error, at_commit) from None
     finally:
         if not quiet:
             hub.utils.enable_progress_bars()
@@ -193,8 +187,14 @@ def _stays_inside(name: str) -> bool:
     )
 
 
-def _in_thread(work: Callable[[], T], *, seconds: float | None = None, tick: Callable[[], None] | None = None) -> T:
-    """``work()``, in a thread that may be left behind: after ``seconds``, and at Ctrl-C. Raises what it raises."""
+def _in_thread(
+    work: Callable[[], T], about: Reference, *, seconds: float | None = None, tick: Callable[[], None] | None = None
+) -> T:
+    """``work()``, in a thread that is left behind after ``seconds``, and stopped at Ctrl-C.
+
+    Raises what ``tick`` does, and what an exception of the work ``about`` a repository means.
+    """
+    hub = _hub(about)
     done: list[T] = []
     failed: list[BaseException] = []
 
@@ -207,22 +207,40 @@ def _in_thread(work: Callable[[], T], *, seconds: float | None = None, tick: Cal
     thread = threading.Thread(target=run, name="tstitch-hub", daemon=True)
     thread.start()
     waited = 0.0
-    while thread.is_alive() and (seconds is None or waited < seconds):
-        thread.join(_TICK)
-        waited += _TICK
-        if tick is not None:
-            tick()
+    try:
+        while thread.is_alive() and (seconds is None or waited < seconds):
+            thread.join(_TICK)
+            waited += _TICK
+            if tick is not None:
+                tick()
+    except BaseException:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join(_TIDYING)
+        raise
     if failed:
-        raise failed[0]
+        raise _meaning(hub, failed[0], about) from None
     if not done:
-        raise Unreachable(f"there was no answer in {seconds:g} seconds")
+        raise Unreachable(f"{_endpoint(hub)} can't be reached: there was no answer in {seconds:g} seconds")
     return done[0]
 
 
-def _meaning(hub: Any, error: Exception, reference: Reference) -> Exception:
-    """What an exception of ``huggingface_hub`` or of its HTTP library means here."""
-    errors, place = hub.errors, f"{hub.constants.ENDPOINT}/{reference.repository}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+def _endpoint(hub: Any) -> str:
+    """The address that is asked, without the name and password that may be in it."""
+    return re.sub(r"//[^/@]*@", "//", hub.constants.ENDPOINT)
+
+
+def _meaning(hub: Any, error: BaseException, reference: Reference) -> Exception:
+    """What an exception of ``huggingface_hub``, of its HTTP library or of the disk means here."""
+    errors, endpoint = hub.errors, _endpoint(hub)
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # why the file was not found
+    place = f"{endpoint}/{reference.repository}"
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    told = str(getattr(response, "headers", {}).get("X-Error-Message") or "")[:_LONGEST]
+    told = "".join(filter(str.isprintable, told))
+    if status == 401 and told.startswith("Invalid credentials"):
+        return BadInput(f"{endpoint} does not accept the access token (401)", hint="hf auth login, or correct HF_TOKEN")
     if isinstance(error, errors.GatedRepoError) or (
         status in (401, 403) and not isinstance(error, errors.RepositoryNotFoundError)
     ):
@@ -244,11 +262,19 @@ def _meaning(hub: Any, error: Exception, reference: Reference) -> Exception:
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return BadInput(f"{reference.repository} has no file {reference}", hint=f"see {place}/tree/main")
     if status is not None:
-        problem = f"{hub.constants.ENDPOINT} answers {status}: {first_line(error)}"
-        fix = "check HF_ENDPOINT, or give the path of a local copy"
-        return Unreachable(problem) if status >= 500 else BadInput(f"{reference}: {problem}", hint=fix)
-    if isinstance(error, Unreachable):
-        return Unreachable(f"{hub.constants.ENDPOINT} can't be reached: {error}")
-    if isinstance(error, OSError) or type(error).__module__.startswith(_HTTP):
-        return Unreachable(f"{hub.constants.ENDPOINT} can't be reached: {first_line(error)}")
-    return error
+        problem = f"{endpoint} answers {status}{told and ': '}{told}"
+        if status >= 500 or status in (408, 429):  # these pass
+            return Unreachable(problem)
+        return BadInput(f"{reference}: {problem}", hint="check HF_ENDPOINT, or give the path of a local copy")
+    if isinstance(error, UnicodeEncodeError):
+        return BadInput("the access token of Hugging Face is not ASCII", hint="hf auth login, or correct HF_TOKEN")
+    own = type(error).__module__ == "builtins"
+    if own and isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError) and error.errno:
+        return FailedWork(
+            f"{reference}: {cache_folder(reference)} can't be used: {error}",
+            hint="make room, or name another folder: HF_HOME=DIR",
+        )
+    lost = isinstance(error, OSError) and type(error) is not OSError
+    if lost or type(error).__module__.startswith(_HTTP):
+        return Unreachable(f"{endpoint} can't be reached: {first_line(error)}")
+    return Unreachable(f"what {endpoint} answers can't be read ({type(error).__name__}: {first_line(error)})")

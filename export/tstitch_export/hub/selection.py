@@ -89,7 +89,9 @@ def select(names: Collection[str], path: str, kind: str, *, where: str, whole: b
         )
     folder = PurePosixPath(path).name
     own = kind if kind in _TOKENIZERS and folder not in _TOKENIZERS else folder
-    return Selection(path, _of_model(names, path, own, where))
+    above = path.rpartition("/")[0]
+    table = select_component(names, above, "class_embedder", where=where) if kind == "member" and path else ()
+    return Selection(path, (*table, *_of_model(names, path, own, where)))
 
 
 def select_component(

@@ -112,16 +112,11 @@ class Snapshot:
             return False
 
     def _shards(self, chosen: Sequence[str]) -> list[str]:
-        """The files that the indices among the ``chosen`` list, which lie beside them. Raises ``BadCheckpoint``."""
+        """The files that the indices among the ``chosen`` list. Raises ``BadCheckpoint``."""
         found = []
         for index in (name for name in chosen if name.endswith(".json") and ".index." in name):
-            for name in listed_in(self._folder / index):
-                if Path(name).name != name or "\\" in name:
-                    raise BadCheckpoint(
-                        f"{self._reference.repository}/{index} lists {name!r}, which is not beside it",
-                        hint="name another repository",
-                    )
-                found.append(f"{index.rpartition('/')[0]}/{name}".removeprefix("/"))
+            start = index.rpartition("/")[0]
+            found += [f"{start}{start and '/'}{name}" for name in listed_in(self._folder / index)]
         return found
 
     def _download(self, names: Sequence[str]) -> None:
@@ -129,7 +124,12 @@ class Snapshot:
         if not missing:
             return
         sizes = self._ask().sizes
-        total, done = sum(sizes.get(name, 0) for name in missing), 0
+        if absent := [name for name in missing if name not in sizes]:
+            raise BadCheckpoint(
+                f"{self._reference.repository} has no {absent[0]!r}, which its index lists",
+                hint="name another repository",
+            )
+        total, done = sum(sizes[name] for name in missing), 0
         files = f"{len(missing)} file{'s' if len(missing) > 1 else ''}"
         _log.info("%s: downloading %s, %.1f MB", self._reference, files, total / 1e6)
         for name in missing:
@@ -143,7 +143,7 @@ class Snapshot:
                 remote.download(self._reference, self.commit, name, tick)
             except remote.Unreachable as error:
                 raise self._offline("no whole copy", error) from None
-            done += sizes.get(name, 0)
+            done += sizes[name]
 
     def _linked(self, name: str) -> Path:
         """A link to the local copy that is called ``name``, as messages and manifests call it."""

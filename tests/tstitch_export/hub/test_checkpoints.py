@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from support.hub_server import Hub, running_hub
 from support.tiny_checkpoints import PNDM, pieces, planned, text_recipe
 from support.tiny_families import lora_file
 from tstitch_engines.bundle.manifest import Origin
-from tstitch_engines.errors import BadCheckpoint, BadInput, TStitchError, Unavailable
+from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, TStitchError, Unavailable
 from tstitch_export.hub.checkpoints import Checkpoints
 from tstitch_export.planning.bundle import BundlePlan
 
@@ -184,9 +186,11 @@ def test_shards(hub: Hub) -> None:
     hub.publish("org/name", {**files, **dict.fromkeys(shards, b"x"), "diffusion_pytorch_model.bin": b"x"})
     path = Checkpoints().locate("org/name", "vae_decoder")
     assert sorted(file.name for file in path.iterdir()) == sorted(["config.json", index, *shards])
-    hub.publish("org/bad", {**files, index: json.dumps({"weight_map": {"a": "../../../x.safetensors"}}).encode()})
-    with pytest.raises(BadCheckpoint, match=r"\.\./\.\./\.\./x\.safetensors"):
-        Checkpoints().locate("org/bad", "vae_decoder")
+    for listed in ("../../../x.safetensors", "..", "", "/etc/hostname.safetensors", "absent.safetensors"):
+        hub.publish("org/bad", {**files, index: json.dumps({"weight_map": {"a": listed}}).encode()})
+        with pytest.raises(BadCheckpoint, match=f"has no '.*{re.escape(listed)}', which its index lists"):
+            Checkpoints().locate("org/bad", "vae_decoder")
+    assert not [name for name in hub.files_asked() if name.endswith(("x.safetensors", "absent.safetensors"))]
 
 
 def test_paths_are_not_asked_for(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +233,8 @@ def test_a_file_that_was_altered(hub: Hub, pipeline: Path, tmp_path: Path) -> No
         ((403, "GatedRepo"), "org/name/config.json", ("its owner gave access (403)", "ask for it at")),
         ((400, "Odd"), "org/name", ("answers 400", "HF_ENDPOINT")),
         ((403, ""), "org/name", ("its owner gave access (403)",)),
+        ((401, "Invalid credentials in Authorization header"), "org/name", ("does not accept the access token",)),
+        ((200, ""), "org/name@main", ("can't be read (JSONDecodeError",)),
         (None, "org/name@v9", ("no branch, tag or commit 'v9'", "/commits/main")),
         (None, f"org/name@{'0' * 40}", ("no branch, tag or commit",)),
     ],
@@ -239,6 +245,60 @@ def test_what_may_not_be_read(hub: Hub, closed: Any, given: str, words: tuple[st
     with pytest.raises(BadInput) as caught:
         Checkpoints().locate(given, "controlnet")
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_hub_that_is_busy(hub: Hub, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    commit = hub.publish("org/name", FILES)
+    path = Checkpoints().locate("org/name", "controlnet")
+    hub.closed["org/name"] = (429, "")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url.replace("//", "//me:secret@"))
+    assert Checkpoints().locate("org/name", "controlnet") == path
+    assert f"answers 429; taken is what it was when it was last asked for, {commit}" in caplog.text
+    with pytest.raises(Unavailable, match=f"{hub.url} answers 429"):
+        Checkpoints().locate("org/name@v1", "controlnet")
+    assert "secret" not in caplog.text
+
+
+def test_a_download_that_fails(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.publish("org/name", FILES)
+    hub.closed["org/name/config.json"] = (403, "")
+    with pytest.raises(BadInput, match=r"its owner gave access \(403\)"):
+        Checkpoints().locate("org/name", "controlnet")
+    hub.closed.clear()
+    hub.sends = lambda content: (content[:1],)
+    with pytest.raises(Unavailable, match=r"can't be read .*should be of size 2 but has size 1"):
+        Checkpoints().locate("org/name", "controlnet")
+    (tmp_path / "disk/models--org--name/blobs").rmdir()
+    (tmp_path / "disk/models--org--name/blobs").write_text("")
+    with pytest.raises(FailedWork, match="can't be used") as caught:
+        Checkpoints().locate("org/name", "controlnet")
+    assert "HF_HOME=DIR" in caught.value.hint
+    monkeypatch.setenv("HF_TOKEN", "hf_sécret")
+    with pytest.raises(BadInput, match="token of Hugging Face is not ASCII") as refused:
+        Checkpoints().locate("org/name", "controlnet")
+    assert "cret" not in str(refused.value)
+
+
+def test_a_download_that_is_stopped_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
+    hub.publish("org/name", FILES)
+    hub.sends = lambda content: (time.sleep(0.02) or content for _ in range(500))
+    blobs = tmp_path / "hf/models--org--name/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "old.incomplete").write_bytes(bytes(5_000_000))
+    os.utime(blobs / "old.incomplete", (0, 0))
+    phases = []
+
+    def stop(phase: str, share: float) -> None:
+        phases.append(phase)
+        if len(list(blobs.iterdir())) > 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Checkpoints(stop).locate("org/name", "controlnet")
+    assert [file.name for file in blobs.iterdir()] == ["old.incomplete"]
+    assert {phase.rpartition(": ")[2] for phase in phases} == {"0 of 0 MB"}, "what others left does not count"
 
 
 def test_without_a_network_it_says_so_at_once(hub: Hub, offline: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,13 @@ def test_a_folder_and_a_file_alone() -> None:
     assert needed([*TOKENIZER, "x.txt"], "tokenizer", "tokenizer") == set(TOKENIZER)
 
 
+def test_classes_are_beside_a_denoiser() -> None:
+    classes = ["class_embedder/config.json", f"class_embedder/{UNET}.safetensors"]
+    unet = ["unet/config.json", f"unet/{UNET}.safetensors"]
+    for path in ("", "unet"):
+        assert needed([*classes, *unet], path, "member") == {*classes, *unet}
+
+
 def test_shards_are_taken_by_their_index() -> None:
     names = ["config.json", f"{UNET}.safetensors.index.json", f"{UNET}-00001-of-00002.safetensors", f"{UNET}.fp16.bin"]
     assert needed(names, "", "member") == {"config.json", f"{UNET}.safetensors.index.json"}
