@@ -144,7 +144,7 @@ class Stepper:
             key = key._replace(lanes=self.splitting.lanes(len(slots), guided=(key.guided,)))
         self.ready([key], preserve=True)
         self.activate(slots, key.lanes)
-        self.stepping(key)()
+        traced("step", self.stepping(key), member=key.member, lanes=key.lanes, guided=key.guided)()
 
     # --- stepping
 

@@ -18,6 +18,7 @@ import pytest
 import tstitch_trt
 from support.command import Command, refused
 from tstitch_engines.trace import Trace, current_trace
+from tstitch_trt.serve import Engine
 
 
 @pytest.fixture
@@ -132,6 +133,15 @@ def test_previews_of_a_callback_are_in_it(fashion_bundle: Path) -> None:
     assert [name for name in names if name in ("chunk", "step", "decode")] == [
         "chunk", "step", "decode", "step", "decode", "decode",
     ]  # fmt: skip
+
+
+def test_the_threads_of_a_server_have_tracks(fashion_bundle: Path) -> None:
+    with Engine(fashion_bundle) as engine, Trace() as trace:
+        engine.submit(labels=[3, 4], steps=4, fraction=0.5).result()
+    document = json.loads(trace.to_json())["traceEvents"]
+    tracks = {event["tid"]: event["args"]["name"] for event in document if event["name"] == "thread_name"}
+    found = [(tracks[e["tid"]], e["args"].get("member")) for e in document if e["name"] in ("step", "decode")]
+    assert found == [("tstitch-denoise", m) for m in ("small", "small", "large", "large")] + [("tstitch-decode", None)]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
