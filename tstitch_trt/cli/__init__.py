@@ -24,25 +24,25 @@ __all__ = ["cli", "main"]
 # name -> one line of help, here so that `tstitch-trt --help` imports none of the commands
 COMMANDS = {
     "demo": "Build the built-in pair and draw it at several stitch points, with time and quality.",
-    "build": "Slot a recipe and its checkpoints into a bundle of compiled engines.",
+    "build": "Export and compile the models of a recipe into a bundle, or add engines to a bundle.",
     "sample": "Draw images from a bundle.",
     "bench": "Measure engines, step kernels and stitched trajectories of a bundle.",
     "calibrate": "Measure what sampling costs on this machine, for --budget-ms and search.",
     "profile": "Compare the members of a bundle step by step and suggest a schedule.",
-    "inspect": "Show what a bundle holds: members, specs, engine identities, hashes, sources.",
-    "sign": "Sign a bundle, so that others can require your signature of it.",
+    "inspect": "Show what a bundle holds: members, inputs, engines, sources and hashes.",
+    "sign": "Sign a bundle, so that others can check that it is yours.",
     "verify": "Compare every engine of a bundle with ONNX Runtime and PyTorch.",
     "evaluate": "Measure how good the pictures of a bundle are over a list of schedules.",
-    "search": "Find the schedules, step counts and solvers that are worth their time.",
+    "search": "Find the schedules, step counts and solvers with the best quality for their time.",
     "cache": "List the cache of exports and engines, prune it or clear it.",
     "quantise": "Quantise one member of a bundle to int8 or fp8 and report what that costs.",
     "export-triton": "Write a bundle as a model of Triton Inference Server.",
-    "ui": "Draw in the browser at any stitch point, beside what was measured.",
+    "ui": "Draw in the browser at any stitch point, next to measured time and quality.",
     "serve": "Serve bundles over HTTP, batching the steps of all requests; OpenAI's client works unchanged.",
-    "report": "Write one page of what is known of a bundle: samples, studies, machines, commands.",
+    "report": "Write an HTML page about a bundle: samples, studies, machines, commands.",
     "config": "Show the defaults that a file or the environment gives to options, or write such a file.",
     "completion": "Print the script that makes bash, zsh or fish complete this command.",
-    "doctor": "Show what this machine can build and run, and how to mend what it can't.",
+    "doctor": "Show what this machine can build and run, and how to fix what it can't.",
 }
 
 EXAMPLES = """
@@ -66,8 +66,10 @@ class _Lazy(Command, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from tstitch_engines.errors import unknown_name
+        from tstitch_engines.errors import BadInput, unknown_name
 
+        if args and args[0] in ("help", "version"):
+            raise BadInput(f"{args[0]!r} is no command, but an option", hint=f"write it as: tstitch-trt --{args[0]}")
         if args and not args[0].startswith("-") and args[0] not in COMMANDS and not ctx.resilient_parsing:
             raise unknown_name("command", args[0], COMMANDS)
         return super().resolve_command(ctx, args)
@@ -85,7 +87,7 @@ class _Lazy(Command, click.Group):
 )
 @click.version_option(VERSION, prog_name="tstitch-trt", message="%(prog)s %(version)s")
 def cli() -> None:
-    """T-Stitch as a compiled engine: a small denoiser runs the early diffusion steps, the large one the late ones.
+    """T-Stitch with compiled engines: a small diffusion model runs the early steps, a large one the late steps.
 
     Options may have defaults in a file and in the environment: tstitch-trt config.
 

@@ -76,7 +76,8 @@ def tstitch_command(
     name: str, examples: str, *, bundle: bool = True, bundles: bool = False, json: bool = True, **records: type[Any]
 ) -> Callable[[Callable[..., object]], click.Command]:
     """A function as the command ``name``. It is called with ``bundle`` (a ``Path``) or ``bundles`` (one text or more),
-    ``as_json``, and each of the ``records`` by its keyword; the help lists their options in this order."""
+    ``as_json``, and each of the ``records`` by its keyword. The help lists their options in this order, those that a
+    record inherits after its own."""
 
     def decorate(function: Callable[..., object]) -> click.Command:
         @functools.wraps(function)
@@ -95,7 +96,9 @@ def tstitch_command(
         ] * bundles
         for record in records.values():
             hints = typing.get_type_hints(record)
-            found += [_option(item, hints[item.name]) for item in fields(record)]
+            own = [item for item in fields(record) if item.name in record.__annotations__]
+            inherited = [item for item in fields(record) if item not in own]
+            found += [_option(item, hints[item.name]) for item in (*own, *inherited)]
         found += [click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")] * json
         for add in reversed(found):
             run = add(run)

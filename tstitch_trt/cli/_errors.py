@@ -54,11 +54,10 @@ def _usage(error: click.ClickException) -> TStitchError:
     if isinstance(error, click.NoSuchOption):
         parameters = context.command.get_params(context) if context else []
         options = [name for p in parameters if isinstance(p, click.Option) for name in p.opts]
-        known = [name for name in options if name.startswith("--")]
-        close = nearest(error.option_name, known)
+        close = nearest(error.option_name, [name for name in options if name.startswith("--")])
         return BadInput(
-            f"unknown option {error.option_name!r} of {path!r}; known: {', '.join(known)}",
-            hint=f"did you mean {close!r}?" if close else f"see {path} --help",
+            f"unknown option {error.option_name!r} of {path!r}",
+            hint=f"did you mean {close!r}? All of them: {path} --help" if close else f"see {path} --help",
         )
     if isinstance(error, click.BadParameter) and error.param is not None:
         name = error.param.human_readable_name if isinstance(error.param, click.Argument) else error.param.opts[-1]
@@ -67,7 +66,10 @@ def _usage(error: click.ClickException) -> TStitchError:
         if isinstance(error, click.MissingParameter):
             usage = context.get_usage().removeprefix("Usage: ") if context else path
             return BadInput(f"{path!r} needs {name}, got nothing", hint=f"write it as: {usage}; see {path} --help")
-        return BadInput(f"{name}: {error.message.rstrip('.')}", hint=_example(path, error.param, context))
+        problem = error.message.rstrip(".")
+        for theirs, plain in (("valid float", "number"), ("valid integer", "whole number")):
+            problem = problem.replace(theirs, plain)
+        return BadInput(f"{name}: {problem}", hint=_example(path, error.param, context))
     return BadInput(error.format_message().rstrip("."), hint=f"see {path} --help")
 
 

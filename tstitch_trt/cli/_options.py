@@ -45,7 +45,7 @@ EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
 
 
 def rebuild_option() -> Any:
-    return option("First compile again the engines that are missing, damaged or don't fit this machine.")
+    return option("Compile again the engines that are missing, damaged or not for this machine.")
 
 
 def rounding_option(what: str = "") -> Any:
@@ -54,7 +54,7 @@ def rounding_option(what: str = "") -> Any:
 
 
 def trust_option() -> Any:
-    return option("Load engines that may run code (TensorRT, PyTorch) though this machine did not compile them.")
+    return option("Load engines that may run code (TensorRT, PyTorch) even if this machine did not compile them.")
 
 
 def signature_option() -> Any:
@@ -89,7 +89,7 @@ class LoadOptions(LimitOptions):
     backend: str | None = option("Backend whose engines to load. [the first that the bundle was built for]", "NAME")
     threads: int | None = threads_option("CPU threads of engines on the CPU.")
     graph: Literal["auto", "step", "segment", "off"] = option(
-        "Replay recorded CUDA graphs of a step, of all equal steps in a row, or none.", default="auto"
+        "CUDA graphs: record and replay each step, segments of equal steps, or nothing (off).", default="auto"
     )
     max_memory: str | None = option(
         "Refuse to load a bundle that may need more memory: 8GiB, 500MB. [what it needs at once must be free]", "SIZE"
@@ -195,15 +195,15 @@ class QualityOptions:
 class PictureOptions:
     """Texts and pictures to draw from; without one of them the bundle's own size is drawn from noise."""
 
-    prompt: tuple[str, ...] = option("What to draw; give it again for more, in turn.", "TEXT")
-    negative: str | None = option("What not to draw, with guidance.", "TEXT")
+    prompt: tuple[str, ...] = option("What to draw. May be repeated: the images take the prompts in turn.", "TEXT")
+    negative: str | None = option("What not to draw; works with guidance only.", "TEXT")
     prompt_embeds: Path | None = option("Encoded prompts: prompt_embeds, MEMBER.prompt_embeds...", "FILE.npz")
     size: str | None = option("Width and height in pixels. [the bundle's own, or --image's]", "WxH")
-    tile: str | None = option("How the VAE takes pictures: whole or in tiles. [auto]", "auto|off|PIXELS")
+    tile: str | None = option("Run the VAE on whole pictures (off) or on tiles of this size. [auto]", "auto|off|PIXELS")
     image: Path | None = option("A picture to start from.", "FILE")
-    strength: float | None = option("Share of the steps run from --image. [0.8; 1 with --mask]", "S")
+    strength: float | None = option("Share of the steps that run, from --image on. [0.8; 1 with --mask]", "S")
     mask: Path | None = option("Paint only what is white here; keep the rest of --image.", "FILE")
-    resize: bool = option("Bring --image, --mask and --control to the picture's size.")
+    resize: bool = option("Resize --image, --mask and --control to the size of the result.")
     control: Path | None = option(
         "A picture for the ControlNet (edges, depth...); grey ones of 16 bits or floats keep their precision.", "FILE"
     )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["fixed", "print_entries", "print_json", "print_result", "print_table", "size"]
+__all__ = ["counted", "fixed", "print_entries", "print_json", "print_result", "print_table", "size"]
 
 R = TypeVar("R")
 
@@ -32,6 +32,11 @@ def print_entries(title: str, entries: Iterable[tuple[str, str]]) -> None:
     for word, text in entries:
         if text:
             click.echo(f"  {word:<10} {text}")
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def fixed(digits: int, *values: float) -> tuple[str, ...]:

@@ -53,8 +53,8 @@ class Options(LimitOptions):
         "--member",
     )
     parts: tuple[str, ...] = option(
-        "text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, where the members' pipelines don't have "
-        "it; a path or a repository, as for --member. May be repeated.",
+        "A checkpoint of text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, if no member's pipeline "
+        "has it; a path or a repository, as for --member. May be repeated.",
         "NAME=CHECKPOINT",
         "--part",
     )
@@ -66,14 +66,14 @@ class Options(LimitOptions):
     )
     backend: str = option("onnxruntime, tensorrt, tensorrt-rtx or torch.", "NAME", default="onnxruntime")
     precisions: tuple[str, ...] = option(
-        "fp32, fp16 (11 bits, up to 65504) or bf16 (8 bits, the range of fp32), for all members or one. TensorRT adds "
-        "attention up in float32 where it can. May be repeated. [fp32]",
+        "fp32, fp16 (11 bits, up to 65504) or bf16 (8 bits, the range of fp32), for all members or one. May be "
+        "repeated. [fp32]",
         "P | NAME=P",
         "--precision",
     )
     batch: str | None = option(
-        "Batch sizes of the engines, in rows; OPT is what they are tuned for. An image takes one row, with guidance "
-        "two: 8 guided images run 16. [1:16:16, without guidance 1:8:16; or the BUNDLE's]",
+        "Batch sizes of the engines, in rows; they are tuned for OPT. An image takes one row, with guidance two. "
+        "[1:16:16, without guidance 1:8:16; or the BUNDLE's]",
         "MIN:OPT:MAX",
     )
     height: str | None = option("Heights of the pictures, in pixels. [the models' native one]", "MIN:OPT:MAX")
@@ -82,14 +82,14 @@ class Options(LimitOptions):
         "Lengths of prompts in tokens; longer ones go in chunks of 77. [77:77:231]", "MIN:OPT:MAX"
     )
     device: str = option(
-        "cpu, cuda or cuda:N. tensorrt-rtx compiles on cpu for a list of GPUs and on cuda for that one.",
+        "Where to compile: cpu, cuda or cuda:N. tensorrt-rtx compiles on cpu for a list of GPUs, on cuda for that GPU.",
         "NAME",
         default="cpu",
     )
     options: tuple[str, ...] = option(
-        "An option of the backend, or MEMBER.NAME of a member's family; MEMBER.prediction=eps|v|x0, MEMBER.noise and "
-        "MEMBER.zero_snr say how a checkpoint was trained that does not say it. opset=20 to 23 is that of the ONNX [20 "
-        "for fp32, else 23, with attention as one node]. May be repeated.",
+        "An option of the backend, or as MEMBER.NAME of a member or part. If a checkpoint does not say how it was "
+        "trained, MEMBER.prediction=eps|v|x0, MEMBER.noise and MEMBER.zero_snr do. opset=20 to 23 sets the ONNX opset "
+        "[20 for fp32, else 23]. May be repeated.",
         "NAME=VALUE",
         "--option",
     )
@@ -97,7 +97,7 @@ class Options(LimitOptions):
         "How much TensorRT engines say about their layers; inspect --layers needs detailed. [names]"
     )
     require_signature: Path | None = signature_option()
-    fresh: bool = option("Make everything again, even what did not change.")
+    fresh: bool = option("Export and compile everything again, even what did not change.")
     output: Path | None = option("The bundle's directory. [RECIPE.bundle, or BUNDLE]", "DIR", "-o", "--output")
 
     def ranges(self) -> dict[str, Range | None]:
@@ -113,11 +113,11 @@ class Options(LimitOptions):
 def command(source: str | None, given: Options, as_json: bool) -> None:
     """Build RECIPE (a name, or the path of a .toml file) into a bundle, or BUNDLE's engines for one more backend.
 
-    From a BUNDLE its own ONNX is compiled, without checkpoints or torch; batch sizes and options that are not given
-    are those of the engines it has, and -o writes another bundle in place of changing this one.
+    From a BUNDLE, its own ONNX is compiled, without checkpoints or torch. Batch sizes and options that you leave out
+    are those of the engines that it has. -o writes another bundle and leaves this one as it is.
 
-    Every unchanged part is taken from the cache or from the bundle that is replaced, so an interrupted build goes on
-    where it stopped. The bundle appears whole or not at all; an old one stays until the new one is complete.
+    Parts that did not change come from the cache or from the old bundle, so an interrupted build resumes where it
+    stopped. An old bundle stays in place until the new one is complete.
     """
     from tstitch_export.planning.recipe import recipe_names
     from tstitch_trt.cli._parsing import parse_pairs

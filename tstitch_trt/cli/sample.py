@@ -59,21 +59,28 @@ class Options:
     count: int | None = option("Number of images; labels or prompts are repeated in turn.", "N", "-n", least=1)
     seed: int | None = option("Image i has the seed S + i. [0]", "S", least=0)
     seeds: str | None = option("One seed for each image, e.g. 1,2,5-9, in place of --seed.", "LIST")
+    output: Path | None = option(
+        "A grid, a folder with one PNG per image, or an array arr_0, uint8 NHWC. [samples.png]",
+        "FILE.png|DIR|FILE.npz",
+        "-o",
+        "--output",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialOptions:
     budget_ms: str | None = option(
         "Choose the best schedule whose steps take at most this long for all images; needs tstitch-trt calibrate.", "MS"
     )
     loras: tuple[str, ...] = option(
-        "A LoRA for a member or text encoder, of engines that can be refitted (backend torch); FILE may be in a "
+        "A LoRA for a member or text encoder whose engine can take other weights (backend torch); FILE may be in a "
         "Hugging Face repository. May be repeated.",
         "NAME=FILE[:WEIGHT]",
         "--lora",
     )
-    partial: bool = option("Where an image becomes NaN: write the others, name it, and exit with 1.")
+    partial: bool = option("If an image becomes NaN, write the others, name it, and exit with 1.")
     latents_in: Path | None = option("Start from these latents.", "FILE.npy")
     latents_out: Path | None = option("Write the final latents.", "FILE.npy")
-    output: Path | None = option(
-        "A grid, a folder of PNGs, or arr_0 uint8 NHWC. [samples.png]", "FILE.png|DIR|FILE.npz", "-o", "--output"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +91,20 @@ class PlanFlags:
     schedule: str | None = option("Members over the steps, e.g. small:0.4,large or high@t>=875,low.", "TEXT")
     rounding: str | None = rounding_option()
     spacing: str | None = option("Where the steps lie: leading, linspace, trailing, dit or uniform.", "NAME")
-    sigmas: str | None = option("Spacing in sigma instead: karras or exponential.", "NAME")
+    sigmas: str | None = option("Space the steps in sigma instead: karras or exponential.", "NAME")
     eta: float | None = option("Share of the noise that is drawn anew, 0 to 1. [the solver's own]", "E")
     variance: str | None = option("Variance of DDPM: fixed-small, fixed-large or learned.", "NAME")
-    history: str | None = option("At a member switch: keep or reset. [keep]", "RULE")
-    guidance_rescale: float | None = option("Rescale (arXiv 2305.08891). [0]", "R")
+    history: str | None = option(
+        "What a multistep solver does with its history when the member changes: keep or reset. [keep]", "RULE"
+    )
+    guidance_rescale: float | None = option("Rescale the guided estimate (arXiv 2305.08891). [0]", "R")
     guidance_interval: str | None = option("Guide the steps FIRST to STOP - 1 only.", "FIRST:STOP")
     guided_channels: int | None = option("Guide the first K channels only.", "K", least=1)
 
 
 @tstitch_command(
-    "sample", EXAMPLES, what=Options, picture=PictureOptions, step=StepOptions, plan=PlanFlags, load=LoadOptions,
-    bulk=BulkOptions, profile=ProfileOptions,
+    "sample", EXAMPLES, what=Options, picture=PictureOptions, step=StepOptions, plan=PlanFlags, special=SpecialOptions,
+    load=LoadOptions, bulk=BulkOptions, profile=ProfileOptions,
 )  # fmt: skip
 def command(
     bundle: Path,
@@ -103,17 +112,19 @@ def command(
     picture: PictureOptions,
     step: StepOptions,
     plan: PlanFlags,
+    special: SpecialOptions,
     load: LoadOptions,
     bulk: BulkOptions,
     profile: ProfileOptions,
     as_json: bool,
 ) -> None:
-    """Draw images from BUNDLE: of classes with --labels, or from text with --prompt.
+    """Draw images from BUNDLE: by class with --labels, from text with --prompt.
 
-    Without --labels a class bundle draws one image of every class (of the first ten where there are more). All options
-    that are left out take the bundle's defaults. The settings are kept in the PNG files.
+    Without --labels a class bundle draws one image of each class, ten at most. Options that you leave out have the
+    bundle's defaults. PNG files keep the settings that they were drawn with.
 
-    With --ray a run that was ended goes on where it was, and the pictures do not depend on how many workers draw them.
+    With --ray, run an interrupted command again and it goes on where it stopped. The number of workers does not change
+    the pictures.
     """
     from msgspec import UNSET, structs, to_builtins
 
@@ -128,12 +139,12 @@ def command(
     from tstitch_trt.study.calibrate.trials import warm_up
 
     bulk.check()
-    budgets = parse_budgets(what.budget_ms)
+    budgets = parse_budgets(special.budget_ms)
     if len(budgets) > 1:
         raise BadInput(
-            f"--budget-ms {what.budget_ms!r} are {len(budgets)} budgets; allowed is one", hint="--budget-ms 500"
+            f"--budget-ms {special.budget_ms!r} are {len(budgets)} budgets; allowed is one", hint="--budget-ms 500"
         )
-    swapped, latents_out, output = lora_texts(what.loras), what.latents_out, what.output
+    swapped, latents_out, output = lora_texts(special.loras), special.latents_out, what.output
     interval = None if plan.guidance_interval is None else parse_interval(plan.guidance_interval)
     options = PlanOptions.from_keywords({**asdict(step), **asdict(plan), "guidance_interval": interval})
     seeds = None if what.seeds is None else parse_numbers(what.seeds, what="seed", example="--seeds 1,2,5-9")
@@ -142,7 +153,7 @@ def command(
     if output is not None:
         kind_of(output)
     tile = picture.tiles()
-    start = None if what.latents_in is None else load_array(what.latents_in, option="--latents-in")
+    start = None if special.latents_in is None else load_array(special.latents_in, option="--latents-in")
 
     def request(manifest: Manifest) -> SampleKeywords:
         asked: SampleKeywords = {
@@ -159,7 +170,7 @@ def command(
                 f"--profile {profile.profile} records this process, and --ray draws in others",
                 hint="profile a run without --ray",
             )
-        _draw_in_bulk(bundle, what, request, load, bulk, tile=tile, kept=picture.kept(), as_json=as_json)
+        _draw_in_bulk(bundle, what, special, request, load, bulk, tile=tile, kept=picture.kept(), as_json=as_json)
         return
     profile.start()
     with load.open(bundle) as runtime:
@@ -180,7 +191,7 @@ def command(
                     done=(e.chunk - 1) * e.steps + e.step, total=e.chunks * e.steps, text=f"sampling on {e.member}"
                 ),
                 latency_budget_ms=budgets[0] if budgets else None,
-                partial=what.partial,
+                partial=special.partial,
                 **asked,
             )
 
@@ -223,16 +234,16 @@ def _not_drawn(failed: Sequence[FailedImage], images: int) -> NotFinite:
 
 
 def _draw_in_bulk(
-    path: Path, what: Options, request: Callable[[Manifest], SampleKeywords], load: LoadOptions, bulk: BulkOptions, *,
-    tile: Tile, kept: Mapping[str, object], as_json: bool,
+    path: Path, what: Options, special: SpecialOptions, request: Callable[[Manifest], SampleKeywords],
+    load: LoadOptions, bulk: BulkOptions, *, tile: Tile, kept: Mapping[str, object], as_json: bool,
 ) -> None:  # fmt: skip
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._documents import BulkOutput, FailedDrawing
     from tstitch_trt.cli._text import print_json
 
     for flag, value, instead in (
-        ("--latents-out", what.latents_out, "leave out --ray, or write pictures alone"),
-        ("--budget-ms", what.budget_ms, "say --schedule or --fraction: a budget is for all images at once"),
+        ("--latents-out", special.latents_out, "leave out --ray, or write pictures alone"),
+        ("--budget-ms", special.budget_ms, "say --schedule or --fraction: a budget is for all images at once"),
     ):
         if value is not None:
             raise BadInput(f"{flag} {value} can't be had with --ray, which draws in shards", hint=instead)
@@ -240,8 +251,8 @@ def _draw_in_bulk(
     output = _target(opened.manifest, what.output or Path("samples"), None)
     assert output is not None
     drawn = bulk.draw(
-        opened, output, request(opened.manifest), load, tile=tile, partly=what.partial, loras=lora_texts(what.loras),
-        kept=kept,
+        opened, output, request(opened.manifest), load, tile=tile, partly=special.partial,
+        loras=lora_texts(special.loras), kept=kept,
     )  # fmt: skip
     if as_json:
         failed = [FailedDrawing(**asdict(each)) for each in drawn.failed]
@@ -255,12 +266,14 @@ def _draw_in_bulk(
 
 def _tell(result: Result) -> None:
     """How long it took, and whether a budget was met."""
+    from tstitch_trt.cli._text import counted
     from tstitch_trt.progress import log
 
     log(
-        f"{len(result.drawn)} images, {len(result.schedule.names)} steps, schedule {result.schedule.text} in "
-        f"{result.total_ms / 1e3:.2f} s ({result.total_ms / len(result.seeds):.1f} ms per image): "
-        + ", ".join(f"{part.member} {part.steps} steps {part.ms:.0f} ms" for part in result.timings)
+        f"{counted(len(result.drawn), 'image')}, {counted(len(result.schedule.names), 'step')}, "
+        f"schedule {result.schedule.text} in {result.total_ms / 1e3:.2f} s "
+        f"({result.total_ms / len(result.seeds):.1f} ms per image): "
+        + ", ".join(f"{part.member} {counted(part.steps, 'step')} {part.ms:.0f} ms" for part in result.timings)
     )
     if result.budget is not None:
         over = result.total_ms - result.budget.budget_ms

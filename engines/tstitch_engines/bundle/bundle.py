@@ -203,7 +203,7 @@ def _manifest_bytes(root: Path) -> bytes:
     if not root.exists():
         raise BadBundle(f"{root} does not exist; wanted is the directory of a bundle", hint=rebuild)
     if not root.is_dir():
-        raise BadBundle(f"{root} is a file; a bundle is a directory with a {MANIFEST}", hint=rebuild)
+        raise BadBundle(f"{root} is a file; a bundle is a directory with a {MANIFEST}", hint="give the directory")
     file = root / MANIFEST
     try:
         return read_bounded(file, MANIFEST_BYTES)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tstitch_engines.checks import shown
 from tstitch_engines.device.base import Device
-from tstitch_engines.errors import BadInput, unknown_name
+from tstitch_engines.errors import BadInput, UnknownName
 
 __all__ = ["device_kept", "open_device", "parse_device"]
 
@@ -20,7 +20,10 @@ def parse_device(text: str) -> tuple[str, int]:
         or (index and not (index.isascii() and index.isdecimal() and len(index) < 4))
         or (kind == "cpu" and index)
     ):
-        raise unknown_name("device", text, ["cpu", "cuda", "cuda:N"])
+        raise UnknownName(
+            f"unknown device {shown(text)}; known: cpu, cuda, cuda:N",
+            hint="cuda is the first NVIDIA GPU, cuda:1 the second",
+        )
     return kind, int(index or 0)
 
 

@@ -127,7 +127,7 @@ def suggest(
         whole = f"that of {small!r} alone, {most:.3g}"
     largest = max(trial.share for trial in trials)
     told = ", ".join(f"{trial.order} {trial.latent_error:.3g}" for trial in trials if trial.share == largest)
-    ask = "Latents tell how alike the pictures are; how good they are: tstitch-trt evaluate"
+    ask = "Latents tell how alike the pictures are; tstitch-trt evaluate measures how good they are."
     share = knee([(s, trial.latent_error) for s, trial in errors.items()], most) if most else 1.0
     if most == 0:
         text, reason = small, f"{small!r} alone ends where {large!r} ends: their final latents are equal."

@@ -57,7 +57,10 @@ def config_from_shapes(shapes: Shapes, *, name: str, heads: int | None) -> DiTCo
     takes those of the published width. Raises ``BadCheckpoint``.
     """
     if not all(key in shapes for key in DIT_SIGNATURE) or len(shapes["x_embedder.proj.weight"]) != 4:
-        raise BadCheckpoint(f"{name} is no DiT: it looks like {looks_like(shapes)}", hint=_WHOLE)
+        raise BadCheckpoint(
+            f"{name} is no DiT: it looks like {looks_like(shapes)}",
+            hint=f"{_WHOLE}; a member of another kind needs another family in the recipe",
+        )
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     tokens = shapes["pos_embed"][1] if len(shapes["pos_embed"]) == 3 else 0
     grid = math.isqrt(tokens)

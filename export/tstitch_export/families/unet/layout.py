@@ -63,7 +63,8 @@ def config_from_shapes(shapes: Shapes, *, name: str) -> UNetConfig:
     inside = unet_shapes(shapes)
     if "input_blocks.0.0.weight" not in inside or "out.2.weight" not in inside:
         raise BadCheckpoint(
-            f"{name} is no Stable Diffusion checkpoint: it looks like {looks_like(shapes)}", hint=_WHOLE
+            f"{name} is no Stable Diffusion checkpoint: it looks like {looks_like(shapes)}",
+            hint=f"{_WHOLE}; a member of another kind needs another family in the recipe",
         )
     check_markers(shapes, name)
     return _Reader(inside, name).config()
