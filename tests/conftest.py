@@ -33,11 +33,13 @@ _TOGETHER = {
     "ray": ("serve/test_ray_",),
     "families": ("tstitch_export/families/", "tensorrt/test_families.py", "test_cpu_families.py"),
 }
+# Its tests, a page each, share nothing: they go to whoever is free.
+_APART = "docs/test_snippets.py"
 # What takes longest comes first, so that of two processes none waits long for the other at the end; and the families,
 # which want the exports of the pipelines too, when those are made.
 _LONG = (
     *_TOGETHER["pipelines"],
-    "docs/test_snippets.py",
+    _APART,
     "test_class_pairs.py",
     *_TOGETHER["families"],
     "runtime/test_lora.py",
@@ -94,6 +96,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
+            if _APART in file:
+                return nodeid
             return next((name for name, parts in _TOGETHER.items() if any(part in file for part in parts)), file)
 
     if config.getoption("dist") not in ("load", "loadfile"):
