@@ -65,6 +65,7 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
     from tstitch_trt.serve.engine import Engine
     from tstitch_trt.serve.listen import is_loopback, listen
     from tstitch_trt.ui.app import build_page, import_gradio, serving
+    from tstitch_trt.ui.drawing import StepTimes
     from tstitch_trt.ui.guard import Guard, read_token
     from tstitch_trt.ui.visitors import Drawings
 
@@ -82,11 +83,14 @@ def command(bundle: Path, address: Address, load: LoadOptions) -> None:
             runtime = stack.enter_context(load.open(bundle))
             if (reason := undrawable(runtime.manifest)) is not None:
                 raise BadInput(reason, hint=f"tstitch-trt sample {bundle} takes what such a bundle needs")
-            engine = Engine(runtime, max_lanes=address.max_lanes, max_queue=address.max_queue)
+            times = StepTimes()
+            engine = Engine(runtime, max_lanes=address.max_lanes, max_queue=address.max_queue, observer=times)
             stack.callback(engine.close, cancel=True)
             with progress_bar("warming up") as bar:
                 engine.warm_up(bar)
-            page = build_page(gradio, engine, str(bundle), temporary=temporary, drawings=drawings)
+            page = build_page(
+                gradio, engine, str(bundle), temporary=temporary, drawings=drawings, times=times
+            )  # fmt: skip
             guarded = partial(
                 Guard, host=address.host, port=port, names=address.allow_host, token=token, pictures=temporary,
                 visitors=drawings.visitors,

@@ -8,7 +8,8 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +21,7 @@ from tstitch_trt.serve.listen import serving as serve_on
 from tstitch_trt.solvers import SOLVERS
 from tstitch_trt.study.fractions import counts_text, requests_at
 from tstitch_trt.study.gather import gather
-from tstitch_trt.ui.drawing import Column, draw_in_turn
+from tstitch_trt.ui.drawing import Column, StepTimes, draw_in_turn
 from tstitch_trt.ui.example import Example, Shown
 from tstitch_trt.ui.gallery import Gallery
 from tstitch_trt.ui.pareto import pareto, predicted
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from tstitch_trt.ui.guard import App
     from tstitch_trt.ui.visitors import Drawings
 
-__all__ = ["build_page", "import_gradio", "serving"]
+__all__ = ["Page", "build_page", "import_gradio", "serving"]
 
 _BESIDE: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MOST_STEPS: Final = 200
@@ -63,10 +64,18 @@ def import_gradio(*, temporary: str) -> Any:
     return require("gradio", "the page", extra="ui")
 
 
-def build_page(gr: Any, engine: Engine, path: str, *, temporary: Path, drawings: Drawings) -> Any:
+@dataclass(frozen=True)
+class Page:
+    """``blocks``: Gradio's. ``example``: what it opens with."""
+
+    blocks: Any
+    example: Example
+
+
+def build_page(gr: Any, engine: Engine, path: str, *, temporary: Path, drawings: Drawings, times: StepTimes) -> Page:
     """The page over an engine of one bundle. ``path``: the bundle as it was named; ``temporary``: where pictures are
-    kept, below the system's temporary folder. Values from the browser are checked here: what the page offers binds
-    nobody who writes requests of his own."""
+    kept, below the system's temporary folder; ``times``: the engine's observer. Values from the browser are checked
+    here: what the page offers binds nobody who writes requests of his own."""
     runtime = engine.runtime()
     manifest = runtime.manifest
     defaults, conditioning = manifest.defaults, manifest.conditioning
@@ -119,7 +128,7 @@ def build_page(gr: Any, engine: Engine, path: str, *, temporary: Path, drawings:
         html = gallery.html()
         yield gallery.status(), html
         requests = requests_at(manifest, wanted, pictures, settings)
-        async for place, column, new in draw_in_turn(engine, requests, check=check, most_seconds=most_seconds):
+        async for place, column, new in draw_in_turn(engine, requests, times, check=check, most_seconds=most_seconds):
             await gallery.put(place, column, new)
             if new:
                 html = gallery.html()
@@ -243,15 +252,18 @@ def build_page(gr: Any, engine: Engine, path: str, *, temporary: Path, drawings:
         if not classes:
             for event in [*(text.change for text in texts), page.load]:
                 event(counted, texts, [tokens, go], trigger_mode="always_last", **plain)
-    return page
+    return Page(page, shown_first)
 
 
 @contextmanager
 def serving(
-    gr: Any, page: Any, listening: socket.socket, guarded: Callable[..., App], *, pictures: Path
+    gr: Any, page: Page, listening: socket.socket, guarded: Callable[..., App], *, pictures: Path
 ) -> Iterator[None]:
-    """The page on the network while the block runs. ``guarded`` puts the guard around Gradio's application, given the
-    number of values of each of the page's events. ``pictures``: the folder of the pictures that it shows."""
+    """The page on the network while the block runs; its example is drawn at once.
+
+    ``guarded`` puts the guard around Gradio's application, given the number of values of each of the page's events.
+    ``pictures``: the folder of the pictures that it shows.
+    """
     import fastapi
 
     theme = gr.themes.Default(
@@ -260,13 +272,21 @@ def serving(
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    page.queue(max_size=_MOST_EVENTS, api_open=False)
-    page.state_session_capacity = _MOST_SESSIONS
+    blocks = page.blocks
+    blocks.queue(max_size=_MOST_EVENTS, api_open=False)
+    blocks.state_session_capacity = _MOST_SESSIONS
+
+    @asynccontextmanager
+    async def opened(_: object) -> AsyncIterator[None]:
+        page.example.start()
+        yield
+        await page.example.stop()
+
     # Not page.launch: variables of the environment could make it share the page, or serve files beside the guard
-    plain = fastapi.FastAPI(openapi_url=None)
+    plain = fastapi.FastAPI(openapi_url=None, lifespan=opened)
     app = gr.mount_gradio_app(
         plain,
-        page,
+        blocks,
         path="/",
         footer_links=[],
         run_history=False,
@@ -279,7 +299,7 @@ def serving(
         theme=theme,
         head=f"<style>{stylesheet('tstitch_trt.ui')}</style>",
     )
-    guard = guarded(app, events={index: len(event.inputs) for index, event in page.fns.items()})
+    guard = guarded(app, events={index: len(event.inputs) for index, event in blocks.fns.items()})
     # Streams of open pages have no end: they are cut off
     with serve_on(
         guard, listening, what="the page", extra="ui", most_connections=_MOST_CONNECTIONS, finish=_STOP_SECONDS

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -15,12 +17,14 @@ from numpy.typing import NDArray
 from tstitch_engines.errors import Busy
 from tstitch_trt.serve.engine import Engine
 from tstitch_trt.serve.handle import Handle, LaneEvent
+from tstitch_trt.serve.observer import Observer, TickInfo
 from tstitch_trt.study.fractions import FractionImages, counts_text
 
-__all__ = ["Column", "draw_in_turn"]
+__all__ = ["Column", "StepTimes", "draw_in_turn"]
 
 _LOOK: Final = 0.1  # seconds between two looks at whether the page is still there
 _PREVIEWS: Final = 3
+_KEPT: Final = 10_000  # batches; a drawing alone has at most some thousands
 
 Pictures = dict[int, NDArray[np.uint8]]
 """By the image's place in its request: uint8 ``[H,W,C]``."""
@@ -30,8 +34,9 @@ Pictures = dict[int, NDArray[np.uint8]]
 class Column:
     """What is known of one fraction. ``members``: ``20 small + 30 large``. ``words``: how far it is, empty at the end.
 
-    ``done`` of ``steps``: of all its images. ``ms``: per image, of its steps, without decoding; ``None`` until it is
-    drawn. ``shared``: another request was in its batches, so that ``ms`` is not the time of this fraction alone.
+    ``done`` of ``steps``: of all its images. ``ms``: per image, of its steps at the median time of their kind, without
+    decoding; ``None`` until it is drawn. ``shared``: another request was in its batches, so that ``ms`` is the whole
+    time of those batches.
     """
 
     fraction: float
@@ -43,9 +48,28 @@ class Column:
     shared: bool = False
 
 
+class StepTimes(Observer):
+    """The batches that an engine ran last."""
+
+    def __init__(self) -> None:
+        self._ticks: deque[tuple[float, TickInfo]] = deque(maxlen=_KEPT)
+
+    def ticked(self, tick: TickInfo) -> None:
+        self._ticks.append((time.monotonic(), tick))
+
+    def milliseconds(self, since: float) -> float:
+        """Of all batches since then, each at the median of its kind: what a busy machine adds to some is left out."""
+        kinds: dict[tuple[str, bool, int], list[float]] = {}
+        for at, tick in self._ticks.copy():
+            if at >= since:
+                kinds.setdefault((tick.member, tick.guided, tick.lanes), []).append(tick.seconds)
+        return 1e3 * sum(len(seconds) * median(seconds) for seconds in kinds.values())
+
+
 async def draw_in_turn(
     engine: Engine,
     requests: Sequence[Mapping[str, Any]],
+    times: StepTimes,
     *,
     check: Callable[[], None],
     most_seconds: float | None = None,
@@ -53,7 +77,8 @@ async def draw_in_turn(
     """For each of ``requests`` in turn its place, its column and the pictures that are new: previews, then the images.
 
     In turn, because the time of a batch that several fractions share is that of none of them. ``requests``: keywords of
-    ``Engine.submit``, each with its ``fraction``. ``check`` is called all the time: what it raises cancels the request.
+    ``Engine.submit``, each with its ``fraction``. ``times``: the engine's observer. ``check`` is called all the time:
+    what it raises cancels the request.
 
     Raises what ``submit`` raises, what fails, and ``Busy`` for a request that would take more than ``most_seconds``.
     """
@@ -78,7 +103,8 @@ async def draw_in_turn(
                 for event in await _next(news):
                     if event is None:
                         drawn = FractionImages(column.fraction, await handle)
-                        column = replace(column, ms=drawn.ms, done=column.steps)
+                        ms = drawn.ms if column.shared else times.milliseconds(handle.submitted) / handle.n
+                        column = replace(column, ms=ms, done=column.steps)
                         pictures = dict(enumerate(drawn.images))
                         break
                     reached[event.image] = max(event.step, reached.get(event.image, 0))

@@ -1,8 +1,9 @@
-"""The drawing that a page opens with: the first visitor has it drawn, and everybody sees the same."""
+"""The drawing that a page opens with: drawn when the server starts, and the same for everybody."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
@@ -14,6 +15,8 @@ __all__ = ["Example", "Shown"]
 
 Shown = tuple[Markup, Markup]
 """The line of progress, and the pictures."""
+
+_log = logging.getLogger(__name__)
 
 _PAUSED: Final = Markup("The example waits until nobody draws.")
 
@@ -48,6 +51,9 @@ class Example:
             self.over = True
         except TStitchError as error:
             self.shown = (Markup("No example: {}").format(error.message), Markup(""))
+            self.over = True
+        except Exception:
+            _log.exception("the example was not drawn")
             self.over = True
         finally:
             self._task = None

@@ -88,7 +88,7 @@ class Gallery:
         base, last = self._base(), self.members[1]
         if any(column.ms is None for column in self.columns):
             return []
-        notes = ["Times are of this one run: its steps, without text encoding and decoding."]
+        notes = ["Times: the steps of this run, each at the median of its kind, without text encoding and decoding."]
         if any(column.shared for column in self.columns):
             notes.append(
                 "Another request was drawn at the same time and shared the device, so these times are too long."

@@ -14,7 +14,7 @@ from tstitch_trt.plan.plan import Plan
 from tstitch_trt.plots.evaluation import draw_quality, timed
 from tstitch_trt.plots.figure import require_matplotlib
 from tstitch_trt.plots.search import draw_search
-from tstitch_trt.plots.svg import NARROW, svg
+from tstitch_trt.plots.svg import svg
 from tstitch_trt.plots.templates import fill
 from tstitch_trt.plots.words import METRIC_NAMES, date
 from tstitch_trt.runtime.runtime import Runtime
@@ -81,7 +81,7 @@ def _measured(runtime: Runtime, studies: Studies, plan: Plan, guidance: float) -
             "metric": metric,
             "value": point.measures[metric] if point else None,
             "source": f"evaluation of {date(evaluation)}, {evaluation.samples:,} samples a point",
-            "plot": svg("ui-pareto", title, draw, size=NARROW) if timed(evaluation, metric) else "",
+            "plot": svg("ui-pareto", title, draw) if timed(evaluation, metric) else "",
         }
     return {}
 

@@ -15,18 +15,20 @@ from markupsafe import Markup
 import tstitch_trt
 from tstitch_engines.errors import BadInput, Busy, Cancelled, Overloaded, UnknownName
 from tstitch_trt.runtime.runtime import Runtime
-from tstitch_trt.serve import Engine, Observer, TickInfo
-from tstitch_trt.ui.drawing import Column, draw_in_turn
+from tstitch_trt.serve import Engine, TickInfo
+from tstitch_trt.ui.drawing import Column, StepTimes, draw_in_turn
 from tstitch_trt.ui.example import Example, Shown
 
 REQUEST: dict[str, Any] = {"n": 1, "steps": 10, "solver": "ddim", "guidance": 1.5}
 
 
-class Ticks(Observer):
+class Ticks(StepTimes):
     def __init__(self) -> None:
+        super().__init__()
         self.lanes: list[int] = []
 
     def ticked(self, tick: TickInfo) -> None:
+        super().ticked(tick)
         self.lanes.append(tick.lanes)
 
 
@@ -49,17 +51,19 @@ def engine(runtime: Runtime, ticks: Ticks) -> Iterator[Engine]:
 
 
 async def drawn(
-    engine: Engine, fractions: list[float], check: Callable[[], None] = lambda: None, **request: Any
+    engine: Engine, ticks: StepTimes, fractions: list[float], check: Callable[[], None] = lambda: None, **request: Any
 ) -> list[tuple[int, Column, dict[int, Any]]]:
     requests = [{**REQUEST, **request, "fraction": fraction} for fraction in fractions]
-    return [new async for new in draw_in_turn(engine, requests, check=check)]
+    return [new async for new in draw_in_turn(engine, requests, ticks, check=check)]
 
 
 def test_two_pages_share_batches_get_their_own_pictures_and_know_it(
     engine: Engine, runtime: Runtime, ticks: Ticks
 ) -> None:
     async def both() -> list[Any]:
-        return await asyncio.gather(*(drawn(engine, [0.4], labels=[label], seed=label, steps=30) for label in (3, 5)))
+        return await asyncio.gather(
+            *(drawn(engine, ticks, [0.4], labels=[label], seed=label, steps=30) for label in (3, 5))
+        )
 
     pages = asyncio.run(both())
     assert max(ticks.lanes) == 2
@@ -81,7 +85,7 @@ def test_two_pages_share_batches_get_their_own_pictures_and_know_it(
 
 
 def test_each_fraction_is_drawn_alone_so_that_its_time_is_its_own(engine: Engine, ticks: Ticks) -> None:
-    news = asyncio.run(drawn(engine, [0.0, 0.5, 1.0], labels=[1], n=2, seed=0))
+    news = asyncio.run(drawn(engine, ticks, [0.0, 0.5, 1.0], labels=[1], n=2, seed=0))
     last = {place: (column, pictures) for place, column, pictures in news}
     assert [column.members for column, _ in last.values()] == ["10 large", "5 small + 5 large", "10 small"]
     assert all(sorted(pictures) == [0, 1] for _, pictures in last.values())
@@ -91,15 +95,28 @@ def test_each_fraction_is_drawn_alone_so_that_its_time_is_its_own(engine: Engine
     assert first > small > 0
 
 
+def test_a_step_that_a_busy_machine_held_up_does_not_count() -> None:
+    times = StepTimes()
+    began = time.monotonic()
+    for member, seconds in (("large", 0.010), ("large", 0.500), ("large", 0.012), ("small", 0.001)):
+        times.ticked(TickInfo("fashion", member, True, (28, 28), 1, 1, seconds, 0.0))
+    assert times.milliseconds(began) == pytest.approx(3 * 12 + 1)
+    assert times.milliseconds(time.monotonic() + 1) == 0
+
+
 def test_what_can_t_be_drawn_is_refused(engine: Engine, ticks: Ticks) -> None:
     with pytest.raises(UnknownName, match="solver"):
-        asyncio.run(drawn(engine, [0.0, 0.5], labels=[1], solver="dim"))
+        asyncio.run(drawn(engine, ticks, [0.0, 0.5], labels=[1], solver="dim"))
     with pytest.raises(BadInput, match="max_queue"):
-        asyncio.run(drawn(engine, [0.0], labels=[1], n=9))
+        asyncio.run(drawn(engine, ticks, [0.0], labels=[1], n=9))
 
     async def bounded() -> None:
         async for _ in draw_in_turn(
-            engine, [{**REQUEST, "labels": [1], "steps": 1000, "fraction": 0}], check=lambda: None, most_seconds=1e-3
+            engine,
+            [{**REQUEST, "labels": [1], "steps": 1000, "fraction": 0}],
+            ticks,
+            check=lambda: None,
+            most_seconds=1e-3,
         ):
             pass
 
@@ -108,13 +125,13 @@ def test_what_can_t_be_drawn_is_refused(engine: Engine, ticks: Ticks) -> None:
     room = engine.state().models["fashion"].max_lanes // 8 + 1  # requests of eight images: in lanes, and waiting
     others = [engine.submit(labels=[1], n=8, steps=1000) for _ in range(room)]
     with pytest.raises(Overloaded, match="queue is full"):
-        asyncio.run(drawn(engine, [0.0], labels=[1], n=8))
+        asyncio.run(drawn(engine, ticks, [0.0], labels=[1], n=8))
     for other in others:
         other.cancel()
     wait_idle(engine)
 
 
-def test_a_closed_page_s_requests_are_cancelled(engine: Engine) -> None:
+def test_a_closed_page_s_requests_are_cancelled(engine: Engine, ticks: Ticks) -> None:
     began = time.monotonic()
 
     def check() -> None:
@@ -122,19 +139,19 @@ def test_a_closed_page_s_requests_are_cancelled(engine: Engine) -> None:
             raise Cancelled("the page was closed", hint="open it again")
 
     with pytest.raises(Cancelled, match="page was closed"):
-        asyncio.run(drawn(engine, [0.0, 1.0], check, labels=[1], steps=1000))
+        asyncio.run(drawn(engine, ticks, [0.0, 1.0], check, labels=[1], steps=1000))
     wait_idle(engine)
 
 
-def test_who_waits_is_told_how_long(runtime: Runtime) -> None:
+def test_who_waits_is_told_how_long(runtime: Runtime, ticks: Ticks) -> None:
     async def after_another(engine: Engine) -> list[Any]:
         other = engine.submit(labels=[0], steps=1000, fraction=0.0)
-        page = asyncio.create_task(drawn(engine, [0.0], labels=[1]))
+        page = asyncio.create_task(drawn(engine, ticks, [0.0], labels=[1]))
         await asyncio.sleep(0.3)
         other.cancel()
         return await page
 
-    with Engine(runtime, max_lanes=1) as engine:
+    with Engine(runtime, max_lanes=1, observer=ticks) as engine:
         news = asyncio.run(after_another(engine))
     assert any(column.words.startswith("waiting for others, drawn in about ") for _, column, _ in news)
 

@@ -348,7 +348,8 @@ def test_a_page_opens_with_an_example(served: str, opened: Watched) -> None:
 
 
 def test_pictures_stand_in_a_column_per_fraction_and_a_row_per_seed(served: str, opened: Watched) -> None:
-    page = opened.page
+    seen = Watched(opened.page.context.new_page())
+    page = seen.page
     page.goto(served)
     page.wait_for_selector("#plot svg:visible")
     page.wait_for_function("document.querySelector('#plot').innerHTML.includes('chosen: small:4,large:6')")
@@ -383,7 +384,7 @@ def test_pictures_stand_in_a_column_per_fraction_and_a_row_per_seed(served: str,
     assert page.locator("img[src=x]").count() == 0
     assert page.locator("[href^=javascript]").count() == 0
     assert HOSTILE in (page.locator("#pictures img").first.get_attribute("alt") or "")
-    assert_only_itself(opened, served)
+    assert_only_itself(seen, served)
 
 
 @pytest.mark.parametrize("width", [360, 390])
