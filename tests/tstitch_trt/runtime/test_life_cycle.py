@@ -111,6 +111,7 @@ def calls_of(runtime: Runtime) -> dict[str, Callable[..., Any]]:
         "lanes": lambda **more: in_block(runtime.lanes, **more),
         "plan": lambda: runtime.plan(steps=3).rows,
         "within_budget": lambda: runtime.within_budget(100.0, prompt="a fox"),
+        "prompt_length": lambda: runtime.prompt_length("a fox"),
         "memory": runtime.memory,
         "jit_ms": runtime.jit_ms,
         "graphs": runtime.graphs,
