@@ -28,12 +28,14 @@ from tstitch_engines.host_call import from_storage, to_storage
 if TYPE_CHECKING:
     from tstitch_export.families.base import LoraUse
 
-__all__ = ["LoraFiles", "Loras"]
+__all__ = ["LoraFiles", "Loras", "local_loras"]
 
 _log = logging.getLogger(__name__)
 
 _MOST_LORAS: Final = 1000  # in one network
 LoraFiles = str | Path | Sequence[str | Path | tuple[str | Path, float]]
+_EXAMPLE: Final = "style.safetensors:0.8"
+_ALLOWED: Final = {"allowed": "are a text, a path, and a list of paths and (path, weight)", "example": f'"{_EXAMPLE}"'}
 Delta = Callable[[], NDArray[np.float32]]
 
 
@@ -224,21 +226,35 @@ def _replacement(weights: Weights, key: str, inside: str, deltas: Sequence[Delta
     return np.array(value.T if flip else value, order="C")
 
 
+def local_loras(files: LoraFiles) -> LoraFiles:
+    """``files`` with paths in place of Hugging Face repositories, which may be downloaded: nobody should wait for it.
+
+    Raises ``BadInput`` and what ``Checkpoints.locate`` does.
+    """
+    from tstitch_export.families.lora.fuse import locate_loras
+    from tstitch_export.hub.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints()
+    found: list[Any] = _items(files)
+    return [locate_loras(item, checkpoints) if isinstance(item, str) else item for item in found]
+
+
+def _items(files: LoraFiles) -> list[object]:
+    items = [files] if isinstance(files, str | os.PathLike) else read_items(files, "files", _MOST_LORAS, **_ALLOWED)
+    return [check_text(item, "files", example=_EXAMPLE) if isinstance(item, str) else item for item in items]
+
+
 def _uses(files: LoraFiles) -> tuple[LoraUse, ...]:
     """Raises ``BadInput`` for what names no file, a file that is not there and a weight that is no number."""
     from tstitch_export.families.base import LoraUse
-    from tstitch_export.families.lora.fuse import locate_loras, parse_loras
-    from tstitch_export.hub.checkpoints import Checkpoints
+    from tstitch_export.families.lora.fuse import parse_loras
 
-    forms, example = "are a text, a path, and a list of paths and (path, weight)", '"style.safetensors:0.8"'
-    single = isinstance(files, str | os.PathLike)
     found: list[LoraUse] = []
-    for item in [files] if single else read_items(files, "files", _MOST_LORAS, allowed=forms, example=example):
+    for item in _items(files):
         if isinstance(item, str):
-            text = check_text(item, "files", example="style.safetensors:0.8")
-            found += parse_loras(locate_loras(text, Checkpoints()))
+            found += parse_loras(item)
         else:
-            path, weight = read_pair(item, "files", forms, example) if isinstance(item, tuple) else (item, 1.0)
+            path, weight = read_pair(item, "files", **_ALLOWED) if isinstance(item, tuple) else (item, 1.0)
             found.append(LoraUse(check_path(path, "files"), check_number(weight, "a weight of files")))
     for use in found:
         if not check_path(use.path, "files").is_file():

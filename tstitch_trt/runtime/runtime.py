@@ -48,7 +48,7 @@ from tstitch_trt.runtime.chooser import ChooserFactory, ChosenSchedule, Setup, c
 from tstitch_trt.runtime.component import Component
 from tstitch_trt.runtime.job import OUTPUTS, Job, Output
 from tstitch_trt.runtime.lane_runner import LaneRunner
-from tstitch_trt.runtime.lora import LoraFiles, Loras
+from tstitch_trt.runtime.lora import LoraFiles, Loras, local_loras
 from tstitch_trt.runtime.result import FailedImage, Result, StepEvent
 from tstitch_trt.runtime.step_graphs import GraphMode, GraphState
 from tstitch_trt.runtime.stepper import Stepper
@@ -439,7 +439,8 @@ class Runtime:
         ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises, the
         network has the weights that it had before.
         """
-        self._queue.do(partial(self._loras.swap, name, files), timeout)
+        self._queue.check_open()
+        self._queue.do(partial(self._loras.swap, name, local_loras(files)), timeout)
 
     @checked(name=optional(_NAME), timeout=check_timeout)
     def restore(self, name: str | None = None, *, timeout: float | None = None) -> None:
@@ -450,9 +451,11 @@ class Runtime:
     @checked(name=_NAME, files=taken_as_is, timeout=check_timeout)
     def lora(self, name: str, files: LoraFiles, *, timeout: float | None = None) -> Iterator[Self]:
         """``swap_lora`` for an ``exclusive`` block: for no other thread. Afterwards what was there before is back."""
+        self._queue.check_open()
+        local = local_loras(files)
         with self._queue.exclusive(timeout) as turn:
             before = turn.run(partial(self._loras.current, name))
-            turn.run(partial(self._loras.swap, name, files))
+            turn.run(partial(self._loras.swap, name, local))
             try:
                 yield self
             finally:

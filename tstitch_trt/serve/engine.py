@@ -50,7 +50,7 @@ from tstitch_trt.request.options import SampleKeywords, SampleOptions
 from tstitch_trt.runtime.chooser import check_budget
 from tstitch_trt.runtime.job import Job
 from tstitch_trt.runtime.load import load as load_runtime
-from tstitch_trt.runtime.lora import LoraFiles
+from tstitch_trt.runtime.lora import LoraFiles, local_loras
 from tstitch_trt.runtime.runtime import MOST_LANES, Runtime
 from tstitch_trt.runtime.work_queue import check_timeout
 from tstitch_trt.serve.admission import Cheaper, Offer, Refused
@@ -406,8 +406,8 @@ class Engine:
 
         Raises as that, and ``Busy`` when they have not ended after ``timeout`` seconds; nothing is swapped then.
         """
-        chosen = self._model(model)
-        self._once_idle(chosen, lambda: chosen.runtime.swap_lora(name, files), timeout)
+        chosen, local = self._model(model), local_loras(files)
+        self._once_idle(chosen, lambda: chosen.runtime.swap_lora(name, local), timeout)
 
     def restore_lora(self, name: str | None = None, *, model: str | None = None, timeout: float | None = None) -> None:
         """Takes out what ``swap_lora`` put in, likewise."""

@@ -39,6 +39,9 @@ def test_the_manifest_names_the_commit_and_a_rebuild_needs_no_network(
             given="ema/small.safetensors",
         )
         assert f"from org/tiny@main, commit {commit}" in run("inspect", bundle).out
+        (told,) = run("inspect", bundle, "--json").json["members"]["small"]["sources"]
+        assert told["origin"]["commit"] == commit
+        assert str(tmp_path) not in (bundle / "manifest.json").read_text()
         refused(run(*build, "small=org/absent"), "there is no file or folder", "org/absent", "spelling")
         refused(run("verify", bundle, "--member", "small=org/absent"), "there is no file or folder", "org/absent")
     command = shlex.split(open_bundle(bundle).rebuild_command)
