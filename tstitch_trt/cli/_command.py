@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType
@@ -38,7 +39,12 @@ class Command(click.Command):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """With the defaults of the file and the environment, unless only help or a completion is wanted."""
-        if parent is not None and not extra.get("resilient_parsing") and not {"-h", "--help"} & set(args):
+        helped = not {"-h", "--help"}.isdisjoint(args)
+        if helped and not isinstance(self, click.Group):  # ends here, unless the word is the value of an option
+            with suppress(click.ClickException):
+                super().make_context(info_name, [*args], parent, **extra)
+            helped = False
+        if parent is not None and not extra.get("resilient_parsing") and not helped:
             path, above = [info_name or ""], parent
             while above.parent is not None:
                 path.insert(0, above.info_name or "")

@@ -1,8 +1,13 @@
-"""What the shell offers after TAB. Nothing here raises: an incomplete command line is no error."""
+"""What the shell offers after TAB. Nothing here raises: an incomplete command line is no error.
+
+bash puts what it is given on the command line as it is. Names that it would read as something else are not offered:
+those with spaces, and what a foreign bundle calls its classes, such as ``$(reboot)``.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -20,7 +25,13 @@ def complete_bundle(context: click.Context, parameter: click.Parameter, incomple
     name, _, start = incomplete.rpartition("=")  # serve takes NAME=BUNDLE
     prefix = f"{name}=" if name else ""
     found = sorted(f"{start}{path.name.removeprefix(Path(start + '_').name[:-1])}" for path in _folders(start))
-    return [CompletionItem(prefix + path) for path in found] or [CompletionItem(incomplete, type="dir")]
+    if found and all(map(_is_plain, found)):
+        return [CompletionItem(prefix + path) for path in found]
+    return [CompletionItem(incomplete, type="dir")]  # the shell's own, which quotes
+
+
+def _is_plain(name: str) -> bool:
+    return re.fullmatch(r"~?[\w@%+=:,./-]*", name) is not None
 
 
 def _folders(start: str) -> list[Path]:
@@ -62,8 +73,8 @@ def _listed(names: Callable[[Mapping[str, Any]], Iterable[str]]) -> Complete:
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
         before, comma, last = incomplete.rpartition(",")
         try:
-            found = [name for name in names(_manifest()) if name.startswith(last)]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):  # no bundle of ours
+            found = [name for name in names(_manifest()) if name.startswith(last) and _is_plain(name)]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StopIteration):  # no bundle
             return []
         return [CompletionItem(before + comma + name) for name in found]
 

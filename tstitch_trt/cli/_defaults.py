@@ -58,18 +58,31 @@ _BYTES: Final = 128 << 10
 def config_path() -> Path | None:
     """``$TSTITCH_TRT_CONFIG``, else ``tstitch-trt/config.toml`` in the user's folder of configurations.
 
-    ``None`` where the variable is empty. Raises ``BadInput`` where it names no file.
+    ``None`` where the variable is empty, and for a user without a home. Raises ``BadInput`` where it names no file.
     """
     chosen = os.environ.get("TSTITCH_TRT_CONFIG")
     if chosen == "":
         return None
     if chosen is not None:
-        path = Path(chosen).expanduser()
+        path = _expanded(Path(chosen), "$TSTITCH_TRT_CONFIG")
         if not path.is_file():
             raise BadInput(f"$TSTITCH_TRT_CONFIG is {shown(chosen)}, which is no file", hint="correct it, or unset it")
         return path
     base = Path(os.environ.get("XDG_CONFIG_HOME", ""))  # the XDG rules ignore a relative one
-    return (base if base.is_absolute() else Path.home() / ".config") / "tstitch-trt" / "config.toml"
+    try:
+        return (base if base.is_absolute() else Path.home() / ".config") / "tstitch-trt" / "config.toml"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users, as in some containers
+        return None
+
+
+def _expanded(path: Path, where: str) -> Path:
+    """``path`` with the folder that ``~`` means. Raises ``BadInput``."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise BadInput(
+            f"{where} is {shown(str(path))}: {path.parts[0]} is the home of nobody here", hint="write the whole path"
+        ) from None
 
 
 def option_key(option: click.Parameter) -> str:
@@ -215,7 +228,7 @@ class DefaultsFile:
             raise BadInput(
                 f"{where}: {error.message.rstrip('.')}", hint=f"--{option_key(option)}: {option.help}"
             ) from None
-        return found.expanduser() if isinstance(found, Path) else found
+        return _expanded(found, where) if isinstance(found, Path) else found
 
     def _place(self, table: str, key: str) -> str:
         """``FILE, line N: [table] key``, as far as the line is found."""

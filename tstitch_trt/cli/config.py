@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput, nearest
 from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._defaults import (
@@ -117,7 +116,7 @@ def _values(file: DefaultsFile | None) -> Iterator[tuple[str, str, Value, str]]:
         if name.startswith(PREFIX) and name not in known:
             close = nearest(name, known)
             raise BadInput(
-                f"${name} = {shown(os.environ[name])} belongs to no command",
+                f"${name} belongs to no command",
                 hint=f"did you mean {close}?" if close else "unset it",
             )
 

@@ -28,6 +28,7 @@ from tstitch_engines.bundle.files import (
 )
 from tstitch_engines.bundle.manifest import Component
 from tstitch_engines.bundle.read import RECORD_BYTES, read_json
+from tstitch_engines.errors import BadInput
 
 __all__ = ["Cache", "Entry", "Stored", "default_root", "prune_stored"]
 
@@ -100,11 +101,16 @@ def prune_stored(
 
 
 def default_root() -> Path:
-    """``$TSTITCH_TRT_CACHE``, else ``tstitch-trt`` in the XDG cache directory."""
+    """``$TSTITCH_TRT_CACHE``, else ``tstitch-trt`` in the XDG cache directory. Raises ``BadInput`` without a home."""
     if chosen := os.environ.get("TSTITCH_TRT_CACHE"):
         return Path(chosen)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG rules ignore a relative one
-    return (base if base.is_absolute() else Path.home() / ".cache") / "tstitch-trt"
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "tstitch-trt"
+    except RuntimeError:
+        raise BadInput(
+            "this user has no home folder, which the cache would be in", hint="name a folder: TSTITCH_TRT_CACHE=FOLDER"
+        ) from None
 
 
 class Cache:

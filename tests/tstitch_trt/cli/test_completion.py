@@ -20,6 +20,7 @@ BASH = """
 eval "$(tstitch-trt completion bash)"
 while IFS= read -r line; do
     read -ra COMP_WORDS <<< "$line"
+    [[ "$line" == *" " ]] && COMP_WORDS+=("")
     COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
     COMPREPLY=()
     _tstitch_trt_completion tstitch-trt
@@ -37,6 +38,10 @@ ASKED = {
     "tstitch-trt build fash": ["fashion"],
     "tstitch-trt nonsense --x": [],
     "tstitch-trt sample none.bundle --labels B": [],
+    "tstitch-trt sample ~nobody-here/x --labels B": [],
+    "tstitch-trt sample fashion.bundle --labels A": [],  # bash would make two words of Ankle boot
+    "tstitch-trt sample evil --schedule ": ["good"],
+    "tstitch-trt sample list --schedule ": [],
 }  # fmt: skip
 
 
@@ -46,6 +51,9 @@ def folder(fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "fashion.bundle").symlink_to(fashion_bundle)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "other.bundle").symlink_to(fashion_bundle)
+    for name, manifest in (("evil", '{"members": {"$(reboot)": 0, "a;b": 0, "good": 0}}'), ("list", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(manifest)
     program = tmp_path / "bin" / "tstitch-trt"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tstitch_trt.cli "$@"\n')

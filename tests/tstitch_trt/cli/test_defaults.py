@@ -13,6 +13,7 @@ import pytest
 
 from support.command import Command, Outcome, refused
 from test_layers import modules
+from tstitch_engines.errors import BadInput
 from tstitch_trt.cli import COMMANDS
 from tstitch_trt.cli._command import command_line
 from tstitch_trt.cli._defaults import VARIABLES, config_path, option_key, settable, variables_of
@@ -61,6 +62,18 @@ def test_the_command_line_wins_then_the_environment_then_the_file(
     assert not run("sample", fashion_bundle, "-o", tmp_path / "a.png").out.startswith("{")
 
 
+def test_help_as_the_value_of_an_option_leaves_the_defaults_on(
+    run: Command, write: Write, fashion_bundle: Path
+) -> None:
+    """Else a prompt of a stranger would switch off the signature that the file asks for."""
+    write('[all]\nrequire-signature = "/no/key.pem"\n')
+    refused(run("sample", fashion_bundle, "--negative", "--help"), "/no/key.pem")
+    refused(run("sample", fashion_bundle, "--latents-out", "a.npy", "--", "-h"), "unexpected extra argument")
+    write("[sample\n")
+    for words in (("sample", "--steps", "x", "-h"), ("cache", "prune", "--help"), ("build", "--help")):
+        assert run(*words).out.startswith("Usage:")
+
+
 def test_a_command_that_reproduces_a_result_has_values_from_everywhere(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +104,7 @@ WRONG = {
     "[sample]\ntrust = true": ("--trust can't be set by a file", "on the command line"),
     "[sample]\nbackend = 'torch'": ("--backend can't be set by a file",),
     "[serve]\ninsecure = true": ("--insecure can't be set by a file",),
+    "[sample]\noutput = '~nobody-here/x'": ("[sample] output is '~nobody-here/x'", "write the whole path"),
 }
 
 
@@ -117,6 +131,9 @@ def test_what_is_wrong_in_the_environment_is_refused(run: Command, monkeypatch: 
         refused(asked(f"TSTITCH_TRT_SAMPLE_{name}", "1", *one), "can't be set by the environment")
     refused(asked("TSTITCH_TRT_CONFIG", "/no/such.toml", *one), "$TSTITCH_TRT_CONFIG", "no file")
     refused(asked("TSTITCH_TRT_CASHE", "/x", "config"), "belongs to no command", "did you mean TSTITCH_TRT_CACHE?")
+    done = asked("TSTITCH_TRT_KEY_PASSPHRSE", "secret", "config")
+    refused(done, "did you mean TSTITCH_TRT_KEY_PASSPHRASE?")
+    assert "secret" not in done.err
     assert asked("TSTITCH_TRT_SAMPLE_STEPS", "x", "sample", "--help").code == 0
 
 
@@ -182,6 +199,18 @@ def test_the_files_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert config_path() == Path.home() / ".config" / "tstitch-trt" / "config.toml"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert config_path() == tmp_path / "tstitch-trt" / "config.toml"
+
+
+def test_a_user_without_a_home_has_no_file_and_names_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as any number."""
+    from tstitch_engines.bundle.cache import default_root
+
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "TSTITCH_TRT_CONFIG", "TSTITCH_TRT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert config_path() is None
+    with pytest.raises(BadInput, match="no home folder"):
+        default_root()
 
 
 PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "configuration.md").read_text()
