@@ -187,7 +187,7 @@ def test_without_a_compiler_the_last_line_of_the_build_says_what_to_install(bare
     if "Failed building wheel" not in said:
         require_index(done)
     *_, last = said.partition("[end of output]")[0].strip().splitlines()
-    assert "needs a C++17 compiler: apt install g++" in last
+    assert "needs a C++17 compiler and Python's headers: apt install g++ python3-dev" in last
     assert "or install a wheel" in last
     assert "Traceback" not in said
 
