@@ -30,15 +30,18 @@ from support.hand_made import made_member, text_bundle
 from support.hand_made_parts import FACTOR, made_text_encoder, made_vae, word_tokenizer
 from support.page_client import DRAW, OPEN, PLOT, Visitor, raw
 from support.report_studies import evaluation
-from support.studies import search, search_point
+from support.studies import calibration, overhead, search, search_point
 from tstitch_engines.bundle.bundle import open_bundle
 from tstitch_engines.bundle.manifest import Decoder, Defaults, TextInputs
 from tstitch_engines.spec import Range
 from tstitch_trt.runtime.runtime import Runtime
+from tstitch_trt.study.budget import Conditions
+from tstitch_trt.study.budget.conditions import engine_digests
 from tstitch_trt.study.gather import Studies
 from tstitch_trt.study.store import save_study, weights_of
 from tstitch_trt.ui.draw import enlarged, kept
-from tstitch_trt.ui.pareto import pareto
+from tstitch_trt.ui.gallery import Predicted
+from tstitch_trt.ui.pareto import pareto, predicted
 
 HOSTILE = "</script><img src=x onerror=document.title='run'>${document.title='run'} {{1}} `b` [a](javascript:x)"
 
@@ -118,6 +121,22 @@ def test_without_studies_the_commands_are_said(runtime: Runtime) -> None:
     for word in ("evaluate", "search", "calibrate"):
         assert f"tstitch-trt {word} &#39;my a.bundle&#39;" in text
     assert "<svg" not in text
+
+
+def test_the_speed_up_is_predicted_by_a_calibration_that_holds_here(fashion_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(shutil.copytree(fashion_bundle, tmp_path / "fashion.bundle"))
+    settings: dict[str, Any] = {"steps": 10, "guidance": 1.0, "solver": "ddim"}
+    with tstitch_trt.load(bundle, threads=1) as runtime:
+        plans = [runtime.plan(fraction=fraction, **settings) for fraction in (0.4, 1.0)]
+        assert predicted(runtime, plans, settings, 8) is None
+        cost = calibration(  # 1 and 10 ms a step on eight images
+            weights=weights_of(bundle.manifest), engines=engine_digests(bundle, "onnxruntime", "cpu"),
+            splitting=runtime.splitting, overheads=(overhead(8, 0.0),),
+        )  # fmt: skip
+        save_study(bundle, cost, key=Conditions.of(cost).key)
+        found = predicted(runtime, plans, settings, 8)
+        assert found == Predicted([64 / 8, 10 / 8], 100 / 8, "2024-01-02 03:04 UTC")
+        assert predicted(runtime, plans, settings, 1) is None  # nothing is extrapolated
 
 
 # --- the command
