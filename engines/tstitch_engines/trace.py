@@ -28,7 +28,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Arg = str | int | float | bool
-MOST_SPANS: Final = 1_000_000  # about 150 MB of JSON
+Track = threading.Thread | str
+MOST_SPANS: Final = 1_000_000  # about 150 MB of JSON, and 1 GB of memory while it is made
 _VARIABLE: Final = "TSTITCH_TRT_NVTX"
 
 
@@ -64,7 +65,7 @@ class _Span:
         self._trace, domain = _RECORDING.trace, _RECORDING.nvtx
         # Not push and pop, which belong to a thread: a generator may be ended by another one than began its span.
         self._range = None if domain is None else (domain, domain.start_range(domain.get_event_attributes(_text(self))))
-        self.thread = threading.get_ident()
+        self.thread = threading.current_thread()  # not its identifier, which a later thread may get
         self.start = perf_counter_ns()
         if self._trace is not None:
             self._trace.opened(self)
@@ -130,9 +131,8 @@ class Trace:
 
     def __init__(self) -> None:
         self._start = perf_counter_ns()
-        self._spans: list[tuple[int | str, str, int, int, dict[str, Arg]]] = []  # track, name, start, end in ns
+        self._spans: list[tuple[Track, str, int, int, dict[str, Arg]]] = []  # track, name, start, end in ns
         self._open: dict[_Span, None] = {}
-        self._threads: dict[int, str] = {}
         self.dropped = 0
 
     def __enter__(self) -> Self:
@@ -147,16 +147,14 @@ class Trace:
         _RECORDING.trace = None
 
     def opened(self, span: _Span) -> None:
-        if span.thread not in self._threads:
-            self._threads[span.thread] = threading.current_thread().name
         self._open[span] = None
 
     def closed(self, span: _Span, end: int) -> None:
         self._open.pop(span, None)
         self.add(span.thread, span.name, span.start, end, span.args)
 
-    def add(self, track: int | str, name: str, start: int, end: int, args: dict[str, Arg]) -> None:
-        """A span on the track of a thread (its identifier) or on another one, by name: ``perf_counter_ns`` times."""
+    def add(self, track: Track, name: str, start: int, end: int, args: dict[str, Arg]) -> None:
+        """A span on the track of a thread or on another one, by name: ``perf_counter_ns`` times."""
         if len(self._spans) >= MOST_SPANS:
             self.dropped += 1
         else:
@@ -169,11 +167,12 @@ class Trace:
         now, process = perf_counter_ns(), os.getpid()
         unfinished = [(s.thread, s.name, s.start, now, {**s.args, "unfinished": True}) for s in self._open.copy()]
         every = sorted([*self._spans, *unfinished], key=lambda each: (each[2], -each[3]))
-        tracks = dict.fromkeys((*self._threads, *(track for track, *_ in every)))
+        # the threads first
+        tracks = sorted(dict.fromkeys(track for track, *_ in every), key=lambda track: isinstance(track, str))
         places = {track: place for place, track in enumerate(tracks, start=1)}
         events: list[dict[str, object]] = [_metadata("process_name", process, 0, name="tstitch-trt")]
         for track, place in places.items():
-            name = track if isinstance(track, str) else self._threads[track]
+            name = track if isinstance(track, str) else track.name
             events.append(_metadata("thread_name", process, place, name=name))
             events.append(_metadata("thread_sort_index", process, place, sort_index=place))
         for track, name, start, end, args in every:

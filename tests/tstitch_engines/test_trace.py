@@ -47,6 +47,18 @@ def test_each_thread_has_its_track_and_its_name() -> None:
     assert sorted(tracks) == [("MainThread", "host"), ("cuda:0", "device"), ("reader", "host")]
 
 
+def test_threads_one_after_another_have_tracks_of_their_own() -> None:
+    """The system gives an identifier again as soon as its thread has ended."""
+    with Trace() as trace:
+        for name in ("first", "second"):
+            one = threading.Thread(target=span(name).__enter__, name=name)
+            one.start()
+            one.join()
+    document = json.loads(trace.to_json())
+    names = {e["tid"]: e["args"]["name"] for e in document["traceEvents"] if e["name"] == "thread_name"}
+    assert [(one["name"], names[one["tid"]]) for one in spans(trace)] == [("first", "first"), ("second", "second")]
+
+
 def test_what_has_not_ended_is_there_and_an_error_ends_what_it_leaves() -> None:
     with Trace() as trace:
         with pytest.raises(ValueError, match="x"), span("failed"):

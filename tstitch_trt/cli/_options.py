@@ -130,12 +130,20 @@ def _recorded(path: Path) -> Iterator[None]:
     from tstitch_trt.files import write_bytes
     from tstitch_trt.progress import log
 
+    def write(trace: Trace) -> None:
+        write_bytes(path, trace.to_json())
+        log(f"profile: {path}" + (f" (the first {MOST_SPANS:,} spans)" if trace.dropped else ""))
+
     with Trace() as trace:
         try:
             yield
-        finally:
-            write_bytes(path, trace.to_json())
-            log(f"profile: {path}" + (f" (the first {MOST_SPANS:,} spans)" if trace.dropped else ""))
+        except BaseException:
+            try:
+                write(trace)
+            except OSError as error:  # what the command failed of is the error to show
+                log(f"no profile: {path}: {error.strerror}")
+            raise
+        write(trace)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,8 +108,6 @@ class Trajectory:
         stepper.start(0, *programs)
         stepper.activate(range(chunk.count), lanes)
         watch = self._device.stopwatch()
-        if self._spans is not None:
-            self._spans.mark(None)
         segments = yield from self._segments(chunk, keys, watch)
         watch.mark()
         final = stepper.arena.lanes(0, chunk.count, request.size)
@@ -164,6 +162,8 @@ class Trajectory:
 
         def run() -> None:
             args: dict[str, Arg] = {"step": next(numbers), **same}
+            if self._spans is not None:
+                self._spans.mark(None)  # the device may have waited for this step
             with span("step", **args):
                 launch()
             if self._spans is not None:

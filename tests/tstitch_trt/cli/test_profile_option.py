@@ -119,6 +119,18 @@ def test_a_command_that_fails_or_is_interrupted_leaves_its_trace(
     assert 1 <= len(of(events(file), "step")) < 900
 
 
+def test_a_trace_that_can_not_be_written_hides_no_other_error(
+    run: Command, fashion_bundle: Path, tmp_path: Path
+) -> None:
+    file = Path("/proc/self/trace.json")  # where nobody makes files
+    done = run("sample", fashion_bundle, "--labels", "99", "--profile", file)
+    refused(done, "label 99")
+    assert f"no profile: {file}: " in done.err
+    done = run("sample", fashion_bundle, "--labels", "3", "--steps", "1", "--profile", file, "-o", tmp_path / "a.png")
+    assert done.code == 2
+    assert "trace.json" in done.err
+
+
 def test_what_can_not_be_profiled_is_refused(run: Command, fashion_bundle: Path, tmp_path: Path) -> None:
     refused(run("sample", fashion_bundle, "--profile", tmp_path / "trace.txt"), ".json")
     refused(run("sample", fashion_bundle, "--profile", tmp_path / "no" / "trace.json"), "does not exist")

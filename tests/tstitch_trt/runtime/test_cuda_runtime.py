@@ -10,6 +10,7 @@ import ctypes
 import gc
 import json
 import logging
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from tstitch_engines.trace import Trace
 from tstitch_trt import Runtime
 from tstitch_trt.bench.bench import measure
 from tstitch_trt.bench.torch_eager import EagerTorch
+from tstitch_trt.runtime.result import StepEvent
 from tstitch_trt.runtime.trajectory import Trajectory
 from tstitch_trt.serve import engine as serving
 
@@ -174,6 +176,21 @@ def test_a_trace_has_the_times_of_the_device(load: Load) -> None:
     for one, following in pairwise(device):
         assert one["ts"] + one["dur"] <= following["ts"] + 1e-3
     assert [e["name"] for e in events].count("graph replay") == 8
+
+
+def test_time_in_which_the_device_waits_for_the_host_is_no_step_of_it(load: Load) -> None:
+    def wait(event: StepEvent) -> None:
+        event.estimate()  # the device has done all so far
+        time.sleep(0.05)
+
+    gpu = load()
+    with Trace() as trace:
+        gpu.sample(n=1, steps=3, callback=wait)
+    events = json.loads(trace.to_json())["traceEvents"]
+    device = [e for e in events if e["ph"] == "X" and e["cat"] == "device"]
+    assert len(device) == 3
+    for one, following in pairwise(device):
+        assert following["ts"] - (one["ts"] + one["dur"]) >= 50_000
 
 
 def test_lanes_come_in_few_sizes(load: Load, cpu: Runtime, machine: Machine) -> None:
