@@ -32,6 +32,7 @@ __all__ = [
     "VARIABLES",
     "DefaultsFile",
     "config_path",
+    "converted",
     "option_key",
     "read_environment",
     "said_elsewhere",
@@ -131,6 +132,16 @@ def read_environment(command: click.Command, path: tuple[str, ...]) -> None:
             )
 
 
+def converted(option: click.Option, value: object, where: str) -> object:
+    """``value`` as the type of ``option``. Raises ``BadInput``, which says ``where`` it stands."""
+    try:
+        return option.type.convert(value, option, None)
+    except click.BadParameter as error:
+        allowed = "; allowed are 1, true, 0 and false" if option.is_flag else ""
+        problem = error.message.partition(" Recognized values")[0].rstrip(".")
+        raise BadInput(f"{where}: {problem}{allowed}", hint=f"--{option_key(option)}: {option.help}") from None
+
+
 def _not_here(where: str, key: str, what: str) -> BadInput:
     return BadInput(f"{where}: --{key} can't {what}", hint=f"write --{key} on the command line where you want it")
 
@@ -222,12 +233,7 @@ class DefaultsFile:
             value = _as_kind(value, str, where, "a text")
         else:
             value = str(_as_kind(value, (str, int, float), where, "a text or a number"))
-        try:
-            found = kind.convert(value, option, None)
-        except click.BadParameter as error:
-            raise BadInput(
-                f"{where}: {error.message.rstrip('.')}", hint=f"--{option_key(option)}: {option.help}"
-            ) from None
+        found = converted(option, value, where)
         return _expanded(found, where) if isinstance(found, Path) else found
 
     def _place(self, table: str, key: str) -> str:

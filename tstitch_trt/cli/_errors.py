@@ -67,6 +67,8 @@ def _usage(error: click.ClickException) -> TStitchError:
             usage = context.get_usage().removeprefix("Usage: ") if context else path
             return BadInput(f"{path!r} needs {name}, got nothing", hint=f"write it as: {usage}; see {path} --help")
         problem = error.message.rstrip(".")
+        if isinstance(error.param.type, click.types.BoolParamType):  # a flag, of the environment
+            problem = f"{problem.partition('.')[0]}; allowed are 1, true, 0 and false"
         for theirs, plain in (("valid float", "number"), ("valid integer", "whole number")):
             problem = problem.replace(theirs, plain)
         return BadInput(f"{name}: {problem}", hint=_example(path, error.param, context))

@@ -17,6 +17,7 @@ from tstitch_trt.cli._defaults import (
     VARIABLES,
     DefaultsFile,
     config_path,
+    converted,
     option_key,
     read_environment,
     settable,
@@ -108,7 +109,9 @@ def _values(file: DefaultsFile | None) -> Iterator[tuple[str, str, Value, str]]:
         by_key = {option_key(each): name for name, each in variables.items() if os.environ.get(name)}
         for key, each in settable(found).items():
             if key in by_key:
-                yield " ".join(path), key, os.environ[by_key[key]], f"${by_key[key]}"
+                value, source = os.environ[by_key[key]], f"${by_key[key]}"
+                converted(each, value, source)
+                yield " ".join(path), key, value, source
             elif each.name in defaults:
                 value = defaults[each.name]
                 yield " ".join(path), key, str(value) if isinstance(value, Path) else value, "file"

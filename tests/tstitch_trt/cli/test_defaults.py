@@ -125,7 +125,9 @@ def test_what_is_wrong_in_the_environment_is_refused(run: Command, monkeypatch: 
             return run(*command)
 
     one = ("sample", "a.bundle")
-    refused(asked("TSTITCH_TRT_SAMPLE_STEPS", "x", *one), "$TSTITCH_TRT_SAMPLE_STEPS: 'x'")
+    for command in (one, ("config",)):
+        refused(asked("TSTITCH_TRT_SAMPLE_STEPS", "x", *command), "$TSTITCH_TRT_SAMPLE_STEPS: 'x'")
+        refused(asked("TSTITCH_TRT_SAMPLE_JSON", "maybe", *command), "allowed are 1, true, 0 and false")
     refused(asked("TSTITCH_TRT_SAMPLE_STEP", "3", *one), "did you mean TSTITCH_TRT_SAMPLE_STEPS?")
     for name in ("TRUST", "BACKEND", "PROMPT"):
         refused(asked(f"TSTITCH_TRT_SAMPLE_{name}", "1", *one), "can't be set by the environment")
