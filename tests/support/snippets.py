@@ -170,7 +170,7 @@ def _check_options(words: list[str], place: str) -> None:
 
     assert isinstance(cli, click.Group)
     try:
-        context = click.Context(cli, info_name="tstitch-trt")
+        context = click.Context(cli, info_name="tstitch-trt", **cli.context_settings)
         if not words or words[0].startswith("-"):
             cli.make_context("tstitch-trt", list(words) or ["--help"])
             return

@@ -70,10 +70,10 @@ class LimitOptions:
     """Limits of the child processes that compile, verify and run networks for metrics."""
 
     time_limit: str | None = option(
-        "End work on one network in a child process after this long. [2h to compile, 1h to verify, 10m to measure]",
+        "End a child process that works longer on one network. [2h to compile, 1h to verify, 10m to measure]",
         "TIME",
     )
-    memory_limit: str | None = option("End that work when it holds more memory: 8GiB, 500MB. [what is free]", "SIZE")
+    memory_limit: str | None = option("End a child process that holds more memory: 8GiB, 500MB. [what is free]", "SIZE")
 
     def limits(self) -> Limits:
         from tstitch_engines.child import Limits

@@ -48,8 +48,8 @@ def command(
 ) -> None:
     """Measure BUNDLE: engines alone, step kernels, and trajectories at several fractions.
 
-    Bare engine calls and trajectories are measured alternately, so that what the runtime adds (overhead, 1 = nothing)
-    is honest on a busy machine too. All times are in milliseconds.
+    Bare engine calls and trajectories are measured in turn, so that the overhead of the runtime (1 is none) is right on
+    a busy machine too. All times are in milliseconds.
     """
     from tstitch_trt.bench.bench import measure
     from tstitch_trt.cli._parsing import parse_fractions

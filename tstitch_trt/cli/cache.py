@@ -33,9 +33,9 @@ class _Group(Command, click.Group):
 @click.group("cache", cls=_Group, examples=EXAMPLES, invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """Show or empty the cache of exports and engines (TSTITCH_TRT_CACHE, else the user's cache folder).
+    """Show or empty the cache of exports and engines, $TSTITCH_TRT_CACHE or the user's cache folder.
 
-    Bundles do not need the cache; it saves the time of building an unchanged part again. The bundles that
+    Bundles do not need the cache; it saves the time of building an unchanged part again. Bundles that
     tstitch_trt.accelerate made are kept beside it and are counted too. Without a subcommand: list.
     """
     if context.invoked_subcommand is None:
@@ -44,7 +44,7 @@ def command(context: click.Context) -> None:
 
 @tstitch_command("list", "tstitch-trt cache list\ntstitch-trt cache list --json", bundle=False)
 def list_command(as_json: bool) -> None:
-    """List what is stored, used last first."""
+    """List what is stored, last used first."""
     import time
 
     from tstitch_engines.bundle.cache import Cache
@@ -73,7 +73,7 @@ def list_command(as_json: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    max_size: str | None = option("Keep what was used last as far as it fits, e.g. 20GB or 500MiB.", "SIZE")
+    max_size: str | None = option("Keep this much of what was used last, e.g. 20GB or 500MiB.", "SIZE")
     older_than: str | None = option("Remove what was not used for so long, e.g. 30d, 12h or 2w.", "AGE")
 
 
@@ -84,9 +84,9 @@ class Limits:
     limits=Limits,
 )
 def prune_command(limits: Limits, as_json: bool) -> None:
-    """Remove what was not used for long, or what does not fit: pipelines' bundles before what they are made from.
+    """Remove what was not used for long, or what does not fit into a size.
 
-    What a build is using stays.
+    Bundles of pipelines go before the exports and engines that they are made from. What a build is using stays.
     """
     from tstitch_engines.bundle.cache import Cache
     from tstitch_trt.cli._parsing import parse_age, parse_size
@@ -107,7 +107,7 @@ def prune_command(limits: Limits, as_json: bool) -> None:
 
 @tstitch_command("clear", "tstitch-trt cache clear", bundle=False)
 def clear_command(as_json: bool) -> None:
-    """Remove everything, damaged and half-made entries too, but not what a build is using."""
+    """Remove everything but what a build is using, also damaged and incomplete entries."""
     from tstitch_engines.bundle.cache import Cache
     from tstitch_trt.pipeline.bundle_cache import prune_kept
 

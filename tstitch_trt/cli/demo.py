@@ -38,8 +38,8 @@ class Options:
 def command(options: Options, as_json: bool) -> None:
     """Build the built-in Fashion-MNIST pair for this CPU and draw it at five stitch points.
 
-    Needs no GPU, no torch and no network. Rows of the grid are shares of the steps on the small member, columns the
-    ten classes; all rows start from the same noise. The table has the time and the quality of each row.
+    Needs no GPU, no PyTorch and no network. The picture has a row for each share of the steps on the small member and a
+    column for each of the ten classes; all rows start from the same noise. The table has time and quality of each row.
     """
     import msgspec
 

@@ -16,7 +16,7 @@ tstitch-trt doctor --json
 
 @tstitch_command("doctor", EXAMPLES, bundle=False)
 def command(as_json: bool) -> int:
-    """Show what this machine can build and run and, for what it can't, why and how to mend it.
+    """Show what this machine can build and run. For what it can't, show why and how to fix it.
 
     For NVIDIA GPUs: the driver and the newest CUDA that it runs, whether the installed packages are for that CUDA and
     the step kernels for these GPUs, and which backends run on them.

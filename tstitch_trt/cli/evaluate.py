@@ -88,17 +88,17 @@ def command(
 ) -> None:
     """Draw pictures of BUNDLE over a list of schedules and measure how good they are.
 
-    All settings share seeds and labels or prompts. Every value comes with a 95 % interval by resampling. The record is
-    kept in the bundle (studies/); asked again with more schedules or metrics, it is extended. Stop it at any time: the
+    All settings share seeds and labels or prompts. Every value has a 95 % interval by resampling. The record is kept in
+    the bundle (studies/), and a later call with more schedules or metrics extends it. You can stop at any time: the
     same command goes on from the last finished batch.
 
-    psnr, lpips and latent_error compare with what the last member alone draws from the same seeds in the most steps;
+    psnr, lpips and latent_error compare with what the last member alone draws from the same seeds in the most steps.
     fid, kid, precision and recall compare with real pictures.
 
-    The Fréchet distance, or the first other quality metric that was measured, is tested fraction by fraction, up to
-    the first that does not pass: a fraction is no worse than the last member alone where the upper 95 % bound of the
-    difference, paired by seed, is below the margin. Where the samples are too few to tell, nothing is claimed, and the
-    number that would do is named.
+    The Fréchet distance, or the first quality metric if that was not measured, is tested in the order of the fractions,
+    up to the first that does not pass. A fraction is no worse than the last member alone if the upper 95 % bound of the
+    difference, paired by seed, is below the margin. If the samples are too few to tell, nothing is claimed, and the
+    output says how many would do.
     """
     from msgspec import structs
 

@@ -43,8 +43,8 @@ class EngineFlags:
 def command(bundle: Path, what: Options, flags: EngineFlags, as_json: bool) -> None:
     """Write BUNDLE as a model of Triton's Python backend, with a copy of the bundle.
 
-    The Python that Triton's backend runs needs tstitch-trt: pip install "tstitch-trt[cpu]", with a NumPy that this
-    version of Triton knows (below 2 for Triton 24.10). Triton batches nothing: the batching engine does.
+    The Python of Triton's backend needs tstitch-trt: pip install "tstitch-trt[cpu]", with a NumPy that this version of
+    Triton supports (below 2 for Triton 24.10). Batching is done by tstitch-trt, not by Triton.
     """
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._text import print_json

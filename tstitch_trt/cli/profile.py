@@ -43,8 +43,9 @@ def command(
     best order at more shares. The suggested share is the knee of the curve. The result is kept in the bundle.
 
     This compares latents: if they are close to the reference's, the pictures look alike. To measure how good pictures
-    are, use tstitch-trt evaluate. Needs a solver without memory, such as ddim, which is taken if the bundle's own has
-    one.
+    are, use tstitch-trt evaluate.
+
+    The solver must be a single-step one. If the bundle's own is multistep, ddim is the default.
     """
     from tstitch_trt.cli._text import print_result
     from tstitch_trt.plots.divergence import plot_divergence

@@ -46,12 +46,12 @@ class Columns:
 
 @tstitch_command("report", EXAMPLES, wanted=Columns, step=StepOptions, load=LoadOptions)
 def command(bundle: Path, wanted: Columns, step: StepOptions, load: LoadOptions, as_json: bool) -> None:
-    """Write one self-contained page about BUNDLE: samples by fraction, and all that was measured of it.
+    """Write one self-contained page about BUNDLE: samples by fraction, and all measurements of it.
 
-    The samples are drawn now, with the same seeds in every row. Time and quality, divergence, order, cost and the
-    search come from the studies in the bundle (calibrate, profile, evaluate, search). For what was not measured, the
-    page names the command. The page loads nothing and needs no JavaScript. Plots need matplotlib: pip install
-    "tstitch-trt[plot]".
+    The samples are drawn now, with the same seeds in every row. Time, quality, divergence, order, cost and the search
+    come from the studies in the bundle (calibrate, profile, evaluate, search). For what was not measured, the page
+    names the command. The page loads nothing and needs no JavaScript. Plots need matplotlib:
+    pip install "tstitch-trt[plot]".
     """
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_trt.cli._parsing import parse_fractions

@@ -52,14 +52,14 @@ def command(
 ) -> None:
     """Find the settings of BUNDLE that no other beats in both time and quality.
 
-    Candidates are two- and three-member schedules, large-small-large, and the last member alone in fewer steps, which a
-    stitched schedule has to beat. Time is predicted by the bundle's calibration of this machine (tstitch-trt
-    calibrate), quality is measured. All begin with few samples. A candidate that is clearly worse than another that
-    costs no more is dropped, and the samples of the others are doubled. The others are ranked by the upper 95 % bound
-    of how much worse than the last member alone they are, paired by seed. The set is kept in the bundle and used by
+    Candidates are schedules of two and three members, large-small-large, and the last member alone in fewer steps,
+    which a stitched schedule has to beat. Time is predicted by the bundle's calibration of this machine (tstitch-trt
+    calibrate), quality is measured. All candidates begin with few samples. One that is clearly worse than another that
+    costs no more is dropped; the others get twice as many samples, and so on. What is left is compared by the upper
+    95 % bound of its loss against the last member alone, paired by seed. The result is kept in the bundle and used by
     --budget-ms, unless its samples are too few to tell any schedule from the last member alone.
 
-    Stop it at any time: the same command goes on with the samples that were drawn.
+    You can stop at any time: the same command goes on with the samples that were drawn.
     """
     from tstitch_engines.bundle.cache import default_root
     from tstitch_trt.cli._parsing import parse_fractions, parse_numbers

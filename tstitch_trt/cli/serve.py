@@ -164,11 +164,13 @@ def command(
 ) -> None:  # fmt: skip
     """Serve BUNDLEs over HTTP: OpenAI's images API, whose client works unchanged.
 
-    Requests are batched step by step: those in their small phase share one batch, those in their large phase another,
-    whatever their schedules. A bundle's model is called as its manifest says, or NAME. The address is printed to
-    stdout; /readyz is 200 when all batch sizes are warm. SIGTERM or Ctrl-C stops admission, finishes what was accepted
-    and exits with 0; a second one exits at once. SIGHUP loads bundles that changed beside the old ones, which they
-    replace. docs/how-to/serve.md tells of keys, limits and metrics. Needs FastAPI: pip install "tstitch-trt[serve]".
+    Requests are batched step by step: images in their small phase share one batch, images in their large phase another,
+    whatever their schedules. A model has the name in its bundle's manifest, or NAME. The address is printed to stdout;
+    /readyz answers 200 when all batch sizes are warm.
+
+    SIGTERM or Ctrl-C stops admission, finishes what was accepted and exits with 0; a second one exits at once. SIGHUP
+    loads bundles that changed and then replaces the old ones. Keys, limits and metrics: docs/how-to/serve.md. Needs
+    FastAPI: pip install "tstitch-trt[serve]".
     """
     import logging
 

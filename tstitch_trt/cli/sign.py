@@ -29,10 +29,10 @@ class Options:
 def command(bundle: Path, wanted: Options, as_json: bool) -> None:
     """Sign BUNDLE: Ed25519 over its manifest, which has the hash of every file. The files are checked first.
 
-    The signature is the file manifest.sig. Whoever has the public key can require it: --require-signature KEY.pub.pem
-    refuses a bundle that is not signed with it, or of which one byte is another. Studies are not signed, and a bundle
-    that is built or compiled again has to be signed again. Keep the private key to yourself; one that is encrypted
-    needs its passphrase in $TSTITCH_TRT_KEY_PASSPHRASE. Needs the extra "sign" (cryptography).
+    The signature is the file manifest.sig. With --require-signature KEY.pub.pem, other commands refuse a bundle that is
+    not signed with that key, or in which a byte was changed. Studies are not signed. A bundle that is built or compiled
+    again has to be signed again. Keep the private key secret; if it is encrypted, its passphrase is in
+    $TSTITCH_TRT_KEY_PASSPHRASE. Needs the extra "sign" (cryptography).
     """
     from tstitch_engines.bundle.bundle import open_bundle
     from tstitch_engines.bundle.signature import SIGNATURE, new_key, sign_manifest

@@ -61,13 +61,13 @@ class Checks(LimitOptions):
 def command(bundle: Path, checks: Checks, as_json: bool) -> None:
     """Compare every engine of BUNDLE with ONNX Runtime and PyTorch.
 
-    Inputs are random ones, and those of a short trajectory of the bundle over all noise levels with guidance. Each
-    engine runs at its smallest, tuned and largest batch, and at its smallest and largest size if it takes several.
-    Parts (text encoders, VAE, ControlNet) are checked like members, on what a prompt and its picture give them.
+    Inputs are random, and those of a short guided trajectory over all noise levels. Each engine runs at its smallest,
+    tuned and largest batch, and at its smallest and largest size if it takes several. Parts (text encoders, VAE,
+    ControlNet) are compared like members, on the inputs that a prompt and its picture give them.
 
-    An engine that can't run here is listed as not checked, with the reason; its identity and its plan's header are
-    checked anyway. The exit code is 1 when an engine fails. With --rebuild, engines of every backend that runs here are
-    first compiled again where they don't fit.
+    An engine that can't run here is listed as not checked, with the reason; its identity and the header of its plan are
+    still checked. The exit code is 1 when an engine fails. With --rebuild, engines that do not fit this machine are
+    compiled again first, for every backend that runs here.
     """
     from tstitch_engines.backends import for_gpu
     from tstitch_engines.bundle.bundle import open_bundle

@@ -64,7 +64,8 @@ def _options(command: click.Command) -> Iterator[click.Option]:
 
 
 def _section(name: str, command: click.Command, level: str) -> str:
-    context = click.Context(command, info_name=f"tstitch-trt {name}")
+    # click keeps the help option that it made first
+    context = click.Context(command, info_name=f"tstitch-trt {name}", **cli.context_settings)
     usage = command.get_usage(context).removeprefix("Usage: ")
     options = list(_options(command))
     shared = [option for option in options if _key(option) in _shared()]
