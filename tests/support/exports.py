@@ -9,6 +9,7 @@ from tstitch_engines.bundle.cache import Cache
 from tstitch_engines.bundle.manifest import Network, Precision
 from tstitch_engines.progress import silent
 from tstitch_export.families.base import Scalar
+from tstitch_export.hub.checkpoints import Checkpoints
 from tstitch_export.onnx_export.network import exported_network, exported_program
 from tstitch_export.planning.network import NetworkPlan, plan_part
 from tstitch_export.planning.recipe import PartRecipe
@@ -19,7 +20,7 @@ __all__ = ["graph_of", "network_plan", "onnx_of", "program_of"]
 def network_plan(
     family: str, path: Path, options: Mapping[str, Scalar] | None = None, precision: Precision = "fp32"
 ) -> NetworkPlan:
-    return plan_part("network", PartRecipe(family=family), path, options or {}, precision, path.name)
+    return plan_part("network", PartRecipe(family=family), path, options or {}, precision, path.name, Checkpoints())
 
 
 def onnx_of(plan: NetworkPlan, folder: Path) -> Network:

@@ -36,8 +36,9 @@ _FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "controlnet": ("controlnet",),
 }
 _BESIDE: Final = ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json")  # of a pipeline
+_PEFT: Final = "adapter_model.safetensors"
 _FILE_NAMES: Final[Mapping[str, tuple[str, ...]]] = {  # where a repository is given for a file
-    "lora": ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"),
+    "lora": ("pytorch_lora_weights.safetensors", _PEFT),
     "textual_inversion": ("learned_embeds.safetensors", "learned_embeds.bin"),
 }
 _SHOWN: Final = 8  # files that a message lists
@@ -62,7 +63,7 @@ def select(names: Collection[str], path: str, kind: str, *, where: str, whole: b
     """
     names = frozenset(names)
     if path in names:
-        return Selection(path, _with_beside(names, path, kind))
+        return Selection(path, _with_beside(names, path, kind, whole=whole))
     start = path and f"{path}/"
     if not any(name.startswith(start) for name in names):
         raise BadCheckpoint(
@@ -70,7 +71,7 @@ def select(names: Collection[str], path: str, kind: str, *, where: str, whole: b
         )
     if kind in _FILE_NAMES:
         file = _only_file(names, start, kind, where, whole=whole)
-        return Selection(file, _with_beside(names, file, kind))
+        return Selection(file, _with_beside(names, file, kind, whole=whole))
     if kind == "tokenizer":
         return Selection(path, _of_tokenizer(names, path))
     part = choose_part(_FOLDERS[kind], lambda name: start + name in names)
@@ -127,10 +128,12 @@ def _of_tokenizer(names: Collection[str], folder: str) -> tuple[str, ...]:
     return tuple(start + name for name in _TOKENIZER_FILES if start + name in names)
 
 
-def _with_beside(names: Collection[str], file: str, kind: str) -> tuple[str, ...]:
-    """``file``, and what readers look for beside it."""
+def _with_beside(names: Collection[str], file: str, kind: str, *, whole: bool) -> tuple[str, ...]:
+    """``file``, and what readers look for beside it. Raises ``BadCheckpoint`` where PEFT's scale may be missing."""
     path = PurePosixPath(file)
     settings = path.with_name("adapter_config.json" if kind == "lora" else "config.json")
+    if kind == "lora" and not whole and path.name == _PEFT and str(settings) not in names:
+        raise BadCheckpoint(f"there is no {settings}, which has the scale of {file}", hint="download it too")
     beside = (str(other) for other in (settings, path.with_suffix(".yaml")) if other != path)
     return (file, *(name for name in beside if name in names))
 

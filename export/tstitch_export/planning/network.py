@@ -125,10 +125,9 @@ def plan_member(
     given: str | Path | None,
     options: Mapping[str, Scalar],
     precision: Precision,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints,
 ) -> NetworkPlan:
     """Reads what the checkpoint says. Raises ``BadInput`` and ``BadCheckpoint``."""
-    checkpoints = checkpoints or Checkpoints()
     part = spec.members.get(name) or spec.other_members
     if part is None:
         raise unknown_name(f"member of recipe {spec.name!r}", name, spec.members)
@@ -164,7 +163,7 @@ def plan_part(
     options: Mapping[str, Scalar],
     precision: Precision,
     shown: str,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints,
 ) -> NetworkPlan:
     """Like ``plan_member`` for a part, also a member's own (``small_text_encoder``). Raises ``BadCheckpoint``.
 
@@ -176,7 +175,7 @@ def plan_part(
     whole = path.is_file() or (path / "model_index.json").is_file() or (path / part).is_dir()
     if "part" in family.options and whole:
         chosen.setdefault("part", part)
-    return _plan(name, recipe, path, chosen, precision, shown, checkpoints or Checkpoints())
+    return _plan(name, recipe, path, chosen, precision, shown, checkpoints)
 
 
 def _plan(

@@ -87,6 +87,9 @@ def test_what_a_partial_copy_can_not_tell() -> None:
         select(["model_index.json", "unet/config.json", f"unet/{UNET}.bin"], "", "member", where="o/n", whole=False)
     with pytest.raises(BadCheckpoint):
         select(["a.safetensors"], "", "lora", where="o/n", whole=False)
+    for path in ("", "adapter_model.safetensors"):
+        with pytest.raises(BadCheckpoint, match="the scale of"):
+            select(["adapter_model.safetensors"], path, "lora", where="o/n", whole=False)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.ldm import layout as ldm_layout
 from tstitch_export.families.unet.layout import PREFIX
 from tstitch_export.families.uvit import layout as uvit_layout
+from tstitch_export.hub.checkpoints import Checkpoints
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import plan_member
 from tstitch_export.planning.recipe import load_recipe
@@ -76,7 +77,10 @@ def dit_s(path: Path) -> Path:
 
 def planned(name: str, members: dict[str, Path], options: dict[str, dict[str, Any]] | None = None) -> PairConventions:
     spec, base = load_recipe(name)
-    plans = [plan_member(n, spec, base, path, (options or {}).get(n, {}), "fp32") for n, path in members.items()]
+    plans = [
+        plan_member(n, spec, base, path, (options or {}).get(n, {}), "fp32", Checkpoints())
+        for n, path in members.items()
+    ]
     return reconcile(spec, plans, {})
 
 

@@ -20,6 +20,7 @@ from tstitch_export.families.dit.config import DiTConfig
 from tstitch_export.families.dit.layout import PUBLISHED_SIZES, expected_shapes
 from tstitch_export.families.uvit.layout import UViTConfig
 from tstitch_export.families.uvit.layout import expected_shapes as uvit_shapes
+from tstitch_export.hub.checkpoints import Checkpoints
 from tstitch_export.planning.bundle import plan_bundle
 from tstitch_export.planning.compatibility import PairConventions, reconcile
 from tstitch_export.planning.network import plan_member
@@ -170,7 +171,10 @@ def test_noise_and_parametrisation_of_pipelines(tmp_path: Path) -> None:
         spec, base = load_recipe(recipe)
         return reconcile(
             spec,
-            [plan_member(n, spec, base, path, {}, "fp32") for n, path in (("small", plain), ("large", large))],
+            [
+                plan_member(n, spec, base, path, {}, "fp32", Checkpoints())
+                for n, path in (("small", plain), ("large", large))
+            ],
             {},
         )
 
