@@ -206,6 +206,19 @@ def test_the_loss_of_8_bits() -> None:
         assert re.findall(r"([\d.]+)%", row) == [f"{100 * x:.1f}" if x < 0.095 else f"{100 * x:.0f}" for x in figures]
 
 
+def test_the_server() -> None:
+    page = section("benchmarks/index.md")
+    gain = result("serving-mixed.json")["mixes"][0]["gain"]
+    first, *others = gain["litserve"].values()
+    assert f"{float(first.removeprefix('at least ')):.1f} times the rate of LitServe" in page
+    assert f"{min(others)} to {max(others)} times" in page
+    _, *alone = gain["single"].values()
+    assert f"{min(alone)} to {max(alone)} times the rate of one request at a time" in page
+    soak = result("serving-soak.json")
+    assert soak["violations"] == []
+    assert f"no wrong picture of {soak['pictures']:,}" in page
+
+
 def test_the_list_of_extras() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     table = re.findall(r"^\| (.+?) \|", section("start/class-pair.md", "Extras"), re.MULTILINE)
