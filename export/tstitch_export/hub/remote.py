@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
+from tstitch_engines.bundle.files import replace_file
 from tstitch_engines.errors import BadCheckpoint, BadInput, FailedWork, first_line
 from tstitch_engines.needs import require
 from tstitch_export.hub.reference import Reference, is_commit
@@ -32,7 +33,6 @@ __all__ = [
     "download",
     "remember",
     "snapshot_folder",
-    "write_whole",
 ]
 
 T = TypeVar("T")
@@ -100,15 +100,7 @@ def remember(reference: Reference, commit: str) -> None:
     if cached_commit(reference) == commit:
         return
     with suppress(OSError):  # a cache that may only be read
-        write_whole(_repository_folder(reference) / "refs" / reference.revision, commit)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file that appears with all of its text. Raises ``OSError``."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    made = file.with_name(f"{file.name}.{os.getpid()}")
-    made.write_text(text)
-    made.replace(file)
+        replace_file(_repository_folder(reference) / "refs" / reference.revision, commit.encode())
 
 
 def ask(reference: Reference) -> Listing:

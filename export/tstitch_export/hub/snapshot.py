@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Final
 
 import msgspec
 
 from tstitch_engines.bundle.cache import default_root
 from tstitch_engines.bundle.decode import DecodeError
+from tstitch_engines.bundle.files import replace_file
 from tstitch_engines.bundle.read import RECORD_BYTES, read_json
 from tstitch_engines.errors import BadCheckpoint, FailedWork, Unavailable
 from tstitch_engines.progress import Progress
@@ -94,7 +96,7 @@ class Snapshot:
     def _record(self, listing: remote.Listing) -> None:
         """Keeps the files of the commit, which stay the same."""
         with suppress(OSError):  # a cache that may only be read
-            remote.write_whole(self._records / _FILES, json.dumps(listing.sizes))
+            replace_file(self._records / _FILES, json.dumps(listing.sizes).encode())
 
     def _recorded(self) -> remote.Listing | None:
         """The files of the commit, as they were kept."""
@@ -152,7 +154,7 @@ class Snapshot:
             return link
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
-            made = link.with_name(f"{name}.{os.getpid()}")
+            made = link.with_name(f"{name}.{os.getpid()}-{get_ident()}")
             made.unlink(missing_ok=True)
             made.symlink_to(self._folder.absolute(), target_is_directory=True)
             made.replace(link)

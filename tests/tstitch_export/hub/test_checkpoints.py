@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,15 @@ def test_a_partial_copy_is_completed(hub: Hub, offline: Any, pipeline: Path, tmp
     (Path(str(plan.members[0].given)) / "vae/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(Unavailable, match="no whole copy of the repository"):
         pair(tmp_path, small=f"org/sd@{commit}", large=f"org/sd@{commit}")
+
+
+def test_threads_at_once(hub: Hub) -> None:
+    hub.publish("org/name", FILES)
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: Checkpoints().locate("org/name", "vae_decoder"), range(8)))
+    (path,) = found
+    assert (path / "config.json").read_bytes() == b"{}"
+    assert [file.name for file in path.parent.iterdir() if file.name not in ("name", "files.json")] == []
 
 
 def test_a_branch_that_moves(hub: Hub) -> None:
