@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from tstitch_trt.serve import triton
+from tstitch_trt.serve.ray_app import RayOptions
 from tstitch_trt.study.evaluate.claim import claims_of
 from tstitch_trt.study.noninferiority import Judgement, judge
 from tstitch_trt.study.records import Evaluation, Point
@@ -217,6 +219,17 @@ def test_the_server() -> None:
     soak = result("serving-soak.json")
     assert soak["violations"] == []
     assert f"no wrong picture of {soak['pictures']:,}" in page
+
+
+def test_the_lists_of_inputs() -> None:
+    table = section("how-to/triton.md", "Ask")
+    inputs = [*triton._CLASSES, *triton._TEXTS, *triton._ALL, *triton._PICTURES, *triton._SUBMITTED]
+    for kind in {each.kind for each in inputs}:
+        row = re.search(rf"^\| {kind.replace('STRING', 'BYTES')} \| (.*) \|$", table, re.MULTILINE)
+        assert row is not None
+        assert set(re.findall(r"`(\w+)`", row[1])) == {each.name for each in inputs if each.kind == kind}
+    fields = re.findall(r"^\| (.+?) \|", section("how-to/ray.md", "Options"), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)(?:: \w+)?`", " ".join(fields))) == set(RayOptions.__struct_fields__)
 
 
 def test_the_list_of_extras() -> None:
