@@ -316,6 +316,7 @@ def checked(*, others: bool = False, **checks: Check) -> Callable[[Callable[P, T
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         scope, _, name = function.__qualname__.rpartition(".")
         first = int(bool(scope) and not scope.endswith("<locals>"))  # self
+        most = function.__code__.co_argcount  # arguments that need no name
 
         @wraps(function)
         def call(*args: P.args, **keywords: P.kwargs) -> T:
@@ -325,6 +326,11 @@ def checked(*, others: bool = False, **checks: Check) -> Callable[[Callable[P, T
                     given[key] = run_check(checks[key], given[key], key)
                 elif not others:
                     raise unknown_name(f"keyword of {name}", key, known)
+            if len(args) > most:
+                raise BadInput(
+                    f"{name} got {shown(args[most])} without a keyword",
+                    hint=f"write it as {name}(KEYWORD=...); help({function.__qualname__}) lists the keywords",
+                )
             named = zip(known, args[first:], strict=False)
             passed = [*args[:first], *(run_check(checks[key], value, key) for key, value in named)]
             plain: Any = (*passed, *args[len(passed) :])

@@ -55,7 +55,7 @@ def kind_of(pipe: Any) -> PipelineSpec:
     ControlNet that is none or several."""
     name = pipeline_class(pipe).__name__
     if name not in KINDS:
-        raise unknown_name("diffusers pipeline", type(pipe).__name__, KINDS)
+        raise unknown_name("diffusers pipeline", type(pipe).__name__, KINDS, hint="(loaded by from_pretrained)")
     check_pipeline_code(pipe)
     control = unwrap_compiled(getattr(pipe, "controlnet", None))
     if control is not None and library_base(type(control)).__name__ != "ControlNetModel":

@@ -91,7 +91,7 @@ class FailedImage:
         return f"image {self.image} (seed {self.seed}): NaN or infinity in {where}, made by {self.member!r}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """``images`` uint8 ``[N,H,W,C]``, ``None`` when not decoded; ``labels`` or ``prompts``: what each was asked to be.
 
@@ -117,6 +117,11 @@ class Result:
     loras: Mapping[str, str] = field(default_factory=dict)
     budget: ChosenSchedule | None = None
     failed: tuple[FailedImage, ...] = ()
+
+    def __repr__(self) -> str:
+        shape = "" if self.images is None else f", each {'x'.join(map(str, self.images.shape[1:]))}"
+        bad = f", {len(self.failed)} of them failed" if self.failed else ""
+        return f"<Result: {len(self.seeds)} images{shape}{bad}; {self.schedule}; {self.total_ms:.0f} ms>"
 
     @property
     def drawn(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -148,6 +149,16 @@ def test_a_lane_is_the_same_alone_and_in_any_batch(runtime: Runtime, guidance: f
     for lane in (0, 6, 12):
         alone = runtime.sample(labels=lane % 10, seed=lane, steps=8, solver="ddpm", guidance=guidance)
         assert relative_error(alone.latents, together.latents[[lane]]) < 1e-4
+
+
+def test_a_result_is_one_line_in_a_notebook(runtime: Runtime) -> None:
+    shown = repr(runtime.sample(labels=[3, 5], steps=4, fraction=0.5))
+    assert re.fullmatch(r"<Result: 2 images.*; small\[0:2\] large\[2:4\]; \d+ ms>", shown)
+
+
+def test_what_to_draw_needs_its_keyword(runtime: Runtime) -> None:
+    with pytest.raises(BadInput, match=r"sample got 'Bag' without a keyword\nhint: .*help\(Runtime.sample\)"):
+        runtime.sample("Bag")  # type: ignore[call-arg, misc]
 
 
 def test_latents_in_replace_the_noise_of_the_seeds(runtime: Runtime) -> None:
