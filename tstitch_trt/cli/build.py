@@ -53,8 +53,8 @@ class Options(LimitOptions):
         "--member",
     )
     parts: tuple[str, ...] = option(
-        "A checkpoint of text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, if no member's pipeline "
-        "has it; a path or a repository, as for --member. May be repeated.",
+        "A checkpoint of text_encoder, text_encoder_2, vae_decoder, vae_encoder or controlnet, in place of the one in "
+        "a member's pipeline; a path or a repository, as for --member. May be repeated.",
         "NAME=CHECKPOINT",
         "--part",
     )
