@@ -18,9 +18,9 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
-from tstitch_engines.errors import BadInput
+from tstitch_engines.errors import BadInput, OutOfMemory, OutOfTime
 from tstitch_trt.cli._completion import COMPLETERS, complete_bundle
-from tstitch_trt.cli._defaults import DefaultsFile, read_environment, said_elsewhere
+from tstitch_trt.cli._defaults import NO_DEFAULTS, DefaultsFile, read_environment, said_elsewhere
 
 __all__ = ["Command", "command_line", "option", "tstitch_command"]
 
@@ -44,7 +44,8 @@ class Command(click.Command):
             with suppress(click.ClickException):
                 super().make_context(info_name, [*args], parent, **extra)
             helped = False
-        if parent is not None and not extra.get("resilient_parsing") and not helped:
+        without = helped or self.name in NO_DEFAULTS or extra.get("resilient_parsing")
+        if parent is not None and not without:
             path, above = [info_name or ""], parent
             while above.parent is not None:
                 path.insert(0, above.info_name or "")
@@ -55,7 +56,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BadInput:
+        except (BadInput, OutOfMemory, OutOfTime):
             for key, value, source in said_elsewhere(ctx):
                 click.echo(f"note: --{key}{'' if value is True else f' {value}'} comes from {source}", err=True)
             raise

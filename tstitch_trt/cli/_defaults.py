@@ -27,6 +27,7 @@ from tstitch_engines.checks import shown
 from tstitch_engines.errors import BadInput, nearest, unknown_name
 
 __all__ = [
+    "NO_DEFAULTS",
     "PREFIX",
     "SHARED",
     "VARIABLES",
@@ -50,9 +51,10 @@ VARIABLES: Final = {
 }
 SHARED: Final = ("device", "graph", "max-memory", "memory-limit", "require-signature", "threads", "time-limit")
 """What the table ``[all]`` may hold."""
+NO_DEFAULTS: Final = ("completion", "config")
+"""Commands whose options have none. They run where the file is wrong."""
 
 _TYPED: Final = ("trust", "insecure", "traceback")
-_NO_DEFAULTS: Final = ("completion", "config")
 _BYTES: Final = 128 << 10
 
 
@@ -96,7 +98,7 @@ def settable(command: click.Command) -> dict[str, click.Option]:
 
     To name the backend is to trust its engines, so where there is ``--trust`` that is for the command line too.
     """
-    if command.name in _NO_DEFAULTS:
+    if command.name in NO_DEFAULTS:
         return {}
     options = {option_key(p): p for p in command.params if isinstance(p, click.Option)}
     typed = {*_TYPED, "backend"} if "trust" in options else _TYPED

@@ -72,6 +72,8 @@ def test_help_as_the_value_of_an_option_leaves_the_defaults_on(
     write("[sample\n")
     for words in (("sample", "--steps", "x", "-h"), ("cache", "prune", "--help"), ("build", "--help")):
         assert run(*words).out.startswith("Usage:")
+    for words in (("completion", "bash"), ("config", "--template"), ("--version",)):
+        assert run(*words).code == 0
 
 
 def test_a_command_that_reproduces_a_result_has_values_from_everywhere(

@@ -193,6 +193,16 @@ def test_time_in_which_the_device_waits_for_the_host_is_no_step_of_it(load: Load
         assert following["ts"] - (one["ts"] + one["dur"]) >= 50_000
 
 
+def test_a_segment_in_one_launch_is_one_span(load: Load) -> None:
+    gpu = load(graph="segment")
+    with Trace() as trace:
+        gpu.sample(n=1, schedule="small:1,large:3", steps=4)
+    events = [e for e in json.loads(trace.to_json())["traceEvents"] if e["ph"] == "X"]
+    for kind in ("host", "device"):
+        steps = [e["args"] for e in events if e["name"] == "step" and e["cat"] == kind]
+        assert [(s["step"], s["member"], s.get("steps", 1)) for s in steps] == [(1, "small", 1), (2, "large", 3)]
+
+
 def test_lanes_come_in_few_sizes(load: Load, cpu: Runtime, machine: Machine) -> None:
     """Engines of 1 to 8, tuned for 4: 1, 2, 4 and 8 lanes unguided, 1, 2 and 4 guided."""
     gpu = load()
