@@ -434,10 +434,11 @@ class Runtime:
         """Puts LoRAs into a member or text encoder, in place of those that an earlier call put there.
 
         They are there for the requests of all threads; ``lora`` is for those of one. ``files``:
-        ``"style.safetensors:0.8,lcm.safetensors"``, a path, or a list of paths and ``(path, weight)``. For engines that
-        can be refitted: of the backend ``torch``, and of TensorRT built with ``--option refit=true``. Raises
-        ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises, the
-        network has the weights that it had before.
+        ``"style.safetensors:0.8,lcm.safetensors"``, a path, or a list of paths and ``(path, weight)``. In a text
+        ``ORG/NAME`` may stand for a file, a Hugging Face repository; it is downloaded while others use the runtime. For
+        engines that can be refitted: of the backend ``torch``, and of TensorRT built with ``--option refit=true``.
+        Raises ``BadCheckpoint`` for a LoRA for another model and ``BadInput`` where engines can't; whatever it raises,
+        the network has the weights that it had before.
         """
         self._queue.check_open()
         self._queue.do(partial(self._loras.swap, name, local_loras(files)), timeout)
