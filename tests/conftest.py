@@ -21,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # TorchInductor compiles a program for each instruction set of this CPU to learn whether the compiler has it: 15 s.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
+# Options and folders of whoever runs the tests are not those of the tests.
+for _name in [name for name in os.environ if name.startswith("TSTITCH_TRT_")]:
+    del os.environ[_name]
+
 # Started in the background (`pytest &`, some CI runners) this process ignores Ctrl-C, and so would every child that the
 # tests interrupt: a handler here is the default there.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

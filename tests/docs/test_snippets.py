@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -19,7 +20,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +37,13 @@ SECONDS = 300  # that a block may take
 REQUIRES = {"docs/how-to/gpu.md": "tensorrt_rtx_bindings"}
 # The last of two options counts.
 FEWER = {"tstitch-trt demo": "--samples 10 --steps 4"}
+# No snippet needs more than this machine, whatever is there where the tests run.
+_NOWHERE = "http://127.0.0.1:9"
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), _NOWHERE),
+    **dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost"),
+}
 PYTHON = """
 import json, sys, traceback
 answers, names = sys.stdout, {"__name__": "__main__"}
@@ -73,13 +83,63 @@ def test_snippets_run(path: Path, tmp_path: Path, fashion_bundle: Path) -> None:
             page.run(block)
 
 
+def snippet(language: str, text: str) -> Block:
+    return Block("page.md", 3, language, "", text)
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "told"),
+    [
+        ("sh", "true\nls nothing-here\necho after\n", "failed: line 4: ls nothing-here"),
+        ("sh", "false | true\n", "exit code 1"),
+        ("sh", "echo $NOT_SET\n", "NOT_SET: unbound variable"),
+        ("sh", "echo before\nsleep 600 & sleep 601\n", "runs for more than 1 s"),
+        ("sh", "tstitch-trt serve no.bundle\n", "does not listen"),
+        ("python", "x = 1\nx.none\n", 'File "page.md", line 4'),
+        ("python", "raise SystemExit(0)\n", "SystemExit"),
+        ("python", "import time\ntime.sleep(602)\n", "runs for more than 1 s"),
+    ],
+)
+def test_a_snippet_that_fails_or_hangs_is_named_and_leaves_nothing(
+    language: str, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "600" in text or "602" in text:
+        monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
+    with pytest.raises(pytest.fail.Exception) as failed, PageRun(tmp_path) as page:
+        page.run(snippet(language, text))
+    assert told in str(failed.value)
+    assert "page.md:3" in str(failed.value)
+    _require_none_in(tmp_path)
+
+
+def _require_none_in(folder: Path) -> None:
+    """Who was killed is there for a moment."""
+    end = time.monotonic() + 20
+    while any(_is_in(entry, folder) for entry in Path("/proc").glob("[0-9]*/cwd")):
+        assert time.monotonic() < end, "a process is left"
+        time.sleep(0.02)
+
+
+def _is_in(cwd: Path, folder: Path) -> bool:
+    """Whether a process of ours runs in ``folder``: it may end while it is looked at, and others can't be read."""
+    with suppress(OSError):
+        return cwd.resolve() == folder.resolve() and b"State:\tZ" not in (cwd.parent / "status").read_bytes()
+    return False
+
+
+def test_what_a_snippet_leaves_in_the_background_ends_with_its_block(tmp_path: Path) -> None:
+    with PageRun(tmp_path) as page:
+        page.run(snippet("sh", "sleep 603 &\n"))
+        _require_none_in(tmp_path)
+
+
 class PageRun:
     """One page's folder, its Python process and its servers. A failure names the page, the line, command and output."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        self._environment = {**os.environ, "PATH": path, "MPLBACKEND": "agg", "PYTHONUNBUFFERED": "1"}
+        self._environment = {**os.environ, **OFFLINE, "PATH": path, "MPLBACKEND": "agg", "PYTHONUNBUFFERED": "1"}
         self._python: subprocess.Popen[str] | None = None
         self._servers: dict[int, tuple[subprocess.Popen[bytes], int, Block, Path]] = {}  # by the port that pages name
 
@@ -87,10 +147,16 @@ class PageRun:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._python is not None:
-            self._python.communicate(timeout=60)
-        for port in list(self._servers):
-            self._end(port, quietly=kind is not None)
+        try:
+            if self._python is not None:
+                assert self._python.stdin is not None
+                assert self._python.stdout is not None
+                self._python.stdin.close()
+                _wait(self._python, 0 if kind else 60)
+                self._python.stdout.close()
+        finally:
+            for port in list(self._servers):
+                self._end(port, quietly=kind is not None)
 
     def run(self, block: Block) -> None:
         if block.file is not None:
@@ -128,20 +194,17 @@ class PageRun:
             return
         text = self._with_ports("\n".join(lines))
         say = "trap 'echo \"failed: line $((LINENO + OFFSET)): $BASH_COMMAND\" >&2' ERR; "
-        done = subprocess.run(
-            ["bash", "-Eeuo", "pipefail", "-c", say + text],
-            cwd=self._folder,
-            env={**self._environment, "OFFSET": str(block.line - 1)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS,
-        )
-        if done.returncode:
-            pytest.fail(
-                f"{block.place}: exit code {done.returncode}\n{text.strip()}\n\n{done.stdout[-4000:]}{self._told()}"
-            )
+        output = self._folder / ".bash.txt"  # a file: what runs on in the background would keep a pipe open
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                ["bash", "-Eeuo", "pipefail", "-c", say + text], cwd=self._folder,
+                env={**self._environment, "OFFSET": str(block.line - 1)},
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+            )  # fmt: skip
+        ended = _wait(process, SECONDS)
+        if process.returncode:
+            how = f"exit code {process.returncode}" if ended else f"runs for more than {SECONDS} s"
+            pytest.fail(f"{block.place}: {how}\n{text.strip()}\n\n{output.read_text()[-4000:]}{self._told()}")
 
     def _run_python(self, block: Block, text: str) -> None:
         output = self._folder / ".python.txt"
@@ -149,14 +212,16 @@ class PageRun:
             with output.open("w") as errors:
                 self._python = subprocess.Popen(
                     [sys.executable, "-c", PYTHON], cwd=self._folder, env=self._environment, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
                 )  # fmt: skip
         assert self._python.stdin is not None
         assert self._python.stdout is not None
         code = "\n" * (block.line - 1) + text
         print(json.dumps([block.page, code]), file=self._python.stdin, flush=True)
-        if self._python.stdout.readline() != "done\n":
-            pytest.fail(f"{block.place}\n{text}\n{output.read_text()[-4000:]}{self._told()}")
+        answered, _, _ = select.select([self._python.stdout], [], [], SECONDS)
+        if not answered or self._python.stdout.readline() != "done\n":
+            how = "" if answered else f": runs for more than {SECONDS} s"
+            pytest.fail(f"{block.place}{how}\n{text}\n{output.read_text()[-4000:]}{self._told()}")
 
     def _start(self, block: Block, command: str, name: str) -> None:
         port = _port(command, name)
@@ -180,11 +245,8 @@ class PageRun:
         process, _, block, log = self._servers.pop(port)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
-        try:
-            code = process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+        _wait(process, 60)
+        code = process.returncode
         if code and not quietly:
             pytest.fail(f"{block.place}: the server ends with exit code {code} after Ctrl-C\n{log.read_text()[-4000:]}")
 
@@ -195,6 +257,17 @@ class PageRun:
 
     def _told(self) -> str:
         return "".join(f"\n{log.name}:\n{log.read_text()[-2000:]}" for _, _, _, log in self._servers.values())
+
+
+def _wait(process: subprocess.Popen[Any], seconds: float) -> bool:
+    """Whether it ended in time. It, and all that it left running, is gone afterwards."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    ended = process.returncode is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return ended
 
 
 def _port(command: str, name: str) -> int:

@@ -147,7 +147,8 @@ def _check_command(words: list[str], place: str) -> None:
     from tstitch_trt.cli import COMMANDS
 
     for index, word in enumerate(words):
-        if word == "tstitch-trt" and (index == 0 or (words[index + 1 : index + 2] and words[index + 1] in COMMANDS)):
+        first = all("=" in before for before in words[:index])  # but for variables
+        if word == "tstitch-trt" and (first or (words[index + 1 : index + 2] and words[index + 1] in COMMANDS)):
             _check_options(words[index + 1 :], place)
             return
     if "pip" in words[:3] and "install" in words:
