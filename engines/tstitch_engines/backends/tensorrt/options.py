@@ -47,15 +47,15 @@ OPTIONS: Final[Mapping[str, tuple[type, str]]] = {
     ),
     "attention": (
         str,
-        "any, fused or apart, in half precision: a fused kernel where there is one (default), nothing else, or never, "
-        "which is slower and for finding a kernel that computes wrongly",
+        "attention in half precision: any (default), a fused kernel if there is one; fused, an error if there is none; "
+        "apart, never fused, which is slower and helps to find a kernel that computes wrongly",
     ),
     "fp16-sums": (bool, "fp16 attention adds in float16: less exact, faster on GeForce (default: false, in float32)"),
     "tf32": (bool, "round the factors of float32 products to 11 bits, which is faster (default: false)"),
     "max-aux-streams": (int, "streams of its own that an engine may use (default: 0)"),
     "profiling-verbosity": (
         str,
-        "none, names or detailed: what an engine tells of its layers; of detailed ones inspect --layers shows them "
+        "none, names or detailed: how much an engine says about its layers; inspect --layers needs detailed "
         "(default: the library's, names)",
     ),
     "private-scratch": (bool, "activation memory of its own, to overlap members (default: false, shared)"),

@@ -28,8 +28,8 @@ __all__ = ["DiTFamily"]
 class DiTFamily(ClassMember):
     name = "dit"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
-        "num_heads": (int, "attention heads, where width and config.json do not tell"),
-        "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
+        "num_heads": (int, "attention heads, if neither the width nor config.json says"),
+        "null_class": (bool, "whether the last row of the label table is the null class; by default it is"),
         **CONVENTION_OPTIONS,
     }
 

@@ -52,12 +52,12 @@ class LDMFamily(ClassMember):
 
     name = "ldm"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
-        "num_heads": (int, "attention heads of every block, where the widths do not tell"),
+        "num_heads": (int, "attention heads of every block, if the widths do not determine them"),
         "head_channels": (int, "channels of an attention head, in place of num_heads"),
-        "size": (int, "side of the latent, where the widths do not tell"),
-        "ema": (bool, "take the moving average of the weights where the checkpoint has one; default true"),
+        "size": (int, "side of the latent, if the widths do not determine it"),
+        "ema": (bool, "use the moving average of the weights if the checkpoint has one; default true"),
         "null_embedding": (str, "a null class for a table without one: none, uniform, mean or zeros"),
-        "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
+        "null_class": (bool, "whether the last row of the label table is the null class; by default it is"),
         "dynamic": (bool, "any height and width in place of one size"),
         **CONVENTION_OPTIONS,
     }

@@ -40,7 +40,7 @@ Delta = Callable[[], NDArray[np.float32]]
 
 LORA_OPTION: Final = (
     str,
-    "LoRAs to fuse: FILE[:WEIGHT], also of Hugging Face, several with commas; weight 1 where none is given",
+    "LoRAs to fuse: FILE[:WEIGHT], also of Hugging Face, several with commas; the weight is 1 by default",
 )
 
 

@@ -41,9 +41,9 @@ class UViTFamily(ClassMember):
 
     name = "uvit"
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
-        "num_heads": (int, "attention heads, where the width does not tell"),
-        "null_class": (bool, "whether the last row of the label table is the null class, as it is taken to be"),
-        "time": (str, "discrete or continuous: the noise it was trained with, where the size does not tell"),
+        "num_heads": (int, "attention heads, if the width does not determine them"),
+        "null_class": (bool, "whether the last row of the label table is the null class; by default it is"),
+        "time": (str, "discrete or continuous: the noise it was trained with, if its size does not say"),
         "prediction": CONVENTION_OPTIONS["prediction"],
     }
 
