@@ -37,7 +37,7 @@ _CHANNELS: Final = {"kl": 4, "tiny": 4, "vq": 3}
 
 class _VaeFamily(Family):
     options: ClassVar[Mapping[str, tuple[type, str]]] = {
-        "scaling": (float, "latents of the diffusion model over those of the autoencoder, if the checkpoint's is wrong"),
+        "scaling": (float, "latents of the diffusion model over the autoencoder's, if the checkpoint's is wrong"),
         "shift": (float, "what is added to the autoencoder's latent when decoding, if the checkpoint's is wrong"),
     }
 
