@@ -166,7 +166,10 @@ class DefaultsFile:
         if path is None or not path.exists():
             return None
         try:
-            return DefaultsFile(path, read_text(path, _BYTES), read_toml(path, _BYTES))
+            text = read_text(path, _BYTES)
+            if text.startswith("\ufeff"):
+                raise BadInput(f"{path} begins with a byte order mark", hint="save it as UTF-8 without one (BOM)")
+            return DefaultsFile(path, text, read_toml(path, _BYTES))
         except (OSError, DecodeError) as error:
             raise BadInput(f"{path}: {error}", hint="correct it, or set TSTITCH_TRT_CONFIG= to go without") from None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tstitch_trt
 from support.command import Command, Outcome, refused
 from test_layers import modules
 from tstitch_engines.errors import BadInput
@@ -91,6 +92,21 @@ def test_a_command_that_reproduces_a_result_has_values_from_everywhere(
         )
 
 
+def test_relative_paths_are_in_the_current_folder_and_python_does_not_read_the_file(
+    run: Command, write: Write, fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write('[sample]\noutput = "here.png"\nlatents-out = "~/home.npy"\nlabels = 3\nsteps = 1\n')
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", fashion_bundle).out.split() == ["here.png", str(tmp_path / "home" / "home.npy")]
+    assert (tmp_path / "here.png").is_file()
+    write("[all]\nrequire-signature = '/no/key.pem'\n[sample\n")
+    monkeypatch.setenv("TSTITCH_TRT_SAMPLE_STEPS", "x")
+    with tstitch_trt.load(fashion_bundle, threads=1) as runtime:
+        assert len(runtime.sample(labels=[3], steps=2).schedule.names) == 2
+
+
 WRONG = {
     "[sample]\nstep = 3": ("line 2: [sample] step: tstitch-trt sample has no option --step", "did you mean 'steps'?"),
     "\n[sample]\nsteps = true": ("line 3: [sample] steps is True; allowed is a whole number",),
@@ -102,6 +118,7 @@ WRONG = {
     "[all]\nsteps = 3": ("unknown key of [all] 'steps'", "in their command's table"),
     "sample = 3": ("sample is no table",),
     "[cache]\nmax-size = '1GB'": ("unknown table 'cache.max-size'",),
+    "\ufeff[sample]\nsteps = 3": ("begins with a byte order mark", "without one"),
     "[sample\nsteps = 3": ("no valid TOML", "line 1"),
     "[sample]\ntrust = true": ("--trust can't be set by a file", "on the command line"),
     "[sample]\nbackend = 'torch'": ("--backend can't be set by a file",),
