@@ -165,7 +165,7 @@ def _folder(folder: Path, files: tuple[str, ...]) -> str:
 _YAML: Final = "NAME.yaml` beside a UNet's `NAME.safetensors"
 _TRAINING: Final = (
     "The folder of a pipeline has a scheduler. From a single file the following is read. `--option MEMBER.prediction`, "
-    "`.noise` and `.zero_snr` go before all of it. Two sources that contradict each other are refused.\n\n"
+    "`.noise` and `.zero_snr` take precedence over all of it. Two sources that contradict each other are refused.\n\n"
     "Stable Diffusion 2.x has two kinds of equal shapes, 512-base (eps) and 768-v. They are told apart by the standard "
     "deviation of `output_blocks.11.1.transformer_blocks.0.norm1.bias`, above 0.09 in 768-v, and by the `global_step` "
     "of the published files. If neither tells, the file is refused.\n\n"
