@@ -70,7 +70,7 @@ def _usage(error: click.ClickException) -> TStitchError:
         if isinstance(error.param.type, click.types.BoolParamType):  # a flag, of the environment
             problem = f"{problem.partition('.')[0]}; allowed are 1, true, 0 and false"
         for theirs, plain in (("valid float", "number"), ("valid integer", "whole number")):
-            problem = problem.replace(theirs, plain)
+            problem = problem.replace(f"{theirs} range", plain).replace(theirs, plain)
         return BadInput(f"{name}: {problem}", hint=_example(path, error.param, context))
     return BadInput(error.format_message().rstrip("."), hint=f"see {path} --help")
 

@@ -71,7 +71,7 @@ def test_prune_by_size_and_clear(run: Command, tmp_path: Path) -> None:
         ("cache prune --older-than 30", ("'30'", "min, h, d or w", "--older-than 30d")),
         ("cache prune --older-than 30y", ("'30y'", "--older-than 30d")),
         ("cache drop", ("'drop'", "tstitch-trt cache --help")),
-        ("cache list --max-size 1GB", ("'--max-size'", "--json")),
+        ("cache list --max-size 1GB", ("'--max-size'", "tstitch-trt cache list --help")),
     ],
 )
 def test_bad_input_is_refused_with_a_hint(run: Command, line: str, parts: tuple[str, ...]) -> None:

@@ -77,7 +77,7 @@ def test_bundles_are_listed_and_pruned_with_the_cache(
     from support.command import Command
     from tstitch_engines.bundle.cache import default_root
 
-    shutil.copytree(default_root(), tmp_path / "cache")  # so that nothing has to be exported
+    shutil.copytree(default_root(), tmp_path / "cache", symlinks=True)  # so that nothing has to be exported
     monkeypatch.setenv("TSTITCH_TRT_CACHE", str(tmp_path / "cache"))
     tstitch = Command(capfd)
 

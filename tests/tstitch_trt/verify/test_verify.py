@@ -357,7 +357,7 @@ CASES = {
     "unknown member": ("verify PAIR --members small,larg", "'larg'", "known: small, large", "did you mean 'large'?"),
     "no member": ("verify PAIR --members ,", "no member", "known: small, large", "--members small"),
     "no samples": ("verify PAIR --samples 0", "--samples", "0", "x>=1"),
-    "samples are no number": ("verify PAIR --samples many", "'many'", "integer"),
+    "samples are no number": ("verify PAIR --samples many", "'many' is not a whole number\n"),
     "threads below zero": ("verify PAIR --threads -1", "-1", "x>=0"),
     "no such option": ("verify PAIR --layer-by-layer", "'--layer-by-layer'", "--layers"),
 }
