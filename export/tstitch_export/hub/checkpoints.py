@@ -34,8 +34,9 @@ class Checkpoints:
     def locate(self, given: str | Path, kind: str, *, base: Path | None = None) -> Path:
         """Where the checkpoint ``given`` for a network of ``kind`` (see ``selection.select``) is.
 
-        What exists on disk goes before a repository, and a ``Path`` is never one; a path that does not exist comes back
-        as it is, for the reader to refuse. ``base``: what paths are relative to, if not to the working directory.
+        What exists on disk is a path. Without a revision, so is what would lie in a folder that exists: it may be
+        mistyped. A ``Path`` is never a repository. A path that does not exist comes back as it is, for the reader to
+        refuse. ``base``: what paths are relative to, if not to the working directory.
 
         Raises ``BadCheckpoint`` where the repository has no such model, ``BadInput`` where there is none or it may not
         be read, ``Unavailable`` without a network for one that is not in the local cache.
@@ -46,8 +47,8 @@ class Checkpoints:
         reference = read_reference(given)
         if reference is None:
             return path
-        here = Path(reference.repository) if base is None else base / reference.repository
-        if reference.path and "@" not in given and here.is_dir():
+        owner = reference.repository.partition("/")[0]
+        if "@" not in given and (Path(owner) if base is None else base / owner).is_dir():
             return path
         snapshot = self._snapshot(reference)
         found = reference.path

@@ -192,7 +192,8 @@ def _plan(
     if not os.path.lexists(path):
         raise BadCheckpoint(
             f"checkpoint {path} does not exist",
-            hint="check the path; a Hugging Face repository is ORG/NAME, ORG/NAME/PATH or ORG/NAME@REVISION",
+            hint="check the path; a Hugging Face repository is ORG/NAME, ORG/NAME/PATH or ORG/NAME@REVISION, "
+            "which it must be where a folder ORG is here",
         )
     options = _located(options, checkpoints)
     family, kind = open_family(recipe.family), "member" if isinstance(recipe, MemberRecipe) else "part"

@@ -209,7 +209,7 @@ def test_paths_are_not_asked_for(hub: Hub, tmp_path: Path, monkeypatch: pytest.M
     for given in ("./org/name", "org/missing.safetensors", "name", Path("org/name")):
         assert Checkpoints().locate(given, "controlnet") == Path(given)
     (tmp_path / "org/name").mkdir(parents=True)
-    for given in ("org/name", "org/name/unet", "org/name/ema.safetensors"):
+    for given in ("org/name", "org/name/unet", "org/name/ema.safetensors", "org/other", "org/other/unet"):
         assert Checkpoints().locate(given, "controlnet") == Path(given)
     assert not hub.asked
     assert Checkpoints().locate("org/name@main", "controlnet").is_absolute(), "with a revision it is no path"
