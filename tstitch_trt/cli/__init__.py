@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     developer = "--traceback" in args or os.environ.get("TSTITCH_TRT_TRACEBACK", "") not in ("", "0")
     with watch_signals() as caught:
         try:
-            code = cli.main(args, prog_name="tstitch-trt", standalone_mode=False)
+            code = cli.main(args, prog_name="tstitch-trt", standalone_mode=False, obj=caught)
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
         except click.exceptions.Exit as stop:

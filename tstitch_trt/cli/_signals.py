@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
+import click
+
 from tstitch_trt.start import end_at_once
 
-__all__ = ["queued_signals", "watch_signals"]
+__all__ = ["caught_signals", "queued_signals", "watch_signals"]
 
 _PATIENCE: Final = 10.0  # seconds of tidying up in which further signals are not heard
 
@@ -53,6 +55,12 @@ def watch_signals() -> Iterator[list[int]]:
             # Python notes a Ctrl-C that ends an exec or eval of text, as in namedtuple, and `python -m` would end by
             # that signal instead of our exit code. The next exec of text clears the note.
             exec("")  # noqa: S102
+
+
+def caught_signals() -> list[int]:
+    """The signals that came so far, in a command that runs under ``watch_signals``."""
+    found: list[int] | None = click.get_current_context().find_root().obj
+    return found or []
 
 
 @contextmanager

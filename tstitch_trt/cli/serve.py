@@ -21,7 +21,7 @@ from tstitch_engines.needs import require
 from tstitch_trt.cli._command import option, tstitch_command
 from tstitch_trt.cli._options import LoadOptions
 from tstitch_trt.cli._parsing import parse_pairs, parse_size
-from tstitch_trt.cli._signals import queued_signals
+from tstitch_trt.cli._signals import caught_signals, queued_signals
 
 if TYPE_CHECKING:
     from logging import Logger
@@ -235,8 +235,10 @@ def command(
             if not life.no_warm_up:
                 front.doing = "warming up"
                 engine.warm_up(_told(log))
-        except (KeyboardInterrupt, SystemExit):
-            log.info("stopped before it was ready")
+        except (Exception, KeyboardInterrupt, SystemExit):
+            if not caught_signals():
+                raise
+            log.info("stopped before it was ready")  # whatever a library made of the signal
             return
         with queued_signals(signal.SIGINT, signal.SIGTERM, found=hangups) as signals:
             routes = ["/metrics", *(path for path, _, _ in OPERATIONS)]

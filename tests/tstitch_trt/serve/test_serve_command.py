@@ -348,9 +348,32 @@ def test_a_second_sigterm_ends_it_at_once(traced: Served) -> None:
 def test_ended_while_it_loads_it_has_lost_nothing(fashion_bundle: Path, tmp_path: Path) -> None:
     with served(fashion_bundle, log=tmp_path / "log.txt") as found:
         found.process.send_signal(signal.SIGTERM)
-        assert found.process.wait(30) == 0
+        assert found.process.wait(30) == 0, found.log
         assert found.messages[-1] == "stopped before it was ready"
         assert "Traceback" not in found.log
+
+
+# A signal while an extension module is being imported comes out as that module's ImportError.
+IMPORTING = """
+import os, signal, sys
+from tstitch_trt.serve import engine
+
+def load(*_, **__):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        raise ImportError("initialization of _module raised an exception") from None
+
+engine.load_runtime = load
+from tstitch_trt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ended_while_it_imports_too(fashion_bundle: Path, tmp_path: Path) -> None:
+    with served(fashion_bundle, log=tmp_path / "log.txt", program=("-c", IMPORTING)) as found:
+        assert found.process.wait(30) == 0, found.log
+        assert found.messages[-1] == "stopped before it was ready"
 
 
 def test_what_takes_longer_than_the_drain_is_cancelled(fashion_bundle: Path, tmp_path: Path) -> None:
@@ -362,7 +385,7 @@ def test_what_takes_longer_than_the_drain_is_cancelled(fashion_bundle: Path, tmp
         found.until(lambda: found.metrics()['tstitch_requests_in_flight{model="fashion"}'] == 1)
         found.process.send_signal(signal.SIGTERM)
         assert asked.result(30).status_code == 503
-        assert found.process.wait(30) == 0
+        assert found.process.wait(30) == 0, found.log
         assert "1 requests have not ended after 0.2 s: cancelled" in found.messages
 
 
