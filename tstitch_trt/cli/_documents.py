@@ -14,9 +14,9 @@ from msgspec import UNSET, UnsetType
 
 from tstitch_engines.bundle.manifest import EngineRecord, Manifest, Member, Network, Quantisation
 from tstitch_trt.bench.bench import Bench
+from tstitch_trt.cli._drawn import BulkOutput, SampleOutput
 from tstitch_trt.demo import Demo
 from tstitch_trt.doctor import Examination
-from tstitch_trt.runtime.chooser import ChosenSchedule
 from tstitch_trt.study.evaluate.claim import Claim
 from tstitch_trt.study.records import Calibration, Divergence, Evaluation, Search
 from tstitch_trt.verify.plan_layers import LayerList
@@ -25,20 +25,13 @@ from tstitch_trt.verify.verify import Verification
 __all__ = [
     "DOCUMENTS",
     "BuildOutput",
-    "BulkOutput",
     "CacheEntry",
     "CacheOutput",
     "CachePruned",
-    "ChosenBudget",
     "ClaimText",
     "ConfigOutput",
     "DemoOutput",
-    "DrawnImage",
-    "DrawnRun",
-    "DrawnSegment",
-    "DrawnWith",
     "EvaluateOutput",
-    "FailedDrawing",
     "InspectOutput",
     "InspectedEngine",
     "InspectedMember",
@@ -48,126 +41,13 @@ __all__ = [
     "RecipeEntry",
     "RemovedEntry",
     "ReportOutput",
-    "SampleOutput",
     "SetOption",
     "SignOutput",
     "StaleStudy",
-    "StepTimes",
     "TritonOutput",
     "UsedStudy",
-    "WrittenSchedule",
     "json_schema",
 ]
-
-
-# --- sample
-
-
-class DrawnSegment(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps ``start`` to ``stop`` - 1, from 0, on one member."""
-
-    member: str
-    start: int
-    stop: int
-
-
-class WrittenSchedule(msgspec.Struct, frozen=True, kw_only=True):
-    """``members``: the member of each step. ``rule``: how fractions became steps."""
-
-    text: str
-    rule: str
-    members: list[str]
-    segments: list[DrawnSegment]
-
-
-class DrawnWith(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is needed to draw the images again.
-
-    ``guided``: of each step. ``guidance``: the scales of each member. ``negative`` to ``prompt_embeds``: what was
-    given, files by their names.
-    """
-
-    bundle: str
-    device: str
-    backend: str
-    width: int
-    height: int
-    steps: int
-    solver: str
-    solver_options: dict[str, Any]
-    guided: list[bool]
-    guidance: dict[str, list[float]]
-    schedule: WrittenSchedule
-    negative: str | UnsetType = UNSET
-    strength: float | UnsetType = UNSET
-    control_scale: float | UnsetType = UNSET
-    image: str | UnsetType = UNSET
-    mask: str | UnsetType = UNSET
-    control: str | UnsetType = UNSET
-    prompt_embeds: str | UnsetType = UNSET
-    loras: dict[str, str] | UnsetType = UNSET
-
-
-class DrawnImage(msgspec.Struct, frozen=True, kw_only=True):
-    """One image: its seed, and its ``prompt``, or its ``label`` with the class's ``name``."""
-
-    seed: int
-    label: int | UnsetType = UNSET
-    name: str | UnsetType | None = UNSET
-    prompt: str | UnsetType = UNSET
-
-
-class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of one segment of the schedule, over all images."""
-
-    member: str
-    steps: int
-    ms: float
-
-
-class ChosenBudget(ChosenSchedule, frozen=True, kw_only=True):
-    """What ``--budget-ms`` chose, and whether the run met it."""
-
-    met: bool
-
-
-class FailedDrawing(msgspec.Struct, frozen=True, kw_only=True):
-    """Image ``image``, from 0, which became NaN after ``step``, from 1, of ``member``.
-
-    Step 0: its picture did, in the decoder, or without a ``member`` the run ended before it was drawn.
-    """
-
-    image: int
-    seed: int
-    step: int
-    member: str
-
-
-class DrawnRun(DrawnWith, frozen=True, kw_only=True):
-    """What is kept in PNG files. ``total_ms``: of the trajectories, without encoding and decoding."""
-
-    timings: list[StepTimes]
-    total_ms: float
-    budget: ChosenBudget | UnsetType = UNSET
-    failed: list[FailedDrawing] | UnsetType = UNSET
-
-
-class SampleOutput(DrawnRun, frozen=True, kw_only=True):
-    """``latents``: the file of ``--latents-out``."""
-
-    images: list[DrawnImage]
-    files: list[str]
-    latents: str | None
-
-
-class BulkOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """``before``: images of the run that earlier calls had drawn."""
-
-    files: list[str]
-    images: int
-    before: int
-    shards: int
-    failed: list[FailedDrawing]
 
 
 # --- bundles

@@ -9,7 +9,7 @@ from tstitch_engines.device.step_row import ROW
 
 if TYPE_CHECKING:
     from tstitch_engines.bundle.manifest import Manifest
-    from tstitch_trt.cli._documents import DrawnImage, DrawnWith
+    from tstitch_trt.cli._drawn import DrawnImage, DrawnWith
     from tstitch_trt.runtime.result import Result
 
 __all__ = ["describe", "drawn_with"]
@@ -34,7 +34,7 @@ def drawn_with(
     """
     from msgspec import UNSET
 
-    from tstitch_trt.cli._documents import DrawnImage, DrawnSegment, DrawnWith, WrittenSchedule
+    from tstitch_trt.cli._drawn import DrawnImage, DrawnSegment, DrawnWith, WrittenSchedule
 
     names = manifest.conditioning.names
     plan, schedule = result.plan, result.schedule

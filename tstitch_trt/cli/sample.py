@@ -129,7 +129,7 @@ def command(
     from msgspec import UNSET, structs, to_builtins
 
     from tstitch_engines.trace import span
-    from tstitch_trt.cli._documents import ChosenBudget, DrawnRun, FailedDrawing, SampleOutput, StepTimes
+    from tstitch_trt.cli._drawn import ChosenBudget, DrawnRun, SampleOutput
     from tstitch_trt.cli._parsing import parse_interval, parse_numbers
     from tstitch_trt.cli._text import print_json
     from tstitch_trt.files import load_array, require_output, save_array
@@ -200,10 +200,10 @@ def command(
     budget, total_ms = result.budget, result.total_ms
     done = DrawnRun(
         **structs.asdict(settings),
-        timings=[StepTimes(**asdict(timing)) for timing in result.timings],
+        timings=list(result.timings),
         total_ms=total_ms,
         budget=UNSET if budget is None else ChosenBudget(**structs.asdict(budget), met=total_ms <= budget.budget_ms),
-        failed=[FailedDrawing(**asdict(failed)) for failed in result.failed] or UNSET,
+        failed=list(result.failed) or UNSET,
     )
     drawn = list(result.drawn)
     each = [images[image] for image in drawn]
@@ -238,7 +238,7 @@ def _draw_in_bulk(
     load: LoadOptions, bulk: BulkOptions, *, tile: Tile, kept: Mapping[str, object], as_json: bool,
 ) -> None:  # fmt: skip
     from tstitch_engines.bundle.bundle import open_bundle
-    from tstitch_trt.cli._documents import BulkOutput, FailedDrawing
+    from tstitch_trt.cli._drawn import BulkOutput
     from tstitch_trt.cli._text import print_json
 
     for flag, value, instead in (
@@ -255,9 +255,8 @@ def _draw_in_bulk(
         loras=lora_texts(special.loras), kept=kept,
     )  # fmt: skip
     if as_json:
-        failed = [FailedDrawing(**asdict(each)) for each in drawn.failed]
         counts = {"images": drawn.images, "before": drawn.before, "shards": drawn.shards}
-        print_json(BulkOutput(files=[str(output)], **counts, failed=failed))
+        print_json(BulkOutput(files=[str(output)], **counts, failed=list(drawn.failed)))
     else:
         click.echo(output)
     if drawn.failed:
