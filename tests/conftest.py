@@ -128,20 +128,14 @@ def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One for all processes of a run (pytest-xdist): exports take most of the time, and equal ones are made once.
 
     ``$TSTITCH_TEST_CACHE`` keeps it between runs, for people who change nothing about exporting.
     """
-    before = os.environ.get("TSTITCH_TRT_CACHE")
     own = str(_shared(tmp_path_factory) / "cache")
     os.environ["TSTITCH_TRT_CACHE"] = os.environ.get("TSTITCH_TEST_CACHE", own)
     os.environ["TSTITCH_TRT_CONFIG"] = ""  # not the defaults of whoever runs the tests
-    yield
-    if before is None:
-        del os.environ["TSTITCH_TRT_CACHE"]
-    else:
-        os.environ["TSTITCH_TRT_CACHE"] = before
 
 
 @pytest.fixture(scope="session")

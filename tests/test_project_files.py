@@ -29,4 +29,4 @@ def test_the_citation_names_this_version_and_the_paper() -> None:
     paper = citation["preferred-citation"]
     assert {"type", "title", "authors"} <= set(paper)
     assert "arXiv:2402.14167" in [each["value"] for each in paper["identifiers"]]
-    assert all({"given-names", "family-names"} == set(author) for author in paper["authors"])
+    assert {frozenset(author) for author in paper["authors"]} == {frozenset({"given-names", "family-names"})}
