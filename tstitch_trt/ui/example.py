@@ -42,6 +42,8 @@ class Example:
         if (task := self._task) is not None:
             task.cancel()
             await asyncio.wait([task])
+            if self._task is task:  # cancelled before its first step, so that nothing in it ran
+                self._task = None
             self.shown = (_PAUSED, self.shown[1])
 
     async def _run(self) -> None:

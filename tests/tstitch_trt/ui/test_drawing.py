@@ -168,6 +168,8 @@ def test_the_example_is_drawn_once_and_waits_for_visitors() -> None:
     async def visits() -> None:
         example = Example(draw)
         example.start()
+        await example.stop()  # before it has begun
+        example.start()
         example.start()
         await asyncio.sleep(0.01)
         assert example.shown == ("half", "table")
