@@ -12,14 +12,13 @@ import subprocess
 import unicodedata
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-_FENCE = re.compile(r"^( *)(`{3,})[^\n]*\n.*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+from support.snippets import ROOT, without_blocks
+
 _LINK = re.compile(r"""\]\(([^)\s]+)(?: "[^"]*")?\)|\s(?:src|href)="([^"]+)"|^\[[^\]\n]+\]: (\S+)""", re.MULTILINE)
 _MACHINE = re.compile(r"(?<![\w.~])/(?:root|home|Users|work)/\w")
 
@@ -40,7 +39,7 @@ def pages() -> list[str]:
 @cache
 def prose(page: str) -> str:
     """Without fenced blocks."""
-    return _FENCE.sub("", (ROOT / page).read_text())
+    return without_blocks((ROOT / page).read_text())
 
 
 def links(page: str) -> list[str]:

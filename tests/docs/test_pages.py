@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 import tstitch_trt
@@ -32,7 +33,6 @@ def test_every_part_is_on_one_page() -> None:
 
 
 def test_the_schema_of_the_manifest_holds(fashion_bundle: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((DOCS / "reference" / "manifest.schema.json").read_bytes())
     manifest = json.loads((fashion_bundle / "manifest.json").read_bytes())
     jsonschema.validate(manifest, schema)

@@ -25,13 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from support.snippets import ROOT, Block, blocks, check, is_skipped, logical_lines, without_blocks
 from tstitch_trt.cli import cli
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # For a clone.
-CHECKED = [ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "engines/README.md")]
+CHECKED = [
+    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "engines", "examples")),
+]
 SECONDS = 300  # that a block may take
 # What blocks import that is not there on every machine: the page is skipped.
 REQUIRES = {"docs/how-to/gpu.md": "tensorrt_rtx_bindings"}
@@ -64,12 +68,15 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", [path for path in CHECKED + RUN if path.exists()], ids=name_of)
+@pytest.mark.parametrize("path", CHECKED + RUN, ids=name_of)
 def test_snippets_are_right(path: Path) -> None:
     for block in blocks(path):
         check(block)
-    indented = re.findall(r"^ {4,}(?:tstitch-trt|python|pip) .*", without_blocks(path.read_text()), re.MULTILINE)
+    rest = without_blocks(path.read_text())
+    indented = re.findall(r"^ {4,}(?:tstitch-trt|python|pip) .*", rest, re.MULTILINE)
     assert not indented, f"{name_of(path)}: commands that are no fenced block are not checked: {indented}"
+    fences = re.findall(r"^[ >]*(?:```|~~~).*", rest, re.MULTILINE)
+    assert not fences, f"{name_of(path)}: fences that are not read as blocks: {fences}"
 
 
 @pytest.mark.timeout(900)
@@ -83,8 +90,43 @@ def test_snippets_run(path: Path, tmp_path: Path, fashion_bundle: Path) -> None:
             page.run(block)
 
 
-def snippet(language: str, text: str) -> Block:
-    return Block("page.md", 3, language, "", text)
+def snippet(language: str, text: str, title: str = "") -> Block:
+    return Block("page.md", 3, language, title, text)
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "told"),
+    [
+        ("sh", "true\ntstitch-trt none\n", "page.md:4: no such command"),
+        ("sh", "FOO=1 tstitch-trt sample \\\n  x --none\n", "No such option '--none'"),
+        ("sh", "cd x && tstitch-trt sample x --steps many\n", "'many' is not a valid integer"),
+        ("sh", "docker run x tstitch-trt serve --none\n", "No such option"),
+        ("sh", "tstitch-trt build sd15-bksdm-tiny --member none=x -o y\n", "sd15-bksdm-tiny has the members"),
+        ("sh", "tstitch-trt sample x --prompt 'a\nb'\n", "over several lines"),
+        ("sh", "pip install '.[none]'\n", "no such extras: none"),
+        ("sh", "make none\n", "the Makefile has"),
+        ("sh", "python benchmarks/none.py\n", "no such file"),
+        ("console", "$ tstitch-trt none\n", "no such command"),
+        ("python", "x =\n", "invalid syntax"),
+        ("python", "import tstitch_trt\ntstitch_trt.none\n", "page.md:4: tstitch_trt has no none"),
+        ("python", "from tstitch_trt import none\n", "tstitch_trt has no none"),
+        ("json", "{", "line 1"),
+        ("toml", "a =", "Invalid value"),
+        ("yaml", "a: [", "flow node"),
+        ("bash", "true\n", "language 'bash'"),
+    ],
+)
+def test_a_wrong_snippet_is_refused(language: str, text: str, told: str) -> None:
+    titles = ("", "Needs a GPU") if language in ("sh", "python") else ("",)
+    for title in titles:
+        with pytest.raises((AssertionError, ValueError, yaml.YAMLError)) as refused:
+            check(snippet(language, text, title))
+        assert told in str(refused.value)
+
+
+def test_a_title_that_is_no_reason_is_refused() -> None:
+    with pytest.raises(AssertionError, match="'Needs luck'; allowed are"):
+        check(snippet("sh", "true\n", "Needs luck"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-__all__ = ["Watched", "browser_page", "pixels"]
+__all__ = ["Watched", "browser_page", "letter_heights", "pixels"]
 
 _SWITCHES = (
     "--no-sandbox",
@@ -73,3 +73,14 @@ def pixels(png: bytes) -> NDArray[np.uint8]:
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def letter_heights(texts: Any) -> list[float]:
+    """The font size in CSS pixels of each text of an SVG, as the page shows it. ``texts``: playwright's locator."""
+    found: list[float] = texts.evaluate_all(
+        """texts => texts.map(text => {
+            const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+            return scale * parseFloat(getComputedStyle(text).fontSize);
+        })"""
+    )
+    return found

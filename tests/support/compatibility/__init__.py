@@ -1,1 +1,1 @@
-"""docs/support/compatibility.md, asked of the code that decides. ``python -m support.compatibility`` writes it."""
+"""docs/support/compatibility.md, asked of the code that decides. ``make pages`` writes it."""

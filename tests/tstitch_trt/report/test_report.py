@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import tstitch_trt
-from support.browser import browser_page, pixels
+from support.browser import browser_page, letter_heights, pixels
 from support.command import Command, Outcome, refused
 from support.manifests import manifest, member
 from support.report_studies import check, divergence, evaluation, evaluation_point
@@ -478,12 +478,7 @@ def test_on_a_phone_tables_scroll_in_their_box_and_plots_have_large_letters(repo
             "[...document.querySelectorAll('.scroll')]"
             ".every(box => getComputedStyle(box).getPropertyValue('--fade-right') == '0px')"
         )
-        letters = page.locator("svg.plot:visible text").evaluate_all(
-            """texts => texts.map(text => {
-                const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
-                return scale * parseFloat(getComputedStyle(text).fontSize);
-            })"""
-        )
+        letters = letter_heights(page.locator("svg.plot:visible text"))
         assert len(letters) > 50
         assert min(letters) >= 10
         names = page.locator(".samples tbody th").first.bounding_box()

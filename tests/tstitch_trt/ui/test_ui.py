@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 import tstitch_trt
-from support.browser import Watched, browser_page, pixels
+from support.browser import Watched, browser_page, letter_heights, pixels
 from support.command import Command, refused
 from support.hand_made import made_member, text_bundle
 from support.hand_made_parts import FACTOR, made_text_encoder, made_vae, word_tokenizer
@@ -425,12 +425,7 @@ def test_on_a_phone_nothing_overlaps_or_leaves_the_page(served: str, opened: Wat
             above, below = head.bounding_box(), image.bounding_box()
             assert above["y"] + above["height"] <= below["y"]
             assert below["width"] > 60
-        letters = page.locator("#plot svg:visible text").evaluate_all(
-            """texts => texts.map(text => {
-                const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
-                return scale * parseFloat(getComputedStyle(text).fontSize);
-            })"""
-        )
+        letters = letter_heights(page.locator("#plot svg:visible text"))
         assert len(letters) > 8
         assert min(letters) >= 10
     finally:
