@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from tstitch_trt.serve import triton
@@ -138,6 +139,102 @@ def test_the_table_of_the_readme(study: Evaluation) -> None:
         assert f"is below {found.margin:.2f}, which is {study.margin:.0%}".replace("%", " %") in one_line(readme)
 
 
+def test_the_pair() -> None:
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tstitch_export.families.dit.model import DiT
+    from tstitch_export.train.fashion import MEMBERS
+
+    page = section(PAIR)
+    flops, parameters = {}, {}
+    for name, config in MEMBERS.items():
+        member = DiT(config)
+        parameters[name] = sum(p.numel() for p in member.parameters()) / 1e6
+        # fused attention on the CPU is not counted, its products are
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            member(torch.zeros(1, 1, 28, 28), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        flops[name] = counter.get_total_flops() / 1e6
+    small, large = flops["small"], flops["large"]
+    assert f"| {small:.1f} MFLOP | {large:.1f} MFLOP ({large / small:.0f}x) |" in page
+    assert f"| {parameters['small']:.2f}M | {parameters['large']:.1f}M |" in page
+    with np.load(ROOT / "export/tstitch_export/pairs/fashion/reference.npz") as reference:
+        assert f"a classifier ({100 * float(reference['accuracy']):.1f} % on the test split)" in one_line(page)
+
+
+def test_other_orders_and_solvers() -> None:
+    page = section(PAIR)
+    studies = [json.loads(file.read_bytes()) for file in (RESULTS / "study").glob("evaluation-*.json")]
+    by_samples = {study["samples"]: study["points"] for study in studies}
+    fid = {point["setting"]["schedule"]: point["measures"]["fid"]["value"] for point in by_samples[768]}
+    assert f"768 samples, in which the large member alone has {fid.pop('large:50'):.1f}" in one_line(page)
+    rows = re.findall(r"^\| (.+) \| \d+ % \| ([\d.]+) \|$", page, re.MULTILINE)
+    names = {",".join(["small:5,large:5"] * 5): "turns of five steps, small first"}
+    assert dict(rows) == {names.get(schedule, f"`{schedule}`"): f"{value:.1f}" for schedule, value in fid.items()}
+    cells: dict[str, dict[int, list[str]]] = {}
+    for point in by_samples[256]:  # the large member alone, then 40 %
+        setting = point["setting"]
+        both = cells.setdefault(setting["solver"], {}).setdefault(setting["steps"], [])
+        both.append(f"{point['measures']['fid']['value']:.1f}")
+    assert len(cells) == 3
+    for solver, by_steps in cells.items():
+        assert f"| `{solver}` | {' | '.join(' / '.join(by_steps[steps]) for steps in (10, 20, 50, 100))} |" in page
+
+
+def test_the_search() -> None:
+    page = one_line(section(PAIR, "Fewer steps of the large member"))
+    (file,) = (RESULTS / "study").glob("search-*.json")
+    search = json.loads(file.read_bytes())
+    points = {point["setting"]["schedule"]: point for point in search["points"]}
+    assert f"{len(points)} candidates of 10, 20 and 50 steps, {search['samples']:,} samples" in page
+    for schedule, words in (("small:8,large:12", " for eight images"), ("large:20", ""), ("large:50", "")):
+        found = points[schedule]
+        assert found["front"]
+        assert f"{found['quality']['value']:.1f} at {found['cost_ms']:,.0f} ms{words}" in page
+    dropped = [point for point in points.values() if point["dropped"]]
+    rings = [point["dropped"] for point in points.values() if point["kind"] == "large-small-large"]
+    assert all(rings)
+    assert f"{len(dropped)} candidates were dropped early, all {len(rings)} large-small-large ones" in page
+
+
+def test_the_simulation() -> None:
+    page = section("benchmarks/serving-simulation.md")
+    parts = result("serving-simulation.json")["parts"]
+    checked = 0
+    columns: list[str] = []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| part |"):
+            columns = cells
+        if not line.startswith("| `") or cells[0].strip("`") in ("DeadlineFirst", "FirstCome", "LargestBatch"):
+            continue
+        for name in re.findall(r"`([a-z][\w.-]+)`", cells[0]):
+            part = parts[name]
+            for column, cell in zip(columns, cells, strict=True):
+                if column in ("p50", "p95", "p99"):
+                    assert cell == f"{part[column]:.2f}", line
+                elif column == "within":
+                    assert cell == f"{part['within_limit'] / part['requests']:.1%}".replace(".0%", "%").replace(
+                        "%", " %"
+                    )
+                elif column == "busiest device over the mean":
+                    assert cell == f"{part['busiest']:.2f}", line
+                elif column in ("refused", "late", "sent again"):
+                    key = {"late": "missed", "sent again": "retried"}.get(column, column)
+                    assert cell == f"{part[key]:,}", line
+                checked += 1
+    assert checked > 80
+    for policy in ("DeadlineFirst", "FirstCome", "LargestBatch"):
+        part = parts[f"policy-{policy}"]
+        assert f"| `{policy}` | {part['p50']:.2f} | {part['p95']:.2f} |" in page
+    check = result("serving-simulation-check.json")
+    names = {"throughput": "images a second", "batch": "lanes of a batch"}
+    for key, median in check["median_error"].items():
+        worst = max(abs(window["error"][key]) for window in check["windows"])
+        assert f"| {names.get(key, key)} | {100 * median:.1f} % | {100 * worst:.1f} % |" in page
+
+
 def test_predicted_times_and_budgets() -> None:
     page = one_line(section(PAIR, "Predicted and measured time"))
     (file,) = (RESULTS / "study").glob("calibration-*.json")
@@ -170,6 +267,8 @@ def test_peers() -> None:
 def test_what_the_runtime_adds() -> None:
     page = one_line(section(PAIR, "What the runtime adds"))
     one, both = result("latency.json"), result("latency-all-threads.json")
+    small, large = (member["step_ms"] for member in one["members"])
+    assert f"| {small:.2f} ms | {large:.2f} ms ({large / small:.0f}x) |" in section(PAIR)
     assert f"over the sum of bare engine calls is {one['overhead']:.3f}" in page
     ratios = [t["ms"] / t["predicted_ms"] for t in one["trajectories"]]
     assert f"take {min(ratios):.2f} to {max(ratios):.2f} times what the members' bare times predict" in page
