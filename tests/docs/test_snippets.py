@@ -3,7 +3,7 @@
 A page's blocks run in the order of the page and in one folder, which has ``fashion.bundle``. ``sh`` blocks are given to
 bash whole, ``python`` blocks to one process a page. ``tstitch-trt serve`` and ``ui`` stay up until the page ends, on
 free ports that later blocks get in place of the ones they name. A block in another language whose title is a file name
-is written to that file.
+is written to that file. Lines that install, build or fetch (``pip``, ``git``, ``make``, ``cmake``...) are checked only.
 """
 
 from __future__ import annotations

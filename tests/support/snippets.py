@@ -16,16 +16,11 @@ from pathlib import Path
 import click
 import yaml
 
-__all__ = ["NEEDS", "ROOT", "RUN", "Block", "blocks", "check", "is_skipped", "logical_lines", "without_blocks"]
+__all__ = ["ROOT", "RUN", "Block", "blocks", "check", "is_skipped", "logical_lines", "without_blocks"]
 
 ROOT = Path(__file__).parents[2]
 # Why a block is not run, as its title: readers see it.
-NEEDS = {
-    f"Needs {what}"
-    for what in (
-        "a C compiler", "a GPU", "a cluster", "a network", "Docker", "published weights", "Triton", "zsh or fish"
-    )
-}  # fmt: skip
+NEEDS = {f"Needs {what}" for what in ("a GPU", "a cluster", "a network", "published weights", "Triton")}
 RUN = ("sh", "python")
 _SHOWN = (
     "text", "c", "cpp", "cmake", "csv", "diff", "dockerfile", "html", "http", "ini", "latex", "markdown",
